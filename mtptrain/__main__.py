@@ -1,0 +1,5 @@
+"""`python -m mtptrain`."""
+
+from mtptrain.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""A position-indexed cache of static shapes for decoding with DeepSeek-V4, rewound by setting `length_B` back.
+
+transformers' own cache appends and drains its buffers, so it cannot take a rejected draft back. Here every tensor is
+addressed by absolute position: a position that is decoded again lands on the slot it had before.
+"""
+
+# B rows, R ring slots, C channels of a cached vector, F channels of the raw compressor inputs,
+# W compressed entries, S tokens of a step, P positions of a table, r channel pairs that are rotated
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+
+
+@dataclass(slots=True)
+class SlidingRing:
+    """The newest R vectors of every row; position p lives in slot p % R.
+
+    Why a rewind of at most `max_step` never misses an overwritten slot when R = reach + max_step, `reach` being the
+    number of newest positions (the query's own included) that a reader uses: let n be the highest length ever written
+    and m >= n - max_step the length after the rewind. Slots overwritten by n - 1 and below used to hold positions up to
+    n - 1 - R <= m - 1 - reach, while a reader at position m or later uses positions above m - reach only. The same
+    bound shows that the positions `positions(m)` claims wrongly (their slot holds a rejected token) are out of reach.
+    """
+
+    values_BRC: Tensor
+
+    @classmethod
+    def allocate(
+        cls, batch: int, size: int, channels: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """An empty ring of `size` slots."""
+        return cls(torch.zeros(batch, size, channels, dtype=dtype, device=device))
+
+    @property
+    def size(self) -> int:
+        """R, the number of slots of a row."""
+        return self.values_BRC.shape[1]
+
+    def slots(self, positions_BS: Tensor) -> Tensor:
+        """Where `write` puts consecutive positions: int64 [B * min(S, R)], rows of the ring seen as [B * R, C].
+
+        Of more than R positions only the last R have a slot. Rings of one size share the result.
+        """
+        row_B1 = torch.arange(positions_BS.shape[0], device=positions_BS.device).unsqueeze(1)
+        return (positions_BS[:, -self.size :] % self.size + row_B1 * self.size).flatten()
+
+    def write(self, slots: Tensor, values_BSC: Tensor) -> None:
+        """Store `values_BSC` at `slots(positions_BS)`."""
+        channels = values_BSC.shape[-1]
+        kept_BSC = values_BSC[:, -self.size :]
+        self.values_BRC.view(-1, channels).index_copy_(0, slots, kept_BSC.reshape(-1, channels))
+
+    def positions(self, length_B: Tensor) -> Tensor:
+        """Position held by each slot once all positions below `length_B` are written; negative marks an empty slot.
+
+        Returns:
+            int64 [B, R]: the largest p < length with p % R == slot. Length 5, R 4 -> [[4, 1, 2, 3]].
+        """
+        slot_1R = torch.arange(self.size, device=length_B.device).unsqueeze(0)
+        last_B1 = length_B.unsqueeze(1) - 1
+        return last_B1 - (last_B1 - slot_1R) % self.size
+
+    def row(self, index: int) -> Self:
+        """A view of one row; writes to it change this ring."""
+        return type(self)(self.values_BRC[index : index + 1])
+
+
+@dataclass(slots=True)
+class CompressorState:
+    """What one compressor, or the indexer of CSA, remembers.
+
+    Attributes:
+        raw: projected inputs [kv | gate] of the newest tokens. A window that closes reads the `span * rate` newest
+            positions, so the ring holds `span * rate + max_step` of them.
+        entries_BWC: entry w summarises positions [w * rate, (w + 1) * rate) and, with span 2, the window before.
+            It is valid once (w + 1) * rate <= length, and written again when a rewound window closes again. The last
+            slot is scratch: windows that a step does not close are written there.
+        rate: tokens a window.
+        span: windows an entry reads, 2 for the overlapping windows of CSA and 1 for HCA.
+    """
+
+    raw: SlidingRing
+    entries_BWC: Tensor
+    rate: int
+    span: int
+
+    def row(self, index: int) -> Self:
+        """A view of one row."""
+        return type(self)(self.raw.row(index), self.entries_BWC[index : index + 1], self.rate, self.span)
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """The state of one decoder layer; the compressor is None in a sliding layer, the indexer outside CSA.
+
+    The indexer is None as well where the cache is too short for it to discard anything.
+    """
+
+    ring: SlidingRing
+    compressor: CompressorState | None = None
+    indexer: CompressorState | None = None
+
+    def row(self, index: int) -> Self:
+        """A view of one row."""
+        compressor = self.compressor and self.compressor.row(index)
+        indexer = self.indexer and self.indexer.row(index)
+        return type(self)(self.ring.row(index), compressor, indexer)
+
+
+@dataclass(slots=True)
+class BackboneCache:
+    """Everything a decode step reads and writes; static shapes, rows of independent lengths.
+
+    Attributes:
+        layers: one state a decoder layer.
+        length_B: int64 positions decoded and kept.
+        written_B: int64 highest length ever reached since `reset`; a rewind is measured from here, because slots
+            that a longer, rejected draft has overwritten stay overwritten.
+        rope_Pr: per rope type (`main`, `compress`) complex64 cos + i sin of every position.
+        window: positions a query sees through the sliding ring, its own included.
+        max_length: positions a row can hold.
+        max_step: largest number of positions that may be taken back.
+    """
+
+    layers: list[LayerCache]
+    length_B: Tensor
+    written_B: Tensor
+    rope_Pr: dict[str, Tensor]
+    window: int
+    max_length: int
+    max_step: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: DeepseekV4Config,
+        batch: int,
+        max_length: int,
+        max_step: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """An empty cache.
+
+        Args:
+            config: the backbone's configuration.
+            batch: B, rows decoded together.
+            max_length: tokens a row may reach, prompt and rejected drafts included.
+            max_step: most tokens of one verify step, K + 1 for K drafts.
+            dtype: the backbone's dtype.
+            device: the backbone's device.
+        """
+        for name, value in (("batch", batch), ("max_length", max_length), ("max_step", max_step)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        return cls(
+            layers=[
+                _allocate_layer(config, kind, batch, max_length, max_step, dtype, device) for kind in config.layer_types
+            ],
+            length_B=torch.zeros(batch, dtype=torch.int64, device=device),
+            written_B=torch.zeros(batch, dtype=torch.int64, device=device),
+            rope_Pr=rope_tables(config, max_length, dtype, device),
+            window=config.sliding_window,
+            max_length=max_length,
+            max_step=max_step,
+        )
+
+    def require_room(self, num_tokens: int) -> None:
+        """Raise ValueError where a row has no place for `num_tokens` more tokens; silent while a CUDA graph records."""
+        if self.length_B.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        longest = int(self.length_B.max())
+        if longest + num_tokens > self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for {num_tokens} more tokens after {longest}: "
+                "allocate a longer cache"
+            )
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` new tokens of every row."""
+        self.length_B += num_tokens
+        torch.maximum(self.written_B, self.length_B, out=self.written_B)
+
+    def rewind(self, length_B: Tensor) -> None:
+        """Forget the positions from `length_B` on, row by row.
+
+        Args:
+            length_B: int64 new lengths, 0 <= new <= current, and at most `max_step` below the highest length written.
+        Raises:
+            ValueError: a length is out of that range; nothing is changed then.
+        """
+        if length_B.shape != self.length_B.shape:
+            raise ValueError(f"one length a row is needed: {tuple(self.length_B.shape)}, got {tuple(length_B.shape)}")
+        if bool(((length_B < 0) | (length_B > self.length_B)).any()):
+            raise ValueError(f"lengths must lie between 0 and {self.length_B.tolist()}, got {length_B.tolist()}")
+        if bool((self.written_B - length_B > self.max_step).any()):
+            raise ValueError(
+                f"max_step={self.max_step} tokens can be taken back from {self.written_B.tolist()}, "
+                f"got lengths {length_B.tolist()}: allocate the cache with a larger max_step"
+            )
+        self.length_B.copy_(length_B)
+
+    def reset(self) -> None:
+        """Empty every row. Old tensors need no clearing: no position of theirs is visible at length 0."""
+        self.length_B.zero_()
+        self.written_B.zero_()
+
+    def row(self, index: int) -> Self:
+        """A view of one row as a cache of batch 1, to prefill prompts of different lengths; it changes this cache."""
+        part = slice(index, index + 1)
+        return type(self)(
+            layers=[layer.row(index) for layer in self.layers],
+            length_B=self.length_B[part],
+            written_B=self.written_B[part],
+            rope_Pr=self.rope_Pr,
+            window=self.window,
+            max_length=self.max_length,
+            max_step=self.max_step,
+        )
+
+
+def rope_tables(
+    config: DeepseekV4Config, max_length: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Complex64 [max_length, r] cos + i sin of every position, rounded to `dtype` as the backbone rounds them."""
+    rotary = DeepseekV4RotaryEmbedding(config).to(device)
+    positions_1P = torch.arange(max_length, device=device).unsqueeze(0)
+    like = torch.empty(0, dtype=dtype, device=device)
+    tables = {}
+    for kind in rotary.layer_types:
+        cos_1Pr, sin_1Pr = rotary(like, positions_1P, layer_type=kind)
+        tables[kind] = torch.complex(cos_1Pr[0].float(), sin_1Pr[0].float())
+    return tables
+
+
+def _allocate_layer(
+    config: DeepseekV4Config,
+    kind: str,
+    batch: int,
+    max_length: int,
+    max_step: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> LayerCache:
+    ring = SlidingRing.allocate(batch, config.sliding_window + max_step, config.head_dim, dtype, device)
+    if kind == "sliding_attention":
+        return LayerCache(ring)
+    rate = config.compress_rates[kind]
+    span = 2 if kind == "compressed_sparse_attention" else 1
+
+    def compressor(channels: int) -> CompressorState:
+        # kv and gate side by side, and with overlap both have a half for the window after.
+        raw = SlidingRing.allocate(batch, span * rate + max_step, 2 * span * channels, dtype, device)
+        entries_BWC = torch.zeros(batch, max_length // rate + 1, channels, dtype=dtype, device=device)
+        return CompressorState(raw, entries_BWC, rate, span)
+
+    discards = span == 2 and max_length // rate > config.index_topk
+    return LayerCache(ring, compressor(config.head_dim), compressor(config.index_head_dim) if discards else None)

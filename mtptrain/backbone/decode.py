@@ -1,0 +1,173 @@
+"""Decoding with a frozen DeepSeek-V4 through `BackboneCache`: the step equals transformers' own forward to rounding.
+
+Weights and pointwise maths are transformers' modules; replicated here is what the cache changes: which keys a query
+sees, and when a compression window closes. Sources: `modeling_deepseek_v4.py` of transformers 5.17 and 5.23, and the
+DeepSeek-V4 paper, sections 2.3.1 (CSA and its indexer) and 2.3.2 (HCA).
+"""
+
+# B rows, S new tokens, N residual streams, D hidden size, H heads, C channels of a head, L keys a query may look at,
+# F channels of the raw compressor inputs, M windows that may close, W compressed entries, r rotated channel pairs
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.cache import BackboneCache, CompressorState, LayerCache
+from mtptrain.backbone.step_plan import StepPlan, WindowPlan, plan_step
+
+
+@torch.no_grad()
+def decode_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Run S new tokens of every row at positions length..length+S-1 and count them in the cache.
+
+    Args:
+        model: the frozen backbone.
+        cache: state of the rows; its dtype and device are the model's.
+        tokens_BS: int64 token ids. S may exceed `cache.max_step` in a prefill.
+    Returns:
+        streams_BSND: output of the last decoder layer, before `hc_head` and the final norm.
+        hidden_BSD: `norm(hc_head(streams))`, the input of `lm_head`.
+    Raises:
+        ValueError: a row has no room for S tokens, or the batch is not the cache's.
+    """
+    batch, num_tokens = tokens_BS.shape
+    if batch != cache.length_B.shape[0] or num_tokens < 1:
+        raise ValueError(f"tokens must be [{cache.length_B.shape[0]}, S >= 1], got {tuple(tokens_BS.shape)}")
+    cache.require_room(num_tokens)
+    backbone = model.model
+    embedded_BSD = backbone.embed_tokens(tokens_BS)
+    plan = plan_step(cache, num_tokens, embedded_BSD.dtype)
+    streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
+    for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
+        streams_BSND = _decode_layer(layer, layer_cache, plan, streams_BSND, tokens_BS)
+    cache.advance(num_tokens)
+    return streams_BSND, backbone.norm(backbone.hc_head(streams_BSND))
+
+
+def prefill(
+    model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """`decode_step` over tokens_BS in chunks of at most `chunk` tokens; returns the streams and hidden of all."""
+    steps = [decode_step(model, cache, tokens_Bs) for tokens_Bs in tokens_BS.split(chunk, dim=1)]
+    streams_BSND, hidden_BSD = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+    return streams_BSND, hidden_BSD
+
+
+def break_zero_ties(scores_BSW: Tensor) -> Tensor:
+    """Indexer scores in which the lower of two entries that scored exactly 0 wins; other scores are unchanged.
+
+    A query whose heads all clip an entry scores it exactly 0, so ties are common with few heads. Which of them
+    `torch.topk` keeps depends, on a CPU, on the number of entries, future ones included: transformers' own forward then
+    changes with the tokens that follow. As a forward hook of `DeepseekV4IndexerScorer` this makes it causal, and equal
+    to decoding. Applying it twice changes nothing.
+
+    Args:
+        scores_BSW: float32 scores; those that are not 0 are taken to exceed 1e-20 in size.
+    """
+    order_W = torch.arange(scores_BSW.shape[-1], device=scores_BSW.device, dtype=scores_BSW.dtype) * -1e-30
+    return torch.where(scores_BSW == 0, order_W, scores_BSW)
+
+
+def _decode_layer(
+    layer: nn.Module, cache: LayerCache, plan: StepPlan, streams_BSND: Tensor, tokens_BS: Tensor
+) -> Tensor:
+    post_BSN, comb_BSNN, collapsed_BSD = layer.attn_hc(streams_BSND)
+    output_BSD = _attend(layer.self_attn, cache, plan, layer.input_layernorm(collapsed_BSD))
+    streams_BSND = _mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+    post_BSN, comb_BSNN, collapsed_BSD = layer.ffn_hc(streams_BSND)
+    output_BSD = layer.mlp(layer.post_attention_layernorm(collapsed_BSD), input_ids=tokens_BS)
+    return _mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+
+
+def _mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
+    """A block's output spread over the streams, plus the streams mixed by comb transposed."""
+    dtype = streams_BSND.dtype
+    mixed_BSND = comb_BSNN.to(dtype).transpose(-1, -2) @ streams_BSND
+    return post_BSN.to(dtype).unsqueeze(-1) * output_BSD.unsqueeze(-2) + mixed_BSND
+
+
+def _attend(attention: nn.Module, cache: LayerCache, plan: StepPlan, inputs_BSD: Tensor) -> Tensor:
+    """Attention over the ring, the new keys and the compressed entries; writes all three."""
+    batch, num_tokens, _ = inputs_BSD.shape
+    kind = "main" if cache.compressor is None else "compress"
+    rope_BSr, unrope_BS1r = plan.rope_BSr[kind], plan.unrope_BSr[kind].unsqueeze(2)
+
+    query_latent_BSQ = attention.q_a_norm(attention.q_a_proj(inputs_BSD))
+    query_BSHC = attention.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, attention.head_dim)
+    query_BSHC = _rotate_(attention.q_b_norm(query_BSHC), rope_BSr.unsqueeze(2))
+    key_BSC = _rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
+
+    keys, mask_BSL = [cache.ring.values_BRC, key_BSC], plan.local_BSL
+    if cache.compressor is not None:
+        windows = plan.windows[cache.compressor.rate, cache.compressor.span]
+        _compress(attention.compressor, cache.compressor, windows, inputs_BSD)
+        keys.append(cache.compressor.entries_BWC[:, :-1])
+        visible_BSW = windows.visible_BSW
+        if cache.indexer is not None:
+            visible_BSW = _index(attention.compressor.indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ)
+        mask_BSL = torch.cat([mask_BSL, visible_BSW], dim=2)
+    output_BSHC = _softmax_with_sinks(query_BSHC, torch.cat(keys, dim=1), mask_BSL, attention)
+    cache.ring.write(plan.ring_slots, key_BSC)
+
+    grouped_BSGC = _rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
+    return attention.o_b_proj(attention.o_a_proj(grouped_BSGC).flatten(2))
+
+
+def _softmax_with_sinks(query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, attention: nn.Module) -> Tensor:
+    """`eager_attention_forward` with K = V and one KV head: [B, S, H, C] before the inverse rotation."""
+    batch, num_tokens, num_heads, channels = query_BSHC.shape
+    score_BXL = query_BSHC.view(batch, -1, channels) @ key_BLC.transpose(1, 2)  # X = S * H, queries of all heads
+    score_BSHL = score_BXL.view(batch, num_tokens, num_heads, -1)
+    score_BSHL = torch.add(mask_BSL.unsqueeze(2), score_BSHL, alpha=attention.scaling)
+    sink_BSH1 = attention.sinks.view(1, 1, -1, 1).expand(batch, num_tokens, -1, -1)
+    # The sinks are float32 also in a bfloat16 model, so this softmax is, as upstream's, in float32.
+    weight_BSHL = torch.cat([score_BSHL, sink_BSH1], dim=-1).softmax(dim=-1)[..., :-1].to(key_BLC.dtype)
+    return (weight_BSHL.flatten(1, 2) @ key_BLC).view(query_BSHC.shape)
+
+
+def _compress(module: nn.Module, state: CompressorState, windows: WindowPlan, inputs_BSD: Tensor) -> None:
+    """Write the entries of the windows that the new tokens close, then the new tokens' raw inputs."""
+    raw_BSF = torch.cat([module.kv_proj(inputs_BSD), module.gate_proj(inputs_BSD)], dim=-1)
+    all_BXF = torch.cat([state.raw.values_BRC, raw_BSF], dim=1)  # X = Q + S tokens
+    picked = all_BXF.flatten(0, 1).index_select(0, windows.source)
+    picked_BMTF = picked.view(inputs_BSD.shape[0], -1, state.rate, picked.shape[-1])
+    kv_BMTC, gate_BMTC = picked_BMTF.chunk(2, dim=-1)
+    gate_BMTC = gate_BMTC + module.position_bias
+    if state.span == 2:
+        kv_BMTC, gate_BMTC = _overlap(kv_BMTC), _overlap(gate_BMTC)
+        gate_BMTC[:, :, : state.rate].masked_fill_(windows.first_BM11, float("-inf"))
+    weight_BMTC = gate_BMTC.softmax(dim=2, dtype=torch.float32).to(kv_BMTC.dtype)
+    entry_BMC = _rotate_(module.kv_norm((kv_BMTC * weight_BMTC).sum(dim=2)), windows.rope_BMr)
+    channels = entry_BMC.shape[-1]
+    state.entries_BWC.view(-1, channels).index_copy_(0, windows.target, entry_BMC.view(-1, channels))
+    state.raw.write(windows.raw_slots, raw_BSF)
+
+
+def _overlap(x_BMTF: Tensor) -> Tensor:
+    """[B, M + 1, rate, 2C] -> [B, M, 2 * rate, C]: the first half of a window's predecessor, then its own second."""
+    before_BMTF, after_BMTF = x_BMTF.chunk(2, dim=-1)
+    return torch.cat([before_BMTF[:, :-1], after_BMTF[:, 1:]], dim=2)
+
+
+def _index(
+    indexer: nn.Module, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
+) -> Tensor:
+    """0 for the `index_topk` visible entries each query scores highest, -inf for the others: [B, S, W]."""
+    windows = plan.windows[state.rate, state.span]
+    _compress(indexer, state, windows, inputs_BSD)
+    batch, num_tokens, _ = inputs_BSD.shape
+    query_BSHC = indexer.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, indexer.head_dim)
+    query_BSHC = _rotate_(query_BSHC, plan.rope_BSr["compress"].unsqueeze(2))
+    score_BSW = indexer.scorer(query_BSHC, state.entries_BWC[:, :-1], inputs_BSD)
+    score_BSW = break_zero_ties(score_BSW) + windows.visible_BSW
+    chosen_BSk = score_BSW.topk(indexer.index_topk, dim=-1, sorted=False).indices
+    # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
+    return torch.full_like(windows.visible_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + windows.visible_BSW
+
+
+def _rotate_(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the last 2r channels of x in place, pair by pair, in float32; rope is complex64 and broadcasts."""
+    rotated = x[..., -2 * rope.shape[-1] :]
+    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))
+    rotated.copy_(torch.view_as_real(pairs * rope).flatten(-2))
+    return x

@@ -1,0 +1,79 @@
+"""From packed tokens to the backbone's residual streams and final hidden states.
+
+V4's compressed attention pools windows that are aligned to the row, and its indexer ranks entries of the whole row: in a
+packed row they would mix documents, whatever the mask. So every piece is given to the backbone as a row of its own.
+"""
+
+# B packed rows, S tokens a row, P pieces, W width of a group of pieces, N residual streams, D model width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.data.packing import Batch
+
+
+def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """One full forward of rows that each hold a single document from slot 0 on (padding at the end is harmless).
+
+    Returns:
+        streams_BSND: output of the last decoder layer, before `hc_head` and the final norm. Taken by a hook, because
+            transformers overwrites the last entry of `hidden_states` with the post-norm tensor.
+        hidden_BSD: norm(hc_head(streams)), the input of the lm_head.
+    """
+    captured: list[Tensor] = []
+    handle = model.model.layers[-1].register_forward_hook(lambda _module, _args, output: captured.append(output))
+    try:
+        hidden_BSD = model.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+    return captured[0], hidden_BSD
+
+
+def _piece_index(segment_BS: Tensor) -> list[Tensor]:
+    """Slots of the pieces, grouped by size: tensors [P, W] of flat slots b * S + s, -1 where a piece is shorter.
+
+    A group's width is at most twice its shortest piece, which bounds the padding.
+    """
+    num_rows, row_length = segment_BS.shape
+    numbers = segment_BS.tolist()
+    groups: dict[int, list[list[int]]] = {}
+    for row in range(num_rows):
+        start = 0
+        while start < row_length and numbers[row][start] > 0:
+            end = start
+            while end < row_length and numbers[row][end] == numbers[row][start]:
+                end += 1
+            slots = list(range(row * row_length + start, row * row_length + end))
+            groups.setdefault((end - start).bit_length(), []).append(slots)
+            start = end
+    index = []
+    for _, pieces in sorted(groups.items(), reverse=True):
+        width = max(len(slots) for slots in pieces)
+        index.append(torch.tensor([slots + [-1] * (width - len(slots)) for slots in pieces]))
+    return index
+
+
+def backbone_streams(model: DeepseekV4ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`."""
+    if int(batch.segment_BS.max()) <= 1:
+        return run_backbone(model, batch.tokens_BS)
+    flat_tokens = batch.tokens_BS.flatten()
+    slots, streams, hidden = [], [], []
+    for index_PW in _piece_index(batch.segment_BS):
+        index_PW = index_PW.to(flat_tokens.device)
+        valid_PW = index_PW >= 0
+        streams_PWND, hidden_PWD = run_backbone(model, flat_tokens[index_PW.clamp(min=0)])
+        slots.append(index_PW[valid_PW])
+        streams.append(streams_PWND[valid_PW])
+        hidden.append(hidden_PWD[valid_PW])
+    slot_index = torch.cat(slots)
+
+    def spread(parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts)
+        full = joined.new_zeros(flat_tokens.numel(), *joined.shape[1:])
+        return full.index_copy(0, slot_index, joined).unflatten(0, batch.tokens_BS.shape)
+
+    return spread(streams), spread(hidden)

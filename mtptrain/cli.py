@@ -1,0 +1,127 @@
+"""The command line: compose the configuration, check it, run the recipe, turn a user's mistake into one line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mtptrain.config import RunConfig, Task, register
+from mtptrain.errors import UserError
+
+USER_MISTAKE = 2
+NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line and the exit code of a user's mistake."""
+    print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(USER_MISTAKE)
+
+
+def unknown_keys(values: dict[str, Any], schema: Any, prefix: str = "") -> list[str]:
+    """Keys that `+key=value` smuggled past the schema."""
+    known = {field.name: field for field in fields(schema)}
+    found = []
+    for key, value in values.items():
+        if key not in known:
+            found.append(prefix + key)
+            continue
+        default = known[key].default_factory
+        if isinstance(value, dict) and is_dataclass(default):
+            found.extend(unknown_keys(value, default, f"{prefix}{key}."))
+    return found
+
+
+def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The typed configuration and the same as plain values.
+
+    Raises:
+        UserError: a key is unknown, a type is wrong or a value is out of range.
+    """
+    values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    settings = {str(key): value for key, value in values.items()}
+    if settings.get("task") in (None, "???"):
+        raise UserError("no recipe is chosen; add +recipe=distill (or backbone, pretrain, evaluate); see --help")
+    strangers = unknown_keys(settings, RunConfig)
+    if strangers:
+        raise UserError(f"{strangers[0]}: there is no such setting; `--cfg job` lists all of them")
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
+    except UserError:
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from None
+    assert isinstance(config, RunConfig)
+    return config, settings
+
+
+def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None) -> None:
+    """Open the run's folder and call the program that the recipe names."""
+    from importlib import import_module
+
+    from mtptrain.run_folder import open_run_folder
+
+    program = {Task.pretrain: "distill"}.get(config.task, config.task.value)
+    module = import_module(f"mtptrain.recipes.{program}")
+    module.run(config, open_run_folder(config, settings, job_number))
+
+
+def run_job(composed: DictConfig, errors: io.StringIO | None) -> None:
+    """One composed configuration: check and run it."""
+    if errors is not None:
+        sys.stderr = sys.__stderr__
+    hydra_config = HydraConfig.get()
+    job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
+    try:
+        config, settings = read_config(composed)
+        run_task(config, settings, job_number)
+    except UserError as error:
+        stop(str(error))
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            stop(f"output_dir: {NO_ROOM[error.errno]} ({error.filename or 'while writing'}); free some room and resume")
+        raise
+    except KeyboardInterrupt:
+        print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def composition_message(text: str) -> str:
+    """Hydra's complaint about a configuration, without its hints about itself, on one line."""
+    lines = [line.strip() for line in text.splitlines()]
+    dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
+    return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
+
+
+def main() -> None:
+    """Entry point of `python -m mtptrain` and of the `mtptrain` script."""
+    register()
+    errors = io.StringIO()
+
+    @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")
+    def job(composed: DictConfig) -> None:
+        run_job(composed, errors)
+
+    # Hydra prints its own errors and ends with code 1: hold them back until the job starts, then speak our own way.
+    sys.stderr = errors
+    try:
+        job()
+    except SystemExit as ending:
+        sys.stderr = sys.__stderr__
+        if ending.code == 1 and errors.getvalue():
+            stop(composition_message(errors.getvalue()))
+        raise
+    finally:
+        sys.stderr = sys.__stderr__

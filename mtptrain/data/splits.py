@@ -1,0 +1,25 @@
+"""The training and held-out documents that the data settings mean."""
+
+from __future__ import annotations
+
+from mtptrain.config import DataConfig, DataSource
+from mtptrain.data.documents import Document, Split
+from mtptrain.data.stdlib import package_documents, stdlib_documents
+from mtptrain.data.text import text_documents
+
+
+def training_documents(config: DataConfig) -> list[Document]:
+    """Documents to train on."""
+    if config.source is DataSource.text:
+        return text_documents(config, Split.train)
+    library = stdlib_documents(Split.train, config.heldout_every)
+    if not config.packages:
+        return library
+    return library + package_documents(config.packages, library, heldout_documents(config))
+
+
+def heldout_documents(config: DataConfig) -> list[Document]:
+    """Documents that no training of ours sees."""
+    if config.source is DataSource.text:
+        return text_documents(config, Split.heldout)
+    return stdlib_documents(Split.heldout, config.heldout_every)

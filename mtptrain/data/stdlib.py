@@ -1,0 +1,89 @@
+"""`data=stdlib`: the sources of Python's standard library and the English of its documentation topics."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from mtptrain.data.documents import Document, Split, split_of
+from mtptrain.errors import UserError
+
+# Tables, test data and programs that do not read like the rest of the library.
+EXCLUDED_FOLDERS = frozenset(
+    ["test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "site-packages", "dist-packages", "__pycache__", "pydoc_data"]
+)
+OVERLAP_LINES = 5  # a package file that repeats this many held-out lines in a row is left out of training
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        if not EXCLUDED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def _read_source(path: Path) -> str | None:
+    """The file's text, or None where it is empty or not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return text if text.strip() else None
+
+
+def _library_documents() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in _source_files(root):
+        text = _read_source(path)
+        if text is not None:
+            yield Document(".".join(path.relative_to(root).with_suffix("").parts), text)
+    for topic, text in sorted(topics.items()):
+        yield Document(f"pydoc_data.topics:{topic}", text)
+
+
+def stdlib_documents(split: Split, heldout_every: int) -> list[Document]:
+    """The standard library's documents on one side of the hold-out, in the order of their names."""
+    return [document for document in _library_documents() if split_of(document.name, heldout_every) is split]
+
+
+def _line_runs(text: str) -> set[int]:
+    """Hashes of every run of `OVERLAP_LINES` lines that say something (longer than ten characters)."""
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if len(line) > 10]
+    return {hash(tuple(lines[i : i + OVERLAP_LINES])) for i in range(len(lines) - OVERLAP_LINES + 1)}
+
+
+def package_documents(packages: list[str], library: list[Document], heldout: list[Document]) -> list[Document]:
+    """Sources of installed packages as training documents: a fixed sample with at most the library's own bytes.
+
+    A file that repeats held-out text is left out.
+
+    Args:
+        packages: import names, e.g. ["torch"].
+        library: the standard library's training documents.
+        heldout: the documents whose text must not be trained on.
+    Raises:
+        UserError: a package is not installed.
+    """
+    forbidden = set().union(*(_line_runs(document.text) for document in heldout))
+    candidates: list[Document] = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"data.packages: {package} is not an installed package; install it or take it off the list")
+        root = Path(spec.submodule_search_locations[0])
+        for path in _source_files(root):
+            text = _read_source(path)
+            if text is not None and forbidden.isdisjoint(_line_runs(text)):
+                candidates.append(Document(f"{package}:{path.relative_to(root)}", text))
+    budget = sum(len(document.text) for document in library)
+    chosen = []
+    for document in sorted(candidates, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
+        budget -= len(document.text)
+        if budget < 0:
+            break
+        chosen.append(document)
+    return chosen

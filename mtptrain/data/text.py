@@ -1,0 +1,119 @@
+"""`data=text`: the user's own text, from files or from anything that `datasets.load_dataset` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtptrain.config import DataConfig
+from mtptrain.data.documents import Document, Split, split_of
+from mtptrain.errors import UserError
+
+LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def _local_files(path: Path) -> list[Path]:
+    """The readable files that a path means.
+
+    Raises:
+        UserError: it cannot be read or holds none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS and file.is_file())
+        if not files:
+            raise UserError(f"data.path={path}: the folder holds no {', '.join(LOADERS)} file; give one that does")
+        return files
+    if path.suffix not in LOADERS:
+        raise UserError(f"data.path={path}: a file must end in {', '.join(LOADERS)}; convert or rename it")
+    return [path]
+
+
+def _check_json_lines(path: Path) -> None:
+    """Raise a `UserError` that names the first line of a .jsonl file that is not a JSON object."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"data.path={path}: line {number} is not JSON ({error.msg}); mend or drop it") from None
+            if not isinstance(row, dict):
+                raise UserError(f"data.path={path}: line {number} is not a JSON object; write one object a line")
+
+
+def _load_rows(loader: str, config: DataConfig, **arguments: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(loader, split="train", streaming=config.streaming, **arguments)
+    except Exception as error:  # datasets raises many types: not found, no network, bad schema
+        summary = " ".join(str(error).split())[:300]
+        raise UserError(f"data.path={config.path}: datasets cannot load it ({summary})") from error
+
+
+def _file_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, Any]]:
+    """Name and text of every row of one file."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"data.path={path}: cannot be read ({error.strerror}); check the path and its rights") from None
+    if path.suffix == ".txt":
+        try:
+            yield path.name, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.path={path}: is not UTF-8 text ({error.reason}); convert it") from None
+        return
+    if path.suffix == ".jsonl":
+        _check_json_lines(path)
+    rows = _load_rows(LOADERS[path.suffix], config, data_files=str(path))
+    for number, row in enumerate(rows):
+        yield f"{path.name}:{number}", _text_of(row, f"{path}, row {number + 1}", config)
+
+
+def _text_of(row: dict[str, Any], where: str, config: DataConfig) -> str:
+    text = row.get(config.field_name)
+    if not isinstance(text, str):
+        raise UserError(
+            f"data.field_name={config.field_name}: {where} has no text of that name; it has {sorted(row)}; "
+            "set data.field_name to the column that holds the text"
+        )
+    return text
+
+
+def iterate_text(config: DataConfig) -> Iterator[Document]:
+    """Every non-empty document of `data.path`, in order, read as it is needed.
+
+    Raises:
+        UserError: it cannot be read, a line is broken, or the text column is missing.
+    """
+    assert config.path is not None
+    path = Path(config.path)
+    if path.exists() or path.suffix in LOADERS:
+        named = (item for file in _local_files(path) for item in _file_rows(file, config))
+    else:
+        rows = _load_rows(config.path, config)
+        named = ((f"row:{number}", _text_of(row, f"row {number + 1}", config)) for number, row in enumerate(rows))
+    for name, text in named:
+        if text.strip():
+            yield Document(name, text)
+
+
+def text_documents(config: DataConfig, split: Split) -> list[Document]:
+    """Documents of one side of the hold-out.
+
+    Raises:
+        UserError: there are none.
+    """
+    documents = [
+        document for document in iterate_text(config) if split_of(document.name, config.heldout_every) is split
+    ]
+    if not documents:
+        raise UserError(
+            f"data.path={config.path}: no document on the {split.value} side; one in data.heldout_every="
+            f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number"
+        )
+    return documents

@@ -1,0 +1,61 @@
+"""Byte-level BPE tokenizers: training one, and loading the one that belongs to a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mtptrain.errors import UserError
+from mtptrain.storage import write_json
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with ids 0 = begin of text and 1 = end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and the small file that lets `AutoTokenizer` load it."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS},
+    )
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a backbone folder.
+
+    Args:
+        folder: holds tokenizer.json.
+        vocab_size: rows of the backbone's embedding; the tokenizer must not know more tokens than that.
+    Raises:
+        UserError: no tokenizer, an unreadable one, or one of another vocabulary.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"backbone.path={folder}: holds no tokenizer.json; put the backbone's own tokenizer there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise UserError(f"backbone.path={folder}: tokenizer.json cannot be read ({error})") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"backbone.path={folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the backbone's "
+            f"embedding {vocab_size}; use the tokenizer that the backbone was trained with"
+        )
+    return tokenizer

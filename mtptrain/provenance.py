@@ -1,0 +1,81 @@
+"""Where a number comes from: command, commit, versions, hardware and seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mtptrain
+
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, `-dirty` when files differ; None outside a checkout."""
+    folder = Path(mtptrain.__file__).resolve().parent
+    try:
+        # The package may be installed inside somebody else's repository: ask only for a checkout of its own.
+        top = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if Path(top) != folder.parent:
+            return None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def processor_name() -> str:
+    """Model name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {"python": platform.python_version(), "mtptrain": mtptrain.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores and GPUs of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def describe_run(seed: int) -> dict[str, Any]:
+    """Everything that a reader needs to repeat this run, as a JSON-able dict."""
+    return {
+        "command": ["python", "-m", "mtptrain", *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "hardware": hardware(),
+        "seed": seed,
+    }
