@@ -18,22 +18,10 @@ from mtptrain.checkpoint import Checkpoint, load_module, prune_checkpoints, save
 from mtptrain.config import TrainConfig
 from mtptrain.data.packing import Batch
 from mtptrain.errors import UserError
+from mtptrain.losses.outcome import Outcome
 from mtptrain.optim import RouterBalancer, learning_rate, make_optimizer
 from mtptrain.progress import Progress
 from mtptrain.tracking import MetricsLog
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one micro-batch contributed.
-
-    Attributes:
-        loss: scalar, already divided by the counts of the whole step, so that micro-batches add up.
-        sums_K: float64 [K] per name: sums over valid tokens of each draft step; divided by the counts only when logged.
-    """
-
-    loss: Tensor
-    sums_K: dict[str, Tensor]
 
 
 class Objective(Protocol):

@@ -23,9 +23,10 @@ from mtptrain.data.splits import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device
+from mtptrain.losses.outcome import Outcome
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_folder
-from mtptrain.trainer import Outcome, Trainer
+from mtptrain.trainer import Trainer
 
 MARKS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
 

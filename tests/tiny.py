@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from mtptrain.backbone.decode import break_zero_ties
+from mtptrain.backbone.decode import make_indexers_causal
 
 LAYER_TYPES = [
     "sliding_attention",
@@ -55,10 +55,7 @@ def random_backbone(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
             _randomise(name, parameter)
         for layer in model.model.layers:
             _fill_routing(layer.mlp.gate, config)
-    for module in model.modules():
-        if type(module).__name__ == "DeepseekV4IndexerScorer":
-            # Which of several entries scored exactly 0 upstream keeps depends on the number of later entries.
-            module.register_forward_hook(lambda _module, _inputs, scores: break_zero_ties(scores))
+    make_indexers_causal(model)  # with two index heads, entries that score exactly 0 are common
     return model.eval().requires_grad_(False)
 
 

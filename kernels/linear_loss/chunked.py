@@ -28,9 +28,10 @@ from .divergence import Divergence
 from .reference import HYBRID_ETA, LinearLoss
 
 MIN_CHUNK_ROWS = 128
-# One [rows, V] fp32 buffer. CPU: near the L2 cache, see MEASUREMENT.
+# One [rows, V] fp32 buffer. CPU: K = 3, T = 2048, V = 2048, D = 128, kl, forward and backward on one Xeon core with
+# 2 MiB of L2, 2026-11: 133 ms at 1 MiB, 110-130 at 4 MiB, 168-289 at 64 MiB. CUDA: not measured.
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
-ARGMAX_BLOCK = 128  # V = 2048, one Xeon core, 2025-11: 0.9 us a row against 3.1 for torch.argmax
+ARGMAX_BLOCK = 128  # V = 2048, one Xeon core, 2026-11: 0.9 us a row against 3.1 for torch.argmax
 
 
 def linear_loss_chunked(
@@ -85,7 +86,7 @@ class _LinearLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss_KT: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (unit_grad_KTD,) = ctx.saved_tensors
-        return unit_grad_KTD * grad_loss_KT[..., None].to(unit_grad_KTD.dtype), *[None] * 7
+        return (unit_grad_KTD * grad_loss_KT[..., None]).to(unit_grad_KTD.dtype), *[None] * 7
 
 
 def _walk_chunks(

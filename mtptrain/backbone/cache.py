@@ -160,7 +160,8 @@ class BackboneCache:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         return cls(
             layers=[
-                _allocate_layer(config, kind, batch, max_length, max_step, dtype, device) for kind in config.layer_types
+                _allocate_layer(config, kind, batch, max_length, max_step, dtype, device)
+                for kind in config.layer_types or []
             ],
             length_B=torch.zeros(batch, dtype=torch.int64, device=device),
             written_B=torch.zeros(batch, dtype=torch.int64, device=device),
@@ -247,10 +248,10 @@ def _allocate_layer(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> LayerCache:
-    ring = SlidingRing.allocate(batch, config.sliding_window + max_step, config.head_dim, dtype, device)
+    ring = SlidingRing.allocate(batch, config.sliding_window + max_step - 2, config.head_dim, dtype, device)
     if kind == "sliding_attention":
         return LayerCache(ring)
-    rate = config.compress_rates[kind]
+    rate = (config.compress_rates or config.default_compress_rates)[kind]
     span = 2 if kind == "compressed_sparse_attention" else 1
 
     def compressor(channels: int) -> CompressorState:

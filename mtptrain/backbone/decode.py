@@ -8,12 +8,24 @@ DeepSeek-V4 paper, sections 2.3.1 (CSA and its indexer) and 2.3.2 (HCA).
 # B rows, S new tokens, N residual streams, D hidden size, H heads, C channels of a head, L keys a query may look at,
 # F channels of the raw compressor inputs, M windows that may close, W compressed entries, r rotated channel pairs
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4Attention,
+    DeepseekV4CSACompressor,
+    DeepseekV4DecoderLayer,
+    DeepseekV4HCACompressor,
+    DeepseekV4Indexer,
+    DeepseekV4IndexerScorer,
+)
 
 from mtptrain.backbone.cache import BackboneCache, CompressorState, LayerCache
 from mtptrain.backbone.step_plan import StepPlan, WindowPlan, plan_step
+
+Compressor = DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer  # all three pool windows alike
 
 
 @torch.no_grad()
@@ -58,8 +70,7 @@ def break_zero_ties(scores_BSW: Tensor) -> Tensor:
 
     A query whose heads all clip an entry scores it exactly 0, so ties are common with few heads. Which of them
     `torch.topk` keeps depends, on a CPU, on the number of entries, future ones included: transformers' own forward then
-    changes with the tokens that follow. As a forward hook of `DeepseekV4IndexerScorer` this makes it causal, and equal
-    to decoding. Applying it twice changes nothing.
+    changes with the tokens that follow. Applying the rule twice changes nothing.
 
     Args:
         scores_BSW: float32 scores; those that are not 0 are taken to exceed 1e-20 in size.
@@ -68,8 +79,19 @@ def break_zero_ties(scores_BSW: Tensor) -> Tensor:
     return torch.where(scores_BSW == 0, order_W, scores_BSW)
 
 
+def make_indexers_causal(model: DeepseekV4ForCausalLM) -> None:
+    """Give transformers' own forward of `model` the rule of `break_zero_ties`: then it is causal and equals decoding."""
+    for module in model.modules():
+        if isinstance(module, DeepseekV4IndexerScorer):
+            module.register_forward_hook(_break_zero_ties_hook)
+
+
+def _break_zero_ties_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], scores_BSW: Tensor) -> Tensor:
+    return break_zero_ties(scores_BSW)
+
+
 def _decode_layer(
-    layer: nn.Module, cache: LayerCache, plan: StepPlan, streams_BSND: Tensor, tokens_BS: Tensor
+    layer: DeepseekV4DecoderLayer, cache: LayerCache, plan: StepPlan, streams_BSND: Tensor, tokens_BS: Tensor
 ) -> Tensor:
     post_BSN, comb_BSNN, collapsed_BSD = layer.attn_hc(streams_BSND)
     output_BSD = _attend(layer.self_attn, cache, plan, layer.input_layernorm(collapsed_BSD))
@@ -86,7 +108,7 @@ def _mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: 
     return post_BSN.to(dtype).unsqueeze(-1) * output_BSD.unsqueeze(-2) + mixed_BSND
 
 
-def _attend(attention: nn.Module, cache: LayerCache, plan: StepPlan, inputs_BSD: Tensor) -> Tensor:
+def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, inputs_BSD: Tensor) -> Tensor:
     """Attention over the ring, the new keys and the compressed entries; writes all three."""
     batch, num_tokens, _ = inputs_BSD.shape
     kind = "main" if cache.compressor is None else "compress"
@@ -97,23 +119,26 @@ def _attend(attention: nn.Module, cache: LayerCache, plan: StepPlan, inputs_BSD:
     query_BSHC = _rotate_(attention.q_b_norm(query_BSHC), rope_BSr.unsqueeze(2))
     key_BSC = _rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
 
-    keys, mask_BSL = [cache.ring.values_BRC, key_BSC], plan.local_BSL
-    if cache.compressor is not None:
+    keys, masks = [cache.ring.values_BRC, key_BSC], [plan.local_BSL]
+    if attention.compressor is not None and cache.compressor is not None:
         windows = plan.windows[cache.compressor.rate, cache.compressor.span]
         _compress(attention.compressor, cache.compressor, windows, inputs_BSD)
         keys.append(cache.compressor.entries_BWC[:, :-1])
-        visible_BSW = windows.visible_BSW
-        if cache.indexer is not None:
-            visible_BSW = _index(attention.compressor.indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ)
-        mask_BSL = torch.cat([mask_BSL, visible_BSW], dim=2)
-    output_BSHC = _softmax_with_sinks(query_BSHC, torch.cat(keys, dim=1), mask_BSL, attention)
+        if cache.indexer is None:
+            masks.append(windows.visible_BSW)
+        else:
+            indexer = cast(DeepseekV4Indexer, attention.compressor.indexer)
+            masks.append(_index(indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ))
+    output_BSHC = _softmax_with_sinks(query_BSHC, torch.cat(keys, dim=1), torch.cat(masks, dim=2), attention)
     cache.ring.write(plan.ring_slots, key_BSC)
 
     grouped_BSGC = _rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
     return attention.o_b_proj(attention.o_a_proj(grouped_BSGC).flatten(2))
 
 
-def _softmax_with_sinks(query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, attention: nn.Module) -> Tensor:
+def _softmax_with_sinks(
+    query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, attention: DeepseekV4Attention
+) -> Tensor:
     """`eager_attention_forward` with K = V and one KV head: [B, S, H, C] before the inverse rotation."""
     batch, num_tokens, num_heads, channels = query_BSHC.shape
     score_BXL = query_BSHC.view(batch, -1, channels) @ key_BLC.transpose(1, 2)  # X = S * H, queries of all heads
@@ -125,7 +150,7 @@ def _softmax_with_sinks(query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, a
     return (weight_BSHL.flatten(1, 2) @ key_BLC).view(query_BSHC.shape)
 
 
-def _compress(module: nn.Module, state: CompressorState, windows: WindowPlan, inputs_BSD: Tensor) -> None:
+def _compress(module: Compressor, state: CompressorState, windows: WindowPlan, inputs_BSD: Tensor) -> None:
     """Write the entries of the windows that the new tokens close, then the new tokens' raw inputs."""
     raw_BSF = torch.cat([module.kv_proj(inputs_BSD), module.gate_proj(inputs_BSD)], dim=-1)
     all_BXF = torch.cat([state.raw.values_BRC, raw_BSF], dim=1)  # X = Q + S tokens
@@ -150,7 +175,7 @@ def _overlap(x_BMTF: Tensor) -> Tensor:
 
 
 def _index(
-    indexer: nn.Module, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
+    indexer: DeepseekV4Indexer, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
 ) -> Tensor:
     """0 for the `index_topk` visible entries each query scores highest, -inf for the others: [B, S, W]."""
     windows = plan.windows[state.rate, state.span]

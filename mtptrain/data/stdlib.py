@@ -14,7 +14,19 @@ from mtptrain.errors import UserError
 
 # Tables, test data and programs that do not read like the rest of the library.
 EXCLUDED_FOLDERS = frozenset(
-    ["test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "site-packages", "dist-packages", "__pycache__", "pydoc_data"]
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "turtledemo",
+        "ensurepip",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "pydoc_data",
+    ]
 )
 OVERLAP_LINES = 5  # a package file that repeats this many held-out lines in a row is left out of training
 

@@ -51,8 +51,9 @@ def empty_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int = MAX_
 
 
 def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
-    # Four layers of fp32 sums in another order: some tens of ulps of the largest value (at most 13 were seen).
-    tolerance = 64 * torch.finfo(torch.float32).eps * max(1.0, expected.abs().max().item())
+    # Four layers of fp32 sums in another order: some tens of ulps of the largest value (at most 25 were seen).
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    tolerance = 64 * torch.finfo(torch.float32).eps * max(1.0, largest)
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
@@ -140,25 +141,24 @@ def test_a_cache_too_short_for_the_indexer_equals_the_full_forward(
     assert_equal_to_rounding(actual_BSND, reference[0][:, :max_length])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_decoding_goes_on_as_if_a_rewound_draft_had_never_been(
     model: DeepseekV4ForCausalLM, tokens_BS: Tensor, reference: tuple[Tensor, Tensor], data: st.DataObject
 ) -> None:
     """Prefix, then rounds of drafting garbage and keeping only its true beginning, then the true tokens."""
-    tokens_1S, length = tokens_BS[:1], data.draw(st.integers(1, LENGTH - 3 * MAX_STEP), label="prefix")
+    tokens_1S, length = tokens_BS[:1], data.draw(st.integers(1, LENGTH - 3 * MAX_STEP - 1), label="prefix")
     cache = empty_cache(model, 1)
     prefill(model, cache, tokens_1S[:, :length], chunk=31)
     for number in range(data.draw(st.integers(1, 3), label="rounds")):
         drafted = data.draw(st.integers(1, MAX_STEP), label="drafted")
-        kept = data.draw(st.integers(0 if number == 0 else drafted - 1, drafted), label="kept")
+        highest = max(int(cache.written_B), length + drafted)
+        kept = data.draw(st.integers(max(0, highest - MAX_STEP - length), drafted), label="kept")
         garbage_1S = random_tokens(1, drafted, seed=number + 100)
         draft_1S = torch.cat([tokens_1S[:, length : length + kept], garbage_1S[:, kept:]], dim=1)
         streams_1SND, _ = decode_step(model, cache, draft_1S)
         assert_equal_to_rounding(streams_1SND[:, :kept], reference[0][:1, length : length + kept])
         length += kept
-        if int(cache.written_B) - length > MAX_STEP:  # an earlier round reached further
-            return
         cache.rewind(torch.tensor([length]))
     rest_1S = tokens_1S[:, length:]
     sizes = step_sizes(rest_1S.shape[1], data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="sizes"))
@@ -315,6 +315,15 @@ def test_ring_positions_name_what_the_slots_hold(length: int) -> None:
         ring.write(ring.slots(positions_1S), positions_1S.unsqueeze(-1).float())
     held_R = ring.positions(torch.tensor([length]))[0].clamp(min=-1)
     assert torch.equal(held_R.float(), ring.values_BRC[0, :, 0])
+
+
+def test_transformers_forward_of_a_prefix_does_not_depend_on_what_follows(
+    model: DeepseekV4ForCausalLM, tokens_BS: Tensor, reference: tuple[Tensor, Tensor]
+) -> None:
+    """Fails without `make_indexers_causal`, which `random_backbone` calls."""
+    for length in (29, 41, 53, 65):
+        streams_BSND, _ = transformers_forward(model, tokens_BS[:, :length])
+        assert_equal_to_rounding(streams_BSND, reference[0][:, :length])
 
 
 def test_the_choice_among_entries_scored_zero_does_not_depend_on_later_entries() -> None:

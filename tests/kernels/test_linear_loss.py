@@ -83,7 +83,7 @@ def test_chunked_gradient_equals_finite_differences_in_float64(divergence: Diver
 
 @pytest.mark.parametrize("divergence", [d for d in Divergence if d is not Divergence.hybrid])
 def test_reference_gradient_equals_finite_differences_in_float64(divergence: Divergence) -> None:
-    student_KTV, teacher_TV = random_inputs(2, 3, 17, torch.float64)[0], random_inputs(2, 3, 17, torch.float64)[1]
+    student_KTV, teacher_TV, *_ = random_inputs(2, 3, 17, torch.float64)  # hidden states of 8 serve as logits of 8
     target_KT = torch.arange(6).view(2, 3)
     assert torch.autograd.gradcheck(
         lambda z: token_loss_reference(z, teacher_TV, target_KT, divergence, 2.5), student_KTV
@@ -117,7 +117,7 @@ def tiny_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (Divergence.ce, 0.510826),  # -log .6
         (Divergence.kl, 0.250201),  # .5 log 2.5 + .3 log .5
         (Divergence.reverse_kl, 0.232630),  # .2 log .4 + .6 log 2
-        (Divergence.jsd, 0.058642),  # m = (.35, .45, .2)
+        (Divergence.jsd, 0.058692),  # m = (.35, .45, .2)
         (Divergence.tv, 0.3),
         (Divergence.neg_log_alpha, 0.356675),  # -log .7
         (Divergence.hybrid, 0.293902),  # lambda = exp(-2.1) = .122456
@@ -148,8 +148,10 @@ def test_logits_fifty_times_larger_stay_finite(divergence: Divergence) -> None:
     actual, expected = (f(*inputs, divergence=divergence) for f in (linear_loss, linear_loss_reference))
     grad_KTD = grad_of(actual, student_KTD)
     assert all(x.isfinite().all() for x in (actual.loss_KT, actual.alpha_KT, actual.entropy_T, grad_KTD))
-    # Logits near 1000 carry 6e-5 each; losses near 1000 carry the same, and exp turns it into a relative error.
+    # Logits near 1000 carry an error of 6e-5 each, and exp turns it into a relative one.
     torch.testing.assert_close(actual.loss_KT, expected.loss_KT, rtol=1e-3, atol=1e-3)
+    # Entries of the scaled head reach 150, so a gradient is a sum of terms that large.
+    torch.testing.assert_close(grad_KTD, grad_of(expected, student_KTD), rtol=1e-3, atol=150 * 1e-3)
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))
@@ -160,6 +162,7 @@ def test_masked_rows_leak_nothing(divergence: Divergence) -> None:
     dirty_KTD = student_KTD.detach().masked_fill(~mask_KT[..., None], torch.nan).requires_grad_()
     dirty = dirty_KTD, teacher_TD.masked_fill(dead_T[:, None], torch.nan), weight_VD, target_T.masked_fill(dead_T, -100)
     clean = linear_loss(student_KTD, teacher_TD, weight_VD, target_T, divergence=divergence)
+    clean_grad_KTD = grad_of(clean, student_KTD)
     for op in (linear_loss, linear_loss_reference):
         outputs = op(*dirty, divergence=divergence, mask_KT=mask_KT)
         grad_KTD = grad_of(outputs, dirty_KTD)
@@ -169,7 +172,7 @@ def test_masked_rows_leak_nothing(divergence: Divergence) -> None:
         assert (outputs.entropy_T[dead_T] == 0).all()
         assert (grad_KTD[~mask_KT] == 0).all()
         torch.testing.assert_close(outputs.loss_KT[mask_KT], clean.loss_KT[mask_KT], **TOLERANCE)
-        torch.testing.assert_close(grad_KTD[mask_KT], grad_of(clean, student_KTD)[mask_KT], **TOLERANCE)
+        torch.testing.assert_close(grad_KTD[mask_KT], clean_grad_KTD[mask_KT], **TOLERANCE)
 
 
 @pytest.mark.parametrize("op", [linear_loss, linear_loss_reference])
@@ -255,10 +258,10 @@ def test_bf16_inputs_are_computed_in_fp32(divergence: Divergence, temperature: f
         exact_KTD, teacher_TD.float(), weight_VD.float(), target_T, divergence=divergence, temperature=temperature
     )
     assert_matches(actual, exact, **TOLERANCE)
-    # The gradient is rounded to bf16 three times: unit gradient, upstream and product, 2^-9 each.
+    # The gradient is rounded to bf16 twice, as unit gradient and as product, by 2^-8 at most each.
     actual_grad, exact_grad = grad_of(actual, student_KTD), grad_of(exact, exact_KTD)
     assert actual_grad.dtype == torch.bfloat16
-    torch.testing.assert_close(actual_grad.float(), exact_grad, rtol=3 * 2**-9, atol=2e-5)
+    torch.testing.assert_close(actual_grad.float(), exact_grad, rtol=2 * 2**-8 + 1e-4, atol=2e-5)
 
 
 def test_autocast_does_not_lower_the_precision_of_logits() -> None:

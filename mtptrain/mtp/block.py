@@ -1,0 +1,101 @@
+"""One MTP module of DeepSeek-V4, built from transformers' own layer classes."""
+
+# B rows, S slots, N residual streams, D model width, H heads, C head width
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4DecoderLayer,
+    DeepseekV4HyperHead,
+    DeepseekV4RMSNorm,
+    DeepseekV4RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from mtptrain.kernels.hyper_connection import expand_and_mix
+
+Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
+
+
+def block_config(config: DeepseekV4Config) -> DeepseekV4Config:
+    """The config of the module's one decoder layer: sliding attention without compressor, routed experts."""
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    single.layer_types = ["sliding_attention"]
+    single.mlp_layer_types = ["moe"]
+    return single
+
+
+class MtpBlock(nn.Module):
+    """Combines a residual state with the next token's embedding and runs one decoder layer on it.
+
+    x = e_proj(enorm(embedding)) over all streams + h_proj(hnorm(state)) per stream; then a V4 decoder layer; the state
+    handed on is the layer's output, and the draft logits are lm_head(norm(hc_head(state))) with the backbone's own
+    embedding and lm_head.
+
+    Source: DeepSeek-V4's official inference code; the multi-token prediction of arXiv 2412.19437, section 2.2, with
+    hyper-connections.
+    """
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        single = block_config(config)
+        self.window = config.sliding_window
+        self.enorm = DeepseekV4RMSNorm(width, eps=eps)
+        self.hnorm = DeepseekV4RMSNorm(width, eps=eps)
+        self.e_proj = nn.Linear(width, width, bias=False)
+        self.h_proj = nn.Linear(width, width, bias=False)
+        self.layer = DeepseekV4DecoderLayer(single, 0)
+        self.hc_head = DeepseekV4HyperHead(single)
+        self.norm = DeepseekV4RMSNorm(width, eps=eps)
+        self.rotary_emb = DeepseekV4RotaryEmbedding(single)
+
+    def combine(self, embedding_BSD: Tensor, state_BSND: Tensor) -> Tensor:
+        """The decoder layer's input [B, S, N, D]."""
+        token_BSD = self.e_proj(self.enorm(embedding_BSD))
+        return token_BSD.unsqueeze(2) + self.h_proj(self.hnorm(state_BSND))
+
+    def project(self, normed_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Queries [B, H, S, C] and keys [B, S, C] with RoPE at the given positions, and the rotation used."""
+        attention = self.layer.self_attn
+        rotation = self.rotary_emb(normed_BSD, position_ids=position_BS, layer_type="main")
+        low_rank = attention.q_a_norm(attention.q_a_proj(normed_BSD))
+        query = attention.q_b_proj(low_rank).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        query = apply_rotary_pos_emb(attention.q_b_norm(query), *rotation)
+        key = apply_rotary_pos_emb(attention.kv_norm(attention.kv_proj(normed_BSD)).unsqueeze(1), *rotation)
+        return query, key.squeeze(1), rotation
+
+    def attention(self, normed_BSD: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
+        """The layer's attention with the caller's choice of keys, [B, S, D]."""
+        module = self.layer.self_attn
+        query, key, (cos, sin) = self.project(normed_BSD, position_BS)
+        # Keys serve as values, so the output is rotated back by the query's position.
+        out_BSHC = apply_rotary_pos_emb(attend(query, key), cos, -sin).transpose(1, 2)
+        grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
+        return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
+
+    def forward(self, embedding_BSD: Tensor, state_BSND: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
+        """One draft step: the state handed to the next step, [B, S, N, D].
+
+        Args:
+            embedding_BSD: backbone embedding of the token at slot i + k, for step k at anchor i.
+            state_BSND: state of the step before; the backbone's streams at step 1.
+            position_BS: RoPE positions, i + k - 1.
+            attend: attention of this step's queries and keys; it decides which keys are seen.
+        """
+        layer = self.layer
+        x = self.combine(embedding_BSD, state_BSND)
+        post, comb, collapsed = layer.attn_hc(x)
+        x = expand_and_mix(post, comb, self.attention(layer.input_layernorm(collapsed), position_BS, attend), x)
+        post, comb, collapsed = layer.ffn_hc(x)
+        return expand_and_mix(post, comb, layer.mlp(layer.post_attention_layernorm(collapsed)), x)
+
+    def hidden(self, state_BSND: Tensor) -> Tensor:
+        """What the lm_head turns into draft logits, [B, S, D]."""
+        return self.norm(self.hc_head(state_BSND))
