@@ -1,7 +1,7 @@
 """Checkpoints: folders that are whole or absent, with a checksum for every file.
 
-A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and random-number
-state) and `checkpoint.json` (step, what it belongs to, SHA-256 of the two files).
+A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
+random-number state) and `checkpoint.json` (step, what it belongs to, SHA-256 of the two files).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     root: Path,
     step: int,
-    module: nn.Module,
+    tensors: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     owner: dict[str, Any],
     counters: dict[str, Any],
@@ -66,7 +66,7 @@ def save_checkpoint(
     """Write the checkpoint of a step; it appears under its name only when it is whole."""
     folder = root / checkpoint_name(step)
     with atomic_folder(folder) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in module.state_dict().items()}, temporary / TENSORS)
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         training = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
@@ -85,15 +85,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        checksums = manifest["sha256"]
+        checksums, version = dict(manifest["sha256"]), manifest["format"]
         step, owner, counters = manifest["step"], manifest["owner"], manifest["counters"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"checkpoint={folder}: holds no {MANIFEST}; give a step_* folder or the run's folder") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: not UTF-8, not JSON
         raise UserError(f"checkpoint={folder}: {MANIFEST} is damaged ({error}); use an older checkpoint") from None
-    for name, checksum in checksums.items():
+    if version != FORMAT:
+        raise UserError(
+            f"checkpoint={folder}: has format {version} and this version of mtptrain reads {FORMAT}; use the version "
+            "that wrote it"
+        )
+    for name in (TENSORS, TRAINING):
         path = folder / name
-        if not path.is_file() or sha256_file(path) != checksum:
+        if not path.is_file() or sha256_file(path) != checksums.get(name):
             raise UserError(
                 f"checkpoint={folder}: {name} is missing, truncated or altered (its SHA-256 differs); "
                 "use an older checkpoint of the run"

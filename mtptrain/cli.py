@@ -78,10 +78,11 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
     module.run(config, open_run_folder(config, settings, job_number))
 
 
-def run_job(composed: DictConfig, errors: io.StringIO | None) -> None:
+def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     """One composed configuration: check and run it."""
-    if errors is not None:
-        sys.stderr = sys.__stderr__
+    sys.stderr = sys.__stderr__
+    errors.seek(0)
+    errors.truncate()
     hydra_config = HydraConfig.get()
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:

@@ -1,8 +1,10 @@
-"""AdamW, its learning-rate schedule, and the balancing of routed experts."""
+"""AdamW on fp32 masters, its learning-rate schedule, and the balancing of routed experts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,60 @@ from torch import Tensor, nn
 from mtptrain.config import TrainConfig
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over a module's trainable parameters; only tensors of two dimensions or more are decayed."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+class MasterWeights:
+    """The fp32 tensors that the optimiser updates; a parameter that is fp32 already is its own master.
+
+    Args:
+        module: its trainable parameters get masters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                is_own = parameter.dtype == torch.float32
+                self.masters[name] = parameter if is_own else parameter.detach().float().requires_grad_()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The masters, in the order of the module's parameters."""
+        return list(self.masters.values())
+
+    def pull_gradients(self) -> None:
+        """Move the gradients of lower-precision parameters to their masters."""
+        for name, parameter in self._copies():
+            if parameter.grad is not None:
+                self.masters[name].grad = parameter.grad.float()
+                parameter.grad = None
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Round the masters into the module."""
+        for name, parameter in self._copies():
+            parameter.copy_(self.masters[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's state with masters in place of rounded parameters."""
+        return {name: self.masters.get(name, value).detach() for name, value in self.module.state_dict().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take the masters' values from stored tensors and round them into the module."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[name])
+        self.push()
+
+    def _copies(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, p)
+            for name, p in self.module.named_parameters()
+            if name in self.masters and self.masters[name] is not p
+        ]
+
+
+def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; only tensors of two dimensions or more are decayed."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -42,12 +95,13 @@ class RouterBalancer:
     def __init__(self, module: nn.Module, rate: float) -> None:
         self.rate = rate
         self.routers = [m for m in module.modules() if hasattr(m, "e_score_correction_bias")] if rate > 0 else []
-        self.loads: list[Tensor] = [torch.zeros_like(router.e_score_correction_bias) for router in self.routers]
+        self.biases: list[Tensor] = [router.get_buffer("e_score_correction_bias") for router in self.routers]
+        self.loads = [torch.zeros_like(bias_E) for bias_E in self.biases]
         for number, router in enumerate(self.routers):
             router.register_forward_hook(self._counter(number))
 
-    def _counter(self, number: int):  # noqa: ANN202 - the hook's type is torch's own
-        def count(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _counter(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor, Tensor]], None]:
+        def count(_module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             if torch.is_grad_enabled():
                 load = self.loads[number]
                 load += torch.bincount(output[2].flatten(), minlength=load.numel()).to(load.dtype)
@@ -57,6 +111,6 @@ class RouterBalancer:
     @torch.no_grad()
     def step(self) -> None:
         """Correct every bias once by the loads since the last call."""
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.e_score_correction_bias.add_(self.rate * torch.sign(load.mean() - load))
-            load.zero_()
+        for bias_E, load_E in zip(self.biases, self.loads, strict=True):
+            bias_E.add_(self.rate * torch.sign(load_E.mean() - load_E))
+            load_E.zero_()

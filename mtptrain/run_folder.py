@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -69,6 +70,9 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
     if not os.access(path, os.W_OK):
         raise UserError(f"output_dir={path}: cannot be written; choose another folder or change its rights")
     provenance = describe_run(config.seed)
+    earlier = path / "provenance.json"
+    if earlier.exists():
+        provenance["continues"] = json.loads(earlier.read_text(encoding="utf-8"))
     write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_json(path / "provenance.json", provenance)
     return RunFolder(path, config, settings, provenance)

@@ -42,6 +42,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; give it the name `path` (replacing an older one) when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    older = temporary.with_suffix(".old.tmp")
     temporary.mkdir()
     try:
         yield temporary
@@ -50,10 +51,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with child.open("rb") as file:
                     os.fsync(file.fileno())
         sync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
+        if path.exists():  # moved aside whole: a kill while it is deleted must not leave half of it under its name
+            path.rename(older)
         temporary.replace(path)
         sync_folder(path.parent)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

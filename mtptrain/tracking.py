@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from mtptrain.config import Tracker, TrackingConfig
+from mtptrain.storage import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,7 +25,7 @@ def _keep_until(path: Path, step: int) -> None:
             continue  # the line that was being written when the run was killed
         if row.get("step", 0) <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _start_wandb(config: TrackingConfig, output_dir: Path, settings: dict[str, Any]) -> Any:
@@ -71,9 +73,10 @@ class MetricsLog:
             self.wandb = _start_wandb(config, output_dir, settings)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step."""
+        """Record the metrics of a step; a figure that is not finite is `null`, for JSON knows no other word for it."""
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
         if self.wandb is not None:
             try:

@@ -19,7 +19,7 @@ from mtptrain.config import TrainConfig
 from mtptrain.data.packing import Batch
 from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
-from mtptrain.optim import RouterBalancer, learning_rate, make_optimizer
+from mtptrain.optim import MasterWeights, RouterBalancer, learning_rate, make_optimizer
 from mtptrain.progress import Progress
 from mtptrain.tracking import MetricsLog
 
@@ -94,9 +94,9 @@ class Trainer:
     ) -> None:
         self.module, self.objective, self.batches, self.config = module, objective, batches, config
         self.checkpoints, self.owner, self.label = checkpoints, owner, label
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
-        self.optimizer = make_optimizer(module, config)
+        self.masters = MasterWeights(module)
+        self.device = self.masters.parameters[0].device
+        self.optimizer = make_optimizer(self.masters.parameters, config)
         self.balancer = RouterBalancer(module, config.router_bias_rate)
         self.step = 0
         self.counters = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
@@ -114,6 +114,7 @@ class Trainer:
                     f"{key}={value}; choose another output_dir"
                 )
         load_module(self.module, checkpoint)
+        self.masters.load(checkpoint.tensors())
         training = checkpoint.training()
         self.optimizer.load_state_dict(training["optimizer"])
         torch.set_rng_state(training["torch_rng"])
@@ -125,7 +126,7 @@ class Trainer:
     def save(self) -> Path:
         """Write this step's checkpoint and prune older ones."""
         folder = save_checkpoint(
-            self.checkpoints, self.step, self.module, self.optimizer, self.owner, dict(self.counters)
+            self.checkpoints, self.step, self.masters.tensors(), self.optimizer, self.owner, dict(self.counters)
         )
         prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
         return folder
@@ -147,12 +148,14 @@ class Trainer:
             outcome = self.objective(batch, counts_K)
             outcome.loss.backward()
             outcomes.append(outcome)
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+        self.masters.pull_gradients()
+        norm = nn.utils.clip_grad_norm_(self.masters.parameters, config.clip_norm)
         finite = math.isfinite(norm.item()) and all(math.isfinite(outcome.loss.item()) for outcome in outcomes)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, config)
             self.optimizer.step()
+            self.masters.push()
             self.counters["bad_steps_in_a_row"] = 0
         else:
             self._count_bad_step()

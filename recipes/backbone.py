@@ -5,114 +5,135 @@ python -m mtptrain +recipe=backbone output_dir=outputs/tiny
 
 from __future__ import annotations
 
-import math
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import DeepseekV4ForCausalLM
+from safetensors.torch import save_file
 
 from mtptrain.backbone.build import build_model
-from mtptrain.backbone.streams import backbone_streams
+from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import newest_checkpoint
-from mtptrain.config import RunConfig
+from mtptrain.config import MtpConfig, RunConfig, Task
 from mtptrain.data.batches import PackedBatches
-from mtptrain.data.packing import Batch, fill_rows, pack_corpus
 from mtptrain.data.splits import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
+from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device
-from mtptrain.losses.outcome import Outcome
+from mtptrain.evaluation.heads import teacher_forced
+from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
+from mtptrain.recipes.distill import train_head
+from mtptrain.recipes.evaluate import heldout_corpus, open_backbone
 from mtptrain.run_folder import RunFolder
-from mtptrain.storage import atomic_folder
+from mtptrain.storage import atomic_file, atomic_folder, write_text
 from mtptrain.trainer import Trainer
 
 MARKS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
+HEAD_FILE = "mtp.safetensors"
 
 
-class NextTokenObjective:
-    """Cross-entropy of the backbone's next token; the only metric is the loss, in nats."""
-
-    def __init__(self, model: DeepseekV4ForCausalLM) -> None:
-        self.model = model
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Targets in the batch, float64 [1]."""
-        return batch.target_mask(0).sum().double().unsqueeze(0)
-
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
-        """Mean cross-entropy over the targets of the step."""
-        nats = next_token_nats(self.model, batch)
-        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
-
-
-def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every target token of a batch, float32 [targets]."""
-    mask_BS = batch.target_mask(0)
-    _, hidden_BSD = backbone_streams(model, batch)
-    targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
-    return F.cross_entropy(model.lm_head(hidden_BSD[mask_BS]).float(), targets, reduction="none")
-
-
-@torch.no_grad()
-def bits_per_byte(model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int) -> tuple[float, float]:
-    """Held-out loss in nats a token and in bits a byte of text; the model sees at most `row_length` tokens."""
-    device = next(model.parameters()).device
-    rows = pack_corpus(corpus, row_length)
-    nats, count = 0.0, 0
-    for start in range(0, len(rows), 16):
-        losses = next_token_nats(model, fill_rows(corpus.tokens, rows[start : start + 16], row_length).to(device))
-        nats, count = nats + losses.double().sum().item(), count + losses.numel()
-    return nats / count, nats / math.log(2) / corpus.num_bytes
-
-
-def train_backbone(config: RunConfig, run: RunFolder) -> Path:
+def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     """Train the backbone and return the folder it was written to."""
-    device = choose_device(config.device)
-    folder = run.path / "backbone"
-    documents = training_documents(config.data)
-    heldout = heldout_documents(config.data)
-    tokenizer_folder = run.path / "tokenizer"
+    folder, vocab_size = run_folder.path / "backbone", config.backbone.shape.vocab_size
+    documents, heldout = training_documents(config.data), heldout_documents(config.data)
+    tokenizer_folder = run_folder.path / "tokenizer"
     if not tokenizer_folder.is_dir():
         with atomic_folder(tokenizer_folder) as temporary:
-            save_tokenizer(
-                train_tokenizer((document.text for document in documents), config.backbone.shape.vocab_size), temporary
-            )
-    tokenizer = load_tokenizer(tokenizer_folder, config.backbone.shape.vocab_size)
-    cache = cache_folder(config.data.cache_dir)
-    corpus = tokenize_corpus(documents, tokenizer, MARKS, cache)
-    heldout_corpus = tokenize_corpus(heldout, tokenizer, MARKS, cache)
-    length = config.data.sequence_length
-    run.say(
+            save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
+    tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
+    corpus = tokenize_corpus(documents, tokenizer, MARKS, cache_folder(config.data.cache_dir))
+    run_folder.say(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M tokens; "
-        f"{len(heldout)} held out, {heldout_corpus.num_bytes / 1e6:.2f} MB"
+        f"{len(heldout)} documents held out"
     )
-    model = build_model(config.backbone.shape, config.seed).to(device)
-    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}")
-    batches = PackedBatches(corpus, length, config.train.batch_size, config.seed)
+    model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
+    run_folder.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    batches = PackedBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
+    checkpoints = run_folder.path / "checkpoints"
     owner = {"task": "backbone", "seed": config.seed}
-    trainer = Trainer(
-        model, NextTokenObjective(model), batches, config.train, run.path / "checkpoints", owner, "backbone"
-    )
-    checkpoint = newest_checkpoint(run.path / "checkpoints", run.say) if config.resume == "auto" else None
+    trainer = Trainer(model, NextTokenObjective(model), batches, config.train, checkpoints, owner, "backbone")
+    checkpoint = newest_checkpoint(checkpoints, run_folder.say) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        run.say(f"continuing from step {trainer.step}")
-    log = run.open_log(trainer.step)
+        run_folder.say(f"continuing from step {trainer.step}")
+    log = run_folder.open_log(trainer.step)
     trainer.run(log)
-    nats, bits = bits_per_byte(model, heldout_corpus, length)
-    log.write(trainer.step, {"heldout/nats_per_token": nats, "heldout/bits_per_byte": bits})
     log.close()
-    run.say(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
     return folder
 
 
-def run(config: RunConfig, run: RunFolder) -> None:
+def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> None:
+    """Train the head that ships with the backbone, as DeepSeek trains its own, and put it beside the weights."""
+    head_config = replace(
+        config,
+        task=Task.pretrain,
+        train=config.stock_head,
+        mtp=MtpConfig(init="fresh"),
+        backbone=replace(config.backbone, path=str(folder)),
+    )
+    backbone = open_backbone(head_config)
+    head_folder = replace(run_folder, path=run_folder.path / "stock_head", config=head_config)
+    head_folder.path.mkdir(exist_ok=True)
+    stack = train_head(head_config, head_folder, backbone)
+    with atomic_file(folder / HEAD_FILE) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
+    corpus, length = heldout_corpus(head_config, backbone), config.data.sequence_length
+    nats, bits = bits_per_byte(backbone.model, corpus, length)
+    run_folder.say(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
+    figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
+    write_text(folder / "MODEL_CARD.md", model_card(run_folder, backbone, (nats, bits), figures))
+
+
+def _tokens_trained(run_folder: Path) -> int:
+    """Tokens of the last row of a metrics file."""
+    rows = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(json.loads(rows[-1])["tokens"])
+
+
+def model_card(
+    run_folder: RunFolder, backbone: Backbone, loss: tuple[float, float], figures: dict[str, list[Any]]
+) -> str:
+    """The model card of a backbone and its stock head, from what was measured."""
+    config, provenance = run_folder.config, run_folder.provenance
+    first = provenance
+    while "continues" in first:
+        first = first["continues"]
+    data = config.data
+    text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
+    if data.packages:
+        text += f", and as many bytes of sources of {', '.join(data.packages)}"
+    acceptance = " / ".join(f"{value:.3f}" for value in figures["alpha"])
+    agreement = " / ".join(f"{value:.3f}" for value in figures["top1"])
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return f"""# DeepSeek-V4 `{config.backbone.name}`
+
+A `DeepseekV4ForCausalLM` of {sum(p.numel() for p in backbone.model.parameters()) / 1e6:.2f} M parameters with all three
+attention kinds, hash-routed and top-k experts and {config.backbone.shape.hc_mult} residual streams, and a stock MTP head
+of depth 1 (`{HEAD_FILE}`) trained with cross-entropy on data tokens. For experiments with MTP heads; it writes no useful
+text.
+
+| | |
+|---|---|
+| held-out loss | {loss[1]:.4f} bits a byte, {loss[0]:.4f} nats a token ({data.sequence_length}-token windows) |
+| stock head, held-out, steps 1-4 | sum min(p, q) {acceptance}; same top token {agreement} |
+| training text | {text}; one document in {data.heldout_every} held out by hash of its name |
+| tokens seen | backbone {_tokens_trained(run_folder.path):,}, head {_tokens_trained(run_folder.path / "stock_head"):,} |
+| seed | {config.seed} |
+| command | `{" ".join(first["command"])}` |
+| hardware | {first["hardware"]["processor"]}, {first["hardware"]["torch_threads"]} thread(s), \
+{", ".join(first["hardware"]["gpus"]) or "no GPU"} |
+| commit | backbone {first["git_commit"]}, head {provenance["git_commit"]} |
+| versions | {versions} |
+"""
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Train a backbone and its stock head."""
     bound_threads(config.threads, config.backbone.shape.hidden_size)
-    folder = train_backbone(config, run)
-    run.say(f"backbone written to {folder}")
+    folder = train_backbone(config, run_folder)
+    train_stock_head(config, run_folder, folder)
+    run_folder.say(f"backbone and stock head written to {folder}; use them with backbone.path={folder}")

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import make_indexers_causal
+from mtptrain.data.packing import Batch
+from mtptrain.mtp.stack import MtpStack
 
 LAYER_TYPES = [
     "sliding_attention",
@@ -79,3 +81,29 @@ def _fill_routing(gate: nn.Module, config: DeepseekV4Config) -> None:
         gate.tid2eid.copy_(scores_VE.topk(config.num_experts_per_tok).indices)
     else:
         gate.e_score_correction_bias.normal_(std=0.1)
+
+
+def random_stack(model: DeepseekV4ForCausalLM, depth: int = 1, seed: int = 1) -> MtpStack:
+    """MTP modules for `model` with weights as large as the backbone's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stack = MtpStack(model.config, depth)
+        for name, parameter in stack.named_parameters():
+            _randomise(name, parameter)
+        for block in stack.mtp:
+            _fill_routing(block.layer.mlp.gate, model.config)
+    return stack
+
+
+def random_batch(vocab_size: int, rows: list[list[int]], row_length: int, seed: int = 2) -> Batch:
+    """Packed rows of random tokens; `rows` lists the sizes of the pieces of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BS = torch.randint(vocab_size, (len(rows), row_length), generator=generator)
+    segment_BS, position_BS = torch.zeros_like(tokens_BS), torch.zeros_like(tokens_BS)
+    for row, sizes in enumerate(rows):
+        start = 0
+        for number, size in enumerate(sizes, start=1):
+            segment_BS[row, start : start + size] = number
+            position_BS[row, start : start + size] = torch.arange(size)
+            start += size
+    return Batch(tokens_BS.masked_fill(segment_BS == 0, 0), segment_BS, position_BS)

@@ -5,7 +5,7 @@ step, at anchor i, sees the base-step keys of slots i + L - W < j <= i of its ow
 W keys in all, the sliding window of the decoder layer.
 """
 
-# B rows, S slots, H heads, C head width, L chain keys of an anchor, W window
+# B rows, S anchors, X base-step keys, H heads, C head width, L chain keys of an anchor, W window
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def context_mask(segment_BS: Tensor, window: int, num_chain: int) -> Tensor:
 
 def rollout_attention_reference(
     query_BHSC: Tensor,
-    context_BSC: Tensor,
+    context_BXC: Tensor,
     chain_BSLC: Tensor | None,
     sinks_H: Tensor,
-    mask_BSS: Tensor,
+    mask_BSX: Tensor,
     scale: float,
 ) -> Tensor:
     """Attention of one rollout step at every anchor.
 
     Args:
         query_BHSC: queries, RoPE applied.
-        context_BSC: base-step keys (= values) of every slot, RoPE applied.
+        context_BXC: base-step keys (= values), RoPE applied.
         chain_BSLC: keys of each anchor's own later steps, the query's own last; None at the base step.
         sinks_H: logit of each head's sink.
-        mask_BSS: bool, `context_mask` for this many chain keys.
+        mask_BSX: bool, which base-step keys an anchor sees; `context_mask` in training.
         scale: factor on the scores.
 
     Returns:
@@ -45,17 +45,16 @@ def rollout_attention_reference(
 
     Source: DeepSeek-V4 sliding attention; serving order of keys as in vLLM and SGLang, see docs/rollout.md.
     """
-    num_slots = query_BHSC.shape[2]
-    query = query_BHSC.float()
-    context = context_BSC.float()
+    num_keys = context_BXC.shape[1]
+    query, context = query_BHSC.float(), context_BXC.float()
     scores = torch.matmul(query, context.transpose(1, 2).unsqueeze(1)) * scale
-    scores = scores.masked_fill(~mask_BSS.unsqueeze(1), float("-inf"))
+    scores = scores.masked_fill(~mask_BSX.unsqueeze(1), float("-inf"))
     parts = [scores]
     if chain_BSLC is not None:
         parts.append(torch.einsum("bhsc,bslc->bhsl", query, chain_BSLC.float()) * scale)
     parts.append(sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1))
     weights = torch.cat(parts, dim=-1).softmax(-1)
-    out = torch.matmul(weights[..., :num_slots], context.unsqueeze(1))
+    out = torch.matmul(weights[..., :num_keys], context.unsqueeze(1))
     if chain_BSLC is not None:
-        out = out + torch.einsum("bhsl,bslc->bhsc", weights[..., num_slots:-1], chain_BSLC.float())
+        out = out + torch.einsum("bhsl,bslc->bhsc", weights[..., num_keys:-1], chain_BSLC.float())
     return out.to(query_BHSC.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.config import ShapeConfig
@@ -45,7 +46,7 @@ def model_config(shape: ShapeConfig) -> DeepseekV4Config:
     )
 
 
-def build_model(shape: ShapeConfig, seed: int) -> DeepseekV4ForCausalLM:
+def build_model(shape: ShapeConfig, seed: int, device: torch.device) -> DeepseekV4ForCausalLM:
     """A freshly initialised backbone, fp32.
 
     transformers leaves the hash layers' table at zero, which would send every token to expert 0; it is filled here
@@ -57,4 +58,5 @@ def build_model(shape: ShapeConfig, seed: int) -> DeepseekV4ForCausalLM:
         if layer.mlp.is_hash:
             table_VE = torch.rand(shape.vocab_size, shape.num_experts)
             layer.mlp.gate.tid2eid.copy_(table_VE.topk(shape.experts_per_token).indices)
+    nn.Module.to(model, device)
     return model

@@ -248,7 +248,7 @@ def _allocate_layer(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> LayerCache:
-    ring = SlidingRing.allocate(batch, config.sliding_window + max_step - 2, config.head_dim, dtype, device)
+    ring = SlidingRing.allocate(batch, config.sliding_window + max_step, config.head_dim, dtype, device)
     if kind == "sliding_attention":
         return LayerCache(ring)
     rate = (config.compress_rates or config.default_compress_rates)[kind]

@@ -24,6 +24,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 
 from mtptrain.backbone.cache import BackboneCache, CompressorState, LayerCache
 from mtptrain.backbone.step_plan import StepPlan, WindowPlan, plan_step
+from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Compressor = DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer  # all three pool windows alike
 
@@ -80,7 +81,7 @@ def break_zero_ties(scores_BSW: Tensor) -> Tensor:
 
 
 def make_indexers_causal(model: DeepseekV4ForCausalLM) -> None:
-    """Give transformers' own forward of `model` the rule of `break_zero_ties`: then it is causal and equals decoding."""
+    """Give transformers' own forward the rule of `break_zero_ties`: then it is causal and equals decoding."""
     for module in model.modules():
         if isinstance(module, DeepseekV4IndexerScorer):
             module.register_forward_hook(_break_zero_ties_hook)
@@ -95,17 +96,10 @@ def _decode_layer(
 ) -> Tensor:
     post_BSN, comb_BSNN, collapsed_BSD = layer.attn_hc(streams_BSND)
     output_BSD = _attend(layer.self_attn, cache, plan, layer.input_layernorm(collapsed_BSD))
-    streams_BSND = _mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+    streams_BSND = expand_and_mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
     post_BSN, comb_BSNN, collapsed_BSD = layer.ffn_hc(streams_BSND)
     output_BSD = layer.mlp(layer.post_attention_layernorm(collapsed_BSD), input_ids=tokens_BS)
-    return _mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
-
-
-def _mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
-    """A block's output spread over the streams, plus the streams mixed by comb transposed."""
-    dtype = streams_BSND.dtype
-    mixed_BSND = comb_BSNN.to(dtype).transpose(-1, -2) @ streams_BSND
-    return post_BSN.to(dtype).unsqueeze(-1) * output_BSD.unsqueeze(-2) + mixed_BSND
+    return expand_and_mix(post_BSN, comb_BSNN, output_BSD, streams_BSND)
 
 
 def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, inputs_BSD: Tensor) -> Tensor:

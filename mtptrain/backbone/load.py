@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4IndexerScorer
 from transformers.utils import logging as transformers_logging
 
-from mtptrain.backbone.decode import break_zero_ties
+from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.config import BackboneConfig
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
@@ -81,13 +81,6 @@ def fingerprint_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def make_indexer_causal(model: DeepseekV4ForCausalLM) -> None:
-    """Let the indexer break its ties by position, so that a full forward equals decoding; see `break_zero_ties`."""
-    for module in model.modules():
-        if isinstance(module, DeepseekV4IndexerScorer):
-            module.register_forward_hook(lambda _module, _args, scores: break_zero_ties(scores))
-
-
 def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Load a backbone and freeze it.
 
@@ -99,9 +92,10 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, report = DeepseekV4ForCausalLM.from_pretrained(
+        loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+        model, report = loaded
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:300]
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
@@ -115,6 +109,6 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
                 "config.json and the weights do not belong together"
             )
     model.to(device).eval().requires_grad_(False)
-    make_indexer_causal(model)
+    make_indexers_causal(model)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Backbone(model, tokenizer, folder, fingerprint_folder(folder))

@@ -66,7 +66,7 @@ def cut_document(start: int, length: int, row_length: int) -> list[Piece]:
 
 
 def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
-    """Rows of pieces: longest first, each into the first row with room (first-fit decreasing), deterministic.
+    """Rows of pieces, deterministic: longest first, each into a row with the least room that holds it (best fit).
 
     Pieces of one token have no target and are left out.
     """

@@ -69,7 +69,7 @@ def _line_runs(text: str) -> set[int]:
 
 
 def package_documents(packages: list[str], library: list[Document], heldout: list[Document]) -> list[Document]:
-    """Sources of installed packages as training documents: a fixed sample with at most the library's own bytes.
+    """Sources of installed packages as training documents: a fixed sample with at most the library's own characters.
 
     A file that repeats held-out text is left out.
 
@@ -83,7 +83,10 @@ def package_documents(packages: list[str], library: list[Document], heldout: lis
     forbidden = set().union(*(_line_runs(document.text) for document in heldout))
     candidates: list[Document] = []
     for package in packages:
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):  # the parent of a dotted name is not there; an empty name
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"data.packages: {package} is not an installed package; install it or take it off the list")
         root = Path(spec.submodule_search_locations[0])

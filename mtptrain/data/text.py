@@ -32,46 +32,52 @@ def _local_files(path: Path) -> list[Path]:
 
 def _check_json_lines(path: Path) -> None:
     """Raise a `UserError` that names the first line of a .jsonl file that is not a JSON object."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"data.path={path}: line {number} is not UTF-8 ({error.reason}); convert it") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"data.path={path}: line {number} is not JSON ({error.msg}); mend or drop it") from None
             if not isinstance(row, dict):
                 raise UserError(f"data.path={path}: line {number} is not a JSON object; write one object a line")
 
 
-def _load_rows(loader: str, config: DataConfig, **arguments: Any) -> Any:
+def _load_rows(loader: str, path: Path | str, config: DataConfig, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Rows of `datasets.load_dataset`, one at a time; `path` is what the user called them."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(loader, split="train", streaming=config.streaming, **arguments)
+        # Inside the try: a stream meets a damaged file or a lost network only when it is read.
+        yield from datasets.load_dataset(loader, split="train", streaming=config.streaming, **arguments)
     except Exception as error:  # datasets raises many types: not found, no network, bad schema
-        summary = " ".join(str(error).split())[:300]
-        raise UserError(f"data.path={config.path}: datasets cannot load it ({summary})") from error
+        summary = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"data.path={path}: datasets cannot load it ({summary}); check the file, or the name and the network"
+        ) from error
 
 
-def _file_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, Any]]:
-    """Name and text of every row of one file."""
+def _file_rows(path: Path, name: str, config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Name and text of every row of one file, which is called `name` in the names."""
     try:
         path.open("rb").close()
     except OSError as error:
         raise UserError(f"data.path={path}: cannot be read ({error.strerror}); check the path and its rights") from None
     if path.suffix == ".txt":
         try:
-            yield path.name, path.read_text(encoding="utf-8")
+            yield name, path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"data.path={path}: is not UTF-8 text ({error.reason}); convert it") from None
         return
     if path.suffix == ".jsonl":
         _check_json_lines(path)
-    rows = _load_rows(LOADERS[path.suffix], config, data_files=str(path))
+    rows = _load_rows(LOADERS[path.suffix], path, config, data_files=str(path))
     for number, row in enumerate(rows):
-        yield f"{path.name}:{number}", _text_of(row, f"{path}, row {number + 1}", config)
+        yield f"{name}:{number}", _text_of(row, f"{path}, row {number + 1}", config)
 
 
 def _text_of(row: dict[str, Any], where: str, config: DataConfig) -> str:
@@ -93,9 +99,12 @@ def iterate_text(config: DataConfig) -> Iterator[Document]:
     assert config.path is not None
     path = Path(config.path)
     if path.exists() or path.suffix in LOADERS:
-        named = (item for file in _local_files(path) for item in _file_rows(file, config))
+        # Named by the path below the folder: by bare names a/text.txt and b/text.txt would be held out together.
+        root = path if path.is_dir() else path.parent
+        files = ((file, file.relative_to(root).as_posix()) for file in _local_files(path))
+        named = (item for file, name in files for item in _file_rows(file, name, config))
     else:
-        rows = _load_rows(config.path, config)
+        rows = _load_rows(config.path, config.path, config)
         named = ((f"row:{number}", _text_of(row, f"row {number + 1}", config)) for number, row in enumerate(rows))
     for name, text in named:
         if text.strip():

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from mtptrain.data.documents import Document
 from mtptrain.storage import atomic_file
 
-BATCH_DOCUMENTS = 256
+BATCH_DOCUMENTS = 256  # documents the tokenizer is given at once, fewer where they are long
+BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,13 @@ def encode_documents(
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield np.asarray([*before, *encoding.ids, *after], dtype=np.int32)
 
+    num_characters = 0
     for document in documents:
         batch.append(document.text)
-        if len(batch) == BATCH_DOCUMENTS:
+        num_characters += len(document.text)
+        if len(batch) == BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS:
             yield from encode(batch)
-            batch = []
+            batch, num_characters = [], 0
     yield from encode(batch)
 
 

@@ -1,0 +1,111 @@
+"""`data.streaming=true`: training rows of text that is too long to hold, read as training needs them.
+
+Documents are cut into pieces; the pieces of a bounded buffer are packed, the rows of the buffer shuffled, and the
+buffer is filled anew. The rows depend on the data, the tokenizer and the seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mtptrain.config import DataConfig
+from mtptrain.data.documents import Split, split_of
+from mtptrain.data.packing import Batch, cut_document, fill_rows, pack_pieces
+from mtptrain.data.text import iterate_text
+from mtptrain.data.tokens import encode_documents
+from mtptrain.errors import UserError
+
+BUFFER_ROWS = 512  # rows' worth of tokens that are packed and shuffled together
+
+Row = list[np.ndarray]  # token ids of each piece of a row
+
+
+class StreamedBatches:
+    """Batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
+
+    Batches are meant to be asked for in order. A later number (a resumed run) is reached by reading on: exact, at the
+    cost of tokenising what is skipped once more. An earlier number starts over.
+
+    Args:
+        config: where the documents are and how long a row is.
+        tokenizer: the backbone's.
+        marks: tokens before and after every document.
+        batch_size: rows a batch.
+        seed: of the order inside a buffer.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, marks: tuple[list[int], list[int]], batch_size: int, seed: int
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.marks = marks
+        self.batch_size = batch_size
+        self.seed = seed
+        self._rows = self._all_rows()
+        self._next_index = 0
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`; the data starts over without a gap, and a batch may span the seam.
+
+        Raises:
+            UserError: the data cannot be read, or holds no training document of two tokens or more.
+        """
+        if index < self._next_index:
+            self._rows, self._next_index = self._all_rows(), 0
+        skipped = (index - self._next_index) * self.batch_size
+        rows = list(islice(self._rows, skipped, skipped + self.batch_size))
+        self._next_index = index + 1
+        sizes = [len(piece) for row in rows for piece in row]
+        spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
+        tokens = np.concatenate([piece for row in rows for piece in row])
+        return fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.config.sequence_length)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """Pieces of the training documents, once through the data."""
+        config = self.config
+        documents = (
+            document
+            for document in iterate_text(config)
+            if split_of(document.name, config.heldout_every) is Split.train
+        )
+        for tokens in encode_documents(documents, self.tokenizer, self.marks):
+            for start, size in cut_document(0, len(tokens), config.sequence_length):
+                if size > 1:  # one token has no target
+                    yield tokens[start : start + size]
+
+    def _buffers(self) -> Iterator[list[np.ndarray]]:
+        """The pieces in groups of `BUFFER_ROWS` rows' worth of tokens."""
+        pieces: list[np.ndarray] = []
+        num_tokens = 0
+        for piece in self._pieces():
+            pieces.append(piece)
+            num_tokens += len(piece)
+            if num_tokens >= BUFFER_ROWS * self.config.sequence_length:
+                yield pieces
+                pieces, num_tokens = [], 0
+        if pieces:
+            yield pieces
+
+    def _all_rows(self) -> Iterator[Row]:
+        """Rows without end, in the order they are trained on."""
+        for epoch in count():
+            is_empty = True
+            for number, pieces in enumerate(self._buffers()):
+                is_empty = False
+                tokens = np.concatenate(pieces)
+                sizes = [len(piece) for piece in pieces]
+                starts = np.cumsum([0, *sizes[:-1]]).tolist()
+                rows = pack_pieces(list(zip(starts, sizes, strict=True)), self.config.sequence_length)
+                for place in np.random.default_rng([self.seed, epoch, number]).permutation(len(rows)):
+                    yield [tokens[start : start + size] for start, size in rows[place]]
+            if is_empty:
+                raise UserError(
+                    f"data.path={self.config.path}: no training document with two tokens or more; one in "
+                    f"data.heldout_every={self.config.heldout_every} is held out by hash of its name, so give more "
+                    "documents or change that number"
+                )

@@ -1,0 +1,37 @@
+"""What a decoding run leaves behind: tokens and counts. Metrics are computed from these alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyPass:
+    """One verification of a draft.
+
+    Attributes:
+        drafted: drafted tokens that could still be emitted, at least 1.
+        accepted: how many of them were, counted from the first.
+        emitted: accepted tokens and, where there was room for it, the verifier's own.
+    """
+
+    drafted: int
+    accepted: int
+    emitted: int
+
+
+@dataclass(slots=True)
+class Decoded:
+    """The continuation of one prompt.
+
+    Attributes:
+        tokens: emitted token ids; the first comes from the prefill and belongs to no pass.
+        gaps: difference of the verifier's two largest logits at each token, to tell a numerical tie from an error.
+        passes: verify passes in order; empty for plain decoding.
+        seconds: wall time of the whole, the prefill included.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    passes: list[VerifyPass] = field(default_factory=list)
+    seconds: float = 0.0

@@ -1,0 +1,78 @@
+"""A head that is measured, and its teacher-forced figures on held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.config import LossConfig
+from mtptrain.data.packing import fill_rows, pack_corpus
+from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.stack import MtpStack
+
+ROWS_A_FORWARD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head under measurement.
+
+    Attributes:
+        name: `stock` or `trained`.
+        checkpoint: where it came from.
+        mode: `shared` or `stacked`.
+        stack: its modules, in eval mode.
+    """
+
+    name: str
+    checkpoint: str
+    mode: str
+    stack: MtpStack
+
+    def describe(self) -> dict[str, Any]:
+        """Its entry's first fields in evaluation.json."""
+        parameters = sum(p.numel() for p in self.stack.parameters())
+        return {
+            "name": self.name,
+            "checkpoint": self.checkpoint,
+            "mode": self.mode,
+            "depth": self.stack.depth,
+            "parameters": parameters,
+        }
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, corpus: TokenizedCorpus, row_length: int, max_rows: int, steps: int
+) -> dict[str, list[float]]:
+    """Acceptance sum_v min(p, q) and agreement of the top token on a corpus, by draft step.
+
+    Args:
+        model: the backbone.
+        stack: the modules.
+        corpus: held-out documents.
+        row_length: tokens a row.
+        max_rows: rows used, spread evenly over the corpus.
+        steps: draft steps K.
+    """
+    rows = pack_corpus(corpus, row_length)
+    stride = max(1, len(rows) // max_rows)
+    rows = rows[::stride][:max_rows]
+    objective = RolloutObjective(model, stack, LossConfig(), steps)
+    counts_K = torch.zeros(steps, dtype=torch.float64)
+    alpha_K, hit_K = counts_K.clone(), counts_K.clone()
+    for start in range(0, len(rows), ROWS_A_FORWARD):
+        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length)
+        result, _ = objective.per_token(batch.to(model.lm_head.weight.device))
+        counts_K += objective.counts(batch)
+        alpha_K += result.alpha_KT.double().sum(1).cpu()
+        hit_K += result.hit_KT.double().sum(1).cpu()
+    return {
+        "alpha": (alpha_K / counts_K).tolist(),
+        "top1": (hit_K / counts_K).tolist(),
+        "tokens": [int(count) for count in counts_K],
+    }

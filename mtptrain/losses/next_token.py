@@ -1,0 +1,54 @@
+"""The backbone's own objective: cross-entropy of the next token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.streams import backbone_streams
+from mtptrain.data.packing import Batch, fill_rows, pack_corpus
+from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.losses.outcome import Outcome
+
+ROWS_A_FORWARD = 16
+
+
+def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
+    """Negative log-likelihood of every target token of a batch, float32 [targets]."""
+    mask_BS = batch.target_mask(0)
+    _, hidden_BSD = backbone_streams(model, batch)
+    targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
+    return F.cross_entropy(model.lm_head(hidden_BSD[mask_BS]).float(), targets, reduction="none")
+
+
+@torch.no_grad()
+def bits_per_byte(model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int) -> tuple[float, float]:
+    """Loss on a corpus in nats a token and in bits a byte of text; the model sees at most `row_length` tokens."""
+    device = model.lm_head.weight.device
+    rows = pack_corpus(corpus, row_length)
+    nats, count = 0.0, 0
+    for start in range(0, len(rows), ROWS_A_FORWARD):
+        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length).to(device)
+        losses = next_token_nats(model, batch)
+        nats, count = nats + losses.double().sum().item(), count + losses.numel()
+    return nats / count, nats / math.log(2) / corpus.num_bytes
+
+
+class NextTokenObjective:
+    """Cross-entropy of the backbone's next token; the only metric is the loss, in nats."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM) -> None:
+        self.model = model
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Targets in the batch, float64 [1]."""
+        return batch.target_mask(0).sum().double().unsqueeze(0)
+
+    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+        """Mean cross-entropy over the targets of the step."""
+        nats = next_token_nats(self.model, batch)
+        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})

@@ -1,0 +1,109 @@
+"""`+recipe=distill` and `+recipe=pretrain`: train a head on a frozen backbone, then measure it.
+
+python -m mtptrain +recipe=distill mtp.steps=3 loss.divergence=kl
+python -m mtptrain +recipe=pretrain
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtptrain.backbone.load import Backbone
+from mtptrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
+from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.data.batches import PackedBatches
+from mtptrain.data.splits import training_documents
+from mtptrain.data.streaming import StreamedBatches
+from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.errors import UserError
+from mtptrain.evaluation.heads import Head
+from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.initial import initial_stack, stock_tensors
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.recipes.evaluate import evaluate_heads, open_backbone, stock_head
+from mtptrain.run_folder import RunFolder
+from mtptrain.trainer import BatchSource, Trainer
+
+
+def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
+    """Packed training batches in the backbone's tokens."""
+    data, size = config.data, config.train.batch_size
+    if data.streaming:
+        return StreamedBatches(data, backbone.tokenizer, backbone.marks, size, config.seed)
+    documents = training_documents(data)
+    corpus = tokenize_corpus(documents, backbone.tokenizer, backbone.marks, cache_folder(data.cache_dir))
+    return PackedBatches(corpus, data.sequence_length, size, config.seed)
+
+
+def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> MtpStack:
+    """The modules before training, from `mtp.init`."""
+    start: Checkpoint | None = None
+    if config.init not in ("stock", "fresh"):
+        start = find_checkpoint(Path(config.init))
+        if start.owner.get("backbone") != backbone.fingerprint:
+            raise UserError(f"mtp.init={config.init}: was trained on another backbone; set backbone.path to that one")
+    return initial_stack(config, backbone, start.tensors() if start else None, seed)
+
+
+def check_window(config: RunConfig, backbone: Backbone) -> None:
+    """A draft must fit in the sliding window."""
+    window, longest = backbone.config.sliding_window, max(config.mtp.num_steps, config.decoding.draft_length)
+    if longest >= window:
+        raise UserError(
+            f"mtp.steps={config.mtp.num_steps}, decoding.draft_length={config.decoding.draft_length}: a draft must be "
+            f"shorter than the backbone's sliding window of {window} tokens"
+        )
+
+
+def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> Trainer:
+    """The trainer of a head, at the newest checkpoint when the run is resumed."""
+    owner = {
+        "task": config.task.value,
+        "backbone": backbone.fingerprint,
+        "mode": config.mtp.mode.value,
+        "depth": config.mtp.depth,
+    }
+    objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps)
+    batches = training_batches(config, backbone)
+    folder = run_folder.path / "checkpoints"
+    trainer = Trainer(stack, objective, batches, config.train, folder, owner, config.task.value)
+    checkpoint = newest_checkpoint(folder, run_folder.say) if config.resume == "auto" else None
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        run_folder.say(f"continuing from step {trainer.step}")
+    return trainer
+
+
+def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> MtpStack:
+    """Train the modules that `config.mtp` asks for; returns them in eval mode."""
+    check_window(config, backbone)
+    stack = start_stack(config.mtp, backbone, config.seed)
+    trainer = make_trainer(config, run_folder, backbone, stack)
+    log = run_folder.open_log(trainer.step)
+    try:
+        trainer.run(log)
+    finally:
+        log.close()
+    return stack.eval()
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
+    """Train a head, then measure it beside the stock head."""
+    backbone = open_backbone(config)
+    num_parameters = sum(p.numel() for p in backbone.model.parameters())
+    run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
+    stack = train_head(config, run_folder, backbone)
+    if not config.evaluate_at_end:
+        return
+    heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
+    if config.evaluation.include_stock and has_stock(backbone):
+        heads.insert(0, stock_head(backbone))
+    evaluate_heads(config, run_folder, backbone, heads)
+
+
+def has_stock(backbone: Backbone) -> bool:
+    """Whether the backbone came with a head."""
+    try:
+        return bool(stock_tensors(backbone.folder))
+    except UserError:
+        return False

@@ -1,0 +1,112 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from mtptrain.data.documents import Document
+from mtptrain.data.tokenizer import train_tokenizer
+from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, cache_folder, encode_documents, tokenize_corpus
+
+MARKS = ([0], [1])
+DOCUMENTS = [Document("a", "one two"), Document("b", ""), Document("c", "drei äöü 🙂 \n\t end")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["one two three four one two"], 280)
+
+
+def test_every_document_comes_back_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    assert corpus.num_documents == 3
+    for index, document in enumerate(DOCUMENTS):
+        tokens = corpus.document(index).tolist()
+        assert tokenizer.decode(tokens[1:-1]) == document.text
+
+
+@pytest.mark.parametrize("marks", [([], []), ([0], [1]), ([0, 7], [1, 1, 1])])
+def test_marks_stand_around_every_document(
+    marks: tuple[list[int], list[int]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    before, after = marks
+    corpus = tokenize_corpus(DOCUMENTS, tokenizer, marks, tmp_path)
+    for index, document in enumerate(DOCUMENTS):
+        plain = tokenizer.encode(document.text, add_special_tokens=False).ids
+        assert corpus.document(index).tolist() == [*before, *plain, *after]
+
+
+def test_bytes_are_counted_in_utf8_without_marks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    assert corpus.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
+
+
+def test_no_documents_make_an_empty_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = tokenize_corpus([], tokenizer, MARKS, tmp_path)
+    assert (corpus.num_documents, len(corpus.tokens), corpus.num_bytes) == (0, 0, 0)
+
+
+def test_a_second_call_reads_what_the_first_one_wrote(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    (path,) = tmp_path.iterdir()
+    written = path.stat()
+    second = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert np.array_equal(first.tokens, second.tokens)
+    assert np.array_equal(first.offsets, second.offsets)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["one two", "", "other"], ["one two"], ["one", " two", "", "drei äöü 🙂 \n\t end"]],
+    ids=["edited", "shorter", "cut elsewhere"],
+)
+def test_another_text_has_a_file_of_its_own(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    tokenize_corpus([Document("a", text) for text in texts], tokenizer, MARKS, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_marks_or_another_tokenizer_have_a_file_of_their_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    tokenize_corpus(DOCUMENTS, tokenizer, ([0], []), tmp_path)
+    tokenize_corpus(DOCUMENTS, train_tokenizer(["other words"], 262), MARKS, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_failure_while_encoding_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [Document("good", "fine"), Document("bad", "half a pair: \ud83d")]
+    with pytest.raises(TypeError):  # the tokenizers library knows no lone surrogate
+        tokenize_corpus(documents, tokenizer, MARKS, tmp_path / "cache")
+    assert not list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("num_documents", [1, BATCH_DOCUMENTS - 1, BATCH_DOCUMENTS, BATCH_DOCUMENTS + 1])
+def test_documents_are_encoded_in_order_at_any_number(num_documents: int, tokenizer: Tokenizer) -> None:
+    arrays = encode_documents((Document("", str(n)) for n in range(num_documents)), tokenizer, MARKS)
+    assert [tokenizer.decode(array.tolist()[1:-1]) for array in arrays] == [str(n) for n in range(num_documents)]
+
+
+def test_long_documents_are_not_gathered_before_they_are_encoded() -> None:
+    word = " internationalisation"
+    one_token_a_word = train_tokenizer([word * 9], 300)
+    read = []
+
+    def documents() -> Iterator[Document]:
+        for number in range(4):
+            read.append(number)
+            yield Document(str(number), word * (BATCH_CHARACTERS // 2 // len(word) + 1))
+
+    next(iter(encode_documents(documents(), one_token_a_word, MARKS)))
+    assert read == [0, 1]
+
+
+def test_the_cache_lies_where_it_is_set_or_else_in_the_users_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("here") == Path("here")
+    assert cache_folder(None) == tmp_path / "mtptrain"

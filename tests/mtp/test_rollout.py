@@ -1,0 +1,102 @@
+"""The rollout that trains the heads is the computation that serves them."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.streams import backbone_streams, run_backbone
+from mtptrain.data.packing import Batch
+from mtptrain.decoding.draft import Drafter
+from mtptrain.mtp.rollout import rollout
+from mtptrain.mtp.stack import MtpStack
+from tests.tiny import random_backbone, random_batch, random_stack
+
+# fp32 rounding through a layer whose activations are of order 10.
+TOLERANCE = 2e-4
+
+
+def single_row(tokens: list[int]) -> Batch:
+    row = torch.tensor([tokens])
+    return Batch(row, torch.ones_like(row), torch.arange(len(tokens)).unsqueeze(0))
+
+
+@pytest.mark.parametrize(("depth", "steps"), [(1, 1), (1, 4), (2, 2), (3, 3), (2, 5)])
+def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
+    """Every anchor's teacher-forced logits equal those of a draft whose tokens happen to be the text's own."""
+    model = random_backbone()
+    stack = random_stack(model, depth)
+    tokens = torch.randint(97, (29,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        streams, _ = run_backbone(model, torch.tensor([tokens]))
+        expected = rollout(stack, model.model.embed_tokens, streams, single_row(tokens), steps)
+        drafter, seen = RecordingDrafter(model, stack, tokens), 0
+        # Irregular advances, as accepted drafts of different length make them.
+        for anchor in (6, 7, 9, 12, 13, 17, 18, 19, 22):
+            drafter.hidden = []
+            drafter.draft(tokens[: anchor + 2], streams[:, seen : anchor + 1], steps)
+            seen = anchor + 1
+            for step in range(1, steps + 1):
+                torch.testing.assert_close(
+                    drafter.hidden[step - 1], expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE
+                )
+
+
+class RecordingDrafter(Drafter):
+    """Keeps the hidden state of each step, and drafts the text's own tokens instead of the likeliest."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int]) -> None:
+        super().__init__(model, stack)
+        self.text = text
+        self.hidden: list[Tensor] = []
+
+    def choose(self, hidden_D: Tensor, place: int) -> int:
+        self.hidden.append(hidden_D)
+        return self.text[place]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_packed_documents_do_not_touch_each_other(depth: int) -> None:
+    """Rollout states and their gradients of a document stay the same when its neighbour changes."""
+    model = random_backbone()
+    stack = random_stack(model, depth)
+    first = random_batch(97, [[13, 16]], 32, seed=3)
+    other = random_batch(97, [[13, 16]], 32, seed=4)
+    tokens = other.tokens_BS.clone()
+    tokens[:, :13] = first.tokens_BS[:, :13]
+    second = Batch(tokens, first.segment_BS, first.position_BS)
+
+    def gradients(batch: Batch) -> list[Tensor]:
+        stack.zero_grad()
+        streams = backbone_streams(model, batch)[0].requires_grad_()
+        states = rollout(stack, model.model.embed_tokens, streams, batch, 4)
+        loss = torch.zeros(())
+        for step, state in enumerate(states, start=1):
+            mask = batch.target_mask(step) & (batch.segment_BS == 1)
+            loss = loss + state[mask].sin().sum()
+        loss.backward()
+        assert not streams.grad[:, 13:].any(), "the neighbour's streams must get no gradient at all"
+        return [p.grad.clone() for p in stack.parameters() if p.grad is not None]
+
+    for ours, theirs in zip(gradients(first), gradients(second), strict=True):
+        # The experts' matrix products hold other rows beside ours, so sums may round differently: 64 ulps.
+        atol = 64 * torch.finfo(torch.float32).eps * ours.abs().max().item()
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def test_a_packed_document_equals_the_same_document_alone() -> None:
+    model = random_backbone()
+    stack = random_stack(model)
+    packed = random_batch(97, [[11, 18, 3]], 32)
+    alone = single_row(packed.tokens_BS[0, 11:29].tolist())
+    with torch.inference_mode():
+        packed_streams, _ = backbone_streams(model, packed)
+        alone_streams, _ = backbone_streams(model, alone)
+        torch.testing.assert_close(packed_streams[:, 11:29], alone_streams, atol=TOLERANCE, rtol=TOLERANCE)
+        together = rollout(stack, model.model.embed_tokens, packed_streams, packed, 3)
+        apart = rollout(stack, model.model.embed_tokens, alone_streams, alone, 3)
+        for step in range(1, 4):
+            valid = alone.target_mask(step)[0]
+            torch.testing.assert_close(
+                together[step - 1][0, 11:29][valid], apart[step - 1][0][valid], atol=TOLERANCE, rtol=TOLERANCE
+            )
