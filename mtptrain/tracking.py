@@ -34,7 +34,7 @@ def _start_wandb(config: TrackingConfig, output_dir: Path, settings: dict[str, A
         import wandb
 
         offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online")
-        mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+        mode: Any = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
         run = wandb.init(
             project=config.project,
             name=config.name,
@@ -91,6 +91,6 @@ class MetricsLog:
             self.file.close()
         if self.wandb is not None:
             try:
-                self.wandb.finish(quiet=True)
+                self.wandb.finish()
             except Exception as error:
                 print(f"W&B did not finish: {error}", file=sys.stderr)

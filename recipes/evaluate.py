@@ -95,6 +95,8 @@ def sample_pieces(tokenizer: Tokenizer, trace: Trace, passes: list[VerifyPass]) 
     done = ""
     for end, kind in enumerate(kinds, start=1):
         text = tokenizer.decode(trace.tokens[:end], skip_special_tokens=False)
+        if text.endswith("\ufffd"):
+            continue  # the bytes of a character are not complete yet
         pieces.append({"text": text[len(done) :], "kind": kind})
         done = text
     return pieces

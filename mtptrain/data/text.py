@@ -55,7 +55,7 @@ def _load_rows(loader: str, path: Path | str, config: DataConfig, **arguments: A
         # Inside the try: a stream meets a damaged file or a lost network only when it is read.
         yield from datasets.load_dataset(loader, split="train", streaming=config.streaming, **arguments)
     except Exception as error:  # datasets raises many types: not found, no network, bad schema
-        summary = " ".join(str(error).split())[:300] or type(error).__name__
+        summary = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or type(error).__name__
         raise UserError(
             f"data.path={path}: datasets cannot load it ({summary}); check the file, or the name and the network"
         ) from error

@@ -5,16 +5,23 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import decode_step, prefill
-from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import allocate_cache, top_two
 from mtptrain.decoding.records import Decoded, VerifyPass
-from mtptrain.mtp.stack import MtpStack
+
+
+class Drafts(Protocol):
+    """Anything that proposes tokens: an MTP stack (`Drafter`), or a control of known quality."""
+
+    def draft(self, tokens: list[int], streams_1AND: Tensor, length: int) -> list[int]:
+        """See `Drafter.draft`."""
+        ...
 
 
 def accepted_prefix(draft: list[int], verified: list[int]) -> int:
@@ -46,7 +53,7 @@ def settle_passes(accepted: list[int], draft_length: int, num_tokens: int) -> li
 @torch.inference_mode()
 def decode_speculative(
     model: DeepseekV4ForCausalLM,
-    stack: MtpStack,
+    drafter: Drafts,
     prompt_1P: Tensor,
     draft_length: int,
     max_new_tokens: int,
@@ -56,7 +63,7 @@ def decode_speculative(
 
     Args:
         model: the backbone, which verifies.
-        stack: the modules, which draft.
+        drafter: drafts; a new one for each text.
         prompt_1P: int64 [1, P].
         draft_length: tokens a draft, K >= 1.
         max_new_tokens: tokens to emit, at least 1.
@@ -69,7 +76,6 @@ def decode_speculative(
     token, gap = top_two(model.lm_head(hidden_1SD[:, -1]))
     record.tokens, record.gaps = token.tolist(), gap.tolist()
     known = prompt_1P[0].tolist() + record.tokens
-    drafter = Drafter(model, stack)
     accepted_counts: list[int] = []
     while len(record.tokens) < max_new_tokens and record.tokens[-1] != stop_id:
         draft = drafter.draft(known, streams_1AND, draft_length)

@@ -95,7 +95,7 @@ def _plots(evaluation: dict[str, Any]) -> str:
     return (
         _figure("Acceptance length (95 % intervals)", plots.acceptance_length(evaluation))
         + _figure("Gain over stock (95 % intervals)", plots.gain(evaluation))
-        + _figure("Speed-up on the clock (quartiles, dots = prompts)", plots.speedup(evaluation))
+        + _figure("Speed-up (bars: quartiles, dots: prompts)", plots.speedup(evaluation))
         + _figure("Conditional acceptance by position", plots.acceptance_by_position(evaluation))
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.records import Decoded
 from mtptrain.decoding.speculative import decode_speculative
@@ -44,7 +45,7 @@ def run_interleaved(
         prompt = torch.tensor([trace.prompt], device=device)
         first = decode_plain(model, prompt, *limits)[0]
         for (name, k), records in speculative.items():
-            records.append(decode_speculative(model, stacks[name], prompt, k, *limits))
+            records.append(decode_speculative(model, Drafter(model, stacks[name]), prompt, k, *limits))
         plain.append([first, decode_plain(model, prompt, *limits)[0]])
         report(number + 1, f"plain {len(first.tokens) / first.seconds:.0f} tokens/s")
     return plain, speculative

@@ -42,7 +42,7 @@ def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tens
         seed: of a fresh start.
     """
     if config.init == "fresh":
-        stack = fresh_stack(backbone.config, config.depth, seed)
+        stack = fresh_stack(backbone.model, config.depth, seed)
     else:
         source = f"mtp.init={config.init}"
         stack = stack_from_tensors(backbone.config, config.depth, tensors or stock_tensors(backbone.folder), source)

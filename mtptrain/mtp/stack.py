@@ -6,8 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock
@@ -41,17 +40,12 @@ class MtpStack(nn.Module):
         return block
 
 
-class _Initializer(DeepseekV4PreTrainedModel):
-    """Gives access to transformers' initialisation of its own layer classes."""
-
-
-def fresh_stack(config: DeepseekV4Config, depth: int, seed: int) -> MtpStack:
-    """Newly initialised modules, as transformers initialises the backbone, fp32."""
+def fresh_stack(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> MtpStack:
+    """Newly initialised modules for a backbone, as transformers initialises its own layers, fp32."""
     torch.manual_seed(seed)
-    stack = MtpStack(config, depth)
-    initializer = _Initializer(config)
+    stack = MtpStack(model.config, depth)
     for module in stack.modules():
-        initializer._init_weights(module)
+        model._init_weights(module)
     return stack
 
 

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_streaming_once_through_gives_the_targets_of_the_training_split(
 ) -> None:
     corpus = tokenize_corpus(text_documents(text_config, Split.train), tokenizer, MARKS, tmp_path)
     documents = [corpus.document(d).tolist() for d in range(corpus.num_documents)]
-    expected = [pair for tokens in documents for pair in zip(tokens[:-1], tokens[1:], strict=True)]
+    expected = [pair for tokens in documents for pair in pairwise(tokens)]
     num_rows = num_streamed_rows(text_config, tokenizer)
     assert num_rows > 2 * BUFFER_ROWS
     batches = streamed(text_config, tokenizer, batch_size=1)

@@ -80,14 +80,14 @@ def _head(name: str, draft_length: int) -> dict[str, Any]:
 def _replay(name: str, draft_length: int) -> dict[str, Any]:
     share, value = SHARES[name], _length(name, draft_length)
     passes = round(1512 / value)
-    reached = [round(passes * share**k) for k in range(draft_length + 1)]
+    drafted = [passes - 9 * k for k in range(draft_length)]  # the last drafts of a continuation are cut short
     return {
         "acceptance_length": value,
         "interval": [value - 0.1132, value + 0.1217],
         "passes": passes,
         "emitted": 1512,
-        "drafted": reached[:-1],
-        "accepted": reached[1:],
+        "drafted": drafted,
+        "accepted": [round(count * share**k) for k, count in enumerate(drafted, start=1)],
         "conditional": [share for _ in range(draft_length)],
         "unconditional": [share**k for k in range(1, draft_length + 1)],
     }

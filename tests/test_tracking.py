@@ -1,0 +1,81 @@
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtptrain.config import Tracker, TrackingConfig
+from mtptrain.tracking import METRICS_FILE, MetricsLog
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def open_log(folder: Path, start_step: int = 0, tracker: Tracker = Tracker.jsonl) -> MetricsLog:
+    return MetricsLog(TrackingConfig(tracker=tracker), folder, {"seed": 3}, start_step)
+
+
+def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in (1, 2):
+        log.write(step, {"loss": 0.5 * step})
+        assert rows(tmp_path)[-1] == {"step": step, "loss": 0.5 * step}  # the log is still open
+    log.close()
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.write(1, {"loss": math.nan, "gradient_norm": math.inf, "tokens": 5})
+    log.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "tokens": 5}]
+
+
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    first = open_log(tmp_path)
+    for step in (10, 20, 30):
+        first.write(step, {"loss": 1.0})
+    first.close()
+    resumed = open_log(tmp_path, start_step=20)
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    resumed.write(30, {"loss": 2.0})
+    resumed.close()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"step": 1', '{"step": 10, "loss": 1.0', '{"step": 10, "loss": 1.0}\n{"st'])
+def test_a_torn_line_is_dropped(torn: str, tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": 5}\n' + torn, encoding="utf-8")
+    log = open_log(tmp_path, start_step=10)
+    log.write(20, {})
+    log.close()
+    whole = [{"step": 10, "loss": 1.0}] if "}" in torn else []
+    assert rows(tmp_path) == [{"step": 5}, *whole, {"step": 20}]
+
+
+def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
+    log = open_log(tmp_path, tracker=Tracker.none)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_runs_offline_without_a_key_beside_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    log = open_log(tmp_path, tracker=Tracker.wandb)
+    assert log.wandb is not None
+    log.write(1, {"loss": 0.25})
+    log.close()
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20  # W&B's own process writes the file, a moment after the run has finished
+    while b"0.25" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"0.25" in record.read_bytes()
+    assert "W&B did not finish" not in capsys.readouterr().err
+    assert rows(tmp_path) == [{"step": 1, "loss": 0.25}]
