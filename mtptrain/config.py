@@ -160,6 +160,12 @@ class DataConfig:
             self.path,
             "data=text needs a .txt, .jsonl or .parquet file, a folder of them, or a name for datasets.load_dataset",
         )
+        require(
+            self.source is DataSource.text or not self.streaming,
+            "data.streaming",
+            self.streaming,
+            "streams data=text; the standard library is small, leave it false",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,7 +257,7 @@ class DecodingConfig:
 class EvaluationConfig:
     """How much is measured."""
 
-    num_prompts: int = 24  # held-out documents that are continued
+    num_prompts: int = 64  # held-out documents that are continued
     prompt_tokens: int = 96
     timed_prompts: int = 6  # of them, for the paired timing of plain and speculative decoding
     heldout_sequences: int = 96  # held-out sequences for the teacher-forced figures

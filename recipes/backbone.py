@@ -44,8 +44,8 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     corpus = tokenize_corpus(documents, tokenizer, MARKS, cache_folder(config.data.cache_dir))
     run_folder.say(
-        f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M tokens; "
-        f"{len(heldout)} documents held out"
+        f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
+        f"tokens; {len(heldout)} documents held out"
     )
     model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
     run_folder.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
@@ -109,19 +109,20 @@ def model_card(
     acceptance = " / ".join(f"{value:.3f}" for value in figures["alpha"])
     agreement = " / ".join(f"{value:.3f}" for value in figures["top1"])
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
+    tokens = [f"{_tokens_trained(folder):,}" for folder in (run_folder.path, run_folder.path / "stock_head")]
     return f"""# DeepSeek-V4 `{config.backbone.name}`
 
-A `DeepseekV4ForCausalLM` of {sum(p.numel() for p in backbone.model.parameters()) / 1e6:.2f} M parameters with all three
-attention kinds, hash-routed and top-k experts and {config.backbone.shape.hc_mult} residual streams, and a stock MTP head
-of depth 1 (`{HEAD_FILE}`) trained with cross-entropy on data tokens. For experiments with MTP heads; it writes no useful
-text.
+A `DeepseekV4ForCausalLM` of {parameters:.2f} M parameters with all three attention kinds, hash-routed and top-k experts
+and {config.backbone.shape.hc_mult} residual streams, and a stock MTP head of depth 1 (`{HEAD_FILE}`) trained with
+cross-entropy on data tokens. For experiments with MTP heads; it writes no useful text.
 
 | | |
 |---|---|
 | held-out loss | {loss[1]:.4f} bits a byte, {loss[0]:.4f} nats a token ({data.sequence_length}-token windows) |
 | stock head, held-out, steps 1-4 | sum min(p, q) {acceptance}; same top token {agreement} |
 | training text | {text}; one document in {data.heldout_every} held out by hash of its name |
-| tokens seen | backbone {_tokens_trained(run_folder.path):,}, head {_tokens_trained(run_folder.path / "stock_head"):,} |
+| tokens seen | backbone {tokens[0]}, head {tokens[1]} |
 | seed | {config.seed} |
 | command | `{" ".join(first["command"])}` |
 | hardware | {first["hardware"]["processor"]}, {first["hardware"]["torch_threads"]} thread(s), \

@@ -63,8 +63,8 @@ def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
     owner = checkpoint.owner
     if owner.get("backbone") != backbone.fingerprint:
         raise UserError(
-            f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and this one "
-            f"is {backbone.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
+            f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and this "
+            f"one is {backbone.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
         )
     stack = stack_from_tensors(backbone.config, owner["depth"], checkpoint.tensors(), str(checkpoint.folder))
     return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, backbone).eval())
@@ -142,7 +142,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     """
     corpus = heldout_corpus(config, backbone)
     row_length, longest = config.data.sequence_length, config.decoding.draft_length
-    nats, bits = bits_per_byte(backbone.model, corpus, row_length)
+    nats, bits = bits_per_byte(backbone.model, corpus, row_length, config.evaluation.heldout_sequences)
     prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
     stop_id = next(iter(backbone.marks[1]), None)
     run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")

@@ -1,7 +1,7 @@
 """From packed tokens to the backbone's residual streams and final hidden states.
 
-V4's compressed attention pools windows that are aligned to the row, and its indexer ranks entries of the whole row: in a
-packed row they would mix documents, whatever the mask. So every piece is given to the backbone as a row of its own.
+V4's compressed attention pools windows that are aligned to the row, and its indexer ranks entries of the whole row: in
+a packed row they would mix documents, whatever the mask. So every piece is given to the backbone as a row of its own.
 """
 
 # B packed rows, S tokens a row, P pieces, W width of a group of pieces, N residual streams, D model width

@@ -97,6 +97,13 @@ def pack_corpus(corpus: TokenizedCorpus, row_length: int) -> list[list[Piece]]:
     return pack_pieces(pieces, row_length)
 
 
+def spread_rows(rows: list[list[Piece]], count: int | None) -> list[list[Piece]]:
+    """At most `count` rows, spread evenly; all of them for None."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> Batch:
     """A batch from rows of pieces.
 

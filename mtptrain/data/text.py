@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mtptrain.config import DataConfig
 from mtptrain.data.documents import Document, Split, split_of
 from mtptrain.errors import UserError
 
+STREAMED_DOCUMENTS = 256
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -112,14 +114,13 @@ def iterate_text(config: DataConfig) -> Iterator[Document]:
 
 
 def text_documents(config: DataConfig, split: Split) -> list[Document]:
-    """Documents of one side of the hold-out.
+    """Documents of one side of the hold-out; of a stream, which may have no end, the first `STREAMED_DOCUMENTS`.
 
     Raises:
         UserError: there are none.
     """
-    documents = [
-        document for document in iterate_text(config) if split_of(document.name, config.heldout_every) is split
-    ]
+    found = (document for document in iterate_text(config) if split_of(document.name, config.heldout_every) is split)
+    documents = list(islice(found, STREAMED_DOCUMENTS if config.streaming else None))
     if not documents:
         raise UserError(
             f"data.path={config.path}: no document on the {split.value} side; one in data.heldout_every="

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mtptrain.data.documents import Document
+from mtptrain.errors import UserError
 from mtptrain.storage import atomic_file
 
 BATCH_DOCUMENTS = 256  # documents the tokenizer is given at once, fewer where they are long
@@ -85,15 +87,28 @@ def tokenize_corpus(
     """Tokenise documents, or read what an earlier run made of the same text, tokenizer and marks.
 
     Raises:
-        OSError: the cache folder cannot be written.
+        UserError: the cache folder cannot be written.
     """
     path = cache / f"tokens-{_fingerprint(documents, tokenizer, marks)}.npz"
-    if not path.is_file():
-        arrays = list(encode_documents(documents, tokenizer, marks))
-        offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
-        num_bytes = sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents)
+    if path.is_file():
+        try:
+            return _read_cache(path)
+        except (ValueError, KeyError, BadZipFile):
+            path.unlink()  # damaged: made anew below
+    arrays = list(encode_documents(documents, tokenizer, marks))
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
+    tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+    num_bytes = sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents)
+    try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, tokens=tokens, offsets=offsets, num_bytes=np.int64(num_bytes))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={cache}: cannot be written ({error.strerror}); set it to a folder with room"
+        ) from None
+    return TokenizedCorpus(tokens, offsets, num_bytes)
+
+
+def _read_cache(path: Path) -> TokenizedCorpus:
     with np.load(path) as stored:
         return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]))

@@ -64,7 +64,7 @@ class Drafter:
     """Drafts the continuation of one row.
 
     Step k <= depth is module k's base step: it runs over every anchor whose base-step key is not final yet. Module d's
-    key of anchor j needs token t_{j+d}, so after a draft at anchor i the last depth - 1 anchors are run again, with true
+    key of anchor j needs token t_{j+d}, so after a draft at anchor i the last depth - 1 anchors run again, with true
     tokens instead of drafted ones. Steps beyond the depth run at the last anchor only.
 
     Args:

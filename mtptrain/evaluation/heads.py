@@ -9,7 +9,7 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import LossConfig
-from mtptrain.data.packing import fill_rows, pack_corpus
+from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
@@ -59,9 +59,7 @@ def teacher_forced(
         max_rows: rows used, spread evenly over the corpus.
         steps: draft steps K.
     """
-    rows = pack_corpus(corpus, row_length)
-    stride = max(1, len(rows) // max_rows)
-    rows = rows[::stride][:max_rows]
+    rows = spread_rows(pack_corpus(corpus, row_length), max_rows)
     objective = RolloutObjective(model, stack, LossConfig(), steps)
     counts_K = torch.zeros(steps, dtype=torch.float64)
     alpha_K, hit_K = counts_K.clone(), counts_K.clone()

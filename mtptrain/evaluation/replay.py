@@ -1,8 +1,8 @@
 """Replay: the verify passes of speculative decoding for every draft length, from one teacher-forced rollout.
 
-Greedy speculative decoding emits the backbone's own greedy text. So its passes can be read off that text: a pass at anchor
-i accepts as many drafts as the rollout at i hits in a row, and the next anchor lies one token past them. No decoding loop
-runs. docs/evaluation.md derives it.
+Greedy speculative decoding emits the backbone's own greedy text. So its passes can be read off that text: a pass at
+anchor i accepts as many drafts as the rollout at i hits in a row, and the next anchor lies one token past them. No
+decoding loop runs. docs/evaluation.md derives it.
 """
 
 # B traces, S slots, K draft steps

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
-from mtptrain.data.packing import Batch, fill_rows, pack_corpus
+from mtptrain.data.packing import Batch, fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.losses.outcome import Outcome
 
@@ -26,16 +26,28 @@ def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int) -> tuple[float, float]:
-    """Loss on a corpus in nats a token and in bits a byte of text; the model sees at most `row_length` tokens."""
+def bits_per_byte(
+    model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int, max_rows: int | None = None
+) -> tuple[float, float]:
+    """Loss on a corpus in nats a token and in bits a byte of text; the model sees at most `row_length` tokens.
+
+    Args:
+        model: the backbone.
+        corpus: the documents.
+        row_length: tokens a row.
+        max_rows: measure this many rows, spread over the corpus; bits a byte then takes the tokens a byte of the whole
+            corpus. None measures all of it.
+    """
     device = model.lm_head.weight.device
     rows = pack_corpus(corpus, row_length)
+    num_targets = sum(size - 1 for row in rows for _, size in row)
+    rows = spread_rows(rows, max_rows)
     nats, count = 0.0, 0
     for start in range(0, len(rows), ROWS_A_FORWARD):
         batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length).to(device)
         losses = next_token_nats(model, batch)
         nats, count = nats + losses.double().sum().item(), count + losses.numel()
-    return nats / count, nats / math.log(2) / corpus.num_bytes
+    return nats / count, nats / count * num_targets / math.log(2) / corpus.num_bytes
 
 
 class NextTokenObjective:

@@ -24,8 +24,8 @@ from mtptrain.mtp.stack import MtpStack
 class SlotRows(NamedTuple):
     """Draft states lined up with their teachers.
 
-    Step k at anchor i drafts token t_{i+k+1}, which the backbone predicts at slot j = i + k: all steps that share slot j
-    share one teacher row and one target.
+    Step k at anchor i drafts token t_{i+k+1}, which the backbone predicts at slot j = i + k: all steps that share slot
+    j share one teacher row and one target.
 
     Attributes:
         student_KTD: draft states of each slot.

@@ -24,7 +24,8 @@ def stock_tensors(folder: Path) -> dict[str, Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                found.update({name: file.get_tensor(name) for name in file.keys() if name.startswith("mtp.")})
+                names = [name for name in file.keys() if name.startswith("mtp.")]  # noqa: SIM118 - not a dict
+                found.update({name: file.get_tensor(name) for name in names})
         except (SafetensorError, OSError) as error:
             raise UserError(f"backbone.path={folder}: {path.name} cannot be read ({error}); restore the file") from None
     if not found:

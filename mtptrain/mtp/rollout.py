@@ -1,8 +1,8 @@
 """K draft steps at every anchor at once, exactly as they are served.
 
-In serving, the keys before an anchor come from true backbone streams (base-step entries); only the draft's own slots hold
-entries of later steps. So step k at anchor i attends the base-step keys of slots up to i, then its own chain's later keys,
-all inside the sliding window. docs/rollout.md has the picture.
+In serving, the keys before an anchor come from true backbone streams (base-step entries); only the draft's own slots
+hold entries of later steps. So step k at anchor i attends the base-step keys of slots up to i, then its own chain's
+later keys, all inside the sliding window. docs/rollout.md has the picture.
 """
 
 # B rows, S slots, N residual streams, D model width, C head width, L chain keys, K draft steps

@@ -42,7 +42,7 @@ def test_the_interval_of_a_gain_is_paired_by_prompt() -> None:
         better.append(passes(*[level + 1] * 10, draft_length=8))
     gain = paired_gain(base, better)
     assert gain["gain"] == 1.0
-    assert gain["interval"] == [1.0, 1.0]
+    assert np.allclose(gain["interval"], 1.0, atol=1e-9)
 
 
 def test_replay_walks_from_anchor_to_anchor() -> None:
