@@ -12,7 +12,7 @@ from mtptrain.config import DataConfig
 from mtptrain.data.documents import Document, Split, split_of
 from mtptrain.errors import UserError
 
-STREAMED_DOCUMENTS = 256
+STREAMED_HELDOUT = 256
 LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -114,13 +114,14 @@ def iterate_text(config: DataConfig) -> Iterator[Document]:
 
 
 def text_documents(config: DataConfig, split: Split) -> list[Document]:
-    """Documents of one side of the hold-out; of a stream, which may have no end, the first `STREAMED_DOCUMENTS`.
+    """Documents of one side of the hold-out; of a stream, which may have no end, `STREAMED_HELDOUT` held-out ones.
 
     Raises:
         UserError: there are none.
     """
     found = (document for document in iterate_text(config) if split_of(document.name, config.heldout_every) is split)
-    documents = list(islice(found, STREAMED_DOCUMENTS if config.streaming else None))
+    is_endless = config.streaming and split is Split.heldout
+    documents = list(islice(found, STREAMED_HELDOUT if is_endless else None))
     if not documents:
         raise UserError(
             f"data.path={config.path}: no document on the {split.value} side; one in data.heldout_every="

@@ -1,0 +1,66 @@
+"""`python -m mtptrain` from a test: in this process, or in one of its own where the process matters."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from hydra.core.global_hydra import GlobalHydra
+
+from mtptrain import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_main(*arguments: str) -> int:
+    """Exit code of the command, run in this process."""
+    GlobalHydra.instance().clear()
+    with patch.object(sys, "argv", ["mtptrain", *arguments]):
+        try:
+            cli.main()
+        except SystemExit as ending:
+            assert ending.code is None or isinstance(ending.code, int)
+            return ending.code or 0
+        finally:
+            GlobalHydra.instance().clear()
+    return 0
+
+
+def start_process(
+    *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
+) -> "subprocess.Popen[str]":
+    """The command in a process of its own.
+
+    Args:
+        arguments: of the command.
+        folder: its working directory.
+        python_path: holds the package.
+        before: called in the new process before Python starts.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "mtptrain", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(python_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )
+
+
+def run_process(
+    *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command in a process of its own."""
+    process = start_process(*arguments, folder=folder, python_path=python_path, before=before)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

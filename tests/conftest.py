@@ -1,0 +1,90 @@
+"""What the tests of whole runs share: a random backbone on disk, a small corpus, and settings that fit both."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or a Hugging Face package: they read these once.
+_CACHE = tempfile.TemporaryDirectory(prefix="mtptrain-tests-")
+os.environ |= {
+    "XDG_CACHE_HOME": _CACHE.name,
+    "HF_HOME": f"{_CACHE.name}/huggingface",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MPLCONFIGDIR": f"{_CACHE.name}/matplotlib",
+}
+
+import torch
+from safetensors.torch import save_file
+
+from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from tests.tiny import random_backbone, random_stack
+
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 300  # 256 bytes, two marks and a few merges
+SUBJECTS = ["The river", "A small engine", "Every reader", "The old library", "Our teacher", "This proof"]
+VERBS = ["follows", "carries", "answers", "measures", "repeats"]
+OBJECTS = ["the long road", "a simple rule", "what was written", "nothing at all", "two equal parts"]
+
+
+def corpus_texts() -> list[str]:
+    """Sixty short documents, in turn English and Python."""
+    texts = []
+    for number in range(60):
+        subject, verb, thing = SUBJECTS[number % 6], VERBS[number % 5], OBJECTS[number * 7 % 5]
+        if number % 2:
+            texts.append(f"def rule_{number}(x: int) -> int:\n    return x * {number} + {number % 7}  # {thing}\n")
+        else:
+            texts.append(f"{subject} {verb} {thing}, and chapter {number} of the book {verb} it once more.\n")
+    return texts
+
+
+def save_backbone(folder: Path, **overrides: object) -> None:
+    """A random backbone with a byte-level tokenizer and a stock head, as `backbone.path` wants it."""
+    marks = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
+    model = random_backbone(**{**marks, **overrides})
+    model.save_pretrained(folder)
+    save_tokenizer(train_tokenizer(corpus_texts(), VOCAB_SIZE), folder)
+    save_file(random_stack(model).state_dict(), folder / "mtp.safetensors")
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random backbone; do not write into it."""
+    folder = tmp_path_factory.mktemp("backbone")
+    save_backbone(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty documents in the column `text` of a .jsonl file; do not write to it."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
+    """Settings with which a recipe on the random backbone takes about a second: two steps, two prompts."""
+    return [
+        f"backbone.path={backbone_folder}",
+        "data=text",
+        f"data.path={corpus_file}",
+        "data.heldout_every=3",
+        "data.sequence_length=32",
+        "train.steps=2",
+        "train.batch_size=2",
+        "train.log_every=1",
+        "train.checkpoint_every=1",
+        "decoding.draft_length=2",
+        "decoding.max_new_tokens=6",
+        "evaluation.num_prompts=2",
+        "evaluation.prompt_tokens=12",
+        "evaluation.timed_prompts=1",
+        "evaluation.heldout_sequences=2",
+    ]
