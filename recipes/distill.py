@@ -45,16 +45,6 @@ def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> MtpStack:
     return initial_stack(config, backbone, start.tensors() if start else None, seed)
 
 
-def check_window(config: RunConfig, backbone: Backbone) -> None:
-    """A draft must fit in the sliding window."""
-    window, longest = backbone.config.sliding_window, max(config.mtp.num_steps, config.decoding.draft_length)
-    if longest >= window:
-        raise UserError(
-            f"mtp.steps={config.mtp.num_steps}, decoding.draft_length={config.decoding.draft_length}: a draft must be "
-            f"shorter than the backbone's sliding window of {window} tokens"
-        )
-
-
 def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> Trainer:
     """The trainer of a head, at the newest checkpoint when the run is resumed."""
     owner = {
@@ -76,7 +66,6 @@ def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, s
 
 def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> MtpStack:
     """Train the modules that `config.mtp` asks for; returns them in eval mode."""
-    check_window(config, backbone)
     stack = start_stack(config.mtp, backbone, config.seed)
     trainer = make_trainer(config, run_folder, backbone, stack)
     log = run_folder.open_log(trainer.step)

@@ -43,7 +43,18 @@ def open_backbone(config: RunConfig) -> Backbone:
     device = choose_device(config.device)
     backbone = load_backbone(config.backbone, device, choose_dtype(config.precision, device))
     bound_threads(config.threads, backbone.config.hidden_size)
+    check_window(config, backbone)
     return backbone
+
+
+def check_window(config: RunConfig, backbone: Backbone) -> None:
+    """A draft must fit in the sliding window."""
+    window, longest = backbone.config.sliding_window, max(config.mtp.num_steps, config.decoding.draft_length)
+    if longest >= window:
+        raise UserError(
+            f"mtp.steps={config.mtp.num_steps}, decoding.draft_length={config.decoding.draft_length}: a draft must be "
+            f"shorter than the backbone's sliding window of {window} tokens"
+        )
 
 
 def stock_head(backbone: Backbone) -> Head:
