@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtptrain.errors import UserError
-from mtptrain.storage import atomic_folder, sha256_file, write_json
+from mtptrain.storage import atomic_folder, no_room, sha256_file, write_json
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 1
@@ -63,18 +63,43 @@ def save_checkpoint(
     owner: dict[str, Any],
     counters: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of a step; it appears under its name only when it is whole."""
+    """Write the checkpoint of a step; it appears under its name only when it is whole.
+
+    Raises:
+        UserError: there is no room; the checkpoints before it stay as they are.
+    """
     folder = root / checkpoint_name(step)
+    try:
+        _write_checkpoint(folder, step, tensors, optimizer, owner, counters)
+    except Exception as error:  # each library raises its own
+        reason = no_room(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"output_dir={root.parent}: {reason} (checkpoint of step {step}); the checkpoints before it are whole: "
+            "free some room and continue with resume=auto"
+        ) from error
+    return folder
+
+
+def _write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    owner: dict[str, Any],
+    counters: dict[str, Any],
+) -> None:
     with atomic_folder(folder) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         training = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
-        torch.save(training, temporary / TRAINING)
+        with (temporary / TRAINING).open("wb") as file:  # given a path, torch hides why a write failed
+            torch.save(training, file)
         checksums = {name: sha256_file(temporary / name) for name in (TENSORS, TRAINING)}
         manifest = {"format": FORMAT, "step": step, "owner": owner, "counters": counters, "sha256": checksums}
         write_json(temporary / MANIFEST, manifest)
-    return folder
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -86,7 +111,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         checksums, version = dict(manifest["sha256"]), manifest["format"]
-        step, owner, counters = manifest["step"], manifest["owner"], manifest["counters"]
+        step, owner, counters = manifest["step"], dict(manifest["owner"]), dict(manifest["counters"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"checkpoint={folder}: holds no {MANIFEST}; give a step_* folder or the run's folder") from None
     except (ValueError, KeyError, TypeError) as error:  # ValueError: not UTF-8, not JSON

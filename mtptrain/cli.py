@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import re
 import sys
@@ -10,16 +9,19 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.config import RunConfig, Task, register
 from mtptrain.errors import UserError
+from mtptrain.storage import no_room
 
 USER_MISTAKE = 2
-NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 def stop(message: str) -> NoReturn:
@@ -48,7 +50,10 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     Raises:
         UserError: a key is unknown, a type is wrong or a value is out of range.
     """
-    values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}; write a value") from None
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
@@ -90,18 +95,24 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         run_task(config, settings, job_number)
     except UserError as error:
         stop(str(error))
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            stop(f"output_dir: {NO_ROOM[error.errno]} ({error.filename or 'while writing'}); free some room and resume")
-        raise
     except KeyboardInterrupt:
         print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
 
 
 def composition_message(text: str) -> str:
     """Hydra's complaint about a configuration, without its hints about itself, on one line."""
     lines = [line.strip() for line in text.splitlines()]
+    for override in get_args_parser().parse_args().overrides if "override_grammar" in text else []:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException:
+            return f"{override}: is not setting=value; where the value is unusual, write 'setting=\"value\"'; see --help"
     dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
     return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
 

@@ -236,6 +236,10 @@ class TrainConfig:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "must not be negative")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be above 0")
         require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "must be above 0")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must not be negative")
+        require(self.router_bias_rate >= 0, "train.router_bias_rate", self.router_bias_rate, "must not be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must lie in [0, 1)")
         ratio = self.final_learning_rate_ratio
         require(0 <= ratio <= 1, "train.final_learning_rate_ratio", ratio, "must lie in [0, 1]")
 

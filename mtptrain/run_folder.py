@@ -14,7 +14,7 @@ import yaml
 
 from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
-from mtptrain.provenance import describe_run
+from mtptrain.provenance import describe_run, hardware
 from mtptrain.storage import write_json, write_text
 from mtptrain.tracking import METRICS_FILE, MetricsLog
 
@@ -39,8 +39,23 @@ class RunFolder:
         """One line for the person who watches."""
         print(line, file=sys.stderr, flush=True)
 
+    def record(self) -> None:
+        """Write config.yaml and provenance.json; called when everything the run needs has been found sound.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir={self.path}: cannot be made ({error.strerror}); choose another one") from None
+        self.provenance["hardware"] = hardware()  # the number of threads is settled only now
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        write_json(self.path / "provenance.json", self.provenance)
+
     def open_log(self, start_step: int = 0) -> MetricsLog:
-        """The run's metrics log; rows after `start_step` are dropped."""
+        """The run's metrics log; rows after `start_step` are dropped. Records the run."""
+        self.record()
         return MetricsLog(self.config.tracking, self.path, self.settings, start_step)
 
 
@@ -50,8 +65,23 @@ def default_output_dir(task: str, job_number: int | None) -> Path:
     return Path("outputs") / task / (stamp if job_number is None else f"{stamp}_job{job_number}")
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a folder holds what a run has trained or logged."""
+    metrics = path / METRICS_FILE
+    return (path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def check_writable(path: Path) -> None:
+    """Raise a `UserError` unless a folder can be made and written at `path`; nothing is made yet."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output_dir={path}: {nearest} is not a folder; choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={path}: {nearest} cannot be written; choose another folder or change its rights")
+
+
 def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int | None = None) -> RunFolder:
-    """Make or reopen a run's folder and write its configuration and provenance.
+    """The folder of a run, checked but not written to: `RunFolder.record` and the log make it.
 
     Raises:
         UserError: the folder cannot be written, or holds another run and `resume` is `never`.
@@ -59,20 +89,16 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
     path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task.value, job_number)
     if config.output_dir and job_number is not None:
         path = path / f"job{job_number}"
-    if config.resume == "never" and ((path / METRICS_FILE).exists() or (path / "checkpoints").exists()):
-        raise UserError(
-            f"output_dir={path}: already holds a run; choose another folder, or continue it with resume=auto"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={path}: cannot be made ({error.strerror}); choose another folder") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"output_dir={path}: cannot be written; choose another folder or change its rights")
     provenance = describe_run(config.seed)
-    earlier = path / "provenance.json"
-    if earlier.exists():
-        provenance["continues"] = json.loads(earlier.read_text(encoding="utf-8"))
-    write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    write_json(path / "provenance.json", provenance)
+    try:
+        check_writable(path)
+        if config.resume == "never" and holds_run(path):
+            raise UserError(
+                f"output_dir={path}: already holds a run; choose another folder, or continue it with resume=auto"
+            )
+        earlier = path / "provenance.json"
+        if config.resume == "auto" and earlier.exists():
+            provenance["continues"] = json.loads(earlier.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"output_dir={path}: cannot be used ({error.strerror}); choose another folder") from None
     return RunFolder(path, config, settings, provenance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the system allows",
+}
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why a write found no room, or None where the error is of another kind.
+
+    safetensors keeps the system's code in its text only; torch.save raises its own error on top of the system's.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        for code, reason in NO_ROOM.items():
+            if (isinstance(seen, OSError) and seen.errno == code) or f"(os error {code})" in str(seen):
+                return reason
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,9 +18,9 @@ from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.initial import initial_stack, stock_tensors
+from mtptrain.mtp.initial import initial_stack
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.recipes.evaluate import evaluate_heads, open_backbone, stock_head
+from mtptrain.recipes.evaluate import check_prompts, evaluate_heads, has_stock, open_backbone, stock_head
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import BatchSource, Trainer
 
@@ -39,7 +39,10 @@ def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> MtpStack:
     """The modules before training, from `mtp.init`."""
     start: Checkpoint | None = None
     if config.init not in ("stock", "fresh"):
-        start = find_checkpoint(Path(config.init))
+        try:
+            start = find_checkpoint(Path(config.init))
+        except UserError as error:
+            raise UserError(f"mtp.init={config.init}: {error}") from None
         if start.owner.get("backbone") != backbone.fingerprint:
             raise UserError(f"mtp.init={config.init}: was trained on another backbone; set backbone.path to that one")
     return initial_stack(config, backbone, start.tensors() if start else None, seed)
@@ -81,6 +84,8 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     backbone = open_backbone(config)
     num_parameters = sum(p.numel() for p in backbone.model.parameters())
     run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
+    if config.evaluate_at_end:  # before hours of training, not after them
+        check_prompts(config, backbone)
     stack = train_head(config, run_folder, backbone)
     if not config.evaluate_at_end:
         return
@@ -88,11 +93,3 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     if config.evaluation.include_stock and has_stock(backbone):
         heads.insert(0, stock_head(backbone))
     evaluate_heads(config, run_folder, backbone, heads)
-
-
-def has_stock(backbone: Backbone) -> bool:
-    """Whether the backbone came with a head."""
-    try:
-        return bool(stock_tensors(backbone.folder))
-    except UserError:
-        return False

@@ -28,7 +28,7 @@ from mtptrain.evaluation.speedup import run_interleaved, summarize_speed
 from mtptrain.evaluation.table import print_summary
 from mtptrain.evaluation.trace import Trace, heldout_prompts, record_traces
 from mtptrain.losses.next_token import bits_per_byte
-from mtptrain.mtp.initial import place, stock_tensors
+from mtptrain.mtp.initial import mtp_tensors, place, stock_tensors
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.progress import Progress
 from mtptrain.run_folder import RunFolder
@@ -57,6 +57,11 @@ def check_window(config: RunConfig, backbone: Backbone) -> None:
         )
 
 
+def has_stock(backbone: Backbone) -> bool:
+    """Whether the backbone came with a head."""
+    return bool(mtp_tensors(backbone.folder))
+
+
 def stock_head(backbone: Backbone) -> Head:
     """The head that came with the backbone."""
     tensors = stock_tensors(backbone.folder)
@@ -69,9 +74,14 @@ def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
     """The head of a checkpoint.
 
     Raises:
-        UserError: it was trained on another backbone.
+        UserError: it holds no head, or one that was trained on another backbone.
     """
     owner = checkpoint.owner
+    if owner.get("task") == "backbone":
+        raise UserError(
+            f"checkpoint={checkpoint.folder}: holds a backbone, not a head; for the head that was trained with it set "
+            "checkpoint=stock and backbone.path to the run's folder `backbone`"
+        )
     if owner.get("backbone") != backbone.fingerprint:
         raise UserError(
             f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and this "
@@ -85,6 +95,11 @@ def heldout_corpus(config: RunConfig, backbone: Backbone) -> TokenizedCorpus:
     """The held-out documents as tokens of the backbone's tokenizer."""
     cache = cache_folder(config.data.cache_dir)
     return tokenize_corpus(heldout_documents(config.data), backbone.tokenizer, backbone.marks, cache)
+
+
+def check_prompts(config: RunConfig, backbone: Backbone) -> None:
+    """Raise a `UserError` unless the held-out text has the prompts that an evaluation needs."""
+    heldout_prompts(heldout_corpus(config, backbone), config.evaluation.num_prompts, config.evaluation.prompt_tokens)
 
 
 def replay_head(config: RunConfig, backbone: Backbone, head: Head, traces: list[Trace]) -> Replayed:
@@ -155,6 +170,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     row_length, longest = config.data.sequence_length, config.decoding.draft_length
     nats, bits = bits_per_byte(backbone.model, corpus, row_length, config.evaluation.heldout_sequences)
     prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
+    run_folder.record()
     stop_id = next(iter(backbone.marks[1]), None)
     run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")
     traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_id)
@@ -221,7 +237,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     checkpoint = None if config.checkpoint == "stock" else find_checkpoint(Path(config.checkpoint))
     backbone = open_backbone(config)
     heads = []
-    if checkpoint is None or config.evaluation.include_stock:
+    if checkpoint is None or (config.evaluation.include_stock and has_stock(backbone)):
         heads.append(stock_head(backbone))
     if checkpoint is not None:
         heads.append(trained_head(backbone, checkpoint))

@@ -51,10 +51,11 @@ def rollout_attention_reference(
     scores = scores.masked_fill(~mask_BSX.unsqueeze(1), float("-inf"))
     parts = [scores]
     if chain_BSLC is not None:
-        parts.append(torch.einsum("bhsc,bslc->bhsl", query, chain_BSLC.float()) * scale)
+        chain = chain_BSLC.float()
+        parts.append(torch.matmul(query.transpose(1, 2), chain.transpose(2, 3)).transpose(1, 2) * scale)
     parts.append(sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1))
     weights = torch.cat(parts, dim=-1).softmax(-1)
     out = torch.matmul(weights[..., :num_keys], context.unsqueeze(1))
     if chain_BSLC is not None:
-        out = out + torch.einsum("bhsl,bslc->bhsc", weights[..., num_keys:-1], chain_BSLC.float())
+        out = out + torch.matmul(weights[..., num_keys:-1].transpose(1, 2), chain).transpose(1, 2)
     return out.to(query_BHSC.dtype)

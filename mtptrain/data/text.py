@@ -32,8 +32,13 @@ def _local_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _check_json_lines(path: Path) -> None:
-    """Raise a `UserError` that names the first line of a .jsonl file that is not a JSON object."""
+def _check_json_lines(path: Path) -> bool:
+    """Whether a .jsonl file holds anything.
+
+    Raises:
+        UserError: a line is not a JSON object; the first such line is named.
+    """
+    is_empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -46,6 +51,8 @@ def _check_json_lines(path: Path) -> None:
                 raise UserError(f"data.path={path}: line {number} is not JSON ({error.msg}); mend or drop it") from None
             if not isinstance(row, dict):
                 raise UserError(f"data.path={path}: line {number} is not a JSON object; write one object a line")
+            is_empty = False
+    return not is_empty
 
 
 def _load_rows(loader: str, path: Path | str, config: DataConfig, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -75,8 +82,8 @@ def _file_rows(path: Path, name: str, config: DataConfig) -> Iterator[tuple[str,
         except UnicodeDecodeError as error:
             raise UserError(f"data.path={path}: is not UTF-8 text ({error.reason}); convert it") from None
         return
-    if path.suffix == ".jsonl":
-        _check_json_lines(path)
+    if path.suffix == ".jsonl" and not _check_json_lines(path):
+        return  # datasets cannot load a file without rows
     rows = _load_rows(LOADERS[path.suffix], path, config, data_files=str(path))
     for number, row in enumerate(rows):
         yield f"{name}:{number}", _text_of(row, f"{path}, row {number + 1}", config)

@@ -1,12 +1,13 @@
 """One MTP module of DeepSeek-V4, built from transformers' own layer classes."""
 
-# B rows, S slots, N residual streams, D model width, H heads, C head width
+# B rows, S slots, N residual streams, D model width, H heads, C head width, r channel pairs that are rotated
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
@@ -14,7 +15,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperHead,
     DeepseekV4RMSNorm,
     DeepseekV4RotaryEmbedding,
-    apply_rotary_pos_emb,
 )
 
 from mtptrain.kernels.hyper_connection import expand_and_mix
@@ -61,22 +61,17 @@ class MtpBlock(nn.Module):
         token_BSD = self.e_proj(self.enorm(embedding_BSD))
         return token_BSD.unsqueeze(2) + self.h_proj(self.hnorm(state_BSND))
 
-    def project(self, normed_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Queries [B, H, S, C] and keys [B, S, C] with RoPE at the given positions, and the rotation used."""
-        attention = self.layer.self_attn
-        rotation = self.rotary_emb(normed_BSD, position_ids=position_BS, layer_type="main")
-        low_rank = attention.q_a_norm(attention.q_a_proj(normed_BSD))
-        query = attention.q_b_proj(low_rank).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-        query = apply_rotary_pos_emb(attention.q_b_norm(query), *rotation)
-        key = apply_rotary_pos_emb(attention.kv_norm(attention.kv_proj(normed_BSD)).unsqueeze(1), *rotation)
-        return query, key.squeeze(1), rotation
-
     def attention(self, normed_BSD: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
         """The layer's attention with the caller's choice of keys, [B, S, D]."""
         module = self.layer.self_attn
-        query, key, (cos, sin) = self.project(normed_BSD, position_BS)
+        angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.main_inv_freq.float()
+        turn_BSr = torch.polar(torch.ones_like(angle_BSr), angle_BSr)
+        query = module.q_b_proj(module.q_a_norm(module.q_a_proj(normed_BSD)))
+        query = module.q_b_norm(query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
+        key = module.kv_norm(module.kv_proj(normed_BSD))
+        out_BHSC = attend(_rotate(query, turn_BSr.unsqueeze(1)), _rotate(key, turn_BSr))
         # Keys serve as values, so the output is rotated back by the query's position.
-        out_BSHC = apply_rotary_pos_emb(attend(query, key), cos, -sin).transpose(1, 2)
+        out_BSHC = _rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
         grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
 
@@ -99,3 +94,11 @@ class MtpBlock(nn.Module):
     def hidden(self, state_BSND: Tensor) -> Tensor:
         """What the lm_head turns into draft logits, [B, S, D]."""
         return self.norm(self.hc_head(state_BSND))
+
+
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Interleaved RoPE on the last 2r channels of x, in float32; turn is complex64 [..., r] and broadcasts."""
+    width = 2 * turn.shape[-1]
+    pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
+    rotated = torch.view_as_real(pairs * turn).flatten(-2)
+    return torch.cat([x[..., :-width], rotated.to(x.dtype)], dim=-1)

@@ -14,11 +14,11 @@ from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack, fresh_stack, stack_from_tensors
 
 
-def stock_tensors(folder: Path) -> dict[str, Tensor]:
-    """The `mtp.*` tensors that lie in a backbone's folder.
+def mtp_tensors(folder: Path) -> dict[str, Tensor]:
+    """The `mtp.*` tensors that lie in a backbone's folder, possibly none.
 
     Raises:
-        UserError: there are none, or a file is damaged.
+        UserError: a file is damaged.
     """
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -28,8 +28,21 @@ def stock_tensors(folder: Path) -> dict[str, Tensor]:
                 found.update({name: file.get_tensor(name) for name in names})
         except (SafetensorError, OSError) as error:
             raise UserError(f"backbone.path={folder}: {path.name} cannot be read ({error}); restore the file") from None
+    return found
+
+
+def stock_tensors(folder: Path) -> dict[str, Tensor]:
+    """The `mtp.*` tensors of the head that came with a backbone.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
+    found = mtp_tensors(folder)
     if not found:
-        raise UserError(f"mtp.init=stock: {folder} holds no mtp.* tensors; use mtp.init=fresh or a checkpoint's path")
+        raise UserError(
+            f"backbone.path={folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh, or give a "
+            "checkpoint's path"
+        )
     return found
 
 
