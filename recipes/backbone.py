@@ -89,9 +89,9 @@ def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> 
 
 
 def _tokens_trained(run_folder: Path) -> int:
-    """Tokens of the last row of a metrics file."""
-    rows = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return int(json.loads(rows[-1])["tokens"])
+    """Tokens that a run's metrics count at their end."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(int(json.loads(line).get("tokens", 0)) for line in lines)
 
 
 def model_card(
