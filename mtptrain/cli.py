@@ -57,7 +57,7 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
-        raise UserError("no recipe is chosen; add +recipe=distill (or backbone, pretrain, evaluate); see --help")
+        raise UserError("no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, backbone); see --help")
     strangers = unknown_keys(settings, RunConfig)
     if strangers:
         raise UserError(f"{strangers[0]}: there is no such setting; `--cfg job` lists all of them")
@@ -108,11 +108,13 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
 def composition_message(text: str) -> str:
     """Hydra's complaint about a configuration, without its hints about itself, on one line."""
     lines = [line.strip() for line in text.splitlines()]
+    if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be made
+        lines = [line for line in lines if re.match(r"\w+Error: ", line)][-1:]
     for override in get_args_parser().parse_args().overrides if "override_grammar" in text else []:
         try:
             OverridesParser.create().parse_override(override)
         except HydraException:
-            return f"{override}: is not setting=value; where the value is unusual, write 'setting=\"value\"'; see --help"
+            return f"{override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
     dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
     return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
 

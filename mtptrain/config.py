@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from mtptrain.errors import UserError
 
@@ -24,6 +24,7 @@ class Task(Enum):
     pretrain = "pretrain"
     distill = "distill"
     evaluate = "evaluate"
+    compare = "compare"
 
 
 class Device(Enum):
@@ -293,6 +294,7 @@ class RunConfig:
     precision: Precision = Precision.auto
     threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
     checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
+    checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -308,6 +310,12 @@ class RunConfig:
         require(self.resume in ("never", "auto"), "resume", self.resume, "must be never or auto")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
+        require(
+            self.task is not Task.compare or len(self.checkpoints) >= 2,
+            "checkpoints",
+            self.checkpoints,
+            "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
+        )
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(
             length >= depth + 2,
@@ -330,5 +338,7 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make `RunConfig` the schema that Hydra composes against."""
+    """Make `RunConfig` the schema that Hydra composes against, and name the folder of a sweep."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    # Hydra writes multirun.yaml there, whatever it is told.
+    OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)

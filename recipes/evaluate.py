@@ -20,6 +20,7 @@ from mtptrain.decoding.records import Decoded, VerifyPass
 from mtptrain.distributed import bound_threads, choose_device, choose_dtype
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certify import LoopRun, certify
+from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.heads import Head, teacher_forced
 from mtptrain.evaluation.metrics import paired_gain, summarize, totals
 from mtptrain.evaluation.replay import draft_hits, replay_passes
@@ -35,7 +36,6 @@ from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
 SCHEMA = 1
-Replayed = dict[int, list[list[VerifyPass]]]  # passes of every prompt, by draft length
 
 
 def open_backbone(config: RunConfig) -> Backbone:
@@ -102,6 +102,34 @@ def check_prompts(config: RunConfig, backbone: Backbone) -> None:
     heldout_prompts(heldout_corpus(config, backbone), config.evaluation.num_prompts, config.evaluation.prompt_tokens)
 
 
+def stop_token(backbone: Backbone) -> int | None:
+    """The token that ends a text."""
+    return next(iter(backbone.marks[1]), None)
+
+
+def prepare_traces(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus
+) -> list[Trace]:
+    """Prompts from held-out text, continued greedily by the backbone."""
+    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
+    run_folder.record()
+    run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")
+    return record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
+
+
+def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:
+    """The backbone's entry in evaluation.json, with its loss on held-out text."""
+    rows = config.evaluation.heldout_sequences
+    nats, bits = bits_per_byte(backbone.model, corpus, config.data.sequence_length, rows)
+    return {
+        "name": config.backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "heldout_nats_per_token": nats,
+        "heldout_bits_per_byte": bits,
+    }
+
+
 def replay_head(config: RunConfig, backbone: Backbone, head: Head, traces: list[Trace]) -> Replayed:
     """Passes of every trace for every draft length, from one rollout."""
     longest = config.decoding.draft_length
@@ -129,11 +157,11 @@ def sample_pieces(tokenizer: Tokenizer, trace: Trace, passes: list[VerifyPass]) 
 
 
 def measure_loop(
-    config: RunConfig, backbone: Backbone, heads: list[Head], traces: list[Trace], stop_id: int | None
+    config: RunConfig, backbone: Backbone, heads: list[Head], traces: list[Trace]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]:
     """Really decode some prompts: loop counts by head, certificate, speed-ups by head, plain tokens a second."""
     lengths = list(range(1, config.decoding.draft_length + 1))
-    limits = (config.decoding.max_new_tokens, stop_id)
+    limits = (config.decoding.max_new_tokens, stop_token(backbone))
     stacks = {head.name: head.stack for head in heads}
     with Progress("decoding prompts", len(traces), unit="prompts") as progress:
         plain, runs = run_interleaved(
@@ -168,15 +196,10 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     """
     corpus = heldout_corpus(config, backbone)
     row_length, longest = config.data.sequence_length, config.decoding.draft_length
-    nats, bits = bits_per_byte(backbone.model, corpus, row_length, config.evaluation.heldout_sequences)
-    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
-    run_folder.record()
-    stop_id = next(iter(backbone.marks[1]), None)
-    run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")
-    traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_id)
+    traces = prepare_traces(config, run_folder, backbone, corpus)
     replayed = {head.name: replay_head(config, backbone, head, traces) for head in heads}
     timed = traces[:: max(1, len(traces) // config.evaluation.timed_prompts)][: config.evaluation.timed_prompts]
-    loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed, stop_id)
+    loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed)
     rows = config.evaluation.heldout_sequences
     entries = []
     for head in heads:
@@ -203,13 +226,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     evaluation = {
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
-        "backbone": {
-            "name": config.backbone.name,
-            "fingerprint": backbone.fingerprint,
-            "parameters": sum(p.numel() for p in backbone.model.parameters()),
-            "heldout_nats_per_token": nats,
-            "heldout_bits_per_byte": bits,
-        },
+        "backbone": describe_backbone(config, backbone, corpus),
         "prompts": {
             "source": "heldout",
             "count": len(traces),

@@ -9,6 +9,7 @@ import numpy as np
 from mtptrain.decoding.records import VerifyPass
 
 RESAMPLES = 2000
+DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
 
 
 def totals(passes: list[VerifyPass]) -> tuple[int, int]:
@@ -35,6 +36,11 @@ def _resamples(num_prompts: int) -> np.ndarray:
 
 def _interval(values: np.ndarray) -> list[float]:
     return [float(bound) for bound in np.quantile(values, [0.025, 0.975])]
+
+
+def _difference(value: float, resampled: np.ndarray) -> dict[str, Any]:
+    """A paired difference: value, 95 % interval, and the smallest true one these prompts would have shown."""
+    return {"gain": value, "interval": _interval(resampled), "detectable": float(DETECTABLE * resampled.std())}
 
 
 def by_position(prompts: list[list[VerifyPass]], draft_length: int) -> dict[str, list[Any]]:
@@ -76,9 +82,43 @@ def summarize(prompts: list[list[VerifyPass]], draft_length: int) -> dict[str, A
 
 
 def paired_gain(base: list[list[VerifyPass]], other: list[list[VerifyPass]]) -> dict[str, Any]:
-    """Difference of acceptance length, `other` minus `base`, over the same prompts, with a 95 % interval."""
+    """Difference of acceptance length, `other` minus `base`, over the same prompts.
+
+    Returns:
+        `gain`, its 95 % bootstrap `interval` over prompts, and `detectable`: the smallest true difference that these
+        prompts would have shown with 80 % power.
+    """
     both = [(a, b) for a, b in zip(base, other, strict=True) if a and b]
     old, new = [a for a, _ in both], [b for _, b in both]
     rows = _resamples(len(both))
     difference = _resampled_lengths(new, rows) - _resampled_lengths(old, rows)
-    return {"gain": acceptance_length(new) - acceptance_length(old), "interval": _interval(difference)}
+    return _difference(acceptance_length(new) - acceptance_length(old), difference)
+
+
+def _position_counts(prompts: list[list[VerifyPass]], draft_length: int) -> np.ndarray:
+    """Accepted and reached drafts of every prompt and position, float64 [2, prompts, K]."""
+    accepted = [[sum(r.accepted >= k for r in passes) for k in range(1, draft_length + 1)] for passes in prompts]
+    reached = [
+        [sum(r.drafted >= k and r.accepted >= k - 1 for r in passes) for k in range(1, draft_length + 1)]
+        for passes in prompts
+    ]
+    return np.array([accepted, reached], dtype=np.float64)
+
+
+def paired_position_gain(
+    base: list[list[VerifyPass]], other: list[list[VerifyPass]], draft_length: int
+) -> list[dict[str, Any] | None]:
+    """Difference of conditional acceptance at each position, as `paired_gain`; None where one was never reached."""
+    rows = _resamples(len(base))
+
+    def rates(prompts: list[list[VerifyPass]]) -> tuple[np.ndarray, np.ndarray]:
+        accepted, reached = _position_counts(prompts, draft_length)
+        with np.errstate(invalid="ignore"):
+            return accepted.sum(0) / reached.sum(0), accepted[rows].sum(1) / reached[rows].sum(1)
+
+    (old, old_resampled), (new, new_resampled) = rates(base), rates(other)
+    differences = new_resampled - old_resampled
+    return [
+        _difference(float(new[k] - old[k]), differences[:, k]) if np.isfinite(differences[:, k]).all() else None
+        for k in range(draft_length)
+    ]

@@ -64,7 +64,7 @@ class MtpBlock(nn.Module):
     def attention(self, normed_BSD: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
         """The layer's attention with the caller's choice of keys, [B, S, D]."""
         module = self.layer.self_attn
-        angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.main_inv_freq.float()
+        angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.get_buffer("main_inv_freq").float()
         turn_BSr = torch.polar(torch.ones_like(angle_BSr), angle_BSr)
         query = module.q_b_proj(module.q_a_norm(module.q_a_proj(normed_BSD)))
         query = module.q_b_norm(query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))

@@ -1,0 +1,59 @@
+"""`+recipe=compare`: is one head better than another, on the same prompts and the same traces?
+
+python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from mtptrain.checkpoint import find_checkpoint
+from mtptrain.config import RunConfig
+from mtptrain.evaluation.compare import compare_heads, print_comparison
+from mtptrain.evaluation.metrics import summarize
+from mtptrain.recipes.evaluate import (
+    SCHEMA,
+    describe_backbone,
+    heldout_corpus,
+    open_backbone,
+    prepare_traces,
+    replay_head,
+    stock_head,
+    trained_head,
+)
+from mtptrain.run_folder import RunFolder
+from mtptrain.storage import write_json
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
+    """Replay every checkpoint on the same traces and compare each with the first."""
+    stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
+    backbone = open_backbone(config)
+    corpus = heldout_corpus(config, backbone)
+    traces = prepare_traces(config, run_folder, backbone, corpus)
+    names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
+    heads, replays = [], []
+    for name, path in zip(names, config.checkpoints, strict=True):
+        head = stock_head(backbone) if path == "stock" else trained_head(backbone, stored[path])
+        passes = replay_head(config, backbone, head, traces)
+        replay = {str(k): summarize(passes[k], k) for k in passes}
+        heads.append({**replace(head, name=name).describe(), "replay": replay})
+        replays.append(passes)
+    comparisons = [
+        compare_heads((names[0], name), replays[0], passes) for name, passes in zip(names[1:], replays[1:], strict=True)
+    ]
+    result = {
+        "schema": SCHEMA,
+        "provenance": run_folder.provenance,
+        "backbone": describe_backbone(config, backbone, corpus),
+        "draft_length": config.decoding.draft_length,
+        "heads": heads,
+        "comparisons": comparisons,
+    }
+    write_json(run_folder.path / "comparison.json", result)
+    for comparison in comparisons:
+        print_comparison(comparison, Console())
+    run_folder.say(f"wrote {run_folder.path / 'comparison.json'}")

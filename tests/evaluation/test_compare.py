@@ -1,0 +1,58 @@
+"""Verdicts about heads on the same traces."""
+
+import numpy as np
+import pytest
+
+from mtptrain.decoding.records import VerifyPass
+from mtptrain.evaluation.compare import compare_heads
+
+
+def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> dict[int, list[list[VerifyPass]]]:
+    """Passes whose drafts are accepted position by position at the given rates, K = 1 and 2."""
+    rng = np.random.default_rng(seed)
+    found: dict[int, list[list[VerifyPass]]] = {}
+    for length in (1, 2):
+        prompts = []
+        for _ in range(num_prompts):
+            kept = (rng.random((20, length)) < rates[:length]).cumprod(1).sum(1)
+            prompts.append([VerifyPass(length, int(count), int(count) + 1) for count in kept])
+        found[length] = prompts
+    return found
+
+
+def test_a_clear_gain_is_said_with_its_interval() -> None:
+    result = compare_heads(("A", "B"), replayed([0.4, 0.4], 0), replayed([0.7, 0.6], 1))
+    assert result["verdict"].startswith("B accepts 0.")
+    assert "more tokens a pass than A" in result["verdict"]
+    low, high = result["gain"]["2"]["interval"]
+    assert low < result["gain"]["2"]["gain"] < high
+
+
+def test_a_loss_is_said_as_a_loss() -> None:
+    result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
+    assert "fewer tokens a pass than A" in result["verdict"]
+
+
+def test_equal_heads_give_no_evidence_and_say_what_would_have_shown() -> None:
+    result = compare_heads(("A", "B"), replayed([0.5, 0.5], 2), replayed([0.5, 0.5], 3))
+    assert result["verdict"].startswith("no evidence that B and A differ")
+    assert f"{result['gain']['2']['detectable']:.2f}" in result["verdict"]
+
+
+def test_the_detectable_gain_shrinks_with_the_root_of_the_prompts() -> None:
+    few = compare_heads(("A", "B"), replayed([0.5, 0.5], 4, 25), replayed([0.5, 0.5], 5, 25))
+    many = compare_heads(("A", "B"), replayed([0.5, 0.5], 4, 400), replayed([0.5, 0.5], 5, 400))
+    ratio = few["gain"]["1"]["detectable"] / many["gain"]["1"]["detectable"]
+    assert ratio == pytest.approx(4.0, rel=0.3)
+
+
+def test_gains_by_position_are_differences_of_conditional_acceptance() -> None:
+    base, other = replayed([0.4, 0.3], 6, 400), replayed([0.6, 0.5], 7, 400)
+    gains = [gain["gain"] for gain in compare_heads(("A", "B"), base, other)["gain_by_position"]]
+    assert gains == pytest.approx([0.2, 0.2], abs=0.05)
+
+
+def test_a_position_that_some_resample_never_reached_has_no_gain() -> None:
+    never = {2: [[VerifyPass(2, 0, 1)]] * 5}
+    result = compare_heads(("A", "B"), never, never)
+    assert result["gain_by_position"][1] is None
