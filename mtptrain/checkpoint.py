@@ -22,6 +22,7 @@ from mtptrain.storage import atomic_folder, no_room, sha256_file, write_json
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
 FORMAT = 1
+BEST = "best"  # the checkpoint with the best score of the measurements during training
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +57,18 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    root: Path,
+    folder: Path,
     step: int,
     tensors: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     owner: dict[str, Any],
     counters: dict[str, Any],
-) -> Path:
-    """Write the checkpoint of a step; it appears under its name only when it is whole.
+) -> None:
+    """Write the checkpoint of a step; it appears as `folder` only when it is whole.
 
     Raises:
         UserError: there is no room; the checkpoints before it stay as they are.
     """
-    folder = root / checkpoint_name(step)
     try:
         _write_checkpoint(folder, step, tensors, optimizer, owner, counters)
     except Exception as error:  # each library raises its own
@@ -76,10 +76,9 @@ def save_checkpoint(
         if reason is None:
             raise
         raise UserError(
-            f"output_dir={root.parent}: {reason} (checkpoint of step {step}); the checkpoints before it are whole: "
-            "free some room and continue with resume=auto"
+            f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {step}); the checkpoints before it are "
+            "whole: free some room and continue with resume=auto"
         ) from error
-    return folder
 
 
 def _write_checkpoint(

@@ -266,11 +266,13 @@ class EvaluationConfig:
     prompt_tokens: int = 96
     timed_prompts: int = 6  # of them, for the paired timing of plain and speculative decoding
     heldout_sequences: int = 96  # held-out sequences for the teacher-forced figures
+    every: int = 0  # training steps between replays of some of the prompts; 0 = only at the end
     include_stock: bool = True  # measure the stock head beside the checkpoint
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "prompt_tokens", "timed_prompts", "heldout_sequences"):
             require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "must be at least 1")
+        require(self.every >= 0, "evaluation.every", self.every, "must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mtptrain.checkpoint import Checkpoint, load_module, prune_checkpoints, save_checkpoint
+from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, load_module, prune_checkpoints, save_checkpoint
 from mtptrain.config import TrainConfig
 from mtptrain.data.packing import Batch
 from mtptrain.errors import UserError
@@ -69,6 +70,21 @@ class Totals:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A measurement during training; the checkpoint with the best score is kept as `best`.
+
+    Attributes:
+        every: steps between measurements; the last step is measured too.
+        measure: returns the metrics to log.
+        score: which of them is better when larger.
+    """
+
+    every: int
+    measure: Callable[[], dict[str, float]]
+    score: str
+
+
 class Trainer:
     """Trains a module.
 
@@ -80,6 +96,7 @@ class Trainer:
         checkpoints: folder of the checkpoints.
         owner: what a checkpoint belongs to; a resume with another owner is refused.
         label: shown in the progress line.
+        probe: measures the module while it trains.
     """
 
     def __init__(
@@ -91,15 +108,16 @@ class Trainer:
         checkpoints: Path,
         owner: dict[str, Any],
         label: str = "train",
+        probe: Probe | None = None,
     ) -> None:
         self.module, self.objective, self.batches, self.config = module, objective, batches, config
-        self.checkpoints, self.owner, self.label = checkpoints, owner, label
+        self.checkpoints, self.owner, self.label, self.probe = checkpoints, owner, label, probe
         self.masters = MasterWeights(module)
         self.device = self.masters.parameters[0].device
         self.optimizer = make_optimizer(self.masters.parameters, config)
         self.balancer = RouterBalancer(module, config.router_bias_rate)
         self.step = 0
-        self.counters = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
+        self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: module, optimiser, random numbers, counts and data position.
@@ -123,11 +141,10 @@ class Trainer:
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
 
-    def save(self) -> Path:
-        """Write this step's checkpoint and prune older ones."""
-        folder = save_checkpoint(
-            self.checkpoints, self.step, self.masters.tensors(), self.optimizer, self.owner, dict(self.counters)
-        )
+    def save(self, name: str | None = None) -> Path:
+        """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
+        folder = self.checkpoints / (name or checkpoint_name(self.step))
+        save_checkpoint(folder, self.step, self.masters.tensors(), self.optimizer, self.owner, dict(self.counters))
         prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
         return folder
 
@@ -186,18 +203,30 @@ class Trainer:
                 if outcomes:
                     totals.add(counts_K, outcomes)
                 progress.update(self.step, _figures(totals), self.counters["tokens"] - before)
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                if self._is_due(self.config.log_every):
                     now = time.monotonic()
                     speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
                     rate = learning_rate(self.step - 1, self.config)
                     extra = {"gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
                     log.write(self.step, {**totals.means(), **extra, **self.counters})
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                if self.probe is not None and self._is_due(self.probe.every):
+                    self._measure(self.probe, log)
+                if self._is_due(self.config.checkpoint_every):
                     self.save()
         self.module.eval()
         if self.counters["skipped_steps"]:
             print(f"{self.counters['skipped_steps']} steps were skipped: not finite", file=sys.stderr)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _measure(self, probe: Probe, log: MetricsLog) -> None:
+        metrics = probe.measure()
+        log.write(self.step, metrics)
+        if metrics[probe.score] > self.counters.get("best_score", -math.inf):
+            self.counters.update(best_score=metrics[probe.score], best_step=self.step)
+            self.save(BEST)
 
 
 def _figures(totals: Totals) -> str:

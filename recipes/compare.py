@@ -38,7 +38,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock_head(backbone) if path == "stock" else trained_head(backbone, stored[path])
-        passes = replay_head(config, backbone, head, traces)
+        passes = replay_head(config, backbone, head.stack, traces)
         replay = {str(k): summarize(passes[k], k) for k in passes}
         heads.append({**replace(head, name=name).describe(), "replay": replay})
         replays.append(passes)

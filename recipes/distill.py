@@ -17,12 +17,25 @@ from mtptrain.data.streaming import StreamedBatches
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
+from mtptrain.evaluation.metrics import acceptance_length, by_position
+from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import initial_stack
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.recipes.evaluate import check_prompts, evaluate_heads, has_stock, open_backbone, stock_head
+from mtptrain.recipes.evaluate import (
+    check_prompts,
+    evaluate_heads,
+    has_stock,
+    heldout_corpus,
+    open_backbone,
+    replay_head,
+    stock_head,
+    stop_token,
+)
 from mtptrain.run_folder import RunFolder
-from mtptrain.trainer import BatchSource, Trainer
+from mtptrain.trainer import BatchSource, Probe, Trainer
+
+PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
 
 
 def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
@@ -48,6 +61,22 @@ def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> MtpStack:
     return initial_stack(config, backbone, start.tensors() if start else None, seed)
 
 
+def make_probe(config: RunConfig, backbone: Backbone, stack: MtpStack) -> Probe:
+    """Replays a small, fixed set of traces while the head trains."""
+    corpus, longest = heldout_corpus(config, backbone), config.decoding.draft_length
+    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
+    prompts = prompts[:: max(1, len(prompts) // PROBE_PROMPTS)][:PROBE_PROMPTS]
+    traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
+
+    def measure() -> dict[str, float]:
+        passes = replay_head(config, backbone, stack, traces)
+        lengths = {f"replay/acceptance_length_{k}": acceptance_length(passes[k]) for k in passes}
+        accepted = by_position(passes[longest], longest)["conditional"]
+        return lengths | {f"replay/accepted_{k}": rate for k, rate in enumerate(accepted, 1) if rate is not None}
+
+    return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")
+
+
 def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> Trainer:
     """The trainer of a head, at the newest checkpoint when the run is resumed."""
     owner = {
@@ -59,7 +88,8 @@ def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, s
     objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps)
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
-    trainer = Trainer(stack, objective, batches, config.train, folder, owner, config.task.value)
+    probe = make_probe(config, backbone, stack) if config.evaluation.every else None
+    trainer = Trainer(stack, objective, batches, config.train, folder, owner, config.task.value, probe)
     checkpoint = newest_checkpoint(folder, run_folder.say) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)

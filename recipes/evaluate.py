@@ -30,7 +30,7 @@ from mtptrain.evaluation.table import print_summary
 from mtptrain.evaluation.trace import Trace, heldout_prompts, record_traces
 from mtptrain.losses.next_token import bits_per_byte
 from mtptrain.mtp.initial import mtp_tensors, place, stock_tensors
-from mtptrain.mtp.stack import stack_from_tensors
+from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.progress import Progress
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
@@ -130,10 +130,10 @@ def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCo
     }
 
 
-def replay_head(config: RunConfig, backbone: Backbone, head: Head, traces: list[Trace]) -> Replayed:
+def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
     """Passes of every trace for every draft length, from one rollout."""
     longest = config.decoding.draft_length
-    hits = draft_hits(backbone.model, head.stack, traces, longest)
+    hits = draft_hits(backbone.model, stack, traces, longest)
     return {
         k: [replay_passes(hit_KS, trace, k) for hit_KS, trace in zip(hits, traces, strict=True)]
         for k in range(1, longest + 1)
@@ -197,7 +197,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     corpus = heldout_corpus(config, backbone)
     row_length, longest = config.data.sequence_length, config.decoding.draft_length
     traces = prepare_traces(config, run_folder, backbone, corpus)
-    replayed = {head.name: replay_head(config, backbone, head, traces) for head in heads}
+    replayed = {head.name: replay_head(config, backbone, head.stack, traces) for head in heads}
     timed = traces[:: max(1, len(traces) // config.evaluation.timed_prompts)][: config.evaluation.timed_prompts]
     loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed)
     rows = config.evaluation.heldout_sequences

@@ -38,7 +38,9 @@ def trained(seed: int = 0, width: int = 5) -> tuple[nn.Module, torch.optim.Optim
 
 def save(root: Path, step: int, seed: int = 0) -> Path:
     module, optimizer = trained(seed)
-    return save_checkpoint(root, step, module.state_dict(), optimizer, OWNER, COUNTERS)
+    folder = root / checkpoint_name(step)
+    save_checkpoint(folder, step, module.state_dict(), optimizer, OWNER, COUNTERS)
+    return folder
 
 
 def truncate(path: Path) -> None:
@@ -53,7 +55,8 @@ def flip_a_bit(path: Path) -> None:
 
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
-    folder = save_checkpoint(tmp_path, 30, module.state_dict(), optimizer, OWNER, COUNTERS)
+    folder = tmp_path / checkpoint_name(30)
+    save_checkpoint(folder, 30, module.state_dict(), optimizer, OWNER, COUNTERS)
     rng = torch.get_rng_state()
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.step, checkpoint.owner, checkpoint.counters) == (30, OWNER, COUNTERS)

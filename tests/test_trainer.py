@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtptrain.checkpoint import checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
+from mtptrain.checkpoint import BEST, checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
 from mtptrain.config import Tracker, TrackingConfig, TrainConfig
 from mtptrain.data.packing import Batch
 from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
 from mtptrain.tracking import MetricsLog
-from mtptrain.trainer import Totals, Trainer
+from mtptrain.trainer import Probe, Totals, Trainer
 
 # B rows, S tokens a row, V vocabulary, K draft steps
 
@@ -267,3 +267,15 @@ def test_a_checkpoint_of_another_owner_is_refused(key: str, value: object, tmp_p
     ):
         stranger.restore(checkpoint)
     assert equal_states(state(stranger), before)
+
+
+def test_the_checkpoint_with_the_best_score_is_kept(tmp_path: Path) -> None:
+    """Scores 1, 3, 2 at steps 3, 6, 9: `best` is that of step 6."""
+    scores = iter([1.0, 3.0, 2.0])
+    trainer = toy_trainer(tmp_path)
+    trainer.probe = Probe(3, lambda: {"score": next(scores)}, "score")
+    rows = Rows()
+    trainer.run(rows)
+    best = open_checkpoint(tmp_path / "checkpoints" / BEST)
+    assert (best.step, best.counters["best_score"]) == (6, 3.0)
+    assert [row["score"] for row in rows.rows if "score" in row] == [1.0, 3.0, 2.0]

@@ -1,0 +1,162 @@
+"""The definition of sampling policies and of lossless verification, as plain as the papers.
+
+A draft x_1..x_K was drawn from q. Either way of verifying it keeps a prefix by independent draws, x_k with probability
+h_k, and then emits one more token from norm(max(w_a p - q, 0)), where a tokens were kept and p, q are the
+distributions after them. The two ways differ in
+
+              keeps                    w_k                               h_k
+    token     up to the first miss     1                                 min(1, p(x_k) / q(x_k))
+    block     up to the last hit       min(1, w_{k-1} p(x_k) / q(x_k))   R_k / (R_k + 1 - w_k)
+
+with w_0 = 1 and R_k = sum_v max(w_k p_v - q_v, 0), of the distributions after x_k. Nothing is drafted after x_K; with
+q = 0 there, the same formulas give the token after a whole draft, drawn from p, and block's h_K = w_K.
+
+In block verification the chance of keeping x_1..x_k or more is w_k: R_k from ending there, and from going on
+sum_v q_v min(1, w_k p_v / q_v) = w_k - R_k. In token-wise verification it is the product of min(1, p(x_j) / q(x_j)),
+which is never more.
+
+B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Verification(StrEnum):
+    """How a draft is verified; both leave the output distributed as the target's own."""
+
+    token = "token"  # arXiv:2211.17192, Algorithm 1
+    block = "block"  # arXiv:2403.10444, Algorithm 2: never fewer tokens in expectation; the same at K = 1
+
+
+class Verified(NamedTuple):
+    """What one verification emits: the first `accepted_B` drafted tokens, then `token_B`."""
+
+    accepted_B: Tensor  # int64 in [0, K]
+    token_B: Tensor  # int64 in [0, V)
+
+
+def policy_probabilities_reference(
+    logits_BKV: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
+    """The distribution that a sampling policy draws from.
+
+    Temperature first, then top-k, then top-p of what top-k left; of equal logits the lower ids are kept.
+
+    Args:
+        logits_BKV: floating, without NaN, at least one finite in each row; any leading dimensions.
+        temperature: at least 0; 0 puts everything on the largest logit, the lowest id of equals.
+        top_k: at least 1, keeps that many tokens; None keeps all.
+        top_p: in (0, 1], keeps the fewest likeliest tokens whose mass reaches it.
+
+    Returns:
+        float32 (float64 from float64 logits), the shape of the logits; rows sum to 1.
+    """
+    logits_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
+    if temperature == 0:
+        best_BK1 = logits_BKV.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits_BKV).scatter_(-1, best_BK1, 1)
+    # Shifted before the division, which would overflow at a low temperature.
+    p_BKV = ((logits_BKV - logits_BKV.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_k is None and top_p == 1:
+        return p_BKV
+    sorted_BKV, order_BKV = p_BKV.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        sorted_BKV[..., top_k:] = 0
+        sorted_BKV /= sorted_BKV.sum(-1, keepdim=True)
+    if top_p < 1:
+        reached_BKV = sorted_BKV.double().cumsum(-1) >= top_p
+        sorted_BKV[..., 1:].masked_fill_(reached_BKV[..., :-1], 0)
+        sorted_BKV /= sorted_BKV.sum(-1, keepdim=True)
+    return torch.zeros_like(p_BKV).scatter_(-1, order_BKV, sorted_BKV)
+
+
+def sample_tokens_reference(weight_BV: Tensor, u_B: Tensor) -> Tensor:
+    """One token a row, drawn in proportion to the weights: the first whose cumulated weight exceeds u of the total.
+
+    Args:
+        weight_BV: floating, at least 0, not all 0 in a row.
+        u_B: float64 uniform draws in [0, 1), the only randomness.
+
+    Returns:
+        int64 [B]; never a token of weight 0.
+    """
+    cumulated_BV = weight_BV.double().cumsum(-1)
+    threshold_B1 = u_B.unsqueeze(-1) * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, threshold_B1, right=True).squeeze(-1)
+
+
+def residual(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor) -> Tensor:
+    """max(w p - q, 0): in proportion to it the token after a kept prefix is drawn; not normalised."""
+    return (weight_BL.unsqueeze(-1) * p_BLV - q_BLV).clamp(min=0)
+
+
+def keep_probabilities(
+    draft_BK: Tensor, q_BLV: Tensor, p_BLV: Tensor, verification: Verification
+) -> tuple[Tensor, Tensor]:
+    """The table of the module docstring.
+
+    Args:
+        draft_BK: int64 drafted tokens.
+        q_BLV: draft probabilities, 0 throughout a position where nothing was drafted, the last at least.
+        p_BLV: target probabilities.
+        verification: which of the two ways.
+
+    Returns:
+        h [B, K] and w [B, L]. A token with q = 0 is never kept.
+    """
+    token_BK1 = draft_BK.unsqueeze(-1)
+    q_BK, p_BK = (x[:, :-1].gather(-1, token_BK1).squeeze(-1) for x in (q_BLV, p_BLV))
+    ratio_BK = torch.where(q_BK > 0, p_BK / q_BK.clamp(min=torch.finfo(q_BK.dtype).tiny), 0)
+    weight_BL = torch.ones_like(p_BLV[..., 0])
+    if verification is Verification.token:
+        return ratio_BK.clamp(max=1), weight_BL
+    for k in range(draft_BK.shape[1]):
+        weight_BL[:, k + 1] = (weight_BL[:, k] * ratio_BK[:, k]).clamp(max=1)
+    mass_BL = residual(q_BLV, p_BLV, weight_BL).sum(-1)
+    # 0 / 0, p = q at w = 1, cannot be where verification ends; 0 also says so to rounding.
+    keep_BL = torch.where(mass_BL > 0, mass_BL / (mass_BL + 1 - weight_BL), 0)
+    return keep_BL[:, 1:], weight_BL
+
+
+def accepted_length(kept_BK: Tensor, verification: Verification) -> Tensor:
+    """Length of the kept prefix, int64 [B] in [0, K]: up to the first miss (token) or the last hit (block)."""
+    if verification is Verification.token:
+        return kept_BK.long().cumprod(-1).sum(-1)
+    return (kept_BK.flip(-1).cumsum(-1) > 0).sum(-1)
+
+
+def next_token_weights(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor, accepted_B: Tensor) -> Tensor:
+    """Unnormalised distribution [B, V] of the token after the kept prefix."""
+    row_B = torch.arange(len(accepted_B), device=accepted_B.device)
+    q_B1V, p_B1V, weight_B1 = (x[row_B, accepted_B].unsqueeze(1) for x in (q_BLV, p_BLV, weight_BL))
+    left_BV = residual(q_B1V, p_B1V, weight_B1).squeeze(1)
+    # A residual of 0 has probability 0 but for rounding, and then p and q are equal.
+    return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_B1V.squeeze(1))
+
+
+def verify_draft_reference(
+    draft_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor, verification: Verification
+) -> Verified:
+    """How much of each draft is kept, and the token after it: together distributed as the target's own text.
+
+    Args:
+        draft_BK: int64 drafted tokens, each in [0, V) and drawn from its row of q; K may be 0.
+        q_BKV: floating draft probabilities; rows sum to 1. A greedy draft has a one-hot row, a row drafted shorter
+            than K has zeros in every position it does not use.
+        p_BLV: target probabilities, dtype of q; row k is the distribution of drafted token k + 1, the last that of the
+            token after a whole draft.
+        u_BL: float64 uniform draws in [0, 1), the only randomness; the last chooses the token.
+        verification: which of the two ways.
+
+    Source: arXiv:2211.17192, Algorithm 1; arXiv:2403.10444, Algorithm 2.
+    """
+    dtype = torch.promote_types(p_BLV.dtype, torch.float32)
+    p_BLV, q_BLV = p_BLV.to(dtype), torch.nn.functional.pad(q_BKV.to(dtype), (0, 0, 0, 1))
+    keep_BK, weight_BL = keep_probabilities(draft_BK, q_BLV, p_BLV, verification)
+    accepted_B = accepted_length(u_BL[:, :-1] < keep_BK, verification)
+    next_BV = next_token_weights(q_BLV, p_BLV, weight_BL, accepted_B)
+    return Verified(accepted_B, sample_tokens_reference(next_BV, u_BL[:, -1]))
