@@ -12,6 +12,7 @@ from unittest.mock import patch
 from hydra.core.global_hydra import GlobalHydra
 
 from mtptrain import cli
+from mtptrain.storage import sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,8 +24,7 @@ def run_main(*arguments: str) -> int:
         try:
             cli.main()
         except SystemExit as ending:
-            assert ending.code is None or isinstance(ending.code, int)
-            return ending.code or 0
+            return int(ending.code or 0)
         finally:
             GlobalHydra.instance().clear()
     return 0
@@ -59,6 +59,12 @@ def run_process(
     process = start_process(*arguments, folder=folder, python_path=python_path, before=before)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What the tests of whole runs share: a random backbone on disk, a small corpus, and settings that fit both."""
 
+# ruff: noqa: E402 (the environment is set before anything imports torch or a Hugging Face package: they read it once)
+
 import json
 import os
 import tempfile
@@ -7,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch or a Hugging Face package: they read these once.
 _CACHE = tempfile.TemporaryDirectory(prefix="mtptrain-tests-")
 os.environ |= {
     "XDG_CACHE_HOME": _CACHE.name,
@@ -87,4 +88,5 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
         "evaluation.prompt_tokens=12",
         "evaluation.timed_prompts=1",
         "evaluation.heldout_sequences=2",
+        "evaluation.every=0",
     ]

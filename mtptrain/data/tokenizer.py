@@ -58,4 +58,5 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             f"backbone.path={folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the backbone's "
             f"embedding {vocab_size}; use the tokenizer that the backbone was trained with"
         )
+    tokenizer.encode_special_tokens = True  # a document that spells out a mark is text, not a boundary
     return tokenizer

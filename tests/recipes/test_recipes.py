@@ -1,15 +1,288 @@
+"""Every recipe, end to end, for two steps on a random backbone."""
+
+import json
+import math
+import re
 from pathlib import Path
-from tests.command import run_main
-import time
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtptrain.config import BackboneConfig, DataConfig, DataSource, LossName, MtpConfig, RunConfig, Task, TrainConfig
+from mtptrain.mtp.initial import stock_tensors
+from mtptrain.recipes.distill import train_head
+from mtptrain.recipes.evaluate import open_backbone
+from mtptrain.run_folder import open_run_folder
+from tests.command import ROOT, read_metrics, run_main, tree
+
+RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+DIVERGENCES = [name.value for name in LossName if name is not LossName.ce]
+SHAPE = [
+    "backbone.shape.vocab_size=280",
+    "backbone.shape.hidden_size=32",
+    "backbone.shape.layer_types=[csa,hca]",
+    "backbone.shape.num_attention_heads=2",
+    "backbone.shape.sliding_window=9",
+    "backbone.shape.num_experts=4",
+    "backbone.shape.expert_size=16",
+]
 
 
-def test_probe(light, tmp_path, capfd):
-    for i in range(3):
-        t = time.time()
-        assert run_main("+recipe=distill", f"output_dir={tmp_path}/{i}", *light) == 0
-        print(time.time() - t)
-    import subprocess
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    print(subprocess.run(["find", str(tmp_path / "1")], capture_output=True, text=True).stdout)
-    out, err = capfd.readouterr()
-    raise AssertionError(out + err)
+
+def trained_tensors(folder: Path, step: int = 2) -> dict[str, Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "module.safetensors")
+
+
+def check_record(folder: Path, recipe: str) -> None:
+    """The files that every run leaves."""
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["task"] == recipe
+    provenance = read_json(folder / "provenance.json")
+    assert provenance["command"][:3] == ["python", "-m", "mtptrain"]
+    assert f"+recipe={recipe}" in provenance["command"]
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["hardware"]["torch_threads"] == 1
+    assert provenance["seed"] == 0
+    assert not list(folder.rglob("*.tmp"))
+
+
+def check_training(folder: Path) -> None:
+    """Two logged steps and their checkpoints."""
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000001", "step_00000002"]
+
+
+def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
+    """A whole evaluation of these heads, with a certificate that passed."""
+    evaluation = read_json(folder / "evaluation.json")
+    assert [head["name"] for head in evaluation["heads"]] == heads
+    assert evaluation["certificate"]["passed"]
+    assert all(set(head["replay"]) == {"1", "2"} for head in evaluation["heads"])
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "</html>" in page
+    assert not re.search(r"""(src|href)=["']?https?:|@import""", page)
+    return evaluation
+
+
+@pytest.fixture(scope="module")
+def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a distill run in shared mode with three steps."""
+    folder = tmp_path_factory.mktemp("distilled")
+    assert run_main("+recipe=distill", *light, f"output_dir={folder}") == 0
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(f"+recipe={recipe}", "--cfg", "job") == 0
+    assert yaml.safe_load(capfd.readouterr().out)["task"] == recipe
+
+
+def test_every_recipe_is_run_in_this_file() -> None:
+    assert RECIPES == ["backbone", "compare", "distill", "evaluate", "pretrain"]
+
+
+def test_distill_trains_measures_and_records(distilled: Path) -> None:
+    check_record(distilled, "distill")
+    check_training(distilled)
+    evaluation = check_evaluation(distilled, ["stock", "trained"])
+    assert set(evaluation["gain"]) == {"1", "2"}
+    assert {f"alpha/step_{k}" for k in (1, 2, 3)} <= read_metrics(distilled)[0].keys()
+
+
+@pytest.mark.parametrize("router_bias_rate", [0.0, 0.01])
+def test_measuring_during_training_is_logged_and_changes_nothing(
+    router_bias_rate: float, light: list[str], tmp_path: Path
+) -> None:
+    arguments = [*light, "train.log_every=2", f"train.router_bias_rate={router_bias_rate}", "evaluate_at_end=false"]
+    plain, probed = tmp_path / "plain", tmp_path / "probed"
+    assert run_main("+recipe=distill", *arguments, f"output_dir={plain}") == 0
+    assert run_main("+recipe=distill", *arguments, "evaluation.every=1", f"output_dir={probed}") == 0
+    measured = [row for row in read_metrics(probed) if "replay/acceptance_length_2" in row]
+    assert [row["step"] for row in measured] == [1, 2]
+    assert (probed / "checkpoints" / "best" / "checkpoint.json").is_file()
+    left, right = trained_tensors(plain), trained_tensors(probed)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_pretrain_trains_measures_and_records(light: list[str], tmp_path: Path) -> None:
+    assert run_main("+recipe=pretrain", *light, f"output_dir={tmp_path}") == 0
+    check_record(tmp_path, "pretrain")
+    check_training(tmp_path)
+    check_evaluation(tmp_path, ["stock", "trained"])
+
+
+def test_a_trained_backbone_and_its_stock_head_can_be_evaluated(light: list[str], tmp_path: Path) -> None:
+    stock = [argument.replace("train.", "stock_head.") for argument in light if argument.startswith("train.")]
+    made = tmp_path / "made"
+    assert run_main("+recipe=backbone", *light, "backbone.path=null", *stock, *SHAPE, f"output_dir={made}") == 0
+    check_record(made, "backbone")
+    check_training(made)
+    check_training(made / "stock_head")
+    card = (made / "backbone" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "bits a byte" in card
+    arguments = [*light, f"backbone.path={made}/backbone", "checkpoint=stock", f"output_dir={tmp_path / 'measured'}"]
+    assert run_main("+recipe=evaluate", *arguments) == 0
+    check_evaluation(tmp_path / "measured", ["stock"])
+
+
+def test_evaluate_measures_the_stock_head(light: list[str], tmp_path: Path) -> None:
+    assert run_main("+recipe=evaluate", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 0
+    check_record(tmp_path, "evaluate")
+    assert check_evaluation(tmp_path, ["stock"])["gain"] is None
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step_00000002"])
+def test_evaluating_a_checkpoint_repeats_what_its_run_measured(
+    inside: str, distilled: Path, light: list[str], tmp_path: Path
+) -> None:
+    arguments = [*light, f"checkpoint={distilled / inside}", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=evaluate", *arguments) == 0
+    again, first = check_evaluation(tmp_path, ["stock", "trained"]), read_json(distilled / "evaluation.json")
+    for left, right in zip(again["heads"], first["heads"], strict=True):
+        assert left["replay"] == right["replay"]
+        assert left["teacher_forced"] == right["teacher_forced"]
+
+
+def test_evaluate_leaves_the_stock_head_out_on_request(distilled: Path, light: list[str], tmp_path: Path) -> None:
+    arguments = [*light, f"checkpoint={distilled}", "evaluation.include_stock=false", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=evaluate", *arguments) == 0
+    check_evaluation(tmp_path, ["trained"])
+
+
+def test_compare_measures_each_head_against_the_first(distilled: Path, light: list[str], tmp_path: Path) -> None:
+    heads = f"checkpoints=[stock,{distilled},{distilled}/checkpoints/step_00000001]"
+    assert run_main("+recipe=compare", *light, heads, f"output_dir={tmp_path}") == 0
+    check_record(tmp_path, "compare")
+    comparison = read_json(tmp_path / "comparison.json")
+    assert len(comparison["heads"]) == 3
+    assert len(comparison["comparisons"]) == 2
+    measured = read_json(distilled / "evaluation.json")["heads"]
+    assert [head["replay"] for head in comparison["heads"][:2]] == [head["replay"] for head in measured]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_trains_a_stack_of_two(divergence: str, light: list[str], tmp_path: Path) -> None:
+    arguments = ["mtp.mode=stacked", "mtp.depth=2", f"loss.divergence={divergence}", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *light, *arguments, f"output_dir={tmp_path}") == 0
+    check_training(tmp_path)
+    assert {name.split(".")[1] for name in trained_tensors(tmp_path)} == {"0", "1"}
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_stack_of_two_is_measured(light: list[str], tmp_path: Path) -> None:
+    arguments = ["mtp.mode=stacked", "mtp.depth=2", "mtp.steps=2", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    trained = check_evaluation(tmp_path, ["stock", "trained"])["heads"][1]
+    assert (trained["mode"], trained["depth"]) == ("stacked", 2)
+
+
+def test_a_run_starts_from_another_runs_head(distilled: Path, light: list[str], tmp_path: Path) -> None:
+    # With a learning rate far below fp32's resolution the head stays what it started as.
+    arguments = [f"mtp.init={distilled}", "train.learning_rate=1e-30", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *light, *arguments, f"output_dir={tmp_path}") == 0
+    start, end = trained_tensors(distilled), trained_tensors(tmp_path)
+    assert start.keys() == end.keys()
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+def test_a_backbone_without_stock_head_is_trained_and_measured_alone(
+    backbone_folder: Path, light: list[str], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in backbone_folder.iterdir():
+        if path.name != "mtp.safetensors":
+            (bare / path.name).symlink_to(path)
+    run = tmp_path / "run"
+    assert run_main("+recipe=distill", *light, f"backbone.path={bare}", "mtp.init=fresh", f"output_dir={run}") == 0
+    check_evaluation(run, ["trained"])
+    again = [*light, f"backbone.path={bare}", f"checkpoint={run}", f"output_dir={tmp_path / 'again'}"]
+    assert run_main("+recipe=evaluate", *again) == 0
+    check_evaluation(tmp_path / "again", ["trained"])
+
+
+def test_training_changes_the_head_and_nothing_of_the_backbone(
+    backbone_folder: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    config = RunConfig(
+        task=Task.distill,
+        output_dir=str(tmp_path / "run"),
+        backbone=BackboneConfig(path=str(backbone_folder)),
+        data=DataConfig(source=DataSource.text, path=str(corpus_file), sequence_length=33),
+        mtp=MtpConfig(steps=3),
+        train=TrainConfig(steps=2, batch_size=1, warmup_steps=0, router_bias_rate=0.01),
+    )
+    files = tree(backbone_folder)
+    backbone = open_backbone(config)
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    stack = train_head(config, open_run_folder(config, {}), backbone)
+    after, start = backbone.model.state_dict(), stock_tensors(backbone_folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert tree(backbone_folder) == files
+    trained = stack.state_dict()
+    assert trained.keys() == start.keys()
+    still = [name for name in start if torch.equal(start[name], trained[name])]
+    assert still == []
+
+
+def test_bf16_trains_on_a_cpu_with_fp32_masters(light: list[str], tmp_path: Path) -> None:
+    assert run_main("+recipe=distill", *light, "precision=bf16", "evaluate_at_end=false", f"output_dir={tmp_path}") == 0
+    check_training(tmp_path)
+    first, second = trained_tensors(tmp_path, 1), trained_tensors(tmp_path, 2)
+    assert {value.dtype for value in first.values() if value.is_floating_point()} == {torch.float32}
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_streamed_text_is_trained_on(light: list[str], tmp_path: Path) -> None:
+    assert run_main("+recipe=distill", *light, "data.streaming=true", f"output_dir={tmp_path}") == 0
+    check_training(tmp_path)
+    check_evaluation(tmp_path, ["stock", "trained"])
+
+
+def test_a_sweep_gives_each_job_a_folder(light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", "+recipe=distill", "loss.divergence=kl,tv", "evaluate_at_end=false", f"output_dir={sweep}"]
+    assert run_main(*arguments, *light) == 0
+    assert sorted(path.name for path in sweep.iterdir()) == ["job0", "job1", "multirun.yaml"]
+    assert list(Path.cwd().iterdir()) == []
+    for job, divergence in [("job0", "kl"), ("job1", "tv")]:
+        check_training(sweep / job)
+        settings = yaml.safe_load((sweep / job / "config.yaml").read_text(encoding="utf-8"))
+        assert settings["loss"]["divergence"] == divergence
+
+
+def test_a_users_own_recipe_is_found(light: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "my" / "recipe" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\ntask: distill\nmtp: {steps: 2}\nloss: {divergence: tv}\n", encoding="utf-8")
+    arguments = ["--config-dir", str(tmp_path / "my"), "+recipe=mine", "evaluate_at_end=false"]
+    assert run_main(*arguments, *light, f"output_dir={tmp_path / 'run'}") == 0
+    check_training(tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert (settings["mtp"]["steps"], settings["loss"]["divergence"]) == (2, "tv")
+
+
+def test_wandb_records_offline_without_a_key(light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    arguments = ["tracking=wandb", "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    check_training(tmp_path)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_tracking_none_writes_no_metrics(light: list[str], tmp_path: Path) -> None:
+    arguments = ["tracking=none", "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "provenance.json"]

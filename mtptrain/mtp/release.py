@@ -1,0 +1,235 @@
+"""MTP modules in the format of DeepSeek-V4's releases: reading, writing, and the table of their tensors.
+
+`python -m mtptrain.mtp.release > docs/release.md` writes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4Config
+
+from mtptrain.errors import UserError
+from mtptrain.mtp.codec import (
+    FP4_BLOCK,
+    FP8_BLOCK,
+    decode_fp4,
+    decode_fp8,
+    encode_fp4,
+    encode_fp8,
+)
+from mtptrain.mtp.encoding_error import EncodingError, encoding_error, rounding_error
+from mtptrain.mtp.release_names import Row, Scheme, our_shapes, release_table
+from mtptrain.mtp.release_problems import Problems, mismatch, refuse_dspark
+
+
+def module_numbers(names: Collection[str]) -> list[int]:
+    """The d of the `mtp.{d}.*` present, in order."""
+    found = {name.split(".")[1] for name in names if name.startswith("mtp.")}
+    return sorted(int(number) for number in found if number.isdecimal())
+
+
+def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
+    """How the modules are stored; read from the names and from the dtype of one expert."""
+    if not any(name.endswith(".scale") for name in tensors):
+        return "bf16"
+    name = "mtp.0.ffn.experts.0.w1.weight"
+    return "fp8" if name in tensors and tensors[name].dtype == torch.float8_e4m3fn else "fp8_fp4"
+
+
+def from_release(
+    tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Our state dict `mtp.{d}.*` of released modules, whichever scheme they are stored in.
+
+    Args:
+        tensors: the `mtp.*` of a release and nothing else. Each is asked for once, but one expert, so that a mapping
+            which reads a file on demand never holds more than a tensor and its scale.
+        config: the backbone's.
+        dtype: of the weights, torch.bfloat16 or torch.float32; what a release keeps in fp32 stays fp32.
+
+    Raises:
+        UserError: DSpark blocks, a missing, unexpected or mis-shaped tensor, or one that cannot be decoded.
+    """
+    refuse_dspark(tensors.keys(), config)
+    scheme = release_scheme(tensors)
+    numbers = module_numbers(tensors.keys())
+    table = release_table(config, scheme)
+    expected = [f"mtp.{d}.{row.released}" for d in range(max(1, len(numbers))) for row in table]
+    problems = Problems(*_name_differences(expected, tensors.keys()))
+    problems.raise_any(f"the released MTP tensors (scheme {scheme})")
+    state: dict[str, Tensor] = {}
+    shapes = our_shapes(config)
+    for d in numbers:
+        for row in table:
+            if not row.is_scale:
+                value = _read(row, f"mtp.{d}.", tensors, dtype, problems)
+                if value is not None:
+                    _place(value, row, f"mtp.{d}.", shapes, state)
+    problems.raise_any(f"the released MTP tensors (scheme {scheme})")
+    return state
+
+
+def iterate_release(
+    state: Mapping[str, Tensor],
+    config: DeepseekV4Config,
+    scheme: Scheme,
+    errors: dict[str, EncodingError] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Released names and tensors of our modules, one by one.
+
+    Args:
+        state: our `mtp.{d}.*`.
+        config: the backbone's.
+        scheme: `fp8_fp4`, `fp8` or `bf16`.
+        errors: filled with the encoding error of every tensor that was rounded, by released name.
+
+    Raises:
+        UserError: a missing, unexpected or mis-shaped tensor, or a value that the scheme cannot store.
+    """
+    numbers = module_numbers(state.keys())
+    shapes = our_shapes(config)
+    expected = {f"mtp.{d}.{name}": shape for d in range(max(1, len(numbers))) for name, shape in shapes.items()}
+    problems = Problems(*_name_differences(list(expected), state.keys()))
+    for name in expected.keys() & state.keys():
+        if tuple(state[name].shape) != expected[name]:
+            problems.misshaped.append(f"{name} {list(state[name].shape)} instead of {list(expected[name])}")
+    problems.raise_any("the MTP tensors")
+    table = release_table(config, scheme)
+    for d in numbers:
+        for row in table:
+            if not row.is_scale:
+                yield from _write(row, f"mtp.{d}.", _part(row, state[f"mtp.{d}.{row.ours}"]), errors)
+
+
+def to_release(
+    state: Mapping[str, Tensor],
+    config: DeepseekV4Config,
+    scheme: Scheme,
+    errors: dict[str, EncodingError] | None = None,
+) -> dict[str, Tensor]:
+    """All of `iterate_release` at once."""
+    return dict(iterate_release(state, config, scheme, errors))
+
+
+def _name_differences(expected: list[str], found: Collection[str]) -> tuple[list[str], list[str]]:
+    known, present = set(expected), set(found)
+    return [name for name in expected if name not in present], sorted(present - known)
+
+
+def _place(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> None:
+    """Put a decoded tensor where it belongs among ours."""
+    name = prefix + row.ours
+    if row.expert is None:
+        state[name] = value
+        return
+    if name not in state:
+        state[name] = torch.empty(shapes[row.ours], dtype=value.dtype, device=value.device)
+    _part(row, state[name]).copy_(value)
+
+
+def _part(row: Row, whole: Tensor) -> Tensor:
+    """The part of one of our tensors that a released tensor stands for."""
+    if row.expert is None:
+        return whole
+    half = {"w1": slice(0, row.value_shape[0]), "w3": slice(row.value_shape[0], None), "w2": slice(None)}
+    return whole[row.expert][half[row.released.split(".")[-2]]]
+
+
+def _read(
+    row: Row, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: Problems
+) -> Tensor | None:
+    """One decoded tensor; None, and a note among the problems, where a shape or dtype is wrong."""
+    name = prefix + row.released
+    stored = tensors[name]
+    wrong = mismatch(name, stored, row.shape, row.dtype)
+    if row.scale == "none":
+        value = stored.to(torch.float32 if row.dtype == torch.float32 else dtype)
+        if not wrong and not bool(value.isfinite().all()):
+            raise UserError(f"{name}: holds NaN or infinity; the file is damaged")
+    else:
+        scale = tensors[prefix + row.scale_name]
+        wrong += mismatch(prefix + row.scale_name, scale, row.scale_shape, torch.float8_e8m0fnu)
+        decode = decode_fp4 if row.scale == "fp4" else decode_fp8
+        value = stored if wrong else decode(stored, scale, dtype, name)
+    problems.misshaped += wrong
+    return None if wrong else value
+
+
+def _write(
+    row: Row, prefix: str, weight: Tensor, errors: dict[str, EncodingError] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """One of our tensors, or an expert's part of it, as stored; with its scales."""
+    name = prefix + row.released
+    if row.scale == "none":
+        stored = weight.to(row.dtype, copy=True, memory_format=torch.contiguous_format)
+        if not bool(stored.isfinite().all()):
+            raise UserError(f"{name}: a value is NaN, infinite or too large for {row.dtype} and cannot be stored")
+        if errors is not None and row.dtype == torch.bfloat16:
+            errors[name] = rounding_error(weight, stored)
+        yield name, stored
+        return
+    encode, decode, block = (
+        (encode_fp4, decode_fp4, FP4_BLOCK) if row.scale == "fp4" else (encode_fp8, decode_fp8, FP8_BLOCK)
+    )
+    codes, scale = encode(weight, None, name)
+    if errors is not None:
+        errors[name] = encoding_error(weight, decode(codes, scale, torch.float32, name), scale, block)
+    yield name, codes
+    yield prefix + row.scale_name, scale
+
+
+def flash_config() -> DeepseekV4Config:
+    """Sizes of DeepSeek-V4-Flash."""
+    return DeepseekV4Config()
+
+
+def pro_config() -> DeepseekV4Config:
+    """Sizes of DeepSeek-V4-Pro, of what an MTP module is built from."""
+    return DeepseekV4Config(
+        hidden_size=7168,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        o_groups=16,
+        n_routed_experts=384,
+        moe_intermediate_size=3072,
+    )
+
+
+def table_markdown(config: DeepseekV4Config) -> str:
+    """The tensors of one released module as a Markdown table; one row stands for all experts."""
+    table = release_table(config)
+    lines = ["| released, below `mtp.D.` | ours, below `mtp.D.` | shape | dtype |", "|---|---|---|---|"]
+    for row in table:
+        if row.expert is None or row.expert == 0:
+            released = row.released.replace("experts.0.", "experts.E.")
+            place = "scales of the tensor above" if row.is_scale else f"`{row.ours}`{_expert_part(row)}"
+            packed = ", packed FP4" if row.scale == "fp4" and not row.is_scale else ""
+            dtype = f"{str(row.dtype).removeprefix('torch.')}{packed}"
+            lines.append(f"| `{released}` | {place} | {list(row.shape)} | {dtype} |")
+    count = f"{len(table)} tensors a module, E from 0 to {config.n_routed_experts - 1}."
+    return "\n".join([count, "", *lines, ""])
+
+
+def _expert_part(row: Row) -> str:
+    places = {"w1": "[E], first half", "w2": "[E]", "w3": "[E], second half"}
+    return "" if row.expert is None else places[row.released.split(".")[-2]]
+
+
+def document() -> str:
+    """The text of docs/release.md."""
+    head = (
+        "# Tensors of a released MTP module\n\n"
+        "Written by `python -m mtptrain.mtp.release > docs/release.md`; do not edit.\n\n"
+        "One line a tensor, as DeepSeek-V4 stores it and as it is called in a checkpoint of this package. FP8 is e4m3"
+        " with one UE8M0 scale for 128 x 128 values; packed FP4 is e2m1, two columns to a byte, the even one in the low"
+        " nibble, with one UE8M0 scale for 32 columns of a row. Releases named -Base store the experts as FP8 too.\n"
+    )
+    flash, pro = table_markdown(flash_config()), table_markdown(pro_config())
+    return f"{head}\n## DeepSeek-V4-Flash\n\n{flash}\n## DeepSeek-V4-Pro\n\n{pro}"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

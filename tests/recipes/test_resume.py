@@ -1,0 +1,151 @@
+"""A run that ends early goes on as if nothing had happened; a run that is another one does not."""
+
+import _thread
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtptrain.checkpoint import checkpoint_folders
+from tests.command import read_metrics, run_main, start_process, tree
+from tests.conftest import save_backbone
+
+STEPS = 24
+
+
+def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "+recipe=distill",
+        *light,
+        f"train.steps={STEPS}",
+        "train.log_every=2",
+        "train.checkpoint_every=3",
+        "evaluate_at_end=false",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start_process(*arguments, f"output_dir={killed}", folder=tmp_path)
+    deadline = time.monotonic() + 120
+    while not checkpoint_folders(killed / "checkpoints"):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists()  # it really ended early
+
+    assert run_main(*arguments, f"output_dir={killed}", "resume=auto") == 0
+    assert run_main(*arguments, f"output_dir={whole}") == 0
+    left, right = (
+        load_file(checkpoint_folders(run / "checkpoints")[-1] / "module.safetensors") for run in (killed, whole)
+    )
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert [row["step"] for row in read_metrics(killed)] == list(range(2, STEPS + 1, 2))
+    assert read_metrics(killed)[-1]["tokens"] == read_metrics(whole)[-1]["tokens"]
+    assert not list(killed.rglob("*.tmp"))
+    assert "continues" in json.loads((killed / "provenance.json").read_text(encoding="utf-8"))
+
+
+def test_an_interrupted_run_says_how_to_continue(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        while not checkpoint_folders(tmp_path / "checkpoints"):
+            time.sleep(0.01)
+        _thread.interrupt_main()  # what Ctrl-C does
+
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert run_main(*arguments, "train.steps=10000") == 130
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
+    assert not list(tmp_path.rglob("*.tmp"))
+    step = int(checkpoint_folders(tmp_path / "checkpoints")[-1].name.removeprefix("step_"))
+    assert run_main(*arguments, "resume=auto", f"train.steps={step + 1}") == 0
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 2))
+
+
+@pytest.fixture(scope="module")
+def finished(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished distill run; nothing may write into it."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={folder}") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone that differs from the shared one in its config."""
+    folder = tmp_path_factory.mktemp("other_backbone")
+    save_backbone(folder, index_topk=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "reason"),
+    [
+        ("pretrain", ["resume=auto"], "belongs to task=distill and this run has task=pretrain"),
+        ("distill", ["resume=auto", "mtp.mode=stacked"], "belongs to mode=shared and this run has mode=stacked"),
+        ("distill", ["resume=auto", "backbone.path=OTHER"], "belongs to backbone="),
+        ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
+        ("evaluate", ["checkpoint=stock"], "already holds a run"),
+    ],
+    ids=["task", "mode", "backbone", "no_resume", "evaluate"],
+)
+def test_another_run_leaves_the_folder_as_it_is(
+    recipe: str,
+    arguments: list[str],
+    reason: str,
+    finished: Path,
+    other_backbone: Path,
+    light: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = tree(finished)
+    arguments = [argument.replace("OTHER", str(other_backbone)) for argument in arguments]
+    assert run_main(f"+recipe={recipe}", *light, f"output_dir={finished}", *arguments) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith("mtptrain: ")
+    assert reason in message
+    assert str(finished) in message
+    assert "choose another" in message
+    assert tree(finished) == before
+
+
+def test_a_stack_of_another_depth_is_not_continued(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["+recipe=distill", *light, "mtp.mode=stacked", "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    before = tree(tmp_path)
+    assert run_main(*arguments, "resume=auto", "mtp.depth=2") == 2
+    assert "belongs to depth=1 and this run has depth=2" in capfd.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_is_not_trained_again(light: list[str], tmp_path: Path) -> None:
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    checkpoints, rows = tree(tmp_path / "checkpoints"), read_metrics(tmp_path)
+    assert run_main(*arguments, "resume=auto") == 0
+    assert tree(tmp_path / "checkpoints") == checkpoints
+    assert read_metrics(tmp_path) == rows
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    newest = tmp_path / "checkpoints" / "step_00000002" / "module.safetensors"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    assert run_main(*arguments, "resume=auto") == 0
+    errors = capfd.readouterr().err
+    assert "skipping a damaged checkpoint" in errors
+    assert "continuing from step 1" in errors
+    assert newest.read_bytes() == whole

@@ -1,0 +1,341 @@
+"""What a user does wrong ends with one line that says what to do, exit code 2, and nothing half-written."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from tests.command import ROOT, run_main, run_process, tree
+from tests.conftest import corpus_texts, save_backbone
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must fail: returns its line, after checking that it is the only one and left nothing."""
+
+    def run(*arguments: str, recipe: str = "distill") -> str:
+        folder = tmp_path / "run"
+        assert run_main(f"+recipe={recipe}", *light, f"output_dir={folder}", *arguments) == 2
+        output, errors = capfd.readouterr()
+        lines = errors.splitlines()
+        assert [line for line in lines if line.startswith("mtptrain:")] == lines[-1:]
+        assert "Traceback" not in errors + output
+        assert not folder.exists()
+        return lines[-1].removeprefix("mtptrain: ")
+
+    return run
+
+
+MISTAKES = [
+    # arguments, the setting and value that the line names, the rule and the way out
+    (["mtp.depth=0"], "mtp.depth=0: must be at least 1"),
+    (["mtp.depth=2"], "mtp.depth=2: mtp.mode=shared has one module .* set mtp.mode=stacked"),
+    (["mtp.mode=stacked", "mtp.depth=3", "mtp.steps=2"], "mtp.steps=2: must be at least mtp.depth=3"),
+    (["mtp.steps=9"], "mtp.steps=9: must be at most 8"),
+    (["data.sequence_length=4"], r"data.sequence_length=4: .*depth 3.* use at least 5"),
+    (["decoding.draft_length=9"], "decoding.draft_length=9: must lie between 1 and 8"),
+    (["loss.divergence=ce"], r"loss.divergence=ce: .*use \+recipe=pretrain"),
+    (["resume=sometimes"], "resume=sometimes: must be never or auto"),
+    (["resume=auto", "output_dir=null"], "resume=auto: .*set output_dir"),
+    (["data.path=null"], "data.path=None: data=text needs"),
+    (["train.steps=0"], "train.steps=0: must be at least 1"),
+    (["train.learning_rate=nan"], "train.learning_rate=nan: must be above 0"),
+    (["train.beta1=1"], r"train.beta1=1.0: must lie in \[0, 1\)"),
+    (["train.weight_decay=-1"], "train.weight_decay=-1.0: must not be negative"),
+    (["evaluation.num_prompts=0"], "evaluation.num_prompts=0: must be at least 1"),
+    (["trian.steps=2"], "'trian.steps'.*Key 'trian' not in"),
+    (["+trian.steps=2"], "trian: there is no such setting; `--cfg job` lists"),
+    (["+train.stps=2"], "train.stps: there is no such setting; `--cfg job` lists"),
+    (["train.steps=many"], "train.steps=many; Value 'many' .* could not be converted to Integer"),
+    (["loss.divergence=foo"], r"loss.divergence=foo; Invalid value 'foo', expected one of \[.*chain\]"),
+    (["device=tpu"], r"device=tpu; .*expected one of \[auto, cpu, cuda\]"),
+    (["data=csv"], "'data/csv'; Available options in 'data':; stdlib; text"),
+    (["seed=${nowhere}"], "seed: .*'nowhere' not found; write a value"),
+    (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
+    (["distill"], "distill: is not setting=value"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_wrong_setting_is_named_with_its_rule(arguments: list[str], line: str, refused: Refused) -> None:
+    assert re.match(rf".*{line}", refused(*arguments))
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    code, output, errors = run_process("+recipe=distil", folder=tmp_path)
+    assert (code, output) == (2, "")
+    known = "; ".join(sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")))
+    assert re.fullmatch(rf"mtptrain: .*'recipe/distil'; .*'recipe':; {known}; see --help\n", errors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_without_a_recipe_is_told_which_there_are(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("train.steps=2") == 2
+    assert re.fullmatch(r"mtptrain: no recipe is chosen; add \+recipe=distill .*\n", capfd.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(refused: Refused) -> None:
+    assert re.match(r"device=cuda: torch sees no GPU here; use device=cpu", refused("device=cuda"))
+
+
+def test_evaluate_needs_a_checkpoint(refused: Refused) -> None:
+    assert re.match("checkpoint=null: evaluate needs a head; give .*stock", refused(recipe="evaluate"))
+
+
+@pytest.mark.parametrize("recipe", ["distill", "evaluate"])
+def test_more_prompts_than_there_are_is_said_before_any_training(recipe: str, refused: Refused) -> None:
+    line = refused("evaluation.num_prompts=5000", "checkpoint=stock", recipe=recipe)
+    assert re.match(r"evaluation.num_prompts=5000: .* has \d+ prompts of evaluation.prompt_tokens=12; lower", line)
+
+
+# The text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("absent.jsonl", None, "cannot be read .*check the path"),
+        ("absent", None, "datasets cannot load it .*check the file, or the name"),
+        ("latin.txt", b"caf\xe9 au lait", "is not UTF-8 text .*convert it"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8 .*convert it"),
+        ("broken.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not JSON .*mend or drop it"),
+        ("list.jsonl", b'["text"]\n', "line 1 is not a JSON object; write one object a line"),
+        ("empty.txt", b"", "no document on the .* side; .*give more documents"),
+        ("empty.jsonl", b"\n", "no document on the .* side; .*give more documents"),
+        ("table.csv", b"text\na\n", "a file must end in .txt, .jsonl, .parquet; convert or rename it"),
+        ("table.parquet", b"PAR1", "datasets cannot load it .*check the file"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(
+    name: str, content: bytes | None, line: str, tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    message = refused(f"data.path={path}")
+    assert message.startswith(f"data.path={path}: ")
+    assert re.search(line, message)
+
+
+def test_an_empty_folder_of_text_is_named(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refused(f"data.path={tmp_path}/empty")
+    assert re.match(rf"data.path={tmp_path}/empty: the folder holds no .txt, .jsonl, .parquet file; give one", line)
+
+
+def test_a_missing_column_is_answered_with_those_that_are_there(refused: Refused) -> None:
+    assert re.match(
+        r"data.field_name=body: .*row 1 .* has \['text'\]; set data.field_name", refused("data.field_name=body")
+    )
+
+
+def test_a_cache_that_cannot_be_written_is_named(corpus_file: Path, refused: Refused) -> None:
+    assert re.match(rf"data.cache_dir={corpus_file}/x: cannot be written", refused(f"data.cache_dir={corpus_file}/x"))
+
+
+# The backbone
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BACKBONE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json; give the folder"),
+    "broken_config": (lambda folder: cut(folder / "config.json"), r"cannot be loaded .*config.json"),
+    "wrong_type": (lambda folder: edit_config(folder, hidden_size="64"), "cannot be loaded .*hidden_size"),
+    "cut_weights": (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded .*incomplete"),
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded .*model.safetensors"),
+    "other_width": (
+        lambda folder: edit_config(folder, hidden_size=32),
+        "mismatched keys, e.g. .*do not belong together",
+    ),
+    "other_model": (
+        lambda folder: edit_config(folder, tie_word_embeddings=True, n_routed_experts=3),
+        "mismatched keys",
+    ),
+    "no_tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer.json; put"),
+    "broken_tokenizer": (lambda folder: cut(folder / "tokenizer.json"), "tokenizer.json cannot be read"),
+    "large_tokenizer": (
+        lambda folder: save_tokenizer(train_tokenizer(corpus_texts(), 310), folder),
+        "the tokenizer has 310 tokens and the backbone's embedding 300; use the tokenizer",
+    ),
+    "no_head": (lambda folder: (folder / "mtp.safetensors").unlink(), "holds no stock head .*mtp.init=fresh"),
+    "cut_head": (lambda folder: cut(folder / "mtp.safetensors"), "mtp.safetensors cannot be read .*restore the file"),
+}
+
+
+@pytest.mark.parametrize("damage", BACKBONE_DAMAGE)
+def test_a_damaged_backbone_is_named(damage: str, backbone_folder: Path, tmp_path: Path, refused: Refused) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone_folder, folder)
+    act, line = BACKBONE_DAMAGE[damage]
+    act(folder)
+    message = refused(f"backbone.path={folder}")
+    assert message.startswith(f"backbone.path={folder}: ")
+    assert re.search(line, message)
+
+
+def test_a_backbone_without_stock_head_has_none_to_evaluate(
+    backbone_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    shutil.copytree(backbone_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("mtp.*"))
+    line = refused(f"backbone.path={tmp_path}/bare", "checkpoint=stock", recipe="evaluate")
+    assert re.match(r"backbone.path=.*bare: holds no stock head .*give a checkpoint's path", line)
+
+
+def test_a_preset_that_is_not_shipped_needs_a_path(refused: Refused) -> None:
+    line = refused("backbone=small", "backbone.path=null")
+    assert re.match(r"backbone=small: is not shipped; train it with .*set backbone.path", line)
+
+
+@pytest.mark.parametrize(("recipe", "setting"), [("distill", "mtp.steps=4"), ("evaluate", "decoding.draft_length=4")])
+def test_a_draft_as_long_as_the_window_is_refused(recipe: str, setting: str, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "narrow").mkdir()
+    save_backbone(tmp_path / "narrow", sliding_window=4)
+    line = refused(f"backbone.path={tmp_path}/narrow", setting, "checkpoint=stock", recipe=recipe)
+    assert setting in line
+    assert "must be shorter than the backbone's sliding window of 4 tokens" in line
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; nothing may write into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={folder}") == 0
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["evaluate", "distill"])
+@pytest.mark.parametrize("file", ["module.safetensors", "training.pt", "checkpoint.json"])
+def test_a_truncated_checkpoint_is_named(
+    file: str, recipe: str, trained: Path, tmp_path: Path, refused: Refused
+) -> None:
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(trained / "checkpoints" / folder.name, folder)
+    cut(folder / file)
+    line = refused(f"{'checkpoint' if recipe == 'evaluate' else 'mtp.init'}={folder}", recipe=recipe)
+    assert re.search(rf"checkpoint={folder}: {file} is .*use an older checkpoint", line)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, refused: Refused) -> None:
+    line = refused(f"checkpoint={tmp_path}/absent", recipe="evaluate")
+    assert line.startswith(f"checkpoint={tmp_path}/absent: no checkpoint there; give a run folder")
+    assert refused("mtp.init=absent").startswith("mtp.init=absent: ")
+
+
+def test_a_head_of_another_backbone_is_refused(trained: Path, tmp_path: Path, refused: Refused) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    save_backbone(other, index_topk=2)
+    line = refused(f"backbone.path={other}", f"checkpoint={trained}", recipe="evaluate")
+    assert re.match(rf"checkpoint={trained}/.*: was trained on the backbone .*set backbone.path", line)
+    line = refused(f"backbone.path={other}", f"mtp.init={trained}")
+    assert line.startswith(f"mtp.init={trained}: was trained on another backbone; set backbone.path")
+
+
+# The output folder
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/deep/run"])
+def test_an_output_folder_that_cannot_be_made_is_refused(below: str, corpus_file: Path, refused: Refused) -> None:
+    line = refused(f"output_dir={corpus_file}{below}")
+    assert line == f"output_dir={corpus_file}{below}: {corpus_file} is not a folder; choose another one"
+
+
+def test_the_folder_of_a_sweep_that_cannot_be_made_is_named(
+    corpus_file: Path, light: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("-m", "+recipe=distill", *light, "train.steps=1,2", f"output_dir={corpus_file}/sweep") == 2
+    assert re.fullmatch(rf"mtptrain: \w+Error: .*'{corpus_file}/sweep'; see --help\n", capfd.readouterr().err)
+
+
+def test_a_sweep_stops_at_the_first_mistake(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("-m", "+recipe=distill", *light, "mtp.steps=9,1", f"output_dir={tmp_path}") == 2
+    assert capfd.readouterr().err == "mtptrain: mtp.steps=9: must be at most 8\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow past `size` bytes, which a program meets like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("file", ["module.safetensors", "training.pt"])
+def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(
+    file: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main(*arguments, "train.steps=1") == 0
+    first = tmp_path / "checkpoints" / "step_00000001"
+    before = tree(first)
+    with largest_file((first / file).stat().st_size - 1):
+        assert run_main(*arguments, "resume=auto") == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert line.startswith(f"mtptrain: output_dir={tmp_path}: a file would be larger than the system allows")
+    assert line.endswith("free some room and continue with resume=auto")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert tree(first) == before
+    assert run_main(*arguments, "resume=auto") == 0
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_half_file(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(1000):  # below config.yaml's size, above that of the captured line
+        assert run_main("+recipe=evaluate", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 2
+    assert re.search(r"^mtptrain: output_dir: .*free some room .*resume=auto$", capfd.readouterr().err, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What answers at once
+
+
+def test_help_lists_every_recipe(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--help") == 0
+    output = capfd.readouterr().out
+    for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
+        assert re.search(rf"^ +{path.stem} ", output, re.MULTILINE)
+
+
+def test_showing_a_configuration_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['mtptrain', '--cfg', 'job', '+recipe=distill']; "
+        "from mtptrain.cli import main; main(); sys.exit(len({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "divergence: kl" in shown.stdout
