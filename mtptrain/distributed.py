@@ -19,6 +19,7 @@ def choose_device(wanted: Device) -> torch.device:
     if wanted is Device.cuda and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
     if wanted is Device.cpu or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
         return torch.device("cpu")
     return torch.device("cuda")
 

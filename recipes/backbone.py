@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import Backbone
@@ -60,6 +61,7 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     log = run_folder.open_log(trainer.step)
     trainer.run(log)
     log.close()
+    transformers_logging.disable_progress_bar()
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
@@ -105,7 +107,7 @@ def model_card(
     data = config.data
     text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
     if data.packages:
-        text += f", and as many bytes of sources of {', '.join(data.packages)}"
+        text += f", and as many characters of sources of {', '.join(data.packages)}"
     acceptance = " / ".join(f"{value:.3f}" for value in figures["alpha"])
     agreement = " / ".join(f"{value:.3f}" for value in figures["top1"])
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
