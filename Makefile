@@ -25,7 +25,7 @@ quality: $(VENV)/installed-dev ## what CI checks before the tests
 	$(BIN)/mypy
 
 test: quality ## lint, types and tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import signal
 import threading
 import time
 from pathlib import Path
@@ -53,6 +54,9 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
 def test_an_interrupted_run_says_how_to_continue(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    # A shell starts its background jobs, a test run among them, with Ctrl-C ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt() -> None:
         while not checkpoint_folders(tmp_path / "checkpoints"):
             time.sleep(0.01)
@@ -60,7 +64,10 @@ def test_an_interrupted_run_says_how_to_continue(
 
     arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
     threading.Thread(target=interrupt, daemon=True).start()
-    assert run_main(*arguments, "train.steps=10000") == 130
+    try:
+        assert run_main(*arguments, "train.steps=500") == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
     assert not list(tmp_path.rglob("*.tmp"))
