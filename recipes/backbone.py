@@ -25,7 +25,7 @@ from mtptrain.distributed import bound_threads, choose_device
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
-from mtptrain.recipes.evaluate import heldout_corpus, open_backbone
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_file, atomic_folder, write_text
 from mtptrain.trainer import Trainer

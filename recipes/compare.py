@@ -14,13 +14,12 @@ from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.metrics import summarize
-from mtptrain.recipes.evaluate import (
-    SCHEMA,
+from mtptrain.recipes.evaluate import SCHEMA, replay_head
+from mtptrain.recipes.inputs import (
     describe_backbone,
     heldout_corpus,
     open_backbone,
     prepare_traces,
-    replay_head,
     stock_head,
     trained_head,
 )

@@ -22,16 +22,8 @@ from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import initial_stack
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.recipes.evaluate import (
-    check_prompts,
-    evaluate_heads,
-    has_stock,
-    heldout_corpus,
-    open_backbone,
-    replay_head,
-    stock_head,
-    stop_token,
-)
+from mtptrain.recipes.evaluate import evaluate_heads, replay_head
+from mtptrain.recipes.inputs import check_prompts, has_stock, heldout_corpus, open_backbone, stock_head, stop_token
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import BatchSource, Probe, Trainer
 

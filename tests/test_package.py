@@ -65,8 +65,8 @@ def test_the_wheel_holds_every_file_of_the_package(checkout: Path, wheel: zipfil
         "mtptrain/recipes/distill.py",
         "mtptrain/kernels/linear_loss/reference.py",
         "mtptrain/conf/recipe/distill.yaml",
-        "mtptrain/evaluation/report.html",
-        "mtptrain/evaluation/report.css",
+        "mtptrain/evaluation/report/page.html",
+        "mtptrain/evaluation/report/page.css",
     } <= expected
 
 

@@ -27,7 +27,7 @@ TRACES_A_BATCH = 16
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
     """Prompt and continuation of every trace as a row, padded at the end."""
-    texts = [trace.prompt + trace.tokens for trace in traces]
+    texts = [trace.prompt.tokens + trace.tokens for trace in traces]
     length = max(len(text) for text in texts)
     tokens_BS = torch.tensor([text + [0] * (length - len(text)) for text in texts], device=device)
     segment_BS = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
@@ -57,7 +57,7 @@ def draft_hits(model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace
     for start in range(0, len(traces), TRACES_A_BATCH):
         group = traces[start : start + TRACES_A_BATCH]
         hit_BKS = _hits(model, stack, trace_batch(group, device), steps).cpu().numpy()
-        found += [hit_BKS[row, :, : len(trace.prompt) + len(trace.tokens)] for row, trace in enumerate(group)]
+        found += [hit_BKS[row, :, : len(trace.prompt.tokens) + len(trace.tokens)] for row, trace in enumerate(group)]
     return found
 
 
@@ -69,7 +69,7 @@ def replay_passes(hit_KS: np.ndarray, trace: Trace, draft_length: int) -> list[V
         trace: the text.
         draft_length: tokens a draft, K.
     """
-    anchor, last = len(trace.prompt) - 1, len(trace.prompt) + len(trace.tokens) - 2
+    anchor, last = len(trace.prompt.tokens) - 1, len(trace.prompt.tokens) + len(trace.tokens) - 2
     accepted = []
     while anchor < last:
         hits = hit_KS[:draft_length, anchor]

@@ -42,7 +42,7 @@ def run_interleaved(
     plain: list[list[Decoded]] = []
     speculative: dict[tuple[str, int], list[Decoded]] = {(name, k): [] for name in stacks for k in draft_lengths}
     for number, trace in enumerate(traces):
-        prompt = torch.tensor([trace.prompt], device=device)
+        prompt = torch.tensor([trace.prompt.tokens], device=device)
         first = decode_plain(model, prompt, *limits)[0]
         for (name, k), records in speculative.items():
             records.append(decode_speculative(model, Drafter(model, stacks[name]), prompt, k, *limits))

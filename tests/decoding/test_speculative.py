@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.speculative import accepted_prefix, decode_speculative, settle_passes
@@ -67,7 +68,7 @@ def test_loop_and_replay_count_the_same_passes(depth: int, draft_length: int) ->
     stack = random_stack(MODEL, depth)
     prompt = prompt_of(11)
     loop = decode_speculative(MODEL, Drafter(MODEL, stack), prompt, draft_length, NEW_TOKENS)
-    trace = Trace(prompt[0].tolist(), loop.tokens, loop.gaps)
+    trace = Trace(Prompt(prompt[0].tolist(), "text", 0), loop.tokens, loop.gaps, [])
     (hits,) = draft_hits(MODEL, stack, [trace], draft_length)
     assert replay_passes(hits, trace, draft_length) == loop.passes
 

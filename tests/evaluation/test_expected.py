@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtptrain.data.prompts import Prompt
 from mtptrain.evaluation.expected import acceptance_probability, expected_passes
 from mtptrain.evaluation.metrics import by_position
 from mtptrain.evaluation.replay import replay_passes
@@ -20,7 +21,7 @@ VERIFICATIONS = list(Verification)
 def test_zeros_and_ones_give_the_counts_of_greedy_replay(steps: int, num_tokens: int, seed: int) -> None:
     prompt = 3
     hit_KS = np.random.default_rng(seed).random((steps, prompt + num_tokens + 1)) < 0.7
-    trace = Trace([0] * prompt, [0] * (num_tokens + 1), [0.0] * (num_tokens + 1))
+    trace = Trace(Prompt([0] * prompt, "text", 0), [0] * (num_tokens + 1), [0.0] * (num_tokens + 1), [])
     expected = expected_passes(hit_KS[:, prompt - 1 : prompt - 1 + num_tokens])
     for length in range(1, steps + 1):
         passes = replay_passes(hit_KS, trace, length)

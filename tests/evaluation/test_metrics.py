@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.records import Decoded, VerifyPass
 from mtptrain.evaluation.certify import LoopRun, certify
 from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain, summarize
@@ -47,7 +48,7 @@ def test_the_interval_of_a_gain_is_paired_by_prompt() -> None:
 
 def test_replay_walks_from_anchor_to_anchor() -> None:
     """Prompt of 2, text of 6: anchors 1 (2 hits, accepted), then 4 (none), then 5 (1 hit, the last token)."""
-    trace = Trace([7, 7], [1, 2, 3, 4, 5, 6], [1.0] * 6)
+    trace = Trace(Prompt([7, 7], "text", 0), [1, 2, 3, 4, 5, 6], [1.0] * 6, [])
     hit_KS = np.zeros((2, 8), dtype=bool)
     hit_KS[:, 1] = True
     hit_KS[0, 5] = True

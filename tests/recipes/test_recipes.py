@@ -15,7 +15,7 @@ from torch import Tensor
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, LossName, MtpConfig, RunConfig, Task, TrainConfig
 from mtptrain.mtp.initial import stock_tensors
 from mtptrain.recipes.distill import train_head
-from mtptrain.recipes.evaluate import open_backbone
+from mtptrain.recipes.inputs import open_backbone
 from mtptrain.run_folder import open_run_folder
 from tests.command import ROOT, read_metrics, run_main, tree
 

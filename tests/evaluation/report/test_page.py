@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mtptrain.evaluation import plots
-from mtptrain.evaluation.report import write_report
-from mtptrain.evaluation.table import (
+from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report.page import write_report
+from mtptrain.evaluation.report.table import (
     Outcome,
     clock_verdict,
     length_grid,

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mtptrain.evaluation.table import draft_lengths, measured_gain, measured_speedup
+from mtptrain.evaluation.report.table import draft_lengths, measured_gain, measured_speedup
 
 # K draft length, k position in the draft from 1.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from mtptrain.evaluation import plots
-from mtptrain.evaluation.table import (
+from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report.table import (
     MISSING_VALUE,
     Cell,
     Grid,
@@ -38,9 +38,9 @@ def write_report(evaluation: dict[str, Any], path: Path) -> None:
         evaluation: content of evaluation.json.
         path: the file; its folder is made where it is missing.
     """
-    package = files("mtptrain.evaluation")
-    template = Template(package.joinpath("report.html").read_text(encoding="utf-8"))
-    style = package.joinpath("report.css").read_text(encoding="utf-8")
+    package = files("mtptrain.evaluation.report")
+    template = Template(package.joinpath("page.html").read_text(encoding="utf-8"))
+    style = package.joinpath("page.css").read_text(encoding="utf-8")
     write_text(path, template.substitute(_fields(evaluation), style=style))
 
 

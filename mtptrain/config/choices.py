@@ -1,0 +1,80 @@
+"""The words that a setting can take."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Task(Enum):
+    """The program that a recipe runs."""
+
+    backbone = "backbone"
+    pretrain = "pretrain"
+    distill = "distill"
+    evaluate = "evaluate"
+    compare = "compare"
+
+
+class Device(Enum):
+    """Where a run computes; `auto` takes the GPU when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Arithmetic of a run; `auto` is bf16 on a GPU and fp32 on a CPU."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class DataSource(Enum):
+    """Where documents come from."""
+
+    stdlib = "stdlib"
+    text = "text"
+
+
+class MtpMode(Enum):
+    """`shared`: one module drafts every step. `stacked`: module d drafts step d."""
+
+    shared = "shared"
+    stacked = "stacked"
+
+
+class LossName(Enum):
+    """What the heads are trained on: data tokens (`ce`) or the backbone's distribution (the others)."""
+
+    ce = "ce"
+    kl = "kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    tv = "tv"
+    neg_log_alpha = "neg_log_alpha"
+    hybrid = "hybrid"
+    chain = "chain"
+
+
+class DraftChoice(Enum):
+    """Which token a draft step takes at a temperature above 0: drawn from the head's distribution, or its likeliest."""
+
+    sampled = "sampled"
+    greedy = "greedy"
+
+
+class VerificationChoice(Enum):
+    """How a sampled draft is verified: token by token (as servers do), or by block, which never keeps fewer."""
+
+    token = "token"
+    block = "block"
+
+
+class Tracker(Enum):
+    """Where metrics are mirrored; `jsonl` is always the record unless `none` is chosen."""
+
+    none = "none"
+    jsonl = "jsonl"
+    wandb = "wandb"

@@ -1,0 +1,50 @@
+"""How heads are decoded with and measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mtptrain.config.choices import DraftChoice, VerificationChoice
+from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
+
+
+@dataclass(kw_only=True, slots=True)
+class DecodingConfig:
+    """How speculative decoding is run when it is measured."""
+
+    draft_length: int = 4  # the longest K that is measured; every K from 1 up to it is reported
+    max_new_tokens: int = 64  # tokens a prompt
+    temperature: float = 0.0  # of the sampled text; 0 = greedy
+    top_k: int | None = None  # likeliest tokens that may be sampled; null = all
+    top_p: float = 1.0  # in (0, 1], smallest mass of likeliest tokens that may be sampled
+    draft: DraftChoice = DraftChoice.sampled  # at a temperature above 0: drawn from the head, or its likeliest
+    verification: VerificationChoice = VerificationChoice.token
+    stop_below: float = 0.0  # a draft ends before a step whose largest head probability is below this; 0 = never
+
+    def __post_init__(self) -> None:
+        length = self.draft_length
+        require(1 <= length <= MAX_DRAFT_LENGTH, "decoding.draft_length", length, "must lie between 1 and 8")
+        require(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        heat, most = self.temperature, self.top_k
+        require(math.isfinite(heat) and heat >= 0, "decoding.temperature", heat, "must be 0 (greedy) or above")
+        require(most is None or most >= 1, "decoding.top_k", most, "must be at least 1, or null to keep all tokens")
+        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "must lie in (0, 1]; 1 keeps all tokens")
+        require(0 <= self.stop_below <= 1, "decoding.stop_below", self.stop_below, "must lie in [0, 1]; 0 = never stop")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """How much is measured."""
+
+    num_prompts: int = 64  # held-out documents that are continued
+    prompt_tokens: int = 96
+    timed_prompts: int = 6  # of them, for the paired timing of plain and speculative decoding
+    heldout_sequences: int = 96  # held-out sequences for the teacher-forced figures
+    every: int = 0  # training steps between replays of some of the prompts; 0 = only at the end
+    include_stock: bool = True  # measure the stock head beside the checkpoint
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "prompt_tokens", "timed_prompts", "heldout_sequences"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "must be at least 1")
+        require(self.every >= 0, "evaluation.every", self.every, "must not be negative")

@@ -1,0 +1,78 @@
+"""One run: every section together, and the rules that span several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from mtptrain.config.backbone import BackboneConfig
+from mtptrain.config.choices import Device, LossName, Precision, Task
+from mtptrain.config.data import DataConfig
+from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.rules import require
+from mtptrain.config.tracking import TrackingConfig
+from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run: a task, its parts and its folder."""
+
+    task: Task = MISSING
+    output_dir: str | None = None  # null = outputs/<task>/<date-time>
+    resume: str = "never"  # never, or auto: continue from the newest whole checkpoint in output_dir
+    seed: int = 0
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
+    checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
+    checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
+    evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stock_head: TrainConfig = field(default_factory=TrainConfig)  # recipe=backbone: the training of its stock head
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.resume in ("never", "auto"), "resume", self.resume, "must be never or auto")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
+        require(
+            self.task is not Task.compare or len(self.checkpoints) >= 2,
+            "checkpoints",
+            self.checkpoints,
+            "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
+        )
+        depth, length = self.mtp.num_steps, self.data.sequence_length
+        require(
+            length >= depth + 2,
+            "data.sequence_length",
+            length,
+            f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
+        )
+        require(
+            self.task is not Task.distill or self.loss.divergence is not LossName.ce,
+            "loss.divergence",
+            "ce",
+            "is training on data tokens, not distillation; use +recipe=pretrain",
+        )
+        require(
+            self.resume == "never" or self.output_dir is not None,
+            "resume",
+            self.resume,
+            "needs the folder of the run to continue; set output_dir",
+        )
+
+
+def register() -> None:
+    """Make `RunConfig` the schema that Hydra composes against, and name the folder of a sweep."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    # Hydra writes multirun.yaml there, whatever it is told.
+    OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)

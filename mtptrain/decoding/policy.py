@@ -1,0 +1,60 @@
+"""What is drawn from logits, and how drafts are made and verified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtptrain.config import DecodingConfig, DraftChoice
+from mtptrain.kernels.acceptance import Verification, policy_probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A decoding policy; the output is distributed as the backbone's own under temperature, top-k and top-p.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: likeliest tokens kept; None keeps all.
+        top_p: in (0, 1], the smallest mass of likeliest tokens kept.
+        draft: draft tokens drawn from the head's own distribution under the same policy, or its likeliest. At
+            temperature 0 both are the likeliest.
+        verification: token by token, or by block.
+        stop_below: a draft ends before the first step whose largest head probability, at temperature 1, lies below
+            this. The decision is taken before the step's token is drawn, so it takes nothing from losslessness.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    draft: DraftChoice = DraftChoice.sampled
+    verification: Verification = Verification.token
+    stop_below: float = 0.0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the backbone's likeliest token is always taken."""
+        return self.temperature == 0
+
+    def target(self, logits: Tensor) -> Tensor:
+        """Distribution that the output follows, from the backbone's logits [..., V]; float32, one-hot when greedy."""
+        return policy_probabilities(logits, self.temperature, self.top_k, self.top_p)
+
+    def proposal(self, logits: Tensor) -> Tensor:
+        """Distribution that drafts are drawn from, from the head's logits [..., V]; one-hot for greedy drafts."""
+        if self.draft is DraftChoice.greedy:
+            return policy_probabilities(logits, 0.0)
+        return self.target(logits)
+
+
+def decoding_policy(config: DecodingConfig) -> Policy:
+    """The policy that a run is configured with."""
+    return Policy(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        draft=config.draft,
+        verification=Verification(config.verification.value),
+        stop_below=config.stop_below,
+    )

@@ -1,0 +1,1 @@
+"""One evaluation as a table on the terminal and as a page with plots."""
