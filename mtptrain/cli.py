@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import re
 import sys
-from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -32,15 +32,15 @@ def stop(message: str) -> NoReturn:
 
 def unknown_keys(values: dict[str, Any], schema: Any, prefix: str = "") -> list[str]:
     """Keys that `+key=value` smuggled past the schema."""
-    known = {field.name: field for field in fields(schema)}
+    known = get_type_hints(schema)
     found = []
     for key, value in values.items():
         if key not in known:
             found.append(prefix + key)
             continue
-        default = known[key].default_factory
-        if isinstance(value, dict) and is_dataclass(default):
-            found.extend(unknown_keys(value, default, f"{prefix}{key}."))
+        section = next((part for part in (known[key], *get_args(known[key])) if is_dataclass(part)), None)
+        if isinstance(value, dict) and section is not None:
+            found.extend(unknown_keys(value, section, f"{prefix}{key}."))
     return found
 
 
@@ -58,7 +58,7 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
         raise UserError(
-            "no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, backbone); see --help"
+            "no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, backbone, plan); see --help"
         )
     strangers = unknown_keys(settings, RunConfig)
     if strangers:
@@ -138,6 +138,9 @@ def main() -> None:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
             stop(composition_message(errors.getvalue()))
+        if ending.code == USER_MISTAKE and errors.getvalue():  # argparse has complained, and taken the code for its own
+            reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
+            stop(f"{reason}; options such as --config-dir go before the settings; see --help")
         raise
     finally:
         sys.stderr = sys.__stderr__

@@ -57,16 +57,13 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores and GPUs of this machine."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
+    """CPU, cores and GPUs of this machine; the latter and torch's threads only where the run has loaded torch."""
+    found: dict[str, Any] = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0))}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["torch_threads"] = torch.get_num_threads()
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
 
 
 def describe_run(seed: int) -> dict[str, Any]:

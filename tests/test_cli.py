@@ -85,6 +85,11 @@ def test_a_command_without_a_recipe_is_told_which_there_are(capfd: pytest.Captur
     assert re.fullmatch(r"mtptrain: no recipe is chosen; add \+recipe=distill .*\n", capfd.readouterr().err)
 
 
+def test_an_option_in_the_wrong_place_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("+recipe=distill", "--config-dir", "my", "train.steps=2") == 2
+    assert re.fullmatch(r"mtptrain: unrecognized arguments: train.steps=2; .*before.*\n", capfd.readouterr().err)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(refused: Refused) -> None:
     assert re.match(r"device=cuda: torch sees no GPU here; use device=cpu", refused("device=cuda"))

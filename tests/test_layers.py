@@ -18,7 +18,7 @@ LAYERS = [
     ["data.documents", "data.tokens", "data.packing", "data.tokenizer"],  # the format of data, no source of it
     ["mtp", "backbone"],
     ["checkpoint", "decoding", "losses", "data", "optim", "tracking", "progress"],
-    ["trainer", "evaluation", "export", "run_folder"],
+    ["trainer", "evaluation", "planning", "export", "run_folder"],
     ["recipes"],
     ["cli", "__main__"],
 ]

@@ -5,18 +5,22 @@ This package imports neither torch nor transformers, so that `--help` and `--cfg
 
 from mtptrain.config.backbone import BackboneConfig, ShapeConfig
 from mtptrain.config.choices import (
+    CacheFormat,
     DataSource,
     Device,
     DraftChoice,
     LossName,
     MtpMode,
+    PlanKind,
     Precision,
     Task,
     Tracker,
     VerificationChoice,
+    WeightFormat,
 )
 from mtptrain.config.data import DataConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
 from mtptrain.config.run import RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
@@ -25,16 +29,20 @@ from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 __all__ = [
     "MAX_DRAFT_LENGTH",
     "BackboneConfig",
+    "CacheFormat",
     "DataConfig",
     "DataSource",
     "DecodingConfig",
     "Device",
     "DraftChoice",
     "EvaluationConfig",
+    "HardwareConfig",
     "LossConfig",
     "LossName",
     "MtpConfig",
     "MtpMode",
+    "PlanConfig",
+    "PlanKind",
     "Precision",
     "RunConfig",
     "ShapeConfig",
@@ -43,6 +51,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VerificationChoice",
+    "WeightFormat",
     "register",
     "require",
 ]

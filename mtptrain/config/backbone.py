@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from mtptrain.config.rules import require
 
@@ -35,6 +35,10 @@ class ShapeConfig:
     max_positions: int = 4096  # tokens
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            value, least = getattr(self, part.name), 0 if part.name == "num_hash_layers" else 1
+            if isinstance(value, int):
+                require(value >= least, f"backbone.shape.{part.name}", value, f"must be at least {least}")
         require(self.vocab_size >= 258, "backbone.shape.vocab_size", self.vocab_size, "must be at least 258")
         known = {"sliding", "csa", "hca"}
         require(

@@ -13,6 +13,7 @@ class Task(Enum):
     distill = "distill"
     evaluate = "evaluate"
     compare = "compare"
+    plan = "plan"
 
 
 class Device(Enum):
@@ -78,3 +79,26 @@ class Tracker(Enum):
     none = "none"
     jsonl = "jsonl"
     wandb = "wandb"
+
+
+class PlanKind(Enum):
+    """What `plan` is asked for."""
+
+    decoding = "decoding"
+
+
+class WeightFormat(Enum):
+    """How weights are stored; `release` keeps experts in FP4 and other matrices in FP8, as DeepSeek ships them."""
+
+    release = "release"
+    fp8 = "fp8"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class CacheFormat(Enum):
+    """How cached keys are stored; with `fp8` the rotated channels stay in bf16."""
+
+    fp8 = "fp8"
+    bf16 = "bf16"
+    fp32 = "fp32"

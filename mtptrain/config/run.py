@@ -11,6 +11,7 @@ from mtptrain.config.backbone import BackboneConfig
 from mtptrain.config.choices import Device, LossName, Precision, Task
 from mtptrain.config.data import DataConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import require
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
@@ -39,6 +40,9 @@ class RunConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    model: BackboneConfig | None = None  # plan: whose shapes are counted
+    hardware: HardwareConfig | None = None  # plan: what they run on
+    plan: PlanConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.resume in ("never", "auto"), "resume", self.resume, "must be never or auto")

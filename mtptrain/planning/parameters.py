@@ -1,0 +1,157 @@
+"""Parameters of a DeepSeek-V4 backbone and of an MTP module, by part and by how a release stores them."""
+
+# D model width, H heads, C channels of a head, N residual streams, E experts, I inner width of an expert, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from mtptrain.config import ShapeConfig, WeightFormat
+
+FP8 = 1 + 1 / 128**2  # bytes: one byte a value, one scale a 128 x 128 block
+FP4 = 1 / 2 + 1 / 32  # bytes: two values a byte, one scale for 32 values
+# Bytes a parameter of (expert, matrix, plain, strict); see `Weights`.
+BYTES = {
+    WeightFormat.release: (FP4, FP8, 2, 4),
+    WeightFormat.fp8: (FP8, FP8, 2, 4),
+    WeightFormat.bf16: (2, 2, 2, 4),
+    WeightFormat.fp32: (4, 4, 4, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Numbers of parameters by the four ways in which a release stores them.
+
+    Attributes:
+        expert: routed experts, FP4 in a release.
+        matrix: other large matrices, FP8 in a release.
+        plain: embedding, lm_head, router, compressors and norms, bf16 in a release.
+        strict: hyper-connections, sinks and position biases, always fp32.
+    """
+
+    expert: int = 0
+    matrix: int = 0
+    plain: int = 0
+    strict: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(astuple(self))
+
+    def bytes(self, stored: WeightFormat) -> float:
+        """Bytes of all of them, scales included."""
+        return sum(count * size for count, size in zip(astuple(self), BYTES[stored], strict=True))
+
+
+Parts = dict[str, Weights]  # by the name of a part
+
+
+def add_parts(*many: Parts) -> Parts:
+    """Part by part the sum."""
+    total: Parts = {}
+    for parts in many:
+        for name, weights in parts.items():
+            total[name] = total.get(name, Weights()) + weights
+    return total
+
+
+def total_weights(parts: Parts) -> Weights:
+    """Sum over the parts."""
+    return sum(parts.values(), Weights())
+
+
+def attention_weights(shape: ShapeConfig) -> Weights:
+    """Projections, norms and sinks of a sliding attention, with the norm before it."""
+    width, head, latent = shape.hidden_size, shape.head_dim, shape.q_lora_rank
+    query = width * latent + latent * shape.num_attention_heads * head
+    output = shape.num_attention_heads * head * shape.o_lora_rank + shape.o_groups * shape.o_lora_rank * width
+    return Weights(
+        matrix=query + width * head + output,
+        plain=latent + head + width,
+        strict=shape.num_attention_heads,
+    )
+
+
+def compressor_weights(shape: ShapeConfig, channels: int, rate: int, span: int) -> Weights:
+    """A compressor that pools windows of `rate` tokens; with span 2 each window has a half for the next one."""
+    wide = span * channels
+    return Weights(plain=2 * shape.hidden_size * wide + channels, strict=rate * wide)
+
+
+def compression_weights(shape: ShapeConfig, kind: str) -> Weights:
+    """What a layer of a kind (`sliding`, `csa`, `hca`) adds to sliding attention; CSA includes its indexer."""
+    if kind == "sliding":
+        return Weights()
+    if kind == "hca":
+        return compressor_weights(shape, shape.head_dim, shape.hca_rate, span=1)
+    indexer = Weights(
+        matrix=shape.q_lora_rank * shape.index_heads * shape.index_head_dim,
+        plain=shape.hidden_size * shape.index_heads,
+    )
+    own = compressor_weights(shape, shape.head_dim, shape.csa_rate, span=2)
+    return own + indexer + compressor_weights(shape, shape.index_head_dim, shape.csa_rate, span=2)
+
+
+def expert_weights(shape: ShapeConfig) -> int:
+    """Parameters of one expert."""
+    return 3 * shape.hidden_size * shape.expert_size
+
+
+def connection_weights(shape: ShapeConfig) -> Weights:
+    """One hyper-connection: its projection, bias and three scales. A layer has two."""
+    mixed = (2 + shape.hc_mult) * shape.hc_mult
+    return Weights(strict=mixed * shape.hc_mult * shape.hidden_size + mixed + 3)
+
+
+def collapse_weights(shape: ShapeConfig) -> Weights:
+    """`hc_head`, which turns streams into one vector, and the norm after it."""
+    return Weights(
+        strict=shape.hc_mult * shape.hc_mult * shape.hidden_size + shape.hc_mult + 1, plain=shape.hidden_size
+    )
+
+
+def layer_parts(shape: ShapeConfig, kind: str) -> Parts:
+    """One decoder layer. Routing tables and selection biases are no parameters and are not counted."""
+    width = shape.hidden_size
+    return {
+        "attention": attention_weights(shape),
+        "compression": compression_weights(shape, kind),
+        "router": Weights(plain=shape.num_experts * width + width),
+        "routed experts": Weights(expert=shape.num_experts * expert_weights(shape)),
+        "shared expert": Weights(matrix=expert_weights(shape)),
+        "hyper-connections": connection_weights(shape) + connection_weights(shape),
+    }
+
+
+def head_weights(shape: ShapeConfig) -> Weights:
+    """The lm_head; embedding and lm_head are not tied."""
+    return Weights(plain=shape.vocab_size * shape.hidden_size)
+
+
+def backbone_parts(shape: ShapeConfig) -> Parts:
+    """The whole backbone."""
+    layers = [layer_parts(shape, kind) for kind in shape.layer_types]
+    outside = {
+        "embedding": head_weights(shape),
+        "hyper-connections": collapse_weights(shape),
+        "lm_head": head_weights(shape),
+    }
+    return add_parts(*layers, outside)
+
+
+def module_parts(shape: ShapeConfig) -> Parts:
+    """One MTP module; embedding and lm_head are the backbone's."""
+    width = shape.hidden_size
+    combine = {"combine": Weights(matrix=2 * width * width, plain=2 * width)}
+    return add_parts(combine, layer_parts(shape, "sliding"), {"hyper-connections": collapse_weights(shape)})
+
+
+def active_parameters(shape: ShapeConfig) -> int:
+    """Parameters that one token uses: all but the experts it is not routed to and the embedding's other rows."""
+    idle = (shape.num_experts - shape.experts_per_token) * expert_weights(shape) * len(shape.layer_types)
+    return total_weights(backbone_parts(shape)).total - idle - head_weights(shape).total
