@@ -87,7 +87,7 @@ def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    assert RECIPES == ["backbone", "compare", "distill", "evaluate", "pretrain"]
+    assert RECIPES == ["backbone", "compare", "distill", "evaluate", "plan", "pretrain"]  # plan: test_plan.py
 
 
 def test_distill_trains_measures_and_records(distilled: Path) -> None:
