@@ -39,6 +39,12 @@ class RunFolder:
         """One line for the person who watches."""
         print(line, file=sys.stderr, flush=True)
 
+    def require_empty(self) -> Path:
+        """The folder, for a program that writes it as a whole; raises a `UserError` where anything lies in it."""
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"output_dir={self.path}: is not empty; choose another folder, nothing is overwritten")
+        return self.path
+
     def record(self) -> None:
         """Write config.yaml and provenance.json; called when everything the run needs has been found sound.
 

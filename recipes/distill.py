@@ -7,9 +7,12 @@ python -m mtptrain +recipe=pretrain
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
+from mtptrain.checkpoint import find_checkpoint, newest_checkpoint
 from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.splits import training_documents
@@ -20,10 +23,10 @@ from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.initial import initial_stack
-from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, stock_tensors
+from mtptrain.mtp.stack import MtpStack, head_digest
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
-from mtptrain.recipes.inputs import check_prompts, has_stock, heldout_corpus, open_backbone, stock_head, stop_token
+from mtptrain.recipes.inputs import check_prompts, heldout_corpus, open_backbone, stock_head, stop_token
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import BatchSource, Probe, Trainer
 
@@ -40,17 +43,21 @@ def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
     return PackedBatches(corpus, data.sequence_length, size, config.seed)
 
 
-def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> MtpStack:
-    """The modules before training, from `mtp.init`."""
-    start: Checkpoint | None = None
-    if config.init not in ("stock", "fresh"):
+def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> tuple[MtpStack, dict[str, Any]]:
+    """The modules before training, from `mtp.init`, and what a checkpoint records of that start."""
+    tensors: dict[str, Tensor] | None = None
+    if config.init == "stock":
+        tensors = stock_tensors(backbone)
+    elif config.init not in ("fresh", "backbone"):
         try:
             start = find_checkpoint(Path(config.init))
         except UserError as error:
             raise UserError(f"mtp.init={config.init}: {error}") from None
         if start.owner.get("backbone") != backbone.fingerprint:
             raise UserError(f"mtp.init={config.init}: was trained on another backbone; set backbone.path to that one")
-    return initial_stack(config, backbone, start.tensors() if start else None, seed)
+        tensors = start.tensors()
+    stack = initial_stack(config, backbone, tensors, seed)
+    return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
 def make_probe(config: RunConfig, backbone: Backbone, stack: MtpStack) -> Probe:
@@ -69,13 +76,17 @@ def make_probe(config: RunConfig, backbone: Backbone, stack: MtpStack) -> Probe:
     return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")
 
 
-def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> Trainer:
+def make_trainer(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack, start: dict[str, Any]
+) -> Trainer:
     """The trainer of a head, at the newest checkpoint when the run is resumed."""
     owner = {
         "task": config.task.value,
         "backbone": backbone.fingerprint,
         "mode": config.mtp.mode.value,
         "depth": config.mtp.depth,
+        "steps": config.mtp.num_steps,
+        "start": start,
     }
     objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps)
     batches = training_batches(config, backbone)
@@ -91,8 +102,10 @@ def make_trainer(config: RunConfig, run_folder: RunFolder, backbone: Backbone, s
 
 def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> MtpStack:
     """Train the modules that `config.mtp` asks for; returns them in eval mode."""
-    stack = start_stack(config.mtp, backbone, config.seed)
-    trainer = make_trainer(config, run_folder, backbone, stack)
+    stack, start = start_stack(config.mtp, backbone, config.seed)
+    if "conversion" in start:
+        run_folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
+    trainer = make_trainer(config, run_folder, backbone, stack, start)
     log = run_folder.open_log(trainer.step)
     try:
         trainer.run(log)

@@ -26,11 +26,11 @@ from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.table import print_summary
 from mtptrain.evaluation.speedup import run_interleaved, summarize_speed
 from mtptrain.evaluation.trace import Trace
+from mtptrain.mtp.initial import has_stock
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
 from mtptrain.recipes.inputs import (
     describe_backbone,
-    has_stock,
     heldout_corpus,
     open_backbone,
     prepare_traces,

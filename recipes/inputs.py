@@ -14,8 +14,8 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.trace import Trace, heldout_prompts, record_traces
 from mtptrain.losses.next_token import bits_per_byte
-from mtptrain.mtp.initial import mtp_tensors, place, stock_tensors
-from mtptrain.mtp.stack import stack_from_tensors
+from mtptrain.mtp.initial import place, stock_tensors
+from mtptrain.mtp.stack import num_modules, stack_from_tensors
 from mtptrain.run_folder import RunFolder
 
 
@@ -38,15 +38,10 @@ def check_window(config: RunConfig, backbone: Backbone) -> None:
         )
 
 
-def has_stock(backbone: Backbone) -> bool:
-    """Whether the backbone came with a head."""
-    return bool(mtp_tensors(backbone.folder))
-
-
 def stock_head(backbone: Backbone) -> Head:
     """The head that came with the backbone."""
-    tensors = stock_tensors(backbone.folder)
-    depth = len({name.split(".")[1] for name in tensors})
+    tensors = stock_tensors(backbone)
+    depth = num_modules(tensors)
     stack = stack_from_tensors(backbone.config, depth, tensors, str(backbone.folder))
     return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, backbone).eval())
 

@@ -21,7 +21,11 @@ os.environ |= {
 import torch
 from safetensors.torch import save_file
 
+from mtptrain.config import ReleaseVariant
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from mtptrain.export.miniature import miniature_config, miniature_groups
+from mtptrain.export.model_files import write_shards
+from mtptrain.storage import write_json
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
@@ -58,6 +62,23 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random backbone; do not write into it."""
     folder = tmp_path_factory.mktemp("backbone")
     save_backbone(folder)
+    return folder
+
+
+def save_release(folder: Path, variant: ReleaseVariant = ReleaseVariant.release) -> None:
+    """A random backbone and head in the official release format, with the same tokenizer."""
+    model = random_backbone(vocab_size=VOCAB_SIZE, sliding_window=16, bos_token_id=0, eos_token_id=1)
+    folder.mkdir()
+    write_shards(folder, miniature_groups(model, random_stack(model).state_dict(), variant))
+    write_json(folder / "config.json", miniature_config(model.config, variant, 1))
+    save_tokenizer(train_tokenizer(corpus_texts(), VOCAB_SIZE), folder)
+
+
+@pytest.fixture(scope="session")
+def release_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature release with FP4 experts; do not write into it."""
+    folder = tmp_path_factory.mktemp("release") / "R"
+    save_release(folder)
     return folder
 
 

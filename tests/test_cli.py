@@ -164,9 +164,12 @@ def cut(path: Path) -> None:
 
 BACKBONE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json; give the folder"),
-    "broken_config": (lambda folder: cut(folder / "config.json"), r"cannot be loaded .*config.json"),
-    "wrong_type": (lambda folder: edit_config(folder, hidden_size="64"), "cannot be loaded .*hidden_size"),
-    "cut_weights": (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded .*incomplete"),
+    "broken_config": (lambda folder: cut(folder / "config.json"), "config.json cannot be read .*restore it"),
+    "wrong_type": (
+        lambda folder: edit_config(folder, hidden_size="64"),
+        "config.json is not DeepSeek-V4's .*hidden_size",
+    ),
+    "cut_weights": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors cannot be read .*incomplete"),
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded .*model.safetensors"),
     "other_width": (
         lambda folder: edit_config(folder, hidden_size=32),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import torch
+import yaml
 from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -44,6 +47,12 @@ def model_config(shape: ShapeConfig) -> DeepseekV4Config:
         hc_sinkhorn_iters=shape.sinkhorn_iterations,
         num_nextn_predict_layers=1,
     )
+
+
+def preset_config(name: str) -> DeepseekV4Config:
+    """The transformers config of a preset in conf/backbone, by its sizes."""
+    text = files("mtptrain.conf").joinpath("backbone", f"{name}.yaml").read_text(encoding="utf-8")
+    return model_config(ShapeConfig(**yaml.safe_load(text)["shape"]))
 
 
 def build_model(shape: ShapeConfig, seed: int, device: torch.device) -> DeepseekV4ForCausalLM:

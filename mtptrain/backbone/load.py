@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.config import BackboneConfig
+from mtptrain.backbone.fingerprint import fingerprint
+from mtptrain.backbone.release_config import check_config
+from mtptrain.backbone.shards import Shards
+from mtptrain.backbone.source import backbone_folder
+from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
-from mtptrain.storage import sha256_file
-
-SHIPPED = Path(__file__).parent / "shipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,19 @@ class Backbone:
     Attributes:
         model: transformers' model, in eval mode, no parameter requires a gradient.
         tokenizer: its tokenizer.
-        folder: where it came from.
-        fingerprint: SHA-256 over its config and weights; heads trained on it carry it.
+        shards: the tensors of its folder, a head's among them.
+        fingerprint: of config and weights without `mtp.*`; heads trained on it carry it.
     """
 
     model: DeepseekV4ForCausalLM
     tokenizer: Tokenizer
-    folder: Path
+    shards: Shards
     fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it came from."""
+        return self.shards.folder
 
     @property
     def config(self) -> DeepseekV4Config:
@@ -51,49 +57,38 @@ class Backbone:
         return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
 
 
-def backbone_folder(config: BackboneConfig) -> Path:
-    """Folder of the configured backbone.
-
-    Raises:
-        UserError: it does not exist, or the preset is not shipped and no path was given.
-    """
-    if config.path is None:
-        folder = SHIPPED / config.name
-        if not folder.is_dir():
-            raise UserError(
-                f"backbone={config.name}: is not shipped; train it with `+recipe=backbone backbone={config.name}` and "
-                "set backbone.path to the folder that makes"
-            )
-        return folder
-    folder = Path(config.path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"backbone.path={folder}: holds no config.json; give the folder of a DeepSeek-V4 checkpoint")
-    return folder
-
-
-def fingerprint_folder(folder: Path) -> str:
-    """SHA-256 over the backbone's config and weight files (the heads' own file left out)."""
-    digest = hashlib.sha256()
-    weights = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("mtp"))
-    for path in [folder / "config.json", *weights]:
-        digest.update(sha256_file(path).encode())
-    return digest.hexdigest()
-
-
 def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Load a backbone and freeze it.
+
+    A release's FP8 and FP4 weights are kept as transformers computes on them, or decoded while they are read.
 
     Raises:
         UserError: files are missing or damaged, or a tensor has no counterpart on the other side.
     """
     folder = backbone_folder(config)
+    shards = Shards(folder, f"backbone.path={folder}")
+    check_config(shards)
+    model = _load_model(config, folder, device, dtype)
+    model.eval().requires_grad_(False)
+    make_indexers_causal(model)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    return Backbone(model, tokenizer, shards, fingerprint(shards))
+
+
+def _load_model(
+    config: BackboneConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> DeepseekV4ForCausalLM:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    is_spread = config.placement is not Placement.single
+    model_config = _model_config(config, folder, device)
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
+            config=model_config,
             dtype=dtype,
+            device_map=config.placement.value if is_spread else None,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the report names them, and the check below refuses them
@@ -111,7 +106,27 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
                 f"backbone.path={folder}: {len(names)} {problem.replace('_', ' ')}, e.g. {', '.join(names[:3])}; "
                 "config.json and the weights do not belong together"
             )
-    model.to(device).eval().requires_grad_(False)
-    make_indexers_causal(model)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    return Backbone(model, tokenizer, folder, fingerprint_folder(folder))
+    if not is_spread:
+        nn.Module.to(model, device)
+    if dtype == torch.float32:  # of a quantised release, transformers leaves what is stored in bf16 as it is
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def _model_config(config: BackboneConfig, folder: Path, device: torch.device) -> DeepseekV4Config:
+    """The folder's config, told whether to decode quantised weights."""
+    try:
+        model_config = DeepseekV4Config.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types
+        summary = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+    quantization = getattr(model_config, "quantization_config", None)
+    if quantization is None:
+        return model_config
+    if config.weights is StoredWeights.keep and device.type == "cpu":
+        raise UserError("backbone.weights=keep: transformers computes on FP8 and FP4 on a GPU only; use dequantize")
+    is_kept = config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
+    model_config.quantization_config = {**quantization, "dequantize": not is_kept}
+    return model_config

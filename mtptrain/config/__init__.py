@@ -11,8 +11,11 @@ from mtptrain.config.choices import (
     DraftChoice,
     LossName,
     MtpMode,
+    Placement,
     PlanKind,
     Precision,
+    ReleaseVariant,
+    StoredWeights,
     Task,
     Tracker,
     VerificationChoice,
@@ -21,6 +24,7 @@ from mtptrain.config.choices import (
 from mtptrain.config.data import DataConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
+from mtptrain.config.release import ReleaseConfig
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
 from mtptrain.config.run import RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
@@ -41,11 +45,15 @@ __all__ = [
     "LossName",
     "MtpConfig",
     "MtpMode",
+    "Placement",
     "PlanConfig",
     "PlanKind",
     "Precision",
+    "ReleaseConfig",
+    "ReleaseVariant",
     "RunConfig",
     "ShapeConfig",
+    "StoredWeights",
     "Task",
     "Tracker",
     "TrackingConfig",

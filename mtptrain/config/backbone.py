@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from mtptrain.config.choices import Placement, StoredWeights
 from mtptrain.config.rules import require
 
 
@@ -61,5 +62,8 @@ class BackboneConfig:
     """Which frozen backbone, and how it is held in memory."""
 
     name: str = "tiny"
-    path: str | None = None  # folder with config.json, weights and tokenizer; null = the shipped one
-    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped one
+    revision: str = "main"  # branch, tag or commit of a hub id
+    placement: Placement = Placement.single  # where the layers go
+    weights: StoredWeights = StoredWeights.auto  # how a quantised release is held
+    shape: ShapeConfig = field(default_factory=ShapeConfig)  # what `recipe=backbone` builds; of a release: its sizes

@@ -14,6 +14,7 @@ class Task(Enum):
     evaluate = "evaluate"
     compare = "compare"
     plan = "plan"
+    mini_release = "mini_release"
 
 
 class Device(Enum):
@@ -30,6 +31,38 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Placement(Enum):
+    """Where the backbone's layers go: all on the run's device, or spread by accelerate over the GPUs of this machine.
+
+    `auto` and `balanced` spread evenly, `sequential` fills one GPU after the other; what does not fit goes to the CPU.
+    """
+
+    single = "single"
+    auto = "auto"
+    balanced = "balanced"
+    sequential = "sequential"
+
+
+class StoredWeights(Enum):
+    """How the FP8 and FP4 weights of a release are held.
+
+    `keep` computes on them as transformers does, which needs a GPU; `dequantize` decodes them while loading; `auto`
+    keeps them where there is a GPU.
+    """
+
+    auto = "auto"
+    keep = "keep"
+    dequantize = "dequantize"
+
+
+class ReleaseVariant(Enum):
+    """Which release a miniature imitates: FP4 experts, the FP8 experts of -Base, or DSpark blocks instead of MTP."""
+
+    release = "release"
+    base = "base"
+    dspark = "dspark"
 
 
 class DataSource(Enum):

@@ -12,6 +12,7 @@ from mtptrain.config.choices import Device, LossName, Precision, Task
 from mtptrain.config.data import DataConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
+from mtptrain.config.release import ReleaseConfig
 from mtptrain.config.rules import require
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
@@ -39,6 +40,7 @@ class RunConfig:
     stock_head: TrainConfig = field(default_factory=TrainConfig)  # recipe=backbone: the training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     model: BackboneConfig | None = None  # plan: whose shapes are counted
     hardware: HardwareConfig | None = None  # plan: what they run on

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import MtpConfig
 from mtptrain.errors import UserError
-from mtptrain.mtp.stack import MtpStack, fresh_stack, stack_from_tensors
+from mtptrain.mtp.from_backbone import stack_from_backbone
+from mtptrain.mtp.release import from_release, is_release_layout
+from mtptrain.mtp.release_problems import is_dspark, refuse_dspark
+from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
+
+HEAD = "mtp."
 
 
-def mtp_tensors(folder: Path) -> dict[str, Tensor]:
-    """The `mtp.*` tensors that lie in a backbone's folder, possibly none.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith("mtp.")]  # noqa: SIM118 - not a dict
-                found.update({name: file.get_tensor(name) for name in names})
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"backbone.path={folder}: {path.name} cannot be read ({error}); restore the file") from None
-    return found
+def has_stock(backbone: Backbone) -> bool:
+    """Whether the backbone came with an MTP head."""
+    head = backbone.shards.only(HEAD)
+    return bool(head) and not is_dspark(head.keys(), backbone.config)
 
 
-def stock_tensors(folder: Path) -> dict[str, Tensor]:
-    """The `mtp.*` tensors of the head that came with a backbone.
+def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """Our `mtp.{d}.*` of the head that came with a backbone, decoded where it lies there as a release stores it.
 
     Raises:
-        UserError: there are none, or a file is damaged.
+        UserError: there is none, it is of another kind, or a file is damaged.
     """
-    found = mtp_tensors(folder)
-    if not found:
+    head = backbone.shards.only(HEAD)
+    if not head:
         raise UserError(
-            f"backbone.path={folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh, or give a "
-            "checkpoint's path"
+            f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh or "
+            "mtp.init=backbone, or give a checkpoint's path"
         )
-    return found
+    refuse_dspark(head.keys(), backbone.config)
+    if is_release_layout(head.keys()):
+        return from_release(head, backbone.config, torch.float32)
+    return dict(head)
 
 
 def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tensor] | None, seed: int) -> MtpStack:
@@ -52,15 +48,38 @@ def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tens
     Args:
         config: mode, depth and `init`.
         backbone: the frozen backbone.
-        tensors: the checkpoint's, where `mtp.init` is a path; a missing depth copies the one before it.
+        tensors: of the stock head or a checkpoint, where `mtp.init` names one.
         seed: of a fresh start.
+
+    A missing depth copies the one before it; of more modules than are wanted, the first are kept.
     """
     if config.init == "fresh":
         stack = fresh_stack(backbone.model, config.depth, seed)
+    elif config.init == "backbone":
+        stack = stack_from_backbone(backbone.model, config.depth, seed)
     else:
-        source = f"mtp.init={config.init}"
-        stack = stack_from_tensors(backbone.config, config.depth, tensors or stock_tensors(backbone.folder), source)
+        assert tensors is not None
+        kept = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[1]) < config.depth}
+        stack = stack_from_tensors(backbone.config, config.depth, kept, f"mtp.init={config.init}")
     return place(stack, backbone)
+
+
+def describe_start(config: MtpConfig, stored: dict[str, Tensor] | None) -> dict[str, Any]:
+    """What a checkpoint records of its start.
+
+    Args:
+        config: mode, depth and `init`.
+        stored: the tensors that the modules were made from; None where they came from no head.
+    """
+    start: dict[str, Any] = {"init": config.init}
+    if stored is not None:
+        found, wanted = num_modules(stored), config.depth
+        start["modules"] = found
+        if found < wanted:
+            start["conversion"] = f"modules {found}..{wanted - 1} start as copies of module {found - 1}"
+        elif found > wanted:
+            start["conversion"] = f"modules 0..{wanted - 1} of {found} were kept"
+    return start
 
 
 # What DeepSeek-V4 computes in fp32 whatever the dtype of the matrices; norms are added by name below.

@@ -1,7 +1,4 @@
-"""MTP modules in the format of DeepSeek-V4's releases: reading, writing, and the table of their tensors.
-
-`python -m mtptrain.mtp.release > docs/release.md` writes the table.
-"""
+"""MTP modules in the format of DeepSeek-V4's releases: reading and writing."""
 
 from __future__ import annotations
 
@@ -29,6 +26,11 @@ def module_numbers(names: Collection[str]) -> list[int]:
     """The d of the `mtp.{d}.*` present, in order."""
     found = {name.split(".")[1] for name in names if name.startswith("mtp.")}
     return sorted(int(number) for number in found if number.isdecimal())
+
+
+def is_release_layout(names: Collection[str]) -> bool:
+    """Whether `mtp.*` names are spelt as a release spells them, and not as here."""
+    return any(name.endswith(".attn.attn_sink") for name in names)
 
 
 def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
@@ -101,7 +103,7 @@ def iterate_release(
     for d in numbers:
         for row in table:
             if not row.is_scale:
-                yield from _write(row, f"mtp.{d}.", _part(row, state[f"mtp.{d}.{row.ours}"]), errors)
+                yield from store_row(row, f"mtp.{d}.", part_of(row, state[f"mtp.{d}.{row.ours}"]), errors)
 
 
 def to_release(
@@ -127,10 +129,10 @@ def _place(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ..
         return
     if name not in state:
         state[name] = torch.empty(shapes[row.ours], dtype=value.dtype, device=value.device)
-    _part(row, state[name]).copy_(value)
+    part_of(row, state[name]).copy_(value)
 
 
-def _part(row: Row, whole: Tensor) -> Tensor:
+def part_of(row: Row, whole: Tensor) -> Tensor:
     """The part of one of our tensors that a released tensor stands for."""
     if row.expert is None:
         return whole
@@ -158,7 +160,7 @@ def _read(
     return None if wrong else value
 
 
-def _write(
+def store_row(
     row: Row, prefix: str, weight: Tensor, errors: dict[str, EncodingError] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """One of our tensors, or an expert's part of it, as stored; with its scales."""
@@ -179,57 +181,3 @@ def _write(
         errors[name] = encoding_error(weight, decode(codes, scale, torch.float32, name), scale, block)
     yield name, codes
     yield prefix + row.scale_name, scale
-
-
-def flash_config() -> DeepseekV4Config:
-    """Sizes of DeepSeek-V4-Flash."""
-    return DeepseekV4Config()
-
-
-def pro_config() -> DeepseekV4Config:
-    """Sizes of DeepSeek-V4-Pro, of what an MTP module is built from."""
-    return DeepseekV4Config(
-        hidden_size=7168,
-        num_attention_heads=128,
-        q_lora_rank=1536,
-        o_groups=16,
-        n_routed_experts=384,
-        moe_intermediate_size=3072,
-    )
-
-
-def table_markdown(config: DeepseekV4Config) -> str:
-    """The tensors of one released module as a Markdown table; one row stands for all experts."""
-    table = release_table(config)
-    lines = ["| released, below `mtp.D.` | ours, below `mtp.D.` | shape | dtype |", "|---|---|---|---|"]
-    for row in table:
-        if row.expert is None or row.expert == 0:
-            released = row.released.replace("experts.0.", "experts.E.")
-            place = "scales of the tensor above" if row.is_scale else f"`{row.ours}`{_expert_part(row)}"
-            packed = ", packed FP4" if row.scale == "fp4" and not row.is_scale else ""
-            dtype = f"{str(row.dtype).removeprefix('torch.')}{packed}"
-            lines.append(f"| `{released}` | {place} | {list(row.shape)} | {dtype} |")
-    count = f"{len(table)} tensors a module, E from 0 to {config.n_routed_experts - 1}."
-    return "\n".join([count, "", *lines, ""])
-
-
-def _expert_part(row: Row) -> str:
-    places = {"w1": "[E], first half", "w2": "[E]", "w3": "[E], second half"}
-    return "" if row.expert is None else places[row.released.split(".")[-2]]
-
-
-def document() -> str:
-    """The text of docs/release.md."""
-    head = (
-        "# Tensors of a released MTP module\n\n"
-        "Written by `python -m mtptrain.mtp.release > docs/release.md`; do not edit.\n\n"
-        "One line a tensor, as DeepSeek-V4 stores it and as it is called in a checkpoint of this package. FP8 is e4m3"
-        " with one UE8M0 scale for 128 x 128 values; packed FP4 is e2m1, two columns to a byte, the even one in the low"
-        " nibble, with one UE8M0 scale for 32 columns of a row. Releases named -Base store the experts as FP8 too.\n"
-    )
-    flash, pro = table_markdown(flash_config()), table_markdown(pro_config())
-    return f"{head}\n## DeepSeek-V4-Flash\n\n{flash}\n## DeepSeek-V4-Pro\n\n{pro}"
-
-
-if __name__ == "__main__":
-    print(document(), end="")

@@ -22,7 +22,7 @@ from mtptrain.mtp.scales import scale_shape
 
 Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # a release, a release named -Base, no quantisation
 ScaleKind = Literal["none", "fp8", "fp4"]
-Stored = Literal["f32", "bf16", "fp8", "expert"]  # how a release stores it; `expert` follows the scheme
+Stored = Literal["f32", "i64", "bf16", "fp8", "expert"]  # how a release stores it; `expert` follows the scheme
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,22 @@ def our_shapes(config: DeepseekV4Config) -> dict[str, tuple[int, ...]]:
 def _rows(entry: Entry, known: dict[str, int], scheme: Scheme, expert: int | None) -> Iterator[Row]:
     shape = tuple(known[size] for size in entry.shape)
     released = entry.released if expert is None else entry.released.replace(".E.", f".{expert}.")
+    return stored_rows(released, entry.ours, shape, entry.stored, scheme, expert)
+
+
+def stored_rows(
+    released: str, ours: str, shape: tuple[int, ...], stored: Stored, scheme: Scheme, expert: int | None = None
+) -> Iterator[Row]:
+    """The row of one weight of `shape`, and the row of its scales where the scheme has them."""
     kind: ScaleKind = "none"
-    if scheme != "bf16" and entry.stored in ("fp8", "expert"):
-        kind = "fp4" if entry.stored == "expert" and scheme == "fp8_fp4" else "fp8"
+    if scheme != "bf16" and stored in ("fp8", "expert"):
+        kind = "fp4" if stored == "expert" and scheme == "fp8_fp4" else "fp8"
     if kind == "none":
-        dtype = torch.float32 if entry.stored == "f32" else torch.bfloat16
-        yield Row(released, entry.ours, shape, dtype, kind, False, shape, expert)
+        dtype = {"f32": torch.float32, "i64": torch.int64}.get(stored, torch.bfloat16)
+        yield Row(released, ours, shape, dtype, kind, False, shape, expert)
         return
-    stored = (shape[0], shape[1] // 2) if kind == "fp4" else shape
+    packed = (shape[0], shape[1] // 2) if kind == "fp4" else shape
     dtype = torch.int8 if kind == "fp4" else torch.float8_e4m3fn
-    weight = Row(released, entry.ours, stored, dtype, kind, False, shape, expert)
+    weight = Row(released, ours, packed, dtype, kind, False, shape, expert)
     yield weight
-    yield Row(weight.scale_name, entry.ours, weight.scale_shape, torch.float8_e8m0fnu, kind, True, shape, expert)
+    yield Row(weight.scale_name, ours, weight.scale_shape, torch.float8_e8m0fnu, kind, True, shape, expert)

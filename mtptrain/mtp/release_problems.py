@@ -59,7 +59,8 @@ def refuse_dspark(names: Collection[str], config: Any) -> None:
     if is_dspark(names, config):
         raise UserError(
             "the mtp.* tensors of this release are DSpark blocks, another kind of draft (no enorm, or dspark_block_size"
-            " in config.json), whatever num_nextn_predict_layers says; train a new module with mtp.init=fresh"
+            " in config.json), whatever num_nextn_predict_layers says; train a new MTP module with mtp.init=fresh,"
+            " or with mtp.init=backbone from the backbone's own sliding-window layer"
         )
 
 

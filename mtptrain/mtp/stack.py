@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,20 @@ def fresh_stack(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> MtpStack
     for module in stack.modules():
         model._init_weights(module)
     return stack
+
+
+def num_modules(tensors: Collection[str]) -> int:
+    """How many modules `mtp.{d}.*` names belong to."""
+    return len({name.split(".")[1] for name in tensors})
+
+
+def head_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names and fp32 values: which head this is, whatever dtype it is held in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, Tensor], source: str) -> MtpStack:

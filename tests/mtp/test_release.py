@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
+from mtptrain.backbone.build import preset_config
 from mtptrain.errors import UserError
 from mtptrain.mtp.encoding_error import EncodingError
-from mtptrain.mtp.release import document, flash_config, from_release, iterate_release, pro_config, to_release
+from mtptrain.mtp.release import from_release, iterate_release, to_release
+from mtptrain.mtp.release_document import document
 from mtptrain.mtp.release_names import ENTRIES, EXPERT_ENTRIES, Scheme, our_shapes, release_table
 from mtptrain.mtp.release_problems import is_dspark
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
@@ -111,13 +113,13 @@ def test_the_table_of_flash_is_that_of_its_index() -> None:
             expected[full] = (shape, dtype)
             if scale is not None:
                 expected[full.removesuffix("weight") + "scale"] = (scale, torch.float8_e8m0fnu)
-    table = release_table(flash_config())
+    table = release_table(preset_config("v4_flash"))
     assert len(table) == len(expected) == 39 + 256 * 6 == 1575
     assert {row.released: (list(row.shape), row.dtype) for row in table} == expected
 
 
 def test_the_table_of_pro_has_its_own_sizes() -> None:
-    table = {row.released: list(row.shape) for row in release_table(pro_config())}
+    table = {row.released: list(row.shape) for row in release_table(preset_config("v4_pro"))}
     assert len(table) == 39 + 384 * 6 == 2343
     assert {name: table[name] for name in PRO_SOME} == PRO_SOME
 

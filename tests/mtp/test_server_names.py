@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from mtptrain.mtp.release import flash_config
+from mtptrain.backbone.build import preset_config
 from mtptrain.mtp.release_names import Row, Scheme, release_table
 
 NUM_LAYERS = 43  # of DeepSeek-V4-Flash; the module is layer 43
@@ -178,9 +178,9 @@ def test_a_server_finds_every_tensor_it_wants_and_none_is_left_over(server: str,
     for part, (weight, scale) in EXPERTS[scheme].items():
         expected[f"{experts}.{part}_weight"] = [256, *weight]
         expected[f"{experts}.{part}_{suffix.removeprefix('.')}"] = [256, *scale]
-    rows = release_table(flash_config(), scheme)
+    rows = release_table(preset_config("v4_flash"), scheme)
     assert loaded_shapes(rows, {row.released: rename(row.released, scheme) for row in rows}) == expected
 
 
 def test_scales_have_the_dtype_that_both_servers_read_as_bytes() -> None:
-    assert {row.dtype for row in release_table(flash_config()) if row.is_scale} == {torch.float8_e8m0fnu}
+    assert {row.dtype for row in release_table(preset_config("v4_flash")) if row.is_scale} == {torch.float8_e8m0fnu}

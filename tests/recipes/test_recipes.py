@@ -87,7 +87,8 @@ def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    assert RECIPES == ["backbone", "compare", "distill", "evaluate", "plan", "pretrain"]  # plan: test_plan.py
+    elsewhere = {"plan"}  # test_plan.py
+    assert {"backbone", "compare", "distill", "evaluate", "mini_release", "pretrain"} | elsewhere == set(RECIPES)
 
 
 def test_distill_trains_measures_and_records(distilled: Path) -> None:
@@ -225,7 +226,7 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     backbone = open_backbone(config)
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     stack = train_head(config, open_run_folder(config, {}), backbone)
-    after, start = backbone.model.state_dict(), stock_tensors(backbone_folder)
+    after, start = backbone.model.state_dict(), stock_tensors(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tree(backbone_folder) == files
     trained = stack.state_dict()
@@ -286,3 +287,44 @@ def test_tracking_none_writes_no_metrics(light: list[str], tmp_path: Path) -> No
     arguments = ["tracking=none", "evaluate_at_end=false", f"output_dir={tmp_path}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "provenance.json"]
+
+
+@pytest.mark.parametrize("variant", ["release", "base"])
+def test_a_miniature_release_is_evaluated_like_any_backbone(
+    variant: str, backbone_folder: Path, light: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "R"
+    arguments = [f"backbone.path={backbone_folder}", f"release.variant={variant}", f"output_dir={folder}"]
+    assert run_main("+recipe=mini_release", *arguments) == 0
+    run = tmp_path / "run"
+    settings = [*light, f"backbone.path={folder}", "checkpoint=stock", f"output_dir={run}"]
+    assert run_main("+recipe=evaluate", *settings) == 0
+    check_evaluation(run, ["stock"])
+
+
+def test_a_random_miniature_needs_no_backbone(tmp_path: Path) -> None:
+    settings = ["release.random=true", "backbone.shape.layer_types=[sliding]", f"output_dir={tmp_path}/R"]
+    assert run_main("+recipe=mini_release", *settings) == 0
+    assert len(list((tmp_path / "R").glob("model-*.safetensors"))) == 4
+
+
+def test_a_release_with_dspark_blocks_is_explained_and_can_be_trained_on(
+    backbone_folder: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "R"
+    source = [f"backbone.path={backbone_folder}", "release.variant=dspark", f"output_dir={folder}"]
+    assert run_main("+recipe=mini_release", *source) == 0
+    settings = [*light, f"backbone.path={folder}", f"output_dir={tmp_path}/run", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *settings) == 2
+    assert "DSpark blocks" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run_main("+recipe=distill", *settings, "mtp.init=backbone") == 0
+
+
+def test_a_miniature_overwrites_nothing(
+    backbone_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("x")
+    assert run_main("+recipe=mini_release", f"backbone.path={backbone_folder}", f"output_dir={tmp_path}") == 2
+    assert re.search(r"output_dir=.* is not empty; choose another folder", capfd.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,42 @@
+"""`+recipe=mini_release`: a small backbone and its head in the official release format, to try the way in and out.
+
+python -m mtptrain +recipe=mini_release output_dir=R
+python -m mtptrain +recipe=distill backbone.path=R
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.build import build_model
+from mtptrain.backbone.load import load_backbone
+from mtptrain.backbone.source import SHIPPED
+from mtptrain.config import RunConfig
+from mtptrain.export.miniature import miniature_config, miniature_groups
+from mtptrain.export.model_files import copy_companions, write_shards
+from mtptrain.mtp.initial import stock_tensors
+from mtptrain.mtp.stack import fresh_stack, num_modules
+from mtptrain.run_folder import RunFolder
+from mtptrain.storage import atomic_folder, write_json
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
+    """Write the folder; it appears whole or not at all."""
+    cpu = torch.device("cpu")
+    head: dict[str, Tensor]
+    if config.release.random:
+        model: DeepseekV4ForCausalLM = build_model(config.backbone.shape, config.seed, cpu)
+        head, companions = fresh_stack(model, 1, config.seed).state_dict(), SHIPPED / "tiny"
+    else:
+        backbone = load_backbone(config.backbone, cpu, torch.float32)
+        model, head, companions = backbone.model, stock_tensors(backbone), backbone.folder
+    groups = miniature_groups(model, head, config.release.variant)
+    folder = run_folder.require_empty()
+    with atomic_folder(folder) as temporary:
+        write_shards(temporary, groups)
+        write_json(temporary / "config.json", miniature_config(model.config, config.release.variant, num_modules(head)))
+        copy_companions(companions, temporary)
+    count = sum(len(tensors) for tensors in groups)
+    run_folder.say(f"wrote {count} tensors in {len(groups)} shards to {folder}; use it with backbone.path={folder}")

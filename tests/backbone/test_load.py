@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtptrain.backbone.build import preset_config
+from mtptrain.backbone.load import Backbone, load_backbone
+from mtptrain.backbone.source import SHIPPED, backbone_folder
+from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.errors import UserError
+from mtptrain.mtp.codec import decode_fp4, decode_fp8
+from mtptrain.mtp.initial import has_stock, stock_tensors
+from mtptrain.mtp.release import from_release
+from mtptrain.mtp.release_backbone import iterate_backbone
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Backbone:
+    return load_backbone(BackboneConfig(path=str(folder), **settings), CPU, dtype)
+
+
+def test_a_release_is_read_as_its_codes_stand(release_folder: Path) -> None:
+    backbone = load(release_folder)
+    state, shards = backbone.model.state_dict(), backbone.shards
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
+    query = decode_fp8(shards["layers.1.attn.wq_b.weight"], shards["layers.1.attn.wq_b.scale"], torch.float32)
+    assert torch.equal(state["model.layers.1.self_attn.q_b_proj.weight"], query)
+    halves = [f"layers.2.ffn.experts.3.{part}" for part in ("w1", "w3")]
+    gate, up = (decode_fp4(shards[f"{name}.weight"], shards[f"{name}.scale"], torch.float32) for name in halves)
+    assert torch.equal(state["model.layers.2.mlp.experts.gate_up_proj"][3], torch.cat([gate, up]))
+    assert torch.equal(state["model.norm.weight"], shards["norm.weight"].float())
+    assert torch.equal(state["model.layers.0.mlp.gate.tid2eid"], shards["layers.0.ffn.gate.tid2eid"])
+
+
+def test_every_tensor_of_a_backbone_is_written_once_under_its_released_name(release_folder: Path) -> None:
+    backbone = load(release_folder)
+    written = dict(iterate_backbone(backbone.model.state_dict(), backbone.config, "fp8_fp4"))
+    assert set(written) == {name for name in backbone.shards if not name.startswith("mtp.")}
+    for name, tensor in written.items():
+        if not name.endswith((".weight", ".scale")) or tensor.dtype == torch.bfloat16:
+            assert torch.equal(tensor, backbone.shards[name])
+
+
+def test_the_head_of_a_release_is_the_stock_head(release_folder: Path) -> None:
+    backbone = load(release_folder)
+    expected = from_release(backbone.shards.only("mtp."), backbone.config, torch.float32)
+    assert has_stock(backbone)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stock_tensors(backbone).items())
+
+
+def test_bf16_keeps_what_v4_computes_in_fp32(release_folder: Path) -> None:
+    state = load(release_folder, torch.bfloat16).model.state_dict()
+    assert state["model.layers.1.self_attn.q_b_proj.weight"].dtype == torch.bfloat16
+    assert state["model.layers.1.attn_hc.fn"].dtype == torch.float32
+
+
+def test_layers_can_be_placed_by_accelerate(release_folder: Path) -> None:
+    spread = load(release_folder, placement=Placement.auto).model
+    tokens_BS = torch.arange(24).view(1, 24)
+    assert torch.equal(spread(tokens_BS).logits, load(release_folder).model(tokens_BS).logits)
+
+
+def test_quantised_weights_cannot_be_kept_without_a_gpu(release_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^backbone\.weights=keep: .*use dequantize"):
+        load(release_folder, weights=StoredWeights.keep)
+
+
+def test_a_hub_id_without_a_network_ends_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^backbone\.path=nobody/nothing: is no folder here .*give the folder$"):
+        backbone_folder(BackboneConfig(path="nobody/nothing"))
+
+
+def test_the_shipped_backbone_needs_no_path() -> None:
+    assert backbone_folder(BackboneConfig()) == SHIPPED / "tiny"
+
+
+@pytest.mark.parametrize(("name", "layers", "billions"), [("v4_flash", 43, 284.3), ("v4_pro", 61, 1573.0)])
+def test_a_preset_of_a_release_builds_what_was_released(name: str, layers: int, billions: float) -> None:
+    from transformers import DeepseekV4ForCausalLM
+
+    config = preset_config(name)
+    assert config.num_hidden_layers == layers
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DeepseekV4ForCausalLM(config).parameters())
+    assert round(parameters / 1e9, 1) == billions
