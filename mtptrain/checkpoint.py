@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mtptrain.engines.engine import OptimizerState
 from mtptrain.errors import UserError
 from mtptrain.storage import atomic_folder, no_room, sha256_file, write_json
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 BEST = "best"  # the checkpoint with the best score of the measurements during training
 
 
@@ -60,7 +60,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     tensors: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerState,
     owner: dict[str, Any],
     counters: dict[str, Any],
 ) -> None:
@@ -85,13 +85,13 @@ def _write_checkpoint(
     folder: Path,
     step: int,
     tensors: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerState,
     owner: dict[str, Any],
     counters: dict[str, Any],
 ) -> None:
     with atomic_folder(folder) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
-        training = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+        training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
         with (temporary / TRAINING).open("wb") as file:  # given a path, torch hides why a write failed
@@ -160,17 +160,23 @@ def find_checkpoint(path: Path) -> Checkpoint:
     raise UserError(f"checkpoint={path}: no checkpoint there; give a run folder, a step_* folder, or `stock`")
 
 
-def load_module(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's tensors; every name on both sides is used exactly once.
+def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors; every name and shape is the module's, also where ZeRO has shared the module out.
 
     Raises:
         UserError: names or shapes differ.
     """
-    try:
-        module.load_state_dict(checkpoint.tensors())
-    except (RuntimeError, SafetensorError) as error:
-        summary = " ".join(str(error).split())
-        raise UserError(f"checkpoint={checkpoint.folder}: does not fit the modules of this run: {summary}") from None
+    tensors = checkpoint.tensors()
+    state = module.state_dict(keep_vars=True)
+    wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != found:
+        name = min(dict(wanted.items() ^ found.items()))
+        raise UserError(
+            f"checkpoint={checkpoint.folder}: does not fit the modules of this run: {name} is {found.get(name)} there "
+            f"and {wanted.get(name)} here"
+        )
+    return tensors
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:

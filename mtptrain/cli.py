@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from dataclasses import is_dataclass
@@ -18,15 +19,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.config import RunConfig, Task, register
-from mtptrain.errors import UserError
+from mtptrain.errors import Preempted, UserError
 from mtptrain.storage import no_room
 
-USER_MISTAKE = 2
+USER_MISTAKE, ASKED_TO_LEAVE = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
-    """End with one line and the exit code of a user's mistake."""
-    print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
+    """End with one line, of rank 0 where it fails too, and the exit code of a user's mistake."""
+    distributed = sys.modules.get("mtptrain.distributed")  # it imports torch
+    number = os.environ.get("RANK", "0")
+    if number == "0":
+        print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
+        if distributed is not None:
+            distributed.announce_failure()
+    elif distributed is not None and not distributed.first_failed_too():
+        print(f"mtptrain: process {number}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(USER_MISTAKE)
 
 
@@ -78,11 +86,14 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
     """Open the run's folder and call the program that the recipe names."""
     from importlib import import_module
 
+    from mtptrain.distributed import join, leave, on_first
     from mtptrain.run_folder import open_run_folder
 
     program = {Task.pretrain: "distill"}.get(config.task, config.task.value)
+    join(config)
     module = import_module(f"mtptrain.recipes.{program}")
-    module.run(config, open_run_folder(config, settings, job_number))
+    module.run(config, on_first(lambda: open_run_folder(config, settings, job_number)))
+    leave()
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -97,6 +108,10 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         run_task(config, settings, job_number)
     except UserError as error:
         stop(str(error))
+    except Preempted as ending:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mtptrain: asked to leave: {ending}; continue with resume=auto", file=sys.stderr)
+        raise SystemExit(ASKED_TO_LEAVE) from None
     except KeyboardInterrupt:
         print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
         raise SystemExit(130) from None

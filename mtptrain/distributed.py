@@ -1,17 +1,31 @@
-"""The device, the arithmetic and the threads that a run computes with."""
+"""The device, the arithmetic and the threads that a run computes with, and the processes that share its work."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch import distributed as dist
 
-from mtptrain.config import Device, Precision
+from mtptrain.config import Device, EngineName, Precision, RunConfig, Task
 from mtptrain.errors import UserError
+
+T = TypeVar("T")
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PARALLEL_TASKS = (Task.pretrain, Task.distill)
+JOIN_TIMEOUT = timedelta(minutes=5)  # a node that never comes must not hold the others for torch's half an hour
+FAILED = "mtptrain/first_failed"  # set in the processes' store by rank 0 before it ends on a user's mistake
+
+_stores: list[dist.Store] = []  # the store of the processes that have met
 
 
 def choose_device(wanted: Device) -> torch.device:
-    """The torch device a run computes on.
+    """The torch device a run computes on: this process's own GPU where there are several.
 
     Raises:
         UserError: a GPU was asked for and there is none.
@@ -21,7 +35,11 @@ def choose_device(wanted: Device) -> torch.device:
     if wanted is Device.cpu or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
         return torch.device("cpu")
-    return torch.device("cuda")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    local_rank = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
@@ -41,3 +59,117 @@ def bound_threads(wanted: int | None, hidden_size: int) -> int:
     threads = wanted or (1 if hidden_size < 256 else max(1, cores // 2))
     torch.set_num_threads(threads)
     return threads
+
+
+def rank() -> int:
+    """Number of this process among those of the run; 0 prints, writes and decides."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(config: RunConfig) -> None:
+    """Meet the processes that a launcher started with this one; without a launcher the run has one process.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, or the task or the batch cannot be shared.
+    """
+    present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        if config.engine is not EngineName.single:
+            raise UserError(
+                f"engine={config.engine.value}: shares a head out over processes and this one was started alone; "
+                "start it with scripts/launch_torchrun.sh, or set engine=single"
+            )
+        return
+    missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
+    if missing:
+        raise UserError(
+            f"{missing[0]}: is not set although {present[0]} is; start every process through one of "
+            "scripts/launch_*.sh, or unset the launcher's variables for a run of one process"
+        )
+    processes = int(os.environ["WORLD_SIZE"])
+    if config.task not in PARALLEL_TASKS and processes > 1:
+        raise UserError(f"task={config.task.value}: runs in one process and {processes} were started; use one")
+    if config.train.batch_size % processes:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
+            f"{processes} processes cannot share it evenly; use a multiple of {processes}"
+        )
+    device = choose_device(config.device)
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        _stores[:] = [store]
+    except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, a peer that never came
+        summary = str(error).splitlines()[0]
+        raise UserError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']}: the {processes} processes did not meet ({summary}); check the "
+            "address, the port and that every node was started"
+        ) from None
+
+
+def leave() -> None:
+    """Part from the other processes; what follows is done by each alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_rows(batch_size: int) -> range:
+    """Rows of a micro-batch of `batch_size` sequences that fall to this process."""
+    share = batch_size // world_size()
+    return range(rank() * share, (rank() + 1) * share)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; the tensor itself where there is one."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: T) -> T:
+    """The value that rank 0 holds, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Let rank 0 alone do something; every process gets what it returns, or its `UserError`."""
+    result: Any = None
+    error: UserError | None = None
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as mistake:
+            error = mistake
+    result, error = from_first((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def announce_failure() -> None:
+    """Tell the others that rank 0 is about to end on a user's mistake."""
+    for store in _stores:
+        store.set(FAILED, "yes")
+
+
+def first_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
+    """Whether rank 0 ends on a user's mistake as well, and so says it for all."""
+    try:
+        for store in _stores:
+            store.wait([FAILED], patience)
+    except dist.DistStoreError:
+        return False
+    except RuntimeError:  # rank 0 held the store and has gone
+        return True
+    return True

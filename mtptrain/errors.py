@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the message as one line and ends with exit code 2. Everything else that is raised is a
     fault of ours and keeps its traceback.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to leave, and has saved its state."""

@@ -1,15 +1,14 @@
-"""AdamW on fp32 masters, its learning-rate schedule, and the balancing of routed experts."""
+"""The optimisers, the fp32 masters they update, and their learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mtptrain.config import TrainConfig
+from mtptrain.config import OptimizerName, TrainConfig
 
 
 class MasterWeights:
@@ -64,13 +63,30 @@ class MasterWeights:
         ]
 
 
-def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; only tensors of two dimensions or more are decayed."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def make_adamw(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a group a dtype and kind; only tensors of two dimensions or more are decayed."""
+    groups = []
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        same = [p for p in parameters if p.dtype == dtype]
+        groups.append({"params": [p for p in same if p.ndim >= 2], "weight_decay": config.weight_decay})
+        groups.append({"params": [p for p in same if p.ndim < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), foreach=True)
+
+
+def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers of `train.optimizer`, which share the parameters out among them.
+
+    `muon` is torch's own: it takes the matrices, at steps scaled to the root mean square of AdamW's, so that both share
+    one learning rate. Vectors, and the experts' three-dimensional stacks, which it refuses, stay with AdamW.
+    """
+    matrices = [p for p in parameters if p.ndim == 2] if config.optimizer is OptimizerName.muon else []
+    if not matrices:
+        return [make_adamw(parameters, config)]
+    muon = torch.optim.Muon(
+        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    rest = [p for p in parameters if p.ndim != 2]
+    return [muon, make_adamw(rest, config)] if rest else [muon]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -80,37 +96,3 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     floor = config.final_learning_rate_ratio
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
-class RouterBalancer:
-    """Auxiliary-loss-free load balancing: an expert's selection bias rises when it is chosen too rarely.
-
-    b_e += rate * sign(mean load - load_e), after every optimiser step. Source: arXiv 2412.19437, section 2.1.2.
-
-    Args:
-        module: holds top-k routers (anything with `e_score_correction_bias`, whose forward returns (_, _, indices)).
-        rate: size of one correction; 0 leaves the biases alone.
-    """
-
-    def __init__(self, module: nn.Module, rate: float) -> None:
-        self.rate = rate
-        self.routers = [m for m in module.modules() if hasattr(m, "e_score_correction_bias")] if rate > 0 else []
-        self.biases: list[Tensor] = [router.get_buffer("e_score_correction_bias") for router in self.routers]
-        self.loads = [torch.zeros_like(bias_E) for bias_E in self.biases]
-        for number, router in enumerate(self.routers):
-            router.register_forward_hook(self._counter(number))
-
-    def _counter(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor, Tensor]], None]:
-        def count(_module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-            if torch.is_grad_enabled():
-                load = self.loads[number]
-                load += torch.bincount(output[2].flatten(), minlength=load.numel()).to(load.dtype)
-
-        return count
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Correct every bias once by the loads since the last call."""
-        for bias_E, load_E in zip(self.biases, self.loads, strict=True):
-            bias_E.add_(self.rate * torch.sign(load_E.mean() - load_E))
-            load_E.zero_()

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mtptrain.distributed import rank
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -20,7 +22,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows step, figures, rate and the time left.
+    """Shows step, figures, rate and the time left, on rank 0.
 
     Args:
         label: what is running.
@@ -32,7 +34,9 @@ class Progress:
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "tok") -> None:
         self.label, self.total, self.start, self.unit = label, total, start, unit
         self.console = Console(file=sys.stderr)
-        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self.is_shown = rank() == 0
+        is_live = self.is_shown and self.console.is_terminal
+        self.live = Live(console=self.console, refresh_per_second=4) if is_live else None
         self.begun = time.monotonic()
         self.amount = 0
         self.last_line = -SECONDS_BETWEEN_LINES
@@ -65,6 +69,6 @@ class Progress:
         )
         if self.live is not None:
             self.live.update(Text(line))
-        elif elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total:
+        elif self.is_shown and (elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total):
             self.last_line = elapsed
             print(line, file=sys.stderr, flush=True)

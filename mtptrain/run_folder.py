@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from mtptrain.config import RunConfig
+from mtptrain.config import RunConfig, Tracker, TrackingConfig
+from mtptrain.distributed import on_first, rank
 from mtptrain.errors import UserError
 from mtptrain.provenance import describe_run, hardware
 from mtptrain.storage import write_json, write_text
@@ -36,8 +37,9 @@ class RunFolder:
     provenance: dict[str, Any]
 
     def say(self, line: str) -> None:
-        """One line for the person who watches."""
-        print(line, file=sys.stderr, flush=True)
+        """One line for the person who watches, from rank 0."""
+        if rank() == 0:
+            print(line, file=sys.stderr, flush=True)
 
     def require_empty(self) -> Path:
         """The folder, for a program that writes it as a whole; raises a `UserError` where anything lies in it."""
@@ -46,11 +48,14 @@ class RunFolder:
         return self.path
 
     def record(self) -> None:
-        """Write config.yaml and provenance.json; called when everything the run needs has been found sound.
+        """Let rank 0 write config.yaml and provenance.json, once everything the run needs has been found sound.
 
         Raises:
             UserError: the folder cannot be made.
         """
+        on_first(self._write)
+
+    def _write(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -60,9 +65,10 @@ class RunFolder:
         write_json(self.path / "provenance.json", self.provenance)
 
     def open_log(self, start_step: int = 0) -> MetricsLog:
-        """The run's metrics log; rows after `start_step` are dropped. Records the run."""
+        """The run's metrics log, which rank 0 alone writes; rows after `start_step` are dropped. Records the run."""
         self.record()
-        return MetricsLog(self.config.tracking, self.path, self.settings, start_step)
+        tracking = self.config.tracking if rank() == 0 else TrackingConfig(tracker=Tracker.none)
+        return MetricsLog(tracking, self.path, self.settings, start_step)
 
 
 def default_output_dir(task: str, job_number: int | None) -> Path:

@@ -1,4 +1,4 @@
-"""The training loop: one module, one objective, batches by step number, checkpoints that resume exactly."""
+"""The training loop: one engine, one objective, batches by step number, checkpoints that resume exactly."""
 
 # K draft steps
 
@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, load_module, prune_checkpoints, save_checkpoint
+from mtptrain.balance import RouterBalancer
+from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, fitting_tensors, prune_checkpoints, save_checkpoint
 from mtptrain.config import TrainConfig
 from mtptrain.data.packing import Batch
-from mtptrain.errors import UserError
+from mtptrain.distributed import from_first, on_first, rank, sum_over_processes
+from mtptrain.engines.engine import Engine
+from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.outcome import Outcome
-from mtptrain.optim import MasterWeights, RouterBalancer, learning_rate, make_optimizer
+from mtptrain.optim import learning_rate
+from mtptrain.preemption import LeaveRequest
 from mtptrain.progress import Progress
 from mtptrain.tracking import MetricsLog
 
@@ -41,8 +45,25 @@ class BatchSource(Protocol):
     """Batches by number."""
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch number `index`."""
+        """The rows of micro-batch `index` that fall to this process; see `distributed.own_rows`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an optimiser step saw, over all its micro-batches and processes.
+
+    Attributes:
+        counts_K: valid target tokens of each draft step, float64.
+        sums_K: float64 sums over them by name; empty when the step was skipped.
+        norm: of the gradient before clipping.
+        must_leave: whether a process has been asked to leave.
+    """
+
+    counts_K: Tensor
+    sums_K: dict[str, Tensor]
+    norm: float
+    must_leave: bool
 
 
 @dataclass(slots=True)
@@ -52,12 +73,13 @@ class Totals:
     counts_K: Tensor | None = None
     sums_K: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, counts_K: Tensor, outcomes: list[Outcome]) -> None:
-        """Add one optimiser step."""
-        self.counts_K = counts_K if self.counts_K is None else self.counts_K + counts_K
-        for outcome in outcomes:
-            for name, value_K in outcome.sums_K.items():
-                self.sums_K[name] = self.sums_K.get(name, torch.zeros_like(value_K)) + value_K
+    def add(self, step: Step) -> None:
+        """Add an optimiser step, unless it was skipped."""
+        if not step.sums_K:
+            return
+        self.counts_K = step.counts_K if self.counts_K is None else self.counts_K + step.counts_K
+        for name, value_K in step.sums_K.items():
+            self.sums_K[name] = self.sums_K.get(name, torch.zeros_like(value_K)) + value_K
 
     def means(self) -> dict[str, float]:
         """`name/step_k`: mean over the valid tokens of draft step k."""
@@ -86,10 +108,10 @@ class Probe:
 
 
 class Trainer:
-    """Trains a module.
+    """Trains a module, together with the other processes of the run.
 
     Args:
-        module: its parameters that require gradients are trained and checkpointed, with its buffers.
+        engine: holds the module; what it trains is checkpointed, with the rest of the module and its buffers.
         objective: turns a batch into a loss.
         batches: micro-batches by number.
         config: numbers of the loop.
@@ -101,7 +123,7 @@ class Trainer:
 
     def __init__(
         self,
-        module: nn.Module,
+        engine: Engine,
         objective: Objective,
         batches: BatchSource,
         config: TrainConfig,
@@ -110,17 +132,16 @@ class Trainer:
         label: str = "train",
         probe: Probe | None = None,
     ) -> None:
-        self.module, self.objective, self.batches, self.config = module, objective, batches, config
+        self.engine, self.objective, self.batches, self.config = engine, objective, batches, config
         self.checkpoints, self.owner, self.label, self.probe = checkpoints, owner, label, probe
-        self.masters = MasterWeights(module)
-        self.device = self.masters.parameters[0].device
-        self.optimizer = make_optimizer(self.masters.parameters, config)
-        self.balancer = RouterBalancer(module, config.router_bias_rate)
+        self.device = next(engine.module.parameters()).device
+        self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
+        self.leave = LeaveRequest()
         self.step = 0
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: module, optimiser, random numbers, counts and data position.
+        """Continue from a checkpoint of any engine: module, optimiser, random numbers, counts and data position.
 
         Raises:
             UserError: the checkpoint belongs to another task, backbone or shape of heads.
@@ -131,10 +152,8 @@ class Trainer:
                     f"resume=auto: {checkpoint.folder} belongs to {key}={checkpoint.owner.get(key)} and this run has "
                     f"{key}={value}; choose another output_dir"
                 )
-        load_module(self.module, checkpoint)
-        self.masters.load(checkpoint.tensors())
         training = checkpoint.training()
-        self.optimizer.load_state_dict(training["optimizer"])
+        self.engine.load(fitting_tensors(checkpoint, self.engine.module), training["optimizer"])
         torch.set_rng_state(training["torch_rng"])
         if "cuda_rng" in training and torch.cuda.is_available():
             torch.cuda.set_rng_state(training["cuda_rng"])
@@ -144,43 +163,51 @@ class Trainer:
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
-        save_checkpoint(folder, self.step, self.masters.tensors(), self.optimizer, self.owner, dict(self.counters))
-        prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
+        tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
+
+        def write() -> None:
+            save_checkpoint(folder, self.step, tensors, state, self.owner, dict(self.counters))
+            prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
+
+        on_first(write)
         return folder
 
-    def train_step(self) -> tuple[Tensor, list[Outcome], float]:
-        """One optimiser step; a non-finite loss or gradient skips the update and is counted.
+    def train_step(self) -> Step:
+        """One optimiser step; a non-finite loss or gradient skips the update, on all processes, and is counted.
 
-        Returns:
-            counts_K, the outcomes of the micro-batches, and the gradient norm before clipping.
         Raises:
             UserError: `train.max_bad_steps` steps in a row were not finite.
         """
-        config = self.config
-        first = self.step * config.accumulation
-        batches = [self.batches.batch(first + i).to(self.device) for i in range(config.accumulation)]
+        first = self.step * self.config.accumulation
+        batches = [self.batches.batch(first + i).to(self.device) for i in range(self.config.accumulation)]
+        num_tokens = torch.stack([(batch.segment_BS > 0).sum() for batch in batches]).sum().double()
         counts_K = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
-        outcomes = []
+        *shared, tokens = sum_over_processes(torch.cat([counts_K, num_tokens.view(1)])).unbind()
+        counts_K = torch.stack(shared)
+        sums_K: dict[str, Tensor] = {}
         for batch in batches:
             outcome = self.objective(batch, counts_K)
-            outcome.loss.backward()
-            outcomes.append(outcome)
-        self.masters.pull_gradients()
-        norm = nn.utils.clip_grad_norm_(self.masters.parameters, config.clip_norm)
-        finite = math.isfinite(norm.item()) and all(math.isfinite(outcome.loss.item()) for outcome in outcomes)
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, config)
-            self.optimizer.step()
-            self.masters.push()
-            self.counters["bad_steps_in_a_row"] = 0
-        else:
-            self._count_bad_step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.engine.backward(_poisoned(outcome.loss))
+            for name, value_K in outcome.sums_K.items():
+                sums_K[name] = sums_K.get(name, torch.zeros_like(value_K)) + value_K
+        norm = self.engine.step(learning_rate(self.step, self.config))
         self.balancer.step()
         self.step += 1
-        self.counters["tokens"] += sum(int((batch.segment_BS > 0).sum()) for batch in batches)
-        return counts_K, outcomes if finite else [], norm.item()
+        self.counters["tokens"] += int(tokens)
+        sums_K, must_leave = self._over_processes(sums_K)
+        if not math.isfinite(norm):
+            self._count_bad_step()
+            return Step(counts_K, {}, norm, must_leave)
+        self.counters["bad_steps_in_a_row"] = 0
+        return Step(counts_K, sums_K, norm, must_leave)
+
+    def _over_processes(self, sums_K: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """Sums over all processes, and whether one of them was asked to leave."""
+        request = torch.tensor([float(self.leave.is_made)], dtype=torch.float64, device=self.device)
+        *rows, requests = sum_over_processes(torch.cat([*sums_K.values(), request])).split(
+            [value_K.numel() for value_K in sums_K.values()] + [1]
+        )
+        return dict(zip(sums_K, rows, strict=True)), bool(requests > 0)
 
     def _count_bad_step(self) -> None:
         self.counters["skipped_steps"] += 1
@@ -193,40 +220,50 @@ class Trainer:
             )
 
     def run(self, log: MetricsLog) -> None:
-        """Train until `train.steps`, with progress, metrics and checkpoints."""
-        self.module.train()
+        """Train until `train.steps`, with progress, metrics and checkpoints.
+
+        Raises:
+            Preempted: a signal asked to leave; the state is saved.
+        """
+        self.engine.module.train()
         totals, logged_at, tokens_at = Totals(), time.monotonic(), self.counters["tokens"]
-        with Progress(self.label, self.config.steps, self.step) as progress:
+        with self.leave, Progress(self.label, self.config.steps, self.step) as progress:
             while self.step < self.config.steps:
                 before = self.counters["tokens"]
-                counts_K, outcomes, norm = self.train_step()
-                if outcomes:
-                    totals.add(counts_K, outcomes)
+                step = self.train_step()
+                totals.add(step)
                 progress.update(self.step, _figures(totals), self.counters["tokens"] - before)
                 if self._is_due(self.config.log_every):
                     now = time.monotonic()
                     speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
                     rate = learning_rate(self.step - 1, self.config)
-                    extra = {"gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
-                    log.write(self.step, {**totals.means(), **extra, **self.counters})
+                    extra = {"gradient_norm": step.norm, "learning_rate": rate, "tokens_per_second": speed}
+                    log.write(self.step, {**totals.means(), **extra, **self.balancer.figures(), **self.counters})
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
                 if self.probe is not None and self._is_due(self.probe.every):
                     self._measure(self.probe, log)
-                if self._is_due(self.config.checkpoint_every):
+                if self._is_due(self.config.checkpoint_every) or step.must_leave:
                     self.save()
-        self.module.eval()
-        if self.counters["skipped_steps"]:
+                if step.must_leave and self.step < self.config.steps:
+                    raise Preempted(f"step {self.step} of {self.config.steps} is saved")
+        self.engine.module.eval()
+        if self.counters["skipped_steps"] and rank() == 0:
             print(f"{self.counters['skipped_steps']} steps were skipped: not finite", file=sys.stderr)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = probe.measure()
+        metrics = from_first(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
             self.save(BEST)
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gets a gradient that is not either, which every process and engine notices."""
+    return loss * (1 + 0 * loss.detach())
 
 
 def _figures(totals: Totals) -> str:

@@ -22,6 +22,7 @@ from mtptrain.data.splits import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device
+from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
@@ -53,7 +54,8 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     batches = PackedBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     checkpoints = run_folder.path / "checkpoints"
     owner = {"task": "backbone", "seed": config.seed}
-    trainer = Trainer(model, NextTokenObjective(model), batches, config.train, checkpoints, owner, "backbone")
+    engine = ReplicatedEngine(model, config.train)
+    trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, owner, "backbone")
     checkpoint = newest_checkpoint(checkpoints, run_folder.say) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -18,13 +18,15 @@ from mtptrain.data.batches import PackedBatches
 from mtptrain.data.splits import training_documents
 from mtptrain.data.streaming import StreamedBatches
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.distributed import leave, on_first, rank
+from mtptrain.engines.engine import make_engine
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, stock_tensors
-from mtptrain.mtp.stack import MtpStack, head_digest
+from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
+from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
 from mtptrain.recipes.inputs import check_prompts, heldout_corpus, open_backbone, stock_head, stop_token
 from mtptrain.run_folder import RunFolder
@@ -92,8 +94,9 @@ def make_trainer(
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
     probe = make_probe(config, backbone, stack) if config.evaluation.every else None
-    trainer = Trainer(stack, objective, batches, config.train, folder, owner, config.task.value, probe)
-    checkpoint = newest_checkpoint(folder, run_folder.say) if config.resume == "auto" else None
+    engine = make_engine(config.engine, stack, config.train, config.offload)
+    trainer = Trainer(engine, objective, batches, config.train, folder, owner, config.task.value, probe)
+    checkpoint = on_first(lambda: newest_checkpoint(folder, run_folder.say)) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
         run_folder.say(f"continuing from step {trainer.step}")
@@ -101,7 +104,7 @@ def make_trainer(
 
 
 def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> MtpStack:
-    """Train the modules that `config.mtp` asks for; returns them in eval mode."""
+    """Train the modules that `config.mtp` asks for; rank 0 returns them, whole and in eval mode."""
     stack, start = start_stack(config.mtp, backbone, config.seed)
     if "conversion" in start:
         run_folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
@@ -111,7 +114,11 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> 
         trainer.run(log)
     finally:
         log.close()
-    return stack.eval()
+    tensors = trainer.engine.tensors()
+    if rank() > 0:
+        return stack
+    whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, "the trained head")
+    return place(whole, backbone).eval()
 
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
@@ -122,7 +129,9 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     if config.evaluate_at_end:  # before hours of training, not after them
         check_prompts(config, backbone)
     stack = train_head(config, run_folder, backbone)
-    if not config.evaluate_at_end:
+    is_first = rank() == 0
+    leave()  # the measuring is done by rank 0 alone
+    if not config.evaluate_at_end or not is_first:
         return
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):

@@ -17,7 +17,9 @@ LAYERS = [
     ["kernels", "distributed", "provenance", "storage"],
     ["data.documents", "data.tokens", "data.packing", "data.tokenizer"],  # the format of data, no source of it
     ["mtp", "backbone"],
-    ["checkpoint", "decoding", "losses", "data", "optim", "tracking", "progress"],
+    ["decoding", "losses", "data", "optim", "balance", "tracking", "progress", "preemption"],
+    ["engines"],
+    ["checkpoint"],
     ["trainer", "evaluation", "planning", "export", "run_folder"],
     ["recipes"],
     ["cli", "__main__"],

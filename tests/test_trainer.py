@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from mtptrain.checkpoint import BEST, checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
 from mtptrain.config import Tracker, TrackingConfig, TrainConfig
 from mtptrain.data.packing import Batch
+from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
 from mtptrain.tracking import MetricsLog
-from mtptrain.trainer import Probe, Totals, Trainer
+from mtptrain.trainer import Probe, Step, Totals, Trainer
 
 # B rows, S tokens a row, V vocabulary, K draft steps
 
@@ -85,7 +86,12 @@ def toy_trainer(
     torch.manual_seed(0)
     model = ToyModel(dropout).to(dtype)
     objective, batches = ToyObjective(model, bad_batches), ToyBatches(config.batch_size)
-    return Trainer(model, objective, batches, config, folder / "checkpoints", OWNER)
+    return Trainer(ReplicatedEngine(model, config), objective, batches, config, folder / "checkpoints", OWNER)
+
+
+def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
+    assert isinstance(trainer.engine, ReplicatedEngine)
+    return trainer.engine.optimizers[0]
 
 
 class Rows(MetricsLog):
@@ -100,7 +106,7 @@ class Rows(MetricsLog):
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.module.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
 
 
 def equal_states(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -157,11 +163,10 @@ def test_a_run_that_is_done_trains_no_further(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, bad_batches=frozenset([1]))
     trainer.train_step()
-    before, optimizer_before = state(trainer), trainer.optimizer.state_dict()["state"][0]["exp_avg"].clone()
-    _, outcomes, _ = trainer.train_step()
-    assert outcomes == []
+    before, moment_before = state(trainer), trainer.engine.optimizer_state()["head.weight"]["exp_avg"].clone()
+    assert trainer.train_step().sums_K == {}
     assert equal_states(state(trainer), before)
-    assert torch.equal(trainer.optimizer.state_dict()["state"][0]["exp_avg"], optimizer_before)
+    assert torch.equal(trainer.engine.optimizer_state()["head.weight"]["exp_avg"], moment_before)
     assert trainer.step == 2
     assert (trainer.counters["skipped_steps"], trainer.counters["bad_steps_in_a_row"]) == (1, 1)
 
@@ -203,7 +208,7 @@ def test_micro_batches_together_give_the_gradient_of_one_big_batch(tmp_path: Pat
         config = replace(CONFIG, batch_size=batch_size, accumulation=accumulation)
         trainer = toy_trainer(tmp_path, config, dropout=0.0)
         found: list[Tensor] = []
-        trainer.optimizer.register_step_pre_hook(
+        optimizer_of(trainer).register_step_pre_hook(
             lambda optimizer, *_, found=found: found.extend(
                 p.grad.clone() for group in optimizer.param_groups for p in group["params"]
             )
@@ -219,26 +224,26 @@ def test_micro_batches_together_give_the_gradient_of_one_big_batch(tmp_path: Pat
 def test_the_gradient_is_clipped_to_its_global_norm(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, replace(CONFIG, clip_norm=1e-3))
     norms: list[float] = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: norms.append(torch.stack([p.grad.norm() for p in trainer.masters.parameters]).norm().item())
+    optimizer_of(trainer).register_step_pre_hook(
+        lambda optimizer, *_: norms.append(
+            torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm().item()
+        )
     )
-    _, _, norm = trainer.train_step()
-    assert norm > 1e-2
+    assert trainer.train_step().norm > 1e-2
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
 def test_a_mean_is_the_sum_over_all_steps_divided_by_the_count_once() -> None:
     totals = Totals()
     for counts_K, sums_K in [([3, 1], [6.0, 8.0]), ([1, 0], [10.0, 0.0])]:
-        parts = [Outcome(torch.tensor(0.0), {"loss": torch.tensor(sums_K).double() / 2}) for _ in range(2)]
-        totals.add(torch.tensor(counts_K).double(), parts)
+        totals.add(Step(torch.tensor(counts_K).double(), {"loss": torch.tensor(sums_K).double()}, 1.0, False))
     assert totals.means() == {"loss/step_1": 16 / 4, "loss/step_2": 8.0}
 
 
 def test_logged_means_cover_every_step_since_the_last_row(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=3, learning_rate=1e-30, accumulation=2)  # the model stays as it is
     trainer, log = toy_trainer(tmp_path, config, dropout=0.0), Rows()
-    objective, total, count = ToyObjective(trainer.module), 0.0, 0.0
+    objective, total, count = ToyObjective(trainer.engine.module), 0.0, 0.0
     for index in range(6):
         batch = trainer.batches.batch(index)
         total += objective(batch, torch.ones(1)).sums_K["loss"].item()

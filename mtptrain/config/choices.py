@@ -65,6 +65,25 @@ class ReleaseVariant(Enum):
     dspark = "dspark"
 
 
+class EngineName(Enum):
+    """What a process holds of the heads' training: all of it, or its share by a stage of DeepSpeed ZeRO.
+
+    zero1 shares the optimiser's state, zero2 the gradients too, zero3 the parameters too.
+    """
+
+    single = "single"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class OptimizerName(Enum):
+    """`muon` takes the matrices; what is no matrix stays with AdamW."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class DataSource(Enum):
     """Where documents come from."""
 

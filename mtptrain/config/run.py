@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from mtptrain.config.backbone import BackboneConfig
-from mtptrain.config.choices import Device, LossName, Precision, Task
+from mtptrain.config.choices import Device, EngineName, LossName, OptimizerName, Precision, Task
 from mtptrain.config.data import DataConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
@@ -28,6 +28,8 @@ class RunConfig:
     seed: int = 0
     device: Device = Device.auto
     precision: Precision = Precision.auto
+    engine: EngineName = EngineName.single
+    offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
     checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
@@ -69,11 +71,30 @@ class RunConfig:
             "ce",
             "is training on data tokens, not distillation; use +recipe=pretrain",
         )
+        self._check_engine()
         require(
             self.resume == "never" or self.output_dir is not None,
             "resume",
             self.resume,
             "needs the folder of the run to continue; set output_dir",
+        )
+
+    def _check_engine(self) -> None:
+        """The rules between engine, precision, optimiser and offloading."""
+        is_single = self.engine is EngineName.single
+        require(not (is_single and self.offload), "offload", True, "needs engine=zero1, zero2 or zero3")
+        require(
+            is_single or self.train.optimizer is OptimizerName.adamw,
+            "train.optimizer",
+            self.train.optimizer.value,
+            f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single",
+        )
+        require(
+            not (self.engine is EngineName.zero3 and self.precision is Precision.bf16),
+            "precision",
+            "bf16",
+            "DeepSpeed's stage 3 holds parameters of one dtype and a head keeps some of its own in fp32; set "
+            "engine=zero2 (a head is one layer: stage 3 would gather it whole for every use) or precision=fp32",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtptrain.config.choices import LossName, MtpMode
+from mtptrain.config.choices import LossName, MtpMode, OptimizerName
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
 
 
@@ -54,8 +54,9 @@ class TrainConfig:
     """The training loop."""
 
     steps: int = 100  # optimiser steps
-    batch_size: int = 8  # sequences a micro-batch
+    batch_size: int = 8  # sequences a micro-batch, of all processes together
     accumulation: int = 1  # micro-batches an optimiser step
+    optimizer: OptimizerName = OptimizerName.adamw
     learning_rate: float = 1e-3
     final_learning_rate_ratio: float = 0.0  # of the peak, at the last step
     warmup_steps: int = 10

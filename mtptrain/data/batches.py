@@ -6,6 +6,7 @@ import numpy as np
 
 from mtptrain.data.packing import Batch, Piece, fill_rows, pack_corpus
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
 
 
@@ -15,7 +16,7 @@ class PackedBatches:
     Args:
         corpus: the documents.
         sequence_length: tokens a row.
-        batch_size: rows a batch.
+        batch_size: rows a batch, of all processes together.
         seed: of the order.
     Raises:
         UserError: the corpus has no piece of two tokens or more.
@@ -33,10 +34,10 @@ class PackedBatches:
         self._order = np.empty(0, np.int64)
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`; epochs follow each other without a gap, and a batch may span two."""
+        """This process's rows of batch `index`; epochs follow each other without a gap, and a batch may span two."""
         rows = []
-        for position in range(index * self.batch_size, (index + 1) * self.batch_size):
-            epoch, place = divmod(position, len(self.rows))
+        for row in own_rows(self.batch_size):
+            epoch, place = divmod(index * self.batch_size + row, len(self.rows))
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))

@@ -17,6 +17,7 @@ from mtptrain.data.documents import Split, split_of
 from mtptrain.data.packing import Batch, cut_document, fill_rows, pack_pieces
 from mtptrain.data.text import iterate_text
 from mtptrain.data.tokens import encode_documents
+from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
 
 BUFFER_ROWS = 512  # rows' worth of tokens that are packed and shuffled together
@@ -34,7 +35,7 @@ class StreamedBatches:
         config: where the documents are and how long a row is.
         tokenizer: the backbone's.
         marks: tokens before and after every document.
-        batch_size: rows a batch.
+        batch_size: rows a batch, of all processes together.
         seed: of the order inside a buffer.
     """
 
@@ -50,7 +51,7 @@ class StreamedBatches:
         self._next_index = 0
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`; the data starts over without a gap, and a batch may span the seam.
+        """This process's rows of batch `index`; the data starts over without a gap, and a batch may span the seam.
 
         Raises:
             UserError: the data cannot be read, or holds no training document of two tokens or more.
@@ -59,6 +60,7 @@ class StreamedBatches:
             self._rows, self._next_index = self._all_rows(), 0
         skipped = (index - self._next_index) * self.batch_size
         rows = list(islice(self._rows, skipped, skipped + self.batch_size))
+        rows = [rows[number] for number in own_rows(self.batch_size)]
         self._next_index = index + 1
         sizes = [len(piece) for row in rows for piece in row]
         spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)

@@ -1,0 +1,185 @@
+"""`engine=zero1|zero2|zero3`: DeepSpeed ZeRO shares the optimiser's state, gradients or parameters out.
+
+DeepSpeed keeps fp32 masters of lower-precision parameters itself. It is given no `bf16` section: that would round the
+tensors that DeepSeek-V4 keeps in fp32 as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from mtptrain.config import TrainConfig
+from mtptrain.distributed import rank, world_size
+from mtptrain.engines.engine import OptimizerState
+from mtptrain.optim import make_adamw
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+# Tensors of fewer elements stay whole on every process at stage 3: vectors, attention sinks (which the rollout reads
+# outside the forward of the layer that owns them), small maps. One message a tensor would cost more than it saves.
+WHOLE_BELOW = 8192
+
+
+def zero_settings(config: TrainConfig, stage: int, offload: bool, smallest: int = WHOLE_BELOW) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage."""
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": smallest}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of no effect but on DeepSpeed's own counters
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU AdamW differs from torch's in bits, and builds for minutes
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**62,
+    }
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's reports to itself, and off a CPU its shared-memory collectives, which build for minutes."""
+    deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of calls it makes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class ZeroEngine:
+    """A stage of ZeRO, among processes that have joined; see `Engine`.
+
+    Args:
+        module: its parameters that require gradients are trained.
+        config: optimiser, clipping and accumulation.
+        stage: 1, 2 or 3.
+        offload: keep the optimiser's state in the CPU's memory.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, stage: int, offload: bool) -> None:
+        quiet_deepspeed()
+        self.module, self.stage, self.accumulation = module, stage, config.accumulation
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # DeepSpeed takes the first parameter's dtype for the whole; only as fp32 does it look at the gradient's norm.
+        ordered = sorted(self.trained.values(), key=lambda p: p.dtype != torch.float32)
+        optimizer = make_adamw(ordered, config)
+        dist_init: dict[str, Any] = {"model": module, "optimizer": optimizer, "dist_init_required": False}
+        self.engine, *_ = deepspeed.initialize(**dist_init, config=zero_settings(config, stage, offload))
+        self.optimizer = optimizer
+        self.micro_batches = 0
+        self._make_states()
+        self._gather_small()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch; DeepSpeed averages over processes where shares must add up."""
+        # The objective calls the module itself. The engine's own forward would only do this: without it stage 3 takes
+        # every micro-batch for the first, and overwrites the gradients of those before.
+        self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.backward(loss * world_size(), scale_wrt_gas=False)
+        self.micro_batches += 1
+        if self.micro_batches < self.accumulation:
+            self.engine.step()  # only counts
+
+    def step(self, rate: float) -> float:
+        """Clip and update; DeepSpeed has summed, and skips an update that is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        self.micro_batches = 0
+        return float(self.engine.get_global_grad_norm())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's state, gathered a tensor at a time."""
+        found = {name: value.detach() for name, value in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            if name in self.trained:
+                found[name] = _for_first(safe_get_full_fp32_param(parameter))
+            elif self.stage == 3:
+                with GatheredParameters([parameter]):
+                    found[name] = _for_first(parameter.detach())
+        self._gather_small()
+        return found if rank() == 0 else {}
+
+    def optimizer_state(self) -> OptimizerState:
+        """AdamW's state by the tensor's name, gathered a tensor at a time."""
+        step = next(iter(self.optimizer.state.values()))["step"]
+        found = {}
+        for name, parameter in self.trained.items():
+            moments = {key: _for_first(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            found[name] = {"step": step.clone(), **moments}
+        return found if rank() == 0 else {}
+
+    def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
+        """Continue from stored tensors and state: each process keeps its share."""
+        for name, buffer in self.module.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                    parameter.copy_(tensors[name])
+                if name in self.trained:
+                    self._set(parameter, tensors[name])
+        self._gather_small()
+        for held in self.optimizer.state.values():
+            held["step"].copy_(next(iter(state.values()))["step"])
+        for name, parameter in self.trained.items():
+            for key in MOMENTS:
+                self._set(parameter, state[name][key], key)
+
+    def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+        """Set this process's share of a master or of its moment `key`."""
+        value = value.to(parameter.device)
+        if self.stage < 3:
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+            return
+        size = safe_get_local_fp32_param(parameter).numel()  # padded: processes may not divide the tensor
+        padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+        share = padded[rank() * size : (rank() + 1) * size]
+        if key is None:
+            safe_set_local_fp32_param(parameter, share)
+        else:
+            safe_set_local_optimizer_state(parameter, share, key)
+
+    def _gather_small(self) -> None:
+        """Make the tensors that stay whole at stage 3 whole: DeepSpeed does so after its first step only."""
+        small = self.engine.optimizer.persistent_parameters if self.stage == 3 else []
+        if small:
+            small[0].all_gather(small)
+
+    def _make_states(self) -> None:
+        """Give every flat master of this process the state that AdamW would make at its first step.
+
+        DeepSpeed ties the state to the parameters once, after the step of the first group of parameters: made later,
+        the state of the other groups would never be found.
+        """
+        inner = self.engine.optimizer
+        masters = inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups
+        for master in masters:
+            moments = {key: torch.zeros_like(master) for key in MOMENTS}
+            self.optimizer.state[master] = {"step": torch.zeros(()), **moments}
+        if self.stage < 3:
+            inner._lazy_init_hp_params_optimizer_state()
+
+
+def _for_first(value: Tensor) -> Tensor:
+    """A copy in the CPU's memory on rank 0, nothing elsewhere: only rank 0 writes."""
+    return value.detach().cpu().clone() if rank() == 0 else value.new_empty(0)
