@@ -86,10 +86,14 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
     """Open the run's folder and call the program that the recipe names."""
     from importlib import import_module
 
-    from mtptrain.distributed import join, leave, on_first
     from mtptrain.run_folder import open_run_folder
 
     program = {Task.pretrain: "distill"}.get(config.task, config.task.value)
+    if config.task is Task.plan:  # of other machines than this one: no processes meet, and torch is not loaded
+        import_module("mtptrain.recipes.plan").run(config, open_run_folder(config, settings, job_number))
+        return
+    from mtptrain.distributed import join, leave, on_first
+
     join(config)
     module = import_module(f"mtptrain.recipes.{program}")
     module.run(config, on_first(lambda: open_run_folder(config, settings, job_number)))

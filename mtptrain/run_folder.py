@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from mtptrain.config import RunConfig, Tracker, TrackingConfig
-from mtptrain.distributed import on_first, rank
 from mtptrain.errors import UserError
 from mtptrain.provenance import describe_run, hardware
 from mtptrain.storage import write_json, write_text
@@ -38,7 +37,7 @@ class RunFolder:
 
     def say(self, line: str) -> None:
         """One line for the person who watches, from rank 0."""
-        if rank() == 0:
+        if is_first():
             print(line, file=sys.stderr, flush=True)
 
     def require_empty(self) -> Path:
@@ -53,9 +52,12 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made.
         """
-        on_first(self._write)
+        from mtptrain.distributed import on_first  # loads torch, which a plan does without
 
-    def _write(self) -> None:
+        on_first(self.write)
+
+    def write(self) -> None:
+        """What `record` lets rank 0 do."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,8 +69,13 @@ class RunFolder:
     def open_log(self, start_step: int = 0) -> MetricsLog:
         """The run's metrics log, which rank 0 alone writes; rows after `start_step` are dropped. Records the run."""
         self.record()
-        tracking = self.config.tracking if rank() == 0 else TrackingConfig(tracker=Tracker.none)
+        tracking = self.config.tracking if is_first() else TrackingConfig(tracker=Tracker.none)
         return MetricsLog(tracking, self.path, self.settings, start_step)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes, by the launcher's variable; the only one always is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def default_output_dir(task: str, job_number: int | None) -> Path:

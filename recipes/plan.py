@@ -1,39 +1,84 @@
-"""`+recipe=plan`: what drafting would gain on some hardware, and why; no model is loaded and torch is not imported.
+"""`+recipe=plan`: what drafting would gain, or training would cost, on some hardware; no model is loaded.
 
 python -m mtptrain +recipe=plan model=v4_flash hardware=h200
+python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 engine=zero2 plan.sharing=zero3
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import Enum
 
 from rich.console import Console
 
-from mtptrain.config import RunConfig
+from mtptrain.config import EngineName, PlanConfig, PlanKind, Precision, RunConfig, WeightFormat
 from mtptrain.errors import UserError
-from mtptrain.planning.decoding import plan_decoding
+from mtptrain.planning.decoding import describe_model, plan_decoding
+from mtptrain.planning.decoding_table import print_decoding_plan
 from mtptrain.planning.profile import read_profile
-from mtptrain.planning.table import print_decoding_plan
+from mtptrain.planning.training import plan_training
+from mtptrain.planning.training_memory import TrainingLoad
+from mtptrain.planning.training_table import print_training_plan
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
 SCHEMA = 1
+STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
+
+
+def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> TrainingLoad:
+    """The training that the other sections of a run describe.
+
+    Raises:
+        UserError: the processes cannot share a micro-batch evenly.
+    """
+    batch = config.train.batch_size
+    if batch % processes:
+        raise UserError(
+            f"train.batch_size={batch}: must be a multiple of hardware.num_gpus={processes}, the processes that share "
+            f"it; set train.batch_size={processes * max(1, batch // processes)}"
+        )
+    return TrainingLoad(
+        num_gpus=processes,
+        zero_stage=STAGES[config.engine],
+        offload=config.offload,
+        optimizer=config.train.optimizer,
+        sharing=plan.sharing,
+        backbone=plan.weights,
+        heads=WeightFormat.fp32 if config.precision is Precision.fp32 else WeightFormat.bf16,
+        train_experts=plan.train_experts,
+        modules=config.mtp.depth,
+        steps=config.mtp.num_steps,
+        rows=batch // processes,
+        row_length=config.data.sequence_length,
+        micro_batches=config.train.accumulation,
+        recompute=plan.recompute,
+        from_streams=plan.from_streams,
+    )
 
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Compute the plan, write plan.json and print it."""
     if config.model is None or config.hardware is None or config.plan is None:
         raise UserError("model=null: plan needs shapes, hardware and a load; start from +recipe=plan")
-    body = plan_decoding(config.model.name, config.model.shape, config.hardware, config.plan, read_profile(config.plan))
-    run_folder.record()
-    plan = {
+    shape, hardware, plan = config.model.shape, config.hardware, config.plan
+    if plan.what is PlanKind.training:
+        load = training_load(config, plan, hardware.num_gpus)
+        described = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(load).items()}
+        body = {"training": described, **plan_training(shape, hardware, plan, load)}
+    else:
+        body = plan_decoding(shape, hardware, plan, read_profile(plan))
+    run_folder.write()
+    result = {
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
-        "what": config.plan.what.value,
-        "hardware": asdict(config.hardware),
+        "what": plan.what.value,
+        "hardware": asdict(hardware),
         "load": run_folder.settings["plan"],
+        "model": describe_model(config.model.name, shape),
         **body,
     }
-    write_json(run_folder.path / "plan.json", plan)
-    print_decoding_plan(plan, Console())
+    write_json(run_folder.path / "plan.json", result)
+    show = print_training_plan if plan.what is PlanKind.training else print_decoding_plan
+    show(result, Console())
     run_folder.say(f"wrote {run_folder.path / 'plan.json'}")

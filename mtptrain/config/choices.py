@@ -137,6 +137,15 @@ class PlanKind(Enum):
     """What `plan` is asked for."""
 
     decoding = "decoding"
+    training = "training"
+
+
+class Sharing(Enum):
+    """How processes, one a GPU, hold the frozen backbone: all of it, a share of every tensor, or of the experts."""
+
+    replicate = "replicate"
+    zero3 = "zero3"
+    expert_parallel = "expert_parallel"
 
 
 class WeightFormat(Enum):

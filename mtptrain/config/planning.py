@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mtptrain.config.choices import CacheFormat, PlanKind, WeightFormat
+from mtptrain.config.choices import CacheFormat, PlanKind, Sharing, WeightFormat
 from mtptrain.config.rules import require
 
 
@@ -60,10 +60,17 @@ class PlanConfig:
     acceptance: list[float] = field(default_factory=list)
     evaluation: str | None = None  # an evaluation.json, or the folder of its run, to read the acceptance from
     head: str | None = None  # its name there; null = the last one
+    # Of plan.what=training; engine, batch, rows and draft steps are those of the training itself.
+    sharing: Sharing = Sharing.replicate  # of the frozen backbone
+    train_experts: bool = True  # whether the heads' routed experts take gradients
+    recompute: bool = False  # rollout steps keep only the streams between them for the backward pass
+    from_streams: bool = False  # streams come from a cache on disk, the backbone's layers stay out of memory
+    tokens: float = 1e9  # to train on
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "plan.batch", self.batch, "must be at least 1 row")
         require(self.context >= 1, "plan.context", self.context, "must be at least 1 token")
+        require(math.isfinite(self.tokens) and self.tokens > 0, "plan.tokens", self.tokens, "must be above 0")
         require(
             all(0 <= share <= 1 for share in self.acceptance),
             "plan.acceptance",

@@ -78,9 +78,7 @@ def describe_model(name: str, shape: ShapeConfig) -> dict[str, Any]:
     }
 
 
-def plan_decoding(
-    name: str, shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig, profile: Profile
-) -> dict[str, Any]:
+def plan_decoding(shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig, profile: Profile) -> dict[str, Any]:
     """The body of plan.json for `plan.what=decoding`; docs/plan.md describes it."""
     drafted = range(1, MAX_DRAFT_LENGTH + 1)
     verify = {k: verify_cost(shape, k + 1, hardware, plan) for k in (0, *drafted)}
@@ -104,7 +102,6 @@ def plan_decoding(
         for one in predictions
     ]
     return {
-        "model": describe_model(name, shape),
         "acceptance": {"conditional": profile.conditional, "source": profile.source},
         "keys_a_query": {kind: attended_keys(shape, kind, plan.context) for kind in ("sliding", "csa", "hca")},
         "memory": memory(shape, hardware, plan),

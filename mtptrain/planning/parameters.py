@@ -26,8 +26,8 @@ class Weights:
     Attributes:
         expert: routed experts, FP4 in a release.
         matrix: other large matrices, FP8 in a release.
-        plain: embedding, lm_head, router, compressors and norms, bf16 in a release.
-        strict: hyper-connections, sinks and position biases, always fp32.
+        plain: embedding, lm_head, router and compressors, bf16 in a release.
+        strict: hyper-connections, sinks, position biases and norms, held in fp32 whatever the rest is in.
     """
 
     expert: int = 0
@@ -72,15 +72,14 @@ def attention_weights(shape: ShapeConfig) -> Weights:
     output = shape.num_attention_heads * head * shape.o_lora_rank + shape.o_groups * shape.o_lora_rank * width
     return Weights(
         matrix=query + width * head + output,
-        plain=latent + head + width,
-        strict=shape.num_attention_heads,
+        strict=latent + head + width + shape.num_attention_heads,
     )
 
 
 def compressor_weights(shape: ShapeConfig, channels: int, rate: int, span: int) -> Weights:
     """A compressor that pools windows of `rate` tokens; with span 2 each window has a half for the next one."""
     wide = span * channels
-    return Weights(plain=2 * shape.hidden_size * wide + channels, strict=rate * wide)
+    return Weights(plain=2 * shape.hidden_size * wide, strict=rate * wide + channels)
 
 
 def compression_weights(shape: ShapeConfig, kind: str) -> Weights:
@@ -102,6 +101,12 @@ def expert_weights(shape: ShapeConfig) -> int:
     return 3 * shape.hidden_size * shape.expert_size
 
 
+def stream_maps(shape: ShapeConfig) -> int:
+    """Parameters of a layer's two hyper-connections and of `hc_head` that are matrices; the rest are vectors."""
+    outputs = 2 * (2 + shape.hc_mult) * shape.hc_mult + shape.hc_mult
+    return outputs * shape.hc_mult * shape.hidden_size
+
+
 def connection_weights(shape: ShapeConfig) -> Weights:
     """One hyper-connection: its projection, bias and three scales. A layer has two."""
     mixed = (2 + shape.hc_mult) * shape.hc_mult
@@ -110,9 +115,7 @@ def connection_weights(shape: ShapeConfig) -> Weights:
 
 def collapse_weights(shape: ShapeConfig) -> Weights:
     """`hc_head`, which turns streams into one vector, and the norm after it."""
-    return Weights(
-        strict=shape.hc_mult * shape.hc_mult * shape.hidden_size + shape.hc_mult + 1, plain=shape.hidden_size
-    )
+    return Weights(strict=shape.hc_mult * shape.hc_mult * shape.hidden_size + shape.hc_mult + 1 + shape.hidden_size)
 
 
 def layer_parts(shape: ShapeConfig, kind: str) -> Parts:
@@ -121,7 +124,7 @@ def layer_parts(shape: ShapeConfig, kind: str) -> Parts:
     return {
         "attention": attention_weights(shape),
         "compression": compression_weights(shape, kind),
-        "router": Weights(plain=shape.num_experts * width + width),
+        "router": Weights(plain=shape.num_experts * width, strict=width),
         "routed experts": Weights(expert=shape.num_experts * expert_weights(shape)),
         "shared expert": Weights(matrix=expert_weights(shape)),
         "hyper-connections": connection_weights(shape) + connection_weights(shape),
@@ -147,7 +150,7 @@ def backbone_parts(shape: ShapeConfig) -> Parts:
 def module_parts(shape: ShapeConfig) -> Parts:
     """One MTP module; embedding and lm_head are the backbone's."""
     width = shape.hidden_size
-    combine = {"combine": Weights(matrix=2 * width * width, plain=2 * width)}
+    combine = {"combine": Weights(matrix=2 * width * width, strict=2 * width)}
     return add_parts(combine, layer_parts(shape, "sliding"), {"hyper-connections": collapse_weights(shape)})
 
 

@@ -210,7 +210,7 @@ def module_pass(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Pass:
     """One pass of an MTP module over S slots of every row, logits of the last slot of each row only."""
     width, tokens = shape.hidden_size, plan.batch * per_row
     matrix = matrix_arithmetic(plan.weights)
-    half = Weights(matrix=width * width, plain=width)
+    half = Weights(matrix=width * width, strict=width)
     combine = product(half, tokens, plan, matrix) + product(half, tokens * shape.hc_mult, plan, matrix)
     return add_passes(
         {"combine": combine}, layer_pass(shape, "sliding", per_row, plan), head_pass(shape, plan.batch, plan)

@@ -76,6 +76,31 @@ def test_acceptance_is_read_from_an_evaluation(tmp_path: Path) -> None:
     assert plan["acceptance"]["conditional"] == [0.5, 0.0]  # a position never reached counts as never kept
 
 
+def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Path) -> None:
+    settings = [
+        "engine=zero2",
+        "offload=true",
+        "plan.sharing=zero3",
+        "train.batch_size=16",
+        "data.sequence_length=2048",
+    ]
+    plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", "plan.tokens=2e9", *settings)
+    load = plan["training"]
+    assert (load["zero_stage"], load["sharing"], load["rows"], load["row_length"]) == (2, "zero3", 2, 2048)
+    assert plan["memory"]["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
+    assert plan["step"]["tokens"] == 16 * 2048
+    assert plan["memory"]["bytes_a_gpu"] == pytest.approx(sum(plan["memory"]["gpu"].values()))
+    assert plan["tokens_per_second"] == pytest.approx(16 * 2048 / sum(plan["step"]["seconds"].values()))
+    assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
+    assert plan["stream_cache"]["bytes"] == 2e9 * 32 * 1024
+
+
+def test_training_on_one_gpu_sends_nothing(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "plan.what=training", "model=tiny", "hardware.num_gpus=1", "precision=fp32")
+    assert plan["step"]["sent_bytes_a_gpu"] == {}
+    assert plan["step"]["seconds"]["communication"] == 0
+
+
 MISTAKES = [
     (["model=huge"], r".*'model/huge'; Available options in 'model':; small; tiny; v4_flash; v4_pro"),
     (["model.shape.num_experts=0"], "backbone.shape.num_experts=0: must be at least 1"),
@@ -90,6 +115,11 @@ MISTAKES = [
     (["+hardware.bandwith=1"], "hardware.bandwith: there is no such setting"),
     (["hardware=h100", "plan.measured=true"], "plan.measured=true: hardware=h100 has no measured ceilings"),
     (["plan.evaluation=/absent"], "plan.evaluation=/absent: cannot be read .*give an evaluation.json"),
+    (["plan.tokens=0"], "plan.tokens=0.0: must be above 0"),
+    (
+        ["plan.what=training", "train.batch_size=12"],
+        "train.batch_size=12: .*hardware.num_gpus=8.*set train.batch_size=8",
+    ),
     (["plan.weights=int4"], r"plan.weights=int4; .*expected one of \[release, fp8, bf16, fp32\]"),
 ]
 

@@ -1,0 +1,144 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtptrain.backbone.build import build_model
+from mtptrain.config import (
+    HardwareConfig,
+    LossConfig,
+    OptimizerName,
+    PlanConfig,
+    ShapeConfig,
+    Sharing,
+    TrainConfig,
+    WeightFormat,
+)
+from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.initial import STRICT_FP32
+from mtptrain.mtp.stack import fresh_stack
+from mtptrain.optim import MasterWeights, make_optimizers
+from mtptrain.planning.training import plan_training, step_communication, step_flops
+from mtptrain.planning.training_memory import TrainingLoad, heads_bytes, memory_by_kind, saved_by_step
+from tests.planning.presets import preset_shape
+from tests.tiny import random_batch
+
+HARDWARE = HardwareConfig(
+    num_gpus=8, memory=141e9, bandwidth=4.8e12, fp8_flops=2e15, bf16_flops=1e15, fp32_flops=5e14, interconnect=450e9
+)
+
+
+def tiny_stack(heads: WeightFormat) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The tiny backbone and one module, the module's matrices in the given format."""
+    model = build_model(ShapeConfig(), 0, torch.device("cpu")).eval().requires_grad_(False)
+    stack = fresh_stack(model, 1, 0)
+    if heads is WeightFormat.bf16:
+        for name, parameter in stack.named_parameters():
+            path = name.split(".")
+            if STRICT_FP32.isdisjoint(path) and not path[-2].endswith("norm"):
+                parameter.data = parameter.data.bfloat16()
+    return model, stack
+
+
+def size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("heads", [WeightFormat.fp32, WeightFormat.bf16])
+@pytest.mark.parametrize("optimizer", OptimizerName)
+def test_bytes_of_parameters_and_optimiser_are_those_that_training_holds(
+    optimizer: OptimizerName, heads: WeightFormat
+) -> None:
+    _, stack = tiny_stack(heads)
+    masters = MasterWeights(stack)
+    optimizers = make_optimizers(masters.parameters, TrainConfig(optimizer=optimizer))
+    for parameter in stack.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    masters.pull_gradients()
+    for one in optimizers:
+        one.step()
+    states = [state for one in optimizers for state in one.state.values()]
+    counted = heads_bytes(ShapeConfig(), TrainingLoad(heads=heads, optimizer=optimizer))
+    rounded = [master for master in masters.parameters if not any(master is p for p in stack.parameters())]
+    assert counted["heads' weights"] == size(list(stack.parameters()))
+    assert counted["heads' fp32 masters"] == size(rounded)
+    assert counted["heads' gradients"] == size([m.grad for m in masters.parameters if m.grad is not None])
+    assert counted["optimiser state"] == size([v for state in states for key, v in state.items() if key != "step"])
+
+
+@pytest.mark.parametrize(("rows", "row_length"), [(1, 63), (2, 128)])
+def test_bytes_that_a_rollout_keeps_are_estimated_within_a_tenth(rows: int, row_length: int) -> None:
+    model, stack = tiny_stack(WeightFormat.fp32)
+    batch = random_batch(ShapeConfig().vocab_size, [[row_length]] * rows, row_length)
+    weights = {p.untyped_storage().data_ptr() for module in (model, stack) for p in module.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage, so that views of one tensor count once
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    objective = RolloutObjective(model, stack, LossConfig(), 3)  # type: ignore[arg-type]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outcome = objective(batch, objective.counts(batch))
+    measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    load = TrainingLoad(heads=WeightFormat.fp32, rows=rows, row_length=row_length)
+    assert 3 * saved_by_step(ShapeConfig(), load) == pytest.approx(measured, rel=0.1)
+    assert outcome.loss.requires_grad
+
+
+def test_the_whole_adamw_state_of_a_module_is_what_was_computed_by_hand() -> None:
+    # 16 bytes a parameter: fp32 weights, gradient and two moments; 106 GB for Flash, 413 GB for Pro.
+    for name, gigabytes in (("v4_flash", 106), ("v4_pro", 413)):
+        held = heads_bytes(preset_shape(name), TrainingLoad(heads=WeightFormat.fp32))
+        assert sum(held.values()) / 1e9 == pytest.approx(gigabytes, abs=0.5)
+
+
+def test_each_stage_of_zero_divides_more() -> None:
+    shape = preset_shape("v4_flash")
+    held = [sum(heads_bytes(shape, TrainingLoad(zero_stage=stage)).values()) for stage in range(4)]
+    assert held == sorted(held, reverse=True)
+    assert held[3] == pytest.approx(held[0] / 8)
+
+
+def test_placements_and_offloading_take_what_they_divide_out_of_a_gpu() -> None:
+    shape, load = preset_shape("v4_pro"), TrainingLoad(zero_stage=2)
+    held = {place: memory_by_kind(shape, replace(load, sharing=place))["gpu"] for place in Sharing}
+    weights = {place: kinds["backbone weights"] for place, kinds in held.items()}
+    assert weights[Sharing.zero3] == pytest.approx(weights[Sharing.replicate] / 8)
+    assert weights[Sharing.zero3] < weights[Sharing.expert_parallel] < weights[Sharing.replicate] / 7
+    whole, moved = memory_by_kind(shape, load), memory_by_kind(shape, replace(load, offload=True))
+    assert sum(moved["gpu"].values()) + sum(moved["cpu"].values()) == pytest.approx(sum(whole["gpu"].values()))
+    assert moved["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
+
+
+def test_training_without_experts_needs_little_state() -> None:
+    shape, load = preset_shape("v4_flash"), TrainingLoad()
+    full = heads_bytes(shape, load)["optimiser state"]
+    assert heads_bytes(shape, replace(load, train_experts=False))["optimiser state"] < 0.03 * full  # 168 M of 6.61 B
+
+
+def test_cached_streams_spare_the_backbone() -> None:
+    shape, load = preset_shape("v4_flash"), TrainingLoad(sharing=Sharing.zero3)
+    cached = replace(load, from_streams=True)
+    assert step_flops(shape, cached)["backbone forward"] == 0
+    assert "backbone weights" not in step_communication(shape, cached)
+    plan = plan_training(shape, HARDWARE, PlanConfig(tokens=1e9), cached)
+    assert plan["stream_cache"] == {"bytes_a_token": 32 * 1024, "bytes": 32 * 1024 * 1e9}
+    assert plan["hours"] < plan_training(shape, HARDWARE, PlanConfig(tokens=1e9), load)["hours"]
+
+
+def test_recomputing_trades_activations_for_flops() -> None:
+    shape, load = preset_shape("v4_flash"), TrainingLoad(steps=4)
+    again = replace(load, recompute=True)
+    kept, fewer = (memory_by_kind(shape, one)["gpu"]["rollout activations"] for one in (load, again))
+    assert fewer < kept / 3
+    assert step_flops(shape, again)["rollout"] == pytest.approx(step_flops(shape, load)["rollout"] * 4 / 3)
+
+
+def test_more_steps_cost_what_they_compute() -> None:
+    shape = preset_shape("v4_flash")
+    one, two = (step_flops(shape, TrainingLoad(steps=steps)) for steps in (1, 2))
+    assert two["rollout"] == 2 * one["rollout"]
+    assert two["backbone forward"] == one["backbone forward"]
+    assert two["lm_head and loss"] == pytest.approx(one["lm_head and loss"] * 5 / 3)
