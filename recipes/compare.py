@@ -13,7 +13,7 @@ from rich.console import Console
 from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.evaluation.compare import compare_heads, print_comparison
-from mtptrain.evaluation.metrics import summarize
+from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.recipes.evaluate import SCHEMA, replay_head
 from mtptrain.recipes.inputs import (
     describe_backbone,
@@ -33,16 +33,20 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     backbone = open_backbone(config)
     corpus = heldout_corpus(config, backbone)
     traces = prepare_traces(config, run_folder, backbone, corpus)
+    prompts = [trace.prompt for trace in traces]
+    groups = [prompt.group for prompt in prompts]
     names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock_head(backbone) if path == "stock" else trained_head(backbone, stored[path])
-        passes = replay_head(config, backbone, head.stack, traces)
-        replay = {str(k): summarize(passes[k], k) for k in passes}
-        heads.append({**replace(head, name=name).describe(), "replay": replay})
-        replays.append(passes)
+        counts = replay_head(config, backbone, head.stack, traces)
+        replay = {str(k): summarize(counts[k], groups) for k in counts}
+        domains = by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts])
+        heads.append({**replace(head, name=name).describe(), "replay": replay, "domains": domains})
+        replays.append(counts)
     comparisons = [
-        compare_heads((names[0], name), replays[0], passes) for name, passes in zip(names[1:], replays[1:], strict=True)
+        compare_heads((names[0], name), replays[0], counts, prompts)
+        for name, counts in zip(names[1:], replays[1:], strict=True)
     ]
     result = {
         "schema": SCHEMA,

@@ -70,9 +70,9 @@ def make_probe(config: RunConfig, backbone: Backbone, stack: MtpStack) -> Probe:
     traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
 
     def measure() -> dict[str, float]:
-        passes = replay_head(config, backbone, stack, traces)
-        lengths = {f"replay/acceptance_length_{k}": acceptance_length(passes[k]) for k in passes}
-        accepted = by_position(passes[longest], longest)["conditional"]
+        counts = replay_head(config, backbone, stack, traces)
+        lengths = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
+        accepted = by_position(counts[longest])["conditional"]
         return lengths | {f"replay/accepted_{k}": rate for k, rate in enumerate(accepted, 1) if rate is not None}
 
     return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")

@@ -15,13 +15,16 @@ from tokenizers import Tokenizer
 from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
+from mtptrain.decoding.policy import Policy, decoding_policy
 from mtptrain.decoding.records import Decoded, VerifyPass
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certify import LoopRun, certify
 from mtptrain.evaluation.compare import Replayed
+from mtptrain.evaluation.counts import count_passes
+from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.heads import Head, teacher_forced
 from mtptrain.evaluation.metrics import paired_gain, summarize, totals
-from mtptrain.evaluation.replay import draft_hits, replay_passes
+from mtptrain.evaluation.replay import replay_all, replay_passes
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.table import print_summary
 from mtptrain.evaluation.speedup import run_interleaved, summarize_speed
@@ -45,13 +48,11 @@ SCHEMA = 1
 
 
 def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
-    """Passes of every trace for every draft length, from one rollout."""
-    longest = config.decoding.draft_length
-    hits = draft_hits(backbone.model, stack, traces, longest)
-    return {
-        k: [replay_passes(hit_KS, trace, k) for hit_KS, trace in zip(hits, traces, strict=True)]
-        for k in range(1, longest + 1)
-    }
+    """Counts of every trace for every draft length, from one rollout."""
+    policy = decoding_policy(config.decoding)
+    stops = policy.stop_below > 0
+    drafts = draft_traces(backbone.model, stack, traces, config.decoding.draft_length, policy, free_running=stops)
+    return replay_all(drafts, policy)
 
 
 def sample_pieces(tokenizer: Tokenizer, trace: Trace, passes: list[VerifyPass]) -> list[dict[str, str]]:
@@ -89,11 +90,11 @@ def measure_loop(
             replace(trace, tokens=record.tokens, gaps=record.gaps)
             for trace, record in zip(traces, records, strict=True)
         ]
-        hits = draft_hits(backbone.model, stacks[name], texts, k)
-        for number, (record, text, hit_KS) in enumerate(zip(records, texts, hits, strict=True)):
-            checks.append(LoopRun(name, number, k, plain[number][0], record, replay_passes(hit_KS, text, k)))
-        passes, emitted = totals([one for record in records for one in record.passes])
-        loop[name][str(k)] = {"acceptance_length": emitted / passes, "passes": passes, "emitted": emitted}
+        policy = Policy()
+        drafts = draft_traces(backbone.model, stacks[name], texts, k, policy)
+        for number, (record, one) in enumerate(zip(records, drafts, strict=True)):
+            checks.append(LoopRun(name, number, k, plain[number][0], record, replay_passes(one, policy, k)))
+        loop[name][str(k)] = totals([count_passes(record.passes, k) for record in records])
         speed[name][str(k)] = summarize_speed(plain, records)
     certificate = certify(checks, str(backbone.model.lm_head.weight.dtype).removeprefix("torch."))
     return loop, certificate, speed, _plain_rate(plain)
@@ -119,27 +120,30 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed)
     rows = config.evaluation.heldout_sequences
     entries = []
+    groups = [trace.prompt.group for trace in traces]
+    shown = traces[:3]
     for head in heads:
-        passes = replayed[head.name]
+        counts = replayed[head.name]
+        drafts = draft_traces(backbone.model, head.stack, shown, longest, Policy())
         entries.append(
             {
                 **head.describe(),
                 "teacher_forced": teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
-                "replay": {str(k): summarize(passes[k], k) for k in passes},
+                "replay": {str(k): summarize(counts[k], groups) for k in counts},
                 "loop": loop[head.name],
                 "samples": [
                     {
-                        "prompt": backbone.tokenizer.decode(traces[i].prompt.tokens[-40:]),
+                        "prompt": backbone.tokenizer.decode(trace.prompt.tokens[-40:]),
                         "draft_length": longest,
-                        "pieces": sample_pieces(backbone.tokenizer, traces[i], passes[longest][i]),
+                        "pieces": sample_pieces(backbone.tokenizer, trace, replay_passes(one, Policy(), longest)),
                     }
-                    for i in range(min(3, len(traces)))
+                    for trace, one in zip(shown, drafts, strict=True)
                 ],
             }
         )
     gain = None
     if {"stock", "trained"} <= set(replayed):
-        gain = {str(k): paired_gain(replayed["stock"][k], replayed["trained"][k]) for k in replayed["stock"]}
+        gain = {str(k): paired_gain(replayed["stock"][k], replayed["trained"][k], groups) for k in replayed["stock"]}
     evaluation = {
         "schema": SCHEMA,
         "provenance": run_folder.provenance,

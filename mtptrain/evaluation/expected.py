@@ -13,9 +13,17 @@ the target, and r_a(n) is the chance that at least a drafts were kept, given the
     block        r_a = min_{j<=a} prod_{k<=j} q_k / p_k   q_1 ... q_a w_a / (p_1 ... p_a), with the weight
                                                           w_a = min(1, w_{a-1} p_a / q_a) that is kept of a prefix
 
-and r_{K+1} = 0. Expected counts from anchor n on obey V(n) = g(n) + sum_a c_a(n) V(n + a + 1), g being the count of the
-pass at n itself: 1 for passes, r_k(n) for drafts kept at position k. One sweep from the end of the text gives them all.
-Where the text ends after m tokens nothing further can be told from it, and nothing is counted: r_{m+1} = 0.
+and r_{K+1} = 0. So the chance that a pass begins at anchor n is its share of the earlier passes that end before it,
+
+    visit(0) = 1,  visit(n) = sum_a c_a(n - a - 1) visit(n - a - 1)
+
+and any expected count is sum_n visit(n) g(n), g being the count of a pass at n: 1 for passes, r_k(n) for drafts kept at
+position k. One sweep over the text gives them all. A sweep from its end gives mean and variance of the passes,
+V(n) = 1 + sum_a c_a(n) V(n + a + 1). Where the text ends after m tokens nothing further can be told from it, and
+nothing is counted: r_{m+1} = 0.
+
+A draft that the head's confidence stops before step s has r_a = 0 from a = s on, in either verification: the decision
+depends on the drafted tokens before s only, and these are the text's own where they were kept.
 
 K draft steps, L draft lengths 1..K, N tokens that passes emit: all of a text but the first, which the prefill emits.
 """
@@ -28,15 +36,42 @@ from mtptrain.kernels.acceptance import Verification
 
 
 class ExpectedPasses(NamedTuple):
-    """Expected counts over one text; row l - 1 is of draft length l, column k - 1 of position k.
+    """Chances along one text, from which every expected count is a sum; row l - 1 is of draft length l.
 
-    Divided as `metrics.by_position` divides its integers they give the same rates; N / passes is the acceptance length.
+    Attributes:
+        visit_LN: chance that a pass of draft length l begins at anchor n.
+        begun_KN: chance that step k of a draft at anchor n is verified: its first k - 1 tokens were kept, the head did
+            not stop before it, and the text had not ended.
+        reach_KN: chance that at least k of its drafts are kept, r_k(n).
     """
 
-    passes_L: np.ndarray
-    drafted_LK: np.ndarray  # drafts that have a position k before the text ends
-    reached_LK: np.ndarray  # of these, drafts whose first k - 1 tokens were kept
-    accepted_LK: np.ndarray  # and whose token k was kept, too
+    visit_LN: np.ndarray
+    begun_KN: np.ndarray
+    reach_KN: np.ndarray
+
+    @property
+    def passes_L(self) -> np.ndarray:
+        """Expected passes; N / passes is the acceptance length."""
+        return self.visit_LN.sum(-1)
+
+    def at_positions(self, weight_KN: np.ndarray) -> np.ndarray:
+        """Expected sum over passes of a count at each position, [L, K]; 0 at positions past the draft length."""
+        return np.tril(self.visit_LN @ weight_KN.T)
+
+    @property
+    def drafted_LK(self) -> np.ndarray:
+        """Drafts that have a position k before the text ends, were none stopped by its confidence."""
+        return self.at_positions(inside_text(*self.reach_KN.shape).astype(np.float64))
+
+    @property
+    def reached_LK(self) -> np.ndarray:
+        """Of these, drafts whose first k - 1 tokens were kept and whose step k was drafted."""
+        return self.at_positions(self.begun_KN)
+
+    @property
+    def accepted_LK(self) -> np.ndarray:
+        """And whose token k was kept, too."""
+        return self.at_positions(self.reach_KN)
 
 
 def inside_text(steps: int, num_tokens: int) -> np.ndarray:
@@ -78,33 +113,62 @@ def acceptance_probability(
     return np.divide(reach_KN, before_KN, out=np.zeros_like(reach_KN), where=before_KN > 0)
 
 
-def expected_passes(accept_KN: np.ndarray) -> ExpectedPasses:
-    """Expected passes and their drafted, reached and accepted tokens, for every draft length up to K.
+def expected_passes(accept_KN: np.ndarray, drafted_KN: np.ndarray | None = None) -> ExpectedPasses:
+    """Where passes begin and how far their drafts are kept, for every draft length up to K.
 
-    With zeros and ones, the hits of greedy drafts on a greedy text, they are the counts of `replay_passes`.
+    With zeros and ones, the hits of greedy drafts on a greedy text, the sums are the counts of `replay_passes`.
 
     Args:
         accept_KN: entry (k - 1, n) in [0, 1]: the chance that step k of the draft at anchor n is kept, given the text
             and that all earlier steps were, as `acceptance_probability` gives it. Anchor 0 is that of the first pass.
             Entries past the end of the text may hold anything.
+        drafted_KN: bool, whether the head drafts step k once the text's own tokens were drafted before it; None where
+            no draft is stopped.
 
     Returns:
-        float64 counts; all 0 for N = 0.
+        float64 chances; sums over them are 0 for N = 0.
     """
     steps, num_tokens = accept_KN.shape
-    inside_KN = inside_text(steps, num_tokens)
-    reach_KN = np.where(inside_KN, accept_KN, 0).astype(np.float64).cumprod(axis=0)
-    short_LK = np.tri(steps, dtype=bool)  # a draft of length l has positions 1..l
-    drafted_LKN = short_LK[:, :, None] & inside_KN
-    accepted_LKN = drafted_LKN * reach_KN
-    before_LKN = drafted_LKN * np.concatenate([np.ones((1, num_tokens)), reach_KN[:-1]])
-    ones_L1N, zeros_L1N = np.ones((steps, 1, num_tokens)), np.zeros((steps, 1, num_tokens))
-    # A = K + 1 outcomes of a pass, 0 to K drafts kept
-    move_LAN = -np.diff(np.concatenate([ones_L1N, accepted_LKN, zeros_L1N], axis=1), axis=1)
-    gain_NFL = np.concatenate([ones_L1N, drafted_LKN, before_LKN, accepted_LKN], axis=1).T
-    total_NFL = np.zeros((num_tokens + steps + 1, *gain_NFL.shape[1:]))
+    allowed_KN = inside_text(steps, num_tokens)
+    if drafted_KN is not None:
+        allowed_KN = allowed_KN & np.logical_and.accumulate(drafted_KN, axis=0)
+    reach_KN = np.where(allowed_KN, accept_KN, 0).astype(np.float64).cumprod(axis=0)
+    begun_KN = allowed_KN * np.concatenate([np.ones((1, num_tokens)), reach_KN[:-1]])
+    move_NLA = pass_moves(reach_KN)
+    visit_NL = np.zeros((num_tokens + steps + 1, steps))
+    visit_NL[0] = 1
+    for anchor in range(num_tokens):
+        visit_NL[anchor + 1 : anchor + steps + 2] += (visit_NL[anchor, :, None] * move_NLA[anchor]).T
+    return ExpectedPasses(visit_NL[:num_tokens].T.copy(), begun_KN, reach_KN)
+
+
+def pass_moves(reach_KN: np.ndarray) -> np.ndarray:
+    """Chance c_a(n) that a pass of draft length l at anchor n keeps exactly a drafts, float64 [N, L, A = K + 1]."""
+    steps, num_tokens = reach_KN.shape
+    kept_NLK = reach_KN.T[:, None] * np.tri(steps)
+    ones_NL1, zeros_NL1 = np.ones((num_tokens, steps, 1)), np.zeros((num_tokens, steps, 1))
+    return -np.diff(np.concatenate([ones_NL1, kept_NLK, zeros_NL1], axis=2), axis=2)
+
+
+def pass_moments(reach_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the number of passes over a text, given the text, for every draft length.
+
+    V(n) = sum_a c_a (1 + V(n + a + 1)), and by the law of total variance
+    Var(n) = sum_a c_a (Var(n + a + 1) + (1 + V(n + a + 1) - V(n))^2).
+
+    Args:
+        reach_KN: as `expected_passes` gives it.
+
+    Returns:
+        float64 [L] each.
+    """
+    steps, num_tokens = reach_KN.shape
+    move_NLA = pass_moves(reach_KN)
+    mean_NL, variance_NL = np.zeros((2, num_tokens + steps + 1, steps))
     for anchor in reversed(range(num_tokens)):
-        later_AFL = total_NFL[anchor + 1 : anchor + steps + 2]
-        total_NFL[anchor] = gain_NFL[anchor] + np.einsum("la,afl->fl", move_LAN[:, :, anchor], later_AFL)
-    passes_1L, *by_position = np.split(total_NFL[0], [1, 1 + steps, 1 + 2 * steps])
-    return ExpectedPasses(passes_1L[0], *(counts_KL.T for counts_KL in by_position))
+        after = slice(anchor + 1, anchor + steps + 2)
+        count_LA = 1 + mean_NL[after].T
+        mean_NL[anchor] = (move_NLA[anchor] * count_LA).sum(1)
+        spread_LA = variance_NL[after].T + (count_LA - mean_NL[anchor, :, None]) ** 2
+        variance_NL[anchor] = (move_NLA[anchor] * spread_LA).sum(1)
+    return mean_NL[0], variance_NL[0]

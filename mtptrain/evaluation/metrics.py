@@ -1,4 +1,6 @@
-"""Acceptance figures: pure functions on records of verify passes."""
+"""Acceptance figures: pure functions on the counts of prompts, real or expected."""
+
+# P prompts, K draft length
 
 from __future__ import annotations
 
@@ -6,119 +8,108 @@ from typing import Any
 
 import numpy as np
 
-from mtptrain.decoding.records import VerifyPass
-
-RESAMPLES = 2000
-DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
+from mtptrain.evaluation.bootstrap import difference, interval, resampled_totals
+from mtptrain.evaluation.counts import Counts
 
 
-def totals(passes: list[VerifyPass]) -> tuple[int, int]:
-    """Passes and tokens they emitted."""
-    return len(passes), sum(record.emitted for record in passes)
-
-
-def acceptance_length(prompts: list[list[VerifyPass]]) -> float:
+def acceptance_length(prompts: list[Counts]) -> float:
     """Tokens emitted a verify pass, the verifier's own token included: 1 = no gain, K + 1 = ceiling."""
-    passes, emitted = np.array([totals(passes) for passes in prompts]).sum(0)
-    return float(emitted / passes)
+    return sum(counts.emitted for counts in prompts) / sum(counts.passes for counts in prompts)
 
 
-def _resampled_lengths(prompts: list[list[VerifyPass]], rows: np.ndarray) -> np.ndarray:
-    counts = np.array([totals(passes) for passes in prompts], dtype=np.float64)
-    passes, emitted = counts[rows].sum(1).T
-    return emitted / passes
-
-
-def _resamples(num_prompts: int) -> np.ndarray:
-    """Prompt numbers of the bootstrap samples, the same for every head so that differences are paired."""
-    return np.random.default_rng(0).integers(0, num_prompts, (RESAMPLES, num_prompts))
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(bound) for bound in np.quantile(values, [0.025, 0.975])]
-
-
-def _difference(value: float, resampled: np.ndarray) -> dict[str, Any]:
-    """A paired difference: value, 95 % interval, and the smallest true one these prompts would have shown."""
-    return {"gain": value, "interval": _interval(resampled), "detectable": float(DETECTABLE * resampled.std())}
-
-
-def by_position(prompts: list[list[VerifyPass]], draft_length: int) -> dict[str, list[Any]]:
+def by_position(prompts: list[Counts]) -> dict[str, list[Any]]:
     """Drafted and accepted tokens at each position, and the two acceptance rates.
 
     `conditional`: accepted at k of those whose position k - 1 was accepted; None where that never happened.
-    `unconditional`: accepted at k of all drafts that had a position k.
+    `unconditional`: accepted at k of all drafts that had a position k; None where that is not known.
     """
-    records = [record for passes in prompts for record in passes]
-    drafted = [sum(record.drafted >= k for record in records) for k in range(1, draft_length + 1)]
-    accepted = [sum(record.accepted >= k for record in records) for k in range(1, draft_length + 1)]
-    reached = [
-        sum(record.drafted >= k and record.accepted >= k - 1 for record in records) for k in range(1, draft_length + 1)
-    ]
+    reached = _numbers(np.sum([counts.reached_K for counts in prompts], axis=0))
+    accepted = _numbers(np.sum([counts.accepted_K for counts in prompts], axis=0))
+    known = [counts.drafted_K for counts in prompts if counts.drafted_K is not None]
+    drafted = _numbers(np.sum(known, axis=0)) if len(known) == len(prompts) else [None] * len(accepted)
     return {
         "drafted": drafted,
+        "reached": reached,
         "accepted": accepted,
         "conditional": [a / r if r else None for a, r in zip(accepted, reached, strict=True)],
-        "unconditional": [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)],
+        "unconditional": [a / d if d else None for a, d in zip(accepted, drafted, strict=True)],
     }
 
 
-def summarize(prompts: list[list[VerifyPass]], draft_length: int) -> dict[str, Any]:
-    """Acceptance of one head at one draft length, with a 95 % bootstrap interval over prompts.
+def totals(prompts: list[Counts]) -> dict[str, Any]:
+    """`acceptance_length`, `passes` and `emitted` of some prompts."""
+    passes, emitted = _numbers(np.sum([(counts.passes, counts.emitted) for counts in prompts], axis=0))
+    return {"acceptance_length": emitted / passes, "passes": passes, "emitted": emitted}
+
+
+def _numbers(values: np.ndarray) -> list[float]:
+    """Plain numbers, whole ones as int: counts of a loop read as counts."""
+    return [int(value) if value.is_integer() else value for value in values.tolist()]
+
+
+def summarize(prompts: list[Counts], groups: list[int]) -> dict[str, Any]:
+    """Acceptance of one head at one draft length, with a 95 % bootstrap interval over groups of prompts.
 
     Args:
-        prompts: passes of each prompt; a prompt without passes (one emitted token) tells nothing and is left out.
-        draft_length: K.
+        prompts: counts of each prompt; a prompt without passes (one emitted token) adds nothing.
+        groups: the group of each prompt.
     """
-    told = [passes for passes in prompts if passes]
-    passes, emitted = (int(value) for value in np.array([totals(passes) for passes in told]).sum(0))
     return {
-        "acceptance_length": emitted / passes,
-        "interval": _interval(_resampled_lengths(told, _resamples(len(told)))),
-        "passes": passes,
-        "emitted": emitted,
-        **by_position(told, draft_length),
+        **totals(prompts),
+        "interval": interval(_resampled_lengths(prompts, groups)),
+        **by_position(prompts),
     }
 
 
-def paired_gain(base: list[list[VerifyPass]], other: list[list[VerifyPass]]) -> dict[str, Any]:
+def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, dict[str, Any]]:
+    """`summarize` for the prompts of each domain, in the order of their first prompts."""
+    return {
+        domain: summarize([prompts[i] for i in rows], [groups[i] for i in rows])
+        for domain, rows in domain_rows(domains).items()
+    }
+
+
+def domain_rows(domains: list[str]) -> dict[str, list[int]]:
+    """Numbers of the prompts of each domain, in the order of their first prompts."""
+    rows: dict[str, list[int]] = {}
+    for number, domain in enumerate(domains):
+        rows.setdefault(domain, []).append(number)
+    return rows
+
+
+def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> dict[str, Any]:
     """Difference of acceptance length, `other` minus `base`, over the same prompts.
 
     Returns:
-        `gain`, its 95 % bootstrap `interval` over prompts, and `detectable`: the smallest true difference that these
+        `gain`, its 95 % bootstrap `interval` over groups, and `detectable`: the smallest true difference that these
         prompts would have shown with 80 % power.
     """
-    both = [(a, b) for a, b in zip(base, other, strict=True) if a and b]
-    old, new = [a for a, _ in both], [b for _, b in both]
-    rows = _resamples(len(both))
-    difference = _resampled_lengths(new, rows) - _resampled_lengths(old, rows)
-    return _difference(acceptance_length(new) - acceptance_length(old), difference)
+    resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
+    return difference(acceptance_length(other) - acceptance_length(base), resampled_R)
 
 
-def _position_counts(prompts: list[list[VerifyPass]], draft_length: int) -> np.ndarray:
-    """Accepted and reached drafts of every prompt and position, float64 [2, prompts, K]."""
-    accepted = [[sum(r.accepted >= k for r in passes) for k in range(1, draft_length + 1)] for passes in prompts]
-    reached = [
-        [sum(r.drafted >= k and r.accepted >= k - 1 for r in passes) for k in range(1, draft_length + 1)]
-        for passes in prompts
-    ]
-    return np.array([accepted, reached], dtype=np.float64)
-
-
-def paired_position_gain(
-    base: list[list[VerifyPass]], other: list[list[VerifyPass]], draft_length: int
-) -> list[dict[str, Any] | None]:
+def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[dict[str, Any] | None]:
     """Difference of conditional acceptance at each position, as `paired_gain`; None where one was never reached."""
-    rows = _resamples(len(base))
-
-    def rates(prompts: list[list[VerifyPass]]) -> tuple[np.ndarray, np.ndarray]:
-        accepted, reached = _position_counts(prompts, draft_length)
-        with np.errstate(invalid="ignore"):
-            return accepted.sum(0) / reached.sum(0), accepted[rows].sum(1) / reached[rows].sum(1)
-
-    (old, old_resampled), (new, new_resampled) = rates(base), rates(other)
-    differences = new_resampled - old_resampled
+    (old_K, old_RK), (new_K, new_RK) = (_conditional(prompts, groups) for prompts in (base, other))
+    known_K = np.isfinite(new_RK - old_RK).all(0)
     return [
-        _difference(float(new[k] - old[k]), differences[:, k]) if np.isfinite(differences[:, k]).all() else None
-        for k in range(draft_length)
+        difference(float(new_K[k] - old_K[k]), new_RK[:, k] - old_RK[:, k]) if known_K[k] else None
+        for k in range(len(known_K))
     ]
+
+
+def _resampled_lengths(prompts: list[Counts], groups: list[int]) -> np.ndarray:
+    counts_PF = np.array([(counts.passes, counts.emitted) for counts in prompts], dtype=np.float64)
+    told_P = counts_PF[:, 0] > 0
+    told_groups = [group for group, told in zip(groups, told_P, strict=True) if told]
+    passes_R, emitted_R = resampled_totals(counts_PF[told_P], told_groups).T
+    return emitted_R / passes_R
+
+
+def _conditional(prompts: list[Counts], groups: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Conditional acceptance by position: the value [K] and its resamples [R, K]."""
+    counts_PF = np.array([np.concatenate([counts.accepted_K, counts.reached_K]) for counts in prompts])
+    with np.errstate(invalid="ignore"):
+        accepted_K, reached_K = np.split(counts_PF.sum(0), 2)
+        accepted_RK, reached_RK = np.split(resampled_totals(counts_PF, groups), 2, axis=1)
+        return accepted_K / reached_K, accepted_RK / reached_RK

@@ -1,79 +1,105 @@
 """Replay: the verify passes of speculative decoding for every draft length, from one teacher-forced rollout.
 
-Greedy speculative decoding emits the backbone's own greedy text. So its passes can be read off that text: a pass at
-anchor i accepts as many drafts as the rollout at i hits in a row, and the next anchor lies one token past them. No
-decoding loop runs. docs/evaluation.md derives it.
+Speculative decoding emits text distributed as the backbone's own, whatever the head drafts. So its passes can be read
+off a text that the backbone emitted: exactly where drafts are greedy and the text is, else as expectations given the
+text (`expected`). No decoding loop runs. docs/evaluation.md derives it.
+
+Drafted tokens under a confidence threshold need more: past the first miss, where a draft stops depends on its own
+tokens, not on the text. There the drafts of a second rollout are counted, which follows the head's own tokens. Whether
+a pass begins at an anchor, and what is drafted there, are independent given the text up to that anchor, so
+
+    E[drafts with a token k] = E[sum_n visit(n) [the draft at anchor n has a token k]],
+
+visit(n) being a function of that text alone (it is a sum over earlier anchors of the chance to keep the tokens up to
+n). With greedy drafts the second factor is certain, and the sum is what the loop counts. With sampled drafts it is one
+draw, so the sum is unbiased. Where a stop token, not the limit, ends the text, drafts are cut where the text ends,
+which depends on later tokens: for sampled drafts the last few anchors are then approximate.
 """
 
-# B traces, S slots, K draft steps
+# K draft steps, N anchors of a trace
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.backbone.streams import run_backbone
-from mtptrain.data.packing import Batch
+from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import VerifyPass
-from mtptrain.decoding.speculative import settle_passes
-from mtptrain.evaluation.trace import Trace
-from mtptrain.mtp.rollout import rollout
-from mtptrain.mtp.stack import MtpStack
-
-TRACES_A_BATCH = 16
+from mtptrain.evaluation.counts import Counts
+from mtptrain.evaluation.drafts import TraceDrafts
+from mtptrain.evaluation.expected import ExpectedPasses, acceptance_probability, expected_passes, inside_text
 
 
-def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
-    """Prompt and continuation of every trace as a row, padded at the end."""
-    texts = [trace.prompt.tokens + trace.tokens for trace in traces]
-    length = max(len(text) for text in texts)
-    tokens_BS = torch.tensor([text + [0] * (length - len(text)) for text in texts], device=device)
-    segment_BS = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
-    position_BS = torch.arange(length, device=device).expand_as(tokens_BS)
-    return Batch(tokens_BS, segment_BS, position_BS)
-
-
-def _hits(model: DeepseekV4ForCausalLM, stack: MtpStack, batch: Batch, steps: int) -> Tensor:
-    """Whether step k at anchor i drafts the text's own token t_{i+k+1}: bool [B, K, S]."""
-    streams_BSND, _ = run_backbone(model, batch.tokens_BS)
-    hits = []
-    for step, hidden_BSD in enumerate(rollout(stack, model.model.embed_tokens, streams_BSND, batch, steps), start=1):
-        hit_BS = torch.zeros_like(batch.tokens_BS, dtype=torch.bool)
-        mask_BS = batch.target_mask(step)
-        target_BS = batch.tokens_BS.roll(-(step + 1), dims=1)
-        logits = model.lm_head(hidden_BSD[mask_BS].to(model.lm_head.weight.dtype))
-        hit_BS[mask_BS] = logits.argmax(-1) == target_BS[mask_BS]
-        hits.append(hit_BS)
-    return torch.stack(hits, dim=1)
-
-
-@torch.inference_mode()
-def draft_hits(model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace], steps: int) -> list[np.ndarray]:
-    """Per trace a bool array [K, S]: entry (k - 1, i) tells whether step k at anchor i drafts the trace's own token."""
-    device = model.lm_head.weight.device
-    found = []
-    for start in range(0, len(traces), TRACES_A_BATCH):
-        group = traces[start : start + TRACES_A_BATCH]
-        hit_BKS = _hits(model, stack, trace_batch(group, device), steps).cpu().numpy()
-        found += [hit_BKS[row, :, : len(trace.prompt.tokens) + len(trace.tokens)] for row, trace in enumerate(group)]
-    return found
-
-
-def replay_passes(hit_KS: np.ndarray, trace: Trace, draft_length: int) -> list[VerifyPass]:
-    """The verify passes that greedy speculative decoding makes on a trace.
+def trace_chances(drafts: TraceDrafts, policy: Policy) -> ExpectedPasses:
+    """Where passes begin on a trace and how far their drafts are kept, for every draft length.
 
     Args:
-        hit_KS: of this trace, at least `draft_length` steps.
-        trace: the text.
-        draft_length: tokens a draft, K.
+        drafts: made under `policy`; its verification and its threshold may be others, from the same rollout.
+        policy: how drafts are verified and stopped.
     """
-    anchor, last = len(trace.prompt.tokens) - 1, len(trace.prompt.tokens) + len(trace.tokens) - 2
-    accepted = []
-    while anchor < last:
-        hits = hit_KS[:draft_length, anchor]
-        count = draft_length if hits.all() else int(hits.argmin())
-        accepted.append(count)
-        anchor += count + 1
-    return settle_passes(accepted, draft_length, len(trace.tokens))
+    if len(drafts.p_N) == 0:
+        return expected_passes(drafts.q_KN)
+    accept_KN = acceptance_probability(drafts.p_N, drafts.q_KN, policy.verification)
+    return expected_passes(accept_KN, drafts.confidence_KN >= policy.stop_below)
+
+
+def drafted_free(drafts: TraceDrafts, policy: Policy) -> np.ndarray | None:
+    """Whether the head's own draft at anchor n has a token k before the text ends, bool [K, N]; None if not known."""
+    inside_KN = inside_text(*drafts.q_KN.shape)
+    if policy.stop_below == 0:
+        return inside_KN
+    if drafts.free_confidence_KN is None:
+        return None
+    return inside_KN & np.logical_and.accumulate(drafts.free_confidence_KN >= policy.stop_below, axis=0)
+
+
+def replay_counts(drafts: TraceDrafts, policy: Policy) -> dict[int, Counts]:
+    """Counts of one trace by draft length, 1 to K: expected ones, given the text; the loop's own where all is greedy.
+
+    Args:
+        drafts: of the trace.
+        policy: as for `trace_chances`.
+    """
+    chances = trace_chances(drafts, policy)
+    free_KN = drafted_free(drafts, policy)
+    drafted_LK = None if free_KN is None else chances.at_positions(free_KN.astype(np.float64))
+    passes_L, reached_LK, accepted_LK = chances.passes_L, chances.reached_LK, chances.accepted_LK
+    return {
+        row + 1: Counts(
+            passes=float(passes_L[row]),
+            emitted=float(len(drafts.p_N)),
+            drafted_K=None if drafted_LK is None else drafted_LK[row, : row + 1],
+            reached_K=reached_LK[row, : row + 1],
+            accepted_K=accepted_LK[row, : row + 1],
+        )
+        for row in range(len(drafts.q_KN))
+    }
+
+
+def replay_all(drafts: list[TraceDrafts], policy: Policy) -> dict[int, list[Counts]]:
+    """`replay_counts` of every trace, in their order, by draft length."""
+    by_trace = [replay_counts(one, policy) for one in drafts]
+    return {length: [counts[length] for counts in by_trace] for length in by_trace[0]}
+
+
+def replay_passes(drafts: TraceDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
+    """The verify passes, one by one, that greedy speculative decoding makes on a greedy trace.
+
+    Args:
+        drafts: of the trace, at least `draft_length` steps, under a greedy policy.
+        policy: greedy.
+        draft_length: K.
+
+    Raises:
+        ValueError: the policy is not greedy, so that passes are chances; or how much is drafted is not known.
+    """
+    drafted_KN = drafted_free(drafts, policy)
+    if not policy.is_greedy or drafted_KN is None:
+        raise ValueError("passes can be listed for greedy decoding only, drafts along the head's own tokens known")
+    reach_KN = trace_chances(drafts, policy).reach_KN[:draft_length]
+    passes, anchor, num_tokens = [], 0, len(drafts.p_N)
+    while anchor < num_tokens:
+        accepted = int(reach_KN[:, anchor].sum())
+        emitted = min(accepted + 1, num_tokens - anchor)
+        passes.append(VerifyPass(int(drafted_KN[:draft_length, anchor].sum()), accepted, emitted))
+        anchor += emitted
+    return passes

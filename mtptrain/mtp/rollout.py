@@ -9,6 +9,8 @@ later keys, all inside the sliding window. docs/rollout.md has the picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +37,15 @@ class _StepAttention:
         return rollout_attention_reference(query_BHSC, self.context_BSC, chain_BSLC, self.sinks_H, mask_BSS, self.scale)
 
 
-def rollout(stack: MtpStack, embedding: nn.Module, streams_BSND: Tensor, batch: Batch, steps: int) -> list[Tensor]:
-    """Teacher-forced draft states of every anchor.
+def rollout(
+    stack: MtpStack,
+    embedding: nn.Module,
+    streams_BSND: Tensor,
+    batch: Batch,
+    steps: int,
+    choose: Callable[[int, Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """Draft states of every anchor: teacher-forced, or along the tokens that `choose` takes.
 
     Args:
         stack: the modules.
@@ -44,12 +53,16 @@ def rollout(stack: MtpStack, embedding: nn.Module, streams_BSND: Tensor, batch: 
         streams_BSND: the backbone's streams h_i, before hc_head.
         batch: the packed tokens; no step sees across a boundary.
         steps: draft steps K.
+        choose: takes the token that step k drafts from (k, draft states [B, S, D]), int64 [B, S]: step k + 1 is fed
+            with it instead of the text's own. For one module only: the base-step keys of a deeper one would come from
+            drafted tokens.
 
     Returns:
         K tensors [B, S, D]: entry k - 1 at anchor i is the input of the lm_head for q_i^k, the distribution of token
         t_{i+k+1}. Anchors without that target (`batch.target_mask(k)`) hold values of no meaning.
     """
-    hidden = []
+    assert choose is None or stack.depth == 1, "later modules' base-step keys would come from drafted tokens"
+    hidden: list[Tensor] = []
     state_BSND = streams_BSND
     attend: _StepAttention | None = None
     for step in range(1, steps + 1):
@@ -58,7 +71,10 @@ def rollout(stack: MtpStack, embedding: nn.Module, streams_BSND: Tensor, batch: 
             attention = block.layer.self_attn
             attend = _StepAttention(batch.segment_BS, block.window, attention.scaling, attention.sinks)
         assert attend is not None
-        embedding_BSD = embedding(batch.tokens_BS.roll(-step, dims=1))
+        token_BS = batch.tokens_BS.roll(-step, dims=1)
+        if choose is not None and step > 1:
+            token_BS = choose(step - 1, hidden[-1])
+        embedding_BSD = embedding(token_BS)
         state_BSND = block(embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
         hidden.append(block.hidden(state_BSND))
     return hidden

@@ -6,13 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtptrain.data.prompts import Prompt
-from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.speculative import accepted_prefix, decode_speculative, settle_passes
-from mtptrain.evaluation.replay import draft_hits, replay_passes
-from mtptrain.evaluation.trace import Trace
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_backbone
 
 MODEL = random_backbone()
 NEW_TOKENS = 40
@@ -60,17 +56,6 @@ def test_any_draft_leaves_the_output_unchanged(length: int, draft_length: int, s
             room -= min(accepted + 1, room)
             calls += 1
         assert [record.accepted for record in loop.passes] == expected
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("draft_length", [1, 3, 4])
-def test_loop_and_replay_count_the_same_passes(depth: int, draft_length: int) -> None:
-    stack = random_stack(MODEL, depth)
-    prompt = prompt_of(11)
-    loop = decode_speculative(MODEL, Drafter(MODEL, stack), prompt, draft_length, NEW_TOKENS)
-    trace = Trace(Prompt(prompt[0].tolist(), "text", 0), loop.tokens, loop.gaps, [])
-    (hits,) = draft_hits(MODEL, stack, [trace], draft_length)
-    assert replay_passes(hits, trace, draft_length) == loop.passes
 
 
 def test_a_perfect_draft_reaches_the_ceiling() -> None:

@@ -1,36 +1,39 @@
 """Acceptance figures from records."""
 
 import numpy as np
+import pytest
 
-from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.records import Decoded, VerifyPass
 from mtptrain.evaluation.certify import LoopRun, certify
-from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain, summarize
-from mtptrain.evaluation.replay import replay_passes
-from mtptrain.evaluation.trace import Trace
+from mtptrain.evaluation.counts import Counts, count_passes
+from mtptrain.evaluation.metrics import acceptance_length, by_domain, by_position, paired_gain, summarize, totals
 
 
 def passes(*accepted: int, draft_length: int = 3) -> list[VerifyPass]:
     return [VerifyPass(draft_length, count, count + 1) for count in accepted]
 
 
+def counts(*accepted: int, draft_length: int = 3) -> Counts:
+    return count_passes(passes(*accepted, draft_length=draft_length), draft_length)
+
+
 def test_acceptance_length_is_emitted_tokens_over_passes_of_all_prompts() -> None:
-    assert acceptance_length([passes(3, 0), passes(1)]) == (4 + 1 + 2) / 3
+    assert acceptance_length([counts(3, 0), counts(1)]) == (4 + 1 + 2) / 3
 
 
 def test_positions_are_conditional_on_the_one_before() -> None:
-    figures = by_position([passes(3, 0, 1, 2)], 3)
+    figures = by_position([counts(3, 0, 1, 2)])
     assert figures["accepted"] == [3, 2, 1]
     assert figures["conditional"] == [3 / 4, 2 / 3, 1 / 2]
     assert figures["unconditional"] == [3 / 4, 2 / 4, 1 / 4]
 
 
 def test_a_position_that_was_never_reached_has_no_conditional_rate() -> None:
-    assert by_position([passes(0, 0)], 2)["conditional"] == [0.0, None]
+    assert by_position([counts(0, 0, draft_length=2)])["conditional"] == [0.0, None]
 
 
 def test_prompts_that_end_at_their_first_token_are_left_out() -> None:
-    assert summarize([passes(1, 2), []], 3) == summarize([passes(1, 2)], 3)
+    assert summarize([counts(1, 2), counts()], [0, 1]) == summarize([counts(1, 2)], [0])
 
 
 def test_the_interval_of_a_gain_is_paired_by_prompt() -> None:
@@ -39,21 +42,43 @@ def test_the_interval_of_a_gain_is_paired_by_prompt() -> None:
     base, better = [], []
     for _ in range(40):
         level = int(rng.integers(0, 7))
-        base.append(passes(*[level] * 10, draft_length=8))
-        better.append(passes(*[level + 1] * 10, draft_length=8))
-    gain = paired_gain(base, better)
+        base.append(counts(*[level] * 10, draft_length=8))
+        better.append(counts(*[level + 1] * 10, draft_length=8))
+    gain = paired_gain(base, better, list(range(40)))
     assert gain["gain"] == 1.0
     assert np.allclose(gain["interval"], 1.0, atol=1e-9)
 
 
-def test_replay_walks_from_anchor_to_anchor() -> None:
-    """Prompt of 2, text of 6: anchors 1 (2 hits, accepted), then 4 (none), then 5 (1 hit, the last token)."""
-    trace = Trace(Prompt([7, 7], "text", 0), [1, 2, 3, 4, 5, 6], [1.0] * 6, [])
-    hit_KS = np.zeros((2, 8), dtype=bool)
-    hit_KS[:, 1] = True
-    hit_KS[0, 5] = True
-    counts = [(p.drafted, p.accepted, p.emitted) for p in replay_passes(hit_KS, trace, 2)]
-    assert counts == [(2, 2, 3), (2, 0, 1), (1, 1, 1)]
+def test_prompts_of_one_group_are_resampled_together() -> None:
+    """Four copies of each prompt, in one group: no more certain than the prompts alone."""
+    alone = [counts(*[level] * 5) for level in (0, 1, 1, 2, 3, 0, 2, 3)]
+    copied = [one for one in alone for _ in range(4)]
+    groups = [number // 4 for number in range(len(copied))]
+    assert summarize(copied, groups)["interval"] == pytest.approx(summarize(alone, list(range(8)))["interval"])
+    low, high = summarize(copied, list(range(len(copied))))["interval"]
+    low_grouped, high_grouped = summarize(copied, groups)["interval"]
+    assert high - low < 0.7 * (high_grouped - low_grouped)
+
+
+def test_domains_are_summarized_apart() -> None:
+    prompts = [counts(3, 3), counts(0, 0), counts(2, 2), counts(1, 0)]
+    found = by_domain(prompts, [0, 1, 2, 3], ["code", "chat", "code", "chat"])
+    assert list(found) == ["code", "chat"]
+    assert found["code"]["acceptance_length"] == (4 + 4 + 3 + 3) / 4
+    assert sum(one["passes"] for one in found.values()) == totals(prompts)["passes"]
+
+
+def test_counts_of_a_loop_are_whole_numbers() -> None:
+    assert totals([counts(3, 0)]) == {"acceptance_length": 2.5, "passes": 2, "emitted": 5}
+    assert type(totals([counts(3, 0)])["passes"]) is int
+
+
+def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> None:
+    found = count_passes([VerifyPass(1, 1, 2), VerifyPass(3, 2, 3), VerifyPass(0, 0, 1)], 3)
+    assert found.drafted_K is not None
+    assert found.drafted_K.tolist() == [2, 1, 1]
+    assert found.reached_K.tolist() == [2, 1, 1]
+    assert found.accepted_K.tolist() == [2, 1, 0]
 
 
 def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass]) -> LoopRun:

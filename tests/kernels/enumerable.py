@@ -24,6 +24,7 @@ class World(NamedTuple):
 
     p_SV: Tensor
     q_KSV: Tensor
+    stops_KS: Tensor | None = None  # bool, whether a draft ends before step k at this history; None: never
 
     @property
     def vocabulary(self) -> int:
@@ -82,7 +83,14 @@ def pass_outcomes(world: World, state: int, steps: int, verification: Verificati
     states_BL = world.states(drafts_BK, state)
     p_BLV = world.p_SV[states_BL]
     q_BLV = torch.nn.functional.pad(world.q_KSV[torch.arange(steps), states_BL[:, :-1]], (0, 0, 0, 1))
-    drafted_B = q_BLV[:, :-1].gather(-1, drafts_BK.unsqueeze(-1)).prod(1).squeeze(-1)
+    if world.stops_KS is None:
+        going_BK = torch.ones_like(drafts_BK, dtype=torch.bool)
+    else:
+        going_BK = (~world.stops_KS[torch.arange(steps), states_BL[:, :-1]]).cumprod(-1).bool()
+    q_BLV[:, :-1] *= going_BK.unsqueeze(-1)
+    # A step that is not drafted stands in the enumeration with every token: together they weigh 1.
+    token_q_BK = q_BLV[:, :-1].gather(-1, drafts_BK.unsqueeze(-1)).squeeze(-1)
+    drafted_B = torch.where(going_BK, token_q_BK, 1 / world.vocabulary).prod(1)
     keep_BK, weight_BL = keep_probabilities(drafts_BK, q_BLV, p_BLV, verification)
     assert ((keep_BK >= 0) & (keep_BK <= 1 + 1e-12)).all()
     ends_BL = torch.zeros(len(drafts_BK), steps + 1, dtype=torch.float64)
