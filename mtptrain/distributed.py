@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch import distributed as dist
-
-from mtptrain.config import Device, EngineName, Precision, RunConfig, Task
+from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig, Task
 from mtptrain.errors import UserError
+
+if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan, starts without torch
+    import torch
+    from torch import Tensor
+    from torch import distributed as dist
 
 T = TypeVar("T")
 
@@ -21,7 +23,17 @@ PARALLEL_TASKS = (Task.pretrain, Task.distill)
 JOIN_TIMEOUT = timedelta(minutes=5)  # a node that never comes must not hold the others for torch's half an hour
 FAILED = "mtptrain/first_failed"  # set in the processes' store by rank 0 before it ends on a user's mistake
 
-_stores: list[dist.Store] = []  # the store of the processes that have met
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The processes that have met."""
+
+    store: dist.Store
+    rank: int
+    size: int
+
+
+_met: list[_Group] = []  # one, between `join` and `leave`
 
 
 def choose_device(wanted: Device) -> torch.device:
@@ -30,6 +42,8 @@ def choose_device(wanted: Device) -> torch.device:
     Raises:
         UserError: a GPU was asked for and there is none.
     """
+    import torch
+
     if wanted is Device.cuda and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
     if wanted is Device.cpu or not torch.cuda.is_available():
@@ -44,6 +58,8 @@ def choose_device(wanted: Device) -> torch.device:
 
 def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
     """Dtype of the matrices: bf16 on a GPU and fp32 on a CPU unless the user says otherwise."""
+    import torch
+
     if wanted is Precision.auto:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[wanted]
@@ -55,6 +71,8 @@ def bound_threads(wanted: int | None, hidden_size: int) -> int:
     A second thread gains nothing on tensors of the tiny preset's size, and costs a factor of 30 when another job
     holds the core (OpenMP threads spin); so small models run on one thread unless the user asks for more.
     """
+    import torch
+
     cores = len(os.sched_getaffinity(0))
     threads = wanted or (1 if hidden_size < 256 else max(1, cores // 2))
     torch.set_num_threads(threads)
@@ -63,12 +81,12 @@ def bound_threads(wanted: int | None, hidden_size: int) -> int:
 
 def rank() -> int:
     """Number of this process among those of the run; 0 prints, writes and decides."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _met[0].rank if _met else 0
 
 
 def world_size() -> int:
     """Number of processes of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _met[0].size if _met else 1
 
 
 def join(config: RunConfig) -> None:
@@ -78,12 +96,9 @@ def join(config: RunConfig) -> None:
         UserError: the launcher's variables are incomplete, or the task or the batch cannot be shared.
     """
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    placement = config.backbone.placement
     if "RANK" not in present and "WORLD_SIZE" not in present:
-        if config.engine is not EngineName.single:
-            raise UserError(
-                f"engine={config.engine.value}: shares a head out over processes and this one was started alone; "
-                "start it with scripts/launch_torchrun.sh, or set engine=single"
-            )
+        _refuse_alone(config)
         return
     missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
     if missing:
@@ -99,12 +114,19 @@ def join(config: RunConfig) -> None:
             f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
             f"{processes} processes cannot share it evenly; use a multiple of {processes}"
         )
+    if placement in SPREAD_PLACEMENTS and processes > 1:
+        raise UserError(
+            f"backbone.placement={placement.value}: spreads layers within one process and {processes} were started; "
+            "set backbone.placement=replicate, zero3 or expert_parallel"
+        )
+    from torch import distributed as dist
+
     device = choose_device(config.device)
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        _stores[:] = [store]
+        _met[:] = [_Group(store, number, size)]
     except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, a peer that never came
         summary = str(error).splitlines()[0]
         raise UserError(
@@ -113,10 +135,25 @@ def join(config: RunConfig) -> None:
         ) from None
 
 
+def _refuse_alone(config: RunConfig) -> None:
+    """Refuse what shares something out over processes in a run of one that no launcher started."""
+    shares = {"engine": config.engine.value} if config.engine is not EngineName.single else {}
+    if config.backbone.placement in SHARED_PLACEMENTS:
+        shares["backbone.placement"] = config.backbone.placement.value
+    for setting, value in shares.items():
+        raise UserError(
+            f"{setting}={value}: shares tensors out over processes and this one was started alone; start it with "
+            f"scripts/launch_torchrun.sh, or leave {setting} at its default"
+        )
+
+
 def leave() -> None:
     """Part from the other processes; what follows is done by each alone."""
-    if dist.is_initialized():
+    if _met:
+        from torch import distributed as dist
+
         dist.destroy_process_group()
+        _met.clear()
 
 
 def own_rows(batch_size: int) -> range:
@@ -128,15 +165,31 @@ def own_rows(batch_size: int) -> range:
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum of a tensor over all processes; the tensor itself where there is one."""
     if world_size() > 1:
+        from torch import distributed as dist
+
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def largest_over_processes(number: int) -> int:
+    """The largest of the numbers that the processes hold."""
+    if world_size() == 1:
+        return number
+    import torch
+    from torch import distributed as dist
+
+    box = torch.tensor([number], device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
 
 
 def from_first(value: T) -> T:
     """The value that rank 0 holds, on every process."""
     if world_size() == 1:
         return value
+    from torch import distributed as dist
+
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -159,15 +212,17 @@ def on_first(work: Callable[[], T]) -> T:
 
 def announce_failure() -> None:
     """Tell the others that rank 0 is about to end on a user's mistake."""
-    for store in _stores:
-        store.set(FAILED, "yes")
+    for group in _met:
+        group.store.set(FAILED, "yes")
 
 
 def first_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
     """Whether rank 0 ends on a user's mistake as well, and so says it for all."""
+    from torch import distributed as dist
+
     try:
-        for store in _stores:
-            store.wait([FAILED], patience)
+        for group in _met:
+            group.store.wait([FAILED], patience)
     except dist.DistStoreError:
         return False
     except RuntimeError:  # rank 0 held the store and has gone

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import find_checkpoint, newest_checkpoint
-from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.config import SHARED_PLACEMENTS, MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.splits import training_documents
 from mtptrain.data.streaming import StreamedBatches
@@ -93,7 +93,8 @@ def make_trainer(
     objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps)
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
-    probe = make_probe(config, backbone, stack) if config.evaluation.every else None
+    is_probed = config.evaluation.every > 0 and config.backbone.placement not in SHARED_PLACEMENTS
+    probe = make_probe(config, backbone, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
     trainer = Trainer(engine, objective, batches, config.train, folder, owner, config.task.value, probe)
     checkpoint = on_first(lambda: newest_checkpoint(folder, run_folder.say)) if config.resume == "auto" else None
@@ -126,12 +127,18 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     backbone = open_backbone(config)
     num_parameters = sum(p.numel() for p in backbone.model.parameters())
     run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
-    if config.evaluate_at_end:  # before hours of training, not after them
+    is_measured = config.backbone.placement not in SHARED_PLACEMENTS
+    if config.evaluate_at_end and is_measured:  # before hours of training, not after them
         check_prompts(config, backbone)
     stack = train_head(config, run_folder, backbone)
     is_first = rank() == 0
     leave()  # the measuring is done by rank 0 alone
-    if not config.evaluate_at_end or not is_first:
+    if not is_measured and is_first:
+        run_folder.say(
+            f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
+            f"own: python -m mtptrain +recipe=evaluate checkpoint={run_folder.path}"
+        )
+    if not config.evaluate_at_end or not is_measured or not is_first:
         return
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):

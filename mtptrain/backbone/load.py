@@ -14,10 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.fingerprint import fingerprint
+from mtptrain.backbone.placement import share_backbone
 from mtptrain.backbone.release_config import check_config
 from mtptrain.backbone.shards import Shards
 from mtptrain.backbone.source import backbone_folder
-from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 
@@ -71,6 +72,7 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
     model = _load_model(config, folder, device, dtype)
     model.eval().requires_grad_(False)
     make_indexers_causal(model)
+    share_backbone(model, config.placement)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Backbone(model, tokenizer, shards, fingerprint(shards))
 
@@ -81,7 +83,7 @@ def _load_model(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    is_spread = config.placement is not Placement.single
+    is_spread = config.placement in SPREAD_PLACEMENTS
     model_config = _model_config(config, folder, device)
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(

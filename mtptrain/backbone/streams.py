@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.placement import is_shared
 from mtptrain.data.packing import Batch
+from mtptrain.distributed import largest_over_processes
 
 
 def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,13 +58,23 @@ def _piece_index(segment_BS: Tensor) -> list[Tensor]:
     return index
 
 
+def _keep_in_step(model: DeepseekV4ForCausalLM, forwards: int) -> None:
+    """Run forwards for nothing until this process has as many as the one with most: a shared backbone needs all."""
+    if is_shared(model):
+        for _ in range(largest_over_processes(forwards) - forwards):
+            run_backbone(model, torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device))
+
+
 def backbone_streams(model: DeepseekV4ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`."""
     if int(batch.segment_BS.max()) <= 1:
+        _keep_in_step(model, 1)
         return run_backbone(model, batch.tokens_BS)
     flat_tokens = batch.tokens_BS.flatten()
     slots, streams, hidden = [], [], []
-    for index_PW in _piece_index(batch.segment_BS):
+    index = _piece_index(batch.segment_BS)
+    _keep_in_step(model, len(index))
+    for index_PW in index:
         index_PW = index_PW.to(flat_tokens.device)
         valid_PW = index_PW >= 0
         streams_PWND, hidden_PWD = run_backbone(model, flat_tokens[index_PW.clamp(min=0)])

@@ -5,6 +5,8 @@ This package imports neither torch nor transformers, so that `--help` and `--cfg
 
 from mtptrain.config.backbone import BackboneConfig, ShapeConfig
 from mtptrain.config.choices import (
+    SHARED_PLACEMENTS,
+    SPREAD_PLACEMENTS,
     CacheFormat,
     DataSource,
     Device,
@@ -35,6 +37,8 @@ from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
 __all__ = [
     "MAX_DRAFT_LENGTH",
+    "SHARED_PLACEMENTS",
+    "SPREAD_PLACEMENTS",
     "BackboneConfig",
     "CacheFormat",
     "DataConfig",

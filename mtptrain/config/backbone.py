@@ -64,6 +64,6 @@ class BackboneConfig:
     name: str = "tiny"
     path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped one
     revision: str = "main"  # branch, tag or commit of a hub id
-    placement: Placement = Placement.single  # where the layers go
+    placement: Placement = Placement.replicate  # where the layers go
     weights: StoredWeights = StoredWeights.auto  # how a quantised release is held
     shape: ShapeConfig = field(default_factory=ShapeConfig)  # what `recipe=backbone` builds; of a release: its sizes

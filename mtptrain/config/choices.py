@@ -34,15 +34,24 @@ class Precision(Enum):
 
 
 class Placement(Enum):
-    """Where the backbone's layers go: all on the run's device, or spread by accelerate over the GPUs of this machine.
+    """Where the backbone's layers go.
 
-    `auto` and `balanced` spread evenly, `sequential` fills one GPU after the other; what does not fit goes to the CPU.
+    `replicate`: all on the device of each process. `zero3`: shared out over the processes, gathered a layer at a time.
+    `expert_parallel`: the routed experts shared out, tokens sent to them. Within one process, accelerate spreads layers
+    over the GPUs of this machine, and what does not fit over its CPU: `auto` and `balanced` evenly, `sequential` one
+    GPU after the other.
     """
 
-    single = "single"
+    replicate = "replicate"
+    zero3 = "zero3"
+    expert_parallel = "expert_parallel"
     auto = "auto"
     balanced = "balanced"
     sequential = "sequential"
+
+
+SHARED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
+SPREAD_PLACEMENTS = (Placement.auto, Placement.balanced, Placement.sequential)
 
 
 class StoredWeights(Enum):

@@ -6,14 +6,11 @@ tensors that DeepSeek-V4 keeps in fp32 as well.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -29,16 +26,14 @@ from mtptrain.config import TrainConfig
 from mtptrain.distributed import rank, world_size
 from mtptrain.engines.engine import OptimizerState
 from mtptrain.optim import make_adamw
+from mtptrain.zero import WHOLE_BELOW, gather_small, quiet_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-# Tensors of fewer elements stay whole on every process at stage 3: vectors, attention sinks (which the rollout reads
-# outside the forward of the layer that owns them), small maps. One message a tensor would cost more than it saves.
-WHOLE_BELOW = 8192
 
 
-def zero_settings(config: TrainConfig, stage: int, offload: bool, smallest: int = WHOLE_BELOW) -> dict[str, Any]:
+def zero_settings(config: TrainConfig, stage: int, offload: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of a stage."""
-    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": smallest}
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": WHOLE_BELOW}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -52,13 +47,6 @@ def zero_settings(config: TrainConfig, stage: int, offload: bool, smallest: int 
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**62,
     }
-
-
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's reports to itself, and off a CPU its shared-memory collectives, which build for minutes."""
-    deepspeed_logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of calls it makes
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroEngine:
@@ -83,7 +71,7 @@ class ZeroEngine:
         self.optimizer = optimizer
         self.micro_batches = 0
         self._make_states()
-        self._gather_small()
+        gather_small(self.engine.optimizer)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch; DeepSpeed averages over processes where shares must add up."""
@@ -112,7 +100,7 @@ class ZeroEngine:
             elif self.stage == 3:
                 with GatheredParameters([parameter]):
                     found[name] = _for_first(parameter.detach())
-        self._gather_small()
+        gather_small(self.engine.optimizer)
         return found if rank() == 0 else {}
 
     def optimizer_state(self) -> OptimizerState:
@@ -135,7 +123,7 @@ class ZeroEngine:
                     parameter.copy_(tensors[name])
                 if name in self.trained:
                     self._set(parameter, tensors[name])
-        self._gather_small()
+        gather_small(self.engine.optimizer)
         for held in self.optimizer.state.values():
             held["step"].copy_(next(iter(state.values()))["step"])
         for name, parameter in self.trained.items():
@@ -158,12 +146,6 @@ class ZeroEngine:
             safe_set_local_fp32_param(parameter, share)
         else:
             safe_set_local_optimizer_state(parameter, share, key)
-
-    def _gather_small(self) -> None:
-        """Make the tensors that stay whole at stage 3 whole: DeepSpeed does so after its first step only."""
-        small = self.engine.optimizer.persistent_parameters if self.stage == 3 else []
-        if small:
-            small[0].all_gather(small)
 
     def _make_states(self) -> None:
         """Give every flat master of this process the state that AdamW would make at its first step.

@@ -1,0 +1,70 @@
+"""A frozen backbone whose layers are shared out over the processes of a run.
+
+The token embedding, the final norm and the lm_head stay whole on every process: the draft steps use them outside the
+backbone's own forward.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.config import Placement
+from mtptrain.distributed import world_size
+from mtptrain.errors import UserError
+
+SHARED = "_is_shared_by_processes"
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether a forward of this backbone needs every process to run one."""
+    return getattr(model, SHARED, False)
+
+
+def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement) -> None:
+    """Keep this process's share of the layers and drop the rest; every process loaded the whole model.
+
+    Args:
+        model: frozen, on the run's device.
+        placement: `zero3` shares every large tensor of a layer and gathers it when the layer runs; `expert_parallel`
+            shares the routed experts, and sends them the tokens.
+
+    Raises:
+        UserError: this version of transformers cannot place experts, or the processes do not divide them.
+    """
+    if placement is Placement.zero3:
+        from mtptrain.zero import share_layers  # importing DeepSpeed takes seconds
+
+        share_layers(model.model.layers)
+    elif placement is Placement.expert_parallel:
+        _share_experts(model)
+    else:
+        return
+    setattr(model, SHARED, True)
+
+
+def _share_experts(model: DeepseekV4ForCausalLM) -> None:
+    """Transformers' own plan for the model, with its all-to-all exchange: processes hold different tokens."""
+    try:
+        from transformers.distributed.expert_parallel import apply_expert_parallelism
+    except ImportError:
+        raise UserError(
+            "backbone.placement=expert_parallel: this version of transformers has no expert parallelism for models "
+            "that hold different tokens; install transformers>=5.23, or set backbone.placement=zero3"
+        ) from None
+    num_experts, processes = model.config.n_routed_experts, world_size()
+    if num_experts % processes:
+        raise UserError(
+            f"backbone.placement=expert_parallel: {processes} processes do not divide {num_experts} experts; use a "
+            "divisor of their number, or backbone.placement=zero3"
+        )
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (processes, 1), mesh_dim_names=("expert", "tensor"))
+    names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
+    rules: Any = model.config.base_model_ep_plan or {}
+    plan = {name: style for rule, style in rules.items() for name in names if fnmatchcase(name, f"model.{rule}")}
+    apply_expert_parallelism(model, mesh["expert"], mesh["tensor"], plan, "all_to_all")

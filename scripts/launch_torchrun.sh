@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Start a run in several processes with torchrun: on this machine, on several, or on several "nodes" on this machine.
+#
+#   scripts/launch_torchrun.sh --nproc-per-node 2 +recipe=distill engine=zero3 backbone.placement=zero3
+#   scripts/launch_torchrun.sh --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 +recipe=distill ...   (on each)
+#   scripts/launch_torchrun.sh --local-nodes 2 --nproc-per-node 1 +recipe=distill ...
+#
+# What comes before the first setting (NAME=VALUE or +NAME=VALUE) goes to torchrun, but for --local-nodes N, which
+# starts N agents that meet on 127.0.0.1.
+# SIGTERM and SIGUSR1 reach every process of this machine: they save, and this script ends with code 75.
+set -euo pipefail
+
+# shellcheck source=scripts/split_arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
+
+local_nodes=1
+for i in "${!options[@]}"; do
+    if [[ ${options[i]:-} == --local-nodes ]]; then
+        local_nodes=${options[i + 1]:?--local-nodes needs a number}
+        unset "options[i]" "options[i + 1]"
+    fi
+done
+
+rendezvous=(--standalone)
+if ((local_nodes > 1)); then
+    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    rendezvous=(--nnodes "$local_nodes" --rdzv-backend c10d --rdzv-endpoint "127.0.0.1:$port" --local-addr 127.0.0.1)
+elif [[ " ${options[*]} " == *" --nnodes"* ]]; then
+    rendezvous=(--rdzv-backend c10d)
+fi
+
+agents=()
+for ((node = 0; node < local_nodes; node++)); do
+    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${options[@]}" -m mtptrain "${settings[@]}" &
+    agents+=($!)
+done
+
+leaving=
+# shellcheck disable=SC2329 # the trap calls it
+leave() {
+    leaving=yes
+    for agent in "${agents[@]}"; do
+        pkill -USR1 -P "$agent" || true # its workers; torchrun itself would give them no time to save
+    done
+}
+trap leave TERM USR1
+trap 'kill "${agents[@]}" 2> /dev/null || true' EXIT
+
+failed=0
+for node in "${!agents[@]}"; do
+    status=0
+    while wait "${agents[node]}" || status=$?; kill -0 "${agents[node]}" 2> /dev/null; do
+        status=0 # a signal ended the wait, not the agent
+    done
+    if ((status && !failed)); then
+        failed=$status
+        [[ -n $leaving ]] || echo "launch_torchrun: node $node ended with status $status, so the job is over;" \
+            "start it again with the same output_dir to continue" >&2
+    fi
+done
+if [[ -n $leaving ]] && ((failed)); then
+    exit 75
+fi
+exit "$failed"

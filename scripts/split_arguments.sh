@@ -1,0 +1,21 @@
+# shellcheck shell=bash
+# Sourced by the launchers: picks PYTHON, and splits the arguments into the launcher's `options` and the run's
+# `settings`, which begin with the first NAME=VALUE or +NAME=VALUE.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$root/.venv/bin/python}
+[[ -x $PYTHON ]] || PYTHON=python3
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ ! -e /dev/nvidiactl ]]; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+
+options=()
+while (($#)) && [[ $1 != +*=* && ($1 == -* || $1 != *=*) ]]; do
+    options+=("$1")
+    shift
+done
+settings=("$@")
+# A run that was cut short is continued.
+if [[ " ${settings[*]} " != *" resume="* && " ${settings[*]} " == *" output_dir="* ]]; then
+    settings+=(resume=auto)
+fi
