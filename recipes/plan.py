@@ -1,7 +1,7 @@
 """`+recipe=plan`: what drafting would gain, or training would cost, on some hardware; no model is loaded.
 
 python -m mtptrain +recipe=plan model=v4_flash hardware=h200
-python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 engine=zero2 plan.sharing=zero3
+python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 engine=zero2 backbone.placement=zero3
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum
 
 from rich.console import Console
 
-from mtptrain.config import EngineName, PlanConfig, PlanKind, Precision, RunConfig, WeightFormat
+from mtptrain.config import SPREAD_PLACEMENTS, EngineName, PlanConfig, PlanKind, Precision, RunConfig, WeightFormat
 from mtptrain.errors import UserError
 from mtptrain.planning.decoding import describe_model, plan_decoding
 from mtptrain.planning.decoding_table import print_decoding_plan
@@ -30,8 +30,13 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     """The training that the other sections of a run describe.
 
     Raises:
-        UserError: the processes cannot share a micro-batch evenly.
+        UserError: the processes cannot share a micro-batch evenly, or the placement is one of a single process.
     """
+    if config.backbone.placement in SPREAD_PLACEMENTS:
+        raise UserError(
+            f"backbone.placement={config.backbone.placement.value}: is of one process on several GPUs, and a plan has "
+            "one process a GPU; set replicate, zero3 or expert_parallel"
+        )
     batch = config.train.batch_size
     if batch % processes:
         raise UserError(
@@ -43,7 +48,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
         zero_stage=STAGES[config.engine],
         offload=config.offload,
         optimizer=config.train.optimizer,
-        sharing=plan.sharing,
+        placement=config.backbone.placement,
         backbone=plan.weights,
         heads=WeightFormat.fp32 if config.precision is Precision.fp32 else WeightFormat.bf16,
         train_experts=plan.train_experts,

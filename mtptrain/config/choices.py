@@ -149,14 +149,6 @@ class PlanKind(Enum):
     training = "training"
 
 
-class Sharing(Enum):
-    """How processes, one a GPU, hold the frozen backbone: all of it, a share of every tensor, or of the experts."""
-
-    replicate = "replicate"
-    zero3 = "zero3"
-    expert_parallel = "expert_parallel"
-
-
 class WeightFormat(Enum):
     """How weights are stored; `release` keeps experts in FP4 and other matrices in FP8, as DeepSeek ships them."""
 

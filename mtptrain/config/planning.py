@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mtptrain.config.choices import CacheFormat, PlanKind, Sharing, WeightFormat
+from mtptrain.config.choices import CacheFormat, PlanKind, WeightFormat
 from mtptrain.config.rules import require
 
 
@@ -60,8 +60,7 @@ class PlanConfig:
     acceptance: list[float] = field(default_factory=list)
     evaluation: str | None = None  # an evaluation.json, or the folder of its run, to read the acceptance from
     head: str | None = None  # its name there; null = the last one
-    # Of plan.what=training; engine, batch, rows and draft steps are those of the training itself.
-    sharing: Sharing = Sharing.replicate  # of the frozen backbone
+    # Of plan.what=training; engine, placement, batch, rows and draft steps are the settings of the training itself.
     train_experts: bool = True  # whether the heads' routed experts take gradients
     recompute: bool = False  # rollout steps keep only the streams between them for the backward pass
     from_streams: bool = False  # streams come from a cache on disk, the backbone's layers stay out of memory

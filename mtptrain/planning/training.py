@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtptrain.config import HardwareConfig, PlanConfig, ShapeConfig, Sharing, WeightFormat
+from mtptrain.config import HardwareConfig, Placement, PlanConfig, ShapeConfig, WeightFormat
 from mtptrain.planning.parameters import (
     active_parameters,
     backbone_parts,
@@ -61,13 +61,13 @@ def step_communication(shape: ShapeConfig, load: TrainingLoad) -> dict[str, floa
     if load.zero_stage == 3:  # gathered for the forward and for the backward pass of every micro-batch
         whole = load.modules * total_weights(module_parts(shape)).bytes(load.heads)
         sent["heads' weights"] = 2 * ring * whole * load.micro_batches
-    if not load.from_streams and load.sharing is Sharing.zero3:
+    if not load.from_streams and load.placement is Placement.zero3:
         whole = total_weights(backbone_parts(shape)).bytes(load.backbone)
         sent["backbone weights"] = ring * whole * load.micro_batches
-    if not load.from_streams and load.sharing is Sharing.expert_parallel:
-        # each token's row is summed over the GPUs after every layer's experts
-        rows = load.num_gpus * load.tokens * shape.hidden_size * 2
-        sent["expert outputs"] = 2 * ring * rows * len(shape.layer_types) * load.micro_batches
+    if not load.from_streams and load.placement is Placement.expert_parallel:
+        # every token's row goes to each of its experts, and back
+        rows = load.tokens * shape.experts_per_token * shape.hidden_size * 2
+        sent["expert rows"] = 2 * ring * rows * len(shape.layer_types) * load.micro_batches
     return sent
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtptrain.config import OptimizerName, ShapeConfig, Sharing, WeightFormat
+from mtptrain.config import OptimizerName, Placement, ShapeConfig, WeightFormat
 from mtptrain.planning.parameters import Weights, backbone_parts, layer_parts, module_parts, stream_maps, total_weights
 
 
@@ -20,7 +20,7 @@ class TrainingLoad:
         zero_stage: of DeepSpeed for the heads; 0 keeps everything in every process.
         offload: masters and optimiser state live in the CPU's memory.
         optimizer: AdamW, or Muon for the matrices.
-        sharing: of the frozen backbone.
+        placement: of the frozen backbone: `replicate`, `zero3` or `expert_parallel`.
         backbone: format of its weights.
         heads: bf16 with fp32 masters, or fp32.
         train_experts: whether the heads' routed experts are trained.
@@ -37,7 +37,7 @@ class TrainingLoad:
     zero_stage: int = 0
     offload: bool = False
     optimizer: OptimizerName = OptimizerName.adamw
-    sharing: Sharing = Sharing.replicate
+    placement: Placement = Placement.replicate
     backbone: WeightFormat = WeightFormat.bf16
     heads: WeightFormat = WeightFormat.bf16
     train_experts: bool = True
@@ -66,9 +66,9 @@ def backbone_bytes(shape: ShapeConfig, load: TrainingLoad) -> dict[str, float]:
         kept = parts["embedding"] + parts["lm_head"]
         return {"backbone weights": kept.bytes(load.backbone)}
     whole = total_weights(parts)
-    if load.sharing is Sharing.replicate:
+    if load.placement is Placement.replicate:
         return {"backbone weights": whole.bytes(load.backbone)}
-    if load.sharing is Sharing.zero3:
+    if load.placement is Placement.zero3:
         largest = max(total_weights(layer_parts(shape, kind)).bytes(load.backbone) for kind in set(shape.layer_types))
         held = whole.bytes(load.backbone) / load.num_gpus
         return {"backbone weights": held, "backbone layer gathered": largest}

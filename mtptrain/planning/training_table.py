@@ -35,7 +35,7 @@ def load_in_words(plan: dict[str, Any]) -> str:
     hardware, load = plan["hardware"], plan["training"]
     return (
         f"{hardware['num_gpus']} x {hardware['name']}; ZeRO stage {load['zero_stage']}, backbone "
-        f"{load['sharing']} in {load['backbone']}, heads in {load['heads']}; a GPU takes {load['rows']} x "
+        f"{load['placement']} in {load['backbone']}, heads in {load['heads']}; a GPU takes {load['rows']} x "
         f"{load['row_length']} tokens, {load['micro_batches']} times a step, {load['steps']} draft steps"
     )
 

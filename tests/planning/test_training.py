@@ -9,9 +9,9 @@ from mtptrain.config import (
     HardwareConfig,
     LossConfig,
     OptimizerName,
+    Placement,
     PlanConfig,
     ShapeConfig,
-    Sharing,
     TrainConfig,
     WeightFormat,
 )
@@ -103,10 +103,10 @@ def test_each_stage_of_zero_divides_more() -> None:
 
 def test_placements_and_offloading_take_what_they_divide_out_of_a_gpu() -> None:
     shape, load = preset_shape("v4_pro"), TrainingLoad(zero_stage=2)
-    held = {place: memory_by_kind(shape, replace(load, sharing=place))["gpu"] for place in Sharing}
+    held = {place: memory_by_kind(shape, replace(load, placement=place))["gpu"] for place in Placement}
     weights = {place: kinds["backbone weights"] for place, kinds in held.items()}
-    assert weights[Sharing.zero3] == pytest.approx(weights[Sharing.replicate] / 8)
-    assert weights[Sharing.zero3] < weights[Sharing.expert_parallel] < weights[Sharing.replicate] / 7
+    assert weights[Placement.zero3] == pytest.approx(weights[Placement.replicate] / 8)
+    assert weights[Placement.zero3] < weights[Placement.expert_parallel] < weights[Placement.replicate] / 7
     whole, moved = memory_by_kind(shape, load), memory_by_kind(shape, replace(load, offload=True))
     assert sum(moved["gpu"].values()) + sum(moved["cpu"].values()) == pytest.approx(sum(whole["gpu"].values()))
     assert moved["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
@@ -119,7 +119,7 @@ def test_training_without_experts_needs_little_state() -> None:
 
 
 def test_cached_streams_spare_the_backbone() -> None:
-    shape, load = preset_shape("v4_flash"), TrainingLoad(sharing=Sharing.zero3)
+    shape, load = preset_shape("v4_flash"), TrainingLoad(placement=Placement.zero3)
     cached = replace(load, from_streams=True)
     assert step_flops(shape, cached)["backbone forward"] == 0
     assert "backbone weights" not in step_communication(shape, cached)

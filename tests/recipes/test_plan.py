@@ -80,13 +80,13 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
     settings = [
         "engine=zero2",
         "offload=true",
-        "plan.sharing=zero3",
+        "backbone.placement=zero3",
         "train.batch_size=16",
         "data.sequence_length=2048",
     ]
     plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", "plan.tokens=2e9", *settings)
     load = plan["training"]
-    assert (load["zero_stage"], load["sharing"], load["rows"], load["row_length"]) == (2, "zero3", 2, 2048)
+    assert (load["zero_stage"], load["placement"], load["rows"], load["row_length"]) == (2, "zero3", 2, 2048)
     assert plan["memory"]["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
     assert plan["step"]["tokens"] == 16 * 2048
     assert plan["memory"]["bytes_a_gpu"] == pytest.approx(sum(plan["memory"]["gpu"].values()))
@@ -120,6 +120,7 @@ MISTAKES = [
         ["plan.what=training", "train.batch_size=12"],
         "train.batch_size=12: .*hardware.num_gpus=8.*set train.batch_size=8",
     ),
+    (["plan.what=training", "backbone.placement=auto"], "backbone.placement=auto: .*set replicate, zero3 or"),
     (["plan.weights=int4"], r"plan.weights=int4; .*expected one of \[release, fp8, bf16, fp32\]"),
 ]
 
