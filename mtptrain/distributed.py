@@ -106,6 +106,11 @@ def join(config: RunConfig) -> None:
             f"{missing[0]}: is not set although {present[0]} is; start every process through one of "
             "scripts/launch_*.sh, or unset the launcher's variables for a run of one process"
         )
+    if not os.environ["WORLD_SIZE"].isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: must be a number; start every process through one of "
+            "scripts/launch_*.sh"
+        )
     processes = int(os.environ["WORLD_SIZE"])
     if config.task not in PARALLEL_TASKS and processes > 1:
         raise UserError(f"task={config.task.value}: runs in one process and {processes} were started; use one")

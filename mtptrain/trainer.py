@@ -19,10 +19,11 @@ from mtptrain.balance import RouterBalancer
 from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, fitting_tensors, prune_checkpoints, save_checkpoint
 from mtptrain.config import TrainConfig
 from mtptrain.data.packing import Batch
-from mtptrain.distributed import from_first, on_first, rank, sum_over_processes
+from mtptrain.distributed import from_first, largest_over_processes, on_first, rank, sum_over_processes
 from mtptrain.engines.engine import Engine
 from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.outcome import Outcome
+from mtptrain.memory import peak_memory_bytes
 from mtptrain.optim import learning_rate
 from mtptrain.preemption import LeaveRequest
 from mtptrain.progress import Progress
@@ -238,6 +239,7 @@ class Trainer:
                     speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
                     rate = learning_rate(self.step - 1, self.config)
                     extra = {"gradient_norm": step.norm, "learning_rate": rate, "tokens_per_second": speed}
+                    extra["peak_memory_gb"] = largest_over_processes(peak_memory_bytes(self.device)) / 1e9
                     log.write(self.step, {**totals.means(), **extra, **self.balancer.figures(), **self.counters})
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
                 if self.probe is not None and self._is_due(self.probe.every):

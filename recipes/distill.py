@@ -27,6 +27,7 @@ from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
+from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
 from mtptrain.recipes.inputs import check_prompts, heldout_corpus, open_backbone, stock_head, stop_token
 from mtptrain.run_folder import RunFolder
@@ -88,9 +89,11 @@ def make_trainer(
         "mode": config.mtp.mode.value,
         "depth": config.mtp.depth,
         "steps": config.mtp.num_steps,
+        "trainable": config.mtp.trainable,
         "start": start,
     }
-    objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps)
+    freeze_untrained(stack, config.mtp.trainable)
+    objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps, config.train.recompute)
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and config.backbone.placement not in SHARED_PLACEMENTS

@@ -14,7 +14,7 @@ PACKAGE = Path(mtptrain.__file__).parent
 # From the bottom up: a module imports from its own layer and those before it.
 LAYERS = [
     ["errors", "config"],
-    ["kernels", "distributed", "zero", "provenance", "storage"],
+    ["kernels", "distributed", "memory", "zero", "provenance", "storage"],
     ["data.documents", "data.tokens", "data.packing", "data.tokenizer"],  # the format of data, no source of it
     ["mtp", "backbone"],
     ["decoding", "losses", "data", "optim", "balance", "tracking", "progress", "preemption"],

@@ -15,6 +15,7 @@ class MtpConfig:
     mode: MtpMode = MtpMode.shared
     depth: int = 1  # modules
     steps: int | None = None  # draft steps of the training rollout; null = depth
+    trainable: str = "all"  # all, no_experts, or patterns of tensor names such as "*.e_proj.*,*.h_proj.*"
     init: str = "stock"  # stock, fresh, or the path of a checkpoint
 
     def __post_init__(self) -> None:
@@ -64,6 +65,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0  # global gradient norm
+    recompute: bool = False  # run each draft step again in the backward instead of keeping its activations
     router_bias_rate: float = 0.0  # auxiliary-free balancing, arXiv 2412.19437 section 2.1.2; 0 = off
     log_every: int = 10  # steps
     checkpoint_every: int = 100  # steps; the last step always writes one

@@ -71,10 +71,13 @@ class RolloutObjective:
         stack: the modules.
         config: divergence, temperature, weights of the steps.
         steps: draft steps K.
+        recompute: run each step again in the backward instead of keeping what it computed.
     """
 
-    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, config: LossConfig, steps: int) -> None:
-        self.model, self.stack, self.config, self.steps = model, stack, config, steps
+    def __init__(
+        self, model: DeepseekV4ForCausalLM, stack: MtpStack, config: LossConfig, steps: int, recompute: bool = False
+    ) -> None:
+        self.model, self.stack, self.config, self.steps, self.recompute = model, stack, config, steps, recompute
         self.weights_K = step_weights(steps, config.step_decay)
 
     def counts(self, batch: Batch) -> Tensor:
@@ -85,7 +88,8 @@ class RolloutObjective:
         """Loss, acceptance and top-1 hit of every step and slot."""
         with torch.no_grad():
             streams_BSND, hidden_BSD = backbone_streams(self.model, batch)
-        drafts = rollout(self.stack, self.model.model.embed_tokens, streams_BSND, batch, self.steps)
+        embedding = self.model.model.embed_tokens
+        drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
         rows = line_up(drafts, hidden_BSD, batch)
         name = LossName.tv if self.config.divergence is LossName.chain else self.config.divergence
         result = linear_loss(

@@ -13,28 +13,44 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtptrain.data.packing import Batch
 from mtptrain.kernels.sink_attention import context_mask, rollout_attention_reference
+from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
 
 class _StepAttention:
-    """Attention of the steps of one module: remembers its base-step keys and its chain's keys."""
+    """Attention of one step, after the steps of its module whose keys it is given: the base step's, then the chain's.
 
-    def __init__(self, segment_BS: Tensor, window: int, scale: float, sinks_H: Tensor) -> None:
-        self.segment_BS, self.window, self.scale, self.sinks_H = segment_BS, window, scale, sinks_H
-        self.context_BSC: Tensor | None = None
-        self.chain: list[Tensor] = []
+    Attributes:
+        key_BSC: this step's own keys, once it has run.
+    """
+
+    def __init__(self, block: MtpBlock, segment_BS: Tensor, earlier: list[Tensor]) -> None:
+        self.block, self.segment_BS, self.earlier = block, segment_BS, earlier
+        self.key_BSC: Tensor | None = None
 
     def __call__(self, query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
-        if self.context_BSC is None:
-            self.context_BSC = key_BSC
-        else:
-            self.chain.append(key_BSC)
-        chain_BSLC = torch.stack(self.chain, dim=2) if self.chain else None
-        mask_BSS = context_mask(self.segment_BS, self.window, len(self.chain))
-        return rollout_attention_reference(query_BHSC, self.context_BSC, chain_BSLC, self.sinks_H, mask_BSS, self.scale)
+        self.key_BSC = key_BSC
+        context_BSC, *chain = [*self.earlier, key_BSC]
+        chain_BSLC = torch.stack(chain, dim=2) if chain else None
+        mask_BSS = context_mask(self.segment_BS, self.block.window, len(chain))
+        attention = self.block.layer.self_attn
+        return rollout_attention_reference(
+            query_BHSC, context_BSC, chain_BSLC, attention.sinks, mask_BSS, attention.scaling
+        )
+
+
+def _run_step(
+    block: MtpBlock, batch: Batch, step: int, earlier: list[Tensor], embedding_BSD: Tensor, state_BSND: Tensor
+) -> tuple[Tensor, Tensor]:
+    """State after a step, and its keys."""
+    attend = _StepAttention(block, batch.segment_BS, earlier)
+    state_BSND = block(embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
+    assert attend.key_BSC is not None
+    return state_BSND, attend.key_BSC
 
 
 def rollout(
@@ -44,6 +60,7 @@ def rollout(
     batch: Batch,
     steps: int,
     choose: Callable[[int, Tensor], Tensor] | None = None,
+    recompute: bool = False,
 ) -> list[Tensor]:
     """Draft states of every anchor: teacher-forced, or along the tokens that `choose` takes.
 
@@ -56,6 +73,7 @@ def rollout(
         choose: takes the token that step k drafts from (k, draft states [B, S, D]), int64 [B, S]: step k + 1 is fed
             with it instead of the text's own. For one module only: the base-step keys of a deeper one would come from
             drafted tokens.
+        recompute: keep only each step's input for the backward, and run the step again there.
 
     Returns:
         K tensors [B, S, D]: entry k - 1 at anchor i is the input of the lm_head for q_i^k, the distribution of token
@@ -64,17 +82,19 @@ def rollout(
     assert choose is None or stack.depth == 1, "later modules' base-step keys would come from drafted tokens"
     hidden: list[Tensor] = []
     state_BSND = streams_BSND
-    attend: _StepAttention | None = None
+    keys: list[Tensor] = []
     for step in range(1, steps + 1):
         block = stack.block(step)
         if stack.base_step(step) == step:
-            attention = block.layer.self_attn
-            attend = _StepAttention(batch.segment_BS, block.window, attention.scaling, attention.sinks)
-        assert attend is not None
+            keys = []
         token_BS = batch.tokens_BS.roll(-step, dims=1)
         if choose is not None and step > 1:
             token_BS = choose(step - 1, hidden[-1])
-        embedding_BSD = embedding(token_BS)
-        state_BSND = block(embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
+        arguments = (block, batch, step, keys, embedding(token_BS), state_BSND)
+        if recompute:
+            state_BSND, key_BSC = checkpoint(_run_step, *arguments, use_reentrant=False)
+        else:
+            state_BSND, key_BSC = _run_step(*arguments)
+        keys = [*keys, key_BSC]
         hidden.append(block.hidden(state_BSND))
     return hidden

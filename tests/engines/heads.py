@@ -6,7 +6,9 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.engines.heads FOLDER
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from mtptrain.distributed import join, own_rows, rank
 from mtptrain.engines.engine import make_engine
 from mtptrain.losses.outcome import Outcome
 from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.initial import place
+from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.tracking import MetricsLog
 from mtptrain.trainer import Step, Trainer
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
-STEPS, MIDDLE, BAD = 5, 2, 3
+STEPS, MIDDLE, BAD = 4, 2, 2
 CONFIG = TrainConfig(
     steps=STEPS,
     batch_size=4,
@@ -35,6 +39,17 @@ CONFIG = TrainConfig(
     keep_checkpoints=99,
 )
 ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens, the last has no target at step 3
+
+HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
+VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
+    ("offloaded", EngineName.zero2, {"offload": True}),
+    ("recomputed", EngineName.zero3, {"config": replace(CONFIG, recompute=True)}),
+    ("no_experts_zero2", EngineName.zero2, NO_EXPERTS),
+    ("no_experts_zero3", EngineName.zero3, NO_EXPERTS),
+    ("half_single", EngineName.single, HALF),
+    ("half_zero1", EngineName.zero1, HALF),
+    ("half_zero2", EngineName.zero2, HALF),
+]
 
 
 class UnevenBatches:
@@ -69,12 +84,16 @@ def head_trainer(
     objective: type[RolloutObjective] = RolloutObjective,
     config: TrainConfig = CONFIG,
     offload: bool = False,
+    trainable: str = "all",
+    dtype: torch.dtype = torch.float32,
 ) -> Trainer:
     """A trainer of a random head."""
-    backbone = random_backbone()
-    stack = random_stack(backbone)
+    backbone = random_backbone().to(dtype)
+    stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
+    freeze_untrained(stack, trainable)
     made = make_engine(engine, stack, config, offload)
-    return Trainer(made, objective(backbone, stack, LossConfig(), 3), UnevenBatches(), config, folder, {"task": "test"})
+    loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
+    return Trainer(made, loss, UnevenBatches(), config, folder, {"task": "test"})
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
@@ -93,9 +112,9 @@ def train(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def resumed(engine: EngineName, source: Path, folder: Path) -> dict[str, Any]:
+def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> dict[str, Any]:
     """What a run comes to that continues from another's checkpoint of the middle."""
-    trainer = head_trainer(engine, folder)
+    trainer = head_trainer(engine, folder, **options)
     trainer.restore(open_checkpoint(source / checkpoint_name(MIDDLE)))
     return train(trainer)
 
@@ -114,8 +133,12 @@ def main(folder: Path) -> None:
             "from_one": resumed(engine, folder / "one", folder / "from_one" / name),
             "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective)),
         }
-    offloaded = head_trainer(EngineName.zero2, folder / "offloaded", offload=True)
-    results["offloaded"] = {"whole": train(offloaded)}
+    for name, engine, options in VARIANTS:
+        own = folder / name
+        results[name] = {
+            "whole": train(head_trainer(engine, own, **options)),
+            "resumed": resumed(engine, own, folder / "resumed" / name, **options),
+        }
     if rank() == 0:
         torch.save(results, folder / "results.pt")
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from mtptrain.checkpoint import checkpoint_name
 from mtptrain.config import EngineName
 from tests.command import ROOT
-from tests.engines.heads import BAD, CONFIG, MIDDLE, STEPS, head_trainer, resumed, train
+from tests.engines.heads import BAD, CONFIG, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
+from tests.tiny import random_backbone, random_stack
 
 ENGINES = [engine.value for engine in EngineName]
-# Losses are sums of at most 60 fp32 terms in another order, and five steps carry the difference on: 256 roundings.
+# Losses are sums of at most 60 fp32 terms in another order, and four steps carry the difference on: 256 roundings.
 TOLERANCE = 256 * 2**-24
 
 
@@ -68,7 +69,7 @@ def same_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "offloaded"])
+@pytest.mark.parametrize("engine", [*ENGINES, "offloaded", "recomputed"])
 def test_two_processes_have_the_losses_and_gradients_of_one(
     engine: str, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
@@ -84,7 +85,7 @@ def test_two_processes_move_the_router_bias_as_one(engine: str, one: dict[str, A
     assert torch.equal(two[engine]["whole"]["tensors"][name], one["tensors"][name])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, *(name for name, *_ in VARIANTS)])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(engine: str, two: dict[str, Any]) -> None:
     whole, continued = two[engine]["whole"], two[engine]["resumed"]
     assert continued["losses"] == whole["losses"][MIDDLE:]
@@ -115,6 +116,27 @@ def test_all_processes_skip_a_step_that_is_not_finite_on_one(
     good = load_file(folder / engine / checkpoint_name(BAD) / "module.safetensors")
     trained = [name for name in good if "e_score_correction_bias" not in name]
     assert all(torch.equal(bad["tensors"][name], good[name]) for name in trained)
+
+
+@pytest.mark.parametrize("engine", ["no_experts_zero2", "no_experts_zero3"])
+def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dict[str, Any], folder: Path) -> None:
+    alone = train(head_trainer(EngineName.single, folder / "no_experts", trainable="no_experts"))
+    whole = two[engine]["whole"]
+    close(whole["losses"], alone["losses"])
+    assert not any(".experts." in name for name in [*whole["optimizer"], *alone["optimizer"]])
+    start = random_stack(random_backbone()).state_dict()
+    experts = [name for name in start if ".mlp.experts." in name]
+    assert experts
+    assert all(torch.equal(whole["tensors"][name], start[name]) for name in experts)
+
+
+@pytest.mark.parametrize("engine", ["half_zero1", "half_zero2"])
+def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]) -> None:
+    """The stages sum the processes' bf16 gradients where a single process sums its own: roundings of 2^-8."""
+    whole, single = two[engine]["whole"], two["half_single"]["whole"]
+    assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)
+    torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(single["losses"]), rtol=2**-6, atol=0)
 
 
 def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any]) -> None:

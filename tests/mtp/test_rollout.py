@@ -100,3 +100,18 @@ def test_a_packed_document_equals_the_same_document_alone() -> None:
             torch.testing.assert_close(
                 together[step - 1][0, 11:29][valid], apart[step - 1][0][valid], atol=TOLERANCE, rtol=TOLERANCE
             )
+
+
+@pytest.mark.parametrize(("depth", "steps"), [(1, 4), (2, 3)])
+def test_recomputed_steps_have_the_same_states_and_gradients(depth: int, steps: int) -> None:
+    model = random_backbone()
+    stack, batch = random_stack(model, depth), random_batch(97, [[13, 16], [29]], 32, seed=3)
+    with torch.no_grad():
+        streams, _ = backbone_streams(model, batch)
+    found = []
+    for recompute in (False, True):
+        stack.zero_grad()
+        states = rollout(stack, model.model.embed_tokens, streams, batch, steps, recompute=recompute)
+        torch.stack(states).square().sum().backward()
+        found.append([*(state.detach() for state in states), *(p.grad for p in stack.parameters())])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))

@@ -1,0 +1,197 @@
+"""The launchers start, end and continue runs of several processes; what goes wrong is said in one line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtptrain.checkpoint import checkpoint_folders
+from tests.command import ROOT, read_metrics, run_main
+
+SCRIPTS = ROOT / "scripts"
+LAUNCHERS = sorted(path.relative_to(ROOT) for path in SCRIPTS.iterdir())
+STEPS = 30
+
+
+def test_shellcheck_finds_nothing() -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    ended = subprocess.run([checker, "-x", *LAUNCHERS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout + ended.stderr == ""
+
+
+def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [SCRIPTS / launcher, *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "MKL_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and stderr; nothing of the run is left behind."""
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def wait_for_checkpoint(run: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 180
+    while not checkpoint_folders(run / "checkpoints"):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{STEPS:08d}" / "module.safetensors")
+
+
+def same_heads(left: Path, right: Path) -> bool:
+    a, b = trained(left), trained(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def settings(light: list[str]) -> list[str]:
+    return ["+recipe=distill", *light, f"train.steps={STEPS}", "evaluate_at_end=false"]
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two nodes with a process each, from beginning to end."""
+    run = tmp_path_factory.mktemp("launchers") / "whole"
+    arguments = ["--local-nodes", "2", "--nproc-per-node", "1", *settings, f"output_dir={run}"]
+    code, errors = finish(start("launch_torchrun.sh", *arguments))
+    assert code == 0, errors[-3000:]
+    return run
+
+
+def test_two_nodes_train_as_one_process(whole: Path, settings: list[str], tmp_path: Path) -> None:
+    assert run_main(*settings, f"output_dir={tmp_path}") == 0
+    two, one = read_metrics(whole), read_metrics(tmp_path)
+    assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, STEPS + 1))
+    # Differences of fp32 rounding, carried through thirty steps.
+    assert [row["loss/step_1"] for row in two] == pytest.approx([row["loss/step_1"] for row in one], rel=1e-3)
+    assert two[0]["loss/step_1"] == pytest.approx(one[0]["loss/step_1"], rel=2**-20)
+
+
+def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
+    whole: Path, settings: list[str], tmp_path: Path
+) -> None:
+    arguments = ["--local-nodes", "2", "--nproc-per-node", "1", *settings, f"output_dir={tmp_path}"]
+    process = start("launch_torchrun.sh", *arguments)
+    wait_for_checkpoint(tmp_path, process)
+    agent = psutil.Process(process.pid).children()[1]
+    for part in [agent, *agent.children(recursive=True)]:
+        part.kill()
+    code, errors = finish(process)
+    assert code != 0
+    assert re.search(r"launch_torchrun: node \d ended with status \d+, so the job is over; start it again", errors)
+    assert len(checkpoint_folders(tmp_path / "checkpoints")) > 0
+    assert not (tmp_path / "checkpoints" / f"step_{STEPS:08d}").exists()  # it really ended early
+
+    code, errors = finish(start("launch_torchrun.sh", *arguments))
+    assert code == 0, errors[-3000:]
+    assert "continuing from step" in errors
+    assert same_heads(tmp_path, whole)
+
+
+def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
+    whole: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """Checkpoints are due at the end only: the one it leaves behind is its answer to the signal."""
+    arguments = ["--nproc-per-node", "2", *settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
+    process = start("launch_torchrun.sh", *arguments)
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    code, errors = finish(process)
+    assert code == 75, errors[-3000:]
+    line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
+    assert len(line) == 1
+    assert re.match(rf"mtptrain: asked to leave: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
+    code, errors = finish(start("launch_torchrun.sh", *arguments))
+    assert code == 0, errors[-3000:]
+    assert same_heads(tmp_path, whole)
+
+
+def test_a_mistake_of_all_processes_is_said_once_and_ends_them(settings: list[str], tmp_path: Path) -> None:
+    """The folder holds the run of another recipe."""
+    assert run_main(*settings, "train.steps=1", f"output_dir={tmp_path}") == 0
+    arguments = ["--nproc-per-node", "2", "+recipe=pretrain", *settings[1:], f"output_dir={tmp_path}"]
+    code, errors = finish(start("launch_torchrun.sh", *arguments))
+    assert code != 0
+    lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
+    assert len(lines) == 1
+    assert "belongs to task=distill and this run has task=pretrain; choose another output_dir" in lines[0]
+
+
+HOSTFILES: list[tuple[str | None, str]] = [
+    (None, "cannot be read; give a file of lines NAME slots=PROCESSES"),
+    ("one slots=2\ntwo slots=many\n", "line 2:two slots=many is not NAME slots=PROCESSES"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), HOSTFILES, ids=["absent", "malformed"])
+def test_a_wrong_hostfile_is_named(content: str | None, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    if content is not None:
+        path.write_text(content)
+    code, errors = finish(start("launch_deepspeed.sh", "--hostfile", str(path), "+recipe=distill"))
+    assert (code, errors) == (2, f"launch_deepspeed: --hostfile {path}: {reason}\n")
+
+
+MISTAKES: list[tuple[dict[str, str], list[str], str]] = [
+    ({"RANK": "0"}, [], r"LOCAL_RANK: is not set although RANK is; start every process through one of scripts/launch"),
+    ({"WORLD_SIZE": "2"}, [], r"LOCAL_RANK: is not set although WORLD_SIZE is; start every process through"),
+    ({"RANK": "0", "WORLD_SIZE": "3"}, [], r"train.batch_size=2: is the number .* 3 processes cannot share it evenly"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=auto"], r"backbone.placement=auto: spreads layers within"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=zero4"], r".*backbone.placement=zero4; .*expert_parallel"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, [], r"WORLD_SIZE=two: must be a number; start every process through"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, ["+recipe=compare"], r"task=compare: runs in one process and 2 were started"),
+]
+
+
+@pytest.mark.parametrize(("variables", "more", "line"), MISTAKES)
+def test_what_cannot_be_shared_is_refused_before_anything_starts(
+    variables: dict[str, str],
+    more: list[str],
+    line: str,
+    light: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    rest = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if len(variables) > 1 else {}
+    for name, value in {**variables, **rest}.items():
+        monkeypatch.setenv(name, value)
+    recipe = [] if more[:1] == ["+recipe=compare"] else ["+recipe=distill"]
+    checkpoints = ["checkpoints=[stock,stock]"]
+    assert run_main(*recipe, *light, *more, *checkpoints, f"output_dir={tmp_path / 'run'}") == 2
+    assert re.match(f"mtptrain: {line}", capfd.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_other_than_the_first_leave_the_word_to_it(
+    light: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_main("+recipe=distill", *light, "train.steps=0") == 2
+    assert "mtptrain:" not in capfd.readouterr().err
