@@ -113,13 +113,20 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
 def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
     whole: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    """Checkpoints are due at the end only: the one it leaves behind is its answer to the signal."""
+    """Checkpoints are due at the end only: the one it leaves behind is its answer to the signal.
+
+    Before, one of its processes stands still for a second, and the other waits.
+    """
     arguments = ["--nproc-per-node", "2", *settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
     process = start("launch_torchrun.sh", *arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    worker = psutil.Process(process.pid).children(recursive=True)[-1]
+    worker.suspend()
+    time.sleep(1)
+    worker.resume()
     process.send_signal(signal.SIGUSR1)
     code, errors = finish(process)
     assert code == 75, errors[-3000:]

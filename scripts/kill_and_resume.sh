@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Kill a run of two processes with SIGKILL at random moments until it gets through, and compare its heads, bit by bit,
+# with those of a run that nobody disturbed. A checkpoint is written every step, so many kills fall into one.
+#
+#   scripts/kill_and_resume.sh [KILLS] [SETTING=VALUE ...]
+set -euo pipefail
+
+kills=${1:-5}
+(($# == 0)) || shift
+# shellcheck source=scripts/split_arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
+
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+run=(--nproc-per-node 2 +recipe=distill train.steps=40 train.log_every=1 train.checkpoint_every=1)
+run+=(evaluate_at_end=false evaluation.every=0 "${settings[@]}")
+
+"$root/scripts/launch_torchrun.sh" "${run[@]}" "output_dir=$results/whole" 2> "$results/log"
+for ((kill = 1; kill <= kills; kill++)); do
+    setsid "$root/scripts/launch_torchrun.sh" "${run[@]}" "output_dir=$results/killed" 2> "$results/log" &
+    group=$!
+    while ! grep -q "^distill " "$results/log" && kill -0 "$group" 2> /dev/null; do
+        sleep 0.1
+    done
+    sleep "0.$((RANDOM % 1000 + 1000))" # up to a fifth of a second, on top of the steps so far
+    kill -KILL -- "-$group" 2> /dev/null || true
+    wait "$group" 2> /dev/null || true
+    mapfile -t checkpoints < <(find "$results/killed/checkpoints" -mindepth 1 -maxdepth 1 -printf '%f\n' | sort)
+    echo "kill $kill: ${checkpoints[*]}"
+done
+"$root/scripts/launch_torchrun.sh" "${run[@]}" "output_dir=$results/killed" 2> "$results/log"
+cmp "$results"/{whole,killed}/checkpoints/step_00000040/module.safetensors
+echo "after $kills kills the heads are those of an undisturbed run, bit by bit"
