@@ -55,6 +55,16 @@ def test_a_rate_of_zero_leaves_the_biases_alone() -> None:
     assert router.e_score_correction_bias.tolist() == [0.0, 0.0]
 
 
+def test_the_largest_load_and_the_dead_experts_are_counted_since_the_last_question() -> None:
+    router = Router(4)
+    balancer = RouterBalancer(router, 0.0)
+    for tokens in ([0, 0, 1], [0, 0, 2, 1, 0]):
+        router(torch.tensor(tokens))
+        balancer.step()
+    assert balancer.figures() == {"experts/largest_load_0": 5 / (8 / 4), "experts/dead_0": 1.0}
+    assert balancer.figures() == {}
+
+
 def test_balancing_evens_out_the_loads_of_a_lopsided_router() -> None:
     class TopOne(Router):
         def forward(self, scores_TE: Tensor) -> tuple[None, None, Tensor]:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from mtptrain.config import TrainConfig
-from mtptrain.optim import MasterWeights, learning_rate, make_adamw
+from mtptrain.config import OptimizerName, TrainConfig
+from mtptrain.optim import MasterWeights, learning_rate, make_adamw, make_optimizers
 
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 0.1), (4, 0.5), (9, 1.0)])
@@ -72,3 +72,22 @@ def test_a_frozen_parameter_has_no_master() -> None:
     module = nn.Linear(3, 5)
     module.bias.requires_grad_(False)
     assert list(MasterWeights(module).masters) == ["weight"]
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Conv1d(5, 2, 3))  # a convolution's weight has three
+    muon, adamw = make_optimizers(list(module.parameters()), TrainConfig(optimizer=OptimizerName.muon))
+    taken = [[p.ndim for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
+    assert isinstance(muon, torch.optim.Muon)
+    assert taken == [[2], [3, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 5, bias=False), nn.LayerNorm(3)])
+def test_muon_trains_a_module_with_nothing_for_the_other_optimiser(module: nn.Module) -> None:
+    config = TrainConfig(optimizer=OptimizerName.muon)
+    optimizers = make_optimizers(list(module.parameters()), config)
+    assert len(optimizers) == 1
+    before = [p.detach().clone() for p in module.parameters()]
+    module(torch.randn(4, 3)).square().sum().backward()
+    optimizers[0].step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.checkpoint import BEST, checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
-from mtptrain.config import Tracker, TrackingConfig, TrainConfig
+from mtptrain.config import OptimizerName, Tracker, TrackingConfig, TrainConfig
 from mtptrain.data.packing import Batch
 from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.errors import UserError
@@ -113,12 +113,16 @@ def equal_states(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
 
 
+@pytest.mark.parametrize("optimizer", OptimizerName)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_at_any_step_ends_with_the_same_bits(dtype: torch.dtype, tmp_path: Path) -> None:
-    whole = toy_trainer(tmp_path, dtype=dtype)
+def test_resuming_at_any_step_ends_with_the_same_bits(
+    dtype: torch.dtype, optimizer: OptimizerName, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, optimizer=optimizer)
+    whole = toy_trainer(tmp_path, config, dtype=dtype)
     whole.run(Rows())
     for step in range(1, CONFIG.steps):
-        resumed = toy_trainer(tmp_path / f"from_{step}", dtype=dtype)
+        resumed = toy_trainer(tmp_path / f"from_{step}", config, dtype=dtype)
         torch.manual_seed(1234)  # whatever ran before
         resumed.restore(open_checkpoint(whole.checkpoints / checkpoint_name(step)))
         assert resumed.step == step
