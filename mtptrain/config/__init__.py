@@ -30,12 +30,13 @@ from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
-from mtptrain.config.run import RunConfig, register
+from mtptrain.config.run import ONE_DTYPE, RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
 __all__ = [
     "MAX_DRAFT_LENGTH",
+    "ONE_DTYPE",
     "SHARED_PLACEMENTS",
     "SPREAD_PLACEMENTS",
     "BackboneConfig",

@@ -17,6 +17,12 @@ from mtptrain.config.rules import require
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
+# Why stage 3 refuses bf16.
+ONE_DTYPE = (
+    "DeepSpeed's stage 3 holds parameters of one dtype and a head keeps some of its own in fp32; set engine=zero2 (a "
+    "head is one layer: stage 3 would gather it whole for every use) or precision=fp32"
+)
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
@@ -93,8 +99,7 @@ class RunConfig:
             not (self.engine is EngineName.zero3 and self.precision is Precision.bf16),
             "precision",
             "bf16",
-            "DeepSpeed's stage 3 holds parameters of one dtype and a head keeps some of its own in fp32; set "
-            "engine=zero2 (a head is one layer: stage 3 would gather it whole for every use) or precision=fp32",
+            ONE_DTYPE,
         )
 
 

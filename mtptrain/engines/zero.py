@@ -22,9 +22,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mtptrain.config import TrainConfig
+from mtptrain.config import ONE_DTYPE, TrainConfig
 from mtptrain.distributed import rank, world_size
 from mtptrain.engines.engine import OptimizerState
+from mtptrain.errors import UserError
 from mtptrain.optim import make_adamw
 from mtptrain.zero import WHOLE_BELOW, gather_small, quiet_deepspeed
 
@@ -57,12 +58,17 @@ class ZeroEngine:
         config: optimiser, clipping and accumulation.
         stage: 1, 2 or 3.
         offload: keep the optimiser's state in the CPU's memory.
+
+    Raises:
+        UserError: stage 3, and the parameters are of several dtypes.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, stage: int, offload: bool) -> None:
         quiet_deepspeed()
         self.module, self.stage, self.accumulation = module, stage, config.accumulation
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if stage == 3 and len({p.dtype for p in self.trained.values()}) > 1:
+            raise UserError(f"engine=zero3: {ONE_DTYPE}")
         # DeepSpeed takes the first parameter's dtype for the whole; only as fp32 does it look at the gradient's norm.
         ordered = sorted(self.trained.values(), key=lambda p: p.dtype != torch.float32)
         optimizer = make_adamw(ordered, config)
