@@ -2,19 +2,17 @@
 
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
-from tests.command import ROOT, run_main, run_process, tree
+from tests.command import ROOT, largest_file, run_main, run_process, tree
 from tests.conftest import corpus_texts, save_backbone
 
 Refused = Callable[..., str]
@@ -290,17 +288,6 @@ def test_a_sweep_stops_at_the_first_mistake(
     assert run_main("-m", "+recipe=distill", *light, "mtp.steps=9,1", f"output_dir={tmp_path}") == 2
     assert capfd.readouterr().err == "mtptrain: mtp.steps=9: must be at most 8\n"
     assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow past `size` bytes, which a program meets like a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("file", ["module.safetensors", "training.pt"])

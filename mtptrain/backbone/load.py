@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.fingerprint import fingerprint
 from mtptrain.backbone.placement import share_backbone
-from mtptrain.backbone.release_config import check_config
+from mtptrain.backbone.release_config import check_config, check_scales
 from mtptrain.backbone.shards import Shards
 from mtptrain.backbone.source import backbone_folder
 from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
@@ -69,6 +69,7 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
     folder = backbone_folder(config)
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
+    check_scales(shards)
     model = _load_model(config, folder, device, dtype)
     model.eval().requires_grad_(False)
     make_indexers_causal(model)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from mtptrain.backbone.shards import Shards
 from mtptrain.errors import UserError
+from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK, scale_shape
 
+Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # a release, a release named -Base, no quantisation
 EXPERT = "layers.0.ffn.experts.0.w1.weight"  # tells how the routed experts are stored
 PREFIXES = ("", "model.")  # as released, and as transformers saves it
 # How a release stores its experts -> what safetensors calls their dtype.
-SCHEMES = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
+SCHEMES: dict[str, Scheme] = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
+BLOCKS = {"I8": FP4_BLOCK, "F8_E4M3": FP8_BLOCK}
+SCALE_DTYPES = ("F8_E8M0", "U8")
 
 
 def read_config(shards: Shards) -> dict[str, Any]:
@@ -34,10 +38,38 @@ def is_release(shards: Shards) -> bool:
     return "embed.weight" in shards and EXPERT in shards
 
 
-def stored_scheme(shards: Shards) -> str:
+def stored_scheme(shards: Shards) -> Scheme:
     """How the backbone's matrices are stored: `fp8_fp4`, `fp8`, or `bf16` where nothing is quantised."""
     expert = next((shards.entries[prefix + EXPERT] for prefix in PREFIXES if prefix + EXPERT in shards), None)
     return SCHEMES.get(expert.dtype, "bf16") if expert else "bf16"
+
+
+def check_scales(shards: Shards) -> None:
+    """Raise a `UserError` unless every quantised weight of the backbone has scales of its own shape, and only those.
+
+    transformers would take the size of a block from whatever scales it finds.
+    """
+    for name, entry in shards.entries.items():
+        if name.startswith("mtp.") or not name.endswith((".weight", ".scale")):
+            continue
+        weight_name = name.removesuffix(".scale").removesuffix(".weight") + ".weight"
+        weight, scale = shards.entries.get(weight_name), shards.entries.get(weight_name[:-6] + "scale")
+        block = BLOCKS.get(weight.dtype) if weight else None
+        if weight is None or (block is None) != (scale is None):
+            told = f"{weight.dtype} {list(weight.shape)}" if weight else "missing"
+            raise UserError(
+                f"{shards.setting}: {weight_name} is {told} and its scale is {'there' if scale else 'missing'}; "
+                f"quantised weights, and no others, have scales; restore its file"
+            )
+        if block is None or scale is None:
+            continue
+        columns = weight.shape[1] * (2 if weight.dtype == "I8" else 1)
+        wanted = scale_shape((weight.shape[0], columns), block)
+        if scale.shape != wanted or scale.dtype not in SCALE_DTYPES:
+            raise UserError(
+                f"{shards.setting}: the scale of {weight_name} is {scale.dtype} {list(scale.shape)} instead of F8_E8M0 "
+                f"{list(wanted)}; restore {entry.file}"
+            )
 
 
 def check_config(shards: Shards) -> None:

@@ -12,6 +12,9 @@ from mtptrain.config.choices import (
     Device,
     DraftChoice,
     EngineName,
+    ExportForm,
+    ExportScheme,
+    ExportTarget,
     LossName,
     MtpMode,
     OptimizerName,
@@ -19,6 +22,7 @@ from mtptrain.config.choices import (
     PlanKind,
     Precision,
     ReleaseVariant,
+    ShardCopies,
     StoredWeights,
     Task,
     Tracker,
@@ -26,6 +30,7 @@ from mtptrain.config.choices import (
     WeightFormat,
 )
 from mtptrain.config.data import DataConfig
+from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
@@ -48,6 +53,10 @@ __all__ = [
     "DraftChoice",
     "EngineName",
     "EvaluationConfig",
+    "ExportConfig",
+    "ExportForm",
+    "ExportScheme",
+    "ExportTarget",
     "HardwareConfig",
     "LossConfig",
     "LossName",
@@ -62,6 +71,7 @@ __all__ = [
     "ReleaseVariant",
     "RunConfig",
     "ShapeConfig",
+    "ShardCopies",
     "StoredWeights",
     "Task",
     "Tracker",

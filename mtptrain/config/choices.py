@@ -15,6 +15,7 @@ class Task(Enum):
     compare = "compare"
     plan = "plan"
     mini_release = "mini_release"
+    export = "export"
 
 
 class Device(Enum):
@@ -64,6 +65,36 @@ class StoredWeights(Enum):
     auto = "auto"
     keep = "keep"
     dequantize = "dequantize"
+
+
+class ExportTarget(Enum):
+    """What shall load the exported folder."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    hf = "hf"
+
+
+class ExportForm(Enum):
+    """`full`: a whole model folder. `draft`: the head with embedding and lm_head, which vLLM loads beside the model."""
+
+    full = "full"
+    draft = "draft"
+
+
+class ExportScheme(Enum):
+    """How an exported head is stored: as the backbone stores its own layers, or unquantised."""
+
+    target = "target"
+    bf16 = "bf16"
+
+
+class ShardCopies(Enum):
+    """How files that an export leaves as they are come into its folder."""
+
+    hardlink = "hardlink"
+    symlink = "symlink"
+    copy = "copy"
 
 
 class ReleaseVariant(Enum):

@@ -8,8 +8,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from mtptrain.config.backbone import BackboneConfig
-from mtptrain.config.choices import Device, EngineName, LossName, OptimizerName, Precision, Task
+from mtptrain.config.choices import Device, EngineName, ExportTarget, LossName, OptimizerName, Precision, Task
 from mtptrain.config.data import DataConfig
+from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
@@ -39,6 +40,7 @@ class RunConfig:
     threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
     checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
+    target: ExportTarget | None = None  # export: who loads the folder: vllm, sglang or hf
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -48,6 +50,7 @@ class RunConfig:
     stock_head: TrainConfig = field(default_factory=TrainConfig)  # recipe=backbone: the training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     model: BackboneConfig | None = None  # plan: whose shapes are counted
@@ -63,6 +66,12 @@ class RunConfig:
             "checkpoints",
             self.checkpoints,
             "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
+        )
+        require(
+            self.task is not Task.export or self.target is not None,
+            "target",
+            None,
+            "export needs target=vllm, target=sglang or target=hf",
         )
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(

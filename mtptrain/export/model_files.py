@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,13 +33,21 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))})
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file with the rights of any new file; safetensors itself makes it private."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def write_shards(folder: Path, groups: list[dict[str, Tensor]]) -> None:
     """A shard a group, and the index."""
     files: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(groups, start=1):
         name = shard_name(number, len(groups))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+        save_tensors(tensors, folder / name)
         files |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_index(folder, files, total)

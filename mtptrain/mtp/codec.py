@@ -22,6 +22,8 @@ from torch import Tensor
 from mtptrain.errors import UserError
 from mtptrain.mtp.scales import (
     BIAS,
+    FP4_BLOCK,
+    FP8_BLOCK,
     block_amax,
     pieces,
     power_of,
@@ -32,8 +34,6 @@ from mtptrain.mtp.scales import (
     smallest_scale,
 )
 
-FP8_BLOCK = (128, 128)
-FP4_BLOCK = (1, 32)
 FP8_MAX, FP4_MAX = 448.0, 6.0
 FP8_TOP = 464.0  # the largest value that rounds to FP8_MAX
 FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # value of the low three bits; the fourth is the sign

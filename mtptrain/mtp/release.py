@@ -9,17 +9,11 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 from mtptrain.errors import UserError
-from mtptrain.mtp.codec import (
-    FP4_BLOCK,
-    FP8_BLOCK,
-    decode_fp4,
-    decode_fp8,
-    encode_fp4,
-    encode_fp8,
-)
+from mtptrain.mtp.codec import decode_fp4, decode_fp8, encode_fp4, encode_fp8
 from mtptrain.mtp.encoding_error import EncodingError, encoding_error, rounding_error
 from mtptrain.mtp.release_names import Row, Scheme, our_shapes, release_table
 from mtptrain.mtp.release_problems import Problems, mismatch, refuse_dspark
+from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK
 
 
 def module_numbers(names: Collection[str]) -> list[int]:

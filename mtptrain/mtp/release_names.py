@@ -17,10 +17,9 @@ from typing import Literal
 import torch
 from transformers import DeepseekV4Config
 
-from mtptrain.mtp.codec import FP4_BLOCK, FP8_BLOCK
-from mtptrain.mtp.scales import scale_shape
+from mtptrain.backbone.release_config import Scheme
+from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK, scale_shape
 
-Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # a release, a release named -Base, no quantisation
 ScaleKind = Literal["none", "fp8", "fp4"]
 Stored = Literal["f32", "i64", "bf16", "fp8", "expert"]  # how a release stores it; `expert` follows the scheme
 

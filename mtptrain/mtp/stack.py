@@ -61,7 +61,8 @@ def head_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+        value = tensors[name].detach().float().cpu() + 0.0  # -0.0 is the same value as 0.0
+        digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

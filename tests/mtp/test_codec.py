@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from mtptrain.errors import UserError
-from mtptrain.mtp.codec import FP4_BLOCK, FP4_GRID, FP8_BLOCK, decode_fp4, decode_fp8, encode_fp4, encode_fp8
+from mtptrain.mtp.codec import FP4_GRID, decode_fp4, decode_fp8, encode_fp4, encode_fp8
 from mtptrain.mtp.encoding_error import encoding_error, rounding_error
-from mtptrain.mtp.scales import scale_shape
+from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK, scale_shape
 
 SIZES = [(1, 2), (63, 64), (129, 130), (130, 258), (257, 34)]
 FP8_BYTES = [code for code in range(256) if code & 0x7F != 0x7F]

@@ -1,0 +1,152 @@
+"""What an exported folder says of itself: the model card, and the same facts for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mtptrain
+from mtptrain.checkpoint import Checkpoint
+from mtptrain.config import ExportForm, ExportTarget
+from mtptrain.mtp.encoding_error import EncodingError
+
+RECORD = "mtptrain_export.json"
+WORST = 5  # tensors that the card names
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Everything that is known of an export.
+
+    Attributes:
+        target, form, scheme: what was asked for, and how the head is stored.
+        mode, depth, steps: of the head: `shared` or `stacked`, modules, draft steps it was trained on.
+        checkpoint: folder and step it came from.
+        start: what it was trained from.
+        backbone: fingerprint of the model that it belongs to.
+        untouched: tensors outside the head, whose bytes are those of the source.
+        changed: stored weights of the head that differ from those of the source's head, and all of them.
+        acceptance: acceptance length by draft length, `before` and `after` storing, and the prompts replayed.
+        errors: of every stored weight, by released name.
+        warnings: for whoever serves the folder.
+        training: provenance of the training run, empty where it is not recorded.
+        provenance: of the export itself.
+    """
+
+    target: ExportTarget
+    form: ExportForm
+    scheme: str
+    mode: str
+    depth: int
+    steps: int
+    checkpoint: str
+    start: dict[str, Any]
+    backbone: str
+    untouched: int
+    changed: tuple[int, int]
+    acceptance: dict[str, Any]
+    errors: dict[str, EncodingError]
+    warnings: list[str]
+    training: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The content of `mtptrain_export.json`."""
+        return {**asdict(self), "target": self.target.value, "form": self.form.value}
+
+
+def training_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """provenance.json of the run that a checkpoint lies in; empty where there is none."""
+    for folder in checkpoint.folder.absolute().parents[:2]:
+        path: Path = folder / "provenance.json"
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+    return {}
+
+
+def serve_command(export: Export, folder: Path, source: Path) -> str:
+    """How the target is started with the folder."""
+    if export.target is ExportTarget.sglang:
+        return (
+            f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE \\\n"
+            f"    --speculative-num-steps {export.steps} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {export.steps + 1}"
+        )
+    if export.target is ExportTarget.hf:
+        return f"python -m mtptrain +recipe=evaluate checkpoint=stock backbone.path={folder}"
+    draft = f'"model": "{folder}", ' if export.form is ExportForm.draft else ""
+    model = source if export.form is ExportForm.draft else folder
+    settings = f'{{"method": "mtp", {draft}"num_speculative_tokens": {export.steps}}}'
+    return f"vllm serve {model} --speculative-config '{settings}'"
+
+
+def model_card(export: Export, folder: Path, source: Path) -> str:
+    """The README.md of an exported folder.
+
+    Args:
+        export: the facts.
+        folder: the name that the export gets.
+        source: the backbone's folder.
+    """
+    training = export.training
+    command = " ".join(training.get("command", [])) or "not recorded"
+    trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
+    lengths = [
+        f"| {k} | {before:.3f} | {export.acceptance['after'][k]:.3f} |"
+        for k, before in export.acceptance["before"].items()
+    ]
+    worst = sorted(export.errors.items(), key=lambda item: -item[1].absolute)[:WORST]
+    warned = [f"- {line}" for line in export.warnings] or ["- none"]
+    return "\n".join(
+        [
+            "---",
+            "library_name: mtptrain",
+            "tags: [multi-token-prediction, speculative-decoding, deepseek_v4]",
+            "---",
+            "",
+            "# A trained multi-token-prediction head for DeepSeek-V4",
+            "",
+            "Written by `+recipe=export`; the same facts for programs are in " + f"`{RECORD}`.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| mode | {export.mode}, {export.depth} module(s) |",
+            f"| trained on | {export.steps} draft step(s) |",
+            f"| stored as | {export.scheme}, for {export.target.value}, {export.form.value} folder |",
+            f"| model | fingerprint {export.backbone}; {export.untouched} tensors, unchanged byte for byte |",
+            f"| head | {export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head |",
+            f"| checkpoint | {export.checkpoint} |",
+            f"| started from | {json.dumps(export.start)} |",
+            f"| training | `{command}` ({trained}) |",
+            f"| mtptrain | {mtptrain.__version__}, commit {export.provenance.get('git_commit')} |",
+            "",
+            "## Acceptance length",
+            "",
+            f"Greedy, on {export.acceptance['prompts']} prompts that the model continued itself, by draft length K; the"
+            " trained head before it was stored, and as it was read back from this folder.",
+            "",
+            "| K | before | after |",
+            "|---|---|---|",
+            *lengths,
+            "",
+            "## Serve",
+            "",
+            "```",
+            serve_command(export, folder, source),
+            "```",
+            "",
+            "Warnings:",
+            "",
+            *warned,
+            "",
+            "## Largest rounding errors",
+            "",
+            "| tensor | largest change | in units of its block's scale |",
+            "|---|---|---|",
+            *(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst),
+            "",
+        ]
+    )

@@ -1,0 +1,137 @@
+"""The files of an export: what stays is linked or copied, what holds the head is written anew."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtptrain.backbone.release_config import is_release, read_config
+from mtptrain.backbone.shards import Shards
+from mtptrain.config import ShardCopies
+from mtptrain.errors import UserError
+from mtptrain.export.model_files import copy_companions, save_tensors, shard_name, write_index
+from mtptrain.storage import write_json
+
+HEAD = "mtp."
+HEAD_FILE = "mtp.safetensors"  # beside a model without an index
+NEW_SHARD = "model-mtp.safetensors"  # of an indexed model that came without a head
+SHARED = ("embed.weight", "head.weight")  # vLLM asks for them in the head's own folder
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What becomes of every file of the source.
+
+    Attributes:
+        untouched: files that hold nothing of a head.
+        rewritten: file -> names of its tensors that stay; it held parts of the old head as well.
+        head_file: where the new head goes.
+        indexed: whether the folder has an index.
+    """
+
+    untouched: list[str]
+    rewritten: dict[str, list[str]]
+    head_file: str
+    indexed: bool
+
+
+def plan_layout(shards: Shards) -> Layout:
+    """The layout of a full export of a backbone's folder."""
+    touched = sorted({entry.file for name, entry in shards.entries.items() if name.startswith(HEAD)})
+    untouched = [file for file in shards.files() if file not in touched]
+    stays: dict[str, list[str]] = {file: [] for file in touched}
+    for name, entry in shards.entries.items():
+        if entry.file in stays and not name.startswith(HEAD):
+            stays[entry.file].append(name)
+    indexed = shards.index is not None or is_release(shards)
+    head_file = touched[-1] if touched else NEW_SHARD if indexed else HEAD_FILE
+    return Layout(untouched, {file: names for file, names in stays.items() if names}, head_file, indexed)
+
+
+def bytes_needed(shards: Shards, layout: Layout, head_bytes: int, copies: ShardCopies) -> int:
+    """Bytes that a full export writes."""
+    rewritten = sum(shards[name].nbytes for names in layout.rewritten.values() for name in names)
+    copied = sum((shards.folder / file).stat().st_size for file in layout.untouched)
+    return head_bytes + rewritten + (copied if copies is ShardCopies.copy else 0)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise a `UserError` where the disk of `folder` has less than `needed` bytes left."""
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise UserError(
+            f"output_dir={folder}: the export needs {needed / 1e9:.2f} GB and {nearest} has {free / 1e9:.2f} GB free; "
+            "free some room or choose another disk"
+        )
+
+
+def write_full(shards: Shards, layout: Layout, head: Mapping[str, Tensor], folder: Path, copies: ShardCopies) -> None:
+    """A whole model folder with the new head, apart from config.json.
+
+    Args:
+        shards: of the source.
+        layout: of `plan_layout`.
+        head: released names and tensors.
+        folder: an empty folder.
+        copies: how untouched files come into it.
+
+    Raises:
+        UserError: hard links are not possible there.
+    """
+    for file in layout.untouched:
+        _bring(shards.folder / file, folder / file, copies)
+    files = {name: entry.file for name, entry in shards.entries.items() if entry.file in layout.untouched}
+    for file in sorted({*layout.rewritten, layout.head_file}):
+        tensors = {name: shards[name] for name in layout.rewritten.get(file, [])}
+        tensors |= head if file == layout.head_file else {}
+        save_tensors(tensors, folder / file)
+        files |= dict.fromkeys(tensors, file)
+    if layout.indexed:
+        stays = (entry for name, entry in shards.entries.items() if not name.startswith(HEAD))
+        total = sum(entry.end - entry.begin for entry in stays) + sum(tensor.nbytes for tensor in head.values())
+        write_index(folder, files, total)
+    copy_companions(shards.folder, folder)
+
+
+def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> None:
+    """A folder with the head, the embedding and the lm_head, apart from config.json."""
+    tensors = {name: shards[name] for name in SHARED} | dict(head)
+    file = shard_name(1, 1)
+    save_tensors(tensors, folder / file)
+    write_index(folder, dict.fromkeys(tensors, file), sum(tensor.nbytes for tensor in tensors.values()))
+    copy_companions(shards.folder, folder)
+
+
+def write_config(shards: Shards, folder: Path, depth: int, told: dict[str, Any]) -> None:
+    """config.json of the source with the new number of modules; `told` is kept under `mtptrain`."""
+    config = {key: value for key, value in read_config(shards).items() if not key.startswith("dspark_")}
+    config["num_nextn_predict_layers"] = depth
+    if isinstance(config.get("compress_ratios"), list):
+        config["compress_ratios"] = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * depth
+    write_json(folder / "config.json", {**config, "mtptrain": told})
+
+
+def _bring(source: Path, target: Path, copies: ShardCopies) -> None:
+    real = source.resolve()  # the hub's cache holds links
+    if copies is ShardCopies.copy:
+        shutil.copyfile(real, target)
+    elif copies is ShardCopies.symlink:
+        target.symlink_to(real)
+    else:
+        try:
+            os.link(real, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            raise UserError(
+                f"export.shards=hardlink: {source} cannot be linked into the export ({error.strerror}); use "
+                "export.shards=symlink or copy"
+            ) from None

@@ -1,0 +1,203 @@
+"""`+recipe=export`: put a trained head into a folder that a server loads, and check it there.
+
+python -m mtptrain +recipe=export checkpoint=outputs/distill/RUN target=vllm output_dir=DIR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import mtptrain
+from mtptrain.backbone.fingerprint import fingerprint
+from mtptrain.backbone.load import Backbone
+from mtptrain.backbone.release_config import stored_scheme
+from mtptrain.backbone.shards import Shards
+from mtptrain.checkpoint import Checkpoint, find_checkpoint
+from mtptrain.config import ExportForm, ExportScheme, RunConfig
+from mtptrain.errors import UserError
+from mtptrain.evaluation.heads import Head
+from mtptrain.evaluation.metrics import acceptance_length
+from mtptrain.evaluation.trace import Trace
+from mtptrain.export.card import RECORD, Export, model_card, training_provenance
+from mtptrain.export.folder import (
+    bytes_needed,
+    check_room,
+    plan_layout,
+    write_config,
+    write_draft,
+    write_full,
+)
+from mtptrain.export.rules import check_target, warnings
+from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
+from mtptrain.mtp.initial import has_stock, place, stock_tensors
+from mtptrain.mtp.release import from_release, is_release_layout, to_release
+from mtptrain.mtp.release_names import Scheme
+from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
+from mtptrain.recipes.evaluate import replay_head
+from mtptrain.recipes.inputs import continue_prompts, heldout_corpus, open_backbone, trained_head
+from mtptrain.run_folder import RunFolder
+from mtptrain.storage import atomic_folder, no_room, write_json, write_text
+
+HEAD = "mtp."
+
+
+def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
+    """How the head is stored."""
+    own: Scheme = stored_scheme(backbone.shards)
+    return own if config.export.scheme is ExportScheme.target else "bf16"
+
+
+def check_trained(checkpoint: Checkpoint) -> None:
+    """Raise a `UserError` where a checkpoint holds the very head that its training started from."""
+    if head_digest(checkpoint.tensors()) == checkpoint.owner.get("start", {}).get("sha256"):
+        raise UserError(
+            f"checkpoint={checkpoint.folder}: holds the head that its training started from, unchanged; train it first"
+        )
+
+
+def acceptance(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
+    """Acceptance length of a head for every draft length."""
+    passes = replay_head(config, backbone, stack, traces)
+    return {str(k): acceptance_length(passes[k]) for k in passes}
+
+
+def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
+    """The head as a server would find it in an exported folder."""
+    state = from_release(written.only(HEAD), backbone.config, backbone.model.lm_head.weight.dtype)
+    depth = len({name.split(".")[1] for name in state})
+    return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
+
+
+def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
+    """Raise a `UserError` where storing the head costs more acceptance than is allowed."""
+    for k, before in figures["before"].items():
+        drop = before - figures["after"][k]
+        if drop > config.export.max_drop:
+            raise UserError(
+                f"export.max_drop={config.export.max_drop}: storing the head costs {drop:.3f} tokens a pass at K={k} "
+                f"({before:.3f} to {figures['after'][k]:.3f}); train with mtp.quant_aware=true, or allow more. Nothing "
+                "was written"
+            )
+
+
+def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
+    """All files of the export but the card."""
+    head = to_release(checkpoint.tensors(), backbone.config, scheme)
+    owner = checkpoint.owner
+    told = {"version": mtptrain.__version__, "mode": owner["mode"], "steps": owner["steps"], "scheme": scheme}
+    if config.export.form is ExportForm.draft:
+        write_draft(backbone.shards, head, folder)
+    else:
+        layout, head_bytes = plan_layout(backbone.shards), sum(tensor.nbytes for tensor in head.values())
+        check_room(folder, bytes_needed(backbone.shards, layout, head_bytes, config.export.shards))
+        write_full(backbone.shards, layout, head, folder, config.export.shards)
+    write_config(backbone.shards, folder, owner["depth"], told)
+
+
+def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
+    """The head that the model came with, by released names; empty where there is none."""
+    if not has_stock(backbone):
+        return {}
+    stock = backbone.shards.only(HEAD)
+    return stock if is_release_layout(stock) else to_release(stock_tensors(backbone), backbone.config, "bf16")
+
+
+def check_folder(
+    config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, written: Shards
+) -> dict[str, Any]:
+    """What reading the folder back shows: `errors`, `changed` and `untouched` of `Export`.
+
+    Raises:
+        UserError: a tensor is not what it has to be.
+    """
+    stored = written.only(HEAD)
+    errors = compare_head(checkpoint.tensors(), stored, backbone.config, scheme)
+    check_unchanged(backbone.shards, written)
+    if config.export.form is ExportForm.full and fingerprint(written) != backbone.fingerprint:
+        raise UserError(f"{written.setting}: config or tensors of the model are not {backbone.folder}'s; nothing kept")
+    changed = changed_weights(stored_stock(backbone), stored, backbone.config)
+    if changed[0] == 0:
+        raise UserError(
+            f"{written.setting}: stored as {scheme}, the head is the one that the model came with, value for value; "
+            "train it longer, or with mtp.quant_aware=true. Nothing was written"
+        )
+    return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
+
+
+def build(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, checkpoint: Checkpoint, head: Head, temporary: Path
+) -> Export:
+    """Write the folder, read it back, replay its head, and write its card."""
+    scheme, owner = export_scheme(config, backbone), checkpoint.owner
+    assert config.target is not None
+    traces = continue_prompts(config, backbone, heldout_corpus(config, backbone))
+    before = acceptance(config, backbone, head.stack, traces)
+    write_folder(config, backbone, checkpoint, scheme, temporary)
+    written = Shards(temporary, f"output_dir={run_folder.path}")
+    seen = check_folder(config, backbone, checkpoint, scheme, written)
+    after = acceptance(config, backbone, reload_head(backbone, written), traces)
+    export = Export(
+        target=config.target,
+        form=config.export.form,
+        scheme=scheme,
+        mode=owner["mode"],
+        depth=owner["depth"],
+        steps=owner["steps"],
+        checkpoint=f"{checkpoint.folder} (step {checkpoint.step})",
+        start=owner["start"],
+        backbone=backbone.fingerprint,
+        acceptance={"before": before, "after": after, "prompts": len(traces)},
+        warnings=warnings(config.target, run_folder.path, owner["depth"]),
+        training=training_provenance(checkpoint),
+        provenance=run_folder.provenance,
+        **seen,
+    )
+    check_drop(config, export.acceptance)
+    write_json(temporary / RECORD, export.record())
+    write_text(temporary / "README.md", model_card(export, run_folder.path, backbone.folder))
+    return export
+
+
+def summary(export: Export, folder: Path) -> list[str]:
+    """What the command prints."""
+    changed, total = export.changed
+    pairs = (
+        f"K={k} {before:.3f} -> {export.acceptance['after'][k]:.3f}"
+        for k, before in export.acceptance["before"].items()
+    )
+    return [
+        f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
+        f"unchanged: {export.untouched} tensors of the model, by SHA-256",
+        "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
+        f"acceptance length before and after, {export.acceptance['prompts']} prompts: {', '.join(pairs)}",
+        *(f"warning: {line}" for line in export.warnings),
+    ]
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
+    """Export `checkpoint` for `target`; a failure leaves nothing behind."""
+    if config.checkpoint in (None, "stock"):
+        raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
+    assert config.checkpoint is not None
+    assert config.target is not None
+    checkpoint = find_checkpoint(Path(config.checkpoint))
+    folder = run_folder.require_empty()
+    backbone = open_backbone(config)
+    head = trained_head(backbone, checkpoint)
+    scheme, own = export_scheme(config, backbone), stored_scheme(backbone.shards)
+    check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, own)
+    check_trained(checkpoint)
+    try:
+        with atomic_folder(folder) as temporary:
+            export = build(config, run_folder, backbone, checkpoint, head, temporary)
+    except Exception as error:  # each library raises its own where the disk is full
+        reason = no_room(error)
+        if reason is None:
+            raise
+        raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error
+    for line in summary(export, folder):
+        run_folder.say(line)

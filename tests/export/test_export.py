@@ -1,0 +1,236 @@
+"""Exports through the command line, on a head that was trained for two steps on a miniature release."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+from mtptrain.backbone.shards import INDEX, Shards
+from mtptrain.config import ExportConfig, ExportTarget, RunConfig, Task
+from mtptrain.errors import UserError
+from mtptrain.export.card import RECORD
+from mtptrain.export.folder import check_room
+from mtptrain.mtp.release import from_release
+from mtptrain.mtp.release_names import release_table
+from mtptrain.recipes.export import check_drop
+from tests.command import edit_json, largest_file, run_main, tree
+
+FAST = ["export.max_drop=1"]  # two steps of training move nothing, and two prompts measure little
+
+
+@pytest.fixture(scope="module")
+def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Everything an export needs but its target and folder."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    arguments = [*light, f"backbone.path={release_folder}", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *arguments, f"output_dir={run}") == 0
+    return [*light, *FAST, f"backbone.path={release_folder}", f"checkpoint={run}"]
+
+
+def export(settings: list[str], folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run an export that works; its record."""
+    assert run_main("+recipe=export", *settings, f"output_dir={folder}", *arguments) == 0
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+@pytest.fixture(scope="module")
+def exported(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "full"
+    export(settings, folder, "target=vllm")
+    return folder
+
+
+def test_a_full_folder_holds_the_model_as_it_was_and_the_trained_head(exported: Path, release_folder: Path) -> None:
+    source, written = Shards(release_folder, "a"), Shards(exported, "b")
+    assert set(written) == set(source)
+    assert json.loads((exported / INDEX).read_text())["metadata"]["total_size"] == sum(
+        t.nbytes for t in written.values()
+    )
+    for name, tensor in written.items():
+        same = torch.equal(tensor.view(torch.uint8), source[name].view(torch.uint8))
+        assert same or name.startswith("mtp.")
+    assert not torch.equal(written["mtp.0.hc_head_fn"], source["mtp.0.hc_head_fn"])
+
+
+def test_untouched_shards_are_the_same_files(exported: Path, release_folder: Path) -> None:
+    shared = [path.name for path in exported.glob("*.safetensors") if path.samefile(release_folder / path.name)]
+    assert len(shared) == 6
+    assert "model-00007-of-00007.safetensors" not in shared
+
+
+def test_the_config_says_what_the_folder_holds(exported: Path, release_folder: Path) -> None:
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (release_folder, exported))
+    assert after.pop("mtptrain") == {"version": "0.1.0", "mode": "shared", "steps": 3, "scheme": "fp8_fp4"}
+    assert after == before
+
+
+def test_transformers_loads_the_exported_folder(exported: Path) -> None:
+    model, report = DeepseekV4ForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert isinstance(model.config, DeepseekV4Config)
+
+
+def test_the_record_and_the_card_say_where_the_head_comes_from(exported: Path, settings: list[str]) -> None:
+    record = json.loads((exported / RECORD).read_text())
+    assert (record["mode"], record["depth"], record["steps"], record["scheme"]) == ("shared", 1, 3, "fp8_fp4")
+    assert record["training"]["command"][:3] == ["python", "-m", "mtptrain"]
+    assert record["start"]["init"] == "stock"
+    assert record["changed"][0] > 0
+    table = release_table(DeepseekV4Config.from_pretrained(exported))
+    assert record["errors"].keys() == {f"mtp.0.{row.released}" for row in table if not row.is_scale}
+    card = (exported / "README.md").read_text()
+    for fact in ("shared, 1 module", "3 draft step(s)", "fp8_fp4", record["backbone"], "| K | before | after |"):
+        assert fact in card
+    assert '"method": "mtp", "num_speculative_tokens": 3' in card
+
+
+def test_the_exported_head_is_evaluated_as_the_folders_own_and_the_trained_one_still_fits(
+    exported: Path, settings: list[str], tmp_path: Path
+) -> None:
+    record = json.loads((exported / RECORD).read_text())
+    again = [*settings, f"backbone.path={exported}", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=evaluate", *again) == 0
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    for head, moment in zip(evaluation["heads"], ("after", "before"), strict=True):
+        lengths = {k: figures["acceptance_length"] for k, figures in head["replay"].items()}
+        assert lengths == pytest.approx(record["acceptance"][moment])
+
+
+def test_a_draft_folder_holds_what_vllm_asks_for(settings: list[str], release_folder: Path, tmp_path: Path) -> None:
+    export(settings, tmp_path / "draft", "target=vllm", "export.form=draft")
+    written = Shards(tmp_path / "draft", "draft")
+    names = {name for name in Shards(release_folder, "R") if name.startswith("mtp.")}
+    assert set(written) == names | {"embed.weight", "head.weight"}
+    assert f'"model": "{tmp_path}/draft"' in (tmp_path / "draft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("copies", ["symlink", "copy"])
+def test_shards_can_be_symlinked_or_copied(
+    copies: str, settings: list[str], release_folder: Path, tmp_path: Path
+) -> None:
+    export(settings, tmp_path / "X", "target=sglang", f"export.shards={copies}")
+    first = tmp_path / "X" / "model-00001-of-00007.safetensors"
+    assert first.is_symlink() == (copies == "symlink")
+    assert first.samefile(release_folder / first.name) == (copies == "symlink")
+    assert first.read_bytes() == (release_folder / first.name).read_bytes()
+
+
+def test_bf16_is_bit_exact(settings: list[str], tmp_path: Path) -> None:
+    record = export(settings, tmp_path / "X", "target=hf", "export.scheme=bf16")
+    assert record["scheme"] == "bf16"
+    checkpoint = Path(record["checkpoint"].split(" (")[0])
+    trained = load_file(checkpoint / "module.safetensors")
+    config = DeepseekV4Config.from_pretrained(tmp_path / "X")
+    read = from_release(Shards(tmp_path / "X", "X").only("mtp."), config)
+    assert all(torch.equal(tensor, trained[name].to(tensor.dtype)) for name, tensor in read.items())
+
+
+def test_a_folder_that_is_no_release_gets_its_head_beside_the_weights(
+    light: list[str], backbone_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert run_main("+recipe=distill", *light, f"output_dir={run}", "evaluate_at_end=false") == 0
+    record = export([*light, *FAST], tmp_path / "X", f"checkpoint={run}", "target=hf")
+    assert record["scheme"] == "bf16"
+    assert not (tmp_path / "X" / INDEX).exists()
+    assert (tmp_path / "X" / "model.safetensors").samefile(backbone_folder / "model.safetensors")
+
+
+def test_stacked_modules_and_a_release_without_a_head(
+    settings: list[str], release_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(release_folder, tmp_path / "bare")
+    (bare / "model-00007-of-00007.safetensors").unlink()
+    edit_json(
+        bare / INDEX,
+        lambda index: index.update(
+            weight_map={name: file for name, file in index["weight_map"].items() if not name.startswith("mtp.")}
+        ),
+    )
+    arguments = [*settings, f"backbone.path={bare}", "mtp.mode=stacked", "mtp.depth=2", "mtp.init=fresh"]
+    assert run_main("+recipe=distill", *arguments, f"output_dir={tmp_path}/run", "evaluate_at_end=false") == 0
+    stacked = [*settings, f"backbone.path={bare}", f"checkpoint={tmp_path}/run"]
+    assert run_main("+recipe=export", *stacked, "target=sglang", f"output_dir={tmp_path}/Y") == 2
+    assert "SGLang runs exactly one MTP module" in capfd.readouterr().err
+    record = export(stacked, tmp_path / "eagle3-X", "target=vllm")
+    assert record["depth"] == 2
+    assert [word in record["warnings"][0] for word in ("eagle3", "method")] == [True, True]
+    assert "at most num_speculative_tokens=2" in record["warnings"][1]
+    config = json.loads((tmp_path / "eagle3-X" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 2
+    assert config["compress_ratios"][-3:] == [0, 0, 0]
+    assert Shards(tmp_path / "eagle3-X", "X").entries["mtp.1.norm.weight"].file == "model-mtp.safetensors"
+
+
+def test_other_groups_may_read_what_is_written(exported: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (exported / "model-00007-of-00007.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+REFUSED = [
+    (["target=vllm", "export.scheme=bf16"], r"export\.scheme=bf16: vllm builds the head with the model's quantisation"),
+    (["target=sglang", "export.form=draft"], r"export\.form=draft: only vLLM loads a separate draft"),
+    (["target=vllm", "checkpoint=stock"], r"checkpoint=stock: export needs a trained head"),
+    ([], r"target=None: export needs target=vllm"),
+    (["target=llama"], r"target"),
+    (["target=vllm", "export.max_drop=-1"], r"export\.max_drop=-1\.0: must be 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), REFUSED)
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    arguments: list[str], line: str, settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "X"
+    assert run_main("+recipe=export", *settings, f"output_dir={folder}", *arguments) == 2
+    errors = capfd.readouterr().err
+    assert re.search(rf"mtptrain: .*{line}", errors)
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_was_not_trained_is_refused(
+    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    still = ["train.learning_rate=1e-60", "train.weight_decay=0", f"output_dir={tmp_path}/run", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *settings, *still) == 0
+    arguments = ["target=vllm", f"checkpoint={tmp_path}/run", f"output_dir={tmp_path}/X"]
+    assert run_main("+recipe=export", *settings, *arguments) == 2
+    assert "holds the head that its training started from, unchanged" in capfd.readouterr().err
+    assert not (tmp_path / "X").exists()
+
+
+def test_a_disk_that_fills_leaves_nothing_of_the_export(
+    settings: list[str], release_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(release_folder)
+    with largest_file((release_folder / "model-00007-of-00007.safetensors").stat().st_size - 1):
+        assert run_main("+recipe=export", *settings, "target=vllm", f"output_dir={tmp_path}/X") == 2
+    assert re.search(
+        r"^mtptrain: output_dir=.*X: a file would be larger .* nothing was kept", capfd.readouterr().err, re.M
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert tree(release_folder) == before
+
+
+def test_an_export_that_would_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"output_dir=.*X: the export needs 1000000000\.00 GB and .* GB free"):
+        check_room(tmp_path / "X", 10**18)
+    check_room(tmp_path / "X", 1)
+
+
+def test_a_drop_beyond_the_bound_is_an_error() -> None:
+    config = RunConfig(task=Task.export, target=ExportTarget.hf, export=ExportConfig(max_drop=0.05))
+    check_drop(config, {"before": {"1": 1.5, "2": 1.7}, "after": {"1": 1.46, "2": 1.9}})
+    line = r"^export\.max_drop=0\.05: storing the head costs 0\.100 tokens a pass at K=2 \(1\.700 to 1\.600\)"
+    with pytest.raises(UserError, match=line):
+        check_drop(config, {"before": {"1": 1.5, "2": 1.7}, "after": {"1": 1.5, "2": 1.6}})
