@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
+from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.checkpoint import find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
@@ -25,6 +26,7 @@ from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
@@ -83,6 +85,7 @@ def make_trainer(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack, start: dict[str, Any]
 ) -> Trainer:
     """The trainer of a head, at the newest checkpoint when the run is resumed."""
+    scheme = stored_scheme(backbone.shards) if config.mtp.quant_aware else None
     owner = {
         "task": config.task.value,
         "backbone": backbone.fingerprint,
@@ -91,9 +94,12 @@ def make_trainer(
         "steps": config.mtp.num_steps,
         "trainable": config.mtp.trainable,
         "start": start,
+        "quant_aware": scheme,
     }
     freeze_untrained(stack, config.mtp.trainable)
-    objective = RolloutObjective(backbone.model, stack, config.loss, config.mtp.num_steps, config.train.recompute)
+    stored = rows_by_tensor(backbone.config, scheme) if scheme else None
+    steps, recompute = config.mtp.num_steps, config.train.recompute
+    objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, stored)
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and config.backbone.placement not in SHARED_PLACEMENTS

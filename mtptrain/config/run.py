@@ -105,6 +105,12 @@ class RunConfig:
             f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single",
         )
         require(
+            not (self.engine is EngineName.zero3 and self.mtp.quant_aware),
+            "mtp.quant_aware",
+            True,
+            "rounds whole weights and engine=zero3 cuts them; set engine=zero2",
+        )
+        require(
             not (self.engine is EngineName.zero3 and self.precision is Precision.bf16),
             "precision",
             "bf16",

@@ -16,7 +16,8 @@ class MtpConfig:
     depth: int = 1  # modules
     steps: int | None = None  # draft steps of the training rollout; null = depth
     trainable: str = "all"  # all, no_experts, or patterns of tensor names such as "*.e_proj.*,*.h_proj.*"
-    init: str = "stock"  # stock, fresh, or the path of a checkpoint
+    init: str = "stock"  # stock, fresh, backbone (from its last sliding-window layer), or the path of a checkpoint
+    quant_aware: bool = False  # train with the values that weights have once they are stored as the backbone's own are
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "mtp.depth", self.depth, "must be at least 1 module")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from mtptrain.kernels.linear_loss import Divergence, LinearLoss, linear_loss
 from mtptrain.losses.objective import chain_loss, weighted_loss
 from mtptrain.losses.outcome import Outcome
 from mtptrain.losses.weights import step_weights
+from mtptrain.mtp.fake_quantization import as_stored
+from mtptrain.mtp.release_names import Row
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 
@@ -72,12 +75,20 @@ class RolloutObjective:
         config: divergence, temperature, weights of the steps.
         steps: draft steps K.
         recompute: run each step again in the backward instead of keeping what it computed.
+        stored: of `rows_by_tensor`, where the modules train with the values that an export would store.
     """
 
     def __init__(
-        self, model: DeepseekV4ForCausalLM, stack: MtpStack, config: LossConfig, steps: int, recompute: bool = False
+        self,
+        model: DeepseekV4ForCausalLM,
+        stack: MtpStack,
+        config: LossConfig,
+        steps: int,
+        recompute: bool = False,
+        stored: dict[str, list[Row]] | None = None,
     ) -> None:
         self.model, self.stack, self.config, self.steps, self.recompute = model, stack, config, steps, recompute
+        self.stored = stored
         self.weights_K = step_weights(steps, config.step_decay)
 
     def counts(self, batch: Batch) -> Tensor:
@@ -89,7 +100,8 @@ class RolloutObjective:
         with torch.no_grad():
             streams_BSND, hidden_BSD = backbone_streams(self.model, batch)
         embedding = self.model.model.embed_tokens
-        drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
+        with as_stored(self.stack, self.stored) if self.stored else nullcontext():
+            drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
         rows = line_up(drafts, hidden_BSD, batch)
         name = LossName.tv if self.config.divergence is LossName.chain else self.config.divergence
         result = linear_loss(
