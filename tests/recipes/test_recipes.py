@@ -328,3 +328,28 @@ def test_a_miniature_overwrites_nothing(
     assert run_main("+recipe=mini_release", f"backbone.path={backbone_folder}", f"output_dir={tmp_path}") == 2
     assert re.search(r"output_dir=.* is not empty; choose another folder", capfd.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_depth_grows_and_shrinks_and_the_checkpoint_records_it(
+    distilled: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*light, "train.steps=1", "evaluate_at_end=false", "mtp.steps=3"]
+    grown, shrunk = tmp_path / "grown", tmp_path / "shrunk"
+    wide = ["mtp.mode=stacked", "mtp.depth=3", f"mtp.init={distilled}", f"output_dir={grown}"]
+    assert run_main("+recipe=distill", *arguments, *wide) == 0
+    assert run_main("+recipe=distill", *arguments, f"mtp.init={grown}", f"output_dir={shrunk}") == 0
+    starts = [
+        read_json(folder / "checkpoints" / "step_00000001" / "checkpoint.json")["owner"]["start"]
+        for folder in (grown, shrunk)
+    ]
+    assert [start["modules"] for start in starts] == [1, 3]
+    assert starts[0]["conversion"] == "modules 1..2 start as copies of module 0"
+    assert starts[1]["conversion"] == "modules 0..0 of 3 were kept"
+    assert f"mtp.init={grown}: modules 0..0 of 3 were kept" in capfd.readouterr().err
+
+
+def test_training_against_the_encoding_is_recorded(light: list[str], release_folder: Path, tmp_path: Path) -> None:
+    arguments = [*light, f"backbone.path={release_folder}", "mtp.quant_aware=true", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *arguments, f"output_dir={tmp_path}") == 0
+    owner = read_json(tmp_path / "checkpoints" / "step_00000002" / "checkpoint.json")["owner"]
+    assert owner["quant_aware"] == "fp8_fp4"
