@@ -2,11 +2,13 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from mtptrain.backbone.build import preset_config
+from mtptrain.export.folder import SHARED
 from mtptrain.mtp.release_names import Row, Scheme, release_table
 
 NUM_LAYERS = 43  # of DeepSeek-V4-Flash; the module is layer 43
@@ -19,6 +21,8 @@ VLLM_RENAMES = [
 ]
 VLLM_OUTSIDE_BLOCK = ["embed_tokens", "enorm", "hnorm", "h_proj", "e_proj", "shared_head"]
 VLLM_OUTSIDE_BLOCK += ["hc_head_fn", "hc_head_base", "hc_head_scale"]
+# The same method: keys outside `mtp.` that it gives to every module; without them a separate draft folder drafts noise.
+VLLM_TOP_LEVEL = {"head.weight": "head.weight", "embed.weight": "emb.tok_emb.weight"}
 VLLM_EXPERT_SCALE = re.compile(r"\.experts\.\d+\.w[123]\.scale$")
 VLLM_EXPERT_SCALE_SUFFIX = {"fp8_fp4": ".weight_scale", "fp8": ".weight_scale_inv"}  # by expert_dtype of the config
 VLLM_STACKED = [
@@ -180,6 +184,33 @@ def test_a_server_finds_every_tensor_it_wants_and_none_is_left_over(server: str,
         expected[f"{experts}.{part}_{suffix.removeprefix('.')}"] = [256, *scale]
     rows = release_table(preset_config("v4_flash"), scheme)
     assert loaded_shapes(rows, {row.released: rename(row.released, scheme) for row in rows}) == expected
+
+
+def wanted_dtype(name: str, scheme: Scheme) -> torch.dtype:
+    """Of a parameter of either server, from how their constructors quantise; scales are read as bytes."""
+    if "_scale" in name.rsplit(".", 1)[-1] and not name.rsplit(".", 1)[-1].startswith("hc_"):
+        return torch.float8_e8m0fnu
+    if ".experts." in name:
+        return torch.int8 if scheme == "fp8_fp4" else torch.float8_e4m3fn
+    if any(part in name for part in ("hc_", "attn_sink", "e_score_correction_bias")):
+        return torch.float32
+    return torch.bfloat16 if "norm" in name or ".gate.weight" in name else torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
+@pytest.mark.parametrize("rename", [vllm_name, sglang_name])
+def test_every_tensor_has_the_dtype_of_the_parameter_that_takes_it(
+    rename: Callable[[str, Scheme], str], scheme: Scheme
+) -> None:
+    for row in release_table(preset_config("v4_flash"), scheme):
+        assert row.dtype == wanted_dtype(rename(row.released, scheme), scheme)
+
+
+def test_a_draft_folder_brings_what_vllm_loads_beside_the_modules() -> None:
+    assert set(SHARED) == set(VLLM_TOP_LEVEL)
+    names = [vllm_name(alias, "fp8_fp4") for alias in VLLM_TOP_LEVEL.values()]
+    outside = f"model.layers.{NUM_LAYERS}"
+    assert names == [f"{outside}.shared_head.head.weight", f"{outside}.embed_tokens.weight"]
 
 
 def test_scales_have_the_dtype_that_both_servers_read_as_bytes() -> None:
