@@ -83,19 +83,14 @@ def stop_token(backbone: Backbone) -> int | None:
     return next(iter(backbone.marks[1]), None)
 
 
-def continue_prompts(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> list[Trace]:
-    """Prompts from held-out text, continued greedily by the backbone."""
-    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
-    return record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
-
-
 def prepare_traces(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus
 ) -> list[Trace]:
-    """`continue_prompts` of a run that is recorded."""
+    """Prompts from held-out text, continued greedily by the backbone."""
+    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
     run_folder.record()
-    run_folder.say(f"continuing {config.evaluation.num_prompts} held-out prompts with the backbone")
-    return continue_prompts(config, backbone, corpus)
+    run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")
+    return record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
 
 
 def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:

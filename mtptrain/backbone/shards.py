@@ -82,7 +82,8 @@ class Shards(Mapping[str, Tensor]):
                 f"{self.setting}: {INDEX} names {len(wrong)} tensors that its files do not hold, e.g. {wrong[0]} in "
                 f"{index[wrong[0]]}; restore the index"
             )
-        unlisted = [n for n, e in self.entries.items() if n not in index and e.file in set(index.values())]
+        listed = set(index.values())
+        unlisted = [name for name, entry in self.entries.items() if name not in index and entry.file in listed]
         if unlisted:
             raise UserError(
                 f"{self.setting}: {len(unlisted)} tensors are not in {INDEX}, e.g. {unlisted[0]} of "

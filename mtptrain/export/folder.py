@@ -57,7 +57,8 @@ def plan_layout(shards: Shards) -> Layout:
 
 def bytes_needed(shards: Shards, layout: Layout, head_bytes: int, copies: ShardCopies) -> int:
     """Bytes that a full export writes."""
-    rewritten = sum(shards[name].nbytes for names in layout.rewritten.values() for name in names)
+    stays = [shards.entries[name] for names in layout.rewritten.values() for name in names]
+    rewritten = sum(entry.end - entry.begin for entry in stays)
     copied = sum((shards.folder / file).stat().st_size for file in layout.untouched)
     return head_bytes + rewritten + (copied if copies is ShardCopies.copy else 0)
 
