@@ -111,6 +111,12 @@ class RunConfig:
             "rounds whole weights and engine=zero3 cuts them; set engine=zero2",
         )
         require(
+            not (self.train.recompute and self.mtp.quant_aware),
+            "mtp.quant_aware",
+            True,
+            "holds rounded weights during the forward only, and train.recompute runs it again later; set one of them",
+        )
+        require(
             not (self.engine is EngineName.zero3 and self.precision is Precision.bf16),
             "precision",
             "bf16",
