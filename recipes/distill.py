@@ -93,6 +93,7 @@ def make_trainer(
         "depth": config.mtp.depth,
         "steps": config.mtp.num_steps,
         "trainable": config.mtp.trainable,
+        "optimizer": config.train.optimizer.value,
         "start": start,
         "quant_aware": scheme,
     }

@@ -6,8 +6,8 @@
 #   scripts/launch_torchrun.sh --local-nodes 2 --nproc-per-node 1 +recipe=distill ...
 #
 # What comes before the first setting (NAME=VALUE or +NAME=VALUE) goes to torchrun, but for --local-nodes N, which
-# starts N agents that meet on 127.0.0.1.
-# SIGTERM and SIGUSR1 reach every process of this machine: they save, and this script ends with code 75.
+# starts N agents that meet on 127.0.0.1. SIGTERM and SIGUSR1 reach every process of this machine: they save, and this
+# script ends with code 75.
 set -euo pipefail
 
 # shellcheck source=scripts/split_arguments.sh
@@ -46,19 +46,19 @@ leave() {
 trap leave TERM USR1
 trap 'kill "${agents[@]}" 2> /dev/null || true' EXIT
 
-failed=0
-for node in "${!agents[@]}"; do
+failed=0 statuses=()
+for agent in "${agents[@]}"; do
     status=0
-    while wait "${agents[node]}" || status=$?; kill -0 "${agents[node]}" 2> /dev/null; do
+    while wait "$agent" || status=$?; kill -0 "$agent" 2> /dev/null; do
         status=0 # a signal ended the wait, not the agent
     done
-    if ((status && !failed)); then
-        failed=$status
-        [[ -n $leaving ]] || echo "launch_torchrun: node $node ended with status $status, so the job is over;" \
-            "start it again with the same output_dir to continue" >&2
-    fi
+    statuses+=("$status")
+    ((failed)) || failed=$status
 done
-if [[ -n $leaving ]] && ((failed)); then
+if ((failed)) && [[ -n $leaving ]]; then
     exit 75
+elif ((failed)); then
+    echo "launch_torchrun: a node failed and the job is over (node by node, exit status ${statuses[*]}; 137 is a kill);" \
+        "start it again with the same output_dir to continue" >&2
 fi
 exit "$failed"
