@@ -135,7 +135,7 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Train a head, then measure it beside the stock head."""
     backbone = open_backbone(config)
-    num_parameters = sum(p.numel() for p in backbone.model.parameters())
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.model.parameters())  # whole, if shared
     run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
     is_measured = config.backbone.placement not in SHARED_PLACEMENTS
     if config.evaluate_at_end and is_measured:  # before hours of training, not after them
