@@ -19,10 +19,10 @@ from mtptrain.recipes.inputs import (
     describe_backbone,
     heldout_corpus,
     open_backbone,
-    prepare_traces,
     stock_head,
     trained_head,
 )
+from mtptrain.recipes.traces import prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
@@ -32,7 +32,8 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     backbone = open_backbone(config)
     corpus = heldout_corpus(config, backbone)
-    traces = prepare_traces(config, run_folder, backbone, corpus)
+    trace_set = prepare_traces(config, run_folder, backbone, corpus)
+    traces = trace_set.traces
     prompts = [trace.prompt for trace in traces]
     groups = [prompt.group for prompt in prompts]
     names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
@@ -52,6 +53,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
         "backbone": describe_backbone(config, backbone, corpus),
+        "prompts": trace_set.describe(),
         "draft_length": config.decoding.draft_length,
         "heads": heads,
         "comparisons": comparisons,

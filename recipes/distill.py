@@ -24,14 +24,14 @@ from mtptrain.engines.engine import make_engine
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
-from mtptrain.evaluation.trace import heldout_prompts, record_traces
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
-from mtptrain.recipes.inputs import check_prompts, heldout_corpus, open_backbone, stock_head, stop_token
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head
+from mtptrain.recipes.traces import check_prompts, gather_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import BatchSource, Probe, Trainer
 
@@ -65,18 +65,21 @@ def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> tuple[MtpSt
     return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
-def make_probe(config: RunConfig, backbone: Backbone, stack: MtpStack) -> Probe:
+def make_probe(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> Probe:
     """Replays a small, fixed set of traces while the head trains."""
     corpus, longest = heldout_corpus(config, backbone), config.decoding.draft_length
-    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
-    prompts = prompts[:: max(1, len(prompts) // PROBE_PROMPTS)][:PROBE_PROMPTS]
-    traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
+    count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
+    traces = gather_traces(config, run_folder, backbone, corpus, count).traces
+    traces = traces[:: max(1, len(traces) // PROBE_PROMPTS)][:PROBE_PROMPTS]  # of a trace set, or of long conversations
 
     def measure() -> dict[str, float]:
         counts = replay_head(config, backbone, stack, traces)
-        lengths = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
-        accepted = by_position(counts[longest])["conditional"]
-        return lengths | {f"replay/accepted_{k}": rate for k, rate in enumerate(accepted, 1) if rate is not None}
+        figures = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
+        for length, found in counts.items():
+            for k, rate in enumerate(by_position(found)["conditional"], start=1):
+                if rate is not None:
+                    figures[f"replay/accepted_{k}_of_{length}"] = rate
+        return figures
 
     return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")
 
@@ -104,7 +107,7 @@ def make_trainer(
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and config.backbone.placement not in SHARED_PLACEMENTS
-    probe = make_probe(config, backbone, stack) if is_probed else None
+    probe = make_probe(config, run_folder, backbone, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
     trainer = Trainer(engine, objective, batches, config.train, folder, owner, config.task.value, probe)
     checkpoint = on_first(lambda: newest_checkpoint(folder, run_folder.say)) if config.resume == "auto" else None
@@ -139,7 +142,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
     is_measured = config.backbone.placement not in SHARED_PLACEMENTS
     if config.evaluate_at_end and is_measured:  # before hours of training, not after them
-        check_prompts(config, backbone)
+        check_prompts(config, backbone, heldout_corpus(config, backbone))
     stack = train_head(config, run_folder, backbone)
     is_first = rank() == 0
     leave()  # the measuring is done by rank 0 alone

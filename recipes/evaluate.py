@@ -36,11 +36,10 @@ from mtptrain.recipes.inputs import (
     describe_backbone,
     heldout_corpus,
     open_backbone,
-    prepare_traces,
     stock_head,
-    stop_token,
     trained_head,
 )
+from mtptrain.recipes.traces import decoding_limits, prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
@@ -76,7 +75,7 @@ def measure_loop(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]:
     """Really decode some prompts: loop counts by head, certificate, speed-ups by head, plain tokens a second."""
     lengths = list(range(1, config.decoding.draft_length + 1))
-    limits = (config.decoding.max_new_tokens, stop_token(backbone))
+    limits = decoding_limits(config, backbone)
     stacks = {head.name: head.stack for head in heads}
     with Progress("decoding prompts", len(traces), unit="prompts") as progress:
         plain, runs = run_interleaved(
@@ -114,7 +113,8 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     """
     corpus = heldout_corpus(config, backbone)
     row_length, longest = config.data.sequence_length, config.decoding.draft_length
-    traces = prepare_traces(config, run_folder, backbone, corpus)
+    trace_set = prepare_traces(config, run_folder, backbone, corpus)
+    traces = trace_set.traces
     replayed = {head.name: replay_head(config, backbone, head.stack, traces) for head in heads}
     timed = traces[:: max(1, len(traces) // config.evaluation.timed_prompts)][: config.evaluation.timed_prompts]
     loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed)
@@ -148,12 +148,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
         "backbone": describe_backbone(config, backbone, corpus),
-        "prompts": {
-            "source": "heldout",
-            "count": len(traces),
-            "prompt_tokens": config.evaluation.prompt_tokens,
-            "new_tokens": config.decoding.max_new_tokens,
-        },
+        "prompts": trace_set.describe(),
         "draft_length": longest,
         "heads": entries,
         "gain": gain,

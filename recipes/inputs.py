@@ -1,4 +1,4 @@
-"""What several programs start from: the backbone, its heads, held-out text, and prompts that the backbone continues."""
+"""What several programs start from: the backbone, its heads and held-out text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device, choose_dtype
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
-from mtptrain.evaluation.trace import Trace, heldout_prompts, record_traces
 from mtptrain.losses.next_token import bits_per_byte
 from mtptrain.mtp.initial import place, stock_tensors
 from mtptrain.mtp.stack import num_modules, stack_from_tensors
-from mtptrain.run_folder import RunFolder
 
 
 def open_backbone(config: RunConfig) -> Backbone:
@@ -71,26 +69,6 @@ def heldout_corpus(config: RunConfig, backbone: Backbone) -> TokenizedCorpus:
     """The held-out documents as tokens of the backbone's tokenizer."""
     cache = cache_folder(config.data.cache_dir)
     return tokenize_corpus(heldout_documents(config.data), backbone.tokenizer, backbone.marks, cache)
-
-
-def check_prompts(config: RunConfig, backbone: Backbone) -> None:
-    """Raise a `UserError` unless the held-out text has the prompts that an evaluation needs."""
-    heldout_prompts(heldout_corpus(config, backbone), config.evaluation.num_prompts, config.evaluation.prompt_tokens)
-
-
-def stop_token(backbone: Backbone) -> int | None:
-    """The token that ends a text."""
-    return next(iter(backbone.marks[1]), None)
-
-
-def prepare_traces(
-    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus
-) -> list[Trace]:
-    """Prompts from held-out text, continued greedily by the backbone."""
-    prompts = heldout_prompts(corpus, config.evaluation.num_prompts, config.evaluation.prompt_tokens)
-    run_folder.record()
-    run_folder.say(f"continuing {len(prompts)} held-out prompts with the backbone")
-    return record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
 
 
 def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from mtptrain import cli
 from mtptrain.storage import sha256_file
 
+Refused = Callable[..., str]  # the fixture that runs a command that must fail
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -26,6 +26,7 @@ from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.export.model_files import write_shards
 from mtptrain.storage import write_json
+from tests.command import Refused, run_main
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
@@ -34,6 +35,13 @@ VOCAB_SIZE = 300  # 256 bytes, two marks and a few merges
 SUBJECTS = ["The river", "A small engine", "Every reader", "The old library", "Our teacher", "This proof"]
 VERBS = ["follows", "carries", "answers", "measures", "repeats"]
 OBJECTS = ["the long road", "a simple rule", "what was written", "nothing at all", "two equal parts"]
+
+
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{{- '<' + message.role + '>' + message.content + '</' + message.role + '>' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
+)
 
 
 def corpus_texts() -> list[str]:
@@ -111,3 +119,20 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
         "evaluation.heldout_sequences=2",
         "evaluation.every=0",
     ]
+
+
+@pytest.fixture
+def refused(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must fail: returns its line, after checking that it is the only one and left nothing."""
+
+    def run(*arguments: str, recipe: str = "distill") -> str:
+        folder = tmp_path / "run"
+        assert run_main(f"+recipe={recipe}", *light, f"output_dir={folder}", *arguments) == 2
+        output, errors = capfd.readouterr()
+        lines = errors.splitlines()
+        assert [line for line in lines if line.startswith("mtptrain:")] == lines[-1:]
+        assert "Traceback" not in errors + output
+        assert not folder.exists()
+        return lines[-1].removeprefix("mtptrain: ")
+
+    return run

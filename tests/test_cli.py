@@ -12,28 +12,8 @@ import pytest
 import torch
 
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
-from tests.command import ROOT, largest_file, run_main, run_process, tree
+from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
 from tests.conftest import corpus_texts, save_backbone
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must fail: returns its line, after checking that it is the only one and left nothing."""
-
-    def run(*arguments: str, recipe: str = "distill") -> str:
-        folder = tmp_path / "run"
-        assert run_main(f"+recipe={recipe}", *light, f"output_dir={folder}", *arguments) == 2
-        output, errors = capfd.readouterr()
-        lines = errors.splitlines()
-        assert [line for line in lines if line.startswith("mtptrain:")] == lines[-1:]
-        assert "Traceback" not in errors + output
-        assert not folder.exists()
-        return lines[-1].removeprefix("mtptrain: ")
-
-    return run
-
 
 MISTAKES = [
     # arguments, the setting and value that the line names, the rule and the way out

@@ -34,12 +34,13 @@ from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
-from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
+from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
 __all__ = [
+    "HELDOUT",
     "MAX_DRAFT_LENGTH",
     "ONE_DTYPE",
     "SHARED_PLACEMENTS",

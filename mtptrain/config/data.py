@@ -18,6 +18,7 @@ class DataConfig:
     streaming: bool = False  # read documents as training needs them instead of tokenising all first
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages that join the training split
     sequence_length: int = 256  # tokens
+    chat_template: str | None = None  # a jinja file for conversations; null = the one that came with the tokenizer
     heldout_every: int = 16  # one document in this many is held out, by hash of its name
     cache_dir: str | None = None  # null = $XDG_CACHE_HOME/mtptrain or ~/.cache/mtptrain
 

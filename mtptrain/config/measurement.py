@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mtptrain.config.choices import DraftChoice, VerificationChoice
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
@@ -15,6 +16,7 @@ class DecodingConfig:
 
     draft_length: int = 4  # the longest K that is measured; every K from 1 up to it is reported
     max_new_tokens: int = 64  # tokens a prompt
+    stop: list[Any] = field(default_factory=list)  # tokens, by text or id, that end a text beside the end mark
     temperature: float = 0.0  # of the sampled text; 0 = greedy
     top_k: int | None = None  # likeliest tokens that may be sampled; null = all
     top_p: float = 1.0  # in (0, 1], smallest mass of likeliest tokens that may be sampled
@@ -30,6 +32,8 @@ class DecodingConfig:
         require(math.isfinite(heat) and heat >= 0, "decoding.temperature", heat, "must be 0 (greedy) or above")
         require(most is None or most >= 1, "decoding.top_k", most, "must be at least 1, or null to keep all tokens")
         require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "must lie in (0, 1]; 1 keeps all tokens")
+        is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
+        require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")
         require(0 <= self.stop_below <= 1, "decoding.stop_below", self.stop_below, "must lie in [0, 1]; 0 = never stop")
 
 
@@ -37,8 +41,9 @@ class DecodingConfig:
 class EvaluationConfig:
     """How much is measured."""
 
-    num_prompts: int = 64  # held-out documents that are continued
-    prompt_tokens: int = 96
+    num_prompts: int = 64  # prompts or conversations, evenly spread over what `prompts` names; its files may hold fewer
+    prompt_tokens: int = 96  # tokens of a prompt cut from held-out documents
+    traces: str | None = None  # the traces.jsonl of an earlier evaluation, used again instead of decoding prompts
     timed_prompts: int = 6  # of them, for the paired timing of plain and speculative decoding
     heldout_sequences: int = 96  # held-out sequences for the teacher-forced figures
     every: int = 0  # training steps between replays of some of the prompts; 0 = only at the end

@@ -7,6 +7,7 @@ from typing import Any
 from mtptrain.errors import UserError
 
 MAX_DRAFT_LENGTH = 8
+HELDOUT = "heldout"  # of `prompts`: slices of the held-out documents
 
 
 def require(condition: bool, setting: str, value: Any, rule: str) -> None:

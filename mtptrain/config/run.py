@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -14,7 +15,7 @@ from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
-from mtptrain.config.rules import require
+from mtptrain.config.rules import HELDOUT, require
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
@@ -41,6 +42,7 @@ class RunConfig:
     checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
     target: ExportTarget | None = None  # export: who loads the folder: vllm, sglang or hf
+    prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -87,11 +89,29 @@ class RunConfig:
             "is training on data tokens, not distillation; use +recipe=pretrain",
         )
         self._check_engine()
+        self._check_prompts()
         require(
             self.resume == "never" or self.output_dir is not None,
             "resume",
             self.resume,
             "needs the folder of the run to continue; set output_dir",
+        )
+
+    def _check_prompts(self) -> None:
+        """Make `prompts` a list of names, and refuse what says twice what is measured."""
+        names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
+        is_list = isinstance(names, list) and bool(names) and all(isinstance(one, str) and one for one in names)
+        require(is_list, "prompts", self.prompts, "must be heldout, or a file, folder or data set, or a list of them")
+        self.prompts = names
+        is_default = names == [HELDOUT]
+        require(
+            is_default or HELDOUT not in names, "prompts", names, "heldout stands alone; evaluate it in its own run"
+        )
+        require(
+            is_default or self.evaluation.traces is None,
+            "prompts",
+            names,
+            "evaluation.traces brings its own prompts; leave one of them out",
         )
 
     def _check_engine(self) -> None:

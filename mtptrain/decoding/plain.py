@@ -12,7 +12,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step, prefill
-from mtptrain.decoding.records import Decoded
+from mtptrain.decoding.records import Decoded, Limits
 
 
 def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
@@ -28,35 +28,32 @@ def top_two(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def decode_plain(
-    model: DeepseekV4ForCausalLM, prompt_BP: Tensor, max_new_tokens: int, stop_id: int | None = None
-) -> list[Decoded]:
+def decode_plain(model: DeepseekV4ForCausalLM, prompt_BP: Tensor, limits: Limits) -> list[Decoded]:
     """Greedy continuations of prompts of one length.
 
     Args:
         model: the backbone.
         prompt_BP: int64 prompts.
-        max_new_tokens: tokens a row, at least 1.
-        stop_id: a row ends with this token.
+        limits: where a row ends.
 
     Returns:
         One record a row; `seconds` is that of the whole batch.
     """
     started = time.perf_counter()
     batch, length = prompt_BP.shape
-    cache = allocate_cache(model, batch, length + max_new_tokens, 1)
+    cache = allocate_cache(model, batch, length + limits.max_new_tokens, 1)
     _, hidden_BSD = prefill(model, cache, prompt_BP)
     rows = [Decoded() for _ in range(batch)]
     open_rows = set(range(batch))
-    for index in range(max_new_tokens):
+    for index in range(limits.max_new_tokens):
         token_B, gap_B = top_two(model.lm_head(hidden_BSD[:, -1]))
         for row, (token, gap) in enumerate(zip(token_B.tolist(), gap_B.tolist(), strict=True)):
             if row in open_rows:
                 rows[row].tokens.append(token)
                 rows[row].gaps.append(gap)
-                if token == stop_id:
+                if token in limits.stop:
                     open_rows.discard(row)
-        if not open_rows or index == max_new_tokens - 1:
+        if not open_rows or index == limits.max_new_tokens - 1:
             break
         _, hidden_BSD = decode_step(model, cache, token_B.unsqueeze(1))
     for record in rows:

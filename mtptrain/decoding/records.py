@@ -1,8 +1,26 @@
-"""What a decoding run leaves behind: tokens and counts. Metrics are computed from these alone."""
+"""What a decoding run is bounded by and leaves behind. Metrics are computed from the records alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from mtptrain.config.rules import require
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a text ends.
+
+    Attributes:
+        max_new_tokens: tokens a row, at least 1.
+        stop: token ids that end a row; the token itself is emitted.
+    """
+
+    max_new_tokens: int
+    stop: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

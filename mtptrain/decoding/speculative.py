@@ -13,7 +13,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import decode_step, prefill
 from mtptrain.decoding.plain import allocate_cache, top_two
-from mtptrain.decoding.records import Decoded, VerifyPass
+from mtptrain.decoding.records import Decoded, Limits, VerifyPass
 
 
 class Drafts(Protocol):
@@ -56,8 +56,7 @@ def decode_speculative(
     drafter: Drafts,
     prompt_1P: Tensor,
     draft_length: int,
-    max_new_tokens: int,
-    stop_id: int | None = None,
+    limits: Limits,
 ) -> Decoded:
     """Greedy continuation of one prompt, the same tokens that `decode_plain` emits.
 
@@ -66,18 +65,17 @@ def decode_speculative(
         drafter: drafts; a new one for each text.
         prompt_1P: int64 [1, P].
         draft_length: tokens a draft, K >= 1.
-        max_new_tokens: tokens to emit, at least 1.
-        stop_id: the text ends with this token.
+        limits: where the text ends.
     """
     started = time.perf_counter()
     record = Decoded()
-    cache = allocate_cache(model, 1, prompt_1P.shape[1] + max_new_tokens + draft_length + 1, draft_length + 1)
+    cache = allocate_cache(model, 1, prompt_1P.shape[1] + limits.max_new_tokens + draft_length + 1, draft_length + 1)
     streams_1AND, hidden_1SD = prefill(model, cache, prompt_1P)
     token, gap = top_two(model.lm_head(hidden_1SD[:, -1]))
     record.tokens, record.gaps = token.tolist(), gap.tolist()
     known = prompt_1P[0].tolist() + record.tokens
     accepted_counts: list[int] = []
-    while len(record.tokens) < max_new_tokens and record.tokens[-1] != stop_id:
+    while len(record.tokens) < limits.max_new_tokens and record.tokens[-1] not in limits.stop:
         draft = drafter.draft(known, streams_1AND, draft_length)
         block_1S = torch.tensor([[known[-1], *draft]], device=prompt_1P.device)
         streams_1SND, hidden_1SD = decode_step(model, cache, block_1S)
@@ -86,9 +84,8 @@ def decode_speculative(
         accepted = accepted_prefix(draft, verified)
         accepted_counts.append(accepted)
         new_tokens = verified[: accepted + 1]
-        room = max_new_tokens - len(record.tokens)
-        if stop_id in new_tokens:
-            room = min(room, new_tokens.index(stop_id) + 1)
+        ends = [place + 1 for place, one in enumerate(new_tokens) if one in limits.stop]
+        room = min([limits.max_new_tokens - len(record.tokens), *ends])
         record.tokens += new_tokens[:room]
         record.gaps += gaps[: accepted + 1][:room]
         known += new_tokens

@@ -11,7 +11,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import decode_plain
-from mtptrain.decoding.records import Decoded
+from mtptrain.decoding.records import Decoded, Limits
 from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.stack import MtpStack
@@ -22,7 +22,7 @@ def run_interleaved(
     stacks: dict[str, MtpStack],
     traces: list[Trace],
     draft_lengths: list[int],
-    limits: tuple[int, int | None],
+    limits: Limits,
     report: Callable[[int, str], None],
 ) -> tuple[list[list[Decoded]], dict[tuple[str, int], list[Decoded]]]:
     """Decode every prompt plainly before and after all speculative runs of it, at batch 1.
@@ -32,7 +32,7 @@ def run_interleaved(
         stacks: heads by name.
         traces: their prompts are decoded.
         draft_lengths: every K to run.
-        limits: max_new_tokens and the stop token.
+        limits: where a text ends.
         report: told the prompts done and a word on the current one.
 
     Returns:
@@ -43,10 +43,10 @@ def run_interleaved(
     speculative: dict[tuple[str, int], list[Decoded]] = {(name, k): [] for name in stacks for k in draft_lengths}
     for number, trace in enumerate(traces):
         prompt = torch.tensor([trace.prompt.tokens], device=device)
-        first = decode_plain(model, prompt, *limits)[0]
+        first = decode_plain(model, prompt, limits)[0]
         for (name, k), records in speculative.items():
-            records.append(decode_speculative(model, Drafter(model, stacks[name]), prompt, k, *limits))
-        plain.append([first, decode_plain(model, prompt, *limits)[0]])
+            records.append(decode_speculative(model, Drafter(model, stacks[name]), prompt, k, limits))
+        plain.append([first, decode_plain(model, prompt, limits)[0]])
         report(number + 1, f"plain {len(first.tokens) / first.seconds:.0f} tokens/s")
     return plain, speculative
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.data.prompts import Prompt
-from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.plain import decode_plain
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
 from mtptrain.errors import UserError
 
 PROMPTS_A_BATCH = 16
@@ -35,34 +35,31 @@ class Trace:
     probabilities: list[float]
 
 
-def heldout_prompts(corpus: TokenizedCorpus, count: int, length: int) -> list[Prompt]:
-    """Prompts of `length` tokens, spread evenly over a corpus; none crosses a document's end.
+def record_traces(
+    model: DeepseekV4ForCausalLM, prompts: list[Prompt], limits: Limits, policy: Policy, seed: int
+) -> list[Trace]:
+    """Continue every prompt with the backbone alone; traces come in the order of the prompts.
+
+    Args:
+        model: the backbone.
+        prompts: of any lengths; those of one length are decoded together.
+        limits: where a text ends.
+        policy: what is drawn from the backbone's logits.
+        seed: of the draws.
 
     Raises:
-        UserError: the corpus holds fewer.
+        UserError: the policy is not greedy; sampled texts are not decoded yet.
     """
-    starts: list[int] = []
-    for begin, end in zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True):
-        starts.extend(range(begin, end - length + 1, length))
-    if len(starts) < count:
-        raise UserError(
-            f"evaluation.num_prompts={count}: the held-out text has {len(starts)} prompts of "
-            f"evaluation.prompt_tokens={length}; lower one of them"
-        )
-    chosen = np.linspace(0, len(starts) - 1, count).round().astype(int)
-    tokens = (corpus.tokens[starts[i] : starts[i] + length].tolist() for i in chosen)
-    return [Prompt(ids, "heldout", number) for number, ids in enumerate(tokens)]
-
-
-def record_traces(
-    model: DeepseekV4ForCausalLM, prompts: list[Prompt], max_new_tokens: int, stop_id: int | None
-) -> list[Trace]:
-    """Continue every prompt greedily with the backbone alone. All prompts have one length."""
+    if not policy.is_greedy:
+        raise UserError(f"decoding.temperature={policy.temperature}: only greedy texts are decoded so far; set it to 0")
     device = model.lm_head.weight.device
-    traces = []
-    for start in range(0, len(prompts), PROMPTS_A_BATCH):
-        group = prompts[start : start + PROMPTS_A_BATCH]
-        tokens_BP = torch.tensor([prompt.tokens for prompt in group], device=device)
-        for prompt, record in zip(group, decode_plain(model, tokens_BP, max_new_tokens, stop_id), strict=True):
-            traces.append(Trace(prompt, record.tokens, record.gaps, [1.0] * len(record.tokens)))
-    return traces
+    traces: dict[int, Trace] = {}
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
+    while order:
+        length = len(prompts[order[0]].tokens)
+        group = [number for number in order[:PROMPTS_A_BATCH] if len(prompts[number].tokens) == length]
+        order = order[len(group) :]
+        tokens_BP = torch.tensor([prompts[number].tokens for number in group], device=device)
+        for number, record in zip(group, decode_plain(model, tokens_BP, limits), strict=True):
+            traces[number] = Trace(prompts[number], record.tokens, record.gaps, [1.0] * len(record.tokens))
+    return [traces[number] for number in range(len(prompts))]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtptrain.decoding.plain import decode_plain
+from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import accepted_prefix, decode_speculative, settle_passes
 from tests.tiny import random_backbone
 
@@ -42,10 +43,10 @@ class ScriptedDrafter:
 def test_any_draft_leaves_the_output_unchanged(length: int, draft_length: int, script: list[int]) -> None:
     """Every pattern of rejections rewinds the cache across window and compression boundaries."""
     prompt = prompt_of(length, seed=length)
-    plain = decode_plain(MODEL, prompt, NEW_TOKENS)[0]
+    plain = decode_plain(MODEL, prompt, Limits(NEW_TOKENS))[0]
     # One token more than is emitted, so that the script also knows the last bonus token.
-    text = prompt[0].tolist() + decode_plain(MODEL, prompt, NEW_TOKENS + 8)[0].tokens
-    loop = decode_speculative(MODEL, ScriptedDrafter(text, script), prompt, draft_length, NEW_TOKENS)
+    text = prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(NEW_TOKENS + 8))[0].tokens
+    loop = decode_speculative(MODEL, ScriptedDrafter(text, script), prompt, draft_length, Limits(NEW_TOKENS))
     parted = next((i for i, (a, b) in enumerate(zip(plain.tokens, loop.tokens, strict=True)) if a != b), None)
     assert parted is None or plain.gaps[parted] < TIE_GAP
     if parted is None:
@@ -60,29 +61,31 @@ def test_any_draft_leaves_the_output_unchanged(length: int, draft_length: int, s
 
 def test_a_perfect_draft_reaches_the_ceiling() -> None:
     prompt = prompt_of(9)
-    text = prompt[0].tolist() + decode_plain(MODEL, prompt, 60)[0].tokens
-    loop = decode_speculative(MODEL, ScriptedDrafter(text, [99]), prompt, 4, 51)
+    text = prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(60))[0].tokens
+    loop = decode_speculative(MODEL, ScriptedDrafter(text, [99]), prompt, 4, Limits(51))
     assert [record.emitted for record in loop.passes] == [5] * 10
 
 
 @pytest.mark.parametrize("place", [0, 1, 7, 20])
 def test_the_stop_token_ends_both_ways_of_decoding_alike(place: int) -> None:
     prompt = prompt_of(13, seed=5)
-    tokens = decode_plain(MODEL, prompt, NEW_TOKENS)[0].tokens
+    tokens = decode_plain(MODEL, prompt, Limits(NEW_TOKENS))[0].tokens
     stop = tokens[place]
-    plain = decode_plain(MODEL, prompt, NEW_TOKENS, stop)[0]
+    plain = decode_plain(MODEL, prompt, Limits(NEW_TOKENS, frozenset([stop])))[0]
     assert plain.tokens == tokens[: tokens.index(stop) + 1]
-    script = ScriptedDrafter(prompt[0].tolist() + decode_plain(MODEL, prompt, NEW_TOKENS + 8)[0].tokens, [3, 0, 2])
-    loop = decode_speculative(MODEL, script, prompt, 3, NEW_TOKENS, stop)
+    script = ScriptedDrafter(
+        prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(NEW_TOKENS + 8))[0].tokens, [3, 0, 2]
+    )
+    loop = decode_speculative(MODEL, script, prompt, 3, Limits(NEW_TOKENS, frozenset([stop])))
     assert loop.tokens == plain.tokens
     assert sum(record.emitted for record in loop.passes) == len(loop.tokens) - 1
 
 
 def test_rows_of_a_batch_decode_as_they_do_alone() -> None:
     prompts = torch.cat([prompt_of(10, seed) for seed in range(3)])
-    together = decode_plain(MODEL, prompts, 20)
+    together = decode_plain(MODEL, prompts, Limits(20))
     for row, record in enumerate(together):
-        assert record.tokens == decode_plain(MODEL, prompts[row : row + 1], 20)[0].tokens
+        assert record.tokens == decode_plain(MODEL, prompts[row : row + 1], Limits(20))[0].tokens
 
 
 def test_drafts_past_the_end_are_not_counted() -> None:

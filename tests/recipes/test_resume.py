@@ -96,7 +96,11 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "arguments", "reason"),
     [
         ("pretrain", ["resume=auto"], "belongs to task=distill and this run has task=pretrain"),
-        ("distill", ["resume=auto", "mtp.mode=stacked"], "belongs to mode=shared and this run has mode=stacked"),
+        (
+            "distill",
+            ["resume=auto", "mtp.mode=stacked", "evaluation.every=1"],
+            "belongs to mode=shared and this run has mode=stacked",
+        ),
         ("distill", ["resume=auto", "backbone.path=OTHER"], "belongs to backbone="),
         ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
         ("evaluate", ["checkpoint=stock"], "already holds a run"),

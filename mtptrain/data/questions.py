@@ -1,0 +1,158 @@
+"""What prompt files ask: texts to continue and conversations, with the source and domain of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtptrain.data.chat import Message
+from mtptrain.data.rows import check_readable, json_lines, load_rows, local_files
+from mtptrain.errors import UserError
+from mtptrain.storage import sha256_file
+
+SUFFIXES = (".jsonl", ".parquet")
+KEYS = ("turns", "messages", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row of a prompt file.
+
+    Attributes:
+        where: file and line, for errors.
+        domain: what kind of text it is.
+        text: to be continued as it stands; empty in a conversation.
+        messages: the conversation up to the first answer that is asked for; empty for a text.
+        turns: what the user says next, each after the answer before it.
+    """
+
+    where: str
+    domain: str
+    text: str
+    messages: list[Message]
+    turns: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSource:
+    """The rows of one file or data set.
+
+    Attributes:
+        name: as the user gave it, or the file in the folder that was given.
+        sha256: of the file's bytes; of a data set, of its rows as JSON lines.
+        questions: in their order.
+    """
+
+    name: str
+    sha256: str
+    questions: list[Question]
+
+
+def read_questions(names: list[str]) -> list[QuestionSource]:
+    """Every source that `prompts` means; a folder is one a file.
+
+    Raises:
+        UserError: one cannot be read, or a row is no question.
+    """
+    sources = []
+    for name in names:
+        path = Path(name)
+        if path.exists() or path.suffix in SUFFIXES:
+            sources += [_read_file(file) for file in local_files(f"prompts={name}", path, SUFFIXES)]
+        else:
+            sources.append(read_dataset(name))
+    return sources
+
+
+def spread_questions(sources: list[QuestionSource], count: int) -> list[list[Question]]:
+    """At most `count` questions, as even over the sources as these allow, and evenly over the rows of each."""
+    chosen = []
+    for source, used in zip(sources, even_shares([len(source.questions) for source in sources], count), strict=True):
+        rows = np.linspace(0, len(source.questions) - 1, used).round().astype(int)
+        chosen.append([source.questions[row] for row in rows])
+    return chosen
+
+
+def even_shares(sizes: list[int], count: int) -> list[int]:
+    """How many of `count` each gets: the same, but none more than its size. ([10, 2, 10], 8) -> [3, 2, 3]."""
+    shares, left = [0] * len(sizes), count
+    for done, place in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        shares[place] = min(sizes[place], left // (len(sizes) - done))
+        left -= shares[place]
+    return shares
+
+
+def _read_file(path: Path) -> QuestionSource:
+    setting = f"prompts={path}"
+    check_readable(setting, path)
+    if path.suffix == ".jsonl":
+        rows = json_lines(setting, path)
+    else:
+        rows = enumerate(load_rows(setting, "parquet", split="train", data_files=str(path)), start=1)
+    return QuestionSource(str(path), sha256_file(path), _questions(setting, path.stem, rows))
+
+
+def read_dataset(name: str) -> QuestionSource:
+    """A data set of `datasets.load_dataset`: its split `test` where it has one, else its first."""
+    setting = f"prompts={name}"
+    rows = list(load_rows(setting, name))
+    lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
+    sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    return QuestionSource(name, sha256, _questions(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
+
+
+def _questions(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[Question]:
+    found = [_question(f"{setting}: line {number}", domain, row) for number, row in rows]
+    if not found:
+        raise UserError(f"{setting}: holds no prompt; write a row with {', '.join(KEYS[:2])} or prompt")
+    return found
+
+
+def _question(where: str, domain: str, row: dict[str, Any]) -> Question:
+    """The question of a row. Of `turns`, `messages` and `prompt` the first that it has counts.
+
+    Raises:
+        UserError: it has none of them, or one that is empty or of another form.
+    """
+    given = row.get("domain")
+    domain = given if isinstance(given, str) and given else domain
+    key = next((key for key in KEYS if row.get(key) is not None), None)
+    if key is None:
+        raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
+    value = row[key]
+    if key == "prompt":
+        return Question(where, domain, _text(where, key, value), [], [])
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: `{key}` must be a list that is not empty; see docs/prompts.md")
+    if key == "turns":
+        first, *later = [_text(where, key, turn) for turn in value]
+        return Question(where, domain, "", [{"role": "user", "content": first}], later)
+    return Question(where, domain, "", _messages(where, value), [])
+
+
+def _messages(where: str, value: list[Any]) -> list[Message]:
+    """Messages up to the last that is not the assistant's: its own answer takes the place of one that is given."""
+    messages = []
+    for one in value:
+        if not isinstance(one, dict) or not isinstance(one.get("role"), str):
+            raise UserError(f"{where}: each of `messages` must have a role and a content; see docs/prompts.md")
+        messages.append({"role": one["role"], "content": _text(where, "messages", one.get("content"))})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(one["role"] == "user" for one in messages):
+        raise UserError(f"{where}: `messages` asks nothing; it needs a message of role user")
+    return messages
+
+
+def _text(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: `{key}` must hold text, not {type(value).__name__}; see docs/prompts.md")
+    if not value.strip():
+        raise UserError(f"{where}: `{key}` is empty; write a prompt or drop the line")
+    return value

@@ -1,0 +1,84 @@
+"""Rows of local files and of `datasets`, one at a time, whatever they are read for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from mtptrain.errors import UserError
+
+
+def local_files(setting: str, path: Path, suffixes: Collection[str]) -> list[Path]:
+    """The readable files that a path means: itself, or what a folder holds of these kinds.
+
+    Args:
+        setting: what the user set to what, for the error.
+        path: a file or a folder.
+        suffixes: of the files that can be read.
+
+    Raises:
+        UserError: it is of another kind or holds none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        if not files:
+            raise UserError(f"{setting}: the folder holds no {', '.join(suffixes)} file; give one that does")
+        return files
+    if path.suffix not in suffixes:
+        raise UserError(f"{setting}: a file must end in {', '.join(suffixes)}; convert or rename it")
+    return [path]
+
+
+def check_readable(setting: str, path: Path) -> None:
+    """Raise a `UserError` unless a file can be opened."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{setting}: cannot be read ({error.strerror}); check the path and its rights") from None
+
+
+def json_lines(setting: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and object of every line that is not blank.
+
+    Raises:
+        UserError: a line is not a JSON object; it is named.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{setting}: line {number} is not UTF-8 ({error.reason}); convert it") from None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{setting}: line {number} is not JSON ({error.msg}); mend or drop it") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{setting}: line {number} is not a JSON object; write one object a line")
+            yield number, row
+
+
+def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Rows of `datasets.load_dataset(loader, **arguments)`, one at a time.
+
+    Without a `split` among the arguments they are those of `test` where there is one, else of the first split.
+
+    Raises:
+        UserError: `datasets` cannot load them.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        # Inside the try: a stream meets a damaged file or a lost network only when it is read.
+        found = datasets.load_dataset(loader, **arguments)
+        if "split" not in arguments:
+            found = found["test"] if "test" in found else next(iter(found.values()))
+        yield from found
+    except Exception as error:  # datasets raises many types: not found, no network, bad schema
+        summary = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or type(error).__name__
+        raise UserError(
+            f"{setting}: datasets cannot load it ({summary}); check the file, or the name and the network"
+        ) from error

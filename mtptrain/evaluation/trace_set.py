@@ -1,0 +1,150 @@
+"""Trace sets on disk: `traces.jsonl`, a header line that says how the traces came about, then a line a trace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtptrain.data.prompts import Prompt
+from mtptrain.data.rows import check_readable, json_lines
+from mtptrain.errors import UserError
+from mtptrain.evaluation.trace import Trace
+from mtptrain.storage import write_text
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where prompts came from.
+
+    Attributes:
+        name: a file, a data set, or `heldout`.
+        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
+        rows: how many prompts or conversations it holds.
+        used: how many of them were asked.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceHeader:
+    """How a set of traces came about.
+
+    Attributes:
+        backbone: fingerprint of the model that wrote the texts.
+        dtype: of its arithmetic.
+        temperature, top_k, top_p: what the texts were drawn with.
+        max_new_tokens, stop: where a text ends; `stop` in rising order.
+        seed: of the draws.
+        chat_template: SHA-256 of the template that conversations were rendered with.
+        sources: of the prompts.
+        dropped: turns that were not asked because their conversation had outgrown the context.
+    """
+
+    backbone: str
+    dtype: str
+    temperature: float
+    top_k: int | None
+    top_p: float
+    max_new_tokens: int
+    stop: list[int]
+    seed: int
+    chat_template: str | None
+    sources: list[Source]
+    dropped: int
+
+
+# What must be the same where traces are used again, with the setting that says it.
+BINDING = {
+    "backbone": "backbone.path",
+    "dtype": "precision",
+    "temperature": "decoding.temperature",
+    "top_k": "decoding.top_k",
+    "top_p": "decoding.top_p",
+    "max_new_tokens": "decoding.max_new_tokens",
+    "stop": "decoding.stop",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSet:
+    """Traces and how they came about."""
+
+    header: TraceHeader
+    traces: list[Trace]
+
+    def describe(self) -> dict[str, Any]:
+        """The entry `prompts` of evaluation.json."""
+        return {
+            "source": ", ".join(source.name for source in self.header.sources),
+            "sources": [asdict(source) for source in self.header.sources],
+            "count": len(self.traces),
+            "conversations": len({trace.prompt.group for trace in self.traces}),
+            "dropped_turns": self.header.dropped,
+            "prompt_tokens": max(len(trace.prompt.tokens) for trace in self.traces),
+            "new_tokens": self.header.max_new_tokens,
+        }
+
+
+def write_trace_set(path: Path, traces: TraceSet) -> None:
+    """Write a trace set; docs/prompts.md describes its lines."""
+    lines = [{"schema": SCHEMA, "traces": len(traces.traces), **asdict(traces.header)}]
+    for trace in traces.traces:
+        prompt = trace.prompt
+        lines.append(
+            {
+                "prompt": prompt.tokens,
+                "tokens": trace.tokens,
+                "gaps": trace.gaps,
+                "probabilities": trace.probabilities,
+                "domain": prompt.domain,
+                "group": prompt.group,
+            }
+        )
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_trace_set(path: Path) -> TraceSet:
+    """The traces that `write_trace_set` wrote.
+
+    Raises:
+        UserError: it cannot be read, is of another schema, or is damaged.
+    """
+    setting = f"evaluation.traces={path}"
+    check_readable(setting, path)
+    lines = [row for _, row in json_lines(setting, path)]
+    first = lines[0] if lines else {}
+    if first.pop("schema", None) != SCHEMA:
+        raise UserError(f"{setting}: is no trace set of schema {SCHEMA}; give the traces.jsonl of an evaluation")
+    try:
+        count = first.pop("traces")
+        header = TraceHeader(**{**first, "sources": [Source(**source) for source in first["sources"]]})
+        traces = [
+            Trace(Prompt(row["prompt"], row["domain"], row["group"]), row["tokens"], row["gaps"], row["probabilities"])
+            for row in lines[1:]
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{setting}: is damaged ({error}); record it anew") from None
+    if len(traces) != count or not count:
+        raise UserError(f"{setting}: holds {len(traces)} traces of {count}; record it anew")
+    return TraceSet(header, traces)
+
+
+def check_trace_set(path: Path, found: TraceHeader, wanted: TraceHeader) -> None:
+    """Raise a `UserError` that names the first setting by which traces are not those that this run would record."""
+    for name, setting in BINDING.items():
+        have, want = getattr(found, name), getattr(wanted, name)
+        if have != want:
+            if name == "backbone":
+                have, want = have[:12], want[:12]
+            raise UserError(
+                f"evaluation.traces={path}: was recorded with {name}={have} and this run has {name}={want}; set "
+                f"{setting} to what it was, or record traces of your own"
+            )

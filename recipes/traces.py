@@ -1,0 +1,190 @@
+"""The traces that a run measures heads on: read from disk, or prompts continued by the backbone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from mtptrain.backbone.load import Backbone
+from mtptrain.config import HELDOUT, RunConfig
+from mtptrain.data.chat import ChatTemplate, open_chat_template
+from mtptrain.data.prompts import Opening, Prompt, encode_question, heldout_prompts
+from mtptrain.data.questions import read_questions, spread_questions
+from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.decoding.policy import decoding_policy
+from mtptrain.decoding.records import Limits
+from mtptrain.errors import UserError
+from mtptrain.evaluation.conversation import hold_conversations
+from mtptrain.evaluation.trace import Trace, record_traces
+from mtptrain.evaluation.trace_set import (
+    Source,
+    TraceHeader,
+    TraceSet,
+    check_trace_set,
+    read_trace_set,
+    write_trace_set,
+)
+from mtptrain.run_folder import RunFolder
+
+TRACES_FILE = "traces.jsonl"
+
+
+def stop_ids(stop: list[str | int], backbone: Backbone) -> frozenset[int]:
+    """The tokens that end a text: the backbone's end mark and those of `decoding.stop`.
+
+    Raises:
+        UserError: one is no token of the backbone.
+    """
+    found = set(backbone.marks[1])
+    size = backbone.tokenizer.get_vocab_size()
+    for one in stop:
+        if isinstance(one, int):
+            ids = [one] if 0 <= one < size else []
+        else:
+            named = backbone.tokenizer.token_to_id(one)
+            ids = backbone.tokenizer.encode(one, add_special_tokens=False).ids if named is None else [named]
+        if len(ids) != 1:
+            raise UserError(
+                f"decoding.stop={one}: is not one token of the backbone's {size}; give the text of a single token, or "
+                "its id"
+            )
+        found.update(ids)
+    return frozenset(found)
+
+
+def decoding_limits(config: RunConfig, backbone: Backbone) -> Limits:
+    """Where a text ends."""
+    return Limits(config.decoding.max_new_tokens, stop_ids(config.decoding.stop, backbone))
+
+
+def prompt_room(config: RunConfig, backbone: Backbone) -> int:
+    """Tokens that a prompt may have: the backbone's context without what is emitted and drafted after it.
+
+    Raises:
+        UserError: there is none.
+    """
+    context, decoding = backbone.config.max_position_embeddings, config.decoding
+    room = context - decoding.max_new_tokens - decoding.draft_length
+    if room < 1:
+        raise UserError(
+            f"decoding.max_new_tokens={decoding.max_new_tokens}: leaves no room for a prompt in the backbone's context "
+            f"of {context} tokens at decoding.draft_length={decoding.draft_length}; lower it"
+        )
+    return room
+
+
+def _check_room(where: str, tokens: list[int], room: int) -> None:
+    if len(tokens) > room:
+        raise UserError(
+            f"{where}: the prompt has {len(tokens)} tokens and the backbone's context holds {room} beside what is "
+            "emitted and drafted; shorten it, or lower decoding.max_new_tokens"
+        )
+
+
+def open_chat(config: RunConfig, backbone: Backbone) -> ChatTemplate | None:
+    """The template that conversations are rendered with, or None."""
+    return open_chat_template(config.data.chat_template, backbone.folder, backbone.tokenizer, backbone.marks[0])
+
+
+def open_prompts(
+    config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, count: int
+) -> tuple[list[Opening], list[Source]]:
+    """At most `count` prompts or conversations of `prompts`, evenly spread, and where they came from.
+
+    Raises:
+        UserError: there are none, or one cannot be read, is empty or outgrows the context.
+    """
+    room = prompt_room(config, backbone)
+    if config.prompts == [HELDOUT]:
+        prompts = heldout_prompts(corpus, count, config.evaluation.prompt_tokens)
+        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", prompts[0].tokens, room)
+        digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
+        rows = int((np.diff(corpus.offsets) // config.evaluation.prompt_tokens).sum())
+        return [Opening(prompt) for prompt in prompts], [Source(HELDOUT, digest, rows, count)]
+    chat = open_chat(config, backbone)
+    found = read_questions(config.prompts)
+    openings: list[Opening] = []
+    sources = []
+    for source, questions in zip(found, spread_questions(found, count), strict=True):
+        for question in questions:
+            group = len(openings)
+            opening = encode_question(question, group, backbone.tokenizer, backbone.marks[0], chat)
+            _check_room(question.where, opening.prompt.tokens, room)
+            openings.append(opening)
+        sources.append(Source(source.name, source.sha256, len(source.questions), len(questions)))
+    return openings, sources
+
+
+def _header(config: RunConfig, backbone: Backbone, sources: list[Source], dropped: int) -> TraceHeader:
+    policy, limits = decoding_policy(config.decoding), decoding_limits(config, backbone)
+    chat = open_chat(config, backbone)
+    return TraceHeader(
+        backbone=backbone.fingerprint,
+        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
+        temperature=policy.temperature,
+        top_k=policy.top_k,
+        top_p=policy.top_p,
+        max_new_tokens=limits.max_new_tokens,
+        stop=sorted(limits.stop),
+        seed=config.seed,
+        chat_template=chat.sha256 if chat else None,
+        sources=sources,
+        dropped=dropped,
+    )
+
+
+def _read_traces(config: RunConfig, backbone: Backbone) -> TraceSet:
+    """The traces of `evaluation.traces`, which this backbone must have written as this run would."""
+    path = Path(str(config.evaluation.traces))
+    traces = read_trace_set(path)
+    check_trace_set(path, traces.header, _header(config, backbone, [], 0))
+    room = prompt_room(config, backbone)
+    for number, trace in enumerate(traces.traces, start=1):
+        _check_room(f"evaluation.traces={path}: trace {number}", trace.prompt.tokens, room)
+    return traces
+
+
+def check_prompts(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> None:
+    """Raise a `UserError` unless everything that an evaluation starts from is there and sound."""
+    if config.evaluation.traces is not None:
+        _read_traces(config, backbone)
+    else:
+        open_prompts(config, backbone, corpus, config.evaluation.num_prompts)
+        decoding_limits(config, backbone)
+
+
+def gather_traces(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, count: int
+) -> TraceSet:
+    """The traces of `evaluation.traces`, else the backbone's texts after at most `count` prompts or conversations."""
+    if config.evaluation.traces is not None:
+        traces = _read_traces(config, backbone)
+        run_folder.say(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
+        return traces
+    openings, sources = open_prompts(config, backbone, corpus, count)
+    policy, limits = decoding_policy(config.decoding), decoding_limits(config, backbone)
+    stops, tokenizer = limits.stop, backbone.tokenizer
+
+    def answer(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens, skip_special_tokens=True)
+
+    used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
+    run_folder.say(f"continuing {len(openings)} prompts with the backbone ({used})")
+
+    def record(prompts: list[Prompt]) -> list[Trace]:
+        return record_traces(backbone.model, prompts, limits, policy, config.seed)
+
+    held = hold_conversations(openings, open_chat(config, backbone), record, answer, prompt_room(config, backbone))
+    if held.dropped:
+        run_folder.say(f"{held.dropped} later turns were not asked: the conversation had outgrown the context")
+    return TraceSet(_header(config, backbone, sources, held.dropped), held.traces)
+
+
+def prepare_traces(config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus) -> TraceSet:
+    """The traces that an evaluation measures heads on, as its `traces.jsonl` keeps them."""
+    traces = gather_traces(config, run_folder, backbone, corpus, config.evaluation.num_prompts)
+    run_folder.record()
+    write_trace_set(run_folder.path / TRACES_FILE, traces)
+    return traces
