@@ -70,7 +70,8 @@ def make_probe(config: RunConfig, run_folder: RunFolder, backbone: Backbone, sta
     corpus, longest = heldout_corpus(config, backbone), config.decoding.draft_length
     count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
     traces = gather_traces(config, run_folder, backbone, corpus, count).traces
-    traces = traces[:: max(1, len(traces) // PROBE_PROMPTS)][:PROBE_PROMPTS]  # of a trace set, or of long conversations
+    kept = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may give more
+    traces = [traces[number * len(traces) // kept] for number in range(kept)]
 
     def measure() -> dict[str, float]:
         counts = replay_head(config, backbone, stack, traces)
