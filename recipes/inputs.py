@@ -44,8 +44,8 @@ def stock_head(backbone: Backbone) -> Head:
     return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, backbone).eval())
 
 
-def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
-    """The head of a checkpoint.
+def check_owner(backbone: Backbone, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that holds no head of this backbone.
 
     Raises:
         UserError: it holds no head, or one that was trained on another backbone.
@@ -61,6 +61,12 @@ def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
             f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and this "
             f"one is {backbone.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
         )
+
+
+def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
+    """The head of a checkpoint; see `check_owner`."""
+    check_owner(backbone, checkpoint)
+    owner = checkpoint.owner
     stack = stack_from_tensors(backbone.config, owner["depth"], checkpoint.tensors(), str(checkpoint.folder))
     return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, backbone).eval())
 

@@ -13,6 +13,7 @@ class Task(Enum):
     distill = "distill"
     evaluate = "evaluate"
     compare = "compare"
+    doctor = "doctor"
     plan = "plan"
     mini_release = "mini_release"
     export = "export"

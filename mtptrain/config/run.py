@@ -39,7 +39,7 @@ class RunConfig:
     engine: EngineName = EngineName.single
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
-    checkpoint: str | None = None  # evaluate: a checkpoint folder, a run folder, or `stock`
+    checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
     target: ExportTarget | None = None  # export: who loads the folder: vllm, sglang or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names

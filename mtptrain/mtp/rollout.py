@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtptrain.data.packing import Batch
@@ -20,8 +20,10 @@ from mtptrain.kernels.sink_attention import context_mask, rollout_attention_refe
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
+Embed = Callable[[Tensor], Tensor]  # token_BS -> embedding_BSD
 
-class _StepAttention:
+
+class StepAttention:
     """Attention of one step, after the steps of its module whose keys it is given: the base step's, then the chain's.
 
     Attributes:
@@ -33,6 +35,7 @@ class _StepAttention:
         self.key_BSC: Tensor | None = None
 
     def __call__(self, query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
+        """Output of the queries; keeps the keys."""
         self.key_BSC = key_BSC
         context_BSC, *chain = [*self.earlier, key_BSC]
         chain_BSLC = torch.stack(chain, dim=2) if chain else None
@@ -43,24 +46,41 @@ class _StepAttention:
         )
 
 
+Step = Callable[[MtpBlock, int, Tensor, Tensor, Tensor, StepAttention], Tensor]  # block, k, its inputs -> state
+
+
+def run_block(
+    block: MtpBlock, step: int, embedding_BSD: Tensor, state_BSND: Tensor, position_BS: Tensor, attend: StepAttention
+) -> Tensor:
+    """Draft step `step` as it is trained and served: the block on exactly these inputs."""
+    return block(embedding_BSD, state_BSND, position_BS, attend)
+
+
 def _run_step(
-    block: MtpBlock, batch: Batch, step: int, earlier: list[Tensor], embedding_BSD: Tensor, state_BSND: Tensor
+    run_step: Step,
+    block: MtpBlock,
+    batch: Batch,
+    step: int,
+    earlier: list[Tensor],
+    embedding_BSD: Tensor,
+    state_BSND: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """State after a step, and its keys."""
-    attend = _StepAttention(block, batch.segment_BS, earlier)
-    state_BSND = block(embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
+    attend = StepAttention(block, batch.segment_BS, earlier)
+    state_BSND = run_step(block, step, embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
     assert attend.key_BSC is not None
     return state_BSND, attend.key_BSC
 
 
 def rollout(
     stack: MtpStack,
-    embedding: nn.Module,
+    embedding: Embed,
     streams_BSND: Tensor,
     batch: Batch,
     steps: int,
     choose: Callable[[int, Tensor], Tensor] | None = None,
     recompute: bool = False,
+    run_step: Step = run_block,
 ) -> list[Tensor]:
     """Draft states of every anchor: teacher-forced, or along the tokens that `choose` takes.
 
@@ -74,6 +94,7 @@ def rollout(
             with it instead of the text's own. For one module only: the base-step keys of a deeper one would come from
             drafted tokens.
         recompute: keep only each step's input for the backward, and run the step again there.
+        run_step: computes one step; the wrong wirings that a head is diagnosed with change its inputs.
 
     Returns:
         K tensors [B, S, D]: entry k - 1 at anchor i is the input of the lm_head for q_i^k, the distribution of token
@@ -90,7 +111,7 @@ def rollout(
         token_BS = batch.tokens_BS.roll(-step, dims=1)
         if choose is not None and step > 1:
             token_BS = choose(step - 1, hidden[-1])
-        arguments = (block, batch, step, keys, embedding(token_BS), state_BSND)
+        arguments = (run_step, block, batch, step, keys, embedding(token_BS), state_BSND)
         if recompute:
             state_BSND, key_BSC = checkpoint(_run_step, *arguments, use_reentrant=False)
         else:
