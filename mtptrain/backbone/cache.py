@@ -65,9 +65,9 @@ class SlidingRing:
         last_B1 = length_B.unsqueeze(1) - 1
         return last_B1 - (last_B1 - slot_1R) % self.size
 
-    def row(self, index: int) -> Self:
-        """A view of one row; writes to it change this ring."""
-        return type(self)(self.values_BRC[index : index + 1])
+    def rows(self, part: slice) -> Self:
+        """A view of some rows; writes to it change this ring."""
+        return type(self)(self.values_BRC[part])
 
 
 @dataclass(slots=True)
@@ -89,9 +89,9 @@ class CompressorState:
     rate: int
     span: int
 
-    def row(self, index: int) -> Self:
-        """A view of one row."""
-        return type(self)(self.raw.row(index), self.entries_BWC[index : index + 1], self.rate, self.span)
+    def rows(self, part: slice) -> Self:
+        """A view of some rows."""
+        return type(self)(self.raw.rows(part), self.entries_BWC[part], self.rate, self.span)
 
 
 @dataclass(slots=True)
@@ -105,11 +105,11 @@ class LayerCache:
     compressor: CompressorState | None = None
     indexer: CompressorState | None = None
 
-    def row(self, index: int) -> Self:
-        """A view of one row."""
-        compressor = self.compressor and self.compressor.row(index)
-        indexer = self.indexer and self.indexer.row(index)
-        return type(self)(self.ring.row(index), compressor, indexer)
+    def rows(self, part: slice) -> Self:
+        """A view of some rows."""
+        compressor = self.compressor and self.compressor.rows(part)
+        indexer = self.indexer and self.indexer.rows(part)
+        return type(self)(self.ring.rows(part), compressor, indexer)
 
 
 @dataclass(slots=True)
@@ -211,11 +211,10 @@ class BackboneCache:
         self.length_B.zero_()
         self.written_B.zero_()
 
-    def row(self, index: int) -> Self:
-        """A view of one row as a cache of batch 1, to prefill prompts of different lengths; it changes this cache."""
-        part = slice(index, index + 1)
+    def rows(self, part: slice) -> Self:
+        """A view of consecutive rows as a cache of their own, to prefill them alone; it changes this cache."""
         return type(self)(
-            layers=[layer.row(index) for layer in self.layers],
+            layers=[layer.rows(part) for layer in self.layers],
             length_B=self.length_B[part],
             written_B=self.written_B[part],
             rope_Pr=self.rope_Pr,

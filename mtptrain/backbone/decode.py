@@ -8,7 +8,8 @@ DeepSeek-V4 paper, sections 2.3.1 (CSA and its indexer) and 2.3.2 (HCA).
 # B rows, S new tokens, N residual streams, D hidden size, H heads, C channels of a head, L keys a query may look at,
 # F channels of the raw compressor inputs, M windows that may close, W compressed entries, r rotated channel pairs
 
-from typing import cast
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,37 @@ def decode_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: T
     return streams_BSND, backbone.norm(backbone.hc_head(streams_BSND))
 
 
+class PrefilledPart(NamedTuple):
+    """Slots first..first + S - 1 of the rows `rows`, as `decode_step` returns them."""
+
+    rows: slice
+    first: int
+    streams_BSND: Tensor
+    hidden_BSD: Tensor
+
+
 def prefill(
-    model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor, chunk: int = 256
-) -> tuple[Tensor, Tensor]:
-    """`decode_step` over tokens_BS in chunks of at most `chunk` tokens; returns the streams and hidden of all."""
-    steps = [decode_step(model, cache, tokens_Bs) for tokens_Bs in tokens_BS.split(chunk, dim=1)]
-    streams_BSND, hidden_BSD = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-    return streams_BSND, hidden_BSD
+    model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BP: Tensor, lengths: list[int], chunk: int = 256
+) -> Iterator[PrefilledPart]:
+    """Fill an empty cache with prompts of different lengths, part by part: nothing is padded, so it is exact.
+
+    All rows go together up to the shortest prompt, then each goes on alone.
+
+    Args:
+        model: the frozen backbone.
+        cache: empty.
+        tokens_BP: int64 prompts; what follows a row's length is not read.
+        lengths: tokens of each prompt, at least 1.
+        chunk: most tokens of a row that are run at once.
+    """
+    shortest = min(lengths)
+    spans = [(slice(0, len(lengths)), 0, shortest)]
+    spans += [(slice(row, row + 1), shortest, length) for row, length in enumerate(lengths)]
+    for rows, start, end in spans:
+        part = cache.rows(rows)
+        for first in range(start, end, chunk):
+            tokens_BS = tokens_BP[rows, first : min(first + chunk, end)]
+            yield PrefilledPart(rows, first, *decode_step(model, part, tokens_BS))
 
 
 def break_zero_ties(scores_BSW: Tensor) -> Tensor:

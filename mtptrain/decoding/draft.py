@@ -1,71 +1,101 @@
-"""Drafting with an MTP stack, one token at a time, through rings of base-step keys."""
+"""Drafting with an MTP stack, row by row independent, through rings of base-step keys.
 
-# One row throughout. A anchors of a pass, N residual streams, D model width, X cached and new keys, K draft steps
+Everything is addressed by slot: what a rejected draft has written is written again when the slot is decoded again.
+"""
+
+# B rows, A anchors of a pass, N residual streams, D model width, C head width, X cached and new keys, K draft steps,
+# V vocabulary
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import SlidingRing
-from mtptrain.config import MAX_DRAFT_LENGTH
+from mtptrain.backbone.decode import PrefilledPart
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import Draft
+from mtptrain.kernels.acceptance import sample_tokens
 from mtptrain.kernels.sink_attention import rollout_attention_reference
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
 
-class _ModuleCache:
-    """Base-step keys of one module, by anchor, and the keys of the draft's own later steps."""
+class Drafts(Protocol):
+    """Anything that proposes tokens: an MTP stack (`Drafter`), or a control of known quality."""
 
-    def __init__(self, block: MtpBlock, depth: int, dtype: torch.dtype, device: torch.device) -> None:
+    def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
+        """Begin with new texts, which grow while they are decoded; drafts have at most `draft_length` tokens."""
+        ...
+
+    def read(self, part: PrefilledPart) -> None:
+        """See a part of the prompts and its streams."""
+        ...
+
+    def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
+        """See the streams of slots first_B.. after a verify pass; those past the new texts are of rejected tokens."""
+        ...
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        """Propose a continuation of every text; u_BK are float64 draws, None for a greedy policy."""
+        ...
+
+
+class _ModuleCache:
+    """Base-step keys of one module, by anchor, and the keys of the draft's own later steps.
+
+    Args:
+        block: the module.
+        batch: B.
+        slack: slots beyond the window: how far behind the highest anchor ever written a pass may start.
+        like: tells dtype and device.
+    """
+
+    def __init__(self, block: MtpBlock, batch: int, slack: int, like: Tensor) -> None:
         attention = block.layer.self_attn
         self.window, self.scale, self.sinks_H = block.window, attention.scaling, attention.sinks
-        # An anchor is run again at most `depth` times, after later anchors were written.
-        size = self.window + MAX_DRAFT_LENGTH + depth + 1
-        self.ring = SlidingRing.allocate(1, size, attention.head_dim, dtype, device)
-        self.anchors_1A = torch.empty(1, 0, dtype=torch.int64, device=device)
+        self.ring = SlidingRing.allocate(batch, self.window + slack, attention.head_dim, like.dtype, like.device)
         self.chain: list[Tensor] = []
 
-    def base(self, first: int, count: int) -> None:
-        """Announce a base pass over `count` anchors from `first` on."""
-        self.anchors_1A = torch.arange(first, first + count, device=self.anchors_1A.device).unsqueeze(0)
+    def attend_base(self, rows: slice, anchor_BA: Tensor, query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
+        """Attention of a base step over earlier anchors' keys and each other's; stores the new keys."""
         self.chain = []
-
-    def attend_base(self, query_1HAC: Tensor, key_1AC: Tensor) -> Tensor:
-        """Attention of base steps over earlier anchors' keys and each other's; stores the new keys."""
-        known_1R = self.ring.positions(self.anchors_1A[:, 0])
-        mask_1AX = self._mask(torch.cat([known_1R, self.anchors_1A], dim=1), self.anchors_1A, num_chain=0)
-        context_1XC = torch.cat([self.ring.values_BRC, key_1AC], dim=1)
-        out = rollout_attention_reference(query_1HAC, context_1XC, None, self.sinks_H, mask_1AX, self.scale)
-        self.ring.write(self.ring.slots(self.anchors_1A), key_1AC)
+        ring = self.ring.rows(rows)
+        known_BX = torch.cat([ring.positions(anchor_BA[:, 0]), anchor_BA], dim=1)
+        context_BXC = torch.cat([ring.values_BRC, key_BAC], dim=1)
+        mask_BAX = self._mask(known_BX, anchor_BA, num_chain=0)
+        out = rollout_attention_reference(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, self.scale)
+        ring.write(ring.slots(anchor_BA), key_BAC)
         return out
 
-    def attend_chain(self, query_1H1C: Tensor, key_11C: Tensor) -> Tensor:
+    def attend_chain(self, anchor_B1: Tensor, query_BH1C: Tensor, key_B1C: Tensor) -> Tensor:
         """Attention of a later step at the last anchor over base-step keys and its own chain."""
-        self.chain.append(key_11C)
-        last_11 = self.anchors_1A[:, -1:]
-        mask_11X = self._mask(self.ring.positions(last_11[:, 0] + 1), last_11, num_chain=len(self.chain))
-        return rollout_attention_reference(
-            query_1H1C,
-            self.ring.values_BRC,
-            torch.stack(self.chain, dim=2),
-            self.sinks_H,
-            mask_11X,
-            self.scale,
-        )
+        self.chain.append(key_B1C)
+        mask_B1X = self._mask(self.ring.positions(anchor_B1[:, 0] + 1), anchor_B1, num_chain=len(self.chain))
+        chain_B1LC = torch.stack(self.chain, dim=2)
+        keys_BXC = self.ring.values_BRC
+        return rollout_attention_reference(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, self.scale)
 
-    def _mask(self, key_1X: Tensor, anchor_1A: Tensor, num_chain: int) -> Tensor:
-        age_1AX = anchor_1A.unsqueeze(2) - key_1X.unsqueeze(1)
-        return (age_1AX >= 0) & (age_1AX < self.window - num_chain) & (key_1X >= 0).unsqueeze(1)
+    def _mask(self, key_BX: Tensor, anchor_BA: Tensor, num_chain: int) -> Tensor:
+        age_BAX = anchor_BA.unsqueeze(2) - key_BX.unsqueeze(1)
+        return (age_BAX >= 0) & (age_BAX < self.window - num_chain) & (key_BX >= 0).unsqueeze(1)
 
 
 class Drafter:
-    """Drafts the continuation of one row.
+    """Drafts the continuations of a batch of texts.
 
     Step k <= depth is module k's base step: it runs over every anchor whose base-step key is not final yet. Module d's
     key of anchor j needs token t_{j+d}, so after a draft at anchor i the last depth - 1 anchors run again, with true
     tokens instead of drafted ones. Steps beyond the depth run at the last anchor only.
+
+    Rows emit different numbers of tokens; a pass runs as many anchors in every row as the row that got most needs, the
+    last one being the row's newest. Anchors that need it not are computed again, to the same keys. Slots before the
+    text, where a text is short, are masked.
 
     Args:
         model: the frozen backbone, for its embedding and lm_head.
@@ -74,51 +104,102 @@ class Drafter:
 
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack) -> None:
         self.model, self.stack = model, stack
-        weight = model.lm_head.weight
-        self.caches = [
-            _ModuleCache(stack.block(d), stack.depth, weight.dtype, weight.device) for d in range(1, stack.depth + 1)
-        ]
-        self.final = 0
-        self.pending_1AND: Tensor | None = None
 
-    def draft(self, tokens: list[int], streams_1AND: Tensor, length: int) -> list[int]:
-        """Greedy draft.
+    def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
+        """See `Drafts`."""
+        self.texts, self.draft_length, self.policy = texts, draft_length, policy
+        weight, config = self.model.lm_head.weight, self.model.config
+        batch, depth = len(texts.lengths), self.stack.depth
+        # Anchors lie at most K + depth behind the newest one and drafts K ahead of it.
+        slack = 2 * (draft_length + 1) + depth
+        self.num_base = min(depth, draft_length)
+        self.caches = [_ModuleCache(self.stack.block(d), batch, slack, weight) for d in range(1, self.num_base + 1)]
+        width = config.hc_mult * config.hidden_size
+        self.streams = SlidingRing.allocate(batch, slack, width, weight.dtype, weight.device)
+        self.shape_ND = (config.hc_mult, config.hidden_size)
 
-        Args:
-            tokens: all known tokens t_0..t_{i+1}.
-            streams_1AND: backbone streams of the anchors since the last call, up to anchor i.
-            length: tokens to draft, K.
+    def read(self, part: PrefilledPart) -> None:
+        """See `Drafts`. Keys of the last anchors, whose tokens are not known yet, are made again by the first draft."""
+        state_BSND = part.streams_BSND
+        batch, count = state_BSND.shape[:2]
+        slot_S = torch.arange(part.first, part.first + count, device=state_BSND.device)
+        anchor_BS = slot_S.expand(batch, -1)
+        self._store(part.rows, anchor_BS, state_BSND)
+        for step in range(1, self.num_base + 1):
+            state_BSND = self._base_step(step, part.rows, anchor_BS, state_BSND)
 
-        Returns:
-            The K drafted token ids, candidates for t_{i+2}, t_{i+3}, ...
-        """
-        anchor = len(tokens) - 2
-        streams = streams_1AND if self.pending_1AND is None else torch.cat([self.pending_1AND, streams_1AND], dim=1)
-        assert self.final + streams.shape[1] == anchor + 1, "streams must reach the anchor without a gap"
-        sequence, state = list(tokens), streams
-        for step in range(1, length + 1):
-            state = self._step(step, anchor, sequence, state)
-            hidden_D = self.stack.block(step).hidden(state[:, -1:])[0, 0]
-            sequence.append(self.choose(hidden_D, len(sequence)))
-        settled = max(self.final, anchor + 2 - self.stack.depth)
-        self.pending_1AND = streams[:, settled - self.final :]
-        self.final = settled
-        return sequence[len(tokens) :]
+    def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
+        """See `Drafts`."""
+        slot_S = torch.arange(streams_BSND.shape[1], device=first_B.device)
+        self._store(slice(None), first_B.unsqueeze(1) + slot_S, streams_BSND)
 
-    def choose(self, hidden_D: Tensor, place: int) -> int:
-        """The token drafted for slot `place`: the head's likeliest."""
-        return int(self.model.lm_head(hidden_D).argmax())
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        """See `Drafts`."""
+        texts, policy = self.texts, self.policy
+        anchor_B1 = (texts.length_B - 2).unsqueeze(1)
+        num_anchors = texts.newest + self.num_base - 1
+        anchor_BA = anchor_B1 - torch.arange(num_anchors - 1, -1, -1, device=anchor_B1.device)
+        state = self._load(anchor_BA)
+        going_B = torch.tensor(texts.is_open, device=anchor_B1.device)
+        drafted_B = torch.zeros_like(texts.length_B)
+        chosen: list[tuple[Tensor, Tensor | None]] = []
+        for step in range(1, self.draft_length + 1):
+            if step <= self.num_base:
+                state = self._base_step(step, slice(None), anchor_BA, state)
+            else:
+                state = self._chain_step(step, anchor_B1, state[:, -1:])
+            logits_BV = self.logits(step, state)
+            if policy.stop_below > 0:
+                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= policy.stop_below)
+                # Base steps run on: the keys of their anchors are needed later.
+                if step >= self.num_base and not bool(going_B.any()):
+                    break
+            token_B, q_BV = self._choose(logits_BV, None if u_BK is None else u_BK[:, step - 1])
+            texts.tokens_BT.scatter_(1, (texts.length_B + step - 1).unsqueeze(1), token_B.unsqueeze(1))
+            drafted_B = drafted_B + going_B
+            chosen.append((token_B, q_BV))
+        longest = len(chosen) if policy.stop_below == 0 else int(drafted_B.max())
+        return _gather(chosen[:longest], drafted_B)
 
-    def _step(self, step: int, anchor: int, sequence: list[int], state_1AND: Tensor) -> Tensor:
-        block, cache = self.stack.block(step), self.caches[self.stack.base_step(step) - 1]
-        is_base = self.stack.base_step(step) == step
-        first = self.final if is_base else anchor
-        if is_base:
-            cache.base(first, anchor + 1 - first)
-        else:
-            state_1AND = state_1AND[:, -1:]
-        device = state_1AND.device
-        token_1A = torch.tensor([sequence[first + step : anchor + step + 1]], device=device)
-        position_1A = torch.arange(first + step - 1, anchor + step, device=device).unsqueeze(0)
-        embedding_1AD = self.model.model.embed_tokens(token_1A)
-        return block(embedding_1AD, state_1AND, position_1A, cache.attend_base if is_base else cache.attend_chain)
+    def logits(self, step: int, state_BAND: Tensor) -> Tensor:
+        """Logits [B, V] of the last anchor's step."""
+        hidden_BD = self.stack.block(step).hidden(state_BAND[:, -1:])[:, 0]
+        return self.model.lm_head(hidden_BD.to(self.model.lm_head.weight.dtype))
+
+    def _choose(self, logits_BV: Tensor, u_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The drafted token and the distribution it was drawn from, None where it was certain."""
+        if u_B is None or self.policy.draws_greedily:
+            return logits_BV.argmax(-1), None
+        q_BV = self.policy.proposal(logits_BV)
+        return sample_tokens(q_BV, u_B), q_BV
+
+    def _base_step(self, step: int, rows: slice, anchor_BA: Tensor, state_BAND: Tensor) -> Tensor:
+        attend = partial(self.caches[step - 1].attend_base, rows, anchor_BA)
+        embedding_BAD = self._embed(rows, anchor_BA + step)
+        return self.stack.block(step)(embedding_BAD, state_BAND, anchor_BA + (step - 1), attend)
+
+    def _chain_step(self, step: int, anchor_B1: Tensor, state_B1ND: Tensor) -> Tensor:
+        attend = partial(self.caches[self.stack.base_step(step) - 1].attend_chain, anchor_B1)
+        embedding_B1D = self._embed(slice(None), anchor_B1 + step)
+        return self.stack.block(step)(embedding_B1D, state_B1ND, anchor_B1 + (step - 1), attend)
+
+    def _embed(self, rows: slice, slot_BA: Tensor) -> Tensor:
+        """Embeddings of the tokens at some slots; slots outside the texts give anything."""
+        tokens_BT = self.texts.tokens_BT[rows]
+        return self.model.model.embed_tokens(tokens_BT.gather(1, slot_BA.clamp(0, tokens_BT.shape[1] - 1)))
+
+    def _store(self, rows: slice, slot_BS: Tensor, streams_BSND: Tensor) -> None:
+        ring = self.streams.rows(rows)
+        ring.write(ring.slots(slot_BS), streams_BSND.flatten(2))
+
+    def _load(self, slot_BA: Tensor) -> Tensor:
+        ring = self.streams
+        return ring.values_BRC.flatten(0, 1)[ring.slots(slot_BA)].view(*slot_BA.shape, *self.shape_ND)
+
+
+def _gather(chosen: list[tuple[Tensor, Tensor | None]], drafted_B: Tensor) -> Draft:
+    """The draft of all steps together."""
+    if not chosen:
+        return Draft.nothing(drafted_B)
+    rows = [q_BV for _, q_BV in chosen if q_BV is not None]
+    return Draft(torch.stack([token_B for token_B, _ in chosen], 1), torch.stack(rows, 1) if rows else None, drafted_B)

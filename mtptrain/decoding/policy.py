@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,15 +38,34 @@ class Policy:
         """Whether the backbone's likeliest token is always taken."""
         return self.temperature == 0
 
+    @property
+    def draws_greedily(self) -> bool:
+        """Whether drafted tokens are the head's likeliest."""
+        return self.is_greedy or self.draft is DraftChoice.greedy
+
+    def describe(self) -> dict[str, Any]:
+        """Its entry in evaluation.json."""
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "draft": DraftChoice.greedy.value if self.draws_greedily else self.draft.value,
+            "verification": self.verification.value,
+            "stop_below": self.stop_below,
+        }
+
     def target(self, logits: Tensor) -> Tensor:
         """Distribution that the output follows, from the backbone's logits [..., V]; float32, one-hot when greedy."""
         return policy_probabilities(logits, self.temperature, self.top_k, self.top_p)
 
     def proposal(self, logits: Tensor) -> Tensor:
         """Distribution that drafts are drawn from, from the head's logits [..., V]; one-hot for greedy drafts."""
-        if self.draft is DraftChoice.greedy:
+        if self.draws_greedily:
             return policy_probabilities(logits, 0.0)
         return self.target(logits)
+
+
+GREEDY = Policy()
 
 
 def decoding_policy(config: DecodingConfig) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mtptrain.config.rules import require
@@ -28,7 +29,7 @@ class VerifyPass:
     """One verification of a draft.
 
     Attributes:
-        drafted: drafted tokens that could still be emitted, at least 1.
+        drafted: drafted tokens that could still be emitted; 0 where the head stopped before its first.
         accepted: how many of them were, counted from the first.
         emitted: accepted tokens and, where there was room for it, the verifier's own.
     """
@@ -45,11 +46,49 @@ class Decoded:
     Attributes:
         tokens: emitted token ids; the first comes from the prefill and belongs to no pass.
         gaps: difference of the verifier's two largest logits at each token, to tell a numerical tie from an error.
+        probabilities: what the policy gave each token; 1 when greedy.
         passes: verify passes in order; empty for plain decoding.
-        seconds: wall time of the whole, the prefill included.
     """
 
     tokens: list[int] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
     passes: list[VerifyPass] = field(default_factory=list)
-    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Wall seconds of a run, in all and by what they were spent on; the rest of the total is bookkeeping."""
+
+    total: float = 0.0
+    prefill: float = 0.0  # backbone and drafter over the prompts
+    draft: float = 0.0
+    verify: float = 0.0  # the backbone's pass and its lm_head
+    sample: float = 0.0  # acceptance, the verifier's own token, and their way to the host
+    rewind: float = 0.0
+
+
+@dataclass(slots=True)
+class DecodedBatch:
+    """The continuations of some prompts that were decoded together, in their order."""
+
+    rows: list[Decoded]
+    seconds: Seconds
+
+
+def settle_passes(accepted: Sequence[int], drafted: Sequence[int], num_tokens: int) -> list[VerifyPass]:
+    """Records of the passes that emitted a text of `num_tokens` tokens, the first of which came from the prefill.
+
+    Drafted tokens past the end of the text are not counted, in the loop and in replay alike.
+
+    Args:
+        accepted: accepted drafts of each pass, as if the text went on.
+        drafted: drafted tokens of each pass.
+        num_tokens: tokens of the whole text.
+    """
+    passes, room = [], num_tokens - 1
+    for length, count in zip(drafted, accepted, strict=True):
+        kept = min(count, room)
+        passes.append(VerifyPass(drafted=min(length, room), accepted=kept, emitted=min(kept + 1, room)))
+        room -= passes[-1].emitted
+    return passes

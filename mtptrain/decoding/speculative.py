@@ -1,96 +1,125 @@
-"""Greedy speculative decoding: draft with the MTP stack, verify in one backbone pass, take rejected tokens back."""
+"""Speculative decoding: draft, verify in one backbone pass, take rejected tokens back, each row for itself."""
 
-# One row. K drafted tokens, P prompt tokens
+# B rows, P prompt tokens, K drafted tokens, L = K + 1 verified positions, D model width
 
 from __future__ import annotations
-
-import time
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step, prefill
-from mtptrain.decoding.plain import allocate_cache, top_two
-from mtptrain.decoding.records import Decoded, Limits, VerifyPass
+from mtptrain.decoding.clock import Clock
+from mtptrain.decoding.draft import Drafts
+from mtptrain.decoding.draws import Draws, row_seed
+from mtptrain.decoding.policy import GREEDY, Policy
+from mtptrain.decoding.records import DecodedBatch, Limits
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import Draft, verify
+from mtptrain.errors import UserError
 
 
-class Drafts(Protocol):
-    """Anything that proposes tokens: an MTP stack (`Drafter`), or a control of known quality."""
-
-    def draft(self, tokens: list[int], streams_1AND: Tensor, length: int) -> list[int]:
-        """See `Drafter.draft`."""
-        ...
-
-
-def accepted_prefix(draft: list[int], verified: list[int]) -> int:
-    """How many leading drafted tokens the verifier chose itself."""
-    for count, (drafted, chosen) in enumerate(zip(draft, verified, strict=False)):
-        if drafted != chosen:
-            return count
-    return len(draft)
-
-
-def settle_passes(accepted: list[int], draft_length: int, num_tokens: int) -> list[VerifyPass]:
-    """Records of the passes that emitted a text of `num_tokens` tokens, the first of which came from the prefill.
-
-    Drafted tokens past the end of the text are not counted, in the loop and in replay alike.
-
-    Args:
-        accepted: accepted drafts of each pass, as if the text went on.
-        draft_length: tokens a draft, K.
-        num_tokens: tokens of the whole text.
-    """
-    passes, room = [], num_tokens - 1
-    for count in accepted:
-        kept = min(count, room)
-        passes.append(VerifyPass(drafted=min(draft_length, room), accepted=kept, emitted=min(kept + 1, room)))
-        room -= passes[-1].emitted
-    return passes
+def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
+    """An empty cache in the model's dtype and on its device."""
+    weight = model.lm_head.weight
+    return BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
 
 
 @torch.inference_mode()
 def decode_speculative(
     model: DeepseekV4ForCausalLM,
-    drafter: Drafts,
-    prompt_1P: Tensor,
+    drafter: Drafts | None,
+    prompts: list[list[int]],
     draft_length: int,
     limits: Limits,
-) -> Decoded:
-    """Greedy continuation of one prompt, the same tokens that `decode_plain` emits.
+    policy: Policy = GREEDY,
+    seeds: list[int] | None = None,
+) -> DecodedBatch:
+    """Continuations of some prompts, distributed as the backbone's own under the policy.
+
+    A greedy text is the one that plain decoding emits, up to numerical ties. Of a sampled text only the distribution is
+    that of plain decoding: the draws are used otherwise. They belong to the row alone, so a row's text does not depend
+    on the rows decoded beside it.
 
     Args:
         model: the backbone, which verifies.
-        drafter: drafts; a new one for each text.
-        prompt_1P: int64 [1, P].
-        draft_length: tokens a draft, K >= 1.
-        limits: where the text ends.
+        drafter: drafts; None decodes plainly.
+        prompts: token ids, at least one each; lengths may differ.
+        draft_length: most tokens of a draft, K; 0 without a drafter.
+        limits: where a text ends.
+        policy: what is drawn, and how drafts are made, verified and stopped.
+        seeds: of each row, for a policy that samples; by default those of a run of seed 0.
+
+    Raises:
+        UserError: a prompt is empty, too long or of another vocabulary.
     """
-    started = time.perf_counter()
-    record = Decoded()
-    cache = allocate_cache(model, 1, prompt_1P.shape[1] + limits.max_new_tokens + draft_length + 1, draft_length + 1)
-    streams_1AND, hidden_1SD = prefill(model, cache, prompt_1P)
-    token, gap = top_two(model.lm_head(hidden_1SD[:, -1]))
-    record.tokens, record.gaps = token.tolist(), gap.tolist()
-    known = prompt_1P[0].tolist() + record.tokens
-    accepted_counts: list[int] = []
-    while len(record.tokens) < limits.max_new_tokens and record.tokens[-1] not in limits.stop:
-        draft = drafter.draft(known, streams_1AND, draft_length)
-        block_1S = torch.tensor([[known[-1], *draft]], device=prompt_1P.device)
-        streams_1SND, hidden_1SD = decode_step(model, cache, block_1S)
-        verified_S, gap_S = top_two(model.lm_head(hidden_1SD[0]))
-        verified, gaps = verified_S.tolist(), gap_S.tolist()
-        accepted = accepted_prefix(draft, verified)
-        accepted_counts.append(accepted)
-        new_tokens = verified[: accepted + 1]
-        ends = [place + 1 for place, one in enumerate(new_tokens) if one in limits.stop]
-        room = min([limits.max_new_tokens - len(record.tokens), *ends])
-        record.tokens += new_tokens[:room]
-        record.gaps += gaps[: accepted + 1][:room]
-        known += new_tokens
-        cache.rewind(cache.length_B - (draft_length - accepted))
-        streams_1AND = streams_1SND[:, : accepted + 1]
-    record.passes = settle_passes(accepted_counts, draft_length, len(record.tokens))
-    record.seconds = time.perf_counter() - started
-    return record
+    check_prompts(model, prompts, limits)
+    assert (drafter is None) == (draft_length == 0), "a head drafts at least one token, nothing drafts none"
+    device = model.lm_head.weight.device
+    clock = Clock(device)
+    texts = Texts(prompts, limits, draft_length, device)
+    seeds = seeds or [row_seed(0, number) for number in range(len(prompts))]
+    draws = None
+    if not policy.is_greedy:
+        draws = Draws(seeds, texts.lengths, limits.max_new_tokens, draft_length, device)
+    cache = allocate_cache(model, len(prompts), texts.max_length, draft_length + 1)
+    if drafter is not None:
+        drafter.start(texts, draft_length, policy)
+    hidden_B1D = _read_prompts(model, cache, texts, drafter)
+    clock.lap("prefill")
+    nothing = Draft.nothing(torch.zeros_like(texts.length_B))
+    u_B1 = None if draws is None else draws.verify(texts.emitted_B, 0)
+    texts.emit(verify(policy, nothing, model.lm_head(hidden_B1D), u_B1), None)
+    clock.lap("sample")
+    while any(texts.is_open):
+        draft = nothing
+        if drafter is not None:
+            draft = drafter.draft(None if draws is None else draws.draft(texts.emitted_B))
+        clock.lap("draft")
+        first_B = texts.length_B - 1
+        streams_BLND, hidden_BLD = decode_step(model, cache, torch.cat([texts.last_B1, draft.tokens_BK], dim=1))
+        logits_BLV = model.lm_head(hidden_BLD)
+        clock.lap("verify")
+        u_BL = None if draws is None else draws.verify(texts.emitted_B, draft.tokens_BK.shape[1])
+        texts.emit(verify(policy, draft, logits_BLV, u_BL), None if drafter is None else draft)
+        clock.lap("sample")
+        cache.rewind(texts.length_B - 1)
+        if drafter is not None:
+            drafter.keep(first_B, streams_BLND)
+        clock.lap("rewind")
+    return DecodedBatch(texts.finish(), clock.stop())
+
+
+def check_prompts(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits: Limits) -> None:
+    """Raise a `UserError` unless the backbone can continue the prompts."""
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompts:
+        raise UserError("prompts=[]: there is nothing to continue; give at least one prompt")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompts: prompt {number} is empty; give it at least one token")
+        if len(prompt) + limits.max_new_tokens > context:
+            raise UserError(
+                f"decoding.max_new_tokens={limits.max_new_tokens}: prompt {number} has {len(prompt)} tokens and the "
+                f"backbone was built for {context}; shorten the prompt or lower decoding.max_new_tokens"
+            )
+        strange = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        if strange is not None:
+            raise UserError(
+                f"prompts: prompt {number} holds token {strange} and the backbone knows 0 to {vocabulary - 1}; use the "
+                "backbone's own tokenizer"
+            )
+
+
+def _read_prompts(model: DeepseekV4ForCausalLM, cache: BackboneCache, texts: Texts, drafter: Drafts | None) -> Tensor:
+    """Prefill backbone and drafter; the hidden state of each prompt's last token, [B, 1, D]."""
+    hidden: list[Tensor | None] = [None] * len(texts.lengths)
+    for part in prefill(model, cache, texts.tokens_BT, texts.lengths):
+        if drafter is not None:
+            drafter.read(part)
+        end = part.first + part.hidden_BSD.shape[1]
+        for place, row in enumerate(range(len(hidden))[part.rows]):
+            if end == texts.lengths[row]:
+                hidden[row] = part.hidden_BSD[place, -1:]
+    return torch.stack([one for one in hidden if one is not None])

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.data.prompts import Prompt
+from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import Limits
-from mtptrain.errors import UserError
 
 PROMPTS_A_BATCH = 16
 
@@ -42,24 +41,17 @@ def record_traces(
 
     Args:
         model: the backbone.
-        prompts: of any lengths; those of one length are decoded together.
+        prompts: of any lengths; prompts of like length are decoded together.
         limits: where a text ends.
         policy: what is drawn from the backbone's logits.
-        seed: of the draws.
-
-    Raises:
-        UserError: the policy is not greedy; sampled texts are not decoded yet.
+        seed: of the draws, which depend on it and on a prompt's place in the list alone.
     """
-    if not policy.is_greedy:
-        raise UserError(f"decoding.temperature={policy.temperature}: only greedy texts are decoded so far; set it to 0")
-    device = model.lm_head.weight.device
     traces: dict[int, Trace] = {}
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
-    while order:
-        length = len(prompts[order[0]].tokens)
-        group = [number for number in order[:PROMPTS_A_BATCH] if len(prompts[number].tokens) == length]
-        order = order[len(group) :]
-        tokens_BP = torch.tensor([prompts[number].tokens for number in group], device=device)
-        for number, record in zip(group, decode_plain(model, tokens_BP, limits), strict=True):
-            traces[number] = Trace(prompts[number], record.tokens, record.gaps, [1.0] * len(record.tokens))
+    for start in range(0, len(order), PROMPTS_A_BATCH):
+        group = order[start : start + PROMPTS_A_BATCH]
+        tokens = [prompts[number].tokens for number in group]
+        run = decode_plain(model, tokens, limits, policy, [row_seed(seed, number) for number in group])
+        for number, record in zip(group, run.rows, strict=True):
+            traces[number] = Trace(prompts[number], record.tokens, record.gaps, record.probabilities)
     return [traces[number] for number in range(len(prompts))]

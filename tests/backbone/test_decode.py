@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache, CompressorState, SlidingRing
-from mtptrain.backbone.decode import break_zero_ties, decode_step, prefill
+from mtptrain.backbone.decode import break_zero_ties, decode_step
+from mtptrain.backbone.decode import prefill as prefill_parts
 from tests.tiny import random_backbone
 
 LENGTH = 76  # tokens of the reference: nine windows of 8, nineteen of 4, and the ring of 13 wraps five times
@@ -48,6 +49,15 @@ def transformers_forward(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tup
 
 def empty_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int = MAX_LENGTH) -> BackboneCache:
     return BackboneCache.allocate(model.config, batch, max_length, MAX_STEP)
+
+
+def prefill(
+    model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Streams and hidden of prompts of one length."""
+    batch, length = tokens_BS.shape
+    parts = list(prefill_parts(model, cache, tokens_BS, [length] * batch, chunk))
+    return torch.cat([part.streams_BSND for part in parts], 1), torch.cat([part.hidden_BSD for part in parts], 1)
 
 
 def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
@@ -239,7 +249,7 @@ def test_rows_rewound_independently_equal_single_rows(
 ) -> None:
     cache, lengths = empty_cache(model, 3), [5, 16, 23]
     for row, length in enumerate(lengths):
-        prefill(model, cache.row(row), tokens_BS[row : row + 1, :length])
+        prefill(model, cache.rows(slice(row, row + 1)), tokens_BS[row : row + 1, :length])
     for number in range(12):
         kept = [(number + 2 * row) % 4 + 1 for row in range(3)]
         draft_BS = random_tokens(3, MAX_STEP, seed=number)

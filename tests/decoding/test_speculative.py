@@ -1,4 +1,6 @@
-"""Greedy speculative decoding emits what plain decoding emits, whatever is drafted."""
+"""Speculative decoding emits what plain decoding emits, whatever is drafted, and each row for itself."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,94 +8,177 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtptrain.backbone.decode import PrefilledPart
+from mtptrain.config import DraftChoice
+from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.plain import decode_plain
-from mtptrain.decoding.records import Limits
-from mtptrain.decoding.speculative import accepted_prefix, decode_speculative, settle_passes
-from tests.tiny import random_backbone
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Decoded, Limits, settle_passes
+from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import Draft
+from mtptrain.errors import UserError
+from mtptrain.kernels.acceptance import Verification
+from tests.evaluation.plain_loop import decode_plainly
+from tests.tiny import random_backbone, random_stack
+
+# B rows, K drafted tokens
 
 MODEL = random_backbone()
-NEW_TOKENS = 40
+NEW_TOKENS = 40  # five sliding windows, ten and five compression windows
+LIMITS = Limits(NEW_TOKENS)
 TIE_GAP = 1e-4  # fp32 logits of a batched verify differ from single steps by rounding
 
 
-def prompt_of(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(97, (1, length), generator=torch.Generator().manual_seed(seed))
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class ScriptedDrafter:
-    """Drafts the text's own tokens, except that draft number n goes wrong after `script[n]` of them."""
+def plain(prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[Decoded]:
+    return decode_plain(MODEL, prompts, Limits(new_tokens)).rows
 
-    def __init__(self, text: list[int], script: list[int]) -> None:
-        self.text, self.script, self.calls = text, script, 0
 
-    def draft(self, tokens: list[int], streams_1AND: Tensor, length: int) -> list[int]:
-        right = self.script[self.calls % len(self.script)]
+class ScriptedDrafts:
+    """Drafts each text's own tokens, except that draft number n goes wrong after `script[n]` of them."""
+
+    def __init__(self, texts: list[list[int]], scripts: list[list[int]]) -> None:
+        self.truth, self.scripts, self.calls = texts, scripts, 0
+
+    def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
+        self.texts, self.draft_length = texts, draft_length
+
+    def read(self, part: PrefilledPart) -> None:
+        pass
+
+    def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
+        pass
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        rows = [self._row(row, known) for row, known in enumerate(self.texts.length_B.tolist())]
         self.calls += 1
-        truth = self.text[len(tokens) : len(tokens) + length]
-        truth = truth + [0] * (length - len(truth))
+        return Draft(torch.tensor(rows), None, torch.full((len(rows),), self.draft_length))
+
+    def _row(self, row: int, known: int) -> list[int]:
+        script = self.scripts[row]
+        right = script[self.calls % len(script)]
+        truth = (self.truth[row] + [0] * self.draft_length)[known : known + self.draft_length]
+        truth += [0] * (self.draft_length - len(truth))
         return [token if place < right else (token + 1) % 97 for place, token in enumerate(truth)]
 
 
+def accepted_by_script(script: list[int], draft_length: int) -> list[int]:
+    room, expected, calls = NEW_TOKENS - 1, [], 0
+    while room > 0:
+        expected.append(min(script[calls % len(script)], draft_length, room))
+        room -= min(expected[-1] + 1, room)
+        calls += 1
+    return expected
+
+
+SCRIPTS = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=3, max_size=3)
+
+
 @settings(max_examples=12, deadline=None)
-@given(
-    length=st.integers(1, 20),
-    draft_length=st.integers(1, 6),
-    script=st.lists(st.integers(0, 6), min_size=1, max_size=8),
-)
-def test_any_draft_leaves_the_output_unchanged(length: int, draft_length: int, script: list[int]) -> None:
-    """Every pattern of rejections rewinds the cache across window and compression boundaries."""
-    prompt = prompt_of(length, seed=length)
-    plain = decode_plain(MODEL, prompt, Limits(NEW_TOKENS))[0]
-    # One token more than is emitted, so that the script also knows the last bonus token.
-    text = prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(NEW_TOKENS + 8))[0].tokens
-    loop = decode_speculative(MODEL, ScriptedDrafter(text, script), prompt, draft_length, Limits(NEW_TOKENS))
-    parted = next((i for i, (a, b) in enumerate(zip(plain.tokens, loop.tokens, strict=True)) if a != b), None)
-    assert parted is None or plain.gaps[parted] < TIE_GAP
-    if parted is None:
-        room, expected, calls = NEW_TOKENS - 1, [], 0
-        while room > 0:
-            accepted = min(script[calls % len(script)], draft_length, room)
-            expected.append(accepted)
-            room -= min(accepted + 1, room)
-            calls += 1
-        assert [record.accepted for record in loop.passes] == expected
+@given(lengths=st.lists(st.integers(1, 20), min_size=3, max_size=3), draft_length=st.integers(1, 6), scripts=SCRIPTS)
+def test_any_draft_leaves_the_output_unchanged(lengths: list[int], draft_length: int, scripts: list[list[int]]) -> None:
+    """Every pattern of rejections rewinds each row across window and compression boundaries."""
+    prompts = [prompt_of(length, seed=10 * row + length) for row, length in enumerate(lengths)]
+    expected = plain(prompts)
+    # More tokens than are emitted, so that the script also knows the last token of the verifier.
+    texts = [prompt + row.tokens for prompt, row in zip(prompts, plain(prompts, NEW_TOKENS + 8), strict=True)]
+    loop = decode_speculative(MODEL, ScriptedDrafts(texts, scripts), prompts, draft_length, LIMITS).rows
+    for row, script in enumerate(scripts):
+        pairs = zip(expected[row].tokens, loop[row].tokens, strict=True)
+        parted = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+        assert parted is None or expected[row].gaps[parted] < TIE_GAP
+        if parted is None:
+            assert [one.accepted for one in loop[row].passes] == accepted_by_script(script, draft_length)
+
+
+POLICIES = [
+    Policy(),
+    Policy(stop_below=0.08),
+    Policy(temperature=1.0),
+    Policy(temperature=0.7, top_k=20, top_p=0.9, verification=Verification.block),
+    Policy(temperature=1.3, draft=DraftChoice.greedy, stop_below=0.05),
+    Policy(temperature=1.0, stop_below=0.06, verification=Verification.block),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_engine_decodes_what_a_loop_without_cache_or_batch_decodes(depth: int, policy: Policy) -> None:
+    stack = random_stack(MODEL, depth)
+    prompts, seeds, length = [prompt_of(11, 1), prompt_of(3, 2)], [7, 2**40 + 3], 3
+    run = decode_speculative(MODEL, Drafter(MODEL, stack), prompts, length, Limits(14), policy, seeds)
+    for prompt, seed, row in zip(prompts, seeds, run.rows, strict=True):
+        trace, passes = decode_plainly(MODEL, stack, prompt, length, policy, new=14, seed=seed)
+        assert row.tokens == trace.tokens
+        assert row.passes == passes
+        torch.testing.assert_close(torch.tensor(row.probabilities), torch.tensor(trace.probabilities))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_row_does_not_depend_on_its_batch(depth: int, policy: Policy) -> None:
+    stack = random_stack(MODEL, depth)
+    prompts, seeds = [prompt_of(length, length) for length in (5, 1, 13, 2)], [11, 12, 13, 14]
+    together = decode_speculative(MODEL, Drafter(MODEL, stack), prompts, 4, LIMITS, policy, seeds).rows
+    for row, prompt in enumerate(prompts):
+        alone = decode_speculative(MODEL, Drafter(MODEL, stack), [prompt], 4, LIMITS, policy, [seeds[row]]).rows[0]
+        assert (together[row].tokens, together[row].passes) == (alone.tokens, alone.passes)
+
+
+@pytest.mark.parametrize("draft_length", [1, 8])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_head_leaves_greedy_output_unchanged_at_any_draft_length(depth: int, draft_length: int) -> None:
+    prompts = [prompt_of(length, length) for length in (5, 1, 13)]
+    loop = decode_speculative(MODEL, Drafter(MODEL, random_stack(MODEL, depth)), prompts, draft_length, LIMITS).rows
+    assert [row.tokens for row in loop] == [row.tokens for row in plain(prompts)]
+
+
+def test_plain_sampling_follows_the_draws_of_its_row_alone() -> None:
+    policy, prompts = Policy(temperature=1.0), [prompt_of(4, 1), prompt_of(9, 2)]
+    together = decode_plain(MODEL, prompts, LIMITS, policy, [3, 4]).rows
+    alone = [
+        decode_plain(MODEL, [one], LIMITS, policy, [seed]).rows[0] for one, seed in zip(prompts, (3, 4), strict=True)
+    ]
+    assert [row.tokens for row in together] == [row.tokens for row in alone]
+    assert together[0].tokens != decode_plain(MODEL, prompts, LIMITS, policy, [5, 4]).rows[0].tokens
 
 
 def test_a_perfect_draft_reaches_the_ceiling() -> None:
     prompt = prompt_of(9)
-    text = prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(60))[0].tokens
-    loop = decode_speculative(MODEL, ScriptedDrafter(text, [99]), prompt, 4, Limits(51))
+    text = prompt + plain([prompt], 60)[0].tokens
+    loop = decode_speculative(MODEL, ScriptedDrafts([text], [[99]]), [prompt], 4, Limits(51)).rows[0]
     assert [record.emitted for record in loop.passes] == [5] * 10
 
 
 @pytest.mark.parametrize("place", [0, 1, 7, 20])
 def test_the_stop_token_ends_both_ways_of_decoding_alike(place: int) -> None:
-    prompt = prompt_of(13, seed=5)
-    tokens = decode_plain(MODEL, prompt, Limits(NEW_TOKENS))[0].tokens
-    stop = tokens[place]
-    plain = decode_plain(MODEL, prompt, Limits(NEW_TOKENS, frozenset([stop])))[0]
-    assert plain.tokens == tokens[: tokens.index(stop) + 1]
-    script = ScriptedDrafter(
-        prompt[0].tolist() + decode_plain(MODEL, prompt, Limits(NEW_TOKENS + 8))[0].tokens, [3, 0, 2]
-    )
-    loop = decode_speculative(MODEL, script, prompt, 3, Limits(NEW_TOKENS, frozenset([stop])))
-    assert loop.tokens == plain.tokens
-    assert sum(record.emitted for record in loop.passes) == len(loop.tokens) - 1
+    prompts = [prompt_of(13, seed=5), prompt_of(6, seed=6)]
+    tokens = plain(prompts)[0].tokens
+    limits = replace(LIMITS, stop=frozenset([tokens[place]]))
+    stopped = decode_plain(MODEL, prompts, limits).rows
+    assert stopped[0].tokens == tokens[: tokens.index(tokens[place]) + 1]
+    texts = [prompt + row.tokens for prompt, row in zip(prompts, plain(prompts, NEW_TOKENS + 8), strict=True)]
+    loop = decode_speculative(MODEL, ScriptedDrafts(texts, [[3, 0, 2], [1]]), prompts, 3, limits).rows
+    assert [row.tokens for row in loop] == [row.tokens for row in stopped]
+    assert sum(record.emitted for record in loop[0].passes) == len(loop[0].tokens) - 1
 
 
-def test_rows_of_a_batch_decode_as_they_do_alone() -> None:
-    prompts = torch.cat([prompt_of(10, seed) for seed in range(3)])
-    together = decode_plain(MODEL, prompts, Limits(20))
-    for row, record in enumerate(together):
-        assert record.tokens == decode_plain(MODEL, prompts[row : row + 1], Limits(20))[0].tokens
+def test_seconds_of_the_phases_add_up_to_no_more_than_the_total() -> None:
+    run = decode_speculative(MODEL, Drafter(MODEL, random_stack(MODEL)), [prompt_of(4)], 2, LIMITS)
+    phases = (run.seconds.prefill, run.seconds.draft, run.seconds.verify, run.seconds.sample, run.seconds.rewind)
+    assert min(phases) > 0
+    assert sum(phases) <= run.seconds.total
 
 
 def test_drafts_past_the_end_are_not_counted() -> None:
-    passes = settle_passes([2, 4], draft_length=4, num_tokens=6)
+    passes = settle_passes([2, 4], drafted=[4, 4], num_tokens=6)
     assert [(p.drafted, p.accepted, p.emitted) for p in passes] == [(4, 2, 3), (2, 2, 2)]
 
 
-def test_the_accepted_prefix_ends_at_the_first_difference() -> None:
-    assert accepted_prefix([5, 6, 7], [5, 6, 8, 9]) == 2
-    assert accepted_prefix([5], [5, 1]) == 1
-    assert accepted_prefix([4, 5], [5, 5, 5]) == 0
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        decode_plain(MODEL, [[1], []], LIMITS)

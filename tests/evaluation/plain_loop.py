@@ -42,7 +42,7 @@ def decode_plainly(
 
     tokens, passes, probabilities = list(prompt), [], []
     first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]))
-    token = int(sample_tokens(first_RV, draws(Stream.verify, 1)[:, 0]))
+    token = int(sample_tokens(first_RV, draws(Stream.verify, length + 1)[:, -1]))
     tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
     while len(tokens) - len(prompt) < new:
         anchor, draft, q = len(tokens) - 2, [], []
@@ -55,7 +55,8 @@ def decode_plainly(
         _, hidden_RSD = run_backbone(model, torch.tensor([tokens + draft]))
         p_RLV = policy.target(model.lm_head(hidden_RSD[:, len(tokens) - 1 :]))
         q_RKV = torch.stack(q)[None] if q else p_RLV[:, :0]
-        u_RL = draws(Stream.verify, len(draft) + 1)
+        u_RL = draws(Stream.verify, length + 1)
+        u_RL = torch.cat([u_RL[:, : len(draft)], u_RL[:, -1:]], dim=1)
         ended = verify_draft(torch.tensor([draft], dtype=torch.int64), q_RKV, p_RLV, u_RL, policy.verification)
         accepted = int(ended.accepted_B)
         emitted = [*draft[:accepted], int(ended.token_B)]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.plain import decode_plain
@@ -48,7 +47,7 @@ def recorded() -> list[Trace]:
 def test_prompts_of_any_lengths_are_continued_in_their_order() -> None:
     for prompt, trace in zip(PROMPTS, recorded(), strict=True):
         assert trace.prompt == prompt
-        assert trace.tokens == decode_plain(MODEL, torch.tensor([prompt.tokens]), Limits(7))[0].tokens
+        assert trace.tokens == decode_plain(MODEL, [prompt.tokens], Limits(7)).rows[0].tokens
 
 
 def test_a_trace_set_reads_back_as_it_was_written(tmp_path: Path) -> None:

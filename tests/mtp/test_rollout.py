@@ -5,9 +5,13 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.backbone.streams import backbone_streams, run_backbone
 from mtptrain.data.packing import Batch
 from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.texts import Texts
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_batch, random_stack
@@ -30,29 +34,36 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
     with torch.inference_mode():
         streams, _ = run_backbone(model, torch.tensor([tokens]))
         expected = rollout(stack, model.model.embed_tokens, streams, single_row(tokens), steps)
-        drafter, seen = RecordingDrafter(model, stack, tokens), 0
+        texts = Texts([tokens[:7]], Limits(len(tokens)), steps, torch.device("cpu"))
+        drafter = RecordingDrafter(model, stack, tokens)
+        drafter.start(texts, steps, Policy())
+        drafter.read(PrefilledPart(slice(0, 1), 0, streams[:, :7], streams[:, :7, 0]))
+        known = 7
         # Irregular advances, as accepted drafts of different length make them.
         for anchor in (6, 7, 9, 12, 13, 17, 18, 19, 22):
-            drafter.hidden = []
-            drafter.draft(tokens[: anchor + 2], streams[:, seen : anchor + 1], steps)
-            seen = anchor + 1
+            drafter.keep(torch.tensor([known - 1]), streams[:, known - 1 : anchor + 1])
+            texts.newest, known = anchor + 2 - known, anchor + 2
+            texts.tokens_BT[0, :known] = torch.tensor(tokens[:known])
+            texts.length_B = torch.tensor([known])
+            drafter.states = []
+            drafter.draft(None)
             for step in range(1, steps + 1):
-                torch.testing.assert_close(
-                    drafter.hidden[step - 1], expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE
-                )
+                hidden_D = stack.block(step).hidden(drafter.states[step - 1])[0, 0]
+                torch.testing.assert_close(hidden_D, expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 class RecordingDrafter(Drafter):
-    """Keeps the hidden state of each step, and drafts the text's own tokens instead of the likeliest."""
+    """Keeps the last anchor's state of each step, and drafts the text's own tokens instead of the likeliest."""
 
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int]) -> None:
         super().__init__(model, stack)
         self.text = text
-        self.hidden: list[Tensor] = []
+        self.states: list[Tensor] = []
 
-    def choose(self, hidden_D: Tensor, place: int) -> int:
-        self.hidden.append(hidden_D)
-        return self.text[place]
+    def logits(self, step: int, state_BAND: Tensor) -> Tensor:
+        self.states.append(state_BAND[:, -1:])
+        place = int(self.texts.length_B) + step - 1
+        return torch.nn.functional.one_hot(torch.tensor([self.text[place]]), 97).float()
 
 
 @pytest.mark.parametrize("depth", [1, 3])

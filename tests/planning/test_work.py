@@ -30,7 +30,7 @@ def test_flops_of_a_pass_are_those_that_a_decode_step_computes(batch: int, per_r
     cache = BackboneCache.allocate(model.config, batch, context + per_row, per_row)
     tokens = torch.randint(shape.vocab_size, (batch, context + per_row))
     with torch.inference_mode():
-        prefill(model, cache, tokens[:, :context])
+        list(prefill(model, cache, tokens, [context] * batch))
         with FlopCounterMode(display=False) as counter:
             model.lm_head(decode_step(model, cache, tokens[:, context:])[1])
     work = backbone_pass(shape, per_row, PlanConfig(batch=batch, context=context))

@@ -1,0 +1,82 @@
+"""The texts of a batch while they grow, on the host and on the device."""
+
+# B rows, T slots a row can hold, L tokens that a pass may emit
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtptrain.decoding.records import Decoded, Limits, settle_passes
+from mtptrain.decoding.verify import Draft, Emission
+
+
+class Texts:
+    """Prompts and what was emitted after them.
+
+    Attributes:
+        records: tokens, gaps and probabilities of each row so far.
+        tokens_BT: int64, known tokens by slot; what follows a row's length holds anything.
+        length_B: int64, known tokens of each row.
+        is_open: of each row, whether it goes on.
+        newest: most tokens that a row got in the last pass.
+    """
+
+    def __init__(self, prompts: list[list[int]], limits: Limits, draft_length: int, device: torch.device) -> None:
+        self.lengths, self.limits = [len(prompt) for prompt in prompts], limits
+        self.max_length = max(self.lengths) + limits.max_new_tokens + draft_length + 1
+        rows = [prompt + [0] * (self.max_length - len(prompt)) for prompt in prompts]
+        self.tokens_BT = torch.tensor(rows, device=device)
+        self.prompt_B = torch.tensor(self.lengths, device=device)
+        self.length_B = self.prompt_B
+        self.records = [Decoded() for _ in prompts]
+        self.is_open = [True] * len(prompts)
+        self.newest = 0
+        self._accepted: list[list[int]] = [[] for _ in prompts]
+        self._drafted: list[list[int]] = [[] for _ in prompts]
+        self._offset_L = torch.arange(draft_length + 1, device=device)
+
+    @property
+    def emitted_B(self) -> Tensor:
+        """Tokens emitted so far, int64."""
+        return self.length_B - self.prompt_B
+
+    @property
+    def last_B1(self) -> Tensor:
+        """The last known token of each row, int64."""
+        return self.tokens_BT.gather(1, self.length_B.unsqueeze(1) - 1)
+
+    def emit(self, emission: Emission, draft: Draft | None) -> None:
+        """Append what a pass emits, up to the end of each text; the prefill drafted nothing and is no pass."""
+        slot_BL = self.length_B.unsqueeze(1) + self._offset_L[: emission.tokens_BL.shape[1]]
+        self.tokens_BT.scatter_(1, slot_BL, emission.tokens_BL)
+        accepted, tokens = emission.accepted_B.tolist(), emission.tokens_BL.tolist()
+        gaps, probabilities = emission.gap_BL.tolist(), emission.probability_BL.tolist()
+        drafted = None if draft is None else draft.drafted_B.tolist()
+        self.newest = 0
+        for row in [row for row, is_open in enumerate(self.is_open) if is_open]:
+            new = self._cut(row, tokens[row][: accepted[row] + 1])
+            record, count = self.records[row], len(new)
+            record.tokens += new
+            record.gaps += gaps[row][:count]
+            record.probabilities += probabilities[row][:count]
+            self.newest = max(self.newest, count)
+            if drafted is not None:
+                self._accepted[row].append(accepted[row])
+                self._drafted[row].append(drafted[row])
+        lengths = [prompt + len(record.tokens) for prompt, record in zip(self.lengths, self.records, strict=True)]
+        self.length_B = torch.tensor(lengths, device=self.tokens_BT.device)
+
+    def _cut(self, row: int, new: list[int]) -> list[int]:
+        """`new` up to the end of the text, which closes the row."""
+        room = self.limits.max_new_tokens - len(self.records[row].tokens)
+        ends = [place + 1 for place, token in enumerate(new) if token in self.limits.stop]
+        end = min([room, *ends])
+        self.is_open[row] = len(new) < end
+        return new[:end]
+
+    def finish(self) -> list[Decoded]:
+        """The records with their passes."""
+        for record, accepted, drafted in zip(self.records, self._accepted, self._drafted, strict=True):
+            record.passes = settle_passes(accepted, drafted, len(record.tokens))
+        return self.records
