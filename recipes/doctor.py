@@ -21,7 +21,8 @@ from mtptrain.evaluation.diagnosis import diagnose, measure_wirings
 from mtptrain.evaluation.head_tensors import examine_tensors, expected_shapes
 from mtptrain.mtp.initial import has_stock, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, num_modules, stack_from_tensors
-from mtptrain.recipes.inputs import check_owner, heldout_corpus, open_backbone, prepare_traces
+from mtptrain.recipes.inputs import check_owner, heldout_corpus, open_backbone
+from mtptrain.recipes.traces import prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
@@ -81,12 +82,16 @@ def print_diagnosis(result: dict[str, Any], console: Console) -> None:
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Examine the tensors, measure every wiring, say what is wrong; exit code 3 when something is."""
+    if config.decoding.temperature > 0:
+        raise UserError(
+            f"decoding.temperature={config.decoding.temperature}: the doctor replays greedy texts; leave it at 0"
+        )
     if config.checkpoint not in (None, "stock"):
         find_checkpoint(Path(str(config.checkpoint)))  # before the backbone is loaded
     backbone = open_backbone(config)
     tensors, depth, stock = stored_head(config, backbone)
     report = examine_tensors(tensors, backbone.config, depth, stock)
-    traces = prepare_traces(config, run_folder, backbone, heldout_corpus(config, backbone))
+    traces = prepare_traces(config, run_folder, backbone, heldout_corpus(config, backbone)).traces
     stack = usable_stack(backbone, tensors, depth, report)
     wirings: list[dict[str, Any]] | None = None
     controls: dict[str, Any] = {}

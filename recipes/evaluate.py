@@ -5,45 +5,41 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
-from mtptrain.decoding.policy import Policy, decoding_policy
-from mtptrain.decoding.records import Decoded, VerifyPass
+from mtptrain.decoding.policy import GREEDY, decoding_policy
 from mtptrain.errors import UserError
-from mtptrain.evaluation.certify import LoopRun, certify
+from mtptrain.evaluation.acceptance import describe_acceptance
 from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.counts import count_passes
+from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
 from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.heads import Head, teacher_forced
-from mtptrain.evaluation.metrics import paired_gain, summarize, totals
-from mtptrain.evaluation.replay import replay_all, replay_passes
+from mtptrain.evaluation.loop import certify_runs, loop_totals, sample_texts
+from mtptrain.evaluation.metrics import acceptance_length, domain_rows, paired_gain
+from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.table import print_summary
-from mtptrain.evaluation.speedup import run_interleaved, summarize_speed
+from mtptrain.evaluation.sampler_check import sampler_certificate
+from mtptrain.evaluation.speedup import BatchRuns, cut_batches, run_interleaved, summarize_speed, tokens_per_second
+from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.initial import has_stock
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
-from mtptrain.recipes.inputs import (
-    describe_backbone,
-    heldout_corpus,
-    open_backbone,
-    stock_head,
-    trained_head,
-)
+from mtptrain.recipes.inputs import describe_backbone, heldout_corpus, open_backbone, stock_head, trained_head
 from mtptrain.recipes.traces import decoding_limits, prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
-SCHEMA = 1
+SCHEMA = 2
+STEP_REPETITIONS = 20
+GREEDY_PROMPTS = 2  # decoded greedily for the certificate where the run samples
 
 
 def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
@@ -54,55 +50,77 @@ def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: 
     return replay_all(drafts, policy)
 
 
-def sample_pieces(tokenizer: Tokenizer, trace: Trace, passes: list[VerifyPass]) -> list[dict[str, str]]:
-    """A continuation cut into pieces by where its tokens came from."""
-    kinds = ["bonus"]
-    for record in passes:
-        kinds += ["accepted"] * record.accepted + ["bonus"] * (record.emitted - record.accepted)
-    pieces: list[dict[str, str]] = []
-    done = ""
-    for end, kind in enumerate(kinds, start=1):
-        text = tokenizer.decode(trace.tokens[:end], skip_special_tokens=False)
-        if text.endswith("\ufffd"):
-            continue  # the bytes of a character are not complete yet
-        pieces.append({"text": text[len(done) :], "kind": kind})
-        done = text
-    return pieces
-
-
-def measure_loop(
+def run_loops(
     config: RunConfig, backbone: Backbone, heads: list[Head], traces: list[Trace]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]:
-    """Really decode some prompts: loop counts by head, certificate, speed-ups by head, plain tokens a second."""
-    lengths = list(range(1, config.decoding.draft_length + 1))
-    limits = decoding_limits(config, backbone)
+) -> dict[int, list[BatchRuns]]:
+    """Really decode some prompts with every head and K, by batch size."""
+    sizes, policy = config.evaluation.batch_sizes, decoding_policy(config.decoding)
+    limits, lengths = decoding_limits(config, backbone), list(range(1, config.decoding.draft_length + 1))
     stacks = {head.name: head.stack for head in heads}
-    with Progress("decoding prompts", len(traces), unit="prompts") as progress:
-        plain, runs = run_interleaved(
-            backbone.model, stacks, traces, lengths, limits, lambda done, note: progress.update(done, note, 1)
-        )
-    loop: dict[str, Any] = {name: {} for name in stacks}
-    speed: dict[str, Any] = {name: {} for name in stacks}
-    checks: list[LoopRun] = []
-    for (name, k), records in runs.items():
-        texts = [
-            replace(trace, tokens=record.tokens, gaps=record.gaps)
-            for trace, record in zip(traces, records, strict=True)
-        ]
-        policy = Policy()
-        drafts = draft_traces(backbone.model, stacks[name], texts, k, policy)
-        for number, (record, one) in enumerate(zip(records, drafts, strict=True)):
-            checks.append(LoopRun(name, number, k, plain[number][0], record, replay_passes(one, policy, k)))
-        loop[name][str(k)] = totals([count_passes(record.passes, k) for record in records])
-        speed[name][str(k)] = summarize_speed(plain, records)
-    certificate = certify(checks, str(backbone.model.lm_head.weight.dtype).removeprefix("torch."))
-    return loop, certificate, speed, _plain_rate(plain)
+    batches = {size: cut_batches(traces, size, config.evaluation.timed_prompts) for size in sizes}
+    found: dict[int, list[BatchRuns]] = {}
+    done = 0
+    with Progress("decoding batches", sum(map(len, batches.values())), unit="batches") as progress:
+        for size in sizes:
+
+            def report(number: int, note: str, before: int = done) -> None:
+                progress.update(before + number, note, 1)
+
+            found[size] = run_interleaved(
+                backbone.model, stacks, batches[size], lengths, limits, policy, config.seed, report
+            )
+            done += len(batches[size])
+    return found
 
 
-def _plain_rate(plain: list[list[Decoded]]) -> float:
-    """Tokens a second of plain decoding."""
-    runs = [run for pair in plain for run in pair]
-    return sum(len(run.tokens) for run in runs) / sum(run.seconds for run in runs)
+def make_certificate(
+    config: RunConfig, backbone: Backbone, heads: list[Head], traces: list[Trace], runs: dict[int, list[BatchRuns]]
+) -> dict[str, Any]:
+    """Everything that must hold before a figure counts, and whether all of it does."""
+    model, policy, longest = backbone.model, decoding_policy(config.decoding), config.decoding.draft_length
+    stacks = {head.name: head.stack for head in heads}
+    parts = certify_runs(model, stacks, [run for of_size in runs.values() for run in of_size], policy)
+    if not policy.is_greedy:
+        few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
+        limits = decoding_limits(config, backbone)
+        greedy = run_interleaved(model, stacks, few, [longest], limits, GREEDY, config.seed, lambda *_: None)
+        parts |= certify_runs(model, stacks, greedy, GREEDY)
+    controls: dict[str, Any] = {"all_accept": all_accept_control(model, traces[0].prompt.tokens, longest)}
+    controls |= {f"shifted_target_{name}": shifted_target_control(model, stacks[name], traces) for name in stacks}
+    parts |= {"sampler": sampler_certificate()}
+    parts |= {"controls": {"passed": all(one["passed"] for one in controls.values()), **controls}}
+    return {"passed": all(part["passed"] for part in parts.values()), **parts}
+
+
+def measure_times(
+    backbone: Backbone, heads: list[Head], batch: BatchRuns, replays: dict[str, Replayed]
+) -> dict[str, Any]:
+    """Times of the steps of each head on the prompts of a batch, and the speed-ups that they predict."""
+    shortest = min(len(trace.prompt.tokens) for trace in batch.traces)
+    prompts = [trace.prompt.tokens[:shortest] for trace in batch.traces]
+    found = {}
+    for head in heads:
+        counts = replays[head.name]
+        lengths = {k: acceptance_length(counts[k]) for k in counts}
+        times = measure_steps(backbone.model, head.stack, prompts, max(counts), STEP_REPETITIONS)
+        found[head.name] = describe_times(times, lengths)
+    return found
+
+
+def compare_with_stock(
+    replays: dict[str, Replayed], traces: list[Trace]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Gain of the trained head over the stock head by K, and by domain at the longest K; None without both."""
+    if not {"stock", "trained"} <= set(replays):
+        return None, None
+    stock, trained = replays["stock"], replays["trained"]
+    groups, longest = [trace.prompt.group for trace in traces], max(stock)
+    gain = {str(k): paired_gain(stock[k], trained[k], groups) for k in stock}
+    by_domain = {}
+    for domain, rows in domain_rows([trace.prompt.domain for trace in traces]).items():
+        base, other = ([counts[longest][i] for i in rows] for counts in (stock, trained))
+        by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
+    return gain, by_domain
 
 
 def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone, heads: list[Head]) -> dict[str, Any]:
@@ -111,50 +129,48 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     Returns:
         The content of evaluation.json; docs/evaluation.md describes it.
     """
-    corpus = heldout_corpus(config, backbone)
-    row_length, longest = config.data.sequence_length, config.decoding.draft_length
+    corpus, policy = heldout_corpus(config, backbone), decoding_policy(config.decoding)
+    longest, row_length = config.decoding.draft_length, config.data.sequence_length
     trace_set = prepare_traces(config, run_folder, backbone, corpus)
     traces = trace_set.traces
-    replayed = {head.name: replay_head(config, backbone, head.stack, traces) for head in heads}
-    timed = traces[:: max(1, len(traces) // config.evaluation.timed_prompts)][: config.evaluation.timed_prompts]
-    loop, certificate, speed, plain_rate = measure_loop(config, backbone, heads, timed)
+    runs = run_loops(config, backbone, heads, traces)
+    first = min(runs)
     rows = config.evaluation.heldout_sequences
-    entries = []
-    groups = [trace.prompt.group for trace in traces]
-    shown = traces[:3]
+    entries, replays = [], {}
     for head in heads:
-        counts = replayed[head.name]
-        drafts = draft_traces(backbone.model, head.stack, shown, longest, Policy())
+        drafts = draft_traces(backbone.model, head.stack, traces, longest, policy, free_running=True)
+        replays[head.name] = replay_all(drafts, policy)
         entries.append(
             {
                 **head.describe(),
                 "teacher_forced": teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
-                "replay": {str(k): summarize(counts[k], groups) for k in counts},
-                "loop": loop[head.name],
-                "samples": [
-                    {
-                        "prompt": backbone.tokenizer.decode(trace.prompt.tokens[-40:]),
-                        "draft_length": longest,
-                        "pieces": sample_pieces(backbone.tokenizer, trace, replay_passes(one, Policy(), longest)),
-                    }
-                    for trace, one in zip(shown, drafts, strict=True)
-                ],
+                **describe_acceptance(traces, drafts, policy, backbone.tokenizer),
+                "loop": {str(k): loop_totals(runs[first], head.name, k) for k in replays[head.name]},
+                "samples": sample_texts(backbone.tokenizer, runs[first], head.name, longest),
             }
         )
-    gain = None
-    if {"stock", "trained"} <= set(replayed):
-        gain = {str(k): paired_gain(replayed["stock"][k], replayed["trained"][k], groups) for k in replayed["stock"]}
+    gain, gain_by_domain = compare_with_stock(replays, traces)
     evaluation = {
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
         "backbone": describe_backbone(config, backbone, corpus),
         "prompts": trace_set.describe(),
+        "policy": policy.describe(),
         "draft_length": longest,
         "heads": entries,
         "gain": gain,
-        "certificate": certificate,
-        "speedup": speed,
-        "plain_tokens_per_second": plain_rate,
+        "gain_by_domain": gain_by_domain,
+        "certificate": make_certificate(config, backbone, heads, traces, runs),
+        "speedup": {
+            str(size): {
+                head.name: {str(k): summarize_speed(found, head.name, k) for k in replays[head.name]} for head in heads
+            }
+            for size, found in runs.items()
+        },
+        "steps": {str(size): measure_times(backbone, heads, found[0], replays) for size, found in runs.items()},
+        "plain_tokens_per_second": {
+            str(size): tokens_per_second([one for run in found for one in run.plain]) for size, found in runs.items()
+        },
     }
     write_json(run_folder.path / "evaluation.json", evaluation)
     write_report(evaluation, run_folder.path / "report.html")

@@ -21,7 +21,7 @@ from mtptrain.config import ExportForm, ExportScheme, RunConfig
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.evaluation.trace import Trace, heldout_prompts, record_traces
+from mtptrain.evaluation.trace import Trace
 from mtptrain.export.card import RECORD, Export, model_card, training_provenance
 from mtptrain.export.folder import (
     bytes_needed,
@@ -38,7 +38,8 @@ from mtptrain.mtp.release import from_release, is_release_layout, to_release
 from mtptrain.mtp.release_names import Scheme
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.recipes.evaluate import replay_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stop_token, trained_head
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, trained_head
+from mtptrain.recipes.traces import gather_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_folder, no_room, write_json, write_text
 
@@ -134,9 +135,8 @@ def build(
     """Write the folder, read it back, replay its head, and write its card."""
     scheme, owner = export_scheme(config, backbone), checkpoint.owner
     assert config.target is not None
-    measured = config.evaluation
-    prompts = heldout_prompts(heldout_corpus(config, backbone), measured.num_prompts, measured.prompt_tokens)
-    traces = record_traces(backbone.model, prompts, config.decoding.max_new_tokens, stop_token(backbone))
+    corpus = heldout_corpus(config, backbone)
+    traces = gather_traces(config, run_folder, backbone, corpus, config.evaluation.num_prompts).traces
     before = acceptance(config, backbone, head.stack, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={run_folder.path}")

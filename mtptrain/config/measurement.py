@@ -44,7 +44,8 @@ class EvaluationConfig:
     num_prompts: int = 64  # prompts or conversations, evenly spread over what `prompts` names; its files may hold fewer
     prompt_tokens: int = 96  # tokens of a prompt cut from held-out documents
     traces: str | None = None  # the traces.jsonl of an earlier evaluation, used again instead of decoding prompts
-    timed_prompts: int = 6  # of them, for the paired timing of plain and speculative decoding
+    timed_prompts: int = 6  # of them, really decoded by every head and K beside plain decoding, in at least 3 batches
+    batch_sizes: list[int] = field(default_factory=lambda: [1])  # prompts decoded together when speed is measured
     heldout_sequences: int = 96  # held-out sequences for the teacher-forced figures
     every: int = 0  # training steps between replays of some of the prompts; 0 = only at the end
     include_stock: bool = True  # measure the stock head beside the checkpoint
@@ -52,4 +53,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "prompt_tokens", "timed_prompts", "heldout_sequences"):
             require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "must be at least 1")
+        sizes = self.batch_sizes
+        require(
+            bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes),
+            "evaluation.batch_sizes",
+            sizes,
+            "must be different numbers of prompts, each at least 1",
+        )
         require(self.every >= 0, "evaluation.every", self.every, "must not be negative")

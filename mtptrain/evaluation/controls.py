@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.backbone.decode import decode_step, prefill
+from mtptrain.backbone.decode import PrefilledPart, decode_step
 from mtptrain.backbone.streams import run_backbone
-from mtptrain.decoding.plain import allocate_cache
-from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import allocate_cache, decode_speculative
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import Draft
 from mtptrain.evaluation.drafts import trace_batch
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.rollout import rollout
@@ -68,30 +71,38 @@ def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces
 
 
 class BackboneDrafts:
-    """The backbone as its own draft, for one text of at most `max_length` tokens.
+    """The backbone as its own greedy draft.
 
     Args:
         model: the backbone.
-        max_length: tokens of prompt and continuation.
-        draft_length: K.
     """
 
-    def __init__(self, model: DeepseekV4ForCausalLM, max_length: int, draft_length: int) -> None:
-        self.model, self.known = model, 0
-        self.cache = allocate_cache(model, 1, max_length + draft_length + 1, draft_length + 1)
+    def __init__(self, model: DeepseekV4ForCausalLM) -> None:
+        self.model = model
 
-    def draft(self, tokens: list[int], streams_1AND: Tensor, length: int) -> list[int]:
-        """The backbone's own next `length` tokens; see `Drafts`."""
-        new_1S = torch.tensor([tokens[self.known :]], device=streams_1AND.device)
-        read = prefill if self.known == 0 else decode_step
-        _, hidden_1SD = read(self.model, self.cache, new_1S)
-        self.known = len(tokens)
-        drafted = [int(self.model.lm_head(hidden_1SD[0, -1]).argmax())]
-        while len(drafted) < length:
-            _, hidden_1SD = decode_step(self.model, self.cache, torch.tensor([[drafted[-1]]], device=new_1S.device))
-            drafted.append(int(self.model.lm_head(hidden_1SD[0, -1]).argmax()))
-        self.cache.rewind(self.cache.length_B - (length - 1))
-        return drafted
+    def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
+        """See `Drafts`; one row, a greedy policy."""
+        self.texts, self.draft_length = texts, draft_length
+        self.cache = allocate_cache(self.model, 1, texts.max_length, draft_length + 1)
+        self.known = 0
+
+    def read(self, part: PrefilledPart) -> None:
+        """Nothing: the drafts come from a cache of their own."""
+
+    def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
+        """Nothing: the drafts come from a cache of their own."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        """The backbone's own next tokens; see `Drafts`."""
+        length = int(self.texts.length_B)
+        _, hidden_1SD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, self.known : length])
+        self.known = length
+        tokens = [self.model.lm_head(hidden_1SD[:, -1]).argmax(-1)]
+        while len(tokens) < self.draft_length:
+            _, hidden_1SD = decode_step(self.model, self.cache, tokens[-1].unsqueeze(1))
+            tokens.append(self.model.lm_head(hidden_1SD[:, -1]).argmax(-1))
+        self.cache.rewind(self.texts.length_B)
+        return Draft(torch.stack(tokens, dim=1), None, torch.tensor([len(tokens)], device=hidden_1SD.device))
 
 
 @torch.inference_mode()
@@ -109,9 +120,7 @@ def all_accept_control(
     Returns:
         `acceptance_length`, the `ceiling` K + 1, and `passed`: they are equal.
     """
-    new_tokens = 1 + num_passes * (draft_length + 1)
-    prompt_1P = torch.tensor([prompt], device=model.lm_head.weight.device)
-    drafts = BackboneDrafts(model, len(prompt) + new_tokens, draft_length)
-    passes = decode_speculative(model, drafts, prompt_1P, draft_length, new_tokens).passes
+    limits = Limits(1 + num_passes * (draft_length + 1))
+    passes = decode_speculative(model, BackboneDrafts(model), [prompt], draft_length, limits).rows[0].passes
     length = sum(one.emitted for one in passes) / len(passes)
     return {"acceptance_length": length, "ceiling": draft_length + 1, "passed": length == draft_length + 1}

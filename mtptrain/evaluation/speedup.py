@@ -1,61 +1,104 @@
-"""Speed on the clock: speculative against plain decoding, paired by prompt and interleaved in one run."""
+"""Speed on the clock: speculative against plain decoding, paired by batch and interleaved in one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.plain import decode_plain
-from mtptrain.decoding.records import Decoded, Limits
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import DecodedBatch, Limits
 from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.stack import MtpStack
+
+LEAST_BATCHES = 3  # of each size: fewer give no quartiles
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRuns:
+    """One batch of prompts, decoded plainly before and after all speculative runs of it.
+
+    Attributes:
+        traces: whose prompts were decoded, a row each.
+        plain: the two plain runs.
+        speculative: by head and draft length.
+    """
+
+    traces: list[Trace]
+    plain: tuple[DecodedBatch, DecodedBatch]
+    speculative: dict[tuple[str, int], DecodedBatch]
+
+
+def cut_batches(traces: list[Trace], size: int, num_prompts: int) -> list[list[Trace]]:
+    """Batches of `size` prompts, spread over the traces: `num_prompts` in all, and at least three batches.
+
+    Prompts are used again where there are too few.
+    """
+    count = max(LEAST_BATCHES, num_prompts // size)
+    chosen = np.linspace(0, len(traces), count * size, endpoint=False).astype(int)
+    return [[traces[i] for i in chosen[start : start + size]] for start in range(0, count * size, size)]
 
 
 def run_interleaved(
     model: DeepseekV4ForCausalLM,
     stacks: dict[str, MtpStack],
-    traces: list[Trace],
+    batches: list[list[Trace]],
     draft_lengths: list[int],
     limits: Limits,
+    policy: Policy,
+    seed: int,
     report: Callable[[int, str], None],
-) -> tuple[list[list[Decoded]], dict[tuple[str, int], list[Decoded]]]:
-    """Decode every prompt plainly before and after all speculative runs of it, at batch 1.
+) -> list[BatchRuns]:
+    """Decode every batch plainly and with every head and K.
 
     Args:
         model: the backbone.
         stacks: heads by name.
-        traces: their prompts are decoded.
+        batches: their prompts are decoded.
         draft_lengths: every K to run.
         limits: where a text ends.
-        report: told the prompts done and a word on the current one.
+        policy: of all runs.
+        seed: of the run; a row's draws depend on its place among all prompts.
+        report: told the batches done and a word on the current one.
+    """
+    found = []
+    for number, traces in enumerate(batches):
+        prompts = [trace.prompt.tokens for trace in traces]
+        seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
+        first = decode_plain(model, prompts, limits, policy, seeds)
+        runs = {
+            (name, k): decode_speculative(model, Drafter(model, stack), prompts, k, limits, policy, seeds)
+            for name, stack in stacks.items()
+            for k in draft_lengths
+        }
+        found.append(BatchRuns(traces, (first, decode_plain(model, prompts, limits, policy, seeds)), runs))
+        report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
+    return found
+
+
+def tokens_per_second(runs: list[DecodedBatch]) -> float:
+    """Emitted tokens over wall time, the prefill included."""
+    return sum(len(row.tokens) for run in runs for row in run.rows) / sum(run.seconds.total for run in runs)
+
+
+def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> dict[str, Any]:
+    """Ratio of tokens a second, speculative over plain, by batch of prompts.
 
     Returns:
-        Two plain runs of each prompt, and the speculative runs by (head, K), in the order of the prompts.
+        `median`, `quartiles` and `per_batch` of the ratio; `shares` of the speculative runs' time by phase.
     """
-    device = model.lm_head.weight.device
-    plain: list[list[Decoded]] = []
-    speculative: dict[tuple[str, int], list[Decoded]] = {(name, k): [] for name in stacks for k in draft_lengths}
-    for number, trace in enumerate(traces):
-        prompt = torch.tensor([trace.prompt.tokens], device=device)
-        first = decode_plain(model, prompt, limits)[0]
-        for (name, k), records in speculative.items():
-            records.append(decode_speculative(model, Drafter(model, stacks[name]), prompt, k, limits))
-        plain.append([first, decode_plain(model, prompt, limits)[0]])
-        report(number + 1, f"plain {len(first.tokens) / first.seconds:.0f} tokens/s")
-    return plain, speculative
-
-
-def summarize_speed(plain: list[list[Decoded]], speculative: list[Decoded]) -> dict[str, Any]:
-    """Ratio of tokens a second, speculative over plain, by prompt: median, quartiles and the values."""
-    ratios = []
-    for pair, record in zip(plain, speculative, strict=True):
-        baseline = np.mean([run.seconds / len(run.tokens) for run in pair])
-        ratios.append(float(baseline / (record.seconds / len(record.tokens))))
+    mine = [run.speculative[head, draft_length] for run in runs]
+    pairs = zip(runs, mine, strict=True)
+    ratios = [tokens_per_second([one]) / tokens_per_second(list(run.plain)) for run, one in pairs]
     lower, median, upper = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
-    return {"median": median, "quartiles": [lower, upper], "per_prompt": ratios}
+    spent = [asdict(run.seconds) for run in mine]
+    total = sum(seconds["total"] for seconds in spent)
+    shares = {phase: sum(seconds[phase] for seconds in spent) / total for phase in spent[0] if phase != "total"}
+    return {"median": median, "quartiles": [lower, upper], "per_batch": ratios, "shares": shares}

@@ -4,7 +4,7 @@ Every repetition runs each step once, so that a slow moment of the machine falls
 from each repetition's own times, and its median and quartiles are reported.
 """
 
-# B rows, S slots of a text, N residual streams, D model width, K drafted tokens
+# B rows, L tokens of a pass, D model width, K drafted tokens
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import decode_step, prefill
 from mtptrain.decoding.draft import Drafter
-from mtptrain.decoding.plain import allocate_cache
+from mtptrain.decoding.policy import GREEDY
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import allocate_cache
+from mtptrain.decoding.texts import Texts
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
 
 WARM_UP = 2  # repetitions that are not counted
-ADVANCE = 2  # slots by which a text grows between two drafts, about what a pass of a fair head emits
+ADVANCE = 2  # anchors that a draft runs, about what a pass of a fair head emits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,82 +58,71 @@ class StepTimes:
         return found
 
 
-class VerifyStep:
-    """A backbone pass over n new tokens of every row, taken back afterwards so that the next one starts alike.
-
-    Args:
-        model: the backbone.
-        context_BS: int64 tokens that every row holds before a pass.
-        most: largest n.
-    """
-
-    def __init__(self, model: DeepseekV4ForCausalLM, context_BS: Tensor, most: int) -> None:
-        batch, length = context_BS.shape
-        self.model, self.new_BL = model, context_BS[:, -1:].expand(-1, most)
-        self.cache = allocate_cache(model, batch, length + most, most)
-        with torch.inference_mode():
-            prefill(model, self.cache, context_BS)
-
-    @torch.inference_mode()
-    def __call__(self, num_tokens: int) -> list[list[int]]:
-        """The tokens that the backbone chooses after each of the new ones."""
-        _, hidden_BLD = decode_step(self.model, self.cache, self.new_BL[:, :num_tokens])
-        chosen = self.model.lm_head(hidden_BLD).argmax(-1).tolist()
-        self.cache.rewind(self.cache.length_B - num_tokens)
-        return chosen
-
-
-class DraftStep:
-    """Drafts of K tokens along a text whose streams are known, `ADVANCE` slots further at every call.
-
-    Args:
-        model: the backbone.
-        stack: the head.
-        text: tokens, at least `context + ADVANCE * calls + 1`.
-        context: slots that the head has seen before the first call.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int], context: int) -> None:
-        self.drafter, self.text, self.seen = Drafter(model, stack), text, context
-        tokens_1S = torch.tensor([text], device=model.lm_head.weight.device)
-        self.streams_1SND, _ = prefill(model, allocate_cache(model, 1, len(text), 1), tokens_1S)
-        self.drafter.draft(text[: context + 1], self.streams_1SND[:, :context], 1)
-
-    @torch.inference_mode()
-    def __call__(self, draft_length: int) -> list[int]:
-        """The drafted tokens."""
-        start, self.seen = self.seen, self.seen + ADVANCE
-        return self.drafter.draft(self.text[: self.seen + 1], self.streams_1SND[:, start : self.seen], draft_length)
-
-
-def measure_steps(
-    model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int], longest: int, repetitions: int
-) -> StepTimes:
-    """Time backbone passes of 1 to `longest` + 1 tokens and drafts of 1 to `longest`, at batch 1.
+class StepBench:
+    """Texts of one length whose next pass can be run again and again, each time taken back.
 
     Args:
         model: the backbone.
         stack: the head that drafts.
-        text: tokens that the row holds when a step starts; drafts run along repetitions of it.
+        prompts: token ids, all of one length.
+        longest: most drafted tokens, K.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int) -> None:
+        device = model.lm_head.weight.device
+        self.model = model
+        self.texts = Texts(prompts, Limits(1), longest, device)
+        self.texts.newest = ADVANCE
+        self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
+        # One drafter for each K: a drafter's rings are sized for its own.
+        self.drafters = {k: Drafter(model, stack) for k in range(1, longest + 1)}
+        for k, drafter in self.drafters.items():
+            drafter.start(self.texts, k, GREEDY)
+        for part in prefill(model, self.cache, self.texts.tokens_BT, self.texts.lengths):
+            for drafter in self.drafters.values():
+                drafter.read(part)
+        self.length_B = self.texts.prompt_B
+
+    @torch.inference_mode()
+    def verify(self, num_tokens: int) -> list[list[int]]:
+        """A backbone pass over n new tokens of every row; the tokens it chooses after each."""
+        first = int(self.length_B[0])
+        _, hidden_BLD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, first : first + num_tokens])
+        chosen = self.model.lm_head(hidden_BLD).argmax(-1).tolist()
+        self.cache.rewind(self.length_B)
+        return chosen
+
+    @torch.inference_mode()
+    def draft(self, draft_length: int) -> list[list[int]]:
+        """Drafts of K tokens after the texts."""
+        return self.drafters[draft_length].draft(None).tokens_BK.tolist()
+
+
+def measure_steps(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int, repetitions: int
+) -> StepTimes:
+    """Time backbone passes of 1 to `longest` + 1 tokens and drafts of 1 to `longest`.
+
+    Args:
+        model: the backbone.
+        stack: the head that drafts.
+        prompts: what the rows hold when a step starts; all of one length.
         longest: the longest K.
         repetitions: of every step, interleaved.
     """
     device = model.lm_head.weight.device
-    rounds = WARM_UP + repetitions
-    needed = len(text) + ADVANCE * longest * rounds + 1
-    verify = VerifyStep(model, torch.tensor([text], device=device), longest + 1)
-    draft = DraftStep(model, stack, (text * (needed // len(text) + 1))[:needed], len(text))
+    bench = StepBench(model, stack, prompts, longest)
     step: dict[int, list[float]] = {n: [] for n in range(1, longest + 2)}
     drafted: dict[int, list[float]] = {k: [] for k in range(1, longest + 1)}
-    for _ in range(rounds):
+    for _ in range(WARM_UP + repetitions):
         for n, seconds in step.items():
-            seconds.append(_seconds(partial(verify, n), device))
+            seconds.append(_seconds(partial(bench.verify, n), device))
         for k, seconds in drafted.items():
-            seconds.append(_seconds(partial(draft, k), device))
+            seconds.append(_seconds(partial(bench.draft, k), device))
     return StepTimes(
-        batch=1,
-        context=len(text),
+        batch=len(prompts),
+        context=len(prompts[0]),
         step={n: seconds[WARM_UP:] for n, seconds in step.items()},
         draft={k: seconds[WARM_UP:] for k, seconds in drafted.items()},
     )

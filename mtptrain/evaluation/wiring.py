@@ -88,7 +88,9 @@ def _repeated(hidden_BSD: Tensor, state_BSND: Tensor) -> Tensor:
     return hidden_BSD.unsqueeze(2).expand_as(state_BSND)
 
 
-def _own_keys(block: MtpBlock, step: int, embedding: Tensor, state: Tensor, position: Tensor, attend: StepAttention) -> Tensor:
+def _own_keys(
+    block: MtpBlock, step: int, embedding: Tensor, state: Tensor, position: Tensor, attend: StepAttention
+) -> Tensor:
     own = StepAttention(block, attend.segment_BS, [])
     state = block(embedding, state, position, own)
     attend.key_BSC = own.key_BSC

@@ -5,6 +5,7 @@ from typing import Any
 # K draft length, k position in the draft from 1.
 
 SHARES = {"stock": 0.62, "trained": 0.74}
+DOMAINS = ("code", "prose")
 
 
 def sample_evaluation(draft_length: int = 4, heads: tuple[str, ...] = ("stock", "trained")) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def sample_evaluation(draft_length: int = 4, heads: tuple[str, ...] = ("stock", 
     """
     lengths = range(1, draft_length + 1)
     return {
-        "schema": 1,
+        "schema": 2,
         "provenance": _provenance(),
         "backbone": {
             "name": "tiny",
@@ -28,14 +29,21 @@ def sample_evaluation(draft_length: int = 4, heads: tuple[str, ...] = ("stock", 
         "prompts": {"source": "heldout", "count": 24, "prompt_tokens": 96, "new_tokens": 64},
         "draft_length": draft_length,
         "heads": [_head(name, draft_length) for name in heads],
+        "policy": {"temperature": 0.0, "top_k": None, "top_p": 1.0, "draft": "greedy", "verification": "token"},
         "gain": {str(k): _gain(k) for k in lengths} if len(heads) == 2 else None,
+        "gain_by_domain": {name: _gain(draft_length) for name in DOMAINS} if len(heads) == 2 else None,
         "certificate": {
             "passed": True,
-            "greedy_identity": {"compared": 48, "identical": 48, "near_ties": [], "differences": []},
-            "replay_equals_loop": {"compared": 48, "equal": 48, "differences": []},
+            "greedy_identity": {"passed": True, "compared": 48, "identical": 48, "near_ties": [], "differences": []},
+            "replay_equals_loop": {"passed": True, "compared": 48, "equal": 48, "differences": []},
+            "sampler": {"passed": True, "token": {"passed": True}, "block": {"passed": True}},
+            "controls": {"passed": True, "all_accept": {"passed": True, "acceptance_length": 5.0, "ceiling": 5}},
         },
-        "speedup": {name: {str(k): _speedup(name, k) for k in lengths} for name in heads},
-        "plain_tokens_per_second": 183.4172,
+        "speedup": {
+            batch: {name: {str(k): _speedup(name, k) for k in lengths} for name in heads} for batch in ("1", "4")
+        },
+        "steps": {batch: {name: _steps(name, draft_length) for name in heads} for batch in ("1", "4")},
+        "plain_tokens_per_second": {"1": 183.4172, "4": 402.1},
     }
 
 
@@ -69,6 +77,19 @@ def _head(name: str, draft_length: int) -> dict[str, Any]:
             "tokens": [24_480 - 96 * k for k in lengths],
         },
         "replay": {str(k): _replay(name, k) for k in lengths},
+        "domains": {domain: _replay(name, draft_length) for domain in DOMAINS},
+        "breakdown": {"draft_length": draft_length, "by": {"token_class": _buckets(share), "domain": _buckets(share)}},
+        "calibration": {
+            "draft_length": draft_length,
+            "ece": 0.041,
+            "bins": [
+                {"low": x, "high": x + 0.2, "confidence": x + 0.1, "acceptance": x + 0.06} for x in (0.0, 0.4, 0.8)
+            ],
+        },
+        "thresholds": [
+            {"stop_below": 0.0, "acceptance_length": _length(name, draft_length), "drafted_per_pass": draft_length},
+            {"stop_below": 0.6, "acceptance_length": _length(name, 1), "drafted_per_pass": None},
+        ],
         "loop": {
             str(k): {"acceptance_length": _length(name, k) - 0.021, "passes": 401 - 40 * k, "emitted": 378}
             for k in lengths
@@ -103,7 +124,34 @@ def _speedup(name: str, k: int) -> dict[str, Any]:
     return {
         "median": median,
         "quartiles": [median - 0.0414, median + 0.0523],
-        "per_prompt": [median + 0.02 * step for step in (-4, -2, 0, 1, 3, 5)],
+        "per_batch": [median + 0.02 * step for step in (-4, -2, 0, 1, 3, 5)],
+        "shares": _shares(),
+    }
+
+
+def _shares() -> dict[str, float]:
+    return {"prefill": 0.1, "draft": 0.3, "verify": 0.5, "sample": 0.05, "rewind": 0.01}
+
+
+def _buckets(share: float) -> list[dict[str, Any]]:
+    return [
+        {"bucket": "word start", "acceptance": share, "lost_share": 0.7},
+        {"bucket": "digits <0-9>", "acceptance": share / 2, "lost_share": 0.3},
+    ]
+
+
+def _steps(name: str, draft_length: int) -> dict[str, Any]:
+    def spread(value: float) -> dict[str, Any]:
+        return {"median": value, "quartiles": [value * 0.9, value * 1.1]}
+
+    lengths = range(1, draft_length + 1)
+    return {
+        "batch": 1,
+        "context": 96,
+        "repetitions": 20,
+        "step_seconds": {str(n): spread(0.007 + 0.0005 * n) for n in range(1, draft_length + 2)},
+        "draft_seconds": {str(k): spread(0.002 * k) for k in lengths},
+        "predicted_speedup": {str(k): spread(_speedup(name, k)["median"] * 1.02) for k in lengths},
     }
 
 

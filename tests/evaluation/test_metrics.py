@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtptrain.decoding.records import Decoded, VerifyPass
-from mtptrain.evaluation.certify import LoopRun, certify
+from mtptrain.evaluation.certify import LoopRun, certify_greedy
 from mtptrain.evaluation.counts import Counts, count_passes
 from mtptrain.evaluation.metrics import acceptance_length, by_domain, by_position, paired_gain, summarize, totals
 
@@ -81,19 +81,30 @@ def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> No
     assert found.accepted_K.tolist() == [2, 1, 0]
 
 
-def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass]) -> LoopRun:
-    return LoopRun("h", 0, 2, Decoded(plain, [gap] * len(plain)), Decoded(loop, [gap] * len(loop), passes(1)), replayed)
+def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass] | None) -> LoopRun:
+    return LoopRun(
+        "h", 0, 2, Decoded(plain, [gap] * len(plain)), Decoded(loop, [gap] * len(loop), passes=passes(1)), replayed
+    )
 
 
 def test_a_certificate_needs_identity_and_equal_counts() -> None:
-    assert certify([run([1, 2], [1, 2], 1.0, passes(1))], "float32")["passed"]
-    assert not certify([run([1, 2], [1, 3], 1.0, passes(1))], "float32")["passed"]
-    assert not certify([run([1, 2], [1, 2], 1.0, passes(0))], "float32")["passed"]
+    def passed(one: LoopRun) -> tuple[bool, bool]:
+        found = certify_greedy([one], "float32")
+        return found["greedy_identity"]["passed"], found["replay_equals_loop"]["passed"]
+
+    assert passed(run([1, 2], [1, 2], 1.0, passes(1))) == (True, True)
+    assert passed(run([1, 2], [1, 3], 1.0, passes(1))) == (False, True)
+    assert passed(run([1, 2], [1, 2], 1.0, passes(0))) == (True, False)
+
+
+def test_what_replay_cannot_tell_is_not_counted_as_compared() -> None:
+    result = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
+    assert result["replay_equals_loop"] == {"passed": True, "compared": 0, "equal": 0, "differences": []}
 
 
 def test_a_numerical_tie_is_reported_and_not_held_against_the_head() -> None:
-    result = certify([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
-    assert result["passed"]
+    result = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
+    assert result["greedy_identity"]["passed"]
     assert result["greedy_identity"]["identical"] == 0
     assert result["greedy_identity"]["near_ties"] == [
         {"head": "h", "prompt": 0, "draft_length": 2, "position": 1, "gap": 1e-5}

@@ -2,33 +2,40 @@ import pytest
 import torch
 
 from mtptrain.decoding.draft import Drafter
-from mtptrain.evaluation.steptime import DraftStep, StepTimes, VerifyStep, describe_times, measure_steps
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.evaluation.steptime import StepBench, StepTimes, describe_times, measure_steps
 from tests.tiny import random_backbone, random_stack
 
 TEXT = [7, 3, 11, 5, 2, 13, 8, 1, 60, 33, 21]
+MODEL = random_backbone()
+STACK = random_stack(MODEL)
 
 
 def test_a_timed_pass_starts_from_the_same_state_every_time() -> None:
-    step = VerifyStep(random_backbone(), torch.tensor([TEXT, TEXT[::-1]]), most=4)
-    first = [step(n) for n in (1, 4, 2)]
-    assert [step(n) for n in (1, 4, 2)] == first
+    bench = StepBench(MODEL, STACK, [TEXT, TEXT[::-1]], longest=3)
+    first = [bench.verify(n) for n in (1, 4, 2)]
+    assert [bench.verify(n) for n in (1, 4, 2)] == first
     assert [row[:1] for row in first[1]] == first[0]  # a longer pass chooses the same after its first token
 
 
-def test_timed_drafts_are_those_of_a_drafter_that_reads_the_text_at_once() -> None:
-    model, stack = random_backbone(), random_stack(random_backbone())
-    text = TEXT * 3
-    step = DraftStep(model, stack, text, context=len(TEXT))
-    for k in (3, 1, 2):
-        drafted = step(k)
-        with torch.inference_mode():
-            fresh = Drafter(model, stack).draft(text[: step.seen + 1], step.streams_1SND[:, : step.seen], k)
-        assert drafted == fresh
+def test_timed_drafts_are_those_of_the_loop() -> None:
+    class Recording(Drafter):
+        def draft(self, u_BK: torch.Tensor | None):  # noqa: ANN202
+            self.first = super().draft(u_BK)
+            return self.first
+
+    drafter = Recording(MODEL, STACK)
+    # The loop drafts after the token that the prefill emits: bench the text with that token.
+    prompt, emitted = TEXT, decode_speculative(MODEL, drafter, [TEXT], 3, Limits(2)).rows[0].tokens[0]
+    bench = StepBench(MODEL, STACK, [[*prompt, emitted]], longest=3)
+    assert bench.draft(3) == drafter.first.tokens_BK.tolist()
+    assert bench.draft(1) == drafter.first.tokens_BK[:, :1].tolist()
 
 
 def test_every_step_is_timed_as_often_as_was_asked_for() -> None:
-    model = random_backbone()
-    times = measure_steps(model, random_stack(model), TEXT, longest=3, repetitions=2)
+    times = measure_steps(MODEL, STACK, [TEXT, TEXT], longest=3, repetitions=2)
+    assert (times.batch, times.context) == (2, len(TEXT))
     assert {n: len(seconds) for n, seconds in times.step.items()} == {1: 2, 2: 2, 3: 2, 4: 2}
     assert {k: len(seconds) for k, seconds in times.draft.items()} == {1: 2, 2: 2, 3: 2}
     assert min(seconds for all_of_one in times.step.values() for seconds in all_of_one) > 0

@@ -6,6 +6,7 @@ import torch
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.plain import decode_plain
+from mtptrain.decoding.records import Limits
 from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
 from mtptrain.evaluation.diagnosis import diagnose, measure_wirings
 from mtptrain.evaluation.head_tensors import examine_tensors
@@ -22,7 +23,7 @@ NO_TENSOR_WRONG = {"expected": 1, **dict.fromkeys(("missing", "unexpected", "mis
 
 def traces(count: int) -> list[Trace]:
     prompts = torch.randint(97, (count, 5), generator=torch.Generator().manual_seed(0))
-    texts = decode_plain(MODEL, prompts, 24)
+    texts = decode_plain(MODEL, prompts.tolist(), Limits(24)).rows
     return [
         Trace(Prompt(row, "text", number), one.tokens, one.gaps, [1.0] * len(one.tokens))
         for number, (row, one) in enumerate(zip(prompts.tolist(), texts, strict=True))

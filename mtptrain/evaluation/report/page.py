@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report.anatomy import breakdown_grids, domain_grid, share_grid, step_grid, threshold_grid
 from mtptrain.evaluation.report.table import (
     MISSING_VALUE,
     Cell,
@@ -58,7 +59,11 @@ def _fields(evaluation: dict[str, Any]) -> dict[str, str]:
         "certificate_details": _certificate_details(evaluation),
         "lengths": _table(length_grid(evaluation)),
         "positions": _table(position_grid(evaluation)),
+        "domains": _table(domains) if (domains := domain_grid(evaluation)) else "",
         "plots": _plots(evaluation),
+        "steps": _table(step_grid(evaluation)) + _table(share_grid(evaluation)),
+        "losses": _losses(evaluation),
+        "thresholds": _table(threshold_grid(evaluation)),
         "samples": _samples(evaluation),
         "counts": _table(_passes_grid(evaluation)) + _table(_counts_grid(evaluation)),
         "provenance": _facts(_provenance(evaluation)),
@@ -95,9 +100,28 @@ def _plots(evaluation: dict[str, Any]) -> str:
     return (
         _figure("Acceptance length (95 % intervals)", plots.acceptance_length(evaluation))
         + _figure("Gain over stock (95 % intervals)", plots.gain(evaluation))
-        + _figure("Speed-up (bars: quartiles, dots: prompts)", plots.speedup(evaluation))
+        + _figure("Speed-up (bars: quartiles, dots: batches)", plots.speedup(evaluation))
+        + _figure("Speed-up by batch (medians)", plots.batch_speedup(evaluation))
         + _figure("Conditional acceptance by position", plots.acceptance_by_position(evaluation))
     )
+
+
+def _losses(evaluation: dict[str, Any]) -> str:
+    """Plots of losses and calibration, then a folded table for each kind of token."""
+    figures = _figure("Where drafted tokens are lost", plots.losses(evaluation)) + _figure(
+        "Confidence against acceptance", plots.calibration(evaluation)
+    )
+    errors = "; ".join(
+        f"{head['name']} {head['calibration']['ece']:.3f}"
+        for head in evaluation["heads"]
+        if head["calibration"]["bins"]
+    )
+    note = f'<p class="note">Expected calibration error: {escape(errors)}.</p>'
+    tables = "".join(
+        f"<details><summary>{escape(grid.title)}</summary>{_table(grid)}</details>"
+        for grid in breakdown_grids(evaluation)
+    )
+    return f'<div class="plots">{figures}</div>{note}{tables}'
 
 
 def _samples(evaluation: dict[str, Any]) -> str:
@@ -192,8 +216,11 @@ def _provenance(evaluation: dict[str, Any]) -> dict[str, str]:
         f"fingerprint {backbone['fingerprint']}",
         **heads,
         "Prompts": f"{prompts['count']} {prompts['source']} prompts of {prompts['prompt_tokens']} tokens, "
-        f"{prompts['new_tokens']} new tokens each, greedy",
-        "Plain decoding": f"{evaluation['plain_tokens_per_second']:,.1f} tokens/s at batch 1",
+        f"{prompts['new_tokens']} new tokens each",
+        "Policy": ", ".join(f"{name} {value}" for name, value in evaluation["policy"].items() if value is not None),
+        "Plain decoding": "; ".join(
+            f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation["plain_tokens_per_second"].items()
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mtptrain.evaluation.report.table import draft_lengths, measured_gain, measured_speedup
+from mtptrain.evaluation.report.table import draft_lengths, first_batch, measured_gain, measured_speedup
 
 # K draft length, k position in the draft from 1.
 
@@ -99,12 +99,69 @@ def speedup(evaluation: dict[str, Any]) -> str | None:
         timed = timed or bool(measured)
         places = [k + offset for k in measured]
         for place, found in zip(places, measured.values(), strict=True):
-            prompts = found["per_prompt"]
-            axes.plot([place] * len(prompts), prompts, ".", color=COLOURS[name], alpha=0.35, markersize=4)
+            batches = found["per_batch"]
+            axes.plot([place] * len(batches), batches, ".", color=COLOURS[name], alpha=0.35, markersize=4)
         _draw_spans(axes, name, places, [found["quartiles"] for found in measured.values()])
         _draw_series(axes, name, places, [found["median"] for found in measured.values()])
+        predicted = [
+            evaluation["steps"][first_batch(evaluation)][name]["predicted_speedup"][str(k)]["median"] for k in measured
+        ]
+        axes.plot(places, predicted, "_", color=COLOURS[name], markersize=11, label="predicted")
     axes.margins(y=0.15)
     return _svg(figure, axes, "speedup", "Speed-up on the clock against draft length") if timed else None
+
+
+def batch_speedup(evaluation: dict[str, Any]) -> str | None:
+    """SVG: the last head's speed-up against the batch, a line a K, with break-even; None with one batch size."""
+    sizes = sorted(int(size) for size in evaluation["speedup"])
+    if len(sizes) < 2:
+        return None
+    name = evaluation["heads"][-1]["name"]
+    figure, axes = _canvas("batch", f"speed-up of the {name} head", 1)
+    axes.set(xlim=(-0.5, len(sizes) - 0.5), xticks=range(len(sizes)), xticklabels=sizes)
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="break-even")
+    lengths = draft_lengths(evaluation)
+    for number, length in enumerate(lengths):
+        found = [evaluation["speedup"][str(size)][name][length]["median"] for size in sizes]
+        strength = 0.35 + 0.65 * (number + 1) / len(lengths)
+        axes.plot(range(len(sizes)), found, marker="o", markersize=4, color=COLOURS[name], alpha=strength)
+        axes.annotate(
+            f"K={length}", (len(sizes) - 1, found[-1]), xytext=(5, -3), textcoords="offset points", fontsize=8
+        )
+    axes.margins(y=0.15)
+    return _svg(figure, axes, "batches", "Speed-up on the clock against the batch")
+
+
+def calibration(evaluation: dict[str, Any]) -> str:
+    """SVG: acceptance of drafted tokens against the head's confidence in them, with the diagonal."""
+    figure, axes = _canvas("head's confidence", "share accepted", 1)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="calibrated")
+    for head in evaluation["heads"]:
+        bins = head["calibration"]["bins"]
+        _draw_series(axes, head["name"], [one["confidence"] for one in bins], [one["acceptance"] for one in bins])
+    return _svg(figure, axes, "calibration", "Acceptance against the head's confidence")
+
+
+def losses(evaluation: dict[str, Any]) -> str:
+    """SVG: share of the lost drafted tokens by class of the text's token, a bar a head."""
+    heads = evaluation["heads"]
+    found = [{row["bucket"]: row["lost_share"] for row in head["breakdown"]["by"]["token_class"]} for head in heads]
+    classes = list(dict.fromkeys(bucket for shares in found for bucket in shares))
+    figure, axes = _canvas("share of the lost tokens", "", 1)
+    height = 0.8 / len(heads)
+    for number, (head, shares) in enumerate(zip(heads, found, strict=True)):
+        places = [place + (number - (len(heads) - 1) / 2) * height for place in range(len(classes))]
+        widths = [shares.get(bucket, 0.0) for bucket in classes]
+        axes.barh(places, widths, height * 0.92, color=COLOURS[head["name"]], label=head["name"])
+    axes.set(yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
+    axes.grid(False)
+    axes.grid(axis="x", color=INK, alpha=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_xlim(left=0, right=None)
+    axes.autoscale(axis="x")
+    axes.set_xlim(left=0)
+    return _svg(figure, axes, "losses", "Where drafted tokens are lost")
 
 
 def _dodged(evaluation: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:

@@ -59,9 +59,14 @@ def draft_lengths(evaluation: dict[str, Any]) -> list[str]:
     return [str(length) for length in range(1, evaluation["draft_length"] + 1)]
 
 
+def first_batch(evaluation: dict[str, Any]) -> str:
+    """The smallest batch that was timed, as the key of the evaluation."""
+    return str(min(int(size) for size in evaluation["speedup"]))
+
+
 def measured_speedup(evaluation: dict[str, Any], head: str, length: str) -> dict[str, Any] | None:
-    """Speed-up of one head at one K; None where it was not timed."""
-    return evaluation["speedup"].get(head, {}).get(length)
+    """Speed-up of one head at one K and the smallest batch; None where it was not timed."""
+    return evaluation["speedup"][first_batch(evaluation)].get(head, {}).get(length)
 
 
 def measured_gain(evaluation: dict[str, Any], length: str) -> dict[str, Any] | None:
@@ -114,7 +119,8 @@ def clock_verdict(evaluation: dict[str, Any]) -> str:
         return "on the clock: not measured"
     best = max(timed, key=lambda length: timed[length]["median"])
     figure = f"{timed[best]['median']:.2f}x at K={best} (quartiles {span(timed[best]['quartiles'])})"
-    plain = f"plain decoding, {evaluation['plain_tokens_per_second']:,.1f} tokens/s at batch 1"
+    batch = first_batch(evaluation)
+    plain = f"plain decoding, {evaluation['plain_tokens_per_second'][batch]:,.1f} tokens/s at batch {batch}"
     if timed[best]["median"] > 1:
         return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
     return f"on the clock: no K is faster than {plain}; the best is {figure}"
@@ -139,7 +145,8 @@ def length_grid(evaluation: dict[str, Any]) -> Grid:
         rows.append(row + [_speedup_cell(measured_speedup(evaluation, name, length)) for name in names])
     note = (
         f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {evaluation['prompts']['count']} prompts. "
-        "Speed-up: tokens/s over plain decoding, median and quartiles of the timed prompts, batch 1."
+        "Speed-up: tokens/s over plain decoding, median and quartiles of the timed batches of "
+        f"{first_batch(evaluation)}."
     )
     return Grid("Acceptance length and speed-up by draft length K", headers, rows, note)
 
@@ -197,25 +204,53 @@ def backbone_line(evaluation: dict[str, Any]) -> str:
 
 
 def certificate_line(evaluation: dict[str, Any]) -> str:
-    """One line: how many outputs and pass counts agreed."""
-    greedy = evaluation["certificate"]["greedy_identity"]
-    replay = evaluation["certificate"]["replay_equals_loop"]
+    """One line: how much agreed, and whether the sampler and the controls did what they must."""
+    certificate = evaluation["certificate"]
+    greedy, replay, law = (certificate.get(name) for name in ("greedy_identity", "replay_equals_loop", "replay_law"))
     ties = greedy["near_ties"]
     tie_text = f" ({len(ties)} near tie{'s' * (len(ties) > 1)})" if ties else ""
-    return (
-        f"output identical to plain greedy {greedy['identical']}/{greedy['compared']}{tie_text}; "
-        f"replay = loop {replay['equal']}/{replay['compared']}"
-    )
+    parts = [
+        f"output identical to plain greedy {greedy['identical']}/{greedy['compared']}{tie_text}",
+        f"replay = loop {replay['equal']}/{replay['compared']}",
+    ]
+    if law is not None:
+        parts.append(f"sampled loops follow replay's law {_word(law)} ({len(law['tests'])} tests)")
+    parts.append(f"sampler {_word(certificate['sampler'])}")
+    parts.append(f"controls {_word(certificate['controls'])}")
+    return "; ".join(parts)
+
+
+def _word(part: dict[str, Any]) -> str:
+    return "passed" if part["passed"] else "FAILED"
 
 
 def certificate_details(evaluation: dict[str, Any]) -> list[str]:
-    """A line for each near tie and each difference, the differences first."""
-    greedy = evaluation["certificate"]["greedy_identity"]
-    replay = evaluation["certificate"]["replay_equals_loop"]
+    """A line for each difference and failed test, then for each near tie."""
+    certificate = evaluation["certificate"]
+    greedy, replay = certificate["greedy_identity"], certificate["replay_equals_loop"]
     lines = [f"{_place(found)}: other token than plain greedy {_gap(found)}" for found in greedy["differences"]]
     lines += [
         f"{_place(found)}: {found['loop_passes']} passes in the loop, {found['replay_passes']} in the replay"
         for found in replay["differences"]
+    ]
+    law = certificate.get("replay_law", {"passed": True, "tests": []})
+    if not law["passed"]:
+        lines += [
+            f"{test['head']} head, K={test['draft_length']}: {test['passes']} passes in the loop, "
+            f"{test['expected']:.1f} expected, p={test['p_value']:.1e}"
+            for test in law["tests"]
+        ]
+    sampler = certificate["sampler"]
+    lines += [
+        f"sampler, {name} verification: chi-square {sampler[name]['statistic']:.1f} at {sampler[name]['dof']} degrees "
+        f"of freedom, p={sampler[name]['p_value']:.1e}"
+        for name in ("token", "block")
+        if not sampler[name]["passed"]
+    ]
+    lines += [
+        f"control {name} failed"
+        for name, found in certificate["controls"].items()
+        if name != "passed" and not found["passed"]
     ]
     return lines + [f"{_place(found)}: near tie {_gap(found)}" for found in greedy["near_ties"]]
 

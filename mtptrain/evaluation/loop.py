@@ -1,0 +1,98 @@
+"""The real decoding loop on some prompts: its counts, and what the certificate compares them with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Decoded
+from mtptrain.evaluation.certify import LoopRun, certify_greedy
+from mtptrain.evaluation.counts import count_passes
+from mtptrain.evaluation.drafts import TraceDrafts, draft_traces
+from mtptrain.evaluation.metrics import totals
+from mtptrain.evaluation.pass_law import certify_law, sampled_run
+from mtptrain.evaluation.replay import replay_passes
+from mtptrain.evaluation.speedup import BatchRuns
+from mtptrain.evaluation.trace import Trace
+from mtptrain.mtp.stack import MtpStack
+
+
+def loop_totals(runs: list[BatchRuns], head: str, draft_length: int) -> dict[str, Any]:
+    """Passes, emitted tokens and acceptance length of one head's real runs."""
+    rows = [row for run in runs for row in run.speculative[head, draft_length].rows]
+    return totals([count_passes(row.passes, draft_length) for row in rows])
+
+
+def loop_drafts(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
+) -> list[TraceDrafts]:
+    """A head's drafts on the texts that its own loop emitted."""
+    texts: list[Trace] = []
+    for run in runs:
+        for trace, row in zip(run.traces, run.speculative[key].rows, strict=True):
+            texts.append(replace(trace, tokens=row.tokens, gaps=row.gaps, probabilities=row.probabilities))
+    return draft_traces(model, stack, texts, key[1], policy, free_running=policy.stop_below > 0)
+
+
+def certify_runs(
+    model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
+) -> dict[str, Any]:
+    """The loop against plain decoding and against replay.
+
+    Returns:
+        Greedy: `greedy_identity` and `replay_equals_loop` of `certify_greedy`. Sampled: `replay_law` of `certify_law`.
+    """
+    greedy, sampled = [], []
+    for name, k in runs[0].speculative:
+        drafts = iter(loop_drafts(model, stacks[name], runs, (name, k), policy))
+        number = 0
+        for run in runs:
+            for plain, row in zip(run.plain[0].rows, run.speculative[name, k].rows, strict=True):
+                one = next(drafts)
+                if policy.is_greedy:
+                    known = policy.stop_below == 0 or one.free_confidence_KN is not None
+                    replayed = replay_passes(one, policy, k) if known else None
+                    greedy.append(LoopRun(name, number, k, plain, row, replayed))
+                else:
+                    sampled.append(sampled_run(name, k, len(row.passes), one, policy))
+                number += 1
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    return certify_greedy(greedy, dtype) if policy.is_greedy else {"replay_law": certify_law(sampled)}
+
+
+def sample_texts(
+    tokenizer: Tokenizer, runs: list[BatchRuns], head: str, draft_length: int, count: int = 3
+) -> list[dict[str, Any]]:
+    """Some texts that the loop emitted, cut into pieces by where their tokens came from."""
+    rows = [
+        (trace, row)
+        for run in runs
+        for trace, row in zip(run.traces, run.speculative[head, draft_length].rows, strict=True)
+    ]
+    return [
+        {
+            "prompt": tokenizer.decode(trace.prompt.tokens[-40:], skip_special_tokens=False),
+            "draft_length": draft_length,
+            "pieces": _pieces(tokenizer, row),
+        }
+        for trace, row in rows[:count]
+    ]
+
+
+def _pieces(tokenizer: Tokenizer, row: Decoded) -> list[dict[str, str]]:
+    kinds = ["bonus"]
+    for record in row.passes:
+        kinds += ["accepted"] * record.accepted + ["bonus"] * (record.emitted - record.accepted)
+    pieces: list[dict[str, str]] = []
+    done = ""
+    for end, kind in enumerate(kinds, start=1):
+        text = tokenizer.decode(row.tokens[:end], skip_special_tokens=False)
+        if text.endswith("\ufffd"):
+            continue  # the bytes of a character are not complete yet
+        pieces.append({"text": text[len(done) :], "kind": kind})
+        done = text
+    return pieces
