@@ -106,7 +106,8 @@ def speedup(evaluation: dict[str, Any]) -> str | None:
         predicted = [
             evaluation["steps"][first_batch(evaluation)][name]["predicted_speedup"][str(k)]["median"] for k in measured
         ]
-        axes.plot(places, predicted, "_", color=COLOURS[name], markersize=11, label="predicted")
+        label = "predicted" if head is evaluation["heads"][0] else None
+        axes.plot(places, predicted, "_", color=COLOURS[name], markersize=11, label=label)
     axes.margins(y=0.15)
     return _svg(figure, axes, "speedup", "Speed-up on the clock against draft length") if timed else None
 
@@ -199,7 +200,7 @@ def _svg(figure: Figure, axes: Axes, name: str, description: str) -> str:
     target = StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
         _, labels = axes.get_legend_handles_labels()
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), columnspacing=1.4)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(labels), 3), columnspacing=1.4)
         figure.savefig(target, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
     text = target.getvalue()
     text = text[text.index("<svg") :].strip()

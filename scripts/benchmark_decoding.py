@@ -1,0 +1,116 @@
+"""Replay against the real loop, the engine against transformers' `generate`, speculative against plain decoding.
+
+python scripts/benchmark_decoding.py [PROMPTS]
+
+On the shipped tiny backbone with its stock head, 96 tokens of held-out text a prompt, 64 new ones, greedy, one thread.
+What is compared runs in turn on each prompt, so that a slow moment of the machine falls on all of it. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import quantiles
+
+import torch
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.load import load_backbone
+from mtptrain.backbone.streams import run_backbone
+from mtptrain.config import BackboneConfig, DataConfig
+from mtptrain.data.prompts import heldout_prompts
+from mtptrain.data.splits import heldout_documents
+from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.plain import decode_plain
+from mtptrain.decoding.policy import GREEDY
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.evaluation.drafts import draft_traces
+from mtptrain.evaluation.replay import replay_all
+from mtptrain.evaluation.trace import record_traces
+from mtptrain.mtp.initial import place, stock_tensors
+from mtptrain.mtp.stack import stack_from_tensors
+from mtptrain.provenance import git_commit, processor_name
+
+NEW_TOKENS, LONGEST = 64, 8
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of `work`."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    lower, median, upper = quantiles(values, n=4, method="inclusive")
+    return {"lower": lower, "median": median, "upper": upper}
+
+
+@torch.inference_mode()
+def is_own_text(model: DeepseekV4ForCausalLM, prompt: list[int], text: list[int]) -> bool:
+    """Whether every token is the likeliest of transformers' forward over all of the text."""
+    _, hidden_1SD = run_backbone(model, torch.tensor([prompt + text]))
+    return model.lm_head(hidden_1SD[0, len(prompt) - 1 : -1]).argmax(-1).tolist() == text
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 12
+    backbone = load_backbone(BackboneConfig(), torch.device("cpu"), torch.float32)
+    model = backbone.model
+    stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
+    documents = heldout_documents(DataConfig())
+    corpus = tokenize_corpus(documents, backbone.tokenizer, backbone.marks, cache_folder(None))
+    prompts = heldout_prompts(corpus, count, 96)
+    limits = Limits(NEW_TOKENS, frozenset(backbone.marks[1]))
+    traces = record_traces(model, prompts, limits, GREEDY, 0)
+    rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}
+    loops, same = 0.0, {"generate": 0, "engine": 0}
+    for prompt, trace in zip(prompts, traces, strict=True):
+        ids = torch.tensor([prompt.tokens])
+        reference: list[list[int]] = []
+
+        def generate(ids: torch.Tensor = ids, reference: list[list[int]] = reference) -> None:
+            out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+            reference.append(out[0, ids.shape[1] :].tolist())
+
+        rows["transformers"].append(seconds(generate))
+        rows["engine"].append(seconds(lambda p=prompt: decode_plain(model, [p.tokens], limits)))
+        texts = (reference[0], trace.tokens)
+        for name, text in zip(same, texts, strict=True):
+            same[name] += is_own_text(model, prompt.tokens, text)
+        for k in range(1, LONGEST + 1):
+            spent = seconds(
+                lambda p=prompt, k=k: decode_speculative(model, Drafter(model, stack), [p.tokens], k, limits)
+            )
+            loops += spent
+            if f"k{k}" in rows:
+                rows[f"k{k}"].append(spent)
+    replay = min(
+        seconds(lambda: replay_all(draft_traces(model, stack, traces, LONGEST, GREEDY), GREEDY)) for _ in range(3)
+    )
+    ratios = {
+        "engine over transformers": spread([a / b for a, b in zip(rows["transformers"], rows["engine"], strict=True)]),
+        **{
+            f"speculative K={k} over plain": spread([a / b for a, b in zip(rows["engine"], rows[f"k{k}"], strict=True)])
+            for k in (1, 2, 4)
+        },
+    }
+    print(f"{processor_name()}, one thread, {count} prompts of 96 tokens, {NEW_TOKENS} new, greedy, stock head")
+    print(f"texts that are transformers' full forward's own: engine {same['engine']}, generate {same['generate']}")
+    for name, found in ratios.items():
+        print(f"{name:32s} {found['median']:.2f}x (quartiles {found['lower']:.2f} to {found['upper']:.2f})")
+    print(f"replay of K=1..{LONGEST}: {replay:.2f} s; the loop for the same: {loops:.1f} s; {loops / replay:.0f} times")
+    result = {"commit": git_commit(), "prompts": count, "same_text": same, "ratios": ratios}
+    print(json.dumps({**result, "replay_seconds": replay, "loop_seconds": loops}))
+
+
+if __name__ == "__main__":
+    main()
