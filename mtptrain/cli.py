@@ -22,6 +22,7 @@ from mtptrain.config import RunConfig, Task, register
 from mtptrain.errors import Preempted, UserError
 from mtptrain.storage import no_room
 
+PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra takes no flags of ours
 USER_MISTAKE, ASKED_TO_LEAVE = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -66,7 +67,8 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
         raise UserError(
-            "no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, backbone, plan); see --help"
+            "no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, collect, backbone, plan); "
+            "see --help"
         )
     strangers = unknown_keys(settings, RunConfig)
     if strangers:
@@ -143,6 +145,7 @@ def composition_message(text: str) -> str:
 def main() -> None:
     """Entry point of `python -m mtptrain` and of the `mtptrain` script."""
     register()
+    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")

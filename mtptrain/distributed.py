@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan,
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PARALLEL_TASKS = (Task.pretrain, Task.distill)
+PARALLEL_TASKS = (Task.pretrain, Task.distill, Task.collect)
 JOIN_TIMEOUT = timedelta(minutes=5)  # a node that never comes must not hold the others for torch's half an hour
 FAILED = "mtptrain/first_failed"  # set in the processes' store by rank 0 before it ends on a user's mistake
 

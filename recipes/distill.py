@@ -14,9 +14,11 @@ from torch import Tensor
 from mtptrain.backbone.load import Backbone
 from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.checkpoint import find_checkpoint, newest_checkpoint
-from mtptrain.config import SHARED_PLACEMENTS, MtpConfig, RunConfig
+from mtptrain.config import SHARED_PLACEMENTS, DataSource, MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.splits import training_documents
+from mtptrain.data.stream_batches import StreamBatches
+from mtptrain.data.stream_manifest import check_origin, check_shards, hash_tokenizer, read_manifest
 from mtptrain.data.streaming import StreamedBatches
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.distributed import leave, on_first, rank
@@ -41,6 +43,12 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
     """Packed training batches in the backbone's tokens."""
     data, size = config.data, config.train.batch_size
+    if data.source is DataSource.streams:
+        manifest = read_manifest(Path(str(data.path)))
+        check_origin(manifest, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
+        check_shards(manifest)
+        dtype = backbone.model.lm_head.weight.dtype
+        return StreamBatches(manifest, data.sequence_length, size, config.seed, dtype)
     if data.streaming:
         return StreamedBatches(data, backbone.tokenizer, backbone.marks, size, config.seed)
     documents = training_documents(data)
@@ -85,6 +93,11 @@ def make_probe(config: RunConfig, run_folder: RunFolder, backbone: Backbone, sta
     return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")
 
 
+def can_decode(config: RunConfig, backbone: Backbone) -> bool:
+    """Whether this process holds every layer of the backbone."""
+    return len(backbone.model.model.layers) > 0 and config.backbone.placement not in SHARED_PLACEMENTS
+
+
 def make_trainer(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack, start: dict[str, Any]
 ) -> Trainer:
@@ -107,7 +120,7 @@ def make_trainer(
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, stored)
     batches = training_batches(config, backbone)
     folder = run_folder.path / "checkpoints"
-    is_probed = config.evaluation.every > 0 and config.backbone.placement not in SHARED_PLACEMENTS
+    is_probed = config.evaluation.every > 0 and can_decode(config, backbone)
     probe = make_probe(config, run_folder, backbone, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
     trainer = Trainer(engine, objective, batches, config.train, folder, owner, config.task.value, probe)
@@ -138,9 +151,11 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> 
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Train a head, then measure it beside the stock head."""
-    backbone = open_backbone(config)
+    from_streams = config.data.source is DataSource.streams
+    backbone = open_backbone(config, has_layers=not from_streams)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.model.parameters())  # whole, if shared
-    run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen")
+    held = ", its decoder layers left on disk" if from_streams else ""
+    run_folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{held}")
     is_measured = config.backbone.placement not in SHARED_PLACEMENTS
     if config.evaluate_at_end and is_measured:  # before hours of training, not after them
         check_prompts(config, backbone, heldout_corpus(config, backbone))
@@ -154,6 +169,8 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         )
     if not config.evaluate_at_end or not is_measured or not is_first:
         return
+    if from_streams:
+        backbone = open_backbone(config)
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):
         heads.insert(0, stock_head(backbone))

@@ -17,10 +17,13 @@ from mtptrain.mtp.initial import place, stock_tensors
 from mtptrain.mtp.stack import num_modules, stack_from_tensors
 
 
-def open_backbone(config: RunConfig) -> Backbone:
-    """The frozen backbone on the run's device, in its arithmetic, with torch's threads bounded."""
+def open_backbone(config: RunConfig, has_layers: bool = True) -> Backbone:
+    """The frozen backbone on the run's device, in its arithmetic, with torch's threads bounded.
+
+    Without its decoder layers it cannot run; training from cached streams needs none.
+    """
     device = choose_device(config.device)
-    backbone = load_backbone(config.backbone, device, choose_dtype(config.precision, device))
+    backbone = load_backbone(config.backbone, device, choose_dtype(config.precision, device), has_layers)
     bound_threads(config.threads, backbone.config.hidden_size)
     check_window(config, backbone)
     return backbone

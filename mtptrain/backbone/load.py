@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,24 @@ class Backbone:
     @property
     def marks(self) -> tuple[list[int], list[int]]:
         """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
-        size = self.tokenizer.get_vocab_size()
-        begin, end = self.config.bos_token_id, self.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+        return document_marks(self.config, self.tokenizer)
 
 
-def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> Backbone:
+def document_marks(config: DeepseekV4Config, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
+    size = tokenizer.get_vocab_size()
+    begin, end = config.bos_token_id, config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+
+
+def load_backbone(
+    config: BackboneConfig, device: torch.device, dtype: torch.dtype, has_layers: bool = True
+) -> Backbone:
     """Load a backbone and freeze it.
 
     A release's FP8 and FP4 weights are kept as transformers computes on them, or decoded while they are read.
+    Without its decoder layers, only embedding, hc_head, final norm and lm_head are read.
 
     Raises:
         UserError: files are missing or damaged, or a tensor has no counterpart on the other side.
@@ -70,22 +79,26 @@ def load_backbone(config: BackboneConfig, device: torch.device, dtype: torch.dty
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
     check_scales(shards)
-    model = _load_model(config, folder, device, dtype)
+    model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
-    make_indexers_causal(model)
-    share_backbone(model, config.placement)
+    if has_layers:
+        make_indexers_causal(model)
+        share_backbone(model, config.placement)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Backbone(model, tokenizer, shards, fingerprint(shards))
 
 
 def _load_model(
-    config: BackboneConfig, folder: Path, device: torch.device, dtype: torch.dtype
+    config: BackboneConfig, folder: Path, device: torch.device, dtype: torch.dtype, has_layers: bool
 ) -> DeepseekV4ForCausalLM:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    is_spread = config.placement in SPREAD_PLACEMENTS
-    model_config = _model_config(config, folder, device)
+    is_spread = config.placement in SPREAD_PLACEMENTS and has_layers
+    model_config = whole_config = _model_config(config, folder, device)
+    if not has_layers:
+        model_config = copy.deepcopy(whole_config)
+        model_config.num_hidden_layers, model_config.layer_types, model_config.mlp_layer_types = 0, [], []
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
@@ -104,11 +117,14 @@ def _load_model(
         transformers_logging.set_verbosity(verbosity)
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report.get(problem) or [])
+        if not has_layers:
+            names = [name for name in names if not name.startswith("model.layers.")]
         if names:
             raise UserError(
                 f"backbone.path={folder}: {len(names)} {problem.replace('_', ' ')}, e.g. {', '.join(names[:3])}; "
                 "config.json and the weights do not belong together"
             )
+    model.config = whole_config
     if not is_spread:
         nn.Module.to(model, device)
     if dtype == torch.float32:  # of a quantised release, transformers leaves what is stored in bf16 as it is

@@ -66,7 +66,13 @@ def _keep_in_step(model: DeepseekV4ForCausalLM, forwards: int) -> None:
 
 
 def backbone_streams(model: DeepseekV4ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`."""
+    """Streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`.
+
+    Streams that the batch brings along are taken as they are: then no decoder layer is needed.
+    """
+    if batch.streams_BSND is not None:
+        hidden_BSD: Tensor = model.model.norm(model.model.hc_head(batch.streams_BSND))
+        return batch.streams_BSND, hidden_BSD
     if int(batch.segment_BS.max()) <= 1:
         _keep_in_step(model, 1)
         return run_backbone(model, batch.tokens_BS)

@@ -24,11 +24,13 @@ from mtptrain.config.choices import (
     ReleaseVariant,
     ShardCopies,
     StoredWeights,
+    StreamFormat,
     Task,
     Tracker,
     VerificationChoice,
     WeightFormat,
 )
+from mtptrain.config.collect import CollectConfig
 from mtptrain.config.data import DataConfig
 from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
@@ -47,6 +49,7 @@ __all__ = [
     "SPREAD_PLACEMENTS",
     "BackboneConfig",
     "CacheFormat",
+    "CollectConfig",
     "DataConfig",
     "DataSource",
     "DecodingConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "ShapeConfig",
     "ShardCopies",
     "StoredWeights",
+    "StreamFormat",
     "Task",
     "Tracker",
     "TrackingConfig",

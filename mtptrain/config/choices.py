@@ -14,6 +14,7 @@ class Task(Enum):
     evaluate = "evaluate"
     compare = "compare"
     doctor = "doctor"
+    collect = "collect"
     plan = "plan"
     mini_release = "mini_release"
     export = "export"
@@ -126,10 +127,19 @@ class OptimizerName(Enum):
 
 
 class DataSource(Enum):
-    """Where documents come from."""
+    """Where documents come from; `streams` are those of a cache that `+recipe=collect` made, with their streams."""
 
     stdlib = "stdlib"
     text = "text"
+    streams = "streams"
+
+
+class StreamFormat(Enum):
+    """How a cached residual stream is stored; `fp8` is e4m3 with a scale for every token and stream."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
 
 
 class MtpMode(Enum):

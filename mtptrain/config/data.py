@@ -13,7 +13,7 @@ class DataConfig:
     """Documents and how they become sequences."""
 
     source: DataSource = DataSource.stdlib
-    path: str | None = None  # data=text: a .txt/.jsonl/.parquet file, a folder of them, or a `datasets` name
+    path: str | None = None  # text: a .txt/.jsonl/.parquet file, a folder, or a `datasets` name; streams: a cache
     field_name: str = "text"  # the column of .jsonl, .parquet and `datasets` rows that holds the text
     streaming: bool = False  # read documents as training needs them instead of tokenising all first
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages that join the training split
@@ -33,8 +33,14 @@ class DataConfig:
             "data=text needs a .txt, .jsonl or .parquet file, a folder of them, or a name for datasets.load_dataset",
         )
         require(
+            self.source is not DataSource.streams or bool(self.path),
+            "data.path",
+            self.path,
+            "data=streams needs the folder that +recipe=collect wrote",
+        )
+        require(
             self.source is DataSource.text or not self.streaming,
             "data.streaming",
             self.streaming,
-            "streams data=text; the standard library is small, leave it false",
+            "is for data=text; what else there is has an end, leave it false",
         )

@@ -9,7 +9,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from mtptrain.config.backbone import BackboneConfig
-from mtptrain.config.choices import Device, EngineName, ExportTarget, LossName, OptimizerName, Precision, Task
+from mtptrain.config.choices import (
+    DataSource,
+    Device,
+    EngineName,
+    ExportTarget,
+    LossName,
+    OptimizerName,
+    Precision,
+    Task,
+)
+from mtptrain.config.collect import CollectConfig
 from mtptrain.config.data import DataConfig
 from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
@@ -46,6 +56,7 @@ class RunConfig:
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -90,6 +101,7 @@ class RunConfig:
         )
         self._check_engine()
         self._check_prompts()
+        self._check_streams()
         require(
             self.resume == "never" or self.output_dir is not None,
             "resume",
@@ -112,6 +124,29 @@ class RunConfig:
             "prompts",
             names,
             "evaluation.traces brings its own prompts; leave one of them out",
+        )
+
+    def _check_streams(self) -> None:
+        """The rules of collecting streams and of training from them."""
+        from_streams, task = self.data.source is DataSource.streams, self.task
+        require(task is Task.collect or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
+        require(
+            not from_streams or task not in (Task.collect, Task.backbone),
+            "data",
+            "streams",
+            f"is what a backbone made of a text, and task={task.value} reads the text itself; set data=stdlib or text",
+        )
+        require(
+            task is not Task.collect or not self.data.streaming,
+            "data.streaming",
+            True,
+            "collect counts the tokens before it starts; leave it false",
+        )
+        require(
+            not from_streams or self.mtp.init != "backbone",
+            "mtp.init",
+            "backbone",
+            "copies a layer of the backbone, and data=streams loads none; use mtp.init=stock or fresh",
         )
 
     def _check_engine(self) -> None:

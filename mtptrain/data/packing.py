@@ -26,25 +26,34 @@ class Batch:
         tokens_BS: int64 token ids; 0 in padding.
         segment_BS: int64, 1, 2, ... for the pieces of a row, 0 in padding.
         position_BS: int64 position inside the piece.
+        spoken_BS: bool, which tokens may be targets; None where all may.
+        streams_BSND: the backbone's streams of N times D channels, zeros in padding, where they come from a cache.
     """
 
     tokens_BS: Tensor
     segment_BS: Tensor
     position_BS: Tensor
+    spoken_BS: Tensor | None = None
+    streams_BSND: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.tokens_BS.to(device), self.segment_BS.to(device), self.position_BS.to(device))
+        parts = (self.tokens_BS, self.segment_BS, self.position_BS, self.spoken_BS, self.streams_BSND)
+        return Batch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
     def target_mask(self, step: int) -> Tensor:
         """Anchors whose draft step `step` (1-based) has its target token t_{i+step+1} inside the piece, bool [B, S].
 
-        `step=0` marks the backbone's own targets t_{i+1}.
+        `step=0` marks the backbone's own targets t_{i+1}. Where only some tokens may be targets, all that the steps up
+        to this one draft must be such tokens: a draft whose beginning is somebody else's word is never asked for.
         """
         shift = step + 1
         mask_BS = torch.zeros_like(self.segment_BS, dtype=torch.bool)
         same = self.segment_BS[:, shift:] == self.segment_BS[:, :-shift]
         mask_BS[:, :-shift] = same & (self.segment_BS[:, :-shift] > 0)
+        if self.spoken_BS is not None:
+            for ahead in range(min(2, shift), shift + 1):
+                mask_BS &= self.spoken_BS.roll(-ahead, dims=1)
         return mask_BS
 
 
@@ -104,13 +113,20 @@ def spread_rows(rows: list[list[Piece]], count: int | None) -> list[list[Piece]]
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> Batch:
+def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int, spoken: np.ndarray | None = None) -> Batch:
     """A batch from rows of pieces.
 
     Two pieces "ab" and "c" in a row of 4: tokens [a, b, c, 0], segments [1, 1, 2, 0], positions [0, 1, 0, 0].
+
+    Args:
+        tokens: int32, what the pieces are pieces of.
+        rows: of pieces.
+        row_length: tokens a row.
+        spoken: bool, which of `tokens` may be targets; None where all may.
     """
     shape = (len(rows), row_length)
     tokens_BS, segment_BS, position_BS = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    spoken_BS = None if spoken is None else torch.zeros(shape, dtype=torch.bool)
     for index, pieces in enumerate(rows):
         begin = 0
         for number, (start, size) in enumerate(pieces, start=1):
@@ -118,5 +134,7 @@ def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> B
             tokens_BS[index, span] = torch.from_numpy(tokens[start : start + size].astype(np.int64))
             segment_BS[index, span] = number
             position_BS[index, span] = torch.arange(size)
+            if spoken is not None and spoken_BS is not None:
+                spoken_BS[index, span] = torch.from_numpy(spoken[start : start + size])
             begin += size
-    return Batch(tokens_BS, segment_BS, position_BS)
+    return Batch(tokens_BS, segment_BS, position_BS, spoken_BS)

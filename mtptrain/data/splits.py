@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.documents import Document, Split
 from mtptrain.data.stdlib import package_documents, stdlib_documents
+from mtptrain.data.stream_manifest import read_manifest
 from mtptrain.data.text import text_documents
 
 
@@ -19,7 +22,9 @@ def training_documents(config: DataConfig) -> list[Document]:
 
 
 def heldout_documents(config: DataConfig) -> list[Document]:
-    """Documents that no training of ours sees."""
+    """Documents that no training of ours sees; of a stream cache, those of the source that it was made of."""
+    if config.source is DataSource.streams:
+        return heldout_documents(read_manifest(Path(str(config.path))).text_config())
     if config.source is DataSource.text:
         return text_documents(config, Split.heldout)
     return stdlib_documents(Split.heldout, config.heldout_every)

@@ -28,11 +28,13 @@ class TokenizedCorpus:
         tokens: int32 [total], every document as BOS, its tokens, EOS, one after another.
         offsets: int64 [documents + 1], document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: UTF-8 bytes of the text, for bits per byte.
+        spoken: bool [total], which tokens may be targets; None where all may.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
+    spoken: np.ndarray | None = None
 
     @property
     def num_documents(self) -> int:

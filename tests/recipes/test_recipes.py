@@ -87,7 +87,7 @@ def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    elsewhere = {"plan", "export"}  # test_plan.py, tests/export/test_export.py
+    elsewhere = {"plan", "export", "collect"}  # test_plan.py, tests/export/test_export.py, test_collect.py
     here = {"backbone", "compare", "distill", "doctor", "evaluate", "mini_release", "pretrain"}
     assert here | elsewhere == set(RECIPES)
 

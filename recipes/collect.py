@@ -1,0 +1,179 @@
+"""`+recipe=collect`: run the frozen backbone over a text once and keep its streams, to train from with `data=streams`.
+
+python -m mtptrain +recipe=collect --plan
+python -m mtptrain +recipe=collect output_dir=streams
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import DeepseekV4Config
+
+from mtptrain.backbone.load import Backbone, document_marks
+from mtptrain.backbone.source import backbone_folder
+from mtptrain.backbone.streams import backbone_streams
+from mtptrain.config import RunConfig
+from mtptrain.data.packing import Batch
+from mtptrain.data.splits import training_documents
+from mtptrain.data.stream_format import bytes_a_token
+from mtptrain.data.stream_manifest import (
+    MANIFEST,
+    STREAM,
+    ShardEntry,
+    StreamIdentity,
+    hash_tokenizer,
+    text_settings,
+    write_manifest,
+)
+from mtptrain.data.stream_writing import (
+    ShardDocuments,
+    num_forwards,
+    piece_streams,
+    plan_shards,
+    write_shard,
+    written_shard,
+)
+from mtptrain.data.tokenizer import load_tokenizer
+from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
+from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
+from mtptrain.errors import UserError
+from mtptrain.progress import Progress
+from mtptrain.recipes.inputs import open_backbone
+from mtptrain.run_folder import RunFolder
+from mtptrain.storage import write_json
+
+UNFINISHED = "collecting.json"  # the identity of a cache whose manifest is still to come
+TEXT_BYTES = 5  # a token's id and whether it may be a target
+
+
+def read_text(config: RunConfig) -> tuple[TokenizedCorpus, DeepseekV4Config, str]:
+    """The training documents as tokens, the backbone's config and its tokenizer's hash; no weight is read."""
+    folder = backbone_folder(config.backbone)
+    model_config = DeepseekV4Config.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, model_config.vocab_size)
+    marks = document_marks(model_config, tokenizer)
+    corpus = tokenize_corpus(training_documents(config.data), tokenizer, marks, cache_folder(config.data.cache_dir))
+    return corpus, model_config, hash_tokenizer(tokenizer)
+
+
+def check_disk(config: RunConfig, run_folder: RunFolder, shards: list[ShardDocuments], model: DeepseekV4Config) -> None:
+    """Say how much disk the cache needs, and refuse to start where there is less."""
+    stored_as = config.collect.format
+    a_token = bytes_a_token(stored_as, model.hc_mult, model.hidden_size)
+    tokens = sum(size for documents in shards for pieces in documents for _, size in pieces)
+    need = tokens * (a_token + TEXT_BYTES)
+    path = run_folder.path.absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    held = sum(file.stat().st_size for file in path.glob("shard_*.safetensors"))
+    free = shutil.disk_usage(nearest).free + held
+    run_folder.say(
+        f"{tokens:,} tokens in {sum(map(len, shards)):,} documents and {len(shards)} shards; "
+        f"{model.hc_mult} streams of {model.hidden_size} channels as {stored_as.value}: "
+        f"{a_token / 1024:.2f} KiB a token"
+    )
+    run_folder.say(f"disk: {need / 1e9:.3f} GB needed, {free / 1e9:.1f} GB free at {nearest}")
+    if need > free and not config.collect.plan_only:
+        raise UserError(
+            f"output_dir={run_folder.path}: the cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "choose another disk, or set collect.format=fp8"
+        )
+
+
+def describe_streams(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, tokenizer: str) -> StreamIdentity:
+    """What this run's cache will hold."""
+    text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
+    text.update(corpus.spoken.tobytes() if corpus.spoken is not None else b"")
+    return StreamIdentity(
+        backbone=backbone.fingerprint,
+        stream=STREAM,
+        layer=backbone.config.num_hidden_layers,
+        num_streams=backbone.config.hc_mult,
+        width=backbone.config.hidden_size,
+        stored_as=config.collect.format.value,
+        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
+        tokenizer=tokenizer,
+        chat_template=None,
+        text=text.hexdigest(),
+        sequence_length=config.data.sequence_length,
+        shard_tokens=config.collect.shard_tokens,
+        data=text_settings(config.data),
+    )
+
+
+def open_cache_folder(folder: Path, identity: StreamIdentity, resume: bool) -> None:
+    """Begin a cache, or continue the one that an interrupted run began.
+
+    Raises:
+        UserError: the folder holds a cache that is another one, or that is not to be continued.
+    """
+    begun = folder / UNFINISHED
+    if begun.exists():
+        if not resume:
+            raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
+        try:
+            found = json.loads(begun.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"output_dir={folder}: {UNFINISHED} is damaged ({error}); choose another folder") from None
+        for name, wanted in asdict(identity).items():
+            if found.get(name) != wanted:
+                raise UserError(
+                    f"resume=auto: {folder} holds a cache of {name}={found.get(name)} and this run has {name}="
+                    f"{wanted}; choose another output_dir"
+                )
+    for leftover in folder.glob(".shard_*.tmp"):  # of a run that was killed
+        leftover.unlink()
+    write_json(begun, asdict(identity))
+
+
+def collect_shards(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, shards: list[ShardDocuments]
+) -> None:
+    """Write the shards that are not there yet, every process its share of them."""
+    folder, length, model = run_folder.path, config.data.sequence_length, backbone.model
+    missing = on_first(lambda: [number for number in range(len(shards)) if written_shard(folder, number) is None])
+    if len(missing) < len(shards):
+        run_folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
+    own = missing[rank() :: world_size()]
+    with Progress("collect", len(own)) as progress:
+        for done, number in enumerate(own, start=1):
+            pieces = [piece for parts in shards[number] for piece in parts]
+            streams_TND = piece_streams(model, corpus, pieces, length)
+            write_shard(folder, number, shards[number], corpus, streams_TND, config.collect.format)
+            progress.update(done, "shards", len(streams_TND))
+    forwards = sum(num_forwards(shards[number], length) for number in own)
+    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+    for _ in range(largest_over_processes(forwards) - forwards):  # a shared backbone needs every process
+        backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
+    largest_over_processes(0)  # all shards are written
+
+
+def run(config: RunConfig, run_folder: RunFolder) -> None:
+    """Plan, check the disk, collect, and write the manifest last."""
+    corpus, model_config, tokenizer = on_first(lambda: read_text(config))
+    shards = plan_shards(corpus, config.data.sequence_length, config.collect.shard_tokens)
+    if not shards:
+        raise UserError("data: there is no document with two tokens or more to run over; check data.path")
+    on_first(lambda: check_disk(config, run_folder, shards, model_config))
+    if config.collect.plan_only:
+        return
+    backbone = open_backbone(config)
+    identity = describe_streams(config, backbone, corpus, tokenizer)
+    on_first(lambda: open_cache_folder(run_folder.path, identity, config.resume == "auto"))
+    run_folder.record()
+    with torch.inference_mode():
+        collect_shards(config, run_folder, backbone, corpus, shards)
+
+    def finish() -> None:
+        found = [written_shard(run_folder.path, number) for number in range(len(shards))]
+        entries = [entry for entry in found if isinstance(entry, ShardEntry)]
+        assert len(entries) == len(shards)
+        write_manifest(run_folder.path, identity, entries)
+
+    on_first(finish)
+    run_folder.say(f"wrote {run_folder.path / MANIFEST}; train from it with data=streams data.path={run_folder.path}")

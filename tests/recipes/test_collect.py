@@ -1,0 +1,227 @@
+"""`+recipe=collect`, and training from what it wrote."""
+
+import json
+import shutil
+import time
+from collections import namedtuple
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mtptrain.backbone.load import load_backbone
+from mtptrain.config import BackboneConfig
+from mtptrain.data.stream_manifest import read_manifest
+from tests.command import read_metrics, run_main, start_process, tree
+from tests.conftest import save_backbone
+from tests.test_launchers import finish, start
+
+
+@pytest.fixture(scope="module")
+def small(light: list[str]) -> list[str]:
+    """Shards of a document or two."""
+    return [*light, "collect.shard_tokens=60", "collect.format=fp32"]
+
+
+@pytest.fixture(scope="module")
+def cache(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of fp32 streams; nothing may write into it."""
+    folder = tmp_path_factory.mktemp("streams") / "cache"
+    assert run_main("+recipe=collect", *small, f"output_dir={folder}") == 0
+    return folder
+
+
+def streams(folder: Path) -> dict[str, str]:
+    """Hashes of a cache's shards and of its manifest."""
+    return {name: digest for name, digest in tree(folder).items() if name.startswith(("shard", "manifest"))}
+
+
+def copied(cache: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(cache, folder / "copy"))
+
+
+def train_from(cache: Path, light: list[str], output: Path, *more: str) -> int:
+    settings = ["data=streams", f"data.path={cache}", "evaluate_at_end=false", f"output_dir={output}"]
+    kept = [one for one in light if not one.startswith(("data=", "data.path="))]
+    return run_main("+recipe=distill", *kept, *settings, *more)
+
+
+def refusal(cache: Path, light: list[str], output: Path, capfd: pytest.CaptureFixture[str], *more: str) -> str:
+    capfd.readouterr()
+    assert train_from(cache, light, output, *more) == 2
+    assert not output.exists()
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def test_training_from_streams_has_the_losses_of_training_online(cache: Path, light: list[str], tmp_path: Path) -> None:
+    longer = ["train.steps=5", "train.batch_size=3"]
+    assert train_from(cache, light, tmp_path / "cached", *longer) == 0
+    assert run_main("+recipe=distill", *light, *longer, "evaluate_at_end=false", f"output_dir={tmp_path / 'on'}") == 0
+    for left, right in zip(read_metrics(tmp_path / "cached"), read_metrics(tmp_path / "on"), strict=True):
+        assert left["tokens"] == right["tokens"]
+        for k in (1, 2, 3):
+            # fp32 rounding of a padded batch of pieces against another batch of them, through a few updates
+            assert left[f"loss/step_{k}"] == pytest.approx(right[f"loss/step_{k}"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stored_as", ["bf16", "fp8"])
+def test_rounded_streams_are_trained_on_and_measured_on_the_whole_backbone(
+    stored_as: str, light: list[str], tmp_path: Path
+) -> None:
+    made = tmp_path / "cache"
+    assert run_main("+recipe=collect", *light, f"collect.format={stored_as}", f"output_dir={made}") == 0
+    assert train_from(made, light, tmp_path / "run", "evaluate_at_end=true") == 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["certificate"]["passed"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_only_embedding_head_and_norm_are_held_for_it(backbone_folder: Path) -> None:
+    backbone = load_backbone(BackboneConfig(path=str(backbone_folder)), torch.device("cpu"), torch.float32, False)
+    whole = load_backbone(BackboneConfig(path=str(backbone_folder)), torch.device("cpu"), torch.float32)
+    held, state = dict(backbone.model.named_parameters()), whole.model.state_dict()
+    parts = {"model.embed_tokens", "model.norm", "model.hc_head", "lm_head"}
+    assert {name.rpartition(".")[0] for name in held} == parts
+    assert all(torch.equal(tensor, state[name]) for name, tensor in held.items())
+    assert (backbone.fingerprint, backbone.config.num_hidden_layers) == (whole.fingerprint, 4)
+
+
+def test_a_shard_holds_whole_documents_in_their_order(cache: Path) -> None:
+    manifest = read_manifest(cache)
+    assert len(manifest.shards) > 5
+    for shard in manifest.shards:
+        with safe_open(cache / shard.file, framework="pt") as file:
+            sizes, pieces = file.get_tensor("piece_sizes").tolist(), file.get_tensor("document_pieces").tolist()
+            tokens = file.get_tensor("tokens").tolist()
+        assert (len(tokens), len(sizes), len(pieces)) == (shard.tokens, shard.pieces, shard.documents)
+        begins = [sum(sizes[: sum(pieces[:number])]) for number in range(len(pieces) + 1)]
+        for begin, end in pairwise(begins):
+            assert (tokens[begin], tokens[end - 1]) == (0, 1)  # the marks of begin and end
+
+
+def test_a_killed_collection_continues_to_the_same_bytes(cache: Path, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    process = start_process("+recipe=collect", *small, f"output_dir={folder}", folder=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("shard_*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert not (folder / "manifest.json").exists()  # it really ended early
+    done = {name: digest for name, digest in streams(folder).items() if (folder / name).with_suffix(".json").exists()}
+    assert run_main("+recipe=collect", *small, f"output_dir={folder}", "resume=auto") == 0
+    assert streams(folder) == streams(cache)
+    assert done.items() <= streams(folder).items()
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_two_processes_collect_what_one_collects(cache: Path, small: list[str], tmp_path: Path) -> None:
+    code, errors = finish(
+        start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=collect", *small, f"output_dir={tmp_path}")
+    )
+    assert code == 0, errors[-3000:]
+    left, right = read_manifest(tmp_path), read_manifest(cache)
+    assert [(one.tokens, one.pieces) for one in left.shards] == [(one.tokens, one.pieces) for one in right.shards]
+    assert left.identity == right.identity
+
+
+def test_an_unfinished_cache_is_not_trained_from(
+    cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    part = copied(cache, tmp_path)
+    (part / "manifest.json").unlink()
+    line = refusal(part, light, tmp_path / "run", capfd)
+    assert f"data.path={part}: holds no manifest.json" in line
+    assert "resume=auto" in line
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_a_damaged_shard_is_named(
+    damage: str, cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = copied(cache, tmp_path)
+    path = broken / "shard_00002.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flipped" else b""))
+    line = refusal(broken, light, tmp_path / "run", capfd)
+    assert "shard_00002.safetensors is missing, truncated or altered (its SHA-256 differs)" in line
+
+
+def test_streams_of_another_backbone_are_refused(
+    cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_backbone(tmp_path / "other", index_topk=2)
+    line = refusal(cache, light, tmp_path / "run", capfd, f"backbone.path={tmp_path / 'other'}")
+    assert "holds streams of the backbone" in line
+
+
+def test_rows_shorter_than_the_pieces_are_refused(
+    cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(cache, light, tmp_path / "run", capfd, "data.sequence_length=31")
+    assert "data.sequence_length=31" in line
+    assert "set at least 32" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["collect.format=bf16", "resume=auto"], "holds a cache of stored_as=fp32 and this run has stored_as=bf16"),
+        (["data.heldout_every=4", "resume=auto"], "holds a cache of text="),
+        ([], "already holds a stream cache; choose another, or set resume=auto"),
+    ],
+    ids=["format", "text", "no_resume"],
+)
+def test_another_collection_leaves_a_cache_as_it_is(
+    more: list[str], reason: str, cache: Path, small: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(cache)
+    assert run_main("+recipe=collect", *small, f"output_dir={cache}", *more) == 2
+    assert reason in capfd.readouterr().err.splitlines()[-1]
+    assert tree(cache) == before
+
+
+def test_a_plan_prints_the_disk_need_and_writes_nothing(
+    cache: Path, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("+recipe=collect", "--plan", *small, f"output_dir={tmp_path / 'cache'}") == 0
+    lines = capfd.readouterr().err
+    tokens = sum(shard.tokens for shard in read_manifest(cache).shards)
+    assert f"{tokens:,} tokens in" in lines
+    assert "2 streams of 64 channels as fp32: 0.50 KiB a token" in lines
+    assert "GB needed" in lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")(1000, 1, 999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run_main("+recipe=collect", *small, f"output_dir={tmp_path / 'cache'}") == 2
+    assert "the cache needs" in capfd.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["+recipe=distill", "--plan"], "--plan=True: belongs to +recipe=collect"),
+        (["+recipe=collect", "data=streams", "data.path=x"], "data=streams: is what a backbone made of a text"),
+        (["+recipe=collect", "data.streaming=true"], "data.streaming=True: collect counts the tokens"),
+        (["+recipe=distill", "data=streams"], "data.path=None: data=streams needs the folder"),
+        (["+recipe=distill", "data=streams", "data.path=x", "mtp.init=backbone"], "mtp.init=backbone: copies a layer"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    arguments: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = [] if "data=streams" in arguments else ["data=text", "data.path=x.jsonl"]
+    assert run_main(*arguments, *text) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"mtptrain: {reason}")
