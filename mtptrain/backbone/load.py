@@ -23,6 +23,9 @@ from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 
+# What a config says of the decoder layers, and what it says of a model without any.
+LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
+
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
@@ -98,7 +101,8 @@ def _load_model(
     model_config = whole_config = _model_config(config, folder, device)
     if not has_layers:
         model_config = copy.deepcopy(whole_config)
-        model_config.num_hidden_layers, model_config.layer_types, model_config.mlp_layer_types = 0, [], []
+        for name, nothing in LAYER_FIELDS.items():
+            setattr(model_config, name, nothing)
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
@@ -124,7 +128,10 @@ def _load_model(
                 f"backbone.path={folder}: {len(names)} {problem.replace('_', ' ')}, e.g. {', '.join(names[:3])}; "
                 "config.json and the weights do not belong together"
             )
-    model.config = whole_config
+    if not has_layers:
+        model.config = copy.deepcopy(model.config)  # keeps what loading settled, such as how experts are computed
+        for name in LAYER_FIELDS:
+            setattr(model.config, name, getattr(whole_config, name))
     if not is_spread:
         nn.Module.to(model, device)
     if dtype == torch.float32:  # of a quantised release, transformers leaves what is stored in bf16 as it is
