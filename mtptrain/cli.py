@@ -66,10 +66,7 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
-        raise UserError(
-            "no recipe is chosen; add +recipe=distill (or pretrain, evaluate, compare, collect, backbone, plan); "
-            "see --help"
-        )
+        raise UserError("no recipe is chosen; add +recipe=distill (or another recipe that --help lists); see --help")
     strangers = unknown_keys(settings, RunConfig)
     if strangers:
         raise UserError(f"{strangers[0]}: there is no such setting; `--cfg job` lists all of them")
