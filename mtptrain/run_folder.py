@@ -17,6 +17,7 @@ from mtptrain.errors import UserError
 from mtptrain.provenance import describe_run, hardware
 from mtptrain.storage import write_json, write_text
 from mtptrain.tracking import METRICS_FILE, MetricsLog
+from mtptrain.wandb_mirror import WandbMirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,19 @@ class RunFolder:
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         write_json(self.path / "provenance.json", self.provenance)
 
-    def open_log(self, start_step: int = 0) -> MetricsLog:
-        """The run's metrics log, which rank 0 alone writes; rows after `start_step` are dropped. Records the run."""
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where this process sends metrics: rank 0 alone does."""
+        return self.config.tracking if is_first() else TrackingConfig(tracker=Tracker.none)
+
+    def open_mirror(self) -> WandbMirror:
+        """What mirrors the run; nothing is sent or written yet. Whoever opens it finishes it."""
+        return WandbMirror(self.tracking, self.path, self.settings)
+
+    def open_log(self, mirror: WandbMirror, start_step: int = 0) -> MetricsLog:
+        """The run's metrics log; rows after `start_step` are dropped. Records the run."""
         self.record()
-        tracking = self.config.tracking if is_first() else TrackingConfig(tracker=Tracker.none)
-        return MetricsLog(tracking, self.path, self.settings, start_step)
+        return MetricsLog(self.tracking, self.path, mirror, start_step)
 
 
 def is_first() -> bool:

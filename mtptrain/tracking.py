@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from mtptrain.config import Tracker, TrackingConfig
 from mtptrain.storage import write_text
+from mtptrain.wandb_mirror import WandbMirror
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,69 +28,46 @@ def _keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _start_wandb(config: TrackingConfig, output_dir: Path, settings: dict[str, Any]) -> Any:
-    """A W&B run, offline when no key is set, or None where W&B fails."""
+def _open(path: Path, start_step: int) -> TextIO | None:
+    """The log, without rows after `start_step`; None where it cannot be written, which is told."""
     try:
-        import wandb
-
-        offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online")
-        mode: Any = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-        run = wandb.init(
-            project=config.project,
-            name=config.name,
-            dir=str(output_dir),
-            mode=mode,
-            config=settings,
-            settings=wandb.Settings(silent=True),
-        )
-        if mode == "offline":
-            print(f"W&B runs offline; upload later with: wandb sync {run.dir.removesuffix('/files')}", file=sys.stderr)
-        return run
-    except Exception as error:  # a tracker that fails never stops training
-        print(f"W&B is off: {error}", file=sys.stderr)
+        if path.exists():
+            _keep_until(path, start_step)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        print(f"{path}: cannot be written ({error.strerror}); training goes on without it", file=sys.stderr)
         return None
 
 
 class MetricsLog:
-    """Writes one row of metrics a call.
+    """Writes one row of metrics a call. A disk that fails ends the log, not the training.
 
     Args:
         config: which trackers.
-        output_dir: holds metrics.jsonl and W&B's offline folder.
-        settings: the resolved configuration, for W&B.
+        output_dir: holds metrics.jsonl.
+        mirror: is sent the same rows.
         start_step: rows after this step, left by an interrupted run, are dropped.
     """
 
-    def __init__(self, config: TrackingConfig, output_dir: Path, settings: dict[str, Any], start_step: int = 0) -> None:
-        self.file = None
-        self.wandb = None
+    def __init__(self, config: TrackingConfig, output_dir: Path, mirror: WandbMirror, start_step: int = 0) -> None:
+        self.file: TextIO | None = None
+        self.mirror = mirror
         if config.tracker is not Tracker.none:
-            path = output_dir / METRICS_FILE
-            if path.exists():
-                _keep_until(path, start_step)
-            self.file = path.open("a", encoding="utf-8")
-        if config.tracker is Tracker.wandb:
-            self.wandb = _start_wandb(config, output_dir, settings)
+            self.file = _open(output_dir / METRICS_FILE, start_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step; a figure that is not finite is `null`, for JSON knows no other word for it."""
         if self.file is not None:
             row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self.file.write(json.dumps({"step": step, **row}) + "\n")
-            self.file.flush()
-        if self.wandb is not None:
             try:
-                self.wandb.log(metrics, step=step)
-            except Exception as error:
-                print(f"W&B is off from step {step} on: {error}", file=sys.stderr)
-                self.wandb = None
+                self.file.write(json.dumps({"step": step, **row}) + "\n")
+                self.file.flush()
+            except OSError as error:
+                print(f"{METRICS_FILE} ends before step {step}: {error.strerror}", file=sys.stderr)
+                self.file = None
+        self.mirror.log(step, metrics)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close the file; the mirror goes on, for what is measured after training."""
         if self.file is not None:
             self.file.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                print(f"W&B did not finish: {error}", file=sys.stderr)

@@ -60,9 +60,10 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     if checkpoint is not None:
         trainer.restore(checkpoint)
         run_folder.say(f"continuing from step {trainer.step}")
-    log = run_folder.open_log(trainer.step)
-    trainer.run(log)
-    log.close()
+    with run_folder.open_mirror() as mirror:
+        log = run_folder.open_log(mirror, trainer.step)
+        trainer.run(log)
+        log.close()
     transformers_logging.disable_progress_bar()
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -82,7 +83,8 @@ def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> 
     backbone = open_backbone(head_config)
     head_folder = replace(run_folder, path=run_folder.path / "stock_head", config=head_config)
     head_folder.path.mkdir(exist_ok=True)
-    stack = train_head(head_config, head_folder, backbone)
+    with head_folder.open_mirror() as mirror:
+        stack = train_head(head_config, head_folder, backbone, mirror)
     with atomic_file(folder / HEAD_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
     corpus, length = heldout_corpus(head_config, backbone), config.data.sequence_length

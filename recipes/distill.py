@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.backbone.release_config import stored_scheme
-from mtptrain.checkpoint import find_checkpoint, newest_checkpoint
+from mtptrain.checkpoint import BEST, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.splits import training_documents
@@ -33,9 +33,11 @@ from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
 from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head
+from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import BatchSource, Probe, Trainer
+from mtptrain.wandb_mirror import WandbMirror
 
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
 
@@ -131,17 +133,21 @@ def make_trainer(
     return trainer
 
 
-def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> MtpStack:
+def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone, mirror: WandbMirror) -> MtpStack:
     """Train the modules that `config.mtp` asks for; rank 0 returns them, whole and in eval mode."""
     stack, start = start_stack(config.mtp, backbone, config.seed)
     if "conversion" in start:
         run_folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
     trainer = make_trainer(config, run_folder, backbone, stack, start)
-    log = run_folder.open_log(trainer.step)
+    log = run_folder.open_log(mirror, trainer.step)
     try:
         trainer.run(log)
     finally:
         log.close()
+    if config.tracking.checkpoints and rank() == 0:
+        best = trainer.checkpoints / BEST
+        kept = [checkpoint_folders(trainer.checkpoints)[-1], *([best] if best.is_dir() else [])]
+        mirror.artifact("checkpoints", "model", kept)
     tensors = trainer.engine.tensors()
     if rank() > 0:
         return stack
@@ -151,6 +157,12 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone) -> 
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Train a head, then measure it beside the stock head."""
+    with run_folder.open_mirror() as mirror:
+        train_and_measure(config, run_folder, mirror)
+
+
+def train_and_measure(config: RunConfig, run_folder: RunFolder, mirror: WandbMirror) -> None:
+    """What `run` does while its mirror is open."""
     from_streams = config.data.source is DataSource.streams
     backbone = open_backbone(config, has_layers=not from_streams)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.model.parameters())  # whole, if shared
@@ -159,7 +171,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     is_measured = config.backbone.placement not in SHARED_PLACEMENTS
     if config.evaluate_at_end and is_measured:  # before hours of training, not after them
         check_prompts(config, backbone, heldout_corpus(config, backbone))
-    stack = train_head(config, run_folder, backbone)
+    stack = train_head(config, run_folder, backbone, mirror)
     is_first = rank() == 0
     leave()  # the measuring is done by rank 0 alone
     if not is_measured and is_first:
@@ -174,4 +186,4 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):
         heads.insert(0, stock_head(backbone))
-    evaluate_heads(config, run_folder, backbone, heads)
+    publish(mirror, run_folder, evaluate_heads(config, run_folder, backbone, heads))

@@ -33,6 +33,7 @@ from mtptrain.mtp.initial import has_stock
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
 from mtptrain.recipes.inputs import describe_backbone, heldout_corpus, open_backbone, stock_head, trained_head
+from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import decoding_limits, prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
@@ -190,4 +191,5 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         heads.append(stock_head(backbone))
     if checkpoint is not None:
         heads.append(trained_head(backbone, checkpoint))
-    evaluate_heads(config, run_folder, backbone, heads)
+    with run_folder.open_mirror() as mirror:
+        publish(mirror, run_folder, evaluate_heads(config, run_folder, backbone, heads))

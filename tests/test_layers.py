@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels", "distributed", "memory", "zero", "provenance", "storage"],
     ["data.documents", "data.tokens", "data.packing", "data.tokenizer"],  # the format of data, no source of it
     ["mtp", "backbone"],
-    ["decoding", "losses", "data", "optim", "balance", "tracking", "progress", "preemption"],
+    ["decoding", "losses", "data", "optim", "balance", "tracking", "wandb_mirror", "progress", "preemption"],
     ["engines"],
     ["checkpoint"],
     ["trainer", "evaluation", "planning", "export", "run_folder"],

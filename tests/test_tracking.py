@@ -1,6 +1,5 @@
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ import pytest
 
 from mtptrain.config import Tracker, TrackingConfig
 from mtptrain.tracking import METRICS_FILE, MetricsLog
+from mtptrain.wandb_mirror import WandbMirror
+from tests.command import run_main
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -15,7 +16,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_log(folder: Path, start_step: int = 0, tracker: Tracker = Tracker.jsonl) -> MetricsLog:
-    return MetricsLog(TrackingConfig(tracker=tracker), folder, {"seed": 3}, start_step)
+    config = TrackingConfig(tracker=tracker)
+    return MetricsLog(config, folder, WandbMirror(config, folder, {"seed": 3}), start_step)
 
 
 def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -62,20 +64,20 @@ def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_runs_offline_without_a_key_beside_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_disk_that_fails_ends_the_log_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / METRICS_FILE).symlink_to("/dev/full")
+    log = MetricsLog.__new__(MetricsLog)
+    log.file, log.mirror = (tmp_path / METRICS_FILE).open("a"), WandbMirror(TrackingConfig(), tmp_path, {})
+    log.write(1, {"loss": 1.0})
+    log.write(2, {"loss": 1.0})
+    assert capsys.readouterr().err.count("metrics.jsonl ends before step 1: No space left on device") == 1
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_training_goes_on(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    log = open_log(tmp_path, tracker=Tracker.wandb)
-    assert log.wandb is not None
-    log.write(1, {"loss": 0.25})
-    log.close()
-    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 20  # W&B's own process writes the file, a moment after the run has finished
-    while b"0.25" not in record.read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert b"0.25" in record.read_bytes()
-    assert "W&B did not finish" not in capsys.readouterr().err
-    assert rows(tmp_path) == [{"step": 1, "loss": 0.25}]
+    (tmp_path / METRICS_FILE).mkdir()  # a folder where the file should be
+    arguments = ["resume=auto", "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+    assert capfd.readouterr().err.count(f"{METRICS_FILE}: cannot be written (Is a directory)") == 1

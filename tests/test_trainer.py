@@ -14,6 +14,7 @@ from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
 from mtptrain.tracking import MetricsLog
 from mtptrain.trainer import Probe, Step, Totals, Trainer
+from mtptrain.wandb_mirror import WandbMirror
 
 # B rows, S tokens a row, V vocabulary, K draft steps
 
@@ -98,7 +99,8 @@ class Rows(MetricsLog):
     """Keeps the rows in memory."""
 
     def __init__(self) -> None:
-        super().__init__(TrackingConfig(tracker=Tracker.none), Path(), {})
+        config = TrackingConfig(tracker=Tracker.none)
+        super().__init__(config, Path(), WandbMirror(config, Path(), {}))
         self.rows: list[dict[str, Any]] = []
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -239,7 +239,8 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     files = tree(backbone_folder)
     backbone = open_backbone(config)
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    stack = train_head(config, open_run_folder(config, {}), backbone)
+    folder = open_run_folder(config, {})
+    stack = train_head(config, folder, backbone, folder.open_mirror())
     after, start = backbone.model.state_dict(), stock_tensors(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tree(backbone_folder) == files

@@ -1,0 +1,63 @@
+"""What an evaluation sends to the mirror of its run: tables to look at and compare, and the files as an artifact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtptrain.evaluation.report import plots
+from mtptrain.run_folder import RunFolder
+from mtptrain.wandb_mirror import WandbMirror
+
+Row = tuple[Any, ...]
+PLOTS = (
+    plots.acceptance_length,
+    plots.gain,
+    plots.speedup,
+    plots.batch_speedup,
+    plots.acceptance_by_position,
+    plots.losses,
+    plots.calibration,
+)
+
+
+def acceptance_lengths(evaluation: dict[str, Any]) -> list[Row]:
+    """A row for every head and draft length."""
+    return [
+        (head["name"], int(length), found["acceptance_length"], *found["interval"])
+        for head in evaluation["heads"]
+        for length, found in head["replay"].items()
+    ]
+
+
+def acceptance_by_position(evaluation: dict[str, Any]) -> list[Row]:
+    """A row for every head and position of the longest draft, with what held-out text says of it."""
+    rows: list[Row] = []
+    for head in evaluation["heads"]:
+        accepted, forced = head["replay"][str(evaluation["draft_length"])]["conditional"], head["teacher_forced"]
+        found = zip(accepted, forced["alpha"], forced["top1"], strict=True)
+        rows += [(head["name"], place, *figures) for place, figures in enumerate(found, start=1)]
+    return rows
+
+
+def speedups(evaluation: dict[str, Any]) -> list[Row]:
+    """A row for every head, batch and draft length that was timed."""
+    return [
+        (head, int(size), int(length), found["median"], *found["quartiles"])
+        for size, heads in evaluation["speedup"].items()
+        for head, lengths in heads.items()
+        for length, found in lengths.items()
+    ]
+
+
+def publish(mirror: WandbMirror, run_folder: RunFolder, evaluation: dict[str, Any]) -> None:
+    """Send an evaluation's tables, plots and report to the mirror."""
+    columns = ["head", "K", "tokens_a_pass", "low", "high"]
+    mirror.table("evaluation/acceptance_length", columns, acceptance_lengths(evaluation))
+    columns = ["head", "position", "accepted", "alpha", "top1"]
+    mirror.table("evaluation/acceptance_by_position", columns, acceptance_by_position(evaluation))
+    columns = ["head", "batch", "K", "median", "lower_quartile", "upper_quartile"]
+    mirror.table("evaluation/speedup", columns, speedups(evaluation))
+    drawn = {plot.__name__: plot(evaluation) for plot in PLOTS}
+    texts = {f"{name}.svg": text for name, text in drawn.items() if text is not None}
+    files = [run_folder.path / name for name in ("evaluation.json", "report.html")]
+    mirror.artifact("evaluation", "evaluation", files, texts)

@@ -1,0 +1,113 @@
+"""What W&B is sent, read back from the record of offline runs."""
+
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
+
+import pytest
+
+from mtptrain.config import RunConfig, Task, Tracker, TrackingConfig
+from mtptrain.errors import UserError
+from mtptrain.run_folder import open_run_folder
+from mtptrain.wandb_mirror import WandbMirror
+from tests.command import read_metrics, run_main
+from tests.offline_run import artifacts, history, records
+
+
+@pytest.fixture(autouse=True)
+def without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def open_mirror(folder: Path) -> WandbMirror:
+    config = TrackingConfig(tracker=Tracker.wandb, project="heads", name="first", group="night", tags=["a", "b"])
+    return WandbMirror(config, folder, {"seed": 3})
+
+
+def test_a_run_carries_its_names_and_configuration(tmp_path: Path) -> None:
+    with open_mirror(tmp_path) as mirror:
+        mirror.log(1, {"loss": 0.25})
+    (run,) = [record.run for record in records(tmp_path) if record.HasField("run")]
+    assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("heads", "first", "night", ["a", "b"])
+    assert {item.key: item.value_json for item in run.config.update}["seed"] == "3"
+
+
+def test_a_continued_run_keeps_its_id(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with open_mirror(tmp_path) as mirror:
+            mirror.log(step, {"loss": 0.25 * step})
+    found = records(tmp_path)
+    runs = [record.run for record in found if record.HasField("run")]
+    assert len(runs) == 2
+    assert runs[0].run_id == runs[1].run_id
+    assert [row["loss"] for row in history(found)] == [0.25, 0.5]
+
+
+def test_nothing_is_written_before_something_is_sent(tmp_path: Path) -> None:
+    with open_mirror(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offline_run_says_how_it_is_uploaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_mirror(tmp_path) as mirror:
+        mirror.log(1, {"loss": 0.25})
+    *_, pattern = capsys.readouterr().err.splitlines()[-1].split()
+    assert glob(pattern) == [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
+
+
+def test_a_job_that_fails_is_a_failed_run(tmp_path: Path) -> None:
+    with suppress(UserError), open_mirror(tmp_path) as mirror:
+        mirror.log(1, {"loss": 0.25})
+        raise UserError("train.max_bad_steps=1: ...")
+    assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
+
+
+def test_of_several_processes_the_first_alone_has_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(task=Task.distill, output_dir=str(tmp_path), tracking=TrackingConfig(tracker=Tracker.wandb))
+    monkeypatch.setenv("RANK", "1")
+    with open_run_folder(config, {}).open_mirror() as mirror:
+        mirror.log(1, {"loss": 0.25})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "wandb").write_text("a file where the folder should be")
+    arguments = ["tracking=wandb", "evaluate_at_end=false", f"output_dir={run}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    assert capfd.readouterr().err.count("W&B is off from step 1 on") == 1
+
+
+def test_a_tracker_that_breaks_is_told_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_mirror(tmp_path) as mirror:
+        mirror.log(1, {"loss": 0.25})
+        mirror.table("broken", ["one column"], [[1, 2, 3]])
+        mirror.log(2, {"loss": 0.5})
+    assert capsys.readouterr().err.count("W&B is off before the table broken") == 1
+
+
+def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: list[str], tmp_path: Path) -> None:
+    arguments = ["tracking=wandb", "tracking.checkpoints=true", "evaluation.every=1", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    found = records(tmp_path)
+    rows = history(found)
+    sent = {name for row in rows for name in row}
+    assert {f"{name}/step_{k}" for name in ("loss", "alpha", "hit") for k in (1, 2, 3)} <= sent
+    assert {"gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= sent
+    assert {"replay/acceptance_length_2", "experts/largest_load_0"} <= sent
+    tables = {name.split("/_type")[0] for name in sent if name.endswith("/_type")}
+    assert {f"evaluation/{name}" for name in ("acceptance_length", "acceptance_by_position", "speedup")} <= tables
+    logged = [row["loss/step_1"] for row in rows if "loss/step_1" in row]
+    assert logged == [row["loss/step_1"] for row in read_metrics(tmp_path) if "loss/step_1" in row]
+    stored = artifacts(found)
+    assert {"evaluation.json", "report.html", "acceptance_length.svg", "losses.svg"} <= set(stored["evaluation"])
+    assert {"step_00000002/module.safetensors", "best/module.safetensors"} <= set(stored["model"])
