@@ -63,10 +63,9 @@ class Progress:
         self.amount += amount
         elapsed = max(time.monotonic() - self.begun, 1e-9)
         left = elapsed / max(step - self.start, 1) * (self.total - step)
-        line = (
-            f"{self.label} {step}/{self.total}  {figures}  {self.amount / elapsed:,.0f} {self.unit}/s  "
-            f"{clock(left)} left"
-        )
+        rate = self.amount / elapsed
+        speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
+        line = f"{self.label} {step}/{self.total}  {figures}  {speed}  {clock(left)} left"
         if self.live is not None:
             self.live.update(Text(line))
         elif self.is_shown and (elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total):

@@ -21,12 +21,19 @@ from mtptrain.evaluation.controls import all_accept_control, shifted_target_cont
 from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.heads import Head, teacher_forced
 from mtptrain.evaluation.loop import certify_runs, loop_totals, sample_texts
-from mtptrain.evaluation.metrics import acceptance_length, domain_rows, paired_gain
+from mtptrain.evaluation.metrics import domain_rows, paired_gain
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.table import print_summary
 from mtptrain.evaluation.sampler_check import sampler_certificate
-from mtptrain.evaluation.speedup import BatchRuns, cut_batches, run_interleaved, summarize_speed, tokens_per_second
+from mtptrain.evaluation.speedup import (
+    BatchRuns,
+    batch_length,
+    cut_batches,
+    run_interleaved,
+    summarize_speed,
+    tokens_per_second,
+)
 from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.initial import has_stock
@@ -93,17 +100,15 @@ def make_certificate(
     return {"passed": all(part["passed"] for part in parts.values()), **parts}
 
 
-def measure_times(
-    backbone: Backbone, heads: list[Head], batch: BatchRuns, replays: dict[str, Replayed]
-) -> dict[str, Any]:
-    """Times of the steps of each head on the prompts of a batch, and the speed-ups that they predict."""
-    shortest = min(len(trace.prompt.tokens) for trace in batch.traces)
-    prompts = [trace.prompt.tokens[:shortest] for trace in batch.traces]
+def measure_times(backbone: Backbone, heads: list[Head], runs: list[BatchRuns], draft_length: int) -> dict[str, Any]:
+    """Times of the steps of each head on the prompts of a batch, and the speed-ups that they predict for the runs."""
+    traces = runs[0].traces
+    shortest = min(len(trace.prompt.tokens) for trace in traces)
+    prompts = [trace.prompt.tokens[:shortest] for trace in traces]
     found = {}
     for head in heads:
-        counts = replays[head.name]
-        lengths = {k: acceptance_length(counts[k]) for k in counts}
-        times = measure_steps(backbone.model, head.stack, prompts, max(counts), STEP_REPETITIONS)
+        lengths = {k: batch_length(runs, head.name, k) for k in range(1, draft_length + 1)}
+        times = measure_steps(backbone.model, head.stack, prompts, draft_length, STEP_REPETITIONS)
         found[head.name] = describe_times(times, lengths)
     return found
 
@@ -168,7 +173,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
             }
             for size, found in runs.items()
         },
-        "steps": {str(size): measure_times(backbone, heads, found[0], replays) for size, found in runs.items()},
+        "steps": {str(size): measure_times(backbone, heads, found, longest) for size, found in runs.items()},
         "plain_tokens_per_second": {
             str(size): tokens_per_second([one for run in found for one in run.plain]) for size, found in runs.items()
         },

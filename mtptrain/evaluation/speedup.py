@@ -88,17 +88,45 @@ def tokens_per_second(runs: list[DecodedBatch]) -> float:
     return sum(len(row.tokens) for run in runs for row in run.rows) / sum(run.seconds.total for run in runs)
 
 
+def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
+    """Tokens a verify pass of a whole batch, over those of a plain step.
+
+    A batch decodes until its last row ends, and what a row does not use is lost: with more rows this falls below the
+    acceptance length of the rows. With one row it is the acceptance length.
+    """
+    speculative = plain = 0.0
+    for run in runs:
+        rows, plain_rows = run.speculative[head, draft_length].rows, run.plain[0].rows
+        tokens, plain_tokens = (sum(len(row.tokens) - 1 for row in some) for some in (rows, plain_rows))
+        speculative += max(len(row.passes) for row in rows) / max(tokens, 1)
+        plain += max(len(row.tokens) - 1 for row in plain_rows) / max(plain_tokens, 1)
+    return plain / speculative if speculative else 1.0
+
+
 def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> dict[str, Any]:
     """Ratio of tokens a second, speculative over plain, by batch of prompts.
 
     Returns:
-        `median`, `quartiles` and `per_batch` of the ratio; `shares` of the speculative runs' time by phase.
+        `median`, `quartiles` and `per_batch` of the ratio; `after_prefill`, median and quartiles without the time of
+        the prefill; `shares` of the speculative runs' time by phase.
     """
     mine = [run.speculative[head, draft_length] for run in runs]
-    pairs = zip(runs, mine, strict=True)
+    pairs = list(zip(runs, mine, strict=True))
     ratios = [tokens_per_second([one]) / tokens_per_second(list(run.plain)) for run, one in pairs]
-    lower, median, upper = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
+    after = [_after_prefill([one]) / _after_prefill(list(run.plain)) for run, one in pairs]
     spent = [asdict(run.seconds) for run in mine]
     total = sum(seconds["total"] for seconds in spent)
     shares = {phase: sum(seconds[phase] for seconds in spent) / total for phase in spent[0] if phase != "total"}
-    return {"median": median, "quartiles": [lower, upper], "per_batch": ratios, "shares": shares}
+    return {**spread(ratios), "per_batch": ratios, "after_prefill": spread(after), "shares": shares}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles, for a JSON file."""
+    lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
+    return {"median": median, "quartiles": [lower, upper]}
+
+
+def _after_prefill(runs: list[DecodedBatch]) -> float:
+    """Tokens a second of the passes alone; each row's first token comes from the prefill."""
+    tokens = sum(len(row.tokens) - 1 for run in runs for row in run.rows)
+    return max(tokens, 1) / sum(run.seconds.total - run.seconds.prefill for run in runs)

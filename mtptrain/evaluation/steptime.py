@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
@@ -24,6 +23,7 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.decoding.texts import Texts
+from mtptrain.evaluation.speedup import spread
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
 
@@ -133,23 +133,18 @@ def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> dict[str, 
 
     Args:
         times: as measured.
-        lengths: by K >= 1, acceptance lengths, from replay for instance.
+        lengths: by K >= 1, tokens a verify pass: the acceptance length, or a whole batch's `batch_length`.
     """
     return {
         "batch": times.batch,
         "context": times.context,
         "repetitions": len(times.step[1]),
-        "step_seconds": {str(n): _spread(seconds) for n, seconds in times.step.items()},
-        "draft_seconds": {str(k): _spread(seconds) for k, seconds in times.draft.items()},
+        "step_seconds": {str(n): spread(seconds) for n, seconds in times.step.items()},
+        "draft_seconds": {str(k): spread(seconds) for k, seconds in times.draft.items()},
         "predicted_speedup": {
-            str(k): _spread([one.speedup for one in found]) for k, found in times.predictions(lengths).items()
+            str(k): spread([one.speedup for one in found]) for k, found in times.predictions(lengths).items()
         },
     }
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
-    return {"median": median, "quartiles": [lower, upper]}
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

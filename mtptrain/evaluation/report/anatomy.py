@@ -100,7 +100,7 @@ def step_grid(evaluation: dict[str, Any]) -> Grid:
     first = times[names[0]]
     note = (
         f"A verify pass runs K+1 tokens; one of a single token takes {_milliseconds(first['step_seconds']['1']).value} "
-        "ms. Predicted: acceptance length of replay times the time of a one-token pass, over the time of verifying and "
+        "ms. Predicted: tokens a pass of the batch times the time of a one-token pass, over the time of verifying and "
         f"drafting; medians and quartiles of {first['repetitions']} interleaved repetitions at batch {first['batch']}, "
         f"context {first['context']}."
     )
@@ -116,7 +116,7 @@ def share_grid(evaluation: dict[str, Any]) -> Grid:
     """Speed-up and where the time of speculative decoding goes, of the last head by batch and K."""
     name = evaluation["heads"][-1]["name"]
     phases = ("prefill", "draft", "verify", "sample", "rewind")
-    headers = ["batch, K", "speed-up", "predicted", *phases]
+    headers = ["batch, K", "speed-up", "after prefill", "predicted", *phases]
     rows = []
     for batch, heads in evaluation["speedup"].items():
         for length in draft_lengths(evaluation):
@@ -126,12 +126,14 @@ def share_grid(evaluation: dict[str, Any]) -> Grid:
                 [
                     Cell(f"{batch}, {length}"),
                     Cell(f"{found['median']:.2f}x", span(found["quartiles"])),
+                    Cell(f"{found['after_prefill']['median']:.2f}x", span(found["after_prefill"]["quartiles"])),
                     Cell(f"{predicted['median']:.2f}x", span(predicted["quartiles"])),
                     *(Cell(f"{100 * found['shares'][phase]:.0f} %") for phase in phases),
                 ]
             )
     note = (
-        f"The {name} head: tokens/s over plain decoding on the clock, what the times of single steps predict (prefill "
-        "left out), and the share of the wall time spent in each phase; the rest is bookkeeping."
+        f"The {name} head: tokens/s over plain decoding on the clock, with and without the prefill; what the times of "
+        "single steps and the passes that the batch needed predict, without it; and the share of the wall time "
+        "spent in each phase; the rest is bookkeeping."
     )
     return Grid("Speed-up by batch, and where the time goes", headers, rows, note)
