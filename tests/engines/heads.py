@@ -25,6 +25,7 @@ from mtptrain.mtp.initial import place
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.tracking import MetricsLog
 from mtptrain.trainer import Step, Trainer
+from mtptrain.wandb_mirror import WandbMirror
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
 STEPS, MIDDLE, BAD = 4, 2, 2
@@ -75,7 +76,8 @@ class BadObjective(RolloutObjective):
 
 class Silent(MetricsLog):
     def __init__(self) -> None:
-        super().__init__(TrackingConfig(tracker=Tracker.none), Path(), {})
+        config = TrackingConfig(tracker=Tracker.none)
+        super().__init__(config, Path(), WandbMirror(config, Path(), {}))
 
 
 def head_trainer(
