@@ -18,6 +18,8 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import newest_checkpoint
 from mtptrain.config import MtpConfig, RunConfig, Task
 from mtptrain.data.batches import PackedBatches
+from mtptrain.data.chat import open_chat_template
+from mtptrain.data.encoder import Encoder
 from mtptrain.data.splits import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
@@ -44,7 +46,8 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
         with atomic_folder(tokenizer_folder) as temporary:
             save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
-    corpus = tokenize_corpus(documents, tokenizer, MARKS, cache_folder(config.data.cache_dir))
+    chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, MARKS[0])
+    corpus = tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), cache_folder(config.data.cache_dir))
     run_folder.say(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"

@@ -19,6 +19,8 @@ from mtptrain.backbone.load import Backbone, document_marks
 from mtptrain.backbone.source import backbone_folder
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import RunConfig
+from mtptrain.data.chat import open_chat_template
+from mtptrain.data.encoder import Encoder
 from mtptrain.data.packing import Batch
 from mtptrain.data.splits import training_documents
 from mtptrain.data.stream_format import bytes_a_token
@@ -52,14 +54,17 @@ UNFINISHED = "collecting.json"  # the identity of a cache whose manifest is stil
 TEXT_BYTES = 5  # a token's id and whether it may be a target
 
 
-def read_text(config: RunConfig) -> tuple[TokenizedCorpus, DeepseekV4Config, str]:
-    """The training documents as tokens, the backbone's config and its tokenizer's hash; no weight is read."""
+def read_text(config: RunConfig) -> tuple[TokenizedCorpus, DeepseekV4Config, dict[str, str | None]]:
+    """The training documents as tokens, the backbone's config and hashes of what read them; no weight is read."""
     folder = backbone_folder(config.backbone)
     model_config = DeepseekV4Config.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, model_config.vocab_size)
     marks = document_marks(model_config, tokenizer)
-    corpus = tokenize_corpus(training_documents(config.data), tokenizer, marks, cache_folder(config.data.cache_dir))
-    return corpus, model_config, hash_tokenizer(tokenizer)
+    chat = open_chat_template(config.data.chat_template, folder, tokenizer, marks[0])
+    encoder, cache = Encoder(tokenizer, marks, chat), cache_folder(config.data.cache_dir)
+    corpus = tokenize_corpus(training_documents(config.data), encoder, cache)
+    template = chat.sha256 if chat is not None and corpus.spoken is not None else None
+    return corpus, model_config, {"tokenizer": hash_tokenizer(tokenizer), "chat_template": template}
 
 
 def check_disk(config: RunConfig, run_folder: RunFolder, shards: list[ShardDocuments], model: DeepseekV4Config) -> None:
@@ -85,7 +90,9 @@ def check_disk(config: RunConfig, run_folder: RunFolder, shards: list[ShardDocum
         )
 
 
-def describe_streams(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, tokenizer: str) -> StreamIdentity:
+def describe_streams(
+    config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, readers: dict[str, str | None]
+) -> StreamIdentity:
     """What this run's cache will hold."""
     text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
     text.update(corpus.spoken.tobytes() if corpus.spoken is not None else b"")
@@ -97,8 +104,8 @@ def describe_streams(config: RunConfig, backbone: Backbone, corpus: TokenizedCor
         width=backbone.config.hidden_size,
         stored_as=config.collect.format.value,
         dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
-        tokenizer=tokenizer,
-        chat_template=None,
+        tokenizer=str(readers["tokenizer"]),
+        chat_template=readers["chat_template"],
         text=text.hexdigest(),
         sequence_length=config.data.sequence_length,
         shard_tokens=config.collect.shard_tokens,
@@ -155,7 +162,7 @@ def collect_shards(
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Plan, check the disk, collect, and write the manifest last."""
-    corpus, model_config, tokenizer = on_first(lambda: read_text(config))
+    corpus, model_config, readers = on_first(lambda: read_text(config))
     shards = plan_shards(corpus, config.data.sequence_length, config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")
@@ -163,7 +170,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     if config.collect.plan_only:
         return
     backbone = open_backbone(config)
-    identity = describe_streams(config, backbone, corpus, tokenizer)
+    identity = describe_streams(config, backbone, corpus, readers)
     on_first(lambda: open_cache_folder(run_folder.path, identity, config.resume == "auto"))
     run_folder.record()
     with torch.inference_mode():

@@ -32,7 +32,7 @@ from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, open_encoder, stock_head
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces
 from mtptrain.run_folder import RunFolder
@@ -51,10 +51,10 @@ def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
         check_shards(manifest)
         dtype = backbone.model.lm_head.weight.dtype
         return StreamBatches(manifest, data.sequence_length, size, config.seed, dtype)
+    encoder = open_encoder(config, backbone)
     if data.streaming:
-        return StreamedBatches(data, backbone.tokenizer, backbone.marks, size, config.seed)
-    documents = training_documents(data)
-    corpus = tokenize_corpus(documents, backbone.tokenizer, backbone.marks, cache_folder(data.cache_dir))
+        return StreamedBatches(data, encoder, size, config.seed)
+    corpus = tokenize_corpus(training_documents(data), encoder, cache_folder(data.cache_dir))
     return PackedBatches(corpus, data.sequence_length, size, config.seed)
 
 

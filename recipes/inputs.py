@@ -7,6 +7,8 @@ from typing import Any
 from mtptrain.backbone.load import Backbone, load_backbone
 from mtptrain.checkpoint import Checkpoint
 from mtptrain.config import RunConfig
+from mtptrain.data.chat import ChatTemplate, open_chat_template
+from mtptrain.data.encoder import Encoder
 from mtptrain.data.splits import heldout_documents
 from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device, choose_dtype
@@ -74,10 +76,20 @@ def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
     return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, backbone).eval())
 
 
+def open_chat(config: RunConfig, backbone: Backbone) -> ChatTemplate | None:
+    """The template that conversations are rendered with, or None."""
+    return open_chat_template(config.data.chat_template, backbone.folder, backbone.tokenizer, backbone.marks[0])
+
+
+def open_encoder(config: RunConfig, backbone: Backbone) -> Encoder:
+    """How the backbone reads documents."""
+    return Encoder(backbone.tokenizer, backbone.marks, open_chat(config, backbone))
+
+
 def heldout_corpus(config: RunConfig, backbone: Backbone) -> TokenizedCorpus:
     """The held-out documents as tokens of the backbone's tokenizer."""
-    cache = cache_folder(config.data.cache_dir)
-    return tokenize_corpus(heldout_documents(config.data), backbone.tokenizer, backbone.marks, cache)
+    encoder, cache = open_encoder(config, backbone), cache_folder(config.data.cache_dir)
+    return tokenize_corpus(heldout_documents(config.data), encoder, cache)
 
 
 def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:

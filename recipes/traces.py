@@ -9,7 +9,6 @@ import numpy as np
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import HELDOUT, RunConfig
-from mtptrain.data.chat import ChatTemplate, open_chat_template
 from mtptrain.data.prompts import Opening, Prompt, encode_question, heldout_prompts
 from mtptrain.data.questions import read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
@@ -26,6 +25,7 @@ from mtptrain.evaluation.trace_set import (
     read_trace_set,
     write_trace_set,
 )
+from mtptrain.recipes.inputs import open_chat
 from mtptrain.run_folder import RunFolder
 
 TRACES_FILE = "traces.jsonl"
@@ -81,11 +81,6 @@ def _check_room(where: str, tokens: list[int], room: int) -> None:
             f"{where}: the prompt has {len(tokens)} tokens and the backbone's context holds {room} beside what is "
             "emitted and drafted; shorten it, or lower decoding.max_new_tokens"
         )
-
-
-def open_chat(config: RunConfig, backbone: Backbone) -> ChatTemplate | None:
-    """The template that conversations are rendered with, or None."""
-    return open_chat_template(config.data.chat_template, backbone.folder, backbone.tokenizer, backbone.marks[0])
 
 
 def open_prompts(

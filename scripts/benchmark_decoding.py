@@ -21,6 +21,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, DataConfig
+from mtptrain.data.encoder import Encoder
 from mtptrain.data.prompts import heldout_prompts
 from mtptrain.data.splits import heldout_documents
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
@@ -67,7 +68,7 @@ def main() -> None:
     model = backbone.model
     stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
     documents = heldout_documents(DataConfig())
-    corpus = tokenize_corpus(documents, backbone.tokenizer, backbone.marks, cache_folder(None))
+    corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.marks), cache_folder(None))
     prompts = heldout_prompts(corpus, count, 96)
     limits = Limits(NEW_TOKENS, frozenset(backbone.marks[1]))
     traces = record_traces(model, prompts, limits, GREEDY, 0)

@@ -15,7 +15,8 @@ PACKAGE = Path(mtptrain.__file__).parent
 LAYERS = [
     ["errors", "config"],
     ["kernels", "distributed", "memory", "zero", "provenance", "storage"],
-    ["data.documents", "data.tokens", "data.packing", "data.tokenizer"],  # the format of data, no source of it
+    # the format of data, no source of it
+    ["data.messages", "data.documents", "data.chat", "data.encoder", "data.tokens", "data.packing", "data.tokenizer"],
     ["mtp", "backbone"],
     ["decoding", "losses", "data", "optim", "balance", "tracking", "wandb_mirror", "progress", "preemption"],
     ["engines"],

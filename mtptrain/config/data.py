@@ -14,7 +14,9 @@ class DataConfig:
 
     source: DataSource = DataSource.stdlib
     path: str | None = None  # text: a .txt/.jsonl/.parquet file, a folder, or a `datasets` name; streams: a cache
-    field_name: str = "text"  # the column of .jsonl, .parquet and `datasets` rows that holds the text
+    field_name: str = (
+        "text"  # the column of .jsonl, .parquet and `datasets` rows that holds the text, or lists of messages
+    )
     streaming: bool = False  # read documents as training needs them instead of tokenising all first
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages that join the training split
     sequence_length: int = 256  # tokens

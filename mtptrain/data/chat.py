@@ -12,9 +12,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mtptrain.data.messages import Message
 from mtptrain.errors import UserError
-
-Message = dict[str, str]  # `role` and `content`
 
 
 @dataclass(frozen=True, slots=True)

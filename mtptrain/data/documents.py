@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from mtptrain.data.messages import Message
 
 
 class Split(Enum):
@@ -16,10 +18,17 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text."""
+    """A named text, or a conversation.
+
+    Attributes:
+        name: decides which side of the hold-out it lies on.
+        text: what it says; of a conversation, what its messages say.
+        messages: of a conversation, in which only the assistant's tokens are targets; empty for a text.
+    """
 
     name: str
     text: str
+    messages: list[Message] = field(default_factory=list)
 
 
 def split_of(name: str, heldout_every: int) -> Split:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.data.chat import ChatTemplate, Message
+from mtptrain.data.chat import ChatTemplate
+from mtptrain.data.messages import Message
 from mtptrain.data.questions import Question
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError

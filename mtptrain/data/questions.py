@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mtptrain.data.chat import Message
+from mtptrain.data.messages import Message, check_messages, check_text
 from mtptrain.data.rows import check_readable, json_lines, load_rows, local_files
 from mtptrain.errors import UserError
 from mtptrain.storage import sha256_file
@@ -127,32 +127,20 @@ def _question(where: str, domain: str, row: dict[str, Any]) -> Question:
         raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
     value = row[key]
     if key == "prompt":
-        return Question(where, domain, _text(where, key, value), [], [])
+        return Question(where, domain, check_text(where, key, value), [], [])
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{key}` must be a list that is not empty; see docs/prompts.md")
     if key == "turns":
-        first, *later = [_text(where, key, turn) for turn in value]
+        first, *later = [check_text(where, key, turn) for turn in value]
         return Question(where, domain, "", [{"role": "user", "content": first}], later)
     return Question(where, domain, "", _messages(where, value), [])
 
 
 def _messages(where: str, value: list[Any]) -> list[Message]:
     """Messages up to the last that is not the assistant's: its own answer takes the place of one that is given."""
-    messages = []
-    for one in value:
-        if not isinstance(one, dict) or not isinstance(one.get("role"), str):
-            raise UserError(f"{where}: each of `messages` must have a role and a content; see docs/prompts.md")
-        messages.append({"role": one["role"], "content": _text(where, "messages", one.get("content"))})
+    messages = check_messages(where, value)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not any(one["role"] == "user" for one in messages):
         raise UserError(f"{where}: `messages` asks nothing; it needs a message of role user")
     return messages
-
-
-def _text(where: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: `{key}` must hold text, not {type(value).__name__}; see docs/prompts.md")
-    if not value.strip():
-        raise UserError(f"{where}: `{key}` is empty; write a prompt or drop the line")
-    return value

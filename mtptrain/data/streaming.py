@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from itertools import count, islice
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from mtptrain.config import DataConfig
 from mtptrain.data.documents import Split, split_of
+from mtptrain.data.encoder import Encoder
 from mtptrain.data.packing import Batch, cut_document, fill_rows, pack_pieces
 from mtptrain.data.text import iterate_text
-from mtptrain.data.tokens import encode_documents
 from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
 
 BUFFER_ROWS = 512  # rows' worth of tokens that are packed and shuffled together
 
-Row = list[np.ndarray]  # token ids of each piece of a row
+Marked = tuple[np.ndarray, np.ndarray]  # token ids of a piece, and which of them may be targets
+Row = list[Marked]
 
 
 class StreamedBatches:
@@ -33,18 +33,14 @@ class StreamedBatches:
 
     Args:
         config: where the documents are and how long a row is.
-        tokenizer: the backbone's.
-        marks: tokens before and after every document.
+        encoder: the backbone's.
         batch_size: rows a batch, of all processes together.
         seed: of the order inside a buffer.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, marks: tuple[list[int], list[int]], batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, config: DataConfig, encoder: Encoder, batch_size: int, seed: int) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self.marks = marks
+        self.encoder = encoder
         self.batch_size = batch_size
         self.seed = seed
         self._rows = self._all_rows()
@@ -62,12 +58,12 @@ class StreamedBatches:
         rows = list(islice(self._rows, skipped, skipped + self.batch_size))
         rows = [rows[number] for number in own_rows(self.batch_size)]
         self._next_index = index + 1
-        sizes = [len(piece) for row in rows for piece in row]
+        sizes = [len(piece) for row in rows for piece, _ in row]
         spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
-        tokens = np.concatenate([piece for row in rows for piece in row])
-        return fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.config.sequence_length)
+        tokens, spoken = (np.concatenate(parts) for parts in zip(*(one for row in rows for one in row), strict=True))
+        return fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.config.sequence_length, spoken)
 
-    def _pieces(self) -> Iterator[np.ndarray]:
+    def _pieces(self) -> Iterator[Marked]:
         """Pieces of the training documents, once through the data."""
         config = self.config
         documents = (
@@ -75,18 +71,19 @@ class StreamedBatches:
             for document in iterate_text(config)
             if split_of(document.name, config.heldout_every) is Split.train
         )
-        for tokens in encode_documents(documents, self.tokenizer, self.marks):
-            for start, size in cut_document(0, len(tokens), config.sequence_length):
+        for document in self.encoder.encode(documents):
+            spoken = np.ones(len(document.tokens), bool) if document.spoken is None else document.spoken
+            for start, size in cut_document(0, len(document.tokens), config.sequence_length):
                 if size > 1:  # one token has no target
-                    yield tokens[start : start + size]
+                    yield document.tokens[start : start + size], spoken[start : start + size]
 
-    def _buffers(self) -> Iterator[list[np.ndarray]]:
+    def _buffers(self) -> Iterator[list[Marked]]:
         """The pieces in groups of `BUFFER_ROWS` rows' worth of tokens."""
-        pieces: list[np.ndarray] = []
+        pieces: list[Marked] = []
         num_tokens = 0
         for piece in self._pieces():
             pieces.append(piece)
-            num_tokens += len(piece)
+            num_tokens += len(piece[0])
             if num_tokens >= BUFFER_ROWS * self.config.sequence_length:
                 yield pieces
                 pieces, num_tokens = [], 0
@@ -99,12 +96,12 @@ class StreamedBatches:
             is_empty = True
             for number, pieces in enumerate(self._buffers()):
                 is_empty = False
-                tokens = np.concatenate(pieces)
-                sizes = [len(piece) for piece in pieces]
+                tokens, spoken = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+                sizes = [len(piece) for piece, _ in pieces]
                 starts = np.cumsum([0, *sizes[:-1]]).tolist()
                 rows = pack_pieces(list(zip(starts, sizes, strict=True)), self.config.sequence_length)
                 for place in np.random.default_rng([self.seed, epoch, number]).permutation(len(rows)):
-                    yield [tokens[start : start + size] for start, size in rows[place]]
+                    yield [(tokens[start : start + size], spoken[start : start + size]) for start, size in rows[place]]
             if is_empty:
                 raise UserError(
                     f"data.path={self.config.path}: no training document with two tokens or more; one in "

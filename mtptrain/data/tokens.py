@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from mtptrain.data.documents import Document
+from mtptrain.data.encoder import EncodedDocument, Encoder
 from mtptrain.errors import UserError
 from mtptrain.storage import atomic_file
-
-BATCH_DOCUMENTS = 256  # documents the tokenizer is given at once, fewer where they are long
-BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +24,9 @@ class TokenizedCorpus:
     """All documents of a split.
 
     Attributes:
-        tokens: int32 [total], every document as BOS, its tokens, EOS, one after another.
+        tokens: int32 [total], every document one after another, texts with their marks.
         offsets: int64 [documents + 1], document d is tokens[offsets[d]:offsets[d + 1]].
-        num_bytes: UTF-8 bytes of the text, for bits per byte.
+        num_bytes: UTF-8 bytes of the text that they stand for, for bits per byte.
         spoken: bool [total], which tokens may be targets; None where all may.
     """
 
@@ -54,63 +53,58 @@ def cache_folder(configured: str | None) -> Path:
     return Path(base) / "mtptrain"
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, marks: tuple[list[int], list[int]]
-) -> Iterable[np.ndarray]:
-    """Token ids of each document in turn, with its marks, int32."""
-    before, after = marks
-    batch: list[str] = []
-
-    def encode(texts: list[str]) -> Iterable[np.ndarray]:
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            yield np.asarray([*before, *encoding.ids, *after], dtype=np.int32)
-
-    num_characters = 0
+def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:
+    digest = hashlib.sha256(encoder.tokenizer.to_str().encode())
+    digest.update(repr(encoder.marks).encode())
+    if encoder.chat is not None and any(document.messages for document in documents):
+        digest.update(encoder.chat.sha256.encode())
     for document in documents:
-        batch.append(document.text)
-        num_characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS:
-            yield from encode(batch)
-            batch, num_characters = [], 0
-    yield from encode(batch)
-
-
-def _fingerprint(documents: Sequence[Document], tokenizer: Tokenizer, marks: tuple[list[int], list[int]]) -> str:
-    digest = hashlib.sha256(tokenizer.to_str().encode())
-    digest.update(repr(marks).encode())
-    for document in documents:
-        digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
+        content = json.dumps(document.messages) if document.messages else document.text
+        digest.update(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()[:32]
 
 
-def tokenize_corpus(
-    documents: Sequence[Document], tokenizer: Tokenizer, marks: tuple[list[int], list[int]], cache: Path
-) -> TokenizedCorpus:
-    """Tokenise documents, or read what an earlier run made of the same text, tokenizer and marks.
+def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path) -> TokenizedCorpus:
+    """Tokenise documents, or read what an earlier run made of the same text, tokenizer, marks and template.
 
     Raises:
-        UserError: the cache folder cannot be written.
+        UserError: the cache folder cannot be written, or a conversation cannot be rendered.
     """
-    path = cache / f"tokens-{_fingerprint(documents, tokenizer, marks)}.npz"
+    path = cache / f"tokens-{_fingerprint(documents, encoder)}.npz"
     if path.is_file():
         try:
             return _read_cache(path)
         except (ValueError, KeyError, BadZipFile):
             path.unlink()  # damaged: made anew below
-    arrays = list(encode_documents(documents, tokenizer, marks))
-    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
-    tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
-    num_bytes = sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents)
+    corpus = join_documents(list(encoder.encode(documents)))
+    arrays: dict[str, Any] = {
+        "tokens": corpus.tokens,
+        "offsets": corpus.offsets,
+        "num_bytes": np.int64(corpus.num_bytes),
+    }
+    if corpus.spoken is not None:
+        arrays["spoken"] = corpus.spoken
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, tokens=tokens, offsets=offsets, num_bytes=np.int64(num_bytes))
+            np.savez(file, **arrays)
     except OSError as error:
         raise UserError(
             f"data.cache_dir={cache}: cannot be written ({error.strerror}); set it to a folder with room"
         ) from None
-    return TokenizedCorpus(tokens, offsets, num_bytes)
+    return corpus
+
+
+def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
+    """Encoded documents one after another; where one has tokens that may not be targets, all of the others' may."""
+    spoken = None
+    if any(one.spoken is not None for one in documents):
+        masks = [np.ones(len(one.tokens), bool) if one.spoken is None else one.spoken for one in documents]
+        spoken = np.concatenate(masks)
+    tokens = np.concatenate([np.empty(0, np.int32), *(one.tokens for one in documents)])
+    offsets = np.cumsum([0, *(len(one.tokens) for one in documents)], dtype=np.int64)
+    return TokenizedCorpus(tokens, offsets, sum(one.num_bytes for one in documents), spoken)
 
 
 def _read_cache(path: Path) -> TokenizedCorpus:
     with np.load(path) as stored:
-        return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]))
+        return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("spoken"))

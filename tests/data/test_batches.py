@@ -10,11 +10,12 @@ from tokenizers import Tokenizer
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.documents import Split, split_of
+from mtptrain.data.encoder import BATCH_DOCUMENTS, Encoder
 from mtptrain.data.packing import Batch, pack_corpus
 from mtptrain.data.streaming import BUFFER_ROWS, StreamedBatches
 from mtptrain.data.text import text_documents
 from mtptrain.data.tokenizer import train_tokenizer
-from mtptrain.data.tokens import BATCH_DOCUMENTS, TokenizedCorpus, tokenize_corpus
+from mtptrain.data.tokens import TokenizedCorpus, tokenize_corpus
 from mtptrain.errors import UserError
 
 # S tokens a row
@@ -86,7 +87,7 @@ def text_config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def streamed(config: DataConfig, tokenizer: Tokenizer, seed: int = 0, batch_size: int = 64) -> StreamedBatches:
-    return StreamedBatches(config, tokenizer, MARKS, batch_size, seed)
+    return StreamedBatches(config, Encoder(tokenizer, MARKS), batch_size, seed)
 
 
 def target_pairs(batch: Batch) -> list[tuple[int, int]]:
@@ -99,9 +100,9 @@ def num_streamed_rows(config: DataConfig, tokenizer: Tokenizer) -> int:
     batches = streamed(config, tokenizer)
     total = 0
     for pieces in batches._buffers():
-        sizes = [len(piece) for piece in pieces]
+        sizes = [len(piece) for piece, _ in pieces]
         offsets = np.cumsum([0, *sizes], dtype=np.int64)
-        total += len(pack_corpus(TokenizedCorpus(np.concatenate(pieces), offsets, 1), config.sequence_length))
+        total += len(pack_corpus(TokenizedCorpus(np.empty(offsets[-1], np.int32), offsets, 1), config.sequence_length))
     return total
 
 
@@ -136,7 +137,7 @@ def test_streaming_shuffles_by_the_seed(text_config: DataConfig, tokenizer: Toke
 def test_streaming_once_through_gives_the_targets_of_the_training_split(
     text_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    corpus = tokenize_corpus(text_documents(text_config, Split.train), tokenizer, MARKS, tmp_path)
+    corpus = tokenize_corpus(text_documents(text_config, Split.train), Encoder(tokenizer, MARKS), tmp_path)
     documents = [corpus.document(d).tolist() for d in range(corpus.num_documents)]
     expected = [pair for tokens in documents for pair in pairwise(tokens)]
     num_rows = num_streamed_rows(text_config, tokenizer)
@@ -160,7 +161,7 @@ def test_streaming_wastes_next_to_no_row(text_config: DataConfig, tokenizer: Tok
 
 
 def test_streaming_holds_a_bounded_buffer(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    sizes = [sum(map(len, pieces)) for pieces in streamed(text_config, tokenizer)._buffers()]
+    sizes = [sum(len(piece) for piece, _ in pieces) for pieces in streamed(text_config, tokenizer)._buffers()]
     assert len(sizes) >= 3
     assert max(sizes) < (BUFFER_ROWS + 1) * S
 

@@ -86,7 +86,7 @@ def test_questions_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> Non
     ("row", "reason"),
     [
         ({"question": "a"}, r"has none of turns, messages, prompt; it has \['question'\]; rename"),
-        ({"prompt": ""}, "`prompt` is empty; write a prompt or drop"),
+        ({"prompt": ""}, "`prompt` is empty; write a text or drop"),
         ({"prompt": [1]}, "`prompt` must hold text, not list"),
         ({"turns": []}, "`turns` must be a list that is not empty"),
         ({"turns": "a"}, "`turns` must be a list that is not empty"),

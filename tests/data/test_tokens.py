@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
-from mtptrain.data.tokenizer import train_tokenizer
-from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, cache_folder, encode_documents, tokenize_corpus
+from mtptrain.data.encoder import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
+from mtptrain.data.tokenizer import BOS, train_tokenizer
+from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from tests.conftest import CHAT_TEMPLATE
 
 MARKS = ([0], [1])
 DOCUMENTS = [Document("a", "one two"), Document("b", ""), Document("c", "drei äöü 🙂 \n\t end")]
@@ -19,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_every_document_comes_back_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
     assert corpus.num_documents == 3
     for index, document in enumerate(DOCUMENTS):
         tokens = corpus.document(index).tolist()
@@ -31,27 +34,27 @@ def test_marks_stand_around_every_document(
     marks: tuple[list[int], list[int]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     before, after = marks
-    corpus = tokenize_corpus(DOCUMENTS, tokenizer, marks, tmp_path)
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, marks), tmp_path)
     for index, document in enumerate(DOCUMENTS):
         plain = tokenizer.encode(document.text, add_special_tokens=False).ids
         assert corpus.document(index).tolist() == [*before, *plain, *after]
 
 
 def test_bytes_are_counted_in_utf8_without_marks(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
     assert corpus.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
 
 
 def test_no_documents_make_an_empty_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus([], tokenizer, MARKS, tmp_path)
+    corpus = tokenize_corpus([], Encoder(tokenizer, MARKS), tmp_path)
     assert (corpus.num_documents, len(corpus.tokens), corpus.num_bytes) == (0, 0, 0)
 
 
 def test_a_second_call_reads_what_the_first_one_wrote(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    first = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    first = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
     (path,) = tmp_path.iterdir()
     written = path.stat()
-    second = tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
+    second = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
     assert list(tmp_path.iterdir()) == [path]
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert np.array_equal(first.tokens, second.tokens)
@@ -64,30 +67,30 @@ def test_a_second_call_reads_what_the_first_one_wrote(tokenizer: Tokenizer, tmp_
     ids=["edited", "shorter", "cut elsewhere"],
 )
 def test_another_text_has_a_file_of_its_own(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
-    tokenize_corpus([Document("a", text) for text in texts], tokenizer, MARKS, tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+    tokenize_corpus([Document("a", text) for text in texts], Encoder(tokenizer, MARKS), tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_other_marks_or_another_tokenizer_have_a_file_of_their_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenize_corpus(DOCUMENTS, tokenizer, MARKS, tmp_path)
-    tokenize_corpus(DOCUMENTS, tokenizer, ([0], []), tmp_path)
-    tokenize_corpus(DOCUMENTS, train_tokenizer(["other words"], 262), MARKS, tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, ([0], [])), tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(train_tokenizer(["other words"], 262), MARKS), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_failure_while_encoding_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = [Document("good", "fine"), Document("bad", "half a pair: \ud83d")]
     with pytest.raises(TypeError):  # the tokenizers library knows no lone surrogate
-        tokenize_corpus(documents, tokenizer, MARKS, tmp_path / "cache")
+        tokenize_corpus(documents, Encoder(tokenizer, MARKS), tmp_path / "cache")
     assert not list(tmp_path.rglob("*.npz"))
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("num_documents", [1, BATCH_DOCUMENTS - 1, BATCH_DOCUMENTS, BATCH_DOCUMENTS + 1])
 def test_documents_are_encoded_in_order_at_any_number(num_documents: int, tokenizer: Tokenizer) -> None:
-    arrays = encode_documents((Document("", str(n)) for n in range(num_documents)), tokenizer, MARKS)
-    assert [tokenizer.decode(array.tolist()[1:-1]) for array in arrays] == [str(n) for n in range(num_documents)]
+    found = Encoder(tokenizer, MARKS).encode(Document("", str(n)) for n in range(num_documents))
+    assert [tokenizer.decode(one.tokens.tolist()[1:-1]) for one in found] == [str(n) for n in range(num_documents)]
 
 
 def test_long_documents_are_not_gathered_before_they_are_encoded() -> None:
@@ -100,8 +103,32 @@ def test_long_documents_are_not_gathered_before_they_are_encoded() -> None:
             read.append(number)
             yield Document(str(number), word * (BATCH_CHARACTERS // 2 // len(word) + 1))
 
-    next(iter(encode_documents(documents(), one_token_a_word, MARKS)))
+    next(Encoder(one_token_a_word, MARKS).encode(documents()))
     assert read == [0, 1]
+
+
+def test_a_conversation_keeps_its_mask_through_the_cache(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three four"], 280)
+    chat = ChatTemplate(CHAT_TEMPLATE, Path("x.jinja"), {"bos_token": BOS}, tokenizer, [0])
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
+    documents = [Document("text", "three"), Document("talk", "one?\ntwo.", messages)]
+    made, read = (tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), tmp_path) for _ in range(2))
+    assert made.spoken is not None
+    assert read.spoken is not None
+    assert np.array_equal(made.spoken, read.spoken)
+    text, said = np.split(made.tokens[made.spoken], [len(made.document(0))])
+    assert text.tolist() == made.document(0).tolist()  # of a text, all tokens
+    assert tokenizer.decode(said.tolist()) == "two.</assistant>"
+    assert made.num_bytes == len("three") + len(chat.render(messages, asks=False))
+
+
+def test_another_template_has_a_file_of_its_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    talk = [Document("talk", "a", [{"role": "assistant", "content": "a"}])]
+    for text in (CHAT_TEMPLATE, CHAT_TEMPLATE + " "):
+        chat = ChatTemplate(text, Path("x.jinja"), {}, tokenizer, [0])
+        tokenize_corpus(talk, Encoder(tokenizer, MARKS, chat), tmp_path)
+        tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS, chat), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_cache_lies_where_it_is_set_or_else_in_the_users_cache(

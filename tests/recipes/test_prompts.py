@@ -134,7 +134,7 @@ def test_the_best_checkpoint_is_that_of_the_best_measurement(measured: Path, lig
 # What is refused
 
 PROMPT_MISTAKES: list[tuple[str, str]] = [
-    ('{"prompt": ""}\n', "line 1: `prompt` is empty; write a prompt or drop the line"),
+    ('{"prompt": ""}\n', "line 1: `prompt` is empty; write a text or drop the line"),
     ('{"prompt": "a"}\n{"turns": []}\n', "line 2: `turns` must be a list that is not empty"),
     ('{"text": "a"}\n', "line 1 has none of turns, messages, prompt; it has ['text']; rename"),
     ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),

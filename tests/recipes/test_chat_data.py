@@ -1,0 +1,63 @@
+"""Heads trained on conversations."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command import Refused, read_metrics, run_main
+from tests.conftest import CHAT_TEMPLATE, OBJECTS, SUBJECTS, VERBS
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of thirty conversations and a template."""
+    folder = tmp_path_factory.mktemp("talk")
+    rows = []
+    for n in range(30):
+        said = [SUBJECTS[n % 6], VERBS[n % 5], OBJECTS[n % 5], f"{SUBJECTS[n % 5]} {VERBS[n % 3]} {OBJECTS[n % 4]}."]
+        roles = ["user", "assistant", "user", "assistant"]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]})
+    (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return ["data=chat", f"data.path={folder / 'talk.jsonl'}", f"data.chat_template={folder / 'chat.jinja'}"]
+
+
+def test_streams_of_conversations_have_the_losses_of_training_online(
+    light: list[str], talk: list[str], tmp_path: Path
+) -> None:
+    cache, longer = tmp_path / "cache", ["evaluate_at_end=false", "train.steps=4"]
+    assert run_main("+recipe=collect", *light, *talk, "collect.format=fp32", f"output_dir={cache}") == 0
+    assert run_main("+recipe=distill", *light, *talk, *longer, f"output_dir={tmp_path / 'online'}") == 0
+    cached = ["data=streams", f"data.path={cache}", "data.sequence_length=32"]
+    assert run_main("+recipe=distill", *light, *cached, *longer, f"output_dir={tmp_path / 'cached'}") == 0
+    left, right = (read_metrics(tmp_path / name)[-1] for name in ("cached", "online"))
+    # fp32 rounding of a padded batch of pieces against another batch of them, through a few updates
+    assert left["loss/step_1"] == pytest.approx(right["loss/step_1"], rel=1e-4)
+    assert "chat_template" in json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("recipe", ["distill", "collect"])
+def test_conversations_without_a_template_are_refused(recipe: str, talk: list[str], refused: Refused) -> None:
+    line = refused(*talk[:2], "evaluate_at_end=false", recipe=recipe)
+    assert "is a conversation and the backbone's tokenizer has no chat template" in line
+    assert "set data.chat_template to a jinja file" in line
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "user", "content": "Why?"}], "row 1: has no message of role assistant to learn from; drop the row"),
+        ([{"content": "Why?"}], "row 1: each of `messages` must have a role and a content"),
+        ([{"role": "assistant", "content": None}], "row 1: `messages` must hold text, not NoneType"),
+        (3, "row 1 has no text of that name"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named(
+    messages: object, reason: str, tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    line = refused("data=chat", f"data.path={path}")
+    assert reason in line
+    assert str(path) in line
