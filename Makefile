@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test quality clean
+.PHONY: run test quality kernels clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,7 +24,10 @@ quality: $(VENV)/installed-dev ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: quality ## lint, types and tests
+kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need not be here; prints what they take
+	$(BIN)/python -m mtptrain.kernels.aot
+
+test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:

@@ -92,7 +92,12 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
         import_module("mtptrain.recipes.plan").run(config, open_run_folder(config, settings, job_number))
         return
     from mtptrain.distributed import join, leave, on_first
+    from mtptrain.kernels.dispatch import requested
 
+    try:
+        requested()
+    except ValueError as error:  # kernels know nothing of ours, UserError included
+        raise UserError(str(error)) from None
     join(config)
     module = import_module(f"mtptrain.recipes.{program}")
     module.run(config, on_first(lambda: open_run_folder(config, settings, job_number)))

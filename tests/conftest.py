@@ -19,6 +19,10 @@ os.environ |= {
 }
 
 import torch
+
+if not torch.cuda.is_available():  # tests of kernels call the Triton functions, interpreted where no GPU is
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
 from safetensors.torch import save_file
 
 from mtptrain.config import ReleaseVariant

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..dispatch import use_triton
 from .draws import Stream, uniforms_reference
 from .reference import (
     Verification,
@@ -52,6 +53,10 @@ def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int)
         raise ValueError(f"seed_B {seed_B.dtype} and position_B {position_B.dtype} must be torch.int64")
     if num_draws < 0:
         raise ValueError(f"num_draws={num_draws} must be at least 0")
+    if use_triton("acceptance", seed_B):
+        from .kernel import uniforms_triton  # needs Triton, which a machine without a GPU may lack
+
+        return uniforms_triton(seed_B, position_B, Stream(stream), num_draws)
     return uniforms_reference(seed_B, position_B, Stream(stream), num_draws)
 
 

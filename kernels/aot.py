@@ -1,0 +1,139 @@
+"""Compiles every kernel ahead of time, without a GPU, and prints what it takes of one.
+
+python -m mtptrain.kernels.aot [op ...]
+
+Exit code 1 when a kernel does not compile, or spills registers without giving a reason. Triton keeps what it compiled
+in its own cache (TRITON_CACHE_DIR), so a second run takes seconds. It shows that a kernel fits a GPU, not that it is
+right or fast.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .dispatch import INTERPRETER
+from .launch import Launch
+
+OPS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/kernel.py")))
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel takes."""
+
+    registers: int  # of a thread; on AMD vector registers
+    shared_bytes: int  # of a program
+    spill_bytes: int  # of a thread: its stack frame, which Triton uses for nothing else
+
+
+def launches(op: str) -> list[Launch]:
+    """All launches that an op lists."""
+    found: list[Launch] = import_module(f".{op}.kernel", __package__).launches()
+    return found
+
+
+def compile_launch(launch: Launch, target: str) -> Usage:
+    """Compile one launch for one GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    order = launch.kernel.arg_names
+    if set(order) != launch.arguments.keys() | launch.constants.keys():
+        raise ValueError(f"{launch.kernel.__name__} takes {order}, but its launch {launch.label} names others")
+    types = {name: launch.arguments.get(name, "constexpr") for name in order}
+    source = ASTSource(
+        launch.kernel,
+        {name: kind.removesuffix(":16") for name, kind in types.items()},
+        constexprs=launch.constants,
+        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in types if types[name].endswith(":16")},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    return _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
+
+
+def _nvidia_usage(compiled: Any) -> Usage:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return Usage(registers, compiled.metadata.shared, stack)
+
+
+def _amd_usage(compiled: Any) -> Usage:
+    text = compiled.asm["amdgcn"]
+    registers, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return Usage(registers, compiled.metadata.shared, stack)
+
+
+def _compile_job(job: tuple[str, int, str]) -> Usage | str:
+    op, number, target = job
+    try:
+        return compile_launch(launches(op)[number], target)
+    except Exception as error:  # the table names it, and the others still compile
+        return f"{type(error).__name__}: {error}"
+
+
+def main(ops: list[str]) -> int:
+    """Compile, print the table, and say whether all is well."""
+    os.environ.pop(INTERPRETER, None)  # an interpreted function cannot be compiled
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        print(f"{unknown[0]}: no such op; there are {', '.join(OPS)}", file=sys.stderr)
+        return 2
+    jobs = [(op, n, target) for op in ops or OPS for n in range(len(launches(op))) for target in TARGETS]
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        found = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
+    faults = _report(found)
+    print("\n".join(faults) or f"{len(found)} compiled, no spill without a reason")
+    return 1 if faults else 0
+
+
+def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
+    """Print a row a launch; returns a line for everything that is wrong."""
+    faults: list[str] = []
+    notes: list[str] = []
+    print("registers / shared bytes / spilled bytes a thread\n")
+    print(f"{'kernel':<44}" + "".join(f"{target:>18}" for target in TARGETS))
+    for op, number in dict.fromkeys(job[:2] for job in found):
+        launch = launches(op)[number]
+        name = f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}"
+        cells = []
+        for target in TARGETS:
+            usage = found[op, number, target]
+            if isinstance(usage, str):
+                faults.append(f"{name}, {target}: {usage}")
+                cells.append("failed")
+                continue
+            cells.append(" / ".join(map(str, usage)))
+            if usage.spill_bytes:
+                (notes if launch.spill else faults).append(f"{name}, {target}: spills; {launch.spill or 'no reason'}")
+        print(f"{name:<44}" + "".join(f"{cell:>18}" for cell in cells))
+    print("\n".join(["", *notes]))
+    return faults
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

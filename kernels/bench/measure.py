@@ -1,0 +1,80 @@
+"""Time and extra memory of a call.
+
+On a CPU seconds are those that the processor spent on this process, which runs one thread: on a machine that does other
+work too the clock on the wall says little.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHORTEST_SECONDS = 0.02  # shorter calls are repeated until a measurement takes that long
+PROCESS = Path("/proc/self")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    _wait(device)
+    begun = clock()
+    for _ in range(count):
+        run()
+    _wait(device)
+    return (clock() - begun) / count
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round; in a round all run once, each time in another order."""
+    names = list(runs)
+    counts = {name: 1 + int(SHORTEST_SECONDS / max(_seconds(runs[name], 1, device), 1e-6)) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            found[name].append(_seconds(runs[name], counts[name], device))
+    return found
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory that a call held beyond what was there before, its outputs included; None where nobody can tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _status_bytes("VmRSS")
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the peak starts again: man 5 proc
+        run()
+        return max(_status_bytes("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _status_bytes(name: str) -> int:
+    lines = (PROCESS / "status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

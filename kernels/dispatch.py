@@ -1,0 +1,69 @@
+"""Which implementation of an op runs: PyTorch or Triton. Neither torch nor Triton is imported here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import StrEnum
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE = "MTPTRAIN_KERNELS"
+INTERPRETER = "TRITON_INTERPRET"
+
+
+class Kernels(StrEnum):
+    """Values of the variable `MTPTRAIN_KERNELS`; without it tensors on a GPU go to Triton, others to PyTorch."""
+
+    reference = "reference"  # PyTorch, on any device
+    triton = "triton"  # Triton wherever it can run
+
+
+def requested() -> Kernels | None:
+    """What the environment asks for.
+
+    Raises:
+        ValueError: it asks for something that does not exist.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value and value not in list(Kernels):
+        raise ValueError(f"{VARIABLE}={value} is not known; use {' or '.join(Kernels)}, or leave it out")
+    return Kernels(value) if value else None
+
+
+def use_triton(op: str, tensor: Tensor, unfit: str | None = None) -> bool:
+    """Whether an op launches Triton for these arguments. A slower path than one could expect is logged once.
+
+    Args:
+        op: its name.
+        tensor: any of its tensor arguments; all share one device.
+        unfit: why the kernel cannot take these arguments, None where it can.
+    """
+    choice = requested()
+    if choice is None and not tensor.is_cuda:
+        return False
+    if choice is Kernels.reference:
+        if tensor.is_cuda:
+            _log_once(f"{op}: PyTorch instead of Triton, because {VARIABLE}={choice}")
+        return False
+    reason = unfit or _why_not_here(tensor)
+    if reason is not None:
+        _log_once(f"{op}: PyTorch instead of Triton, because {reason}")
+    return reason is None
+
+
+def _why_not_here(tensor: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not tensor.is_cuda and os.environ.get(INTERPRETER) != "1":
+        return f"its tensors are on the {tensor.device.type} ({INTERPRETER}=1 would interpret the kernel there)"
+    return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    logging.getLogger("mtptrain.kernels").warning(message)
