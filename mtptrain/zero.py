@@ -36,11 +36,13 @@ def share_layers(layers: nn.ModuleList) -> None:
     Which submodules of a layer run depends on its input: a compressor whose window does not fill does nothing. Gathered
     by submodule, processes that hold documents of different lengths would wait for each other for ever.
 
-    Without a `bf16` section, which would round the tensors that DeepSeek-V4 keeps in fp32 as well.
+    Tensor by tensor, so that no device need hold all of them. Without a `bf16` section, which would round the tensors
+    that DeepSeek-V4 keeps in fp32 as well.
     """
     quiet_deepspeed()
     set_z3_leaf_modules(layers, list({type(layer) for layer in layers}))
     zero = {"stage": 3, "stage3_param_persistence_threshold": WHOLE_BELOW}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**62}
+    deepspeed.zero.Init(module=layers, config_dict_or_path=settings)
     engine, *_ = deepspeed.initialize(model=layers, config=settings, dist_init_required=False)
     gather_small(engine.optimizer)

@@ -11,7 +11,16 @@ from enum import Enum
 
 from rich.console import Console
 
-from mtptrain.config import SPREAD_PLACEMENTS, EngineName, PlanConfig, PlanKind, Precision, RunConfig, WeightFormat
+from mtptrain.config import (
+    SPREAD_PLACEMENTS,
+    DataSource,
+    EngineName,
+    PlanConfig,
+    PlanKind,
+    Precision,
+    RunConfig,
+    WeightFormat,
+)
 from mtptrain.errors import UserError
 from mtptrain.planning.decoding import describe_model, plan_decoding
 from mtptrain.planning.decoding_table import print_decoding_plan
@@ -30,8 +39,14 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     """The training that the other sections of a run describe.
 
     Raises:
-        UserError: the processes cannot share a micro-batch evenly, or the placement is one of a single process.
+        UserError: the processes cannot share a micro-batch evenly, the placement is one of a single process, or tensors
+            are chosen by name.
     """
+    if config.mtp.trainable not in ("all", "no_experts"):
+        raise UserError(
+            f"mtp.trainable={config.mtp.trainable}: a plan knows sizes of parts and no names of tensors; set all or "
+            "no_experts, whichever is nearer"
+        )
     if config.backbone.placement in SPREAD_PLACEMENTS:
         raise UserError(
             f"backbone.placement={config.backbone.placement.value}: is of one process on several GPUs, and a plan has "
@@ -51,14 +66,14 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
         placement=config.backbone.placement,
         backbone=plan.weights,
         heads=WeightFormat.fp32 if config.precision is Precision.fp32 else WeightFormat.bf16,
-        train_experts=plan.train_experts,
+        train_experts=config.mtp.trainable == "all",
         modules=config.mtp.depth,
         steps=config.mtp.num_steps,
         rows=batch // processes,
         row_length=config.data.sequence_length,
         micro_batches=config.train.accumulation,
-        recompute=plan.recompute,
-        from_streams=plan.from_streams,
+        recompute=config.train.recompute,
+        from_streams=config.data.source is DataSource.streams,
     )
 
 
@@ -70,7 +85,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     if plan.what is PlanKind.training:
         load = training_load(config, plan, hardware.num_gpus)
         described = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(load).items()}
-        body = {"training": described, **plan_training(shape, hardware, plan, load)}
+        body = {"training": described, **plan_training(shape, hardware, plan, load, config.train.steps)}
     else:
         body = plan_decoding(shape, hardware, plan, read_profile(plan))
     run_folder.write()

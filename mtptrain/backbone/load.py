@@ -19,7 +19,7 @@ from mtptrain.backbone.placement import share_backbone
 from mtptrain.backbone.release_config import check_config, check_scales
 from mtptrain.backbone.shards import Shards
 from mtptrain.backbone.source import backbone_folder
-from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
+from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 
@@ -86,7 +86,7 @@ def load_backbone(
     model.eval().requires_grad_(False)
     if has_layers:
         make_indexers_causal(model)
-        share_backbone(model, config.placement)
+        share_backbone(model, config.placement, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Backbone(model, tokenizer, shards, fingerprint(shards))
 
@@ -132,7 +132,7 @@ def _load_model(
         model.config = copy.deepcopy(model.config)  # keeps what loading settled, such as how experts are computed
         for name in LAYER_FIELDS:
             setattr(model.config, name, getattr(whole_config, name))
-    if not is_spread:
+    if not is_spread and not (has_layers and config.placement in SHARED_PLACEMENTS):  # a GPU may not hold it whole
         nn.Module.to(model, device)
     if dtype == torch.float32:  # of a quantised release, transformers leaves what is stored in bf16 as it is
         for parameter in model.parameters():

@@ -7,8 +7,8 @@ backbone's own forward.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DeepseekV4ForCausalLM
@@ -25,13 +25,14 @@ def is_shared(model: nn.Module) -> bool:
     return getattr(model, SHARED, False)
 
 
-def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement) -> None:
-    """Keep this process's share of the layers and drop the rest; every process loaded the whole model.
+def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement, device: torch.device) -> None:
+    """Keep this process's share of the layers on its device and drop the rest; every process loaded the whole model.
 
     Args:
-        model: frozen, on the run's device.
+        model: frozen, in the CPU's memory: a device may not hold it whole.
         placement: `zero3` shares every large tensor of a layer and gathers it when the layer runs; `expert_parallel`
-            shares the routed experts, and sends them the tokens.
+            shares the routed experts, and sends them the tokens; the others share nothing.
+        device: the run's.
 
     Raises:
         UserError: this version of transformers cannot place experts, or the processes do not divide them.
@@ -41,13 +42,14 @@ def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement) -> None:
 
         share_layers(model.model.layers)
     elif placement is Placement.expert_parallel:
-        _share_experts(model)
+        _share_experts(model, device)
     else:
         return
+    nn.Module.to(model, device)
     setattr(model, SHARED, True)
 
 
-def _share_experts(model: DeepseekV4ForCausalLM) -> None:
+def _share_experts(model: DeepseekV4ForCausalLM, device: torch.device) -> None:
     """Transformers' own plan for the model, with its all-to-all exchange: processes hold different tokens."""
     try:
         from transformers.distributed.expert_parallel import apply_expert_parallelism
@@ -62,9 +64,7 @@ def _share_experts(model: DeepseekV4ForCausalLM) -> None:
             f"backbone.placement=expert_parallel: {processes} processes do not divide {num_experts} experts; use a "
             "divisor of their number, or backbone.placement=zero3"
         )
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (processes, 1), mesh_dim_names=("expert", "tensor"))
     names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
-    rules: Any = model.config.base_model_ep_plan or {}
-    plan = {name: style for rule, style in rules.items() for name in names if fnmatchcase(name, f"model.{rule}")}
+    plan = {name: style for rule, style in model.ep_plan.items() for name in names if fnmatchcase(name, rule)}
     apply_expert_parallelism(model, mesh["expert"], mesh["tensor"], plan, "all_to_all")

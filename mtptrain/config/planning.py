@@ -48,7 +48,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What `plan` computes, and for which load."""
+    """What `plan` computes, and for which load; a plan of training reads the settings of the training itself."""
 
     what: PlanKind = PlanKind.decoding
     batch: int = 1  # rows decoded together
@@ -60,16 +60,10 @@ class PlanConfig:
     acceptance: list[float] = field(default_factory=list)
     evaluation: str | None = None  # an evaluation.json, or the folder of its run, to read the acceptance from
     head: str | None = None  # its name there; null = the last one
-    # Of plan.what=training; engine, placement, batch, rows and draft steps are the settings of the training itself.
-    train_experts: bool = True  # whether the heads' routed experts take gradients
-    recompute: bool = False  # rollout steps keep only the streams between them for the backward pass
-    from_streams: bool = False  # streams come from a cache on disk, the backbone's layers stay out of memory
-    tokens: float = 1e9  # to train on
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "plan.batch", self.batch, "must be at least 1 row")
         require(self.context >= 1, "plan.context", self.context, "must be at least 1 token")
-        require(math.isfinite(self.tokens) and self.tokens > 0, "plan.tokens", self.tokens, "must be above 0")
         require(
             all(0 <= share <= 1 for share in self.acceptance),
             "plan.acceptance",

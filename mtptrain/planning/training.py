@@ -55,7 +55,8 @@ def step_communication(shape: ShapeConfig, load: TrainingLoad) -> dict[str, floa
     ring = (load.num_gpus - 1) / load.num_gpus
     trained = trained_weights(shape, load)
     gradients = ring * GRADIENT_BYTES * trained.total
-    sent = {"heads' gradients": gradients if load.zero_stage else 2 * gradients}  # scattered, or summed everywhere
+    times = load.micro_batches if load.zero_stage >= 2 else 1  # no process has room to add them up whole
+    sent = {"heads' gradients": times * gradients if load.zero_stage else 2 * gradients}  # scattered, or summed
     if load.zero_stage in (1, 2):
         sent["heads' weights"] = ring * trained.bytes(load.heads)
     if load.zero_stage == 3:  # gathered for the forward and for the backward pass of every micro-batch
@@ -81,16 +82,19 @@ def step_seconds(
     return {"computing": computing, "communication": sum(sent.values()) / hardware.interconnect if sent else 0.0}
 
 
-def plan_training(shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig, load: TrainingLoad) -> dict[str, Any]:
-    """The body of plan.json for `plan.what=training`; docs/plan.md describes it."""
+def plan_training(
+    shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig, load: TrainingLoad, num_steps: int
+) -> dict[str, Any]:
+    """The body of plan.json for `plan.what=training` of `num_steps` optimiser steps; docs/plan.md describes it."""
     memory = memory_by_kind(shape, load)
     flops = step_flops(shape, load)
     sent = step_communication(shape, load) if load.num_gpus > 1 else {}
     seconds = step_seconds(flops, sent, load, hardware, plan)
-    tokens = load.num_gpus * load.micro_batches * load.tokens
+    step_tokens = load.num_gpus * load.micro_batches * load.tokens
+    tokens = num_steps * step_tokens
     used = sum(memory["gpu"].values())
     stream = shape.hc_mult * shape.hidden_size * STREAM_BYTES
-    rate = tokens / sum(seconds.values())
+    rate = step_tokens / sum(seconds.values())
     return {
         "memory": {
             **memory,
@@ -98,9 +102,9 @@ def plan_training(shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig
             "memory_bytes_a_gpu": hardware.memory,
             "fits": used <= hardware.memory,
         },
-        "step": {"tokens": tokens, "flops": flops, "sent_bytes_a_gpu": sent, "seconds": seconds},
-        "tokens": plan.tokens,
+        "step": {"tokens": step_tokens, "flops": flops, "sent_bytes_a_gpu": sent, "seconds": seconds},
+        "tokens": tokens,
         "tokens_per_second": rate,
-        "hours": plan.tokens / rate / 3600,
-        "stream_cache": {"bytes_a_token": stream, "bytes": stream * plan.tokens},
+        "hours": tokens / rate / 3600,
+        "stream_cache": {"bytes_a_token": stream, "bytes": stream * tokens},
     }

@@ -123,9 +123,16 @@ def test_cached_streams_spare_the_backbone() -> None:
     cached = replace(load, from_streams=True)
     assert step_flops(shape, cached)["backbone forward"] == 0
     assert "backbone weights" not in step_communication(shape, cached)
-    plan = plan_training(shape, HARDWARE, PlanConfig(tokens=1e9), cached)
-    assert plan["stream_cache"] == {"bytes_a_token": 32 * 1024, "bytes": 32 * 1024 * 1e9}
-    assert plan["hours"] < plan_training(shape, HARDWARE, PlanConfig(tokens=1e9), load)["hours"]
+    plan, online = (plan_training(shape, HARDWARE, PlanConfig(), one, 10) for one in (cached, load))
+    assert plan["stream_cache"] == {"bytes_a_token": 32 * 1024, "bytes": 32 * 1024 * 10 * 8 * 4096}
+    assert plan["hours"] < online["hours"]
+
+
+def test_gradients_that_are_shared_out_are_sent_for_every_micro_batch() -> None:
+    shape = preset_shape("v4_flash")
+    loads = [TrainingLoad(zero_stage=stage, micro_batches=4) for stage in (1, 2)]
+    once, often = (step_communication(shape, load)["heads' gradients"] for load in loads)
+    assert often == 4 * once
 
 
 def test_recomputing_trades_activations_for_flops() -> None:

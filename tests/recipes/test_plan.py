@@ -83,16 +83,37 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
         "backbone.placement=zero3",
         "train.batch_size=16",
         "data.sequence_length=2048",
+        "train.steps=1000",
+        "train.recompute=true",
+        "mtp.trainable=no_experts",
+        "data=streams",
+        "data.path=S",
     ]
-    plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", "plan.tokens=2e9", *settings)
+    plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", *settings)
     load = plan["training"]
+    assert (load["train_experts"], load["recompute"], load["from_streams"]) == (False, True, True)
     assert (load["zero_stage"], load["placement"], load["rows"], load["row_length"]) == (2, "zero3", 2, 2048)
     assert plan["memory"]["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
     assert plan["step"]["tokens"] == 16 * 2048
     assert plan["memory"]["bytes_a_gpu"] == pytest.approx(sum(plan["memory"]["gpu"].values()))
     assert plan["tokens_per_second"] == pytest.approx(16 * 2048 / sum(plan["step"]["seconds"].values()))
-    assert plan["hours"] == pytest.approx(2e9 / plan["tokens_per_second"] / 3600)
-    assert plan["stream_cache"]["bytes"] == 2e9 * 32 * 1024
+    assert plan["tokens"] == 1000 * 16 * 2048
+    assert plan["hours"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"] / 3600)
+    assert plan["stream_cache"]["bytes"] == plan["tokens"] * 32 * 1024
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "from_streams"),
+    [("flash_1node", 8, False), ("flash_2nodes", 16, True), ("pro_cluster", 64, True)],
+)
+def test_a_recipe_for_a_cluster_plans_itself_and_fits(
+    recipe: str, processes: int, from_streams: bool, tmp_path: Path
+) -> None:
+    settings = ["data.path=S"] if from_streams else []
+    assert run_main(f"+recipe={recipe}", "task=plan", f"output_dir={tmp_path}", *settings) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["memory"]["fits"]
+    assert (plan["training"]["num_gpus"], plan["training"]["from_streams"]) == (processes, from_streams)
 
 
 def test_training_on_one_gpu_sends_nothing(tmp_path: Path) -> None:
@@ -115,7 +136,7 @@ MISTAKES = [
     (["+hardware.bandwith=1"], "hardware.bandwith: there is no such setting"),
     (["hardware=h100", "plan.measured=true"], "plan.measured=true: hardware=h100 has no measured ceilings"),
     (["plan.evaluation=/absent"], "plan.evaluation=/absent: cannot be read .*give an evaluation.json"),
-    (["plan.tokens=0"], "plan.tokens=0.0: must be above 0"),
+    (["plan.what=training", "mtp.trainable=*.e_proj.*"], r"mtp.trainable=\*.e_proj.\*: .*set all or no_experts"),
     (
         ["plan.what=training", "train.batch_size=12"],
         "train.batch_size=12: .*hardware.num_gpus=8.*set train.batch_size=8",
