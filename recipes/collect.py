@@ -147,15 +147,16 @@ def collect_shards(
     if len(missing) < len(shards):
         run_folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
     own = missing[rank() :: world_size()]
+    forwards = sum(num_forwards(shards[number], length) for number in own)
+    idle = largest_over_processes(forwards) - forwards  # asked before the first: every forward asks the others as well
     with Progress("collect", len(own)) as progress:
         for done, number in enumerate(own, start=1):
             pieces = [piece for parts in shards[number] for piece in parts]
             streams_TND = piece_streams(model, corpus, pieces, length)
             write_shard(folder, number, shards[number], corpus, streams_TND, config.collect.format)
             progress.update(done, "shards", len(streams_TND))
-    forwards = sum(num_forwards(shards[number], length) for number in own)
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-    for _ in range(largest_over_processes(forwards) - forwards):  # a shared backbone needs every process
+    for _ in range(idle):  # a shared backbone needs every process
         backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
     largest_over_processes(0)  # all shards are written
 
