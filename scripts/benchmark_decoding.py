@@ -18,6 +18,7 @@ from statistics import quantiles
 import torch
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, DataConfig
@@ -66,6 +67,9 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 12
     backbone = load_backbone(BackboneConfig(), torch.device("cpu"), torch.float32)
     model = backbone.model
+    # `generate` needs transformers' own attention, with its cache.
+    eager = DeepseekV4ForCausalLM.from_pretrained(backbone.folder, dtype=torch.float32).eval()
+    make_indexers_causal(eager)
     stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
     documents = heldout_documents(DataConfig())
     corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.marks), cache_folder(None))
@@ -79,7 +83,7 @@ def main() -> None:
         reference: list[list[int]] = []
 
         def generate(ids: torch.Tensor = ids, reference: list[list[int]] = reference) -> None:
-            out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+            out = eager.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
             reference.append(out[0, ids.shape[1] :].tolist())
 
         rows["transformers"].append(seconds(generate))

@@ -1,5 +1,65 @@
-"""Hyper-connections around a sublayer; see `reference.py`."""
+"""Hyper-connections around a sublayer: `connect` on the way in, `expand_and_mix` on the way out."""
 
-from mtptrain.kernels.hyper_connection.reference import expand_and_mix_reference as expand_and_mix
+import torch
+from torch import Tensor
 
-__all__ = ["expand_and_mix"]
+from ..dispatch import use_triton
+from .reference import Connection, connect_reference, expand_and_mix_reference
+
+__all__ = ["Connection", "connect", "expand_and_mix"]
+
+
+def connect(
+    streams_BSND: Tensor,
+    fn_MX: Tensor,
+    base_M: Tensor,
+    scale_3: Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> Connection:
+    """`connect_reference`.
+
+    Raises:
+        ValueError: shapes disagree, or there is no Sinkhorn iteration.
+    """
+    num_streams, width = streams_BSND.shape[-2:]
+    num_weights = num_streams * (num_streams + 2)
+    if fn_MX.shape != (num_weights, num_streams * width):
+        raise ValueError(f"fn_MX is {tuple(fn_MX.shape)} but must be ({num_weights}, {num_streams * width})")
+    if base_M.shape != (num_weights,) or scale_3.shape != (3,):
+        raise ValueError(
+            f"base_M {tuple(base_M.shape)}, scale_3 {tuple(scale_3.shape)}: must be ({num_weights},), (3,)"
+        )
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations} must be at least 1")
+    if use_triton("hyper_connection", streams_BSND, _unfit(streams_BSND)):
+        from .kernel import connect_triton  # needs Triton, which a machine without a GPU may lack
+
+        op = connect_triton
+    else:
+        op = connect_reference
+    return op(streams_BSND, fn_MX, base_M, scale_3, norm_eps=norm_eps, eps=eps, iterations=iterations)
+
+
+def expand_and_mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
+    """`expand_and_mix_reference`; Triton sums in float32 also where the definition rounds its parts to bfloat16.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    *shape, num_streams, width = streams_BSND.shape
+    found = [tuple(x.shape) for x in (post_BSN, comb_BSNN, output_BSD)]
+    needed = [(*shape, *rest) for rest in ((num_streams,), (num_streams, num_streams), (width,))]
+    if found != needed:
+        raise ValueError(f"post, comb and output are {found} but these streams need {needed}")
+    if use_triton("hyper_connection", streams_BSND, _unfit(streams_BSND)):
+        from .expand_kernel import expand_and_mix_triton  # needs Triton, which a machine without a GPU may lack
+
+        return expand_and_mix_triton(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+    return expand_and_mix_reference(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+
+
+def _unfit(streams_BSND: Tensor) -> str | None:
+    return "its streams are float64" if streams_BSND.dtype is torch.float64 else None

@@ -1,5 +1,83 @@
-"""Attention of the MTP rollout, with sinks; see `reference.py`."""
+"""DeepSeek-V4's attention: shared keys and values, a sink a head, a sliding window and further keys."""
 
-from mtptrain.kernels.sink_attention.reference import context_mask, rollout_attention_reference
+import torch
+from torch import Tensor
 
-__all__ = ["context_mask", "rollout_attention_reference"]
+from ..dispatch import use_triton
+from .blocked import cached_attention_blocked, rollout_attention_blocked
+from .reference import Cached, document_starts, masked_attention
+
+__all__ = ["Cached", "cached_attention", "document_starts", "masked_attention", "rollout_attention", "unfit"]
+
+
+def rollout_attention(
+    query_BHSC: Tensor,
+    context_BSC: Tensor,
+    chain_BSLC: Tensor | None,
+    sinks_H: Tensor,
+    start_BS: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """`rollout_attention_reference` in memory linear in S.
+
+    Args, Returns: see `rollout_attention_reference`.
+
+    Raises:
+        ValueError: shapes disagree, or the window does not hold the chain.
+    """
+    batch, _, num_slots, channels = query_BHSC.shape
+    num_chain = 0 if chain_BSLC is None else chain_BSLC.shape[2]
+    if context_BSC.shape != (batch, num_slots, channels):
+        raise ValueError(
+            f"context_BSC is {tuple(context_BSC.shape)} but must be ({batch}, {num_slots}, {channels}): one key a slot"
+        )
+    if chain_BSLC is not None and chain_BSLC.shape != (batch, num_slots, num_chain, channels):
+        raise ValueError(
+            f"chain_BSLC is {tuple(chain_BSLC.shape)} but must be ({batch}, {num_slots}, L, {channels}): L keys a slot"
+        )
+    if start_BS.shape != (batch, num_slots):
+        raise ValueError(f"start_BS is {tuple(start_BS.shape)} but must be ({batch}, {num_slots}): see document_starts")
+    if window < max(num_chain, 1):
+        raise ValueError(f"window={window} must hold the chain's {num_chain} keys, and at least one")
+    arguments = (query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS)
+    if use_triton("sink_attention", query_BHSC, unfit(query_BHSC)):
+        from .kernel import rollout_attention_triton  # needs Triton, which a machine without a GPU may lack
+
+        return rollout_attention_triton(*arguments, window=window, scale=scale)
+    return rollout_attention_blocked(*arguments, window=window, scale=scale)
+
+
+def cached_attention(
+    query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
+) -> Tensor:
+    """`cached_attention_reference`, without a gradient in Triton.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    batch, _, num_slots, channels = query_BHSC.shape
+    local_BXC, entries_BWC, chosen_BST, length_B = cached
+    if local_BXC.shape[0] != batch or local_BXC.shape[1] < num_slots or local_BXC.shape[2] != channels:
+        raise ValueError(
+            f"local_BXC is {tuple(local_BXC.shape)} but must be ({batch}, at least {num_slots}, {channels})"
+        )
+    if entries_BWC is not None and (entries_BWC.shape[0], entries_BWC.shape[2]) != (batch, channels):
+        raise ValueError(f"entries_BWC is {tuple(entries_BWC.shape)} but must be ({batch}, W, {channels})")
+    if chosen_BST is not None and (entries_BWC is None or chosen_BST.shape[:2] != (batch, num_slots)):
+        raise ValueError(f"chosen_BST is {tuple(chosen_BST.shape)} but must be ({batch}, {num_slots}, T), of entries")
+    if length_B.shape != (batch,):
+        raise ValueError(f"length_B is {tuple(length_B.shape)} but must be ({batch},)")
+    if use_triton("sink_attention", query_BHSC, unfit(query_BHSC)):
+        from .kernel import cached_attention_triton  # needs Triton, which a machine without a GPU may lack
+
+        return cached_attention_triton(query_BHSC, cached, sinks_H, window=window, rate=rate, scale=scale)
+    return cached_attention_blocked(query_BHSC, cached, sinks_H, window=window, rate=rate, scale=scale)
+
+
+def unfit(query: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these queries."""
+    if query.dtype is torch.float64:
+        return "its queries are float64"
+    return f"its heads are {query.shape[-1]} channels wide, more than 512" if query.shape[-1] > 512 else None

@@ -1,61 +1,151 @@
-"""Definition of the MTP rollout's attention: what a draft step sees when it is served.
+"""Definition of DeepSeek-V4's attention: a draft step as it is served, and a layer of the backbone.
 
-Shared keys and values, one KV head, a learned sink a head. The query of a step that is `L` steps past its module's base
-step, at anchor i, sees the base-step keys of slots i + L - W < j <= i of its own document, then its chain's own L keys:
-W keys in all, the sliding window of the decoder layer.
+Shared keys and values, one KV head, RoPE already applied, and a learned sink a head: a logit that takes weight and
+gives nothing.
 """
 
-# B rows, S anchors, X base-step keys, H heads, C head width, L chain keys of an anchor, W window
+# B rows, S queries (anchors), X keys, H heads, C head width, L chain keys of an anchor, W compressed entries, T entries
+# chosen for a query
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def context_mask(segment_BS: Tensor, window: int, num_chain: int) -> Tensor:
-    """Which base-step keys each anchor sees, bool [B, S, S] (anchor, key)."""
-    num_slots = segment_BS.shape[1]
-    slots = torch.arange(num_slots, device=segment_BS.device)
-    distance_SS = slots[:, None] - slots[None, :]
-    near_SS = (distance_SS >= 0) & (distance_SS < window - num_chain)
-    return near_SS & (segment_BS[:, :, None] == segment_BS[:, None, :])
+def masked_attention(
+    query_BHSC: Tensor, key_BXC: Tensor, chain_BSLC: Tensor | None, sinks_H: Tensor, mask_BSX: Tensor, scale: float
+) -> Tensor:
+    """Attention with sinks over the keys that a mask allows, and over each query's own chain.
+
+    Args:
+        query_BHSC: queries.
+        key_BXC: keys, which are the values too.
+        chain_BSLC: further keys that one query alone sees; None without.
+        sinks_H: logit of each head's sink.
+        mask_BSX: bool, which keys a query sees.
+        scale: factor on the scores.
+
+    Returns:
+        [B, H, S, C] in the queries' dtype, computed in float32 (in float64 from float64 queries).
+    """
+    num_keys, dtype = key_BXC.shape[1], torch.promote_types(query_BHSC.dtype, torch.float32)
+    query, key = query_BHSC.to(dtype), key_BXC.to(dtype)
+    scores = torch.matmul(query, key.transpose(1, 2).unsqueeze(1)) * scale
+    parts = [scores.masked_fill(~mask_BSX.unsqueeze(1), float("-inf"))]
+    if chain_BSLC is not None:
+        chain = chain_BSLC.to(dtype)
+        parts.append(torch.matmul(query.transpose(1, 2), chain.transpose(2, 3)).transpose(1, 2) * scale)
+    parts.append(sinks_H.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1))
+    weights = torch.cat(parts, dim=-1).softmax(-1)
+    out = torch.matmul(weights[..., :num_keys], key.unsqueeze(1))
+    if chain_BSLC is not None:
+        out = out + torch.matmul(weights[..., num_keys:-1].transpose(1, 2), chain).transpose(1, 2)
+    return out.to(query_BHSC.dtype)
 
 
 def rollout_attention_reference(
     query_BHSC: Tensor,
-    context_BXC: Tensor,
+    context_BSC: Tensor,
     chain_BSLC: Tensor | None,
     sinks_H: Tensor,
-    mask_BSX: Tensor,
+    start_BS: Tensor,
+    *,
+    window: int,
     scale: float,
 ) -> Tensor:
     """Attention of one rollout step at every anchor.
 
+    The query of a step that is L steps past its module's base step, at anchor i, sees the base-step keys of slots
+    i + L - window < j <= i of its own document, then its chain's own L keys: `window` keys in all, the sliding window
+    of the decoder layer.
+
     Args:
-        query_BHSC: queries, RoPE applied.
-        context_BXC: base-step keys (= values), RoPE applied.
+        query_BHSC: queries.
+        context_BSC: base-step keys (= values).
         chain_BSLC: keys of each anchor's own later steps, the query's own last; None at the base step.
         sinks_H: logit of each head's sink.
-        mask_BSX: bool, which base-step keys an anchor sees; `context_mask` in training.
+        start_BS: int64, the first slot of each anchor's document, see `document_starts`.
+        window: keys a query sees at most, at least L.
         scale: factor on the scores.
 
     Returns:
-        [B, H, S, C] in the queries' dtype; softmax in float32.
+        [B, H, S, C] in the queries' dtype, computed in float32.
 
     Source: DeepSeek-V4 sliding attention; serving order of keys as in vLLM and SGLang, see docs/rollout.md.
     """
-    num_keys = context_BXC.shape[1]
-    query, context = query_BHSC.float(), context_BXC.float()
-    scores = torch.matmul(query, context.transpose(1, 2).unsqueeze(1)) * scale
-    scores = scores.masked_fill(~mask_BSX.unsqueeze(1), float("-inf"))
-    parts = [scores]
-    if chain_BSLC is not None:
-        chain = chain_BSLC.float()
-        parts.append(torch.matmul(query.transpose(1, 2), chain.transpose(2, 3)).transpose(1, 2) * scale)
-    parts.append(sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1))
-    weights = torch.cat(parts, dim=-1).softmax(-1)
-    out = torch.matmul(weights[..., :num_keys], context.unsqueeze(1))
-    if chain_BSLC is not None:
-        out = out + torch.matmul(weights[..., num_keys:-1].transpose(1, 2), chain).transpose(1, 2)
-    return out.to(query_BHSC.dtype)
+    slot_S = torch.arange(query_BHSC.shape[2], device=query_BHSC.device)
+    num_chain = 0 if chain_BSLC is None else chain_BSLC.shape[2]
+    first_BS1 = torch.maximum(start_BS, slot_S - (window - num_chain) + 1).unsqueeze(2)
+    mask_BSS = (slot_S >= first_BS1) & (slot_S <= slot_S.unsqueeze(1))
+    return masked_attention(query_BHSC, context_BSC, chain_BSLC, sinks_H, mask_BSS, scale)
+
+
+class Cached(NamedTuple):
+    """The keys of a backbone layer; queries stand at positions length..length + S - 1 of their row."""
+
+    local_BXC: Tensor  # a ring of X - S slots, position p below the length in slot p % (X - S), then the S new keys
+    entries_BWC: Tensor | None  # entry w summarises the positions below (w + 1) * rate; None in a sliding layer
+    chosen_BST: Tensor | None  # int64 entries that a query may see, -1 for none; None where it may see all
+    length_B: Tensor  # int64 positions before the new ones
+
+
+def cached_attention_reference(
+    query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
+) -> Tensor:
+    """Attention of one backbone layer: over the sliding window, and over the compressed entries that are complete.
+
+    Args:
+        query_BHSC: queries.
+        cached: the keys.
+        sinks_H: logit of each head's sink.
+        window: positions that a query sees through the local keys, its own included.
+        rate: positions that an entry summarises.
+        scale: factor on the scores.
+
+    Returns:
+        [B, H, S, C] in the queries' dtype, computed in float32.
+
+    Source: DeepSeek-V4 paper, sections 2.3.1 (CSA) and 2.3.2 (HCA); `DeepseekV4Attention` of transformers.
+    """
+    position_BS = cached.length_B.unsqueeze(1) + torch.arange(query_BHSC.shape[2], device=query_BHSC.device)
+    keys, masks = [cached.local_BXC], [local_mask(cached, position_BS, position_BS, window)]
+    if cached.entries_BWC is not None:
+        keys.append(cached.entries_BWC)
+        masks.append(entry_mask(cached.entries_BWC.shape[1], cached.chosen_BST, position_BS, rate))
+    return masked_attention(query_BHSC, torch.cat(keys, 1), None, sinks_H, torch.cat(masks, 2), scale)
+
+
+def local_mask(cached: Cached, position_BQ: Tensor, new_BS: Tensor, window: int) -> Tensor:
+    """Which local keys the queries at some positions see, bool [B, Q, X]; `new_BS`: positions of the new keys."""
+    ring = cached.local_BXC.shape[1] - new_BS.shape[1]
+    last_B1 = cached.length_B.unsqueeze(1) - 1
+    slot_R = torch.arange(ring, device=new_BS.device)
+    held_BR = last_B1 - (last_B1 - slot_R) % ring if ring else new_BS[:, :0]  # negative in an empty slot
+    key_BX = torch.cat([held_BR, new_BS], dim=1).unsqueeze(1)
+    age_BQX = position_BQ.unsqueeze(2) - key_BX
+    return (age_BQX >= 0) & (age_BQX < window) & (key_BX >= 0)
+
+
+def entry_mask(num_entries: int, chosen_BQT: Tensor | None, position_BQ: Tensor, rate: int) -> Tensor:
+    """Which compressed entries the queries at some positions see, bool [B, Q, W]."""
+    entry_W = torch.arange(num_entries, device=position_BQ.device)
+    closed_BQW = entry_W < ((position_BQ + 1) // rate).unsqueeze(2)
+    if chosen_BQT is None:
+        return closed_BQW
+    place_BQT = torch.where(chosen_BQT < 0, num_entries, chosen_BQT)
+    picked = torch.zeros(*position_BQ.shape, num_entries + 1, dtype=torch.bool, device=position_BQ.device)
+    return closed_BQW & picked.scatter_(2, place_BQT, True)[..., :-1]
+
+
+def document_starts(segment_BS: Tensor) -> Tensor:
+    """First slot of the run of equal numbers that each slot lies in, int64 [B, S].
+
+    [[1, 1, 2, 2, 2, 0]] -> [[0, 0, 2, 2, 2, 5]]
+    """
+    slot_S = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    begins_BS = torch.ones_like(segment_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+    return torch.where(begins_BS, slot_S, 0).cummax(dim=1).values

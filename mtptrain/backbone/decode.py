@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Attention,
-    DeepseekV4CSACompressor,
     DeepseekV4DecoderLayer,
-    DeepseekV4HCACompressor,
     DeepseekV4Indexer,
     DeepseekV4IndexerScorer,
 )
 
 from mtptrain.backbone.cache import BackboneCache, CompressorState, LayerCache
+from mtptrain.backbone.pooling import Compressor, pool_windows, rotate_
 from mtptrain.backbone.step_plan import StepPlan, WindowPlan, plan_step
+from mtptrain.kernels.dispatch import use_triton
 from mtptrain.kernels.hyper_connection import expand_and_mix
-
-Compressor = DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer  # all three pool windows alike
+from mtptrain.kernels.sink_attention import Cached, cached_attention, unfit
 
 
 @torch.no_grad()
@@ -135,23 +134,33 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
 
     query_latent_BSQ = attention.q_a_norm(attention.q_a_proj(inputs_BSD))
     query_BSHC = attention.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, attention.head_dim)
-    query_BSHC = _rotate_(attention.q_b_norm(query_BSHC), rope_BSr.unsqueeze(2))
-    key_BSC = _rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
+    query_BSHC = rotate_(attention.q_b_norm(query_BSHC), rope_BSr.unsqueeze(2))
+    key_BSC = rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
 
-    keys, masks = [cache.ring.values_BRC, key_BSC], [plan.local_BSL]
+    local_BXC = torch.cat([cache.ring.values_BRC, key_BSC], dim=1)
+    entries_BWC, chosen_BSk, mask_BSL, rate = None, None, plan.local_BSL, 1
     if attention.compressor is not None and cache.compressor is not None:
-        windows = plan.windows[cache.compressor.rate, cache.compressor.span]
+        rate = cache.compressor.rate
+        windows = plan.windows[rate, cache.compressor.span]
         _compress(attention.compressor, cache.compressor, windows, inputs_BSD)
-        keys.append(cache.compressor.entries_BWC[:, :-1])
-        if cache.indexer is None:
-            masks.append(windows.visible_BSW)
-        else:
+        entries_BWC = cache.compressor.entries_BWC[:, :-1]
+        mask_BSW = windows.visible_BSW
+        if cache.indexer is not None:
             indexer = cast(DeepseekV4Indexer, attention.compressor.indexer)
-            masks.append(_index(indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ))
-    output_BSHC = _softmax_with_sinks(query_BSHC, torch.cat(keys, dim=1), torch.cat(masks, dim=2), attention)
+            chosen_BSk = _index(indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ)
+            # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
+            mask_BSW = torch.full_like(mask_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + mask_BSW
+        mask_BSL = torch.cat([mask_BSL, mask_BSW], dim=2)
+    if use_triton("sink_attention", query_BSHC, unfit(query_BSHC)):
+        cached = Cached(local_BXC, entries_BWC, chosen_BSk, plan.length_B)
+        settings = {"window": attention.sliding_window, "rate": rate, "scale": attention.scaling}
+        output_BSHC = cached_attention(query_BSHC.transpose(1, 2), cached, attention.sinks, **settings).transpose(1, 2)
+    else:
+        key_BLC = local_BXC if entries_BWC is None else torch.cat([local_BXC, entries_BWC], dim=1)
+        output_BSHC = _softmax_with_sinks(query_BSHC, key_BLC, mask_BSL, attention)
     cache.ring.write(plan.ring_slots, key_BSC)
 
-    grouped_BSGC = _rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
+    grouped_BSGC = rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
     return attention.o_b_proj(attention.o_a_proj(grouped_BSGC).flatten(2))
 
 
@@ -175,43 +184,22 @@ def _compress(module: Compressor, state: CompressorState, windows: WindowPlan, i
     all_BXF = torch.cat([state.raw.values_BRC, raw_BSF], dim=1)  # X = Q + S tokens
     picked = all_BXF.flatten(0, 1).index_select(0, windows.source)
     picked_BMTF = picked.view(inputs_BSD.shape[0], -1, state.rate, picked.shape[-1])
-    kv_BMTC, gate_BMTC = picked_BMTF.chunk(2, dim=-1)
-    gate_BMTC = gate_BMTC + module.position_bias
-    if state.span == 2:
-        kv_BMTC, gate_BMTC = _overlap(kv_BMTC), _overlap(gate_BMTC)
-        gate_BMTC[:, :, : state.rate].masked_fill_(windows.first_BM11, float("-inf"))
-    weight_BMTC = gate_BMTC.softmax(dim=2, dtype=torch.float32).to(kv_BMTC.dtype)
-    entry_BMC = _rotate_(module.kv_norm((kv_BMTC * weight_BMTC).sum(dim=2)), windows.rope_BMr)
+    kv_BMTF, gate_BMTF = picked_BMTF.chunk(2, dim=-1)
+    entry_BMC = pool_windows(module, kv_BMTF, gate_BMTF, windows.first_BM11, windows.rope_BMr)
     channels = entry_BMC.shape[-1]
     state.entries_BWC.view(-1, channels).index_copy_(0, windows.target, entry_BMC.view(-1, channels))
     state.raw.write(windows.raw_slots, raw_BSF)
 
 
-def _overlap(x_BMTF: Tensor) -> Tensor:
-    """[B, M + 1, rate, 2C] -> [B, M, 2 * rate, C]: the first half of a window's predecessor, then its own second."""
-    before_BMTF, after_BMTF = x_BMTF.chunk(2, dim=-1)
-    return torch.cat([before_BMTF[:, :-1], after_BMTF[:, 1:]], dim=2)
-
-
 def _index(
     indexer: DeepseekV4Indexer, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
 ) -> Tensor:
-    """0 for the `index_topk` visible entries each query scores highest, -inf for the others: [B, S, W]."""
+    """The `index_topk` entries that each query scores highest, int64 [B, S, k]; invisible ones where it sees fewer."""
     windows = plan.windows[state.rate, state.span]
     _compress(indexer, state, windows, inputs_BSD)
     batch, num_tokens, _ = inputs_BSD.shape
     query_BSHC = indexer.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, indexer.head_dim)
-    query_BSHC = _rotate_(query_BSHC, plan.rope_BSr["compress"].unsqueeze(2))
+    query_BSHC = rotate_(query_BSHC, plan.rope_BSr["compress"].unsqueeze(2))
     score_BSW = indexer.scorer(query_BSHC, state.entries_BWC[:, :-1], inputs_BSD)
     score_BSW = break_zero_ties(score_BSW) + windows.visible_BSW
-    chosen_BSk = score_BSW.topk(indexer.index_topk, dim=-1, sorted=False).indices
-    # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
-    return torch.full_like(windows.visible_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + windows.visible_BSW
-
-
-def _rotate_(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the last 2r channels of x in place, pair by pair, in float32; rope is complex64 and broadcasts."""
-    rotated = x[..., -2 * rope.shape[-1] :]
-    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))
-    rotated.copy_(torch.view_as_real(pairs * rope).flatten(-2))
-    return x
+    return score_BSW.topk(indexer.index_topk, dim=-1, sorted=False).indices

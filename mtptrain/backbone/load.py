@@ -13,6 +13,8 @@ from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from mtptrain.backbone.attention import use_linear_attention
+from mtptrain.backbone.connection import replace_connections
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.fingerprint import fingerprint
 from mtptrain.backbone.placement import share_backbone
@@ -86,6 +88,8 @@ def load_backbone(
     model.eval().requires_grad_(False)
     if has_layers:
         make_indexers_causal(model)
+        replace_connections(model)
+        use_linear_attention(model)
         share_backbone(model, config.placement, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     return Backbone(model, tokenizer, shards, fingerprint(shards))

@@ -40,12 +40,14 @@ class StepPlan:
     """What every layer of a step needs to know.
 
     Attributes:
+        length_B: int64 positions before the new ones.
         rope_BSr, unrope_BSr: per rope type, complex64 rotation of the new positions and its inverse.
         ring_slots: int64 slots of the new keys in the sliding rings.
         local_BSL: 0 or -inf for the L = R + S keys concat(ring before the write, new keys).
         windows: one `WindowPlan` a layer type that compresses, keyed by (rate, span).
     """
 
+    length_B: Tensor
     rope_BSr: dict[str, Tensor]
     unrope_BSr: dict[str, Tensor]
     ring_slots: Tensor
@@ -65,6 +67,7 @@ def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype) -> Step
         if state is not None and (state.rate, state.span) not in windows:
             windows[state.rate, state.span] = _plan_windows(cache, state, positions_BS, dtype)
     return StepPlan(
+        length_B=length_B,
         rope_BSr=rope_BSr,
         unrope_BSr={kind: rope.conj_physical() for kind, rope in rope_BSr.items()},
         ring_slots=ring.slots(positions_BS),

@@ -21,7 +21,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
 from mtptrain.kernels.acceptance import sample_tokens
-from mtptrain.kernels.sink_attention import rollout_attention_reference
+from mtptrain.kernels.sink_attention import masked_attention
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
@@ -69,7 +69,7 @@ class _ModuleCache:
         known_BX = torch.cat([ring.positions(anchor_BA[:, 0]), anchor_BA], dim=1)
         context_BXC = torch.cat([ring.values_BRC, key_BAC], dim=1)
         mask_BAX = self._mask(known_BX, anchor_BA, num_chain=0)
-        out = rollout_attention_reference(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, self.scale)
+        out = masked_attention(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, self.scale)
         ring.write(ring.slots(anchor_BA), key_BAC)
         return out
 
@@ -79,7 +79,7 @@ class _ModuleCache:
         mask_B1X = self._mask(self.ring.positions(anchor_B1[:, 0] + 1), anchor_B1, num_chain=len(self.chain))
         chain_B1LC = torch.stack(self.chain, dim=2)
         keys_BXC = self.ring.values_BRC
-        return rollout_attention_reference(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, self.scale)
+        return masked_attention(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, self.scale)
 
     def _mask(self, key_BX: Tensor, anchor_BA: Tensor, num_chain: int) -> Tensor:
         age_BAX = anchor_BA.unsqueeze(2) - key_BX.unsqueeze(1)

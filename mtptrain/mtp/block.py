@@ -17,6 +17,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
+from mtptrain.backbone.connection import replace_connections
 from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
@@ -52,6 +53,7 @@ class MtpBlock(nn.Module):
         self.e_proj = nn.Linear(width, width, bias=False)
         self.h_proj = nn.Linear(width, width, bias=False)
         self.layer = DeepseekV4DecoderLayer(single, 0)
+        replace_connections(self.layer)
         self.hc_head = DeepseekV4HyperHead(single)
         self.norm = DeepseekV4RMSNorm(width, eps=eps)
         self.rotary_emb = DeepseekV4RotaryEmbedding(single)

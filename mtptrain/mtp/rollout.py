@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtptrain.data.packing import Batch
-from mtptrain.kernels.sink_attention import context_mask, rollout_attention_reference
+from mtptrain.kernels.sink_attention import document_starts, rollout_attention
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
@@ -39,10 +39,15 @@ class StepAttention:
         self.key_BSC = key_BSC
         context_BSC, *chain = [*self.earlier, key_BSC]
         chain_BSLC = torch.stack(chain, dim=2) if chain else None
-        mask_BSS = context_mask(self.segment_BS, self.block.window, len(chain))
         attention = self.block.layer.self_attn
-        return rollout_attention_reference(
-            query_BHSC, context_BSC, chain_BSLC, attention.sinks, mask_BSS, attention.scaling
+        return rollout_attention(
+            query_BHSC,
+            context_BSC,
+            chain_BSLC,
+            attention.sinks,
+            document_starts(self.segment_BS),
+            window=self.block.window,
+            scale=attention.scaling,
         )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mtptrain.config import MtpConfig
 from mtptrain.errors import UserError
+from mtptrain.kernels.sink_attention import rollout_attention
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import stack_from_tensors
 from tests.tiny import random_backbone, random_stack
@@ -123,11 +124,10 @@ def test_block_equals_a_transcription_of_the_official_formula(length: int) -> No
     positions = torch.arange(length)
 
     def attend(query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
-        from mtptrain.kernels.sink_attention import context_mask, rollout_attention_reference
-
-        module = block.layer.self_attn
-        mask = context_mask(torch.ones(1, length), block.window, 0)
-        return rollout_attention_reference(query_BHSC, key_BSC, None, module.sinks, mask, module.scaling)
+        module, start_BS = block.layer.self_attn, torch.zeros(1, length, dtype=torch.int64)
+        return rollout_attention(
+            query_BHSC, key_BSC, None, module.sinks, start_BS, window=block.window, scale=module.scaling
+        )
 
     with torch.no_grad():
         ours = block(embedding[None], state[None], positions[None], attend)

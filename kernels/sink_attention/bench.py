@@ -1,0 +1,98 @@
+"""`sink_attention` beside its dense definition, which is what transformers computes eagerly, and torch.compile of it.
+
+B rows, S queries, H heads, C head width, L chain keys, W compressed entries, T entries chosen for a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..bench.case import Case, Outputs
+from . import Cached, cached_attention, rollout_attention
+from .reference import cached_attention_reference, rollout_attention_reference
+
+# B, S, H, C, L, window: of the tiny backbone's head, of V4-Flash's. At K steps, L is 0 to K - 1.
+SIZES = {
+    "cpu": [(4, 256, 4, 32, 0, 64), (4, 256, 4, 32, 2, 64), (1, 4096, 4, 32, 2, 64)],
+    "cuda": [(1, 8192, 64, 512, 0, 128), (1, 8192, 64, 512, 2, 128)],
+}
+# S, H, C, rate, T, window: prefills of HCA (no T) and CSA layers. At 32,768 the definition does not fit a GPU.
+LAYERS = {
+    "cpu": [(2048, 4, 32, 16, None, 64), (2048, 4, 32, 4, 16, 64)],
+    "cuda": [(8192, 64, 512, 128, None, 128), (8192, 64, 512, 4, 512, 128)],
+}
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """The comparisons of this device."""
+    for size in SIZES[device.type]:
+        yield _rollout(device, *size)
+    for layer in LAYERS[device.type]:
+        yield _prefill(device, *layer)
+
+
+def _prefill(device: torch.device, S: int, H: int, C: int, rate: int, T: int | None, window: int) -> Case:
+    dtype, W = torch.bfloat16 if device.type == "cuda" else torch.float32, S // rate
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    chosen_1ST = None
+    if T is not None:  # spread over the entries that are complete
+        closed_S1 = (torch.arange(S, device=device) + 1).unsqueeze(1) // rate
+        place_ST = torch.arange(T, device=device) * closed_S1.clamp(min=T) // T
+        chosen_1ST = torch.where(place_ST < closed_S1, place_ST, -1).unsqueeze(0)
+    query = values(1, S, H, C).transpose(1, 2)
+    cached = Cached(values(1, S, C), values(1, W, C), chosen_1ST, torch.zeros(1, dtype=torch.int64, device=device))
+    sinks_H = values(H).float()
+
+    def forward(op: Callable[..., Tensor]) -> Callable[[], Outputs]:
+        return lambda: (op(query, cached, sinks_H, window=window, rate=rate, scale=C**-0.5),)
+
+    keys = window + (T if T is not None else W // 2)
+    return Case(
+        label=f"{'HCA' if T is None else 'CSA'} prefill, S {S}, H {H}, C {C}, rate {rate}, {dtype}: forward",
+        ours=forward(cached_attention),
+        definition=forward(cached_attention_reference),
+        peers={"torch.compile of definition": forward(torch.compile(cached_attention_reference, dynamic=False))},
+        bytes=query.element_size() * C * (2 * S * H + S + W),
+        flops=2 * 2 * S * H * C * keys,
+        rtol=1e-4 if dtype is torch.float32 else 2**-6,
+        atol=1e-4 if dtype is torch.float32 else 2**-6,
+    )
+
+
+def _rollout(device: torch.device, B: int, S: int, H: int, C: int, L: int, window: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    query, sinks = values(B, S, H, C).transpose(1, 2), values(H).float()
+    leaves = [query, values(B, S, C), values(B, S, L, C) if L else None, sinks]
+    differentiated = [x.requires_grad_() for x in leaves if x is not None]
+    start_BS, grad = torch.zeros(B, S, dtype=torch.int64, device=device), values(B, H, S, C)
+
+    def with_gradient(op: Callable[..., Tensor]) -> Callable[[], Outputs]:
+        def run() -> Outputs:
+            out = op(*leaves, start_BS, window=window, scale=C**-0.5)
+            return (out.detach(), *torch.autograd.grad(out, differentiated, grad))
+
+        return run
+
+    element = grad.element_size()
+    return Case(
+        label=f"rollout, B {B}, S {S}, H {H}, C {C}, L {L}, window {window}, {dtype}: forward and gradients",
+        ours=with_gradient(rollout_attention),
+        definition=with_gradient(rollout_attention_reference),
+        peers={"torch.compile of definition": with_gradient(torch.compile(rollout_attention_reference, dynamic=False))},
+        bytes=element * B * S * C * (6 * H + 4 * (1 + L)),
+        flops=7 * 2 * B * S * H * C * min(window, S),  # 2 products forward, 5 backward
+        rtol=1e-4 if dtype is torch.float32 else 2**-6,
+        atol=1e-4 if dtype is torch.float32 else 2**-6,
+    )

@@ -1,0 +1,240 @@
+"""Triton for `sink_attention`. A program takes one query and a block of its heads, which share all their keys.
+
+With z the scores times `scale`, p their softmax over keys and sink, o = p @ keys, and delta = do . o (the sink has the
+value zero, so this is the sum of p dp over all keys), the gradients are
+
+    dp = do @ keys^T      dz = p (dp - delta)      dquery = scale dz @ keys
+    dkey = sum over queries and heads of scale dz query + p do                  (a key is its own value)
+    dsink = - sum over queries of p_sink delta
+
+The backward computes p again from the scores and their log-sum-exp. Every output has one owner: no atomics, and the
+result does not depend on the order of programs.
+"""
+
+# B rows, S queries, X local keys, H heads, C head width, E further keys, G blocks of heads
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..launch import MODELS, Launch
+from .backward_kernel import (
+    sink_attention_chain_backward_kernel,
+    sink_attention_key_backward_kernel,
+    sink_attention_query_backward_kernel,
+)
+from .forward_kernel import CHAIN, CHOSEN, CLOSED, NONE, sink_attention_forward_kernel
+from .reference import Cached
+
+# For heads of 512 channels in bf16, these and blocks of 32 heads and 16 keys are the largest that spill on no target of
+# the ahead-of-time compiler. Not measured on a GPU.
+OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+KEY_OPTIONS = OPTIONS | {"num_stages": 1}
+
+
+def _blocks(query_BHSC: Tensor) -> dict[str, int]:
+    """Constants that size a kernel; at most 32 KB of queries a program."""
+    _, num_heads, _, channels = query_BHSC.shape
+    block_c = max(16, triton.next_power_of_2(channels))
+    fit = max(16, 2**15 // (block_c * query_BHSC.element_size()))
+    block_h = min(max(16, triton.next_power_of_2(num_heads)), 32, fit)
+    return {"C": channels, "BLOCK_H": block_h, "BLOCK_N": 16, "BLOCK_C": block_c}
+
+
+def _strides(query_BHSC: Tensor) -> tuple[int, int, int]:
+    """Of rows, slots and heads; channels must be contiguous."""
+    assert query_BHSC.stride(3) == 1
+    return query_BHSC.stride(0), query_BHSC.stride(2), query_BHSC.stride(1)
+
+
+def _forward(
+    query_BHSC: Tensor,
+    local_BXC: Tensor,
+    sinks_H: Tensor,
+    *,
+    start_BS: Tensor | None = None,
+    length_B: Tensor | None = None,
+    extra: Tensor | None = None,
+    chosen_BSE: Tensor | None = None,
+    window: int,
+    rate: int = 1,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, S, H, C] and log-sum-exp [B, S, H]; the arguments are those of the kernel."""
+    batch, num_heads, num_slots, channels = query_BHSC.shape
+    out_BSHC = query_BHSC.new_empty(batch, num_slots, num_heads, channels)
+    lse_BSH = query_BHSC.new_empty(out_BSHC.shape[:3], dtype=torch.float32)
+    kind, num_extra, extra_stride = NONE, 0, 0
+    if extra is not None:
+        kind, num_extra, extra_stride = CLOSED, extra.shape[-2], extra.stride(0)
+        if chosen_BSE is not None:
+            kind, num_extra = CHOSEN, chosen_BSE.shape[2]
+        elif extra.ndim == 4:
+            kind, extra_stride = CHAIN, num_extra * channels
+    blocks = _blocks(query_BHSC)
+    sink_attention_forward_kernel[(batch * num_slots, triton.cdiv(num_heads, blocks["BLOCK_H"]))](
+        query_BHSC,
+        local_BXC,
+        extra,
+        chosen_BSE,
+        sinks_H,
+        start_BS,
+        length_B,
+        out_BSHC,
+        lse_BSH,
+        scale,
+        num_heads,
+        num_slots,
+        local_BXC.shape[1],
+        num_extra,
+        *_strides(query_BHSC),
+        extra_stride,
+        window,
+        rate,
+        EXTRA=kind,
+        CACHED=length_B is not None,
+        **blocks,
+        **OPTIONS,
+    )
+    return out_BSHC, lse_BSH
+
+
+def rollout_attention_triton(
+    query_BHSC: Tensor,
+    context_BSC: Tensor,
+    chain_BSLC: Tensor | None,
+    sinks_H: Tensor,
+    start_BS: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """`rollout_attention_reference`: one launch forward, two backward; memory linear in S."""
+    return _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, window, scale)
+
+
+def cached_attention_triton(
+    query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
+) -> Tensor:
+    """`cached_attention_reference` in one launch; no gradient."""
+    out_BSHC, _ = _forward(
+        query_BHSC,
+        cached.local_BXC.contiguous(),
+        sinks_H,
+        length_B=cached.length_B,
+        extra=cached.entries_BWC,
+        chosen_BSE=cached.chosen_BST,
+        window=window,
+        rate=rate,
+        scale=scale,
+    )
+    return out_BSHC.transpose(1, 2)
+
+
+class _RolloutAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHSC: Tensor,
+        context_BSC: Tensor,
+        chain_BSLC: Tensor | None,
+        sinks_H: Tensor,
+        start_BS: Tensor,
+        window: int,
+        scale: float,
+    ) -> Tensor:
+        context_BSC = context_BSC.contiguous()
+        chain_BSLC = None if chain_BSLC is None else chain_BSLC.contiguous()
+        out_BSHC, lse_BSH = _forward(
+            query_BHSC, context_BSC, sinks_H, start_BS=start_BS, extra=chain_BSLC, window=window, scale=scale
+        )
+        ctx.save_for_backward(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, out_BSHC, lse_BSH)
+        ctx.window, ctx.scale = window, scale
+        return out_BSHC.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
+        query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, out_BSHC, lse_BSH = ctx.saved_tensors
+        batch, num_slots, num_heads, _ = out_BSHC.shape
+        grad_out_BSHC = grad_out_BHSC.transpose(1, 2).contiguous()
+        grad_query_BSHC, delta_BSH = torch.empty_like(out_BSHC), torch.empty_like(lse_BSH)
+        blocks = _blocks(query_BHSC)
+        groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
+        num_chain, grad_chain_BSGLC = 0, None
+        if chain_BSLC is not None:
+            num_chain = chain_BSLC.shape[2]
+            grad_chain_BSGLC = lse_BSH.new_empty(batch, num_slots, groups, *chain_BSLC.shape[2:])
+        shared = {**blocks, **OPTIONS, "EXTRA": NONE if chain_BSLC is None else CHAIN}
+        numbers = (ctx.scale, num_heads, num_slots, num_chain, *_strides(query_BHSC))
+        sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
+            query_BHSC, chain_BSLC, out_BSHC, lse_BSH, grad_out_BSHC, delta_BSH, grad_chain_BSGLC, *numbers, **shared
+        )
+        sink_attention_query_backward_kernel[(batch * num_slots, groups)](
+            query_BHSC,
+            context_BSC,
+            chain_BSLC,
+            start_BS,
+            lse_BSH,
+            grad_out_BSHC,
+            delta_BSH,
+            grad_query_BSHC,
+            *numbers,
+            ctx.window,
+            **shared,
+        )
+        grad_context_BSC = torch.empty_like(context_BSC)
+        sink_attention_key_backward_kernel[(triton.cdiv(num_slots, blocks["BLOCK_N"]), batch)](
+            query_BHSC,
+            context_BSC,
+            start_BS,
+            lse_BSH,
+            delta_BSH,
+            grad_out_BSHC,
+            grad_context_BSC,
+            ctx.scale,
+            num_heads,
+            num_slots,
+            *_strides(query_BHSC),
+            ctx.window - num_chain,
+            **blocks,
+            **KEY_OPTIONS,
+        )
+        grad_sinks_H = -((sinks_H.float() - lse_BSH).exp() * delta_BSH).sum((0, 1)).to(sinks_H.dtype)
+        grad_chain_BSLC = None if grad_chain_BSGLC is None else grad_chain_BSGLC.sum(2).to(chain_BSLC.dtype)
+        return grad_query_BSHC.transpose(1, 2), grad_context_BSC, grad_chain_BSLC, grad_sinks_H, None, None, None
+
+
+def launches() -> list[Launch]:
+    """What is compiled ahead of time; the number of heads is an argument, so one serves V4-Flash and V4-Pro."""
+    shapes = MODELS["V4-Flash"]
+    pointers = dict.fromkeys(
+        ["query", "local", "extra", "context", "chain", "out", "grad_out", "grad_query", "grad_context"], "*bf16:16"
+    )
+    pointers |= dict.fromkeys(["sinks", "lse", "delta", "grad_chain"], "*fp32:16")
+    pointers |= {"start": "*i64:16", "length": "*i64:16", "chosen": "*i64:16"}
+    types = {f"{name}_ptr": kind for name, kind in pointers.items()}
+    types |= dict.fromkeys(["S", "X", "E", "rate", "own_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
+    types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
+    sizes = {"C": shapes.head_width, "BLOCK_H": 32, "BLOCK_N": 16, "BLOCK_C": shapes.head_width}
+
+    def launch(kernel: Any, label: str, options: dict[str, int] = OPTIONS, **constants: Any) -> Launch:
+        constants = {name: value for name, value in {**sizes, **constants}.items() if name in kernel.arg_names}
+        arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
+        return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=options)
+
+    forward = sink_attention_forward_kernel
+    trained = {"EXTRA": CHAIN, "CACHED": False, "chosen_ptr": None, "length_ptr": None}
+    return [
+        launch(forward, "rollout", **trained),
+        launch(forward, "HCA", EXTRA=CLOSED, CACHED=True, chosen_ptr=None, start_ptr=None),
+        launch(forward, "CSA", EXTRA=CHOSEN, CACHED=True, start_ptr=None),
+        launch(sink_attention_chain_backward_kernel, "", EXTRA=CHAIN),
+        launch(sink_attention_query_backward_kernel, "", EXTRA=CHAIN),
+        launch(sink_attention_key_backward_kernel, "", KEY_OPTIONS),
+    ]

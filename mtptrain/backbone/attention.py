@@ -1,0 +1,170 @@
+"""`attn_implementation="mtptrain"`: transformers' own forward of a whole sequence in memory linear in its length.
+
+transformers' eager attention holds scores of every query against every key, a mask as large, and in CSA the indexer's
+scores of all its heads. Here attention gets the keys and, in CSA, which entries were chosen for each query; the rest of
+what a query sees follows from its position. The compressors hand the choice over as the mask that they would have made.
+"""
+
+# B rows, S tokens, H heads, C channels of a head, X keys, W compressed entries, T entries chosen for a query
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DeepseekV4ForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4Attention,
+    DeepseekV4CSACompressor,
+    DeepseekV4HCACompressor,
+    DeepseekV4Indexer,
+)
+
+from mtptrain.backbone.pooling import pool_windows, rotate_
+from mtptrain.kernels.sink_attention import Cached, cached_attention
+
+NAME = "mtptrain"
+BLOCK_QUERIES = 64  # of the indexer, whose scores are [B, 64, heads, W] at a time; the same as in sink_attention
+
+
+def attention_forward(
+    module: DeepseekV4Attention,
+    query_BHSC: Tensor,
+    key_B1XC: Tensor,
+    _value_B1XC: Tensor,
+    chosen: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Output [B, S, H, C] of one layer; what transformers passes as the mask is the choice of a CSA layer's indexer.
+
+    Raises:
+        ValueError: the layer's compressor is not one of ours.
+    """
+    num_tokens, compressor = query_BHSC.shape[2], module.compressor
+    if not isinstance(compressor, (HcaCompressor, CsaCompressor, type(None))):
+        raise ValueError(f"attn_implementation={NAME} needs `use_linear_attention(model)` once the model is built")
+    cached = Cached(
+        local_BXC=key_B1XC[:, 0, :num_tokens],
+        entries_BWC=None if compressor is None else key_B1XC[:, 0, num_tokens:],
+        chosen_BST=chosen if isinstance(compressor, CsaCompressor) else None,
+        length_B=torch.zeros(len(query_BHSC), dtype=torch.int64, device=query_BHSC.device),
+    )
+    rate = 1 if compressor is None else compressor.compress_rate
+    out_BHSC = cached_attention(
+        query_BHSC, cached, module.sinks, window=module.sliding_window, rate=rate, scale=scaling
+    )
+    return out_BHSC.transpose(1, 2), None
+
+
+def no_mask(
+    *_: Any, q_length: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **__: Any
+) -> Tensor:
+    """A mask of no entries: transformers appends what a compressor hands over, and nothing else.
+
+    Raises:
+        ValueError: padding is masked, or keys of an earlier call are cached.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(f"attn_implementation={NAME} knows no padding mask: pad at the end, without a mask")
+    if kv_length != q_length:
+        raise ValueError(NO_CACHE)
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+NO_CACHE = (
+    f"attn_implementation={NAME} runs whole sequences (use_cache=False); mtptrain.backbone.decode decodes with a cache"
+)
+
+
+class HcaCompressor(DeepseekV4HCACompressor):
+    """transformers' module without its mask."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
+    ) -> tuple[Tensor, None]:
+        """Entries [B, 1, W, C]."""
+        if past_key_values is not None:
+            raise ValueError(NO_CACHE)
+        # Of one position, transformers makes no mask.
+        return super().forward(hidden_states, q_residual, position_ids[:, :1], None, layer_idx)[0], None
+
+
+class CsaCompressor(DeepseekV4CSACompressor):
+    """transformers' module with the indexer's choice in place of a mask."""
+
+    def forward(
+        self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Entries [B, 1, W, C], and the choice int64 [B, S, T]; -1 where a query sees fewer than T."""
+        if past_key_values is not None:
+            raise ValueError(NO_CACHE)
+        entries_BWC = whole_windows(self, hidden_states)
+        return entries_BWC.unsqueeze(1), self.indexer(hidden_states, q_residual, position_ids, None, layer_idx)
+
+
+class Indexer(DeepseekV4Indexer):
+    """transformers' module, a block of queries at a time."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
+    ) -> Tensor:
+        """The `index_topk` entries that each query scores highest of those it sees, int64 [B, S, T]; -1 for none."""
+        entries_BWC = whole_windows(self, hidden_states)
+        num_tokens, num_entries = hidden_states.shape[1], entries_BWC.shape[1]
+        if num_entries == 0:
+            return position_ids.new_empty(*hidden_states.shape[:2], 0)
+        rope_BSr = rotation(self, hidden_states, position_ids)
+        entry_W = torch.arange(num_entries, device=hidden_states.device)
+        blocks = []
+        for begin in range(0, num_tokens, BLOCK_QUERIES):
+            rows = slice(begin, begin + BLOCK_QUERIES)
+            query_BQHC = self.q_b_proj(q_residual[:, rows]).unflatten(-1, (self.num_heads, self.head_dim))
+            query_BQHC = rotate_(query_BQHC, rope_BSr[:, rows].unsqueeze(2))
+            score_BQW = self.scorer(query_BQHC, entries_BWC, hidden_states[:, rows])
+            seen_BQ1 = ((position_ids[:, rows] + 1) // self.compress_rate).unsqueeze(-1)
+            score_BQW = score_BQW.masked_fill(entry_W >= seen_BQ1, float("-inf"))
+            chosen_BQT = score_BQW.topk(min(self.index_topk, num_entries), dim=-1).indices
+            blocks.append(chosen_BQT.masked_fill(chosen_BQT >= seen_BQ1, -1))
+        return torch.cat(blocks, dim=1)
+
+
+def whole_windows(module: CsaCompressor | Indexer, hidden_BSD: Tensor) -> Tensor:
+    """Entries [B, W, C] of the windows that a sequence from position 0 on closes."""
+    rate = module.compress_rate
+    num_windows = hidden_BSD.shape[1] // rate
+    inputs_BSD = hidden_BSD[:, : num_windows * rate]
+    # A window of nothing before the first.
+    kv_BMTF, gate_BMTF = (
+        nn.functional.pad(x.unflatten(1, (num_windows, rate)), (0, 0, 0, 0, 1, 0))
+        for x in (module.kv_proj(inputs_BSD), module.gate_proj(inputs_BSD))
+    )
+    window_1M = torch.arange(num_windows, device=hidden_BSD.device).unsqueeze(0)
+    rope_1Mr = rotation(module, hidden_BSD, window_1M * rate)
+    return pool_windows(module, kv_BMTF, gate_BMTF, (window_1M == 0)[:, :, None, None], rope_1Mr)
+
+
+def rotation(module: CsaCompressor | Indexer, like: Tensor, position_BS: Tensor) -> Tensor:
+    """Complex64 [B, S, r], rounded as transformers rounds it."""
+    cos_BSr, sin_BSr = module.rotary_emb(like, position_ids=position_BS, layer_type=module.rope_layer_type)
+    return torch.complex(cos_BSr.float(), sin_BSr.float())
+
+
+REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    DeepseekV4HCACompressor: HcaCompressor,
+    DeepseekV4CSACompressor: CsaCompressor,
+    DeepseekV4Indexer: Indexer,
+}
+
+
+def use_linear_attention(model: DeepseekV4ForCausalLM) -> None:
+    """Run a DeepSeek-V4 of transformers through `attn_implementation="mtptrain"`; tensors and their names stay."""
+    for child in model.modules():
+        if type(child) in REPLACED:
+            child.__class__ = REPLACED[type(child)]
+    model.set_attn_implementation(NAME)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, no_mask)

@@ -1,0 +1,72 @@
+"""`attn_implementation="mtptrain"` against transformers' eager attention."""
+
+import pytest
+import torch
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.attention import NO_CACHE, use_linear_attention
+from mtptrain.backbone.streams import run_backbone
+from tests.tiny import random_backbone
+
+# fp32 rounding through four layers whose activations are of order 10.
+TOLERANCE = 2e-4
+
+
+def tokens(length: int, rows: int = 2) -> torch.Tensor:
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM]:
+    """The same weights, eager and ours; window and rates divide neither the lengths nor each other."""
+    rates = {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7}
+    eager, ours = (random_backbone(sliding_window=11, compress_rates=rates) for _ in range(2))
+    use_linear_attention(ours)
+    return eager, ours
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 63, 129])
+@torch.no_grad()
+def test_it_equals_eager_attention(models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM], length: int) -> None:
+    expected, found = (run_backbone(model, tokens(length)) for model in models)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_no_tensor_grows_with_the_square_of_the_length(
+    models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM],
+) -> None:
+    largest = []
+    for length in (256, 512, 768):
+        with Largest() as seen:
+            run_backbone(models[1], tokens(length, rows=1))
+        largest.append(seen.numel)
+    # A square would give 5 / 3; the number of closed windows is rounded down.
+    assert largest[2] - largest[1] <= 1.1 * (largest[1] - largest[0])
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees the result of every operation."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_what_it_cannot_do_is_refused(models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM]) -> None:
+    _, ours = models
+    with pytest.raises(ValueError, match="use_cache=False") as raised:
+        ours(input_ids=tokens(9), use_cache=True)
+    assert str(raised.value) == NO_CACHE
+    with pytest.raises(ValueError, match="knows no padding mask"):
+        ours(input_ids=tokens(9), use_cache=False, attention_mask=torch.arange(9).expand(2, 9) > 2)
+    bare = random_backbone()
+    bare.set_attn_implementation("mtptrain")
+    with pytest.raises(ValueError, match="needs `use_linear_attention"):
+        bare(input_ids=tokens(9), use_cache=False)
