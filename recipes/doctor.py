@@ -5,6 +5,7 @@ python -m mtptrain +recipe=doctor checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +20,70 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
 from mtptrain.evaluation.diagnosis import diagnose, measure_wirings
 from mtptrain.evaluation.head_tensors import examine_tensors, expected_shapes
-from mtptrain.mtp.initial import has_stock, place, stock_tensors
-from mtptrain.mtp.stack import MtpStack, num_modules, stack_from_tensors
+from mtptrain.mtp.initial import has_stock, place, read_stock
+from mtptrain.mtp.release import module_numbers
+from mtptrain.mtp.release_problems import Problems
+from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.recipes.inputs import check_owner, heldout_corpus, open_backbone
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
 
 
-def stored_head(config: RunConfig, backbone: Backbone) -> tuple[dict[str, Tensor], int, dict[str, Tensor] | None]:
-    """Tensors of the head as stored, modules it should have, and the stock head's tensors to compare with."""
-    if config.checkpoint is None:
-        raise UserError("checkpoint=null: the doctor needs a head; give a run folder, a step_* folder, or `stock`")
-    if config.checkpoint == "stock":
-        tensors = stock_tensors(backbone)
-        return tensors, num_modules(tensors), None
-    checkpoint = find_checkpoint(Path(config.checkpoint))
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A head as it is stored.
+
+    Attributes:
+        tensors: our `mtp.{d}.*`; of a release, those that could be read.
+        depth: modules that it should have.
+        report: of `examine_tensors`.
+    """
+
+    tensors: dict[str, Tensor]
+    depth: int
+    report: dict[str, Any]
+
+
+def examine_stock(backbone: Backbone) -> Patient:
+    """The head that came with the backbone, whatever is wrong with it."""
+    tensors, problems = read_stock(backbone)
+    depth = max(1, len(module_numbers(tensors)))
+    return Patient(tensors, depth, examine_tensors(tensors, backbone.config, depth, stored=problems))
+
+
+def examine_checkpoint(backbone: Backbone, folder: Path) -> Patient:
+    """A trained head, beside the backbone's own where that is sound."""
+    checkpoint = find_checkpoint(folder)
     check_owner(backbone, checkpoint)
-    stock = stock_tensors(backbone) if has_stock(backbone) else None
-    return checkpoint.tensors(), checkpoint.owner["depth"], stock
+    tensors, depth = checkpoint.tensors(), checkpoint.owner["depth"]
+    stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
+    report = examine_tensors(tensors, backbone.config, depth, None if problems.any() else stock)
+    return Patient(tensors, depth, report)
 
 
-def usable_stack(backbone: Backbone, tensors: dict[str, Tensor], depth: int, report: dict[str, Any]) -> MtpStack | None:
+def usable_stack(backbone: Backbone, patient: Patient) -> MtpStack | None:
     """The modules, unexpected tensors left out; None where the others do not make a head."""
-    if report["missing"] or report["misshaped"] or report["non_finite"]:
+    if patient.report["missing"] or patient.report["misshaped"] or patient.report["non_finite"]:
         return None
-    known = expected_shapes(backbone.config, depth)
-    kept = {name: tensor for name, tensor in tensors.items() if name in known}
-    return place(stack_from_tensors(backbone.config, depth, kept, str(backbone.folder)), backbone).eval()
+    known = expected_shapes(backbone.config, patient.depth)
+    kept = {name: tensor for name, tensor in patient.tensors.items() if name in known}
+    return place(stack_from_tensors(backbone.config, patient.depth, kept, str(backbone.folder)), backbone).eval()
+
+
+def measure(
+    config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the head accepts under every wiring, and the controls."""
+    traces = prepare_traces(config, run_folder, backbone, heldout_corpus(config, backbone)).traces
+    model, draft_length = backbone.model, config.decoding.draft_length
+    return measure_wirings(model, stack, traces, draft_length), {
+        "shifted_target": shifted_target_control(model, stack, traces),
+        "all_accept": all_accept_control(model, traces[0].prompt.tokens, draft_length),
+    }
 
 
 def print_diagnosis(result: dict[str, Any], console: Console) -> None:
@@ -86,29 +120,24 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         raise UserError(
             f"decoding.temperature={config.decoding.temperature}: the doctor replays greedy texts; leave it at 0"
         )
-    if config.checkpoint not in (None, "stock"):
-        find_checkpoint(Path(str(config.checkpoint)))  # before the backbone is loaded
+    if config.checkpoint is None:
+        raise UserError("checkpoint=null: the doctor needs a head; give a run folder, a step_* folder, or `stock`")
+    is_stock = config.checkpoint == "stock"
+    if not is_stock:
+        find_checkpoint(Path(config.checkpoint))  # before the backbone is loaded
     backbone = open_backbone(config)
-    tensors, depth, stock = stored_head(config, backbone)
-    report = examine_tensors(tensors, backbone.config, depth, stock)
-    traces = prepare_traces(config, run_folder, backbone, heldout_corpus(config, backbone)).traces
-    stack = usable_stack(backbone, tensors, depth, report)
-    wirings: list[dict[str, Any]] | None = None
-    controls: dict[str, Any] = {}
-    if stack is not None:
-        wirings = measure_wirings(backbone.model, stack, traces, config.decoding.draft_length)
-        controls = {
-            "shifted_target": shifted_target_control(backbone.model, stack, traces),
-            "all_accept": all_accept_control(backbone.model, traces[0].prompt.tokens, config.decoding.draft_length),
-        }
-    diagnosis = diagnose(report, wirings, controls)
+    patient = examine_stock(backbone) if is_stock else examine_checkpoint(backbone, Path(config.checkpoint))
+    stack = usable_stack(backbone, patient)
+    wirings, controls = (None, {}) if stack is None else measure(config, run_folder, backbone, stack)
+    diagnosis = diagnose(patient.report, wirings, controls)
+    run_folder.record()
     result = {
         "schema": SCHEMA,
         "provenance": run_folder.provenance,
         "checkpoint": config.checkpoint,
         "draft_length": config.decoding.draft_length,
         "diagnosis": diagnosis,
-        "tensors": report,
+        "tensors": patient.report,
         "wirings": wirings,
         "controls": controls,
     }

@@ -12,8 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mtptrain import cli
+from mtptrain.backbone.shards import INDEX
 from mtptrain.storage import sha256_file
 
 Refused = Callable[..., str]  # the fixture that runs a command that must fail
@@ -80,6 +83,19 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit_tensors(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """Changes the tensors of one shard of a folder, and the folder's index with them."""
+
+    def act(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        change(tensors)
+        save_file(tensors, folder / file)
+        listed = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
+        edit_json(folder / INDEX, lambda index: index.update(weight_map=listed))
+
+    return act
 
 
 @contextmanager

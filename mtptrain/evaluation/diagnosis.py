@@ -14,6 +14,7 @@ from mtptrain.evaluation.metrics import paired_gain, summarize
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.trace import Trace
 from mtptrain.evaluation.wiring import RIGHT, WIRINGS, Wiring
+from mtptrain.mtp.release_problems import DSPARK
 from mtptrain.mtp.stack import MtpStack
 
 NO_HEAD = 1.05  # tokens a pass below which a head drafts nothing worth verifying
@@ -36,24 +37,45 @@ def replay_wiring(
 def measure_wirings(
     model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace], steps: int
 ) -> list[dict[str, Any]]:
-    """Acceptance length at `steps` drafts under every wiring, with its paired difference from the right one."""
+    """Acceptance length at `steps` drafts under every wiring, with its paired difference from two others.
+
+    Returns:
+        The right wiring first, each with `wiring`, `feeds`, `acceptance_length`, `interval`, `against_right` and
+        `against_best`, the wiring of `best_wiring`.
+    """
     ordered = sorted(traces, key=lambda trace: len(trace.prompt.tokens))
     groups = [trace.prompt.group for trace in ordered]
-    rows, right = [], None
+    counts = {wiring.name: replay_wiring(model, stack, ordered, steps, wiring)[steps] for wiring in WIRINGS}
+    rows = []
     for wiring in WIRINGS:
-        counts = replay_wiring(model, stack, ordered, steps, wiring)[steps]
-        right = counts if right is None else right
-        figures = summarize(counts, groups)
+        figures = summarize(counts[wiring.name], groups)
         rows.append(
             {
                 "wiring": wiring.name,
                 "feeds": wiring.feeds,
                 "acceptance_length": figures["acceptance_length"],
                 "interval": figures["interval"],
-                "against_right": paired_gain(right, counts, groups),
+                "against_right": paired_gain(counts[RIGHT], counts[wiring.name], groups),
             }
         )
+    best = counts[best_wiring(rows)]
+    for row in rows:
+        row["against_best"] = paired_gain(best, counts[row["wiring"]], groups)
     return rows
+
+
+def best_wiring(rows: list[dict[str, Any]]) -> str:
+    """The wiring that a head fits best: the largest of the gains over the right one that are beyond doubt, or `right`.
+
+    Nine wirings are tried, so a gain must also reach 2.8 standard errors (`detectable`): 2.77 is Bonferroni's bound.
+    """
+    gains = {row["wiring"]: row["against_right"] for row in rows}
+    better = {
+        name: gain["gain"]
+        for name, gain in gains.items()
+        if gain["interval"][0] > 0 and gain["gain"] >= gain["detectable"]
+    }
+    return max(better, key=lambda name: better[name]) if better else RIGHT
 
 
 def diagnose(tensors: dict[str, Any], wirings: list[dict[str, Any]] | None, controls: dict[str, Any]) -> dict[str, Any]:
@@ -65,60 +87,69 @@ def diagnose(tensors: dict[str, Any], wirings: list[dict[str, Any]] | None, cont
         controls: results with `passed`, by name.
 
     Returns:
-        `healthy`; `best`, the wiring the head fits best, `right` unless another one is better beyond doubt; `verdict`,
-        one sentence; `findings`, what is wrong and what to do.
+        `healthy`; `best`, the wiring the head fits best, None where none was measured; `alike`, the wirings that these
+        prompts do not tell from it; `verdict`, a sentence; `findings`, what is wrong and what to do.
     """
-    kinds = {
-        "missing": "are missing: export or convert the head again, no name may be dropped",
-        "unexpected": "are unexpected: they belong to another model or naming; servers skip them without a word",
-        "misshaped": "have another shape: the head belongs to another backbone",
-        "non_finite": "hold NaN or infinity: go back to an earlier checkpoint and lower the learning rate",
-        "zero": "are all zero: they were never filled",
+    findings = _tensor_findings(tensors) + [
+        f"The control {name} failed: do not trust these numbers." for name, row in controls.items() if not row["passed"]
+    ]
+    best, alike, told = None, [], ""
+    if wirings is not None:
+        best = best_wiring(wirings)
+        findings += _wiring_findings(wirings, best)
+        alike = [row["wiring"] for row in wirings if row["wiring"] != best and row["against_best"]["interval"][1] >= 0]
+        told = f"; no difference between {_joined(alike, best)} on these prompts" if alike else ""
+    verdict = (
+        f"nothing is wrong with this head: its tensors are sound and no wiring fits it better than the right one{told}"
+    )
+    if findings:
+        fits = "" if best in (None, RIGHT) else f", which fits the wiring {best} best"
+        verdict = f"something is wrong with this head{fits}{told}; what it is and what to do:"
+    return {"healthy": not findings, "best": best, "alike": alike, "verdict": verdict, "findings": findings}
+
+
+def _tensor_findings(tensors: dict[str, Any]) -> list[str]:
+    remedies = {
+        "missing": "Export or convert the head again; no name may be dropped.",
+        "unexpected": "They belong to another model or naming; servers skip them without a word.",
+        "misshaped": "The head belongs to another backbone, or was converted wrongly.",
+        "non_finite": "Go back to an earlier checkpoint and lower the learning rate; of a release, restore the file.",
+        "zero": "They were never filled.",
     }
-    findings = [
-        f"{len(tensors[kind])} tensors {text}: {_listed(tensors[kind])}"
-        for kind, text in kinds.items()
+    findings = [f"They look like {DSPARK}."] if tensors["is_dspark"] else []
+    findings += [
+        f"{len(tensors[kind])} {kind.replace('_', '-')}: {_listed(tensors[kind])}. {remedy}"
+        for kind, remedy in remedies.items()
         if tensors[kind]
     ]
     if tensors["same_as_stock"] and len(tensors["same_as_stock"]) == tensors["expected"]:
         findings.append("Every tensor equals the stock head's: nothing was trained.")
-    findings += [
-        f"The control {name} failed: do not trust these numbers." for name, row in controls.items() if not row["passed"]
-    ]
-    best = None
-    if wirings is not None:
-        best, finding = _best_wiring(wirings)
-        findings += [finding] if finding else []
-    verdict = "nothing is wrong with this head: its tensors are sound and it fits the right wiring"
-    if findings:
-        fits = "" if best in (None, RIGHT) else f", which fits the wiring {best} best"
-        verdict = f"something is wrong with this head{fits}; what it is and what to do:"
-    return {"healthy": not findings, "best": best, "verdict": verdict, "findings": findings}
+    return findings
 
 
-def _best_wiring(rows: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """The wiring fitted best and what is wrong: the largest of the gains that are beyond doubt.
-
-    Nine wirings are tried, so a gain must also reach 2.8 standard errors (`detectable`): 2.77 is Bonferroni's bound.
-    """
+def _wiring_findings(rows: list[dict[str, Any]], best: str) -> list[str]:
+    """What is wrong with how the head is fed, or with a head that no wiring makes draft."""
     right = rows[0]["acceptance_length"]
-    gains = [(row, row["against_right"]) for row in rows[1:]]
-    better = [row for row, gain in gains if gain["interval"][0] > 0 and gain["gain"] >= gain["detectable"]]
-    if better:
-        row = max(better, key=lambda row: row["against_right"]["gain"])
-        low, high = row["against_right"]["interval"]
-        gain = row["against_right"]["gain"]
-        remedy = next(wiring.remedy for wiring in WIRINGS if wiring.name == row["wiring"])
-        return row["wiring"], (
-            f"The head was trained with {row['feeds']}: fed so it accepts {gain:.2f} more tokens a pass "
-            f"({low:.2f} to {high:.2f}) than as servers feed it. {remedy}"
-        )
+    if best != RIGHT:
+        row = next(row for row in rows if row["wiring"] == best)
+        remedy = next(wiring.remedy for wiring in WIRINGS if wiring.name == best)
+        (low, high), gain = row["against_right"]["interval"], row["against_right"]["gain"]
+        return [
+            f"The head fits best with {row['feeds']}: fed so it accepts {gain:.2f} more tokens a pass ({low:.2f} to "
+            f"{high:.2f}) than as servers feed it. Where training feeds it so: {remedy}"
+        ]
     if right < NO_HEAD:
-        return RIGHT, (
-            f"The head accepts almost nothing under any wiring ({right:.2f} tokens a pass): its weights are untrained, "
-            "were not loaded, or belong to another backbone."
-        )
-    return RIGHT, None
+        return [
+            f"The head accepts almost nothing, {right:.2f} tokens a pass, and no wiring makes it better: its weights "
+            "are untrained, were not loaded, or belong to another backbone."
+        ]
+    return []
+
+
+def _joined(alike: list[str], best: str) -> str:
+    """["own_keys", "right"], "no_prefill" -> own_keys, the right wiring and no_prefill."""
+    names = ["the right wiring" if name == RIGHT else name for name in [*alike, best]]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _listed(names: list[str]) -> str:

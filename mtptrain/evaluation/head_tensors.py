@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 from mtptrain.mtp.release_names import our_shapes
+from mtptrain.mtp.release_problems import Problems
 
 
 def expected_shapes(config: DeepseekV4Config, depth: int) -> dict[str, tuple[int, ...]]:
@@ -17,36 +18,56 @@ def expected_shapes(config: DeepseekV4Config, depth: int) -> dict[str, tuple[int
 
 
 def examine_tensors(
-    tensors: Mapping[str, Tensor], config: DeepseekV4Config, depth: int, stock: Mapping[str, Tensor] | None
+    tensors: Mapping[str, Tensor],
+    config: DeepseekV4Config,
+    depth: int,
+    stock: Mapping[str, Tensor] | None = None,
+    stored: Problems | None = None,
 ) -> dict[str, Any]:
-    """Names by what is wrong with them.
+    """What is wrong with a head: tensors by the kind of fault.
 
     Args:
-        tensors: our `mtp.{d}.*`, as they are stored.
+        tensors: our `mtp.{d}.*`; of a release, those that could be read.
         config: the backbone's.
         depth: modules that the head should have.
         stock: those of the stock head, to tell what was never trained; None where they are the same or there is none.
+        stored: what is wrong with a release's own tensors, which then stands in place of what that makes wrong here.
 
     Returns:
-        `missing`, `unexpected`, `misshaped`, `non_finite` and `zero` (errors); `constant`, `same_as_stock` and
-        `same_as_depth_before` (to know, since they may be meant); `errors`, how many of the first five kinds.
+        `expected`, a count; `is_dspark`, whether they look like blocks of that kind; `missing`, `unexpected`,
+        `misshaped`, `non_finite` and `zero` (errors; names, of some with what is wrong); `constant`, `same_as_stock`
+        and `same_as_depth_before` (to know, since they may be meant); `errors`, how many of those five kinds.
     """
     shapes = expected_shapes(config, depth)
     found = {name: tensor for name, tensor in tensors.items() if name in shapes}
-    sound = {name: tensor for name, tensor in found.items() if bool(tensor.isfinite().all())}
+    # torch does not say which one-byte floats are finite.
+    sound = {name: tensor for name, tensor in found.items() if bool(tensor.float().isfinite().all())}
     # Vectors may be all zero at the start (biases) or all one (norms); a matrix of zeros cuts the network in two.
     zero = [name for name, tensor in sound.items() if tensor.ndim > 1 and not bool(tensor.any())]
     report: dict[str, Any] = {
         "expected": len(shapes),
         "missing": [name for name in shapes if name not in tensors],
         "unexpected": sorted(set(tensors) - set(shapes)),
-        "misshaped": [name for name, tensor in found.items() if tuple(tensor.shape) != shapes[name]],
+        "misshaped": [
+            f"{name} {list(tensor.shape)} instead of {list(shapes[name])}"
+            for name, tensor in found.items()
+            if tuple(tensor.shape) != shapes[name]
+        ],
         "non_finite": [name for name in found if name not in sound],
         "zero": zero,
         "constant": [name for name, t in sound.items() if t.numel() > 1 and name not in zero and _is_constant(t)],
         "same_as_stock": [name for name, tensor in sound.items() if _same(tensor, (stock or {}).get(name))],
         "same_as_depth_before": [name for name, t in sound.items() if _same(t, found.get(_depth_before(name)))],
     }
+    if stored is not None and stored.any():
+        report |= {
+            "expected": stored.expected,
+            "missing": stored.missing,
+            "unexpected": stored.unexpected,
+            "misshaped": stored.misshaped,
+            "non_finite": stored.damaged,
+        }
+    report["is_dspark"] = stored is not None and stored.is_dspark
     report["errors"] = sum(len(report[kind]) for kind in ("missing", "unexpected", "misshaped", "non_finite", "zero"))
     return report
 

@@ -1,7 +1,7 @@
 """The right wiring of a head, and the usual wrong ones: what a rollout feeds the module, changed in one place.
 
-A head works best under the wiring that it was trained with. So the wiring under which an unknown head accepts most
-tells how it was trained, or which of its inputs its server mixes up.
+A head works best when it is fed as in training. So the wiring under which an unknown head accepts most is a hint, not a
+proof, at how its inputs were made there, or which of them its server mixes up.
 """
 
 # B rows, S slots, N residual streams, D model width, K draft steps
@@ -31,8 +31,8 @@ class Wiring:
 
     Attributes:
         name: short, for tables and doctor.json.
-        feeds: what the module gets, in words that complete "the head was trained with ...".
-        remedy: what to do about a head that fits this wiring best.
+        feeds: what the module gets, in words that complete "the head fits best with ...".
+        remedy: what to do where training feeds a head so, in words that go on after a colon.
         build: the rollout of this wiring, for a backbone and rows whose prompts have one length, in tokens.
     """
 
@@ -121,61 +121,61 @@ def _no_prefill(model: DeepseekV4ForCausalLM, prompt_length: int) -> Rollout:
 
 
 WIRINGS = (
-    Wiring(RIGHT, "the inputs that servers give it", "Nothing.", lambda model, prompt_length: rollout),
+    Wiring(RIGHT, "the inputs that servers give it", "nothing.", lambda model, prompt_length: rollout),
     Wiring(
         "embedding_late",
         "the embedding of the token before: t_{i+k-1} at step k of anchor i instead of t_{i+k}",
-        "Shift the token ids of the MTP input by one more to the left and train again.",
+        "shift the token ids of the MTP input by one more to the left and train again.",
         _shifted_embedding(-1),
     ),
     Wiring(
         "embedding_early",
         "the embedding of the very token it must predict: t_{i+k+1} at step k of anchor i instead of t_{i+k}",
-        "The training leaks the target, so its loss and accuracy mean nothing: shift the token ids of the MTP input by "
-        "one less to the left and train again.",
+        "it leaks the target, so loss and accuracy mean nothing; shift the token ids of the MTP input by one less to "
+        "the left and train again.",
         _shifted_embedding(1),
     ),
     Wiring(
         "post_norm_state",
         "the backbone's final hidden state (after hc_head and norm), repeated over the streams, instead of the streams",
-        "Take the output of the backbone's last layer, before hc_head and the final norm (a forward hook; the last "
+        "take the output of the backbone's last layer, before hc_head and the final norm (a forward hook; the last "
         "entry of hidden_states is the normed one), and train again.",
         _post_norm,
     ),
     Wiring(
         "mean_stream",
         "the mean of the residual streams, repeated, instead of the streams themselves",
-        "Hand on all streams [N, D] of the backbone and of every step, and train again.",
+        "hand on all streams [N, D] of the backbone and of every step, and train again.",
         _stepwise(_mean_stream),
     ),
     Wiring(
         "first_stream",
         "the first residual stream, repeated, instead of all streams",
-        "Hand on all streams [N, D] of the backbone and of every step, and train again.",
+        "hand on all streams [N, D] of the backbone and of every step, and train again.",
         _stepwise(_first_stream),
     ),
     Wiring(
         "no_prefill",
-        "no keys of the prompt: it saw only what came after the prompt's last token",
-        "Train on whole documents, and run the module over the prompt before the first draft.",
+        "no keys of the prompt, only of what comes after its last token",
+        "train on whole documents, and run the module over the prompt before the first draft.",
         _no_prefill,
     ),
     Wiring(
         "zeroed_start",
         "a zeroed embedding at position 0, an option of vLLM",
-        "Nothing where vLLM serves it; other servers do not zero the embedding, so train without.",
+        "nothing where vLLM serves it; other servers do not zero the embedding, so train without.",
         _stepwise(_zeroed_start),
     ),
     Wiring(
         "own_keys",
         "keys of step k at every slot, which no server computes: context keys come from step 1",
-        "Train on a rollout whose later steps attend step-1 keys up to the anchor (docs/rollout.md).",
+        "train on a rollout whose later steps attend step-1 keys up to the anchor (docs/rollout.md).",
         _stepwise(_own_keys),
     ),
     Wiring(
         "still_position",
         "one RoPE position for every step: i instead of i + k - 1",
-        "Advance the position by one a step and train again.",
+        "advance the position by one a step and train again.",
         _stepwise(_still_position),
     ),
 )

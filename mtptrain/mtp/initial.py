@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.config import MtpConfig
 from mtptrain.errors import UserError
 from mtptrain.mtp.from_backbone import stack_from_backbone
-from mtptrain.mtp.release import from_release, is_release_layout
-from mtptrain.mtp.release_problems import is_dspark, refuse_dspark
+from mtptrain.mtp.release import from_release, is_release_layout, read_release
+from mtptrain.mtp.release_problems import Problems, is_dspark, refuse_dspark
 from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
 
 HEAD = "mtp."
@@ -24,11 +25,11 @@ def has_stock(backbone: Backbone) -> bool:
     return bool(head) and not is_dspark(head.keys(), backbone.config)
 
 
-def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """Our `mtp.{d}.*` of the head that came with a backbone, decoded where it lies there as a release stores it.
+def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
+    """The head in a backbone's folder, as it is stored.
 
     Raises:
-        UserError: there is none, it is of another kind, or a file is damaged.
+        UserError: there is none.
     """
     head = backbone.shards.only(HEAD)
     if not head:
@@ -36,10 +37,32 @@ def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
             f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh or "
             "mtp.init=backbone, or give a checkpoint's path"
         )
+    return head
+
+
+def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """Our `mtp.{d}.*` of the head that came with a backbone, decoded where it lies there as a release stores it.
+
+    Raises:
+        UserError: there is none, it is of another kind, or a file is damaged.
+    """
+    head = _stock_head(backbone)
     refuse_dspark(head.keys(), backbone.config)
     if is_release_layout(head.keys()):
         return from_release(head, backbone.config, torch.float32)
     return dict(head)
+
+
+def read_stock(backbone: Backbone) -> tuple[dict[str, Tensor], Problems]:
+    """`stock_tensors` as far as they can be read, and what is wrong with a release's.
+
+    Raises:
+        UserError: there are none.
+    """
+    head = _stock_head(backbone)
+    if is_release_layout(head.keys()):
+        return read_release(head, backbone.config, torch.float32)
+    return dict(head), Problems()
 
 
 def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tensor] | None, seed: int) -> MtpStack:

@@ -12,7 +12,7 @@ from mtptrain.errors import UserError
 from mtptrain.mtp.codec import decode_fp4, decode_fp8, encode_fp4, encode_fp8
 from mtptrain.mtp.encoding_error import EncodingError, encoding_error, rounding_error
 from mtptrain.mtp.release_names import Row, Scheme, our_shapes, release_table
-from mtptrain.mtp.release_problems import Problems, mismatch, refuse_dspark
+from mtptrain.mtp.release_problems import Problems, is_dspark, mismatch, refuse_dspark
 from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK
 
 
@@ -23,8 +23,8 @@ def module_numbers(names: Collection[str]) -> list[int]:
 
 
 def is_release_layout(names: Collection[str]) -> bool:
-    """Whether `mtp.*` names are spelt as a release spells them, and not as here."""
-    return any(name.endswith(".attn.attn_sink") for name in names)
+    """Whether `mtp.*` names are spelt as a release spells them, and not as here, where most are `mtp.{d}.layer.*`."""
+    return not any(".layer." in name for name in names)
 
 
 def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
@@ -51,21 +51,58 @@ def from_release(
     """
     refuse_dspark(tensors.keys(), config)
     scheme = release_scheme(tensors)
-    numbers = module_numbers(tensors.keys())
     table = release_table(config, scheme)
-    expected = [f"mtp.{d}.{row.released}" for d in range(max(1, len(numbers))) for row in table]
-    problems = Problems(*_name_differences(expected, tensors.keys()))
-    problems.raise_any(f"the released MTP tensors (scheme {scheme})")
-    state: dict[str, Tensor] = {}
-    shapes = our_shapes(config)
-    for d in numbers:
-        for row in table:
-            if not row.is_scale:
-                value = _read(row, f"mtp.{d}.", tensors, dtype, problems)
-                if value is not None:
-                    _place(value, row, f"mtp.{d}.", shapes, state)
-    problems.raise_any(f"the released MTP tensors (scheme {scheme})")
+    what = f"the released MTP tensors (scheme {scheme})"
+    problems = _name_problems(tensors.keys(), table)
+    problems.raise_any(what)
+    state = _decode(tensors, table, config, dtype, problems)
+    problems.raise_any(what)
     return state
+
+
+def read_release(
+    tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
+) -> tuple[dict[str, Tensor], Problems]:
+    """What of released modules can be read, and what is wrong with the rest; see `from_release`, which refuses it."""
+    table = release_table(config, release_scheme(tensors))
+    problems = _name_problems(tensors.keys(), table)
+    problems.is_dspark = is_dspark(tensors.keys(), config)
+    return _decode(tensors, table, config, dtype, problems), problems
+
+
+def _modules(names: Collection[str]) -> range:
+    """The d that modules of these names should have."""
+    return range(max(1, len(module_numbers(names))))
+
+
+def _name_problems(names: Collection[str], table: list[Row]) -> Problems:
+    expected = [f"mtp.{d}.{row.released}" for d in _modules(names) for row in table]
+    return Problems(*_name_differences(expected, names), expected=len(expected))
+
+
+def _decode(
+    tensors: Mapping[str, Tensor],
+    table: list[Row],
+    config: DeepseekV4Config,
+    dtype: torch.dtype,
+    problems: Problems,
+) -> dict[str, Tensor]:
+    """Our tensors whose every part is there and sound; what is wrong with other parts is added to `problems`."""
+    state: dict[str, Tensor] = {}
+    broken, missing = set(), set(problems.missing)
+    shapes = our_shapes(config)
+    for d in _modules(tensors.keys()):
+        for row in table:
+            if row.is_scale:
+                continue
+            prefix = f"mtp.{d}."
+            parts = {prefix + row.released, *([] if row.scale == "none" else [prefix + row.scale_name])}
+            value = _read(row, prefix, tensors, dtype, problems) if parts.isdisjoint(missing) else None
+            if value is None:
+                broken.add(prefix + row.ours)
+            else:
+                _place(value, row, prefix, shapes, state)
+    return {name: tensor for name, tensor in state.items() if name not in broken}
 
 
 def iterate_release(
@@ -85,9 +122,9 @@ def iterate_release(
     Raises:
         UserError: a missing, unexpected or mis-shaped tensor, or a value that the scheme cannot store.
     """
-    numbers = module_numbers(state.keys())
+    numbers = _modules(state.keys())
     shapes = our_shapes(config)
-    expected = {f"mtp.{d}.{name}": shape for d in range(max(1, len(numbers))) for name, shape in shapes.items()}
+    expected = {f"mtp.{d}.{name}": shape for d in numbers for name, shape in shapes.items()}
     problems = Problems(*_name_differences(list(expected), state.keys()))
     for name in expected.keys() & state.keys():
         if tuple(state[name].shape) != expected[name]:
@@ -137,21 +174,26 @@ def part_of(row: Row, whole: Tensor) -> Tensor:
 def _read(
     row: Row, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: Problems
 ) -> Tensor | None:
-    """One decoded tensor; None, and a note among the problems, where a shape or dtype is wrong."""
-    name = prefix + row.released
-    stored = tensors[name]
+    """One decoded tensor; None, and a note among the problems, where it is wrong."""
+    name, scale_name = prefix + row.released, prefix + row.scale_name
+    stored, scale = tensors[name], None if row.scale == "none" else tensors[scale_name]
     wrong = mismatch(name, stored, row.shape, row.dtype)
-    if row.scale == "none":
+    if scale is not None:
+        wrong += mismatch(scale_name, scale, row.scale_shape, torch.float8_e8m0fnu)
+    if wrong:
+        problems.misshaped += wrong
+        return None
+    if scale is None:
         value = stored.to(torch.float32 if row.dtype == torch.float32 else dtype)
-        if not wrong and not bool(value.isfinite().all()):
-            raise UserError(f"{name}: holds NaN or infinity; the file is damaged")
-    else:
-        scale = tensors[prefix + row.scale_name]
-        wrong += mismatch(prefix + row.scale_name, scale, row.scale_shape, torch.float8_e8m0fnu)
-        decode = decode_fp4 if row.scale == "fp4" else decode_fp8
-        value = stored if wrong else decode(stored, scale, dtype, name)
-    problems.misshaped += wrong
-    return None if wrong else value
+        if bool(value.isfinite().all()):
+            return value
+        problems.damaged.append(f"{name}: holds NaN or infinity")
+        return None
+    try:
+        return (decode_fp4 if row.scale == "fp4" else decode_fp8)(stored, scale, dtype, name)
+    except UserError as error:
+        problems.damaged.append(str(error))
+        return None
 
 
 def store_row(

@@ -12,15 +12,34 @@ from torch import Tensor
 from mtptrain.errors import UserError
 
 LISTED = 8  # names that an error spells out of each kind
+DSPARK = (
+    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), whatever "
+    "num_nextn_predict_layers says; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone from the "
+    "backbone's own sliding-window layer"
+)
 
 
 @dataclass
 class Problems:
-    """What is wrong with a set of tensors, by name."""
+    """What is wrong with a set of tensors: lines that begin with a tensor's name.
+
+    Attributes:
+        missing, unexpected: names.
+        misshaped, damaged: with what they are, or what is wrong with their values.
+        expected: how many tensors there should be.
+        is_dspark: see `is_dspark`.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    expected: int = 0
+    is_dspark: bool = False
+
+    def any(self) -> bool:
+        """Whether there is one."""
+        return bool(self.missing or self.unexpected or self.misshaped or self.damaged)
 
     def raise_any(self, what: str) -> None:
         """Raise one error that lists them.
@@ -28,7 +47,12 @@ class Problems:
         Raises:
             UserError: there is a problem.
         """
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or dtype": self.misshaped}
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape or dtype": self.misshaped,
+            "damaged": self.damaged,
+        }
         parts = []
         for kind, names in kinds.items():
             if names:
@@ -57,11 +81,7 @@ def refuse_dspark(names: Collection[str], config: Any) -> None:
         UserError: `is_dspark`.
     """
     if is_dspark(names, config):
-        raise UserError(
-            "the mtp.* tensors of this release are DSpark blocks, another kind of draft (no enorm, or dspark_block_size"
-            " in config.json), whatever num_nextn_predict_layers says; train a new MTP module with mtp.init=fresh,"
-            " or with mtp.init=backbone from the backbone's own sliding-window layer"
-        )
+        raise UserError(f"the mtp.* tensors of this release are {DSPARK}")
 
 
 def mismatch(name: str, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:

@@ -7,29 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mtptrain.backbone.shards import INDEX
-from tests.command import edit_json, run_main, tree
+from tests.command import edit_json, edit_tensors, run_main, tree
 
 LAST = "model-00007-of-00007.safetensors"
-
-
-def edit_tensors(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Changes the tensors of one shard, and the index with them."""
-
-    def act(folder: Path) -> None:
-        tensors = load_file(folder / file)
-        change(tensors)
-        save_file(tensors, folder / file)
-        edit_json(folder / INDEX, lambda index: index.update(weight_map=_listed(folder)))
-
-    return act
-
-
-def _listed(folder: Path) -> dict[str, str]:
-    return {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
 
 
 def cut(folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import DeepseekV4Config
 from mtptrain.backbone.build import preset_config
 from mtptrain.errors import UserError
 from mtptrain.mtp.encoding_error import EncodingError
-from mtptrain.mtp.release import from_release, iterate_release, to_release
+from mtptrain.mtp.release import from_release, iterate_release, read_release, to_release
 from mtptrain.mtp.release_document import document
 from mtptrain.mtp.release_names import ENTRIES, EXPERT_ENTRIES, Scheme, our_shapes, release_table
 from mtptrain.mtp.release_problems import is_dspark
@@ -265,6 +265,25 @@ def test_damaged_values_are_refused_by_name(released: dict[str, Tensor]) -> None
     scale = torch.full_like(released["mtp.1.h_proj.scale"].view(torch.uint8), 255)
     with pytest.raises(UserError, match=r"mtp\.1\.h_proj\.weight: a scale is NaN"):
         from_release({**released, "mtp.1.h_proj.scale": scale}, CONFIG)
+
+
+def test_what_can_be_read_of_a_faulty_release_is_read(released: dict[str, Tensor]) -> None:
+    """One of our tensors for each kind of fault is left out, and no other."""
+    tensors = dict(released)
+    del tensors["mtp.0.ffn.experts.2.w3.weight"]
+    tensors["mtp.0.stranger.weight"] = torch.ones(1)
+    tensors["mtp.0.norm.weight"] = tensors["mtp.0.norm.weight"][1:]
+    tensors["mtp.1.e_proj.scale"] = torch.full_like(tensors["mtp.1.e_proj.scale"].view(torch.uint8), 255)
+    state, problems = read_release(tensors, CONFIG, torch.float32)
+    assert problems.missing == ["mtp.0.ffn.experts.2.w3.weight"]
+    assert problems.unexpected == ["mtp.0.stranger.weight"]
+    assert problems.misshaped == ["mtp.0.norm.weight bfloat16 [63] instead of bfloat16 [64]"]
+    assert [line.split(":")[0] for line in problems.damaged] == ["mtp.1.e_proj.weight"]
+    assert problems.expected == len(released)
+    sound = from_release(released, CONFIG, torch.float32)
+    left_out = {"mtp.0.layer.mlp.experts.gate_up_proj", "mtp.0.norm.weight", "mtp.1.e_proj.weight"}
+    assert set(sound) - set(state) == left_out
+    assert all(torch.equal(tensor, sound[name]) for name, tensor in state.items())
 
 
 def test_a_head_that_cannot_be_stored_is_refused_by_name(stack: MtpStack) -> None:
