@@ -1,6 +1,7 @@
 """Replay of a text equals the loop that made it: exactly where all is greedy, in law where tokens are drawn."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,10 +9,15 @@ import torch
 
 from mtptrain.config import DraftChoice
 from mtptrain.data.prompts import Prompt
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.evaluation import drafts as drafts_module
 from mtptrain.evaluation.counts import count_passes
 from mtptrain.evaluation.drafts import TraceDrafts, draft_traces
+from mtptrain.evaluation.metrics import acceptance_length, summarize
 from mtptrain.evaluation.pass_law import SampledRun, certify_law, sampled_run
 from mtptrain.evaluation.replay import replay_all, replay_counts, replay_passes
 from mtptrain.evaluation.trace import Trace
@@ -96,6 +102,48 @@ def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
     assert result["tests"][0]["standard_error"] > 0
     error = np.std(differences, axis=0) / np.sqrt(len(runs))
     assert (np.abs(np.mean(differences, axis=0)) <= 4 * error + 1e-9).all()
+
+
+SMALL = random_backbone(vocab_size=7)
+PROMPTS = torch.randint(7, (40, 4), generator=torch.Generator().manual_seed(0)).tolist()
+LIMITS, LENGTH = Limits(16), 4
+TOKEN = Policy(temperature=2.0)
+BLOCK = replace(TOKEN, verification=Verification.block)
+STOPPED = replace(BLOCK, stop_below=0.4)
+
+
+@cache
+def replayed_interval(policy: Policy) -> list[float]:
+    """95 % interval of the acceptance length that replay gives from one plain text a prompt."""
+    groups = list(range(len(PROMPTS)))
+    rows = decode_plain(SMALL, PROMPTS, LIMITS, policy, groups).rows
+    traces = [
+        Trace(Prompt(tokens, "text", number), row.tokens, row.gaps, row.probabilities)
+        for number, (tokens, row) in enumerate(zip(PROMPTS, rows, strict=True))
+    ]
+    drafts = draft_traces(SMALL, random_stack(SMALL), traces, LENGTH, policy, free_running=True)
+    return summarize([replay_counts(one, policy)[LENGTH] for one in drafts], groups)["interval"]
+
+
+@cache
+def looped_length(policy: Policy) -> float:
+    """Acceptance length of the real loop over other seeds, six for each prompt, all in one batch."""
+    seeds = list(range(1000, 1000 + 6 * len(PROMPTS)))
+    drafter = Drafter(SMALL, random_stack(SMALL))
+    rows = decode_speculative(SMALL, drafter, 6 * PROMPTS, LENGTH, LIMITS, policy, seeds).rows
+    return acceptance_length([count_passes(row.passes, LENGTH) for row in rows])
+
+
+@pytest.mark.parametrize("policy", [TOKEN, BLOCK, STOPPED], ids=["token", "block", "block, stopped"])
+def test_the_mean_of_the_sampling_loop_lies_in_the_interval_of_replay(policy: Policy) -> None:
+    low, high = replayed_interval(policy)
+    assert low <= looped_length(policy) <= high
+
+
+@pytest.mark.parametrize(("policy", "other"), [(TOKEN, BLOCK), (BLOCK, TOKEN), (BLOCK, STOPPED)])
+def test_the_loop_of_another_policy_lies_outside_the_interval(policy: Policy, other: Policy) -> None:
+    low, high = replayed_interval(policy)
+    assert not low <= looped_length(other) <= high
 
 
 def test_thresholds_are_replayed_from_one_rollout() -> None:

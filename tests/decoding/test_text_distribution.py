@@ -1,0 +1,93 @@
+"""Whole texts of the decoding engine follow the backbone's own distribution, computed by enumeration."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtptrain.config import DraftChoice
+from mtptrain.decoding import verify as verify_module
+from mtptrain.decoding.draft import Drafter, Drafts
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.decoding.verify import Draft
+from mtptrain.evaluation.sampler_check import chi_square
+from mtptrain.kernels.acceptance import Verification, Verified, sample_tokens, verify_draft
+from tests.tiny import random_backbone, random_stack
+
+# R decoded texts, V vocabulary, E tokens of a text, K drafted tokens
+
+VOCABULARY, TEXT_LENGTH, DRAFT_LENGTH = 4, 4, 2  # 256 texts; a token from the prefill, then passes that emit 1 to 3
+ROWS = 2048
+MODEL = random_backbone(vocab_size=VOCABULARY)
+STACK = random_stack(MODEL)
+PROMPT = [1, 3, 0, 2, 2]  # with the text it crosses a sliding window and compression windows
+
+TOKEN = Policy(temperature=2.0)
+BLOCK = Policy(temperature=2.0, verification=Verification.block)
+POLICIES = {
+    "token": TOKEN,
+    "block": BLOCK,
+    "token, top-k and top-p, greedy drafts": Policy(temperature=3.0, top_k=3, top_p=0.9, draft=DraftChoice.greedy),
+    "block, drafts that stop": Policy(temperature=2.0, verification=Verification.block, stop_below=0.5),
+}
+
+
+def text_chances(policy: Policy) -> Tensor:
+    """Chance of every text, float64 [V^E] in lexicographic order, from transformers' own forward over each."""
+    texts_RE = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * TEXT_LENGTH)
+    prompts_RP = torch.tensor(PROMPT).expand(len(texts_RE), -1)
+    with torch.inference_mode():
+        logits_RSV = MODEL(input_ids=torch.cat([prompts_RP, texts_RE], 1), use_cache=False).logits
+    p_REV = policy.target(logits_RSV[:, len(PROMPT) - 1 : -1])
+    return p_REV.gather(2, texts_RE.unsqueeze(2)).double().prod(1).squeeze(1)
+
+
+def decoded(policy: Policy, drafter: Drafts) -> tuple[Tensor, float]:
+    """How often each text was decoded, int64 [V^E], and the kept drafts a pass."""
+    limits, seeds = Limits(TEXT_LENGTH), list(range(ROWS))
+    rows = decode_speculative(MODEL, drafter, [PROMPT] * ROWS, DRAFT_LENGTH, limits, policy, seeds).rows
+    place_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
+    texts_R = (torch.tensor([row.tokens for row in rows]) * place_E).sum(1)
+    passes = [one for row in rows for one in row.passes]
+    return texts_R.bincount(minlength=VOCABULARY**TEXT_LENGTH), sum(one.accepted for one in passes) / len(passes)
+
+
+def follows_the_backbone(policy: Policy, drafter: Drafts) -> bool:
+    """Whether the chi-square test of all texts passes; the draws are fixed, so the answer is always the same."""
+    counts, kept = decoded(policy, drafter)
+    assert 0.1 < kept < DRAFT_LENGTH, "drafts must be kept and rejected, or nothing is tested"
+    result = chi_square(counts, text_chances(policy))
+    assert result["dof"] > 50
+    return result["passed"]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_decoded_texts_follow_the_distribution_of_the_backbone(policy: Policy) -> None:
+    assert follows_the_backbone(policy, Drafter(MODEL, STACK))
+
+
+class FlatteredDrafter(Drafter):
+    """Says of its drafts that they came from a flatter distribution than they did."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        """See `Drafts`."""
+        draft = super().draft(u_BK)
+        assert draft.q_BKV is not None
+        q_BKV = draft.q_BKV.sqrt()
+        return Draft(draft.tokens_BK, q_BKV / q_BKV.sum(-1, keepdim=True), draft.drafted_B)
+
+
+def no_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
+    """After a rejection the token is drawn from p instead of max(p - q, 0)."""
+    kept, _ = verify_draft(draft, q, p, u, way)
+    return Verified(kept, sample_tokens(p[torch.arange(len(kept)), kept], u[:, -1]))
+
+
+def test_a_draft_that_misstates_its_distribution_is_noticed() -> None:
+    assert not follows_the_backbone(TOKEN, FlatteredDrafter(MODEL, STACK))
+
+
+def test_a_wrong_token_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "verify_draft", no_residual)
+    assert not follows_the_backbone(BLOCK, Drafter(MODEL, STACK))
