@@ -1,6 +1,6 @@
 """Speculative decoding: draft, verify in one backbone pass, take rejected tokens back, each row for itself."""
 
-# B rows, P prompt tokens, K drafted tokens, L = K + 1 verified positions, D model width
+# B rows, T slots a row can hold, V vocabulary, K drafted tokens, L = K + 1 verified positions, D model width
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.records import DecodedBatch, Limits
 from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft, verify
+from mtptrain.decoding.verify import Draft, Emission, verify
 from mtptrain.errors import UserError
 
 
@@ -56,39 +56,84 @@ def decode_speculative(
     """
     check_prompts(model, prompts, limits)
     assert (drafter is None) == (draft_length == 0), "a head drafts at least one token, nothing drafts none"
-    device = model.lm_head.weight.device
-    clock = Clock(device)
-    texts = Texts(prompts, limits, draft_length, device)
+    texts = Texts(prompts, limits, draft_length, model.lm_head.weight.device)
     seeds = seeds or [row_seed(0, number) for number in range(len(prompts))]
-    draws = None
-    if not policy.is_greedy:
-        draws = Draws(seeds, texts.lengths, limits.max_new_tokens, draft_length, device)
-    cache = allocate_cache(model, len(prompts), texts.max_length, draft_length + 1)
-    if drafter is not None:
-        drafter.start(texts, draft_length, policy)
-    hidden_B1D = _read_prompts(model, cache, texts, drafter)
-    clock.lap("prefill")
-    nothing = Draft.nothing(torch.zeros_like(texts.length_B))
-    u_B1 = None if draws is None else draws.verify(texts.emitted_B, 0)
-    texts.emit(verify(policy, nothing, model.lm_head(hidden_B1D), u_B1), None)
-    clock.lap("sample")
+    run = _Run(model, drafter, texts, draft_length, policy, seeds)
+    run.read_prompts()
     while any(texts.is_open):
-        draft = nothing
+        run.advance()
+    return DecodedBatch(texts.finish(), run.clock.stop())
+
+
+class _Run:
+    """A batch of texts while it is decoded.
+
+    Args:
+        model: the backbone.
+        drafter: drafts; None decodes plainly.
+        texts: the prompts, which grow.
+        draft_length: K.
+        policy: of every row.
+        seeds: one a row; not read by a greedy policy.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV4ForCausalLM,
+        drafter: Drafts | None,
+        texts: Texts,
+        draft_length: int,
+        policy: Policy,
+        seeds: list[int],
+    ) -> None:
+        device = texts.tokens_BT.device
+        self.clock = Clock(device)
+        self.model, self.drafter, self.texts, self.policy = model, drafter, texts, policy
+        self.draws: Draws | None = None
+        if not policy.is_greedy:
+            self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
+        self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
+        self.nothing = Draft.nothing(torch.zeros_like(texts.length_B))
         if drafter is not None:
-            draft = drafter.draft(None if draws is None else draws.draft(texts.emitted_B))
+            drafter.start(texts, draft_length, policy)
+
+    def read_prompts(self) -> None:
+        """Prefill backbone and drafter, and emit each row's first token."""
+        hidden: list[Tensor | None] = [None] * len(self.texts.lengths)
+        for part in prefill(self.model, self.cache, self.texts.tokens_BT, self.texts.lengths):
+            if self.drafter is not None:
+                self.drafter.read(part)
+            end = part.first + part.hidden_BSD.shape[1]
+            for place, row in enumerate(range(len(hidden))[part.rows]):
+                if end == self.texts.lengths[row]:
+                    hidden[row] = part.hidden_BSD[place, -1:]
+        self.clock.lap("prefill")
+        hidden_B1D = torch.stack([one for one in hidden if one is not None])
+        self.texts.emit(self._verify(self.nothing, self.model.lm_head(hidden_B1D)), None)
+        self.clock.lap("sample")
+
+    def advance(self) -> None:
+        """One pass: draft, verify, emit, and take back what was rejected."""
+        texts, clock, draft = self.texts, self.clock, self.nothing
+        if self.drafter is not None:
+            draft = self.drafter.draft(None if self.draws is None else self.draws.draft(texts.emitted_B))
         clock.lap("draft")
         first_B = texts.length_B - 1
-        streams_BLND, hidden_BLD = decode_step(model, cache, torch.cat([texts.last_B1, draft.tokens_BK], dim=1))
-        logits_BLV = model.lm_head(hidden_BLD)
+        tokens_BL = torch.cat([texts.last_B1, draft.tokens_BK], dim=1)
+        streams_BLND, hidden_BLD = decode_step(self.model, self.cache, tokens_BL)
+        logits_BLV = self.model.lm_head(hidden_BLD)
         clock.lap("verify")
-        u_BL = None if draws is None else draws.verify(texts.emitted_B, draft.tokens_BK.shape[1])
-        texts.emit(verify(policy, draft, logits_BLV, u_BL), None if drafter is None else draft)
+        texts.emit(self._verify(draft, logits_BLV), None if self.drafter is None else draft)
         clock.lap("sample")
-        cache.rewind(texts.length_B - 1)
-        if drafter is not None:
-            drafter.keep(first_B, streams_BLND)
+        self.cache.rewind(texts.length_B - 1)
+        if self.drafter is not None:
+            self.drafter.keep(first_B, streams_BLND)
         clock.lap("rewind")
-    return DecodedBatch(texts.finish(), clock.stop())
+
+    def _verify(self, draft: Draft, logits_BLV: Tensor) -> Emission:
+        draws = self.draws
+        u_BL = None if draws is None else draws.verify(self.texts.emitted_B, draft.tokens_BK.shape[1])
+        return verify(self.policy, draft, logits_BLV, u_BL)
 
 
 def check_prompts(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits: Limits) -> None:
@@ -110,16 +155,3 @@ def check_prompts(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits
                 f"prompts: prompt {number} holds token {strange} and the backbone knows 0 to {vocabulary - 1}; use the "
                 "backbone's own tokenizer"
             )
-
-
-def _read_prompts(model: DeepseekV4ForCausalLM, cache: BackboneCache, texts: Texts, drafter: Drafts | None) -> Tensor:
-    """Prefill backbone and drafter; the hidden state of each prompt's last token, [B, 1, D]."""
-    hidden: list[Tensor | None] = [None] * len(texts.lengths)
-    for part in prefill(model, cache, texts.tokens_BT, texts.lengths):
-        if drafter is not None:
-            drafter.read(part)
-        end = part.first + part.hidden_BSD.shape[1]
-        for place, row in enumerate(range(len(hidden))[part.rows]):
-            if end == texts.lengths[row]:
-                hidden[row] = part.hidden_BSD[place, -1:]
-    return torch.stack([one for one in hidden if one is not None])
