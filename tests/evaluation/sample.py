@@ -136,8 +136,8 @@ def _shares() -> dict[str, float]:
 
 def _buckets(share: float) -> list[dict[str, Any]]:
     return [
-        {"bucket": "word start", "acceptance": share, "lost_share": 0.7},
-        {"bucket": "digits <0-9>", "acceptance": share / 2, "lost_share": 0.3},
+        {"bucket": "word start", "reached": 1210.4, "acceptance": share, "lost_share": 0.7},
+        {"bucket": "digits <0-9> $a$", "reached": 90.0, "acceptance": share / 2, "lost_share": 0.3},
     ]
 
 

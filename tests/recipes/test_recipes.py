@@ -87,9 +87,8 @@ def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    # test_plan.py, tests/export/test_export.py, test_collect.py, test_doctor.py
-    elsewhere = {"plan", "export", "collect", "doctor"}
-    here = {"backbone", "compare", "distill", "evaluate", "mini_release", "pretrain"}
+    elsewhere = {"plan", "export", "collect"}  # test_plan.py, tests/export/test_export.py, test_collect.py
+    here = {"backbone", "compare", "distill", "doctor", "evaluate", "mini_release", "pretrain"}
     assert here | elsewhere == set(RECIPES)
 
 
@@ -159,6 +158,19 @@ def test_evaluate_leaves_the_stock_head_out_on_request(distilled: Path, light: l
     arguments = [*light, f"checkpoint={distilled}", "evaluation.include_stock=false", f"output_dir={tmp_path}"]
     assert run_main("+recipe=evaluate", *arguments) == 0
     check_evaluation(tmp_path, ["trained"])
+
+
+def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
+    distilled: Path, light: list[str], tmp_path: Path
+) -> None:
+    """A random backbone's head drafts nothing worth verifying, whichever way it is fed."""
+    assert run_main("+recipe=doctor", *light, f"checkpoint={distilled}", f"output_dir={tmp_path}") == 3
+    check_record(tmp_path, "doctor")
+    result = read_json(tmp_path / "doctor.json")
+    assert result["tensors"]["errors"] == 0
+    assert not result["diagnosis"]["healthy"]
+    assert result["wirings"][0]["wiring"] == "right"
+    assert result["controls"]["all_accept"]["passed"]
 
 
 def test_compare_measures_each_head_against_the_first(distilled: Path, light: list[str], tmp_path: Path) -> None:

@@ -23,21 +23,23 @@ def breakdown_grids(evaluation: dict[str, Any]) -> list[Grid]:
 def _breakdown_grid(evaluation: dict[str, Any], kind: str, title: str) -> Grid:
     heads = evaluation["heads"]
     found = [{row["bucket"]: row for row in head["breakdown"]["by"].get(kind, [])} for head in heads]
-    parts = [("accepted", "acceptance"), ("share of loss", "lost_share")]
+    parts = [("verified", "reached"), ("accepted", "acceptance"), ("share of loss", "lost_share")]
     headers = [title, *(f"{head['name']}\n{name}" for head in heads for name, _ in parts)]
     rows = [
         [Cell(bucket), *(_share(rows_of.get(bucket), field) for rows_of in found for _, field in parts)]
         for bucket in dict.fromkeys(bucket for rows_of in found for bucket in rows_of)
     ]
     note = (
-        f"Accepted: of the drafted tokens that decoding verifies at K={draft_lengths(evaluation)[-1]}. Share of loss: "
-        "of all drafted tokens that misses cost, the miss itself and the draft after it."
+        f"Verified: drafted tokens that decoding verifies at K={draft_lengths(evaluation)[-1]}. Accepted: their share. "
+        "Share of loss: of all drafted tokens that misses cost, the miss itself and the draft after it."
     )
     return Grid(f"Acceptance by {title}", headers, rows, note)
 
 
 def _share(row: dict[str, Any] | None, field: str) -> Cell:
-    return Cell(MISSING_VALUE if row is None else f"{row[field]:.3f}")
+    if row is None:
+        return Cell(MISSING_VALUE)
+    return Cell(f"{row[field]:,.0f}" if field == "reached" else f"{row[field]:.3f}")
 
 
 def domain_grid(evaluation: dict[str, Any]) -> Grid | None:

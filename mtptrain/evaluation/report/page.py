@@ -10,7 +10,14 @@ from string import Template
 from typing import Any
 
 from mtptrain.evaluation.report import plots
-from mtptrain.evaluation.report.anatomy import breakdown_grids, domain_grid, share_grid, step_grid, threshold_grid
+from mtptrain.evaluation.report.anatomy import (
+    KINDS,
+    breakdown_grids,
+    domain_grid,
+    share_grid,
+    step_grid,
+    threshold_grid,
+)
 from mtptrain.evaluation.report.table import (
     MISSING_VALUE,
     Cell,
@@ -107,9 +114,13 @@ def _plots(evaluation: dict[str, Any]) -> str:
 
 
 def _losses(evaluation: dict[str, Any]) -> str:
-    """Plots of losses and calibration, then a folded table for each kind of token."""
-    figures = _figure("Where drafted tokens are lost", plots.losses(evaluation)) + _figure(
-        "Confidence against acceptance", plots.calibration(evaluation)
+    """Plots of losses, of acceptance by every kind and of calibration, then a folded table for each kind."""
+    figures = (
+        _figure("Where drafted tokens are lost", plots.losses(evaluation))
+        + "".join(
+            _figure(f"Acceptance by {title}", plots.acceptance_by(evaluation, kind)) for kind, title in KINDS.items()
+        )
+        + _figure("Confidence against acceptance", plots.calibration(evaluation))
     )
     errors = "; ".join(
         f"{head['name']} {head['calibration']['ece']:.3f}"

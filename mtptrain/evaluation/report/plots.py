@@ -13,6 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mtptrain.evaluation.report.anatomy import KINDS
 from mtptrain.evaluation.report.table import draft_lengths, first_batch, measured_gain, measured_speedup
 
 # K draft length, k position in the draft from 1.
@@ -146,23 +147,50 @@ def calibration(evaluation: dict[str, Any]) -> str:
 
 def losses(evaluation: dict[str, Any]) -> str:
     """SVG: share of the lost drafted tokens by class of the text's token, a bar a head."""
-    heads = evaluation["heads"]
-    found = [{row["bucket"]: row["lost_share"] for row in head["breakdown"]["by"]["token_class"]} for head in heads]
-    classes = list(dict.fromkeys(bucket for shares in found for bucket in shares))
-    figure, axes = _canvas("share of the lost tokens", "", 1)
+    figure, axes = _bars(evaluation, "token_class", "lost_share", "share of the lost tokens")
+    return _svg(figure, axes, "losses", "Where drafted tokens are lost")
+
+
+def acceptance_by(evaluation: dict[str, Any], kind: str) -> str | None:
+    """SVG: share accepted of the drafted tokens in each bucket of a kind, a bar a head; None with one bucket."""
+    if len(_buckets(evaluation, kind)) < 2:
+        return None
+    figure, axes = _bars(evaluation, kind, "acceptance", "share accepted")
+    axes.set_xlim(0, 1.02)
+    return _svg(figure, axes, f"by-{kind}", f"Acceptance by {KINDS[kind]}")
+
+
+def _buckets(evaluation: dict[str, Any], kind: str) -> list[str]:
+    """Names of the buckets that any head reached, in their order."""
+    every = [row["bucket"] for head in evaluation["heads"] for row in head["breakdown"]["by"].get(kind, [])]
+    return list(dict.fromkeys(every))
+
+
+def _bars(evaluation: dict[str, Any], kind: str, field: str, x_label: str) -> tuple[Figure, Axes]:
+    """Horizontal bars of one field, a group a bucket, the first at the top."""
+    heads, buckets = evaluation["heads"], _buckets(evaluation, kind)
+    figure, axes = _canvas(x_label, "", 1)
+    figure.set_figheight(max(SIZE_INCHES[1], 1.2 + 0.16 * (1 + len(heads)) * len(buckets)))
     height = 0.8 / len(heads)
-    for number, (head, shares) in enumerate(zip(heads, found, strict=True)):
-        places = [place + (number - (len(heads) - 1) / 2) * height for place in range(len(classes))]
-        widths = [shares.get(bucket, 0.0) for bucket in classes]
+    for number, head in enumerate(heads):
+        found = {row["bucket"]: row[field] for row in head["breakdown"]["by"].get(kind, [])}
+        places = [place + (number - (len(heads) - 1) / 2) * height for place in range(len(buckets))]
+        widths = [found.get(bucket, 0.0) for bucket in buckets]
         axes.barh(places, widths, height * 0.92, color=COLOURS[head["name"]], label=head["name"])
-    axes.set(yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
+    axes.set(yticks=range(len(buckets)), yticklabels=map(_tick, buckets), ylim=(len(buckets) - 0.5, -0.5))
     axes.grid(False)
     axes.grid(axis="x", color=INK, alpha=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set_xlim(left=0, right=None)
     axes.autoscale(axis="x")
     axes.set_xlim(left=0)
-    return _svg(figure, axes, "losses", "Where drafted tokens are lost")
+    return figure, axes
+
+
+def _tick(name: str) -> str:
+    """A bucket's name as a tick label: what a domain's name holds is no formula, and a long one loses its middle."""
+    short = name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
+    return short.replace("$", r"\$")
 
 
 def _dodged(evaluation: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report.anatomy import KINDS
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.table import (
     Outcome,
@@ -201,7 +202,7 @@ def test_report_holds_the_verdict_and_every_figure_of_the_table(
     assert clock_verdict(evaluation)[1:] in text
     for figure in table_figures(evaluation):
         assert f">{figure}<" in text
-    assert text.count("<svg ") == 6 + (len(heads) == 2)
+    assert text.count("<svg ") == 8 + (len(heads) == 2)
 
 
 def test_report_holds_the_provenance(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_report_works_with_one_batch_size_one_domain_and_no_samples(tmp_path: Pa
     head["samples"] = []
     text = report_of(evaluation, tmp_path)
     assert "Acceptance length by domain" not in text
-    assert text.count("<svg ") == 5
+    assert text.count("<svg ") == 7
 
 
 def test_report_names_the_failed_parts_of_a_certificate(tmp_path: Path) -> None:
@@ -303,6 +304,17 @@ def test_plots_take_their_colours_from_the_page() -> None:
     assert "var(--trained, #0b6bb0)" in text
     assert plots.INK not in text
     assert "currentColor" in text
+
+
+def test_acceptance_is_drawn_for_every_kind_with_several_buckets() -> None:
+    """Names of buckets, which may be a user's, are shown as they are."""
+    evaluation = sample_evaluation()
+    drawn = {kind: plots.acceptance_by(evaluation, kind) for kind in KINDS}
+    assert {kind for kind, text in drawn.items() if text} == {"token_class", "domain"}
+    for text in filter(None, drawn.values()):
+        assert "digits &lt;0-9&gt; $a$" in text
+    evaluation["heads"][0]["breakdown"]["by"]["entropy"] = [{"bucket": "below 0.1", "acceptance": 0.9}]
+    assert plots.acceptance_by(evaluation, "entropy") is None
 
 
 def test_gain_has_no_plot_without_a_second_head() -> None:
