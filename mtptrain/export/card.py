@@ -14,6 +14,44 @@ from mtptrain.mtp.encoding_error import EncodingError
 
 RECORD = "mtptrain_export.json"
 WORST = 5  # tensors that the card names
+CARD = """---
+library_name: mtptrain
+tags: [multi-token-prediction, speculative-decoding, deepseek_v4]
+---
+
+# A trained multi-token-prediction head for DeepSeek-V4
+
+Written by `+recipe=export`; the same facts for programs are in `{record}`.
+
+| | |
+|---|---|
+{facts}
+
+## Acceptance length
+
+Greedy, on {prompts} prompts that the model continued itself, by draft length K; the trained head before it was \
+stored, and as it was read back from this folder.
+
+| K | before | after |
+|---|---|---|
+{lengths}
+
+## Serve
+
+```
+{command}
+```
+
+Warnings:
+
+{warnings}
+
+## Largest rounding errors
+
+| tensor | largest change | in units of its block's scale |
+|---|---|---|
+{roundings}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +121,37 @@ def serve_command(export: Export, folder: Path, source: Path) -> str:
     return f"vllm serve {model} --speculative-config '{settings}'"
 
 
+def _facts(export: Export) -> str:
+    """Rows of what the head is and where it comes from."""
+    training = export.training
+    command = " ".join(training.get("command", [])) or "not recorded"
+    trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
+    facts = {
+        "mode": f"{export.mode}, {export.depth} module(s)",
+        "trained on": f"{export.steps} draft step(s)",
+        "stored as": f"{export.scheme}, for {export.target.value}, {export.form.value} folder",
+        "model": f"fingerprint {export.backbone}; {export.untouched} tensors, unchanged byte for byte",
+        "head": f"{export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head",
+        "checkpoint": export.checkpoint,
+        "started from": json.dumps(export.start),
+        "training": f"`{command}` ({trained})",
+        "mtptrain": f"{mtptrain.__version__}, commit {export.provenance.get('git_commit')}",
+    }
+    return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+
+
+def _lengths(export: Export) -> str:
+    """Rows of acceptance lengths by draft length."""
+    before, after = export.acceptance["before"], export.acceptance["after"]
+    return "\n".join(f"| {k} | {before[k]:.3f} | {after[k]:.3f} |" for k in before)
+
+
+def _roundings(export: Export) -> str:
+    """Rows of the tensors that storing changed most."""
+    worst = sorted(export.errors.items(), key=lambda item: -item[1].absolute)[:WORST]
+    return "\n".join(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst)
+
+
 def model_card(export: Export, folder: Path, source: Path) -> str:
     """The README.md of an exported folder.
 
@@ -91,62 +160,12 @@ def model_card(export: Export, folder: Path, source: Path) -> str:
         folder: the name that the export gets.
         source: the backbone's folder.
     """
-    training = export.training
-    command = " ".join(training.get("command", [])) or "not recorded"
-    trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
-    lengths = [
-        f"| {k} | {before:.3f} | {export.acceptance['after'][k]:.3f} |"
-        for k, before in export.acceptance["before"].items()
-    ]
-    worst = sorted(export.errors.items(), key=lambda item: -item[1].absolute)[:WORST]
-    warned = [f"- {line}" for line in export.warnings] or ["- none"]
-    return "\n".join(
-        [
-            "---",
-            "library_name: mtptrain",
-            "tags: [multi-token-prediction, speculative-decoding, deepseek_v4]",
-            "---",
-            "",
-            "# A trained multi-token-prediction head for DeepSeek-V4",
-            "",
-            "Written by `+recipe=export`; the same facts for programs are in " + f"`{RECORD}`.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| mode | {export.mode}, {export.depth} module(s) |",
-            f"| trained on | {export.steps} draft step(s) |",
-            f"| stored as | {export.scheme}, for {export.target.value}, {export.form.value} folder |",
-            f"| model | fingerprint {export.backbone}; {export.untouched} tensors, unchanged byte for byte |",
-            f"| head | {export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head |",
-            f"| checkpoint | {export.checkpoint} |",
-            f"| started from | {json.dumps(export.start)} |",
-            f"| training | `{command}` ({trained}) |",
-            f"| mtptrain | {mtptrain.__version__}, commit {export.provenance.get('git_commit')} |",
-            "",
-            "## Acceptance length",
-            "",
-            f"Greedy, on {export.acceptance['prompts']} prompts that the model continued itself, by draft length K; the"
-            " trained head before it was stored, and as it was read back from this folder.",
-            "",
-            "| K | before | after |",
-            "|---|---|---|",
-            *lengths,
-            "",
-            "## Serve",
-            "",
-            "```",
-            serve_command(export, folder, source),
-            "```",
-            "",
-            "Warnings:",
-            "",
-            *warned,
-            "",
-            "## Largest rounding errors",
-            "",
-            "| tensor | largest change | in units of its block's scale |",
-            "|---|---|---|",
-            *(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst),
-            "",
-        ]
+    return CARD.format(
+        record=RECORD,
+        facts=_facts(export),
+        prompts=export.acceptance["prompts"],
+        lengths=_lengths(export),
+        command=serve_command(export, folder, source),
+        warnings="\n".join(f"- {line}" for line in export.warnings or ["none"]),
+        roundings=_roundings(export),
     )
