@@ -114,7 +114,7 @@ def join(config: RunConfig) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     if config.task not in PARALLEL_TASKS and processes > 1:
         raise UserError(f"task={config.task.value}: runs in one process and {processes} were started; use one")
-    if config.train.batch_size % processes:
+    if config.task is not Task.collect and config.train.batch_size % processes:
         raise UserError(
             f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
             f"{processes} processes cannot share it evenly; use a multiple of {processes}"

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mtptrain.config import DataConfig, DataSource
-from mtptrain.distributed import rank, world_size
+from mtptrain.distributed import largest_over_processes, rank, world_size
 from mtptrain.errors import UserError
 from mtptrain.storage import sha256_file, write_json
 
@@ -136,11 +136,17 @@ def check_origin(manifest: StreamManifest, backbone: str, tokenizer: str) -> Non
 
 
 def check_shards(manifest: StreamManifest) -> None:
-    """Raise a `UserError` that names a shard which is missing or altered; every process checks its share."""
-    for shard in manifest.shards[rank() :: world_size()]:
-        path = manifest.folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
-            raise UserError(
-                f"data.path={manifest.folder}: {shard.file} is missing, truncated or altered (its SHA-256 differs); "
-                "restore it, or delete it and the manifest and collect again with resume=auto"
-            )
+    """Raise a `UserError` that names a shard which is missing or altered: every process checks its share, all raise."""
+    own = range(rank(), len(manifest.shards), world_size())
+    damaged = [number for number in own if not _is_whole(manifest.folder, manifest.shards[number])]
+    named = largest_over_processes(max(damaged, default=-1))
+    if named >= 0:
+        raise UserError(
+            f"data.path={manifest.folder}: {manifest.shards[named].file} is missing, truncated or altered (its SHA-256 "
+            "differs); restore it, or delete it and the manifest and collect again with resume=auto"
+        )
+
+
+def _is_whole(folder: Path, shard: ShardEntry) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes and sha256_file(path) == shard.sha256

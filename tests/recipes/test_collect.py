@@ -1,6 +1,7 @@
 """`+recipe=collect`, and training from what it wrote."""
 
 import json
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -159,6 +160,18 @@ def test_a_damaged_shard_is_named(
         path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flipped" else b""))
     line = refusal(broken, light, tmp_path / "run", capfd)
     assert "shard_00002.safetensors is missing, truncated or altered (its SHA-256 differs)" in line
+
+
+def test_a_shard_that_one_of_two_processes_finds_damaged_is_named_once(
+    cache: Path, light: list[str], tmp_path: Path
+) -> None:
+    broken = copied(cache, tmp_path)
+    (broken / "shard_00001.safetensors").unlink()
+    settings = [*light, "data=streams", f"data.path={broken}", f"output_dir={tmp_path / 'run'}"]
+    code, errors = finish(start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=distill", *settings))
+    assert code != 0
+    (line,) = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
+    assert "shard_00001.safetensors is missing" in line
 
 
 def test_streams_of_another_backbone_are_refused(
