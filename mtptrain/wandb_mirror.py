@@ -55,10 +55,11 @@ class WandbMirror:
 
             made = wandb.Artifact(f"{name}-{self.run.id}", type=kind)
             for path in files:
-                (made.add_dir if path.is_dir() else made.add_file)(str(path), name=path.name)
-            for file_name, text in (texts or {}).items():
-                with made.new_file(file_name, mode="w") as file:
-                    file.write(text)
+                for file in filter(Path.is_file, [path, *path.rglob("*")]):
+                    made.add_file(str(file), name=str(file.relative_to(path.parent)))
+            for name_inside, text in (texts or {}).items():
+                with made.new_file(name_inside, mode="w") as opened:
+                    opened.write(text)
             self.run.log_artifact(made)
 
         self._try(send, f"before the artifact {name}")
