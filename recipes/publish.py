@@ -50,7 +50,9 @@ def speedups(evaluation: dict[str, Any]) -> list[Row]:
 
 
 def publish(mirror: WandbMirror, run_folder: RunFolder, evaluation: dict[str, Any]) -> None:
-    """Send an evaluation's tables, plots and report to the mirror."""
+    """Send an evaluation's tables, plots and report to the mirror, where it is on."""
+    if not mirror.is_on:
+        return
     columns = ["head", "K", "tokens_a_pass", "low", "high"]
     mirror.table("evaluation/acceptance_length", columns, acceptance_lengths(evaluation))
     columns = ["head", "position", "accepted", "alpha", "top1"]
