@@ -200,6 +200,17 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def of_all(value: T) -> list[T]:
+    """The values that the processes hold, by rank."""
+    if world_size() == 1:
+        return [value]
+    from torch import distributed as dist
+
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def on_first(work: Callable[[], T]) -> T:
     """Let rank 0 alone do something; every process gets what it returns, or its `UserError`."""
     result: Any = None

@@ -1,6 +1,6 @@
 """The training loop: one engine, one objective, batches by step number, checkpoints that resume exactly."""
 
-# K draft steps
+# K draft steps, J sources
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +19,9 @@ from torch import Tensor
 from mtptrain.balance import RouterBalancer
 from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, fitting_tensors, prune_checkpoints, save_checkpoint
 from mtptrain.config import TrainConfig
+from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
-from mtptrain.distributed import from_first, largest_over_processes, on_first, rank, sum_over_processes
+from mtptrain.distributed import from_first, largest_over_processes, of_all, on_first, rank, sum_over_processes
 from mtptrain.engines.engine import Engine
 from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.outcome import Outcome
@@ -42,12 +44,7 @@ class Objective(Protocol):
         ...
 
 
-class BatchSource(Protocol):
-    """Batches by number."""
-
-    def batch(self, index: int) -> Batch:
-        """The rows of micro-batch `index` that fall to this process; see `distributed.own_rows`."""
-        ...
+POSITIONS = "data_positions"  # of all processes, among a checkpoint's counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +157,18 @@ class Trainer:
             torch.cuda.set_rng_state(training["cuda_rng"])
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
+        self.batches.seek(self.step * self.config.accumulation, self.counters.pop(POSITIONS, []))
 
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
+        positions, counters = of_all(self.batches.position()), dict(self.counters)
+        if any(positions):
+            counters[POSITIONS] = positions
 
         def write() -> None:
-            save_checkpoint(folder, self.step, tensors, state, self.owner, dict(self.counters))
+            save_checkpoint(folder, self.step, tensors, state, self.owner, counters)
             prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
 
         on_first(write)
@@ -181,10 +182,10 @@ class Trainer:
         """
         first = self.step * self.config.accumulation
         batches = [self.batches.batch(first + i).to(self.device) for i in range(self.config.accumulation)]
-        num_tokens = torch.stack([(batch.segment_BS > 0).sum() for batch in batches]).sum().double()
+        num_sources = max(1, len(self.batches.names))
+        tokens_J = torch.stack([batch.source_tokens(num_sources) for batch in batches]).sum(0)
         counts_K = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
-        *shared, tokens = sum_over_processes(torch.cat([counts_K, num_tokens.view(1)])).unbind()
-        counts_K = torch.stack(shared)
+        counts_K, tokens_J = sum_over_processes(torch.cat([counts_K, tokens_J])).split([len(counts_K), num_sources])
         sums_K: dict[str, Tensor] = {}
         for batch in batches:
             outcome = self.objective(batch, counts_K)
@@ -194,13 +195,24 @@ class Trainer:
         norm = self.engine.step(learning_rate(self.step, self.config))
         self.balancer.step()
         self.step += 1
-        self.counters["tokens"] += int(tokens)
+        self._count_tokens(tokens_J)
         sums_K, must_leave = self._over_processes(sums_K)
         if not math.isfinite(norm):
             self._count_bad_step()
             return Step(counts_K, {}, norm, must_leave)
         self.counters["bad_steps_in_a_row"] = 0
         return Step(counts_K, sums_K, norm, must_leave)
+
+    def _count_tokens(self, tokens_J: Tensor) -> None:
+        """Count the tokens of a step, those of each source of a mixture on their own too."""
+        self.counters["tokens"] += int(tokens_J.sum())
+        for name, tokens in zip(self.batches.names, tokens_J.tolist(), strict=False):
+            self.counters[f"tokens/{name}"] = self.counters.get(f"tokens/{name}", 0) + int(tokens)
+
+    def _shares(self) -> dict[str, float]:
+        """`share/NAME`: what part of all tokens so far came from each source of a mixture."""
+        total = max(self.counters["tokens"], 1)
+        return {f"share/{name}": self.counters.get(f"tokens/{name}", 0) / total for name in self.batches.names}
 
     def _over_processes(self, sums_K: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """Sums over all processes, and whether one of them was asked to leave."""
@@ -228,7 +240,7 @@ class Trainer:
         """
         self.engine.module.train()
         totals, logged_at, tokens_at = Totals(), time.monotonic(), self.counters["tokens"]
-        with self.leave, Progress(self.label, self.config.steps, self.step) as progress:
+        with closing(self.batches), self.leave, Progress(self.label, self.config.steps, self.step) as progress:
             while self.step < self.config.steps:
                 before = self.counters["tokens"]
                 step = self.train_step()
@@ -240,7 +252,8 @@ class Trainer:
                     rate = learning_rate(self.step - 1, self.config)
                     extra = {"gradient_norm": step.norm, "learning_rate": rate, "tokens_per_second": speed}
                     extra["peak_memory_gb"] = largest_over_processes(peak_memory_bytes(self.device)) / 1e9
-                    log.write(self.step, {**totals.means(), **extra, **self.balancer.figures(), **self.counters})
+                    extra.update(**self.balancer.figures(), **self._shares())
+                    log.write(self.step, {**totals.means(), **extra, **self.counters})
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
                 if self.probe is not None and self._is_due(self.probe.every):
                     self._measure(self.probe, log)

@@ -28,7 +28,7 @@ from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, piece_length
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_file, atomic_folder, write_text
 from mtptrain.trainer import Trainer
@@ -54,7 +54,8 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     )
     model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
     run_folder.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    batches = PackedBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
+    length, size = config.data.sequence_length, config.train.batch_size
+    batches = PackedBatches(corpus, length, size, config.seed, piece_length(config, model.config))
     checkpoints = run_folder.path / "checkpoints"
     owner = {"task": "backbone", "seed": config.seed}
     engine = ReplicatedEngine(model, config.train)
@@ -90,7 +91,7 @@ def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> 
         stack = train_head(head_config, head_folder, backbone, mirror)
     with atomic_file(folder / HEAD_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
-    corpus, length = heldout_corpus(head_config, backbone), config.data.sequence_length
+    corpus, length = heldout_corpus(head_config, backbone), piece_length(config, backbone.config)
     nats, bits = bits_per_byte(backbone.model, corpus, length)
     run_folder.say(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)

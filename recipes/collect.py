@@ -46,7 +46,7 @@ from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
 from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
 from mtptrain.errors import UserError
 from mtptrain.progress import Progress
-from mtptrain.recipes.inputs import open_backbone
+from mtptrain.recipes.inputs import open_backbone, piece_length
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
@@ -107,7 +107,7 @@ def describe_streams(
         tokenizer=str(readers["tokenizer"]),
         chat_template=readers["chat_template"],
         text=text.hexdigest(),
-        sequence_length=config.data.sequence_length,
+        sequence_length=piece_length(config, backbone.config),
         shard_tokens=config.collect.shard_tokens,
         data=text_settings(config.data),
     )
@@ -142,7 +142,7 @@ def collect_shards(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, shards: list[ShardDocuments]
 ) -> None:
     """Write the shards that are not there yet, every process its share of them."""
-    folder, length, model = run_folder.path, config.data.sequence_length, backbone.model
+    folder, length, model = run_folder.path, piece_length(config, backbone.config), backbone.model
     missing = on_first(lambda: [number for number in range(len(shards)) if written_shard(folder, number) is None])
     if len(missing) < len(shards):
         run_folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
@@ -164,7 +164,7 @@ def collect_shards(
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Plan, check the disk, collect, and write the manifest last."""
     corpus, model_config, readers = on_first(lambda: read_text(config))
-    shards = plan_shards(corpus, config.data.sequence_length, config.collect.shard_tokens)
+    shards = plan_shards(corpus, piece_length(config, model_config), config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")
     on_first(lambda: check_disk(config, run_folder, shards, model_config))

@@ -15,7 +15,9 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.checkpoint import BEST, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, MtpConfig, RunConfig
-from mtptrain.data.batches import PackedBatches
+from mtptrain.data.batches import BatchSource, PackedBatches
+from mtptrain.data.feed import FeedPlan
+from mtptrain.data.lane import RowShape
 from mtptrain.data.splits import training_documents
 from mtptrain.data.stream_batches import StreamBatches
 from mtptrain.data.stream_manifest import check_origin, check_shards, hash_tokenizer, read_manifest
@@ -32,11 +34,11 @@ from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, open_encoder, stock_head
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, open_encoder, piece_length, stock_head
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces
 from mtptrain.run_folder import RunFolder
-from mtptrain.trainer import BatchSource, Probe, Trainer
+from mtptrain.trainer import Probe, Trainer
 from mtptrain.wandb_mirror import WandbMirror
 
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
@@ -51,11 +53,13 @@ def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
         check_shards(manifest)
         dtype = backbone.model.lm_head.weight.dtype
         return StreamBatches(manifest, data.sequence_length, size, config.seed, dtype)
-    encoder = open_encoder(config, backbone)
-    if data.streaming:
-        return StreamedBatches(data, encoder, size, config.seed)
+    encoder, longest = open_encoder(config, backbone), piece_length(config, backbone.config)
+    if data.is_streamed:
+        shape = RowShape(data.sequence_length, longest)
+        plan = FeedPlan(data.sources(), data.weights(), encoder, shape, size, config.seed)
+        return StreamedBatches(plan, data.workers)
     corpus = tokenize_corpus(training_documents(data), encoder, cache_folder(data.cache_dir))
-    return PackedBatches(corpus, data.sequence_length, size, config.seed)
+    return PackedBatches(corpus, data.sequence_length, size, config.seed, longest)
 
 
 def start_stack(config: MtpConfig, backbone: Backbone, seed: int) -> tuple[MtpStack, dict[str, Any]]:

@@ -39,7 +39,14 @@ from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.initial import has_stock
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
-from mtptrain.recipes.inputs import describe_backbone, heldout_corpus, open_backbone, stock_head, trained_head
+from mtptrain.recipes.inputs import (
+    describe_backbone,
+    heldout_corpus,
+    open_backbone,
+    piece_length,
+    stock_head,
+    trained_head,
+)
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import decoding_limits, prepare_traces
 from mtptrain.run_folder import RunFolder
@@ -136,7 +143,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
         The content of evaluation.json; docs/evaluation.md describes it.
     """
     corpus, policy = heldout_corpus(config, backbone), decoding_policy(config.decoding)
-    longest, row_length = config.decoding.draft_length, config.data.sequence_length
+    longest, row_length = config.decoding.draft_length, piece_length(config, backbone.config)
     trace_set = prepare_traces(config, run_folder, backbone, corpus)
     traces = trace_set.traces
     runs = run_loops(config, backbone, heads, traces)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import DeepseekV4Config
+
 from mtptrain.backbone.load import Backbone, load_backbone
 from mtptrain.checkpoint import Checkpoint
 from mtptrain.config import RunConfig
@@ -39,6 +41,11 @@ def check_window(config: RunConfig, backbone: Backbone) -> None:
             f"mtp.steps={config.mtp.num_steps}, decoding.draft_length={config.decoding.draft_length}: a draft must be "
             f"shorter than the backbone's sliding window of {window} tokens"
         )
+
+
+def piece_length(config: RunConfig, model: DeepseekV4Config) -> int:
+    """Most tokens of a document that the backbone reads at once: a row's, or its context where that is shorter."""
+    return min(config.data.sequence_length, int(model.max_position_embeddings))
 
 
 def stock_head(backbone: Backbone) -> Head:
@@ -95,7 +102,7 @@ def heldout_corpus(config: RunConfig, backbone: Backbone) -> TokenizedCorpus:
 def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:
     """The backbone's entry in evaluation.json, with its loss on held-out text."""
     rows = config.evaluation.heldout_sequences
-    nats, bits = bits_per_byte(backbone.model, corpus, config.data.sequence_length, rows)
+    nats, bits = bits_per_byte(backbone.model, corpus, piece_length(config, backbone.config), rows)
     return {
         "name": config.backbone.name,
         "fingerprint": backbone.fingerprint,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtptrain.checkpoint import BEST, checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
 from mtptrain.config import OptimizerName, Tracker, TrackingConfig, TrainConfig
+from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.errors import UserError
@@ -57,7 +58,7 @@ class ToyObjective:
         return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
 
 
-class ToyBatches:
+class ToyBatches(BatchSource):
     """Rows of different lengths by number, t -> 3t + 2 mod V; the last position, in padding, holds the number."""
 
     def __init__(self, rows: int) -> None:

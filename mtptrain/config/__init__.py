@@ -31,7 +31,7 @@ from mtptrain.config.choices import (
     WeightFormat,
 )
 from mtptrain.config.collect import CollectConfig
-from mtptrain.config.data import DataConfig
+from mtptrain.config.data import DataConfig, MixtureConfig
 from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
@@ -64,6 +64,7 @@ __all__ = [
     "HardwareConfig",
     "LossConfig",
     "LossName",
+    "MixtureConfig",
     "MtpConfig",
     "MtpMode",
     "OptimizerName",

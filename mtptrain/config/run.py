@@ -143,6 +143,12 @@ class RunConfig:
             "collect counts the tokens before it starts; leave it false",
         )
         require(
+            task not in (Task.collect, Task.backbone) or not self.data.mixture,
+            "data.mixture",
+            list(self.data.sources()),
+            f"weighs what heads are trained on, and task={task.value} reads a text once; set data.path",
+        )
+        require(
             not from_streams or self.mtp.init != "backbone",
             "mtp.init",
             "backbone",

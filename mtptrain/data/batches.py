@@ -1,6 +1,9 @@
-"""Which rows make the batch of a training step: a function of seed and step alone, so that resuming needs no state."""
+"""Which rows make the batch of a training step; where all are at hand, a function of seed and step alone."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +11,39 @@ from mtptrain.data.packing import Batch, Piece, fill_rows, pack_corpus
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
+
+
+class BatchSource:
+    """Micro-batches by number.
+
+    Attributes:
+        names: of the sources that rows come from, where there are several; tokens are counted by source.
+    """
+
+    names: Sequence[str] = ()
+
+    def batch(self, index: int) -> Batch:
+        """The rows of micro-batch `index` that fall to this process; see `distributed.own_rows`."""
+        raise NotImplementedError
+
+    def position(self) -> dict[str, Any]:
+        """Where this process is in the data, as plain values; {} where a number says it all."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of what was opened to read ahead; there is no batch after this."""
+
+    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
+        """Go on with micro-batch `index`, from the positions of all processes of the run that came to it.
+
+        Raises:
+            UserError: they are not positions in this data.
+        """
+        if positions:
+            raise UserError(
+                "data.streaming=False: the interrupted run read its data as a stream; set data.streaming and "
+                "data.mixture as they were, or start in another output_dir"
+            )
 
 
 class RowOrder:
@@ -40,7 +76,7 @@ class RowOrder:
         return found
 
 
-class PackedBatches:
+class PackedBatches(BatchSource):
     """Batches of a tokenised corpus, shuffled anew each epoch.
 
     Args:
@@ -48,14 +84,22 @@ class PackedBatches:
         sequence_length: tokens a row.
         batch_size: rows a batch, of all processes together.
         seed: of the order.
+        piece_length: most tokens of a document in a row; None = a row's.
     Raises:
         UserError: the corpus has no piece of two tokens or more.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        piece_length: int | None = None,
+    ) -> None:
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.order = RowOrder(pack_corpus(corpus, sequence_length), batch_size, seed)
+        self.order = RowOrder(pack_corpus(corpus, sequence_length, piece_length), batch_size, seed)
 
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`."""

@@ -28,6 +28,7 @@ class Batch:
         position_BS: int64 position inside the piece.
         spoken_BS: bool, which tokens may be targets; None where all may.
         streams_BSND: the backbone's streams of N times D channels, zeros in padding, where they come from a cache.
+        source_B: int64, which source of a mixture a row comes from; None where there is one.
     """
 
     tokens_BS: Tensor
@@ -35,11 +36,18 @@ class Batch:
     position_BS: Tensor
     spoken_BS: Tensor | None = None
     streams_BSND: Tensor | None = None
+    source_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        parts = (self.tokens_BS, self.segment_BS, self.position_BS, self.spoken_BS, self.streams_BSND)
-        return Batch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        return Batch(**{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def source_tokens(self, num_sources: int) -> Tensor:
+        """Tokens of the rows of each source, padding left out, float64 [num_sources]."""
+        sizes_B = (self.segment_BS > 0).sum(1).double()
+        source_B = torch.zeros_like(self.segment_BS[:, 0]) if self.source_B is None else self.source_B
+        return sizes_B.new_zeros(num_sources).index_add(0, source_B, sizes_B)
 
     def target_mask(self, step: int) -> Tensor:
         """Anchors whose draft step `step` (1-based) has its target token t_{i+step+1} inside the piece, bool [B, S].
@@ -97,12 +105,12 @@ def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
     return rows
 
 
-def pack_corpus(corpus: TokenizedCorpus, row_length: int) -> list[list[Piece]]:
-    """Rows of pieces that cover a corpus."""
+def pack_corpus(corpus: TokenizedCorpus, row_length: int, piece_length: int | None = None) -> list[list[Piece]]:
+    """Rows of pieces that cover a corpus; no piece is longer than `piece_length`, or than a row where it is None."""
     pieces: list[Piece] = []
     for start, end in zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True):
         if end > start:
-            pieces.extend(cut_document(start, end - start, row_length))
+            pieces.extend(cut_document(start, end - start, piece_length or row_length))
     return pack_pieces(pieces, row_length)
 
 

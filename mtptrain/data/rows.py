@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,25 @@ def check_readable(setting: str, path: Path) -> None:
         raise UserError(f"{setting}: cannot be read ({error.strerror}); check the path and its rights") from None
 
 
-def json_lines(setting: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(setting: str, path: Path, done: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number, from 1, and object of every line that is not blank.
+
+    Args:
+        setting: what the user set to what, for the error.
+        path: the file.
+        done: bytes and lines that were read before, where this reading begins; kept up to date.
 
     Raises:
         UserError: a line is not a JSON object; it is named.
     """
+    done = [0, 0] if done is None else done
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(done[0])
+        for line in file:
+            done[:] = [done[0] + len(line), done[1] + 1]
             if not line.strip():
                 continue
+            number = done[1]
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -58,6 +68,21 @@ def json_lines(setting: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
             if not isinstance(row, dict):
                 raise UserError(f"{setting}: line {number} is not a JSON object; write one object a line")
             yield number, row
+
+
+@contextmanager
+def _loading(setting: str) -> Iterator[None]:
+    """What `datasets` raises inside the block, of many types, as a `UserError`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except Exception as error:  # not found, no network, a damaged file, a bad schema
+        summary = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or type(error).__name__
+        raise UserError(
+            f"{setting}: datasets cannot load it ({summary}); check the file, or the name and the network"
+        ) from error
 
 
 def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -70,15 +95,37 @@ def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str,
     """
     import datasets
 
-    datasets.disable_progress_bars()
-    try:
-        # Inside the try: a stream meets a damaged file or a lost network only when it is read.
+    with _loading(setting):
         found = datasets.load_dataset(loader, **arguments)
         if "split" not in arguments:
             found = found["test"] if "test" in found else next(iter(found.values()))
         yield from found
-    except Exception as error:  # datasets raises many types: not found, no network, bad schema
-        summary = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or type(error).__name__
-        raise UserError(
-            f"{setting}: datasets cannot load it ({summary}); check the file, or the name and the network"
-        ) from error
+
+
+class RowStream:
+    """Rows of the training split, read as they are needed, and where reading has come to.
+
+    Args:
+        setting: what the user set to what, for the error.
+        loader: of `datasets.load_dataset`.
+        state: of an earlier stream of the same rows; None = from the beginning.
+        arguments: of `datasets.load_dataset`.
+    """
+
+    def __init__(self, setting: str, loader: str, state: dict[str, Any] | None, **arguments: Any) -> None:
+        import datasets
+
+        self.setting = setting
+        with _loading(setting):
+            self.rows = datasets.load_dataset(loader, split="train", streaming=True, **arguments)
+            if state is not None:
+                self.rows.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _loading(self.setting):  # a stream meets a damaged file or a lost network only when it is read
+            yield from self.rows
+
+    def state(self) -> dict[str, Any]:
+        """Where to read on, as plain values."""
+        found: dict[str, Any] = self.rows.state_dict()
+        return found

@@ -22,7 +22,12 @@ def training_documents(config: DataConfig) -> list[Document]:
 
 
 def heldout_documents(config: DataConfig) -> list[Document]:
-    """Documents that no training of ours sees; of a stream cache, those of the source that it was made of."""
+    """Documents that no training of ours sees; of a stream cache, those of the source that it was made of.
+
+    Those of a mixture are all its sources', in their order.
+    """
+    if config.mixture:
+        return [document for part in config.sources().values() for document in heldout_documents(part)]
     if config.source is DataSource.streams:
         return heldout_documents(read_manifest(Path(str(config.path))).text_config())
     if config.source is DataSource.text:

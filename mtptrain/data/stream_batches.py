@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtptrain.data.batches import RowOrder
+from mtptrain.data.batches import BatchSource, RowOrder
 from mtptrain.data.packing import Batch, Piece, fill_rows, pack_pieces
 from mtptrain.data.stream_format import decode_streams
 from mtptrain.data.stream_manifest import StreamManifest
 from mtptrain.errors import UserError
 
 
-class StreamBatches:
+class StreamBatches(BatchSource):
     """The batches that the cache's documents would give online, in the same order, with their streams.
 
     Args:

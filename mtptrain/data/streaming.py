@@ -1,110 +1,92 @@
-"""`data.streaming=true`: training rows of text that is too long to hold, read as training needs them.
-
-Documents are cut into pieces; the pieces of a bounded buffer are packed, the rows of the buffer shuffled, and the
-buffer is filled anew. The rows depend on the data, the tokenizer and the seed alone.
-"""
+"""`data.streaming=true` and `data.mixture`: training rows of text that is read and tokenised while training goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, islice
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
+import torch
 
-from mtptrain.config import DataConfig
-from mtptrain.data.documents import Split, split_of
-from mtptrain.data.encoder import Encoder
-from mtptrain.data.packing import Batch, cut_document, fill_rows, pack_pieces
-from mtptrain.data.text import iterate_text
+from mtptrain.data.background import Items, start_feeds
+from mtptrain.data.batches import BatchSource
+from mtptrain.data.dealer import Dealer
+from mtptrain.data.feed import FeedPlan, Position, check_position, join_positions
+from mtptrain.data.lane import Row
+from mtptrain.data.mixture import source_of
+from mtptrain.data.packing import Batch, fill_rows
 from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
 
-BUFFER_ROWS = 512  # rows' worth of tokens that are packed and shuffled together
 
-Marked = tuple[np.ndarray, np.ndarray]  # token ids of a piece, and which of them may be targets
-Row = list[Marked]
-
-
-class StreamedBatches:
-    """Batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
-
-    Batches are meant to be asked for in order. A later number (a resumed run) is reached by reading on: exact, at the
-    cost of tokenising what is skipped once more. An earlier number starts over.
+class StreamedBatches(BatchSource):
+    """Micro-batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
 
     Args:
-        config: where the documents are and how long a row is.
-        encoder: the backbone's.
-        batch_size: rows a batch, of all processes together.
-        seed: of the order inside a buffer.
+        plan: what is read.
+        workers: processes that read and tokenise for this one; 0 = this one itself.
+
+    Raises:
+        UserError: a source cannot be read, or has fewer training documents than a micro-batch has rows.
     """
 
-    def __init__(self, config: DataConfig, encoder: Encoder, batch_size: int, seed: int) -> None:
-        self.config = config
-        self.encoder = encoder
-        self.batch_size = batch_size
-        self.seed = seed
-        self._rows = self._all_rows()
-        self._next_index = 0
+    def __init__(self, plan: FeedPlan, workers: int) -> None:
+        self.plan, self.workers = plan, workers
+        self.names = list(plan.sources) if len(plan.sources) > 1 else []
+        for config in plan.sources.values():
+            dealer = Dealer(config, range(plan.num_lanes), plan.num_lanes)
+            first = [dealer.next(lane)[1] for lane in range(plan.num_lanes)]
+            next(plan.encoder.encode(document for document in first if document is not None))
+        self.lanes = list(own_rows(plan.num_lanes))
+        self.seek(0, [])
 
-    def batch(self, index: int) -> Batch:
-        """This process's rows of batch `index`; the data starts over without a gap, and a batch may span the seam.
+    def seek(self, index: int, positions: list[Position]) -> None:
+        """Go on with micro-batch `index` where the processes of an earlier run had come to.
 
         Raises:
-            UserError: the data cannot be read, or holds no training document of two tokens or more.
+            UserError: they read other data.
         """
-        if index < self._next_index:
-            self._rows, self._next_index = self._all_rows(), 0
-        skipped = (index - self._next_index) * self.batch_size
-        rows = list(islice(self._rows, skipped, skipped + self.batch_size))
-        rows = [rows[number] for number in own_rows(self.batch_size)]
-        self._next_index = index + 1
-        sizes = [len(piece) for row in rows for piece, _ in row]
+        if index > 0 and not positions:
+            raise UserError(
+                "data.streaming=True: the interrupted run did not read its data as a stream; set data.streaming and "
+                "data.mixture as they were, or start in another output_dir"
+            )
+        self.index, self._position = index, join_positions(positions) if positions else {}
+        if positions:
+            check_position(self.plan, self._position)
+        self._feeds: list[Items] | None = None
+
+    def batch(self, index: int) -> Batch:
+        """This process's rows of micro-batch `index`; they are given out in order.
+
+        Raises:
+            UserError: the data cannot be read, or a process that reads them is gone.
+        """
+        assert index == self.index, f"micro-batch {index} was asked for and {self.index} is next"
+        if self._feeds is None:
+            self._feeds = start_feeds(self.plan, self.lanes, self.workers, index, self._position)
+        parts = [next(feed) for feed in self._feeds]
+        self.index, self._position = index + 1, join_positions([position for _, position in parts])
+        return self._fill([row for rows, _ in parts for row in rows], index)
+
+    def position(self) -> Position:
+        """Where this process's lanes are after the last micro-batch."""
+        return self._position
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self._feeds = None
+
+    def _fill(self, rows: list[Row], index: int) -> Batch:
+        pieces = [piece for row in rows for piece in row]
+        sizes = [len(tokens) for tokens, _ in pieces]
         spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
-        tokens, spoken = (np.concatenate(parts) for parts in zip(*(one for row in rows for one in row), strict=True))
-        return fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.config.sequence_length, spoken)
-
-    def _pieces(self) -> Iterator[Marked]:
-        """Pieces of the training documents, once through the data."""
-        config = self.config
-        documents = (
-            document
-            for document in iterate_text(config)
-            if split_of(document.name, config.heldout_every) is Split.train
-        )
-        for document in self.encoder.encode(documents):
-            spoken = np.ones(len(document.tokens), bool) if document.spoken is None else document.spoken
-            for start, size in cut_document(0, len(document.tokens), config.sequence_length):
-                if size > 1:  # one token has no target
-                    yield document.tokens[start : start + size], spoken[start : start + size]
-
-    def _buffers(self) -> Iterator[list[Marked]]:
-        """The pieces in groups of `BUFFER_ROWS` rows' worth of tokens."""
-        pieces: list[Marked] = []
-        num_tokens = 0
-        for piece in self._pieces():
-            pieces.append(piece)
-            num_tokens += len(piece[0])
-            if num_tokens >= BUFFER_ROWS * self.config.sequence_length:
-                yield pieces
-                pieces, num_tokens = [], 0
-        if pieces:
-            yield pieces
-
-    def _all_rows(self) -> Iterator[Row]:
-        """Rows without end, in the order they are trained on."""
-        for epoch in count():
-            is_empty = True
-            for number, pieces in enumerate(self._buffers()):
-                is_empty = False
-                tokens, spoken = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-                sizes = [len(piece) for piece, _ in pieces]
-                starts = np.cumsum([0, *sizes[:-1]]).tolist()
-                rows = pack_pieces(list(zip(starts, sizes, strict=True)), self.config.sequence_length)
-                for place in np.random.default_rng([self.seed, epoch, number]).permutation(len(rows)):
-                    yield [(tokens[start : start + size], spoken[start : start + size]) for start, size in rows[place]]
-            if is_empty:
-                raise UserError(
-                    f"data.path={self.config.path}: no training document with two tokens or more; one in "
-                    f"data.heldout_every={self.config.heldout_every} is held out by hash of its name, so give more "
-                    "documents or change that number"
-                )
+        masks = [np.ones(len(tokens), bool) if spoken is None else spoken for tokens, spoken in pieces]
+        spoken = None if all(one is None for _, one in pieces) else np.concatenate(masks)
+        tokens = np.concatenate([tokens for tokens, _ in pieces])
+        batch = fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.plan.shape.row_length, spoken)
+        if not self.names:
+            return batch
+        first = index * self.plan.num_lanes
+        chosen = [source_of(first + lane, self.plan.weights) for lane in self.lanes]
+        return replace(batch, source_B=torch.tensor(chosen))

@@ -1,21 +1,10 @@
-import json
-from itertools import pairwise
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
-from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.batches import PackedBatches
-from mtptrain.data.documents import Split, split_of
-from mtptrain.data.encoder import BATCH_DOCUMENTS, Encoder
-from mtptrain.data.packing import Batch, pack_corpus
-from mtptrain.data.streaming import BUFFER_ROWS, StreamedBatches
-from mtptrain.data.text import text_documents
-from mtptrain.data.tokenizer import train_tokenizer
-from mtptrain.data.tokens import TokenizedCorpus, tokenize_corpus
+from mtptrain.data.packing import Batch
+from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 
 # S tokens a row
@@ -71,116 +60,17 @@ def test_a_corpus_without_targets_is_refused(lengths: list[int]) -> None:
         PackedBatches(corpus, S, 1, 0)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["one two three four"], 280)
-
-
-@pytest.fixture(scope="module")
-def text_config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """1,200 documents of 0 to 40 words: three buffers of `BUFFER_ROWS` rows."""
-    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
-    generator = np.random.default_rng(0)
-    texts = [" ".join(map(str, generator.integers(0, 999, generator.integers(0, 41)))) for _ in range(1200)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return DataConfig(source=DataSource.text, path=str(path), streaming=True, sequence_length=S, heldout_every=8)
-
-
-def streamed(config: DataConfig, tokenizer: Tokenizer, seed: int = 0, batch_size: int = 64) -> StreamedBatches:
-    return StreamedBatches(config, Encoder(tokenizer, MARKS), batch_size, seed)
-
-
-def target_pairs(batch: Batch) -> list[tuple[int, int]]:
-    rows, slots = batch.target_mask(0).nonzero(as_tuple=True)
-    return list(zip(batch.tokens_BS[rows, slots].tolist(), batch.tokens_BS[rows, slots + 1].tolist(), strict=True))
-
-
-def num_streamed_rows(config: DataConfig, tokenizer: Tokenizer) -> int:
-    """Rows of the first time through the data."""
-    batches = streamed(config, tokenizer)
-    total = 0
-    for pieces in batches._buffers():
-        sizes = [len(piece) for piece, _ in pieces]
-        offsets = np.cumsum([0, *sizes], dtype=np.int64)
-        total += len(pack_corpus(TokenizedCorpus(np.empty(offsets[-1], np.int32), offsets, 1), config.sequence_length))
-    return total
-
-
-def test_streaming_gives_the_same_batches_after_a_fresh_start(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    first, second = streamed(text_config, tokenizer), streamed(text_config, tokenizer)
-    assert all(same(first.batch(index), second.batch(index)) for index in range(30))
-
-
-def test_streaming_skips_ahead_to_the_batch_that_reading_on_gives(
-    text_config: DataConfig, tokenizer: Tokenizer
-) -> None:
-    in_order, resumed = streamed(text_config, tokenizer), streamed(text_config, tokenizer)
-    expected = [in_order.batch(index) for index in range(45)]
-    assert same(resumed.batch(17), expected[17])
-    assert same(resumed.batch(18), expected[18])
-    assert same(resumed.batch(44), expected[44])
-
-
-def test_streaming_starts_over_for_an_earlier_batch(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    batches = streamed(text_config, tokenizer)
-    expected = [batches.batch(index) for index in range(12)]
-    assert same(batches.batch(2), expected[2])
-    assert same(batches.batch(2), expected[2])
-    assert same(batches.batch(11), expected[11])
-
-
-def test_streaming_shuffles_by_the_seed(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    batches = [streamed(text_config, tokenizer, seed=seed).batch(0) for seed in (0, 1)]
-    assert not same(*batches)
-
-
-def test_streaming_once_through_gives_the_targets_of_the_training_split(
-    text_config: DataConfig, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    corpus = tokenize_corpus(text_documents(text_config, Split.train), Encoder(tokenizer, MARKS), tmp_path)
-    documents = [corpus.document(d).tolist() for d in range(corpus.num_documents)]
-    expected = [pair for tokens in documents for pair in pairwise(tokens)]
-    num_rows = num_streamed_rows(text_config, tokenizer)
-    assert num_rows > 2 * BUFFER_ROWS
-    batches = streamed(text_config, tokenizer, batch_size=1)
-    found = [pair for index in range(num_rows) for pair in target_pairs(batches.batch(index))]
-    assert sorted(found) == sorted(expected)
-
-
-def test_streaming_starts_the_data_over_in_another_order(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    num_rows = num_streamed_rows(text_config, tokenizer)
-    batches = streamed(text_config, tokenizer, batch_size=num_rows)
-    first, second = batches.batch(0), batches.batch(1)
-    assert not same(first, second)
-    assert sorted(first.tokens_BS.tolist()) == sorted(second.tokens_BS.tolist())
-
-
-def test_streaming_wastes_next_to_no_row(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    batch = streamed(text_config, tokenizer, batch_size=num_streamed_rows(text_config, tokenizer)).batch(0)
-    assert (batch.segment_BS > 0).float().mean().item() > 0.98
-
-
-def test_streaming_holds_a_bounded_buffer(text_config: DataConfig, tokenizer: Tokenizer) -> None:
-    sizes = [sum(len(piece) for piece, _ in pieces) for pieces in streamed(text_config, tokenizer)._buffers()]
-    assert len(sizes) >= 3
-    assert max(sizes) < (BUFFER_ROWS + 1) * S
-
-
-def test_streaming_leaves_files_beyond_the_buffer_unread(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    text = "many words that fill rows " * 10
-    for number in range(BATCH_DOCUMENTS * 2):
-        (tmp_path / f"{number:04d}.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "9999.txt").write_bytes(b"\xff\xff")  # reading it is an error
-    config = DataConfig(source=DataSource.text, path=str(tmp_path), streaming=True, sequence_length=S)
-    batches = streamed(config, tokenizer)
-    assert batches.batch(0).tokens_BS.shape == (64, S)
-    with pytest.raises(UserError, match=r"9999\.txt"):
-        batches.batch(10_000)
-
-
-def test_streaming_refuses_data_without_a_training_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    name = next(f"{n}.txt" for n in range(999) if split_of(f"{n}.txt", 2) is Split.heldout)
-    (tmp_path / name).write_text("held out", encoding="utf-8")
-    config = DataConfig(source=DataSource.text, path=str(tmp_path), streaming=True, heldout_every=2)
-    with pytest.raises(UserError, match=r"data\.path=.*data\.heldout_every=2"):
-        streamed(config, tokenizer).batch(0)
+def test_documents_are_cut_at_the_context_in_rows_that_are_longer() -> None:
+    """Every target once, at a position that the backbone knows."""
+    lengths, context = [200, 23, 24, 7, 61], 23
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    corpus = TokenizedCorpus(np.arange(sum(lengths), dtype=np.int32), offsets, 1)
+    batches = PackedBatches(corpus, 61, 1, 0, context)
+    found, sizes = [], []
+    for index in range(len(batches.order.rows)):
+        batch = batches.batch(index)
+        assert int(batch.position_BS.max()) < context
+        sizes.append(int((batch.segment_BS > 0).sum()))
+        found += batch.tokens_BS.roll(-1, dims=1)[batch.target_mask(0)].tolist()
+    assert sorted(found) == sorted(set(range(sum(lengths))) - set(offsets.tolist()))
+    assert max(sizes) > 2 * context

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.documents import Document, Split
-from mtptrain.data.text import iterate_text, text_documents
+from mtptrain.data.text import TextReader, text_documents
 from mtptrain.errors import UserError
 
 TEXTS = ["first text", "second\ntext", "dritter Text: äöü"]
@@ -31,7 +31,7 @@ def config_of(path: Path | str, **settings: object) -> DataConfig:
 
 
 def texts_of(path: Path | str, **settings: object) -> list[str]:
-    return [document.text for document in iterate_text(config_of(path, **settings))]
+    return [document.text for document in TextReader(config_of(path, **settings))]
 
 
 def write_txt(folder: Path) -> Path:
@@ -72,7 +72,7 @@ def test_a_folder_gives_the_documents_of_all_its_files_and_ignores_others(stream
 def test_streaming_gives_the_same_documents(tmp_path: Path) -> None:
     for write in (write_txt, write_jsonl, write_parquet):
         write(tmp_path)
-    read, streamed = (list(iterate_text(config_of(tmp_path, streaming=streaming))) for streaming in (False, True))
+    read, streamed = (list(TextReader(config_of(tmp_path, streaming=streaming))) for streaming in (False, True))
     assert streamed == read
 
 
@@ -80,7 +80,7 @@ def test_files_of_one_name_in_different_folders_are_different_documents(tmp_path
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_txt(tmp_path / folder)
-    assert [document.name for document in iterate_text(config_of(tmp_path))] == ["a/corpus.txt", "b/corpus.txt"]
+    assert [document.name for document in TextReader(config_of(tmp_path))] == ["a/corpus.txt", "b/corpus.txt"]
 
 
 def test_a_document_has_one_name_wherever_its_folder_lies(tmp_path: Path) -> None:
@@ -88,14 +88,14 @@ def test_a_document_has_one_name_wherever_its_folder_lies(tmp_path: Path) -> Non
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         path = write_jsonl(tmp_path / folder)
-        names.append([[document.name for document in iterate_text(config_of(p))] for p in (path, path.parent)])
+        names.append([[document.name for document in TextReader(config_of(p))] for p in (path, path.parent)])
     assert names == [[["corpus.jsonl:0", "corpus.jsonl:1", "corpus.jsonl:2"]] * 2] * 2
 
 
 def test_empty_texts_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": ""}\n\n{"text": " \\n"}\n{"text": "x"}\n', encoding="utf-8")
-    assert list(iterate_text(config_of(path))) == [Document("corpus.jsonl:2", "x")]
+    assert list(TextReader(config_of(path))) == [Document("corpus.jsonl:2", "x")]
 
 
 def test_another_column_can_be_named(tmp_path: Path) -> None:

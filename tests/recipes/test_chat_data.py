@@ -1,12 +1,13 @@
 """Heads trained on conversations."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.command import Refused, read_metrics, run_main
-from tests.conftest import CHAT_TEMPLATE, OBJECTS, SUBJECTS, VERBS
+from tests.conftest import CHAT_TEMPLATE, OBJECTS, SUBJECTS, VERBS, save_backbone
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +27,21 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_streams_of_conversations_have_the_losses_of_training_online(
     light: list[str], talk: list[str], tmp_path: Path
 ) -> None:
-    cache, longer = tmp_path / "cache", ["evaluate_at_end=false", "train.steps=4"]
-    assert run_main("+recipe=collect", *light, *talk, "collect.format=fp32", f"output_dir={cache}") == 0
-    assert run_main("+recipe=distill", *light, *talk, *longer, f"output_dir={tmp_path / 'online'}") == 0
-    cached = ["data=streams", f"data.path={cache}", "data.sequence_length=32"]
-    assert run_main("+recipe=distill", *light, *cached, *longer, f"output_dir={tmp_path / 'cached'}") == 0
+    """In rows that are longer than the backbone's context, at which conversations are cut."""
+    cache, context = tmp_path / "cache", 23
+    save_backbone(tmp_path / "backbone", max_position_embeddings=context)
+    both = [*light, *talk, f"backbone.path={tmp_path / 'backbone'}", "data.sequence_length=61"]
+    assert run_main("+recipe=collect", *both, "collect.format=fp32", f"output_dir={cache}") == 0
+    for name, settings in {"online": [], "cached": ["data=streams", f"data.path={cache}"]}.items():
+        longer = [*settings, "evaluate_at_end=false", "train.steps=4", f"output_dir={tmp_path / name}"]
+        assert run_main("+recipe=distill", *both, *longer) == 0
     left, right = (read_metrics(tmp_path / name)[-1] for name in ("cached", "online"))
+    assert left["tokens"] == right["tokens"]
     # fp32 rounding of a padded batch of pieces against another batch of them, through a few updates
     assert left["loss/step_1"] == pytest.approx(right["loss/step_1"], rel=1e-4)
-    assert "chat_template" in json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["sequence_length"] == context
+    assert manifest["chat_template"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("recipe", ["distill", "collect"])
