@@ -35,6 +35,11 @@ def policy_probabilities(
         raise ValueError(f"top_k={top_k} must be at least 1; leave it out to keep the whole vocabulary")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps the whole vocabulary")
+    unfit = "it takes no float64" if logits_BKV.dtype is torch.float64 else None
+    if use_triton("policy_probabilities", logits_BKV, unfit):
+        from .kernel import policy_probabilities_triton
+
+        return policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
     return policy_probabilities_reference(logits_BKV, temperature, top_k, top_p)
 
 
@@ -53,7 +58,7 @@ def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int)
         raise ValueError(f"seed_B {seed_B.dtype} and position_B {position_B.dtype} must be torch.int64")
     if num_draws < 0:
         raise ValueError(f"num_draws={num_draws} must be at least 0")
-    if use_triton("acceptance", seed_B):
+    if use_triton("uniforms", seed_B):
         from .kernel import uniforms_triton  # needs Triton, which a machine without a GPU may lack
 
         return uniforms_triton(seed_B, position_B, Stream(stream), num_draws)
@@ -70,6 +75,10 @@ def sample_tokens(weight_BV: Tensor, u_B: Tensor) -> Tensor:
     if weight_BV.ndim != 2 or not weight_BV.is_floating_point() or weight_BV.shape[1] == 0:
         raise ValueError(f"weight_BV must be floating [B, V], got {weight_BV.dtype} {tuple(weight_BV.shape)}")
     _check_draws(u_B, (weight_BV.shape[0],))
+    if use_triton("sample_tokens", weight_BV):
+        from .kernel import sample_tokens_triton
+
+        return sample_tokens_triton(weight_BV, u_B)
     return sample_tokens_reference(weight_BV, u_B)
 
 
@@ -93,6 +102,10 @@ def verify_draft(draft_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor, v
     if not q_BKV.is_floating_point() or q_BKV.dtype != p_BLV.dtype:
         raise ValueError(f"q_BKV {q_BKV.dtype} and p_BLV {p_BLV.dtype} must share one floating dtype")
     _check_draws(u_BL, (rows, drafted + 1))
+    if use_triton("verify_draft", p_BLV):
+        from .kernel import verify_draft_triton
+
+        return verify_draft_triton(draft_BK, q_BKV, p_BLV, u_BL, Verification(verification))
     return verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, Verification(verification))
 
 

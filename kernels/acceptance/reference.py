@@ -15,6 +15,9 @@ In block verification the chance of keeping x_1..x_k or more is w_k: R_k from en
 sum_v q_v min(1, w_k p_v / q_v) = w_k - R_k. In token-wise verification it is the product of min(1, p(x_j) / q(x_j)),
 which is never more.
 
+All of it is float64, and what is summed lies on a grid (`on_grid`): sums are then exact, so that a token depends on
+neither the order in which a device adds nor the shape of a launch.
+
 B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
 """
 
@@ -37,6 +40,14 @@ class Verified(NamedTuple):
 
     accepted_B: Tensor  # int64 in [0, K]
     token_B: Tensor  # int64 in [0, V)
+
+
+GRID = 2.0**-52  # float64 is exact on its multiples up to 2
+
+
+def on_grid(x: Tensor) -> Tensor:
+    """Float64, rounded down to multiples of 2^-52: the sum of a distribution is exact whatever is added first."""
+    return (x.double() / GRID).floor() * GRID
 
 
 def policy_probabilities_reference(
@@ -68,7 +79,7 @@ def policy_probabilities_reference(
         sorted_BKV[..., top_k:] = 0
         sorted_BKV /= sorted_BKV.sum(-1, keepdim=True)
     if top_p < 1:
-        reached_BKV = sorted_BKV.double().cumsum(-1) >= top_p
+        reached_BKV = on_grid(sorted_BKV).cumsum(-1) >= top_p
         sorted_BKV[..., 1:].masked_fill_(reached_BKV[..., :-1], 0)
         sorted_BKV /= sorted_BKV.sum(-1, keepdim=True)
     return torch.zeros_like(p_BKV).scatter_(-1, order_BKV, sorted_BKV)
@@ -78,20 +89,20 @@ def sample_tokens_reference(weight_BV: Tensor, u_B: Tensor) -> Tensor:
     """One token a row, drawn in proportion to the weights: the first whose cumulated weight exceeds u of the total.
 
     Args:
-        weight_BV: floating, at least 0, not all 0 in a row.
+        weight_BV: floating, at least 0, in units of 2^-52 below which nothing counts; not all 0 in a row.
         u_B: float64 uniform draws in [0, 1), the only randomness.
 
     Returns:
         int64 [B]; never a token of weight 0.
     """
-    cumulated_BV = weight_BV.double().cumsum(-1)
+    cumulated_BV = on_grid(weight_BV).cumsum(-1)
     threshold_B1 = u_B.unsqueeze(-1) * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, threshold_B1, right=True).squeeze(-1)
 
 
 def residual(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor) -> Tensor:
-    """max(w p - q, 0): in proportion to it the token after a kept prefix is drawn; not normalised."""
-    return (weight_BL.unsqueeze(-1) * p_BLV - q_BLV).clamp(min=0)
+    """max(w p - q, 0): in proportion to it the token after a kept prefix is drawn; not normalised, on the grid."""
+    return on_grid((weight_BL.unsqueeze(-1) * p_BLV - q_BLV).clamp(min=0))
 
 
 def keep_probabilities(
@@ -101,8 +112,8 @@ def keep_probabilities(
 
     Args:
         draft_BK: int64 drafted tokens.
-        q_BLV: draft probabilities, 0 throughout a position where nothing was drafted, the last at least.
-        p_BLV: target probabilities.
+        q_BLV: float64 draft probabilities, 0 throughout a position where nothing was drafted, the last at least.
+        p_BLV: float64 target probabilities.
         verification: which of the two ways.
 
     Returns:
@@ -110,7 +121,7 @@ def keep_probabilities(
     """
     token_BK1 = draft_BK.unsqueeze(-1)
     q_BK, p_BK = (x[:, :-1].gather(-1, token_BK1).squeeze(-1) for x in (q_BLV, p_BLV))
-    ratio_BK = torch.where(q_BK > 0, p_BK / q_BK.clamp(min=torch.finfo(q_BK.dtype).tiny), 0)
+    ratio_BK = torch.where(q_BK > 0, p_BK / q_BK, 0)
     weight_BL = torch.ones_like(p_BLV[..., 0])
     if verification is Verification.token:
         return ratio_BK.clamp(max=1), weight_BL
@@ -154,8 +165,7 @@ def verify_draft_reference(
 
     Source: arXiv:2211.17192, Algorithm 1; arXiv:2403.10444, Algorithm 2.
     """
-    dtype = torch.promote_types(p_BLV.dtype, torch.float32)
-    p_BLV, q_BLV = p_BLV.to(dtype), torch.nn.functional.pad(q_BKV.to(dtype), (0, 0, 0, 1))
+    p_BLV, q_BLV = p_BLV.double(), torch.nn.functional.pad(q_BKV.double(), (0, 0, 0, 1))
     keep_BK, weight_BL = keep_probabilities(draft_BK, q_BLV, p_BLV, verification)
     accepted_B = accepted_length(u_BL[:, :-1] < keep_BK, verification)
     next_BV = next_token_weights(q_BLV, p_BLV, weight_BL, accepted_B)

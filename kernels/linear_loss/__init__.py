@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from .chunked import linear_loss_chunked
+from ..dispatch import use_triton
+from .chunked import MakeRows, linear_loss_in_chunks
 from .divergence import Divergence
 from .reference import LinearLoss
+from .rows import TorchRows
 
 __all__ = ["Divergence", "LinearLoss", "linear_loss"]
 
@@ -34,7 +36,13 @@ def linear_loss(
     _check_dtypes(student_KTD, teacher_TD, weight_VD, target_T, mask_KT)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} must be finite and above 0; 1 leaves the logits as they are")
-    return linear_loss_chunked(
+    make_rows: MakeRows = TorchRows
+    if use_triton("linear_loss", student_KTD, unfit=_unfit(student_KTD.dtype)):
+        from .kernel import TritonRows  # needs Triton, which a machine without a GPU may lack
+
+        make_rows = TritonRows
+    return linear_loss_in_chunks(
+        make_rows,
         student_KTD,
         teacher_TD,
         weight_VD,
@@ -43,6 +51,11 @@ def linear_loss(
         temperature=temperature,
         mask_KT=mask_KT,
     )
+
+
+def _unfit(dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot take a dtype."""
+    return None if dtype in (torch.float32, torch.bfloat16) else f"it takes float32 and bfloat16, not {dtype}"
 
 
 def _check_shapes(student: Tensor, teacher: Tensor, weight: Tensor, target: Tensor, mask: Tensor | None) -> None:

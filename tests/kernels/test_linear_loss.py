@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from mtptrain.kernels.linear_loss import Divergence, LinearLoss, linear_loss
-from mtptrain.kernels.linear_loss.chunked import _row_argmax
 from mtptrain.kernels.linear_loss.reference import linear_loss_reference, token_loss_reference
+from mtptrain.kernels.linear_loss.rows import row_argmax
 
 # K draft steps, T tokens, D model width, V vocabulary.
 WIDTH = 8
@@ -15,7 +15,8 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 @pytest.fixture(autouse=True)
 def chunks_of_128_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtptrain.kernels.linear_loss.chunked.CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr("mtptrain.kernels.linear_loss.rows.CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr("mtptrain.kernels.linear_loss.rows.MIN_CHUNK_ROWS", 128)
 
 
 def random_inputs(
@@ -221,9 +222,9 @@ def test_tied_logits_hit_only_at_the_first_of_the_largest(op, vocabulary: int) -
 
 
 @pytest.mark.parametrize("vocabulary", [1, 17, 128, 1024, 1031])
-def test_row_argmax_is_the_first_of_equals(vocabulary: int) -> None:
+def testrow_argmax_is_the_first_of_equals(vocabulary: int) -> None:
     x_NV = torch.randint(3, (63, vocabulary), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(_row_argmax(x_NV), x_NV.argmax(-1))
+    assert torch.equal(row_argmax(x_NV), x_NV.argmax(-1))
 
 
 def test_only_the_loss_carries_a_gradient_and_only_to_the_student() -> None:
