@@ -37,7 +37,7 @@ def policy_probabilities(
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps the whole vocabulary")
     unfit = "it takes no float64" if logits_BKV.dtype is torch.float64 else None
     if use_triton("policy_probabilities", logits_BKV, unfit):
-        from .kernel import policy_probabilities_triton
+        from .policy_kernel import policy_probabilities_triton
 
         return policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
     return policy_probabilities_reference(logits_BKV, temperature, top_k, top_p)
@@ -59,7 +59,7 @@ def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int)
     if num_draws < 0:
         raise ValueError(f"num_draws={num_draws} must be at least 0")
     if use_triton("uniforms", seed_B):
-        from .kernel import uniforms_triton  # needs Triton, which a machine without a GPU may lack
+        from .draws_kernel import uniforms_triton  # needs Triton, which a machine without a GPU may lack
 
         return uniforms_triton(seed_B, position_B, Stream(stream), num_draws)
     return uniforms_reference(seed_B, position_B, Stream(stream), num_draws)

@@ -29,7 +29,12 @@ def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) 
     expected = case.definition()
     result: dict[str, Any] = {"case": case.label, "missing": case.missing, "wrong": {}, "measured": {}}
     for name in list(runs):
-        fault = case.difference(runs[name](), expected)
+        try:
+            fault = case.difference(runs[name](), expected)
+        except Exception as error:
+            if name == "ours":
+                raise
+            fault = f"it failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if fault is not None:
             result["wrong"][name] = fault
             del runs[name]

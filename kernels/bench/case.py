@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
@@ -22,7 +23,8 @@ class Case:
         missing: peers that cannot run here, and why.
         bytes: least number of bytes that must be read and written, inputs and outputs once.
         flops: floating-point operations of the matrix products.
-        rtol, atol: how far an output may be from the definition's, relative and as a share of its largest magnitude.
+        rtol, atol: how far a floating output may be from the definition's, relative and as a share of its largest
+            magnitude. Others must be equal.
     """
 
     label: str
@@ -40,6 +42,10 @@ class Case:
         for place, (found, wanted) in enumerate(zip(outputs, expected, strict=False)):
             if found.shape != wanted.shape:
                 return f"output {place} is {tuple(found.shape)}, not {tuple(wanted.shape)}"
+            if not wanted.is_floating_point():
+                if torch.equal(found, wanted):
+                    continue
+                return f"output {place} differs in {int((found != wanted).sum())} of {wanted.numel()} entries"
             wanted = wanted.double()
             allowed = self.rtol * wanted.abs() + self.atol * wanted.abs().amax().clamp(min=1e-30)
             off = (found.double() - wanted).abs()

@@ -108,7 +108,7 @@ def _walk_chunks(
     """All outputs; fills unit_grad_KTD, zero on entry, where it is given."""
     outputs = _zero_outputs(student_KTD)
     valid_T = torch.arange(len(target_T), device=target_T.device) if mask_KT is None else mask_KT.any(0).nonzero()[:, 0]
-    for chunk_N in valid_T.split(rows.capacity):
+    for chunk_N in valid_T.split(rows.capacity) if len(valid_T) else ():  # nothing splits into one chunk of nothing
         outputs.entropy_T[chunk_N] = rows.teacher(teacher_TD[chunk_N])
         for k, student_TD in enumerate(student_KTD):
             keep_N = None if mask_KT is None else mask_KT[k, chunk_N]

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtptrain.kernels.acceptance import Stream, Verification, kernel
+from mtptrain.kernels.acceptance import Stream, Verification, kernel, policy_kernel
 from mtptrain.kernels.acceptance.draws import uniforms_reference
+from mtptrain.kernels.acceptance.draws_kernel import uniforms_triton
+from mtptrain.kernels.acceptance.policy_kernel import policy_probabilities_triton
 from mtptrain.kernels.acceptance.reference import (
     policy_probabilities_reference,
     sample_tokens_reference,
@@ -20,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 128)
+    monkeypatch.setattr(policy_kernel, "BLOCK", 128)
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,7 +52,7 @@ def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, stream:
     generator = torch.Generator().manual_seed(rows)
     seed_B = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     position_B = torch.randint(2**40, (rows,), generator=generator)
-    found_BN = kernel.uniforms_triton(seed_B.to(DEVICE), position_B.to(DEVICE), stream, num_draws)
+    found_BN = uniforms_triton(seed_B.to(DEVICE), position_B.to(DEVICE), stream, num_draws)
     assert torch.equal(found_BN.cpu(), uniforms_reference(seed_B, position_B, stream, num_draws))
 
 
@@ -63,7 +66,7 @@ def test_a_policy_gives_the_probabilities_of_the_reference(
     temperature: float, top_k: int | None, top_p: float, vocabulary: int, dtype: torch.dtype
 ) -> None:
     logits_BKV = random_logits(1, 2, vocabulary, dtype=dtype)
-    found_BKV = kernel.policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
+    found_BKV = policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
     expected_BKV = policy_probabilities_reference(logits_BKV, temperature, top_k, top_p)
     assert torch.equal(found_BKV > 0, expected_BKV > 0)
     # exp at arguments of size about 20, and sums in another order: some ulps of fp32.
@@ -72,7 +75,7 @@ def test_a_policy_gives_the_probabilities_of_the_reference(
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (None, 6.5 / 300), (290, 6.5 / 290)])
 def test_of_many_equals_the_lowest_ids_are_kept(top_k: int | None, top_p: float) -> None:
-    p_BV = kernel.policy_probabilities_triton(torch.zeros(1, 300, device=DEVICE), 1.0, top_k, top_p)
+    p_BV = policy_probabilities_triton(torch.zeros(1, 300, device=DEVICE), 1.0, top_k, top_p)
     assert p_BV.nonzero()[:, 1].tolist() == list(range(7))
 
 
@@ -80,7 +83,7 @@ def test_of_many_equals_the_lowest_ids_are_kept(top_k: int | None, top_p: float)
 def test_a_tiny_temperature_shares_among_equals(temperature: float) -> None:
     logits_BV = torch.zeros(1, 300, device=DEVICE)
     logits_BV[0, [5, 200]] = 1000.0
-    p_BV = kernel.policy_probabilities_triton(logits_BV, temperature)
+    p_BV = policy_probabilities_triton(logits_BV, temperature)
     assert p_BV.nonzero()[:, 1].tolist() == [5, 200]
     assert p_BV[0, 5] == 0.5
 
@@ -88,8 +91,8 @@ def test_a_tiny_temperature_shares_among_equals(temperature: float) -> None:
 def test_impossible_tokens_stay_impossible_and_the_lowest_of_equals_wins() -> None:
     logits_BV = torch.full((1, 300), -torch.inf, device=DEVICE)
     logits_BV[0, [140, 260]] = 2.0
-    assert kernel.policy_probabilities_triton(logits_BV, 0.5, 9, 0.999).nonzero()[:, 1].tolist() == [140, 260]
-    assert kernel.policy_probabilities_triton(logits_BV, 0).nonzero()[:, 1].tolist() == [140]
+    assert policy_probabilities_triton(logits_BV, 0.5, 9, 0.999).nonzero()[:, 1].tolist() == [140, 260]
+    assert policy_probabilities_triton(logits_BV, 0).nonzero()[:, 1].tolist() == [140]
 
 
 @pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (10, 3, 300), (3, 8, 129)])

@@ -198,6 +198,13 @@ def test_no_rows_give_empty_outputs_and_gradient(op, divergence: Divergence) -> 
     assert student_KTD.grad.shape == (3, 0, WIDTH)
 
 
+@pytest.mark.parametrize("op", [linear_loss, linear_loss_reference])
+def test_where_every_row_is_masked_all_is_zero(op) -> None:  # noqa: ANN001
+    inputs = random_inputs(2, 5, 256)
+    outputs = op(*inputs, divergence=Divergence.kl, mask_KT=torch.zeros(2, 5, dtype=torch.bool))
+    assert not any(x.any() for x in (*outputs, grad_of(outputs, inputs[0])))
+
+
 @pytest.mark.parametrize("divergence", [d for d in Divergence if d is not Divergence.ce])
 def test_a_perfect_head_has_no_loss_and_no_gradient(divergence: Divergence) -> None:
     # p = q bit for bit: every token is a tie of the minimum.
