@@ -17,60 +17,83 @@ from mtptrain.provenance import git_commit, processor_name
 from ..dispatch import INTERPRETER, requested
 from .case import Case
 from .ceilings import Ceilings, measure_ceilings
-from .measure import extra_bytes, interleaved_seconds, spread
+from .measure import Observed, interleaved_seconds, observe, spread
 
 OPS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/bench.py")))
 
 
-def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Check a case, and time what passed; prints as it goes."""
-    print(f"\n{case.label}")
-    runs = {"ours": case.ours, "definition": case.definition, **case.peers}
-    expected = case.definition()
-    result: dict[str, Any] = {"case": case.label, "missing": case.missing, "wrong": {}, "measured": {}}
-    for name in list(runs):
+def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[str, str]]:
+    """One watched call of every candidate that is right, and what is wrong with the others."""
+    passed = {"definition": observe(case.definition, device)}
+    wrong = {}
+    for name, run in {"ours": case.ours, **case.peers}.items():
         try:
-            fault = case.difference(runs[name](), expected)
+            if name != "ours":
+                run()  # it may compile
+            seen = observe(run, device)
+            fault = case.difference(seen.outputs, passed["definition"].outputs)
         except Exception as error:
             if name == "ours":
                 raise
-            fault = f"it failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if fault is not None:
-            result["wrong"][name] = fault
-            del runs[name]
-            print(f"  {name:<28} wrong: {fault}")
-    if "ours" not in runs:  # nothing is quoted on a red test
-        return result
-    memory = {name: extra_bytes(run, device) for name, run in runs.items()}
-    seconds = interleaved_seconds(runs, rounds, device)
+            fault = f"it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if fault is None:
+            passed[name] = seen
+        else:
+            wrong[name] = fault
+    return passed, wrong
+
+
+def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Check a case, and time what is right. Where ours is wrong nothing is timed."""
+    print(f"\n{case.label}", flush=True)
+    passed, wrong = check(case, device)
+    for name, fault in wrong.items():
+        print(f"  {name:<28} wrong: {fault}")
     floor = ceilings.seconds(case.bytes, case.flops)
+    result = {"case": case.label, "missing": case.missing, "wrong": wrong, "measured": {}, "roofline_seconds": floor}
+    if "ours" in passed:
+        runs = {"ours": case.ours, "definition": case.definition, **case.peers}
+        runs = {name: run for name, run in runs.items() if name in passed}
+        first = {name: passed[name].seconds for name in runs}
+        seconds = interleaved_seconds(runs, first, rounds, device)
+        held = {name: passed[name].extra_bytes for name in runs}
+        result["measured"] = {name: _row(seconds[name], seconds["ours"], held[name], floor) for name in runs}
+    _print_case(result)
+    print(
+        f"  {'roofline':<28}{floor * 1e3:>10.2f}  {case.bytes / 1e6:.1f} MB, {case.flops / 1e9:.2f} GFLOP", flush=True
+    )
+    return result | {"bytes": case.bytes, "flops": case.flops}
+
+
+def _row(seconds: list[float], ours: list[float], extra_bytes: int | None, floor: float) -> dict[str, Any]:
+    return {
+        "seconds": spread(seconds),
+        "times_ours": spread([a / b for a, b in zip(seconds, ours, strict=True)])[1],
+        "extra_bytes": extra_bytes,
+        "share_of_roofline": floor / spread(seconds)[1],
+    }
+
+
+def _print_case(result: dict[str, Any]) -> None:
     print(f"  {'':<28}{'ms':>10}  {'quartiles':<19}{'x ours':>8}{'extra MB':>10}{'of roofline':>13}")
-    for name in runs:
-        low, middle, high = spread(seconds[name])
-        ratio = spread([a / b for a, b in zip(seconds[name], seconds["ours"], strict=True)])[1]
-        held = memory[name]
-        result["measured"][name] = {
-            "seconds": [low, middle, high],
-            "times_ours": ratio,
-            "extra_bytes": held,
-            "share_of_roofline": floor / middle,
-        }
-        span = f"{low * 1e3:.2f} to {high * 1e3:.2f}"
-        megabytes = "-" if held is None else f"{held / 1e6:.0f}"
-        print(f"  {name:<28}{middle * 1e3:>10.2f}  {span:<19}{ratio:>8.2f}{megabytes:>10}{floor / middle:>13.0%}")
-    for name, reason in case.missing.items():
+    for name, row in result["measured"].items():
+        low, middle, high = (1e3 * x for x in row["seconds"])
+        held = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
+        print(
+            f"  {name:<28}{middle:>10.2f}  {f'{low:.2f} to {high:.2f}':<19}{row['times_ours']:>8.2f}{held:>10}"
+            f"{row['share_of_roofline']:>13.0%}"
+        )
+    for name, reason in result["missing"].items():
         print(f"  {name:<28} not measured: {reason}")
-    print(f"  {'roofline':<28}{floor * 1e3:>10.2f}  {case.bytes / 1e6:.1f} MB, {case.flops / 1e9:.2f} GFLOP")
-    return result | {"roofline_seconds": floor, "bytes": case.bytes, "flops": case.flops}
 
 
-def main() -> int:
-    """Entry point of `python -m mtptrain.kernels.bench`."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m mtptrain.kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="*", help=f"which ops; all without it: {', '.join(OPS)}")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved measurements of each candidate (default 7)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := [op for op in options.op if op not in OPS]:
         parser.error(f"op={unknown[0]} does not exist; there are {', '.join(OPS)}")
     if options.rounds < 1:
@@ -79,6 +102,12 @@ def main() -> int:
         parser.error("--device=cuda needs a GPU that torch can see; use --device=cpu")
     if os.environ.get(INTERPRETER) == "1":
         parser.error(f"{INTERPRETER}=1 times an interpreter; leave it out")
+    return options
+
+
+def main() -> int:
+    """Entry point of `python -m mtptrain.kernels.bench`."""
+    options = parse()
     torch.set_num_threads(1)  # what `measure` counts on
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .measure import interleaved_seconds
+from .measure import interleaved_seconds, observe
 
 
 class Ceilings(NamedTuple):
@@ -29,5 +29,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.zeros(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     runs = {"product": lambda: torch.mm(left, right, out=out), "copy": lambda: target.copy_(source)}
-    best = {name: min(seconds) for name, seconds in interleaved_seconds(runs, 5, device).items()}
+    first = {name: observe(run, device).seconds for name, run in runs.items()}
+    best = {name: min(seconds) for name, seconds in interleaved_seconds(runs, first, 5, device).items()}
     return Ceilings(2 * size**3 / best["product"], 2 * source.numel() / best["copy"])

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +25,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _clock(device: torch.device) -> Callable[[], float]:
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
 def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    clock = _clock(device)
     _wait(device)
     begun = clock()
     for _ in range(count):
@@ -35,12 +39,37 @@ def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
     return (clock() - begun) / count
 
 
+class Observed(NamedTuple):
+    """One call, watched."""
+
+    outputs: Any
+    seconds: float
+    extra_bytes: int | None  # most memory held beyond what was there before, outputs included; None: nobody can tell
+
+
+def observe(run: Callable[[], Any], device: torch.device) -> Observed:
+    """Call once."""
+    gc.collect()
+    clock = _clock(device)
+    outputs: list[Any] = []
+    begun = clock()
+    held = _extra_bytes(lambda: outputs.append(run()), device)
+    return Observed(outputs[0], clock() - begun, held)
+
+
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    runs: Mapping[str, Callable[[], Any]], first: Mapping[str, float], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round; in a round all run once, each time in another order."""
+    """Seconds of every call in every round; in a round all run once, each time in another order.
+
+    Args:
+        runs: what to call.
+        first: seconds that one call took; short ones are repeated.
+        rounds: measurements of each.
+        device: where they run.
+    """
     names = list(runs)
-    counts = {name: 1 + int(SHORTEST_SECONDS / max(_seconds(runs[name], 1, device), 1e-6)) for name in names}
+    counts = {name: 1 + int(SHORTEST_SECONDS / max(first[name], 1e-6)) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         start = number % len(names)
@@ -57,22 +86,22 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory that a call held beyond what was there before, its outputs included; None where nobody can tell."""
-    gc.collect()
+def _extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
+        _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = _status_bytes("VmRSS")
         (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the peak starts again: man 5 proc
-        run()
-        return max(_status_bytes("VmHWM") - before, 0)
     except OSError:
+        run()
         return None
+    run()
+    return max(_status_bytes("VmHWM") - before, 0)
 
 
 def _status_bytes(name: str) -> int:
