@@ -1,4 +1,4 @@
-"""`linear_loss` beside the full-logits definition, torch.compile of it, and Liger.
+"""`linear_loss` beside the full-logits definition, torch.compile of it, Liger and speculators.
 
 K draft steps, T tokens, D model width, V vocabulary.
 """
@@ -51,6 +51,10 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
 
     products = (0 if divergence is Divergence.ce else 1) + 2 * K
     peers, missing = _liger(divergence, student_KTD, teacher_TD, weight_VD, target_T)
+    if divergence is Divergence.kl and find_spec("speculators") is not None:
+        peers["speculators"] = _speculators(student_KTD, teacher_TD, weight_VD)
+    else:
+        missing["speculators"] = "not installed" if divergence is Divergence.kl else "its CE takes a teacher's logits"
     peers["torch.compile of definition"] = with_gradient(torch.compile(linear_loss_reference, dynamic=False))
     element = student_KTD.element_size()
     return Case(
@@ -64,6 +68,21 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
         rtol=1e-4 if dtype is torch.float32 else 2 * 2**-8,
         atol=1e-4 if dtype is torch.float32 else 2**-6,
     )
+
+
+def _speculators(student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor) -> Callable[[], Outputs]:
+    """Its forward KL of whole logits, once a step: fused on a GPU, eager elsewhere."""
+    if student_KTD.is_cuda:
+        from speculators.losses.fused import fused_kl_div_loss as kl_loss
+    else:
+        from speculators.losses.eager import kl_div_loss as kl_loss
+
+    def run() -> Outputs:
+        teacher_1TV = (teacher_TD @ weight_VD.T)[None]
+        loss_KT = torch.cat([kl_loss((student_TD @ weight_VD.T)[None], teacher_1TV) for student_TD in student_KTD])
+        return torch.autograd.grad(loss_KT.sum(), student_KTD)[0], loss_KT.detach()
+
+    return run
 
 
 def _liger(

@@ -1,0 +1,45 @@
+import torch
+
+from mtptrain.kernels.bench.__main__ import run_case
+from mtptrain.kernels.bench.case import Case
+from mtptrain.kernels.bench.ceilings import Ceilings
+from mtptrain.kernels.linear_loss import Divergence
+from mtptrain.kernels.linear_loss.bench import _case as linear_loss_case
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(flops_per_second=1e12, bytes_per_second=1e10)
+
+
+def test_what_is_wrong_is_named_and_not_timed() -> None:
+    values, places = torch.linspace(0, 1, 9), torch.arange(9)
+    case = Case(
+        label="nine values",
+        ours=lambda: (values, places),
+        definition=lambda: (values, places),
+        peers={
+            "partial": lambda: (values,),
+            "off": lambda: (values + 1e-3, places),
+            "shifted": lambda: (values, places + 1),
+            "broken": lambda: (values[10],),
+        },
+        bytes=36,
+    )
+    result = run_case(case, CEILINGS, CPU, rounds=2)
+    assert list(result["measured"]) == ["ours", "definition", "partial"]
+    assert list(result["wrong"]) == ["off", "shifted", "broken"]
+    assert "IndexError" in result["wrong"]["broken"]
+
+
+def test_nothing_is_timed_where_ours_is_wrong() -> None:
+    case = Case(label="", ours=lambda: (torch.ones(2),), definition=lambda: (torch.zeros(2),), bytes=8)
+    result = run_case(case, CEILINGS, CPU, rounds=1)
+    assert list(result["wrong"]) == ["ours"]
+    assert result["measured"] == {}
+
+
+def test_the_vocabulary_loss_and_its_peers_agree() -> None:
+    case = linear_loss_case(CPU, Divergence.kl, 2, 33, 16, 500)
+    expected = case.definition()
+    del case.peers["torch.compile of definition"]  # compiles for a minute
+    assert {name: case.difference(run(), expected) for name, run in case.peers.items()} == dict.fromkeys(case.peers)
+    assert case.difference(case.ours(), expected) is None
