@@ -35,7 +35,9 @@ from .expand_kernel import KERNELS, OPTIONS, row_blocks
 from .forward_kernel import hyper_connection_map_kernel, hyper_connection_project_kernel
 from .reference import Connection
 
-BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128  # of the matrix products; not measured on a GPU
+BLOCK_TOKENS = 16  # of the matrix products, as the channels below; not measured on a GPU
+BLOCK_CHANNELS = 128
+PROJECT_CHANNELS, PROJECT_OPTIONS = 64, OPTIONS | {"num_warps": 8}  # with the others' sizes the projection spills
 # Products of float32 in parts of bfloat16:
 # about as exact as float32, and on every target (not in the interpreter).
 PRECISION = "ieee" if os.environ.get(INTERPRETER) == "1" else "bf16x6"
@@ -65,7 +67,15 @@ class _Connect(torch.autograd.Function):
         post, comb = new(*shape, num_streams), new(*shape, num_streams, num_streams)
         collapsed = streams_BSND.new_empty(*shape, width)
         hyper_connection_project_kernel[(groups, parts)](
-            streams_BSND, fn_MX, sums, tokens, size, part_size, M=num_weights, **_blocks(num_weights, size)
+            streams_BSND,
+            fn_MX,
+            sums,
+            tokens,
+            size,
+            part_size,
+            M=num_weights,
+            **_blocks(num_weights, size, PROJECT_CHANNELS),
+            **PROJECT_OPTIONS,
         )
         results = (post, comb, collapsed, mix, inverse, steps)
         numbers = (tokens, width, parts, norm_eps, eps)
@@ -94,12 +104,23 @@ class _Connect(torch.autograd.Function):
         blocks = _blocks(num_weights, size)
         columns = triton.cdiv(size, blocks["BLOCK_X"])
         hyper_connection_streams_backward_kernel[(triton.cdiv(tokens, BLOCK_TOKENS), columns)](
-            streams, fn_MX, grad_sums, pre, pull, grads[2], grad_streams, tokens, width, N=num_streams, **blocks
+            streams,
+            fn_MX,
+            grad_sums,
+            pre,
+            pull,
+            grads[2],
+            grad_streams,
+            tokens,
+            width,
+            N=num_streams,
+            **blocks,
+            **OPTIONS,
         )
         if ctx.needs_input_grad[1]:
             grad_fn = torch.empty_like(fn_MX)
             hyper_connection_fn_backward_kernel[(columns,)](
-                streams, grad_sums, grad_fn, tokens, size, M=num_weights, **blocks
+                streams, grad_sums, grad_fn, tokens, size, M=num_weights, **blocks, **OPTIONS
             )
         sizes = [num_streams, num_streams, num_streams**2]
         grad_scale_3 = torch.stack([part.sum() for part in (grad_lin * mix).sum(0).split(sizes)])
@@ -123,15 +144,14 @@ def connect_triton(
 
 def _part_size(groups: int, size: int) -> int:
     """Channels of a part: few tokens share the streams' channels out among more programs."""
-    parts = min(triton.cdiv(256, groups), triton.cdiv(size, 4 * BLOCK_CHANNELS))
-    return triton.cdiv(triton.cdiv(size, parts), BLOCK_CHANNELS) * BLOCK_CHANNELS
+    parts = min(triton.cdiv(256, groups), triton.cdiv(size, 8 * PROJECT_CHANNELS))
+    return triton.cdiv(triton.cdiv(size, parts), PROJECT_CHANNELS) * PROJECT_CHANNELS
 
 
-def _blocks(num_weights: int, size: int) -> dict[str, Any]:
-    block_x = min(BLOCK_CHANNELS, max(16, triton.next_power_of_2(size)))
+def _blocks(num_weights: int, size: int, channels: int = BLOCK_CHANNELS) -> dict[str, Any]:
+    block_x = min(channels, max(16, triton.next_power_of_2(size)))
     block_m = max(16, triton.next_power_of_2(num_weights))
-    blocks = {"BLOCK_T": BLOCK_TOKENS, "BLOCK_M": block_m, "BLOCK_X": block_x, "PRECISION": PRECISION}
-    return blocks | OPTIONS
+    return {"BLOCK_T": BLOCK_TOKENS, "BLOCK_M": block_m, "BLOCK_X": block_x, "PRECISION": PRECISION}
 
 
 def launches() -> list[Launch]:
@@ -144,19 +164,17 @@ def launches() -> list[Launch]:
     wide = ["streams", "collapsed", "output", "new"]
     types |= {f"{grad}{name}_ptr": "*bf16:16" for name in wide for grad in ("", "grad_")}
 
-    def launch(kernel: Any) -> Launch:
-        fixed = {name: constants[name] for name in kernel.arg_names if name in constants}
+    def launch(kernel: Any, options: dict[str, Any] = OPTIONS, **others: Any) -> Launch:
+        fixed = {name: value for name, value in {**constants, **others}.items() if name in kernel.arg_names}
         arguments = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in fixed}
-        return Launch(kernel=kernel, label="", arguments=arguments, constants=fixed, options=OPTIONS)
+        return Launch(kernel=kernel, label="", arguments=arguments, constants=fixed, options=options)
 
-    return [
-        launch(kernel)
-        for kernel in (
-            hyper_connection_project_kernel,
-            hyper_connection_map_kernel,
-            hyper_connection_map_backward_kernel,
-            hyper_connection_streams_backward_kernel,
-            hyper_connection_fn_backward_kernel,
-            *KERNELS,
-        )
-    ]
+    others = (
+        hyper_connection_map_kernel,
+        hyper_connection_map_backward_kernel,
+        hyper_connection_streams_backward_kernel,
+        hyper_connection_fn_backward_kernel,
+        *KERNELS,
+    )
+    project = launch(hyper_connection_project_kernel, PROJECT_OPTIONS, BLOCK_X=PROJECT_CHANNELS)
+    return [project, *(launch(kernel) for kernel in others)]

@@ -96,7 +96,7 @@ def _forward(
         extra_stride,
         window,
         rate,
-        EXTRA=kind,
+        EXTRA=kind.value,
         CACHED=length_B is not None,
         **blocks,
         **OPTIONS,
@@ -128,7 +128,7 @@ def cached_attention_triton(
         sinks_H,
         length_B=cached.length_B,
         extra=cached.entries_BWC,
-        chosen_BSE=cached.chosen_BST,
+        chosen_BSE=None if cached.chosen_BST is None else cached.chosen_BST.contiguous(),
         window=window,
         rate=rate,
         scale=scale,
@@ -148,7 +148,7 @@ class _RolloutAttention(torch.autograd.Function):
         window: int,
         scale: float,
     ) -> Tensor:
-        context_BSC = context_BSC.contiguous()
+        context_BSC, start_BS = context_BSC.contiguous(), start_BS.contiguous()
         chain_BSLC = None if chain_BSLC is None else chain_BSLC.contiguous()
         out_BSHC, lse_BSH = _forward(
             query_BHSC, context_BSC, sinks_H, start_BS=start_BS, extra=chain_BSLC, window=window, scale=scale
@@ -170,7 +170,7 @@ class _RolloutAttention(torch.autograd.Function):
         if chain_BSLC is not None:
             num_chain = chain_BSLC.shape[2]
             grad_chain_BSGLC = lse_BSH.new_empty(batch, num_slots, groups, *chain_BSLC.shape[2:])
-        shared = {**blocks, **OPTIONS, "EXTRA": NONE if chain_BSLC is None else CHAIN}
+        shared = {**blocks, **OPTIONS, "EXTRA": (NONE if chain_BSLC is None else CHAIN).value}
         numbers = (ctx.scale, num_heads, num_slots, num_chain, *_strides(query_BHSC))
         sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
             query_BHSC, chain_BSLC, out_BSHC, lse_BSH, grad_out_BSHC, delta_BSH, grad_chain_BSGLC, *numbers, **shared
@@ -229,12 +229,12 @@ def launches() -> list[Launch]:
         return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=options)
 
     forward = sink_attention_forward_kernel
-    trained = {"EXTRA": CHAIN, "CACHED": False, "chosen_ptr": None, "length_ptr": None}
+    trained = {"EXTRA": CHAIN.value, "CACHED": False, "chosen_ptr": None, "length_ptr": None}
     return [
         launch(forward, "rollout", **trained),
-        launch(forward, "HCA", EXTRA=CLOSED, CACHED=True, chosen_ptr=None, start_ptr=None),
-        launch(forward, "CSA", EXTRA=CHOSEN, CACHED=True, start_ptr=None),
-        launch(sink_attention_chain_backward_kernel, "", EXTRA=CHAIN),
-        launch(sink_attention_query_backward_kernel, "", EXTRA=CHAIN),
+        launch(forward, "HCA", EXTRA=CLOSED.value, CACHED=True, chosen_ptr=None, start_ptr=None),
+        launch(forward, "CSA", EXTRA=CHOSEN.value, CACHED=True, start_ptr=None),
+        launch(sink_attention_chain_backward_kernel, "", EXTRA=CHAIN.value),
+        launch(sink_attention_query_backward_kernel, "", EXTRA=CHAIN.value),
         launch(sink_attention_key_backward_kernel, "", KEY_OPTIONS),
     ]

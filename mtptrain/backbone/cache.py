@@ -172,9 +172,7 @@ class BackboneCache:
         )
 
     def require_room(self, num_tokens: int) -> None:
-        """Raise ValueError where a row has no place for `num_tokens` more tokens; silent while a CUDA graph records."""
-        if self.length_B.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
+        """Raise ValueError where a row has no place for `num_tokens` more tokens."""
         longest = int(self.length_B.max())
         if longest + num_tokens > self.max_length:
             raise ValueError(

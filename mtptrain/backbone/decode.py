@@ -47,7 +47,13 @@ def decode_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: T
     if batch != cache.length_B.shape[0] or num_tokens < 1:
         raise ValueError(f"tokens must be [{cache.length_B.shape[0]}, S >= 1], got {tuple(tokens_BS.shape)}")
     cache.require_room(num_tokens)
-    backbone = model.model
+    return run_step(model, cache, tokens_BS)
+
+
+@torch.no_grad()
+def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """`decode_step` without its checks: it never waits for the device, so that a CUDA graph can hold it."""
+    num_tokens, backbone = tokens_BS.shape[1], model.model
     embedded_BSD = backbone.embed_tokens(tokens_BS)
     plan = plan_step(cache, num_tokens, embedded_BSD.dtype)
     streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()

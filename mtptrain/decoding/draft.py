@@ -17,6 +17,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import SlidingRing
 from mtptrain.backbone.decode import PrefilledPart
+from mtptrain.decoding.captured import Captured
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
@@ -108,6 +109,7 @@ class Drafter:
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Drafts`."""
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
+        self.captured = Captured(self.propose, self.model)
         weight, config = self.model.lm_head.weight, self.model.config
         batch, depth = len(texts.lengths), self.stack.depth
         # Anchors lie at most K + depth behind the newest one and drafts K ahead of it.
@@ -135,13 +137,36 @@ class Drafter:
 
     def draft(self, u_BK: Tensor | None) -> Draft:
         """See `Drafts`."""
-        texts, policy = self.texts, self.policy
-        anchor_B1 = (texts.length_B - 2).unsqueeze(1)
-        num_anchors = texts.newest + self.num_base - 1
+        texts = self.texts
+        going_B = torch.tensor(texts.is_open, device=texts.length_B.device)
+        if self.captured.records:
+            draws = () if u_BK is None else (u_BK,)
+            recorded: Draft = self.captured(texts.length_B, going_B, *draws)
+            return recorded
+        draft = self.propose(texts.length_B, going_B, u_BK, texts.newest)
+        if self.policy.stop_below == 0:
+            return draft
+        longest = int(draft.drafted_B.max())
+        q_BKV = None if draft.q_BKV is None or longest == 0 else draft.q_BKV[:, :longest]
+        return Draft(draft.tokens_BK[:, :longest], q_BKV, draft.drafted_B)
+
+    def propose(
+        self, length_B: Tensor, going_B: Tensor, u_BK: Tensor | None = None, newest: int | None = None
+    ) -> Draft:
+        """The draft with all its K tokens.
+
+        Args:
+            length_B: int64, known tokens of each text.
+            going_B: bool, which rows draft.
+            u_BK: float64 draws, None for a greedy policy.
+            newest: most tokens that a row got in the last pass. None takes as many as there may be, for a CUDA graph:
+                then the shapes do not depend on it, and nothing waits for the device.
+        """
+        anchor_B1 = (length_B - 2).unsqueeze(1)
+        num_anchors = (self.draft_length + 1 if newest is None else newest) + self.num_base - 1
         anchor_BA = anchor_B1 - torch.arange(num_anchors - 1, -1, -1, device=anchor_B1.device)
         state = self._load(anchor_BA)
-        going_B = torch.tensor(texts.is_open, device=anchor_B1.device)
-        drafted_B = torch.zeros_like(texts.length_B)
+        drafted_B = torch.zeros_like(length_B)
         chosen: list[tuple[Tensor, Tensor | None]] = []
         for step in range(1, self.draft_length + 1):
             if step <= self.num_base:
@@ -149,17 +174,16 @@ class Drafter:
             else:
                 state = self._chain_step(step, anchor_B1, state[:, -1:])
             logits_BV = self.logits(step, state)
-            if policy.stop_below > 0:
-                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= policy.stop_below)
+            if self.policy.stop_below > 0:
+                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= self.policy.stop_below)
                 # Base steps run on: the keys of their anchors are needed later.
-                if step >= self.num_base and not bool(going_B.any()):
+                if newest is not None and step >= self.num_base and not bool(going_B.any()):
                     break
             token_B, q_BV = self._choose(logits_BV, None if u_BK is None else u_BK[:, step - 1])
-            texts.tokens_BT.scatter_(1, (texts.length_B + step - 1).unsqueeze(1), token_B.unsqueeze(1))
+            self.texts.tokens_BT.scatter_(1, (length_B + step - 1).unsqueeze(1), token_B.unsqueeze(1))
             drafted_B = drafted_B + going_B
             chosen.append((token_B, q_BV))
-        longest = len(chosen) if policy.stop_below == 0 else int(drafted_B.max())
-        return _gather(chosen[:longest], drafted_B)
+        return _gather(chosen, drafted_B)
 
     def logits(self, step: int, state_BAND: Tensor) -> Tensor:
         """Logits [B, V] of the last anchor's step."""

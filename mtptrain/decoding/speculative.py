@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
-from mtptrain.backbone.decode import decode_step, prefill
+from mtptrain.backbone.decode import prefill
+from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.clock import Clock
 from mtptrain.decoding.draft import Drafts
 from mtptrain.decoding.draws import Draws, row_seed
@@ -93,6 +94,7 @@ class _Run:
         if not policy.is_greedy:
             self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
         self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
+        self.pass_over = captured_verify(model, self.cache)
         self.nothing = Draft.nothing(torch.zeros_like(texts.length_B))
         if drafter is not None:
             drafter.start(texts, draft_length, policy)
@@ -120,8 +122,7 @@ class _Run:
         clock.lap("draft")
         first_B = texts.length_B - 1
         tokens_BL = torch.cat([texts.last_B1, draft.tokens_BK], dim=1)
-        streams_BLND, hidden_BLD = decode_step(self.model, self.cache, tokens_BL)
-        logits_BLV = self.model.lm_head(hidden_BLD)
+        streams_BLND, logits_BLV = self.pass_over(tokens_BL)
         clock.lap("verify")
         texts.emit(self._verify(draft, logits_BLV), None if self.drafter is None else draft)
         clock.lap("sample")

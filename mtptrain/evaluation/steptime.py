@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.backbone.decode import decode_step, prefill
+from mtptrain.backbone.decode import prefill
+from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.records import Limits
@@ -71,10 +72,10 @@ class StepBench:
     @torch.inference_mode()
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int) -> None:
         device = model.lm_head.weight.device
-        self.model = model
         self.texts = Texts(prompts, Limits(1), longest, device)
         self.texts.newest = ADVANCE
         self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
+        self.passes = {n: captured_verify(model, self.cache) for n in range(1, longest + 2)}
         # One drafter for each K: a drafter's rings are sized for its own.
         self.drafters = {k: Drafter(model, stack) for k in range(1, longest + 1)}
         for k, drafter in self.drafters.items():
@@ -88,8 +89,8 @@ class StepBench:
     def verify(self, num_tokens: int) -> list[list[int]]:
         """A backbone pass over n new tokens of every row; the tokens it chooses after each."""
         first = int(self.length_B[0])
-        _, hidden_BLD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, first : first + num_tokens])
-        chosen = self.model.lm_head(hidden_BLD).argmax(-1).tolist()
+        _, logits_BLV = self.passes[num_tokens](self.texts.tokens_BT[:, first : first + num_tokens])
+        chosen = logits_BLV.argmax(-1).tolist()
         self.cache.rewind(self.length_B)
         return chosen
 

@@ -1,0 +1,106 @@
+"""What a CUDA graph asks of a step, as far as it can be checked without a GPU: recording itself is not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.cache import BackboneCache
+from mtptrain.backbone.decode import decode_step
+from mtptrain.decoding.captured import captured_verify
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.policy import GREEDY, Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import allocate_cache, decode_speculative
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import Draft
+from tests.tiny import random_backbone, random_stack
+
+PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
+
+
+def without_values(work: Callable[[], object]) -> None:
+    """Run on tensors that have shapes and no values: whatever must know a value, and so wait for the device, fails."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        work()
+
+
+def bfloat16_model() -> DeepseekV4ForCausalLM:
+    """Without values, PyTorch knows its grouped products of experts in bfloat16 only, as on a GPU."""
+    model = random_backbone()
+    return torch.nn.Module.to(model, torch.bfloat16)
+
+
+def filled_cache(model: DeepseekV4ForCausalLM, max_step: int) -> BackboneCache:
+    """A cache that holds 23 positions of two rows."""
+    cache = allocate_cache(model, 2, 64, max_step)
+    tokens_BS = torch.randint(97, (2, 23), generator=torch.Generator().manual_seed(0))
+    decode_step(model, cache, tokens_BS)
+    return cache
+
+
+def test_a_verify_pass_waits_for_nothing() -> None:
+    model = bfloat16_model()
+    verify = captured_verify(model, filled_cache(model, 4))
+    without_values(lambda: verify(torch.zeros(2, 4, dtype=torch.int64)))
+
+
+def test_a_step_that_looks_at_a_value_is_caught() -> None:
+    model = bfloat16_model()
+    cache = filled_cache(model, 4)
+    with pytest.raises(DataDependentOutputException):  # it compares the lengths with the room
+        without_values(lambda: decode_step(model, cache, torch.zeros(2, 4, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(stop_below=0.3)])
+def test_a_draft_waits_for_nothing(depth: int, policy: Policy) -> None:
+    model = bfloat16_model()
+    drafter = Drafter(model, random_stack(model, depth).to(torch.bfloat16))
+    texts = Texts(PROMPTS, Limits(9), 3, torch.device("cpu"))
+    drafter.start(texts, 3, policy)
+    going_B = torch.ones(2, dtype=torch.bool)
+    draws = () if policy.is_greedy else (torch.rand(2, 3, dtype=torch.float64),)
+    without_values(lambda: drafter.propose(texts.length_B, going_B, *draws))
+
+
+class FullDrafter(Drafter):
+    """Drafts as it is recorded: over as many anchors as there may be."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        going_B = torch.tensor(self.texts.is_open)
+        return self.propose(self.texts.length_B, going_B, *(() if u_BK is None else (u_BK,)))
+
+
+@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.9), Policy(stop_below=0.2)])
+@pytest.mark.parametrize(("depth", "drafted"), [(1, 1), (1, 4), (3, 3)])
+def test_drafting_from_all_anchors_gives_the_same_text_in_the_same_passes(
+    depth: int, drafted: int, policy: Policy
+) -> None:
+    model = random_backbone()
+    stack, limits = random_stack(model, depth), Limits(14)
+    expected, found = (
+        decode_speculative(model, drafter, PROMPTS, drafted, limits, policy).rows
+        for drafter in (Drafter(model, stack), FullDrafter(model, stack))
+    )
+    assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
+
+
+def test_runs_that_only_warm_up_leave_no_trace() -> None:
+    model = random_backbone()
+    left, right = filled_cache(model, 4), filled_cache(model, 4)
+    tokens_BL = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4]])
+    disturbed, plain = captured_verify(model, left), captured_verify(model, right)
+    with torch.no_grad():
+        for _ in range(3):
+            for length in (4, 1, 4):
+                disturbed.warm_up(tokens_BL[:, :length] + 50)
+            found, expected = disturbed(tokens_BL), plain(tokens_BL)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+            assert torch.equal(left.length_B, right.length_B)
+            assert torch.equal(left.written_B, right.written_B)
+            for cache in (left, right):
+                cache.rewind(cache.length_B - torch.tensor([3, 1]))
