@@ -116,7 +116,7 @@ def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
     faults: list[str] = []
     notes: list[str] = []
     print("registers / shared bytes / spilled bytes a thread\n")
-    print(f"{'kernel':<44}" + "".join(f"{target:>18}" for target in TARGETS))
+    print(f"{'kernel':<50}" + "".join(f"{target:>18}" for target in TARGETS))
     for op, number in dict.fromkeys(job[:2] for job in found):
         launch = launches(op)[number]
         name = f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}"
@@ -130,7 +130,7 @@ def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
             cells.append(" / ".join(map(str, usage)))
             if usage.spill_bytes:
                 (notes if launch.spill else faults).append(f"{name}, {target}: spills; {launch.spill or 'no reason'}")
-        print(f"{name:<44}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{name:<50}" + "".join(f"{cell:>18}" for cell in cells))
     print("\n".join(["", *notes]))
     return faults
 

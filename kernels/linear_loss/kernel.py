@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtptrain.kernels.launch import MODELS, Launch
-from mtptrain.kernels.linear_loss.chunked import matmul
-from mtptrain.kernels.linear_loss.divergence import Divergence
-from mtptrain.kernels.linear_loss.reference import HYBRID_ETA
+from ..launch import MODELS, Launch
+from .chunked import matmul
+from .divergence import Divergence
+from .reference import HYBRID_ETA
 
 CHUNK_ROWS = 1024  # at V = 129,280 two buffers of 530 MB and one of 265; not measured on a GPU
 BLOCK = 2048  # entries of a row at once; not measured on a GPU
