@@ -5,8 +5,16 @@ import sys
 import pytest
 import torch
 
-from mtptrain.kernels.acceptance import Stream, uniforms
+from mtptrain.kernels.acceptance import (
+    Stream,
+    Verification,
+    policy_probabilities,
+    sample_tokens,
+    uniforms,
+    verify_draft,
+)
 from mtptrain.kernels.dispatch import Kernels, requested, use_triton
+from mtptrain.kernels.linear_loss import Divergence, linear_loss
 from tests.command import Refused
 
 ROW_B = torch.arange(3)
@@ -34,6 +42,22 @@ def test_triton_on_a_cpu_means_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MTPTRAIN_KERNELS", "reference")
     assert not use_triton("op", ROW_B)
     assert torch.equal(uniforms(ROW_B, ROW_B, Stream.draft, 2), interpreted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted where a GPU is")
+def test_ops_give_the_same_whichever_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows_KTD, weight_VD = torch.randn(2, 3, 8, generator=generator), torch.randn(17, 8, generator=generator)
+    u_BL = uniforms(ROW_B, ROW_B, Stream.verify, 2)
+    found = {}
+    for choice in Kernels:
+        monkeypatch.setenv("MTPTRAIN_KERNELS", choice)
+        losses = linear_loss(rows_KTD, rows_KTD[0], weight_VD, ROW_B, divergence=Divergence.tv)
+        p_BLV = policy_probabilities(torch.randn(3, 2, 17, generator=torch.Generator().manual_seed(1)), 0.8, 9, 0.9)
+        drawn_B = sample_tokens(p_BLV[:, 0], u_BL[:, 0])
+        verified = verify_draft(drawn_B[:, None], p_BLV[:, 1:], p_BLV, u_BL, Verification.block)
+        found[choice] = (*losses, p_BLV, drawn_B, *verified)
+    torch.testing.assert_close(*found.values())
 
 
 def test_a_path_slower_than_asked_for_is_logged_once_with_its_reason(
