@@ -34,7 +34,15 @@ from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
 from mtptrain.recipes.evaluate import evaluate_heads, replay_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, open_encoder, piece_length, stock_head
+from mtptrain.recipes.inputs import (
+    can_decode,
+    heldout_corpus,
+    open_backbone,
+    open_encoder,
+    piece_length,
+    stock_head,
+)
+from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces
 from mtptrain.run_folder import RunFolder
@@ -44,8 +52,8 @@ from mtptrain.wandb_mirror import WandbMirror
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
 
 
-def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
-    """Packed training batches in the backbone's tokens."""
+def training_batches(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> BatchSource:
+    """Packed training batches in the backbone's tokens; `stack` drafts them where the backbone has to write them."""
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
         manifest = read_manifest(Path(str(data.path)))
@@ -53,7 +61,11 @@ def training_batches(config: RunConfig, backbone: Backbone) -> BatchSource:
         check_shards(manifest)
         dtype = backbone.model.lm_head.weight.dtype
         return StreamBatches(manifest, data.sequence_length, size, config.seed, dtype)
-    encoder, longest = open_encoder(config, backbone), piece_length(config, backbone.config)
+    longest = piece_length(config, backbone.config)
+    if data.source is DataSource.on_policy:
+        own = on_policy_corpus(config, run_folder, backbone, stack)
+        return PackedBatches(own, data.sequence_length, size, config.seed, longest)
+    encoder = open_encoder(config, backbone)
     if data.is_streamed:
         shape = RowShape(data.sequence_length, longest)
         plan = FeedPlan(data.sources(), data.weights(), encoder, shape, size, config.seed)
@@ -99,11 +111,6 @@ def make_probe(config: RunConfig, run_folder: RunFolder, backbone: Backbone, sta
     return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{longest}")
 
 
-def can_decode(config: RunConfig, backbone: Backbone) -> bool:
-    """Whether this process holds every layer of the backbone."""
-    return len(backbone.model.model.layers) > 0 and config.backbone.placement not in SHARED_PLACEMENTS
-
-
 def make_trainer(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack, start: dict[str, Any]
 ) -> Trainer:
@@ -124,7 +131,7 @@ def make_trainer(
     stored = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, stored)
-    batches = training_batches(config, backbone)
+    batches = training_batches(config, run_folder, backbone, stack)
     folder = run_folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and can_decode(config, backbone)
     probe = make_probe(config, run_folder, backbone, stack) if is_probed else None

@@ -8,7 +8,7 @@ from transformers import DeepseekV4Config
 
 from mtptrain.backbone.load import Backbone, load_backbone
 from mtptrain.checkpoint import Checkpoint
-from mtptrain.config import RunConfig
+from mtptrain.config import SHARED_PLACEMENTS, RunConfig
 from mtptrain.data.chat import ChatTemplate, open_chat_template
 from mtptrain.data.encoder import Encoder
 from mtptrain.data.splits import heldout_documents
@@ -33,13 +33,23 @@ def open_backbone(config: RunConfig, has_layers: bool = True) -> Backbone:
     return backbone
 
 
+def can_decode(config: RunConfig, backbone: Backbone) -> bool:
+    """Whether this process holds every layer of the backbone."""
+    return len(backbone.model.model.layers) > 0 and config.backbone.placement not in SHARED_PLACEMENTS
+
+
 def check_window(config: RunConfig, backbone: Backbone) -> None:
     """A draft must fit in the sliding window."""
-    window, longest = backbone.config.sliding_window, max(config.mtp.num_steps, config.decoding.draft_length)
+    window = backbone.config.sliding_window
+    lengths = {
+        "mtp.steps": config.mtp.num_steps,
+        "decoding.draft_length": config.decoding.draft_length,
+        "on_policy.draft_length": config.on_policy.draft_length,
+    }
+    name, longest = max(lengths.items(), key=lambda item: item[1])
     if longest >= window:
         raise UserError(
-            f"mtp.steps={config.mtp.num_steps}, decoding.draft_length={config.decoding.draft_length}: a draft must be "
-            f"shorter than the backbone's sliding window of {window} tokens"
+            f"{name}={longest}: a draft must be shorter than the backbone's sliding window of {window} tokens"
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import HELDOUT, RunConfig
-from mtptrain.data.prompts import Opening, Prompt, encode_question, heldout_prompts
-from mtptrain.data.questions import read_questions, spread_questions
+from mtptrain.data.prompts import Opening, Prompt, encode_question, slice_prompts
+from mtptrain.data.questions import QuestionSource, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import decoding_policy
 from mtptrain.decoding.records import Limits
@@ -83,6 +84,31 @@ def _check_room(where: str, tokens: list[int], room: int) -> None:
         )
 
 
+def slice_openings(
+    corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
+) -> tuple[list[Opening], Source]:
+    """Prompts cut from a corpus, see `slice_prompts`, and where they came from."""
+    prompts = slice_prompts(corpus, count, length, name, section)
+    digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
+    rows = int((np.diff(corpus.offsets) // length).sum())
+    return [Opening(prompt) for prompt in prompts], Source(name, digest, rows, count)
+
+
+def question_openings(
+    config: RunConfig, backbone: Backbone, found: list[QuestionSource], count: int
+) -> tuple[list[tuple[str, Opening]], list[Source]]:
+    """At most `count` of the questions as prompts, evenly spread, each with its file and line, and their sources."""
+    chat = open_chat(config, backbone)
+    openings: list[tuple[str, Opening]] = []
+    sources = []
+    for source, questions in zip(found, spread_questions(found, count), strict=True):
+        for question in questions:
+            opening = encode_question(question, len(openings), backbone.tokenizer, backbone.marks[0], chat)
+            openings.append((question.where, opening))
+        sources.append(Source(source.name, source.sha256, len(source.questions), len(questions)))
+    return openings, sources
+
+
 def open_prompts(
     config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, count: int
 ) -> tuple[list[Opening], list[Source]]:
@@ -93,23 +119,13 @@ def open_prompts(
     """
     room = prompt_room(config, backbone)
     if config.prompts == [HELDOUT]:
-        prompts = heldout_prompts(corpus, count, config.evaluation.prompt_tokens)
-        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", prompts[0].tokens, room)
-        digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
-        rows = int((np.diff(corpus.offsets) // config.evaluation.prompt_tokens).sum())
-        return [Opening(prompt) for prompt in prompts], [Source(HELDOUT, digest, rows, count)]
-    chat = open_chat(config, backbone)
-    found = read_questions(config.prompts)
-    openings: list[Opening] = []
-    sources = []
-    for source, questions in zip(found, spread_questions(found, count), strict=True):
-        for question in questions:
-            group = len(openings)
-            opening = encode_question(question, group, backbone.tokenizer, backbone.marks[0], chat)
-            _check_room(question.where, opening.prompt.tokens, room)
-            openings.append(opening)
-        sources.append(Source(source.name, source.sha256, len(source.questions), len(questions)))
-    return openings, sources
+        openings, source = slice_openings(corpus, count, config.evaluation.prompt_tokens)
+        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", openings[0].prompt.tokens, room)
+        return openings, [source]
+    named, sources = question_openings(config, backbone, read_questions(config.prompts), count)
+    for where, opening in named:
+        _check_room(where, opening.prompt.tokens, room)
+    return [opening for _, opening in named], sources
 
 
 def _header(config: RunConfig, backbone: Backbone, sources: list[Source], dropped: int) -> TraceHeader:
@@ -150,6 +166,16 @@ def check_prompts(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus
         decoding_limits(config, backbone)
 
 
+def answer_text(backbone: Backbone, stop: frozenset[int]) -> Callable[[list[int]], str]:
+    """Reads emitted tokens as what was said in a conversation: without marks, and without the token that ended it."""
+
+    def answer(tokens: list[int]) -> str:
+        said = tokens[:-1] if tokens[-1] in stop else tokens
+        return backbone.tokenizer.decode(said, skip_special_tokens=True)
+
+    return answer
+
+
 def gather_traces(
     config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, count: int
 ) -> TraceSet:
@@ -160,18 +186,14 @@ def gather_traces(
         return traces
     openings, sources = open_prompts(config, backbone, corpus, count)
     policy, limits = decoding_policy(config.decoding), decoding_limits(config, backbone)
-    stops, tokenizer = limits.stop, backbone.tokenizer
-
-    def answer(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens, skip_special_tokens=True)
-
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
     run_folder.say(f"continuing {len(openings)} prompts with the backbone ({used})")
 
     def record(prompts: list[Prompt]) -> list[Trace]:
         return record_traces(backbone.model, prompts, limits, policy, config.seed)
 
-    held = hold_conversations(openings, open_chat(config, backbone), record, answer, prompt_room(config, backbone))
+    answer, room = answer_text(backbone, limits.stop), prompt_room(config, backbone)
+    held = hold_conversations(openings, open_chat(config, backbone), record, answer, room)
     if held.dropped:
         run_folder.say(f"{held.dropped} later turns were not asked: the conversation had outgrown the context")
     return TraceSet(_header(config, backbone, sources, held.dropped), held.traces)

@@ -23,7 +23,7 @@ from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, DataConfig
 from mtptrain.data.encoder import Encoder
-from mtptrain.data.prompts import heldout_prompts
+from mtptrain.data.prompts import slice_prompts
 from mtptrain.data.splits import heldout_documents
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.decoding.draft import Drafter
@@ -73,7 +73,7 @@ def main() -> None:
     stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
     documents = heldout_documents(DataConfig())
     corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.marks), cache_folder(None))
-    prompts = heldout_prompts(corpus, count, 96)
+    prompts = slice_prompts(corpus, count, 96)
     limits = Limits(NEW_TOKENS, frozenset(backbone.marks[1]))
     traces = record_traces(model, prompts, limits, GREEDY, 0)
     rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,17 @@ def start_process(
         text=True,
         preexec_fn=before,
     )
+
+
+def kill_when(process: "subprocess.Popen[str]", is_due: Callable[[], object]) -> None:
+    """Kill a command, with no chance to tidy up, as soon as something is true; it must not have ended before."""
+    deadline = time.monotonic() + 120
+    while not is_due():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
 
 
 def run_process(

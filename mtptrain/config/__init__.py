@@ -34,9 +34,10 @@ from mtptrain.config.collect import CollectConfig
 from mtptrain.config.data import DataConfig, MixtureConfig
 from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.on_policy import OnPolicyConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
-from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, require
+from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
@@ -47,6 +48,7 @@ __all__ = [
     "ONE_DTYPE",
     "SHARED_PLACEMENTS",
     "SPREAD_PLACEMENTS",
+    "TRAINING",
     "BackboneConfig",
     "CacheFormat",
     "CollectConfig",
@@ -67,6 +69,7 @@ __all__ = [
     "MixtureConfig",
     "MtpConfig",
     "MtpMode",
+    "OnPolicyConfig",
     "OptimizerName",
     "Placement",
     "PlanConfig",

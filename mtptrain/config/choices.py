@@ -127,11 +127,16 @@ class OptimizerName(Enum):
 
 
 class DataSource(Enum):
-    """Where documents come from; `streams` are those of a cache that `+recipe=collect` made, with their streams."""
+    """Where documents come from.
+
+    `streams`: a cache that `+recipe=collect` made, with the backbone's streams. `on_policy`: the backbone's own
+    continuations of prompts.
+    """
 
     stdlib = "stdlib"
     text = "text"
     streams = "streams"
+    on_policy = "on_policy"
 
 
 class StreamFormat(Enum):

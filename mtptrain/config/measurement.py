@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from mtptrain.config.choices import DraftChoice, VerificationChoice
-from mtptrain.config.rules import MAX_DRAFT_LENGTH, require
+from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_policy, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,10 +27,7 @@ class DecodingConfig:
         length = self.draft_length
         require(1 <= length <= MAX_DRAFT_LENGTH, "decoding.draft_length", length, "must lie between 1 and 8")
         require(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "must be at least 1")
-        heat, most = self.temperature, self.top_k
-        require(math.isfinite(heat) and heat >= 0, "decoding.temperature", heat, "must be 0 (greedy) or above")
-        require(most is None or most >= 1, "decoding.top_k", most, "must be at least 1, or null to keep all tokens")
-        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "must lie in (0, 1]; 1 keeps all tokens")
+        check_policy("decoding", self.temperature, self.top_k, self.top_p)
         is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
         require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")
         require(0 <= self.stop_below <= 1, "decoding.stop_below", self.stop_below, "must lie in [0, 1]; 0 = never stop")

@@ -23,9 +23,10 @@ from mtptrain.config.collect import CollectConfig
 from mtptrain.config.data import DataConfig
 from mtptrain.config.export import ExportConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.on_policy import OnPolicyConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
-from mtptrain.config.rules import HELDOUT, require
+from mtptrain.config.rules import HELDOUT, prompt_names, require
 from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
@@ -57,6 +58,7 @@ class RunConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -102,6 +104,7 @@ class RunConfig:
         self._check_engine()
         self._check_prompts()
         self._check_streams()
+        self._check_on_policy()
         require(
             self.resume == "never" or self.output_dir is not None,
             "resume",
@@ -111,16 +114,9 @@ class RunConfig:
 
     def _check_prompts(self) -> None:
         """Make `prompts` a list of names, and refuse what says twice what is measured."""
-        names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
-        is_list = isinstance(names, list) and bool(names) and all(isinstance(one, str) and one for one in names)
-        require(is_list, "prompts", self.prompts, "must be heldout, or a file, folder or data set, or a list of them")
-        self.prompts = names
-        is_default = names == [HELDOUT]
+        names = self.prompts = prompt_names("prompts", self.prompts, HELDOUT)
         require(
-            is_default or HELDOUT not in names, "prompts", names, "heldout stands alone; evaluate it in its own run"
-        )
-        require(
-            is_default or self.evaluation.traces is None,
+            names == [HELDOUT] or self.evaluation.traces is None,
             "prompts",
             names,
             "evaluation.traces brings its own prompts; leave one of them out",
@@ -154,6 +150,20 @@ class RunConfig:
             "backbone",
             "copies a layer of the backbone, and data=streams loads none; use mtp.init=stock or fresh",
         )
+
+    def _check_on_policy(self) -> None:
+        """The rules of training on the backbone's own texts."""
+        if self.data.source is not DataSource.on_policy:
+            return
+        require(
+            self.task not in (Task.collect, Task.backbone),
+            "data",
+            "on_policy",
+            f"is made of a backbone's texts by training, and task={self.task.value} reads a text; set data=stdlib or "
+            "text",
+        )
+        measured = sorted(set(self.on_policy.prompts).intersection(self.prompts))
+        require(not measured, "on_policy.prompts", measured, "are the prompts that heads are measured on; name others")
 
     def _check_engine(self) -> None:
         """The rules between engine, precision, optimiser and offloading."""

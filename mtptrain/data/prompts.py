@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
+from mtptrain.config import HELDOUT
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.messages import Message
 from mtptrain.data.questions import Question
@@ -44,8 +45,17 @@ class Opening:
     turns: list[str] = field(default_factory=list)
 
 
-def heldout_prompts(corpus: TokenizedCorpus, count: int, length: int) -> list[Prompt]:
+def slice_prompts(
+    corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
+) -> list[Prompt]:
     """Prompts of `length` tokens, spread evenly over a corpus; none crosses a document's end.
+
+    Args:
+        corpus: the documents.
+        count: of prompts.
+        length: tokens of each.
+        name: of the corpus, their domain.
+        section: of the settings that say count and length, for the error.
 
     Raises:
         UserError: the corpus holds fewer.
@@ -55,12 +65,12 @@ def heldout_prompts(corpus: TokenizedCorpus, count: int, length: int) -> list[Pr
         starts.extend(range(begin, end - length + 1, length))
     if len(starts) < count:
         raise UserError(
-            f"evaluation.num_prompts={count}: the held-out text has {len(starts)} prompts of "
-            f"evaluation.prompt_tokens={length}; lower one of them"
+            f"{section}.num_prompts={count}: the {name} text has {len(starts)} prompts of "
+            f"{section}.prompt_tokens={length}; lower one of them"
         )
     chosen = np.linspace(0, len(starts) - 1, count).round().astype(int)
     tokens = (corpus.tokens[starts[i] : starts[i] + length].tolist() for i in chosen)
-    return [Prompt(ids, "heldout", number) for number, ids in enumerate(tokens)]
+    return [Prompt(ids, name, number) for number, ids in enumerate(tokens)]
 
 
 def encode_question(

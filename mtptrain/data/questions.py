@@ -54,8 +54,13 @@ class QuestionSource:
     questions: list[Question]
 
 
-def read_questions(names: list[str]) -> list[QuestionSource]:
-    """Every source that `prompts` means; a folder is one a file.
+def read_questions(names: list[str], setting: str = "prompts", split: str | None = None) -> list[QuestionSource]:
+    """Every source that a setting means; a folder is one a file.
+
+    Args:
+        names: of files, folders and data sets.
+        setting: where they stand, for the error.
+        split: of a data set; None takes `test` where it has one, else its first.
 
     Raises:
         UserError: one cannot be read, or a row is no question.
@@ -64,9 +69,10 @@ def read_questions(names: list[str]) -> list[QuestionSource]:
     for name in names:
         path = Path(name)
         if path.exists() or path.suffix in SUFFIXES:
-            sources += [_read_file(file) for file in local_files(f"prompts={name}", path, SUFFIXES)]
+            files = local_files(f"{setting}={name}", path, SUFFIXES)
+            sources += [_read_file(file, f"{setting}={file}") for file in files]
         else:
-            sources.append(read_dataset(name))
+            sources.append(read_dataset(name, setting, split))
     return sources
 
 
@@ -88,8 +94,7 @@ def even_shares(sizes: list[int], count: int) -> list[int]:
     return shares
 
 
-def _read_file(path: Path) -> QuestionSource:
-    setting = f"prompts={path}"
+def _read_file(path: Path, setting: str) -> QuestionSource:
     check_readable(setting, path)
     if path.suffix == ".jsonl":
         rows = json_lines(setting, path)
@@ -98,10 +103,10 @@ def _read_file(path: Path) -> QuestionSource:
     return QuestionSource(str(path), sha256_file(path), _questions(setting, path.stem, rows))
 
 
-def read_dataset(name: str) -> QuestionSource:
-    """A data set of `datasets.load_dataset`: its split `test` where it has one, else its first."""
-    setting = f"prompts={name}"
-    rows = list(load_rows(setting, name))
+def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> QuestionSource:
+    """A data set of `datasets.load_dataset`; see `read_questions`."""
+    setting = f"{setting}={name}"
+    rows = list(load_rows(setting, name, **({} if split is None else {"split": split})))
     lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
     sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
     return QuestionSource(name, sha256, _questions(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))

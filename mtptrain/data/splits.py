@@ -11,9 +11,14 @@ from mtptrain.data.stream_manifest import read_manifest
 from mtptrain.data.text import text_documents
 
 
+def _is_text(config: DataConfig) -> bool:
+    """Whether the documents are the user's own text and not the standard library's."""
+    return config.source is DataSource.text or (config.source is DataSource.on_policy and config.path is not None)
+
+
 def training_documents(config: DataConfig) -> list[Document]:
-    """Documents to train on."""
-    if config.source is DataSource.text:
+    """Documents to train on; of `on_policy`, those that prompts are cut from."""
+    if _is_text(config):
         return text_documents(config, Split.train)
     library = stdlib_documents(Split.train, config.heldout_every)
     if not config.packages:
@@ -30,6 +35,6 @@ def heldout_documents(config: DataConfig) -> list[Document]:
         return [document for part in config.sources().values() for document in heldout_documents(part)]
     if config.source is DataSource.streams:
         return heldout_documents(read_manifest(Path(str(config.path))).text_config())
-    if config.source is DataSource.text:
+    if _is_text(config):
         return text_documents(config, Split.heldout)
     return stdlib_documents(Split.heldout, config.heldout_every)

@@ -111,13 +111,13 @@ def write_trace_set(path: Path, traces: TraceSet) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_trace_set(path: Path) -> TraceSet:
-    """The traces that `write_trace_set` wrote.
+def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
+    """The traces that `write_trace_set` wrote; `setting` named the file.
 
     Raises:
         UserError: it cannot be read, is of another schema, or is damaged.
     """
-    setting = f"evaluation.traces={path}"
+    setting = f"{setting}={path}"
     check_readable(setting, path)
     lines = [row for _, row in json_lines(setting, path)]
     first = lines[0] if lines else {}

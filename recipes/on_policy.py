@@ -1,0 +1,233 @@
+"""`data=on_policy`: texts that the backbone writes itself, made once and trained on by every run that means the same.
+
+python -m mtptrain +recipe=distill_on_policy
+python -m mtptrain +recipe=distill data=on_policy on_policy.prompts=questions.jsonl on_policy.path=texts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtptrain.backbone.load import Backbone
+from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, RunConfig
+from mtptrain.data.chat import ChatTemplate
+from mtptrain.data.prompts import Opening, Prompt
+from mtptrain.data.questions import read_questions
+from mtptrain.data.splits import training_documents
+from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draws import row_seed
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
+from mtptrain.errors import UserError
+from mtptrain.evaluation.conversation import hold_conversations
+from mtptrain.evaluation.trace import Trace
+from mtptrain.evaluation.trace_folder import (
+    TextIdentity,
+    TextMaking,
+    begin_folder,
+    has_batch,
+    outcome,
+    read_manifest,
+    write_batch,
+    write_manifest,
+)
+from mtptrain.evaluation.trace_set import Source, TraceHeader, TraceSet
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.progress import Progress
+from mtptrain.recipes.inputs import can_decode, open_chat, open_encoder
+from mtptrain.recipes.traces import answer_text, question_openings, slice_openings, stop_ids
+from mtptrain.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the backbone is asked to continue.
+
+    Attributes:
+        openings: shortest prompt first, so that prompts of like length are decoded together.
+        sources: of the prompts.
+        chat: renders their conversations.
+        too_long: prompts left out because nothing could be emitted after them in the backbone's context.
+        room: tokens that a prompt may have.
+    """
+
+    openings: list[Opening]
+    sources: list[Source]
+    chat: ChatTemplate | None
+    too_long: int
+    room: int
+
+
+def ask(config: RunConfig, backbone: Backbone) -> Asked:
+    """The prompts of `on_policy.prompts`.
+
+    Raises:
+        UserError: there are none, or a file cannot be read.
+    """
+    settings, count = config.on_policy, config.on_policy.num_prompts
+    room = backbone.config.max_position_embeddings - settings.max_new_tokens - MAX_DRAFT_LENGTH
+    if settings.prompts == [TRAINING]:
+        encoder, cache = open_encoder(config, backbone), cache_folder(config.data.cache_dir)
+        corpus = tokenize_corpus(training_documents(config.data), encoder, cache)
+        openings, source = slice_openings(corpus, count, settings.prompt_tokens, TRAINING, "on_policy")
+        sources = [source]
+    else:
+        found = read_questions(settings.prompts, "on_policy.prompts", "train")
+        named, sources = question_openings(config, backbone, found, count)
+        openings = [opening for _, opening in named]
+    kept = sorted(
+        (opening for opening in openings if len(opening.prompt.tokens) <= room), key=lambda one: len(one.prompt.tokens)
+    )
+    if not kept:
+        raise UserError(
+            f"on_policy.max_new_tokens={settings.max_new_tokens}: no prompt has room for it in the backbone's context "
+            f"of {backbone.config.max_position_embeddings} tokens; lower it or shorten the prompts"
+        )
+    return Asked(kept, sources, open_chat(config, backbone), len(openings) - len(kept), room)
+
+
+def identify(config: RunConfig, backbone: Backbone, asked: Asked) -> TextIdentity:
+    """What the texts of this run are."""
+    settings, chat = config.on_policy, asked.chat
+    questions = [[opening.prompt.tokens, opening.turns] for opening in asked.openings]
+    prompts = json.dumps([chat.sha256 if chat else None, questions])
+    return TextIdentity(
+        backbone=backbone.fingerprint,
+        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+        stop=sorted(stop_ids(config.decoding.stop, backbone)),
+        prompts=hashlib.sha256(prompts.encode()).hexdigest(),
+    )
+
+
+def text_folder(config: RunConfig, identity: TextIdentity) -> Path:
+    """`on_policy.path`, else a folder of the cache that is named by what its texts are."""
+    if config.on_policy.path is not None:
+        return Path(config.on_policy.path)
+    name = hashlib.sha256(json.dumps(asdict(identity), sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder(config.data.cache_dir) / f"on-policy-{name}"
+
+
+def text_recorder(
+    backbone: Backbone, head: MtpStack | None, identity: TextIdentity, making: TextMaking
+) -> Callable[[list[Prompt]], list[Trace]]:
+    """Continues prompts that are decoded together; the draws are those of a prompt's number and slots alone."""
+    limits = Limits(identity.max_new_tokens, frozenset(identity.stop))
+    policy = Policy(temperature=identity.temperature, top_k=identity.top_k, top_p=identity.top_p)
+    drafter, length = (None, 0) if head is None else (Drafter(backbone.model, head), making.draft_length)
+
+    def record(prompts: list[Prompt]) -> list[Trace]:
+        seeds = [row_seed(making.seed, prompt.group) for prompt in prompts]
+        run = decode_speculative(
+            backbone.model, drafter, [prompt.tokens for prompt in prompts], length, limits, policy, seeds
+        )
+        return [
+            Trace(prompt, row.tokens, row.gaps, row.probabilities)
+            for prompt, row in zip(prompts, run.rows, strict=True)
+        ]
+
+    return record
+
+
+def describe_batch(identity: TextIdentity, making: TextMaking, asked: Asked, dropped: int) -> TraceHeader:
+    """The header of a batch's trace set."""
+    return TraceHeader(
+        **{name: value for name, value in asdict(identity).items() if name != "prompts"},
+        seed=making.seed,
+        chat_template=asked.chat.sha256 if asked.chat else None,
+        sources=asked.sources,
+        dropped=dropped,
+    )
+
+
+def write_texts(
+    config: RunConfig, backbone: Backbone, head: MtpStack | None, asked: Asked, folder: Path, identity: TextIdentity
+) -> None:
+    """Write the batches that are not there yet, every process its share of them, and the manifest last."""
+    settings = config.on_policy
+    wanted = TextMaking(config.seed, settings.draft_length, settings.batch_size)
+    making = on_first(lambda: begin_folder(folder, identity, wanted))
+    record = text_recorder(backbone, head if making.draft_length else None, identity, making)
+    answer = answer_text(backbone, frozenset(identity.stop))
+    starts = range(0, len(asked.openings), making.batch_size)
+    missing = on_first(lambda: [number for number in range(len(starts)) if not has_batch(folder, number)])
+    own = missing[rank() :: world_size()]
+    with Progress("on-policy", len(own)) as progress:
+        for done, number in enumerate(own, start=1):
+            openings = asked.openings[starts[number] : starts[number] + making.batch_size]
+            held = hold_conversations(openings, asked.chat, record, answer, asked.room)
+            write_batch(folder, number, TraceSet(describe_batch(identity, making, asked, held.dropped), held.traces))
+            progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
+    largest_over_processes(0)  # all batches are written
+    on_first(lambda: write_manifest(folder, identity, making, len(starts), asked.too_long))
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """What became of the prompts, in a line."""
+    failed = counts["empty"] + counts["too_long"] + counts["dropped_turns"]
+    return (
+        f"{counts['texts']} texts of {counts['tokens']:,} tokens from {counts['prompts']} prompts: {counts['stopped']} "
+        f"ended at a stop token, {counts['full']} at on_policy.max_new_tokens; {failed} failed ({counts['empty']} gave "
+        f"nothing, {counts['too_long']} were too long for the context, {counts['dropped_turns']} turns outgrew it)"
+    )
+
+
+def as_corpus(traces: list[Trace]) -> TokenizedCorpus:
+    """Every text after its prompt as a document; only what the backbone wrote may be a target."""
+    sizes = [len(trace.prompt.tokens) + len(trace.tokens) for trace in traces]
+    spoken = [[False] * len(trace.prompt.tokens) + [True] * len(trace.tokens) for trace in traces]
+    return TokenizedCorpus(
+        tokens=np.concatenate([np.asarray(trace.prompt.tokens + trace.tokens, np.int32) for trace in traces]),
+        offsets=np.cumsum([0, *sizes], dtype=np.int64),
+        num_bytes=0,  # no figure is given by the byte
+        spoken=np.concatenate([np.asarray(part, bool) for part in spoken]),
+    )
+
+
+def on_policy_corpus(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> TokenizedCorpus:
+    """The backbone's own texts as training documents, read or, where they are not there yet, made.
+
+    Args:
+        config: of the run.
+        run_folder: says what happens, and records which texts were used.
+        backbone: writes the texts.
+        stack: the head that the training starts from, which drafts them unless it knows nothing yet.
+
+    Raises:
+        UserError: the folder holds other texts or is damaged, or this run cannot make them.
+    """
+    asked = ask(config, backbone)
+    identity = identify(config, backbone, asked)
+    folder = text_folder(config, identity)
+    if on_first(lambda: read_manifest(folder, identity)) is None:
+        if not can_decode(config, backbone):
+            raise UserError(
+                f"backbone.placement={config.backbone.placement.value}: decodes nothing, and {folder} holds no texts "
+                "yet; make them first in a run with backbone.placement=replicate and the same on_policy.path"
+            )
+        run_folder.say(f"continuing {len(asked.openings)} prompts with the backbone, into {folder}")
+        head = None if config.mtp.init in ("fresh", "backbone") else stack
+        write_texts(config, backbone, head, asked, folder, identity)
+    manifest = read_manifest(folder, identity)
+    assert manifest is not None
+    traces = [trace for trace in manifest.traces() if outcome(trace, identity.stop) != "empty"]
+    run_folder.say(describe_counts(manifest.counts))
+    if not traces:
+        raise UserError(f"on_policy.prompts={config.on_policy.prompts}: every text is empty; give other prompts")
+    cut = sum(len(trace.prompt.tokens) + len(trace.tokens) > config.data.sequence_length for trace in traces)
+    if cut:
+        run_folder.say(f"{cut} texts are longer than data.sequence_length={config.data.sequence_length} and are cut")
+    run_folder.provenance["on_policy"] = {"folder": str(folder), "making": asdict(manifest.making), **manifest.counts}
+    return as_corpus(traces)

@@ -1,0 +1,243 @@
+"""`data=on_policy`: texts that the backbone writes, made once, and training on them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtptrain.backbone.load import load_backbone
+from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig, Task
+from mtptrain.data.batches import PackedBatches
+from mtptrain.data.prompts import Prompt
+from mtptrain.data.splits import training_documents
+from mtptrain.evaluation.trace import Trace
+from mtptrain.evaluation.trace_folder import outcome
+from mtptrain.evaluation.trace_set import read_trace_set
+from mtptrain.recipes.on_policy import as_corpus, ask
+from tests.command import kill_when, read_metrics, run_main, start_process, tree
+from tests.conftest import CHAT_TEMPLATE, save_backbone
+from tests.test_launchers import finish, start
+
+
+@pytest.fixture(scope="module")
+def small(light: list[str]) -> list[str]:
+    """Nine prompts of 8 tokens in three files of texts, continued by at most 12 tokens."""
+    kept = [one for one in light if one != "data=text"]
+    return [
+        *kept,
+        "on_policy.num_prompts=9",
+        "on_policy.prompt_tokens=8",
+        "on_policy.max_new_tokens=12",
+        "on_policy.batch_size=3",
+        "evaluate_at_end=false",
+    ]
+
+
+def train(small: list[str], output: Path, texts: Path, *more: str) -> int:
+    folders = [f"output_dir={output}", f"on_policy.path={texts}"]
+    return run_main("+recipe=distill_on_policy", *small, *folders, *more)
+
+
+@pytest.fixture(scope="module")
+def made(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the run `run` and its texts `texts`; nothing may write into it."""
+    folder = tmp_path_factory.mktemp("on_policy")
+    assert train(small, folder / "run", folder / "texts") == 0
+    return folder
+
+
+def texts(folder: Path) -> list[Trace]:
+    return [trace for path in sorted(folder.glob("texts_*.jsonl")) for trace in read_trace_set(path).traces]
+
+
+def refusal(small: list[str], output: Path, folder: Path, capfd: pytest.CaptureFixture[str], *more: str) -> str:
+    capfd.readouterr()
+    assert train(small, output, folder, *more) == 2
+    assert not output.exists()
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def test_only_what_the_backbone_wrote_is_trained_on() -> None:
+    traces = [Trace(Prompt([5, 6, 7], "x", 0), [8, 9], [1.0] * 2, [1.0] * 2)]
+    traces += [Trace(Prompt([4], "x", 1), [3, 2, 1], [1.0] * 3, [1.0] * 3)]
+    batch = PackedBatches(as_corpus(traces), sequence_length=9, batch_size=1, seed=0).batch(0)
+    assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2, 1]]
+    # Step k at anchor i drafts t_{i+2} .. t_{i+k+1}; the first of them is 8, 9, 2 and 1 (3 is never drafted: its
+    # text has one token before it).
+    assert batch.target_mask(1).nonzero()[:, 1].tolist() == [1, 2, 5, 6]
+    assert batch.target_mask(2).nonzero()[:, 1].tolist() == [1, 5]
+
+
+def test_a_run_trains_on_the_texts_it_made(made: Path) -> None:
+    assert [row["step"] for row in read_metrics(made / "run")] == [1, 2]
+    record = json.loads((made / "run" / "provenance.json").read_text(encoding="utf-8"))["on_policy"]
+    manifest = json.loads((made / "texts" / "manifest.json").read_text(encoding="utf-8"))
+    assert record["folder"] == str(made / "texts")
+    assert {name: record[name] for name in manifest["counts"]} == manifest["counts"]
+    found = texts(made / "texts")
+    ends = [outcome(trace, manifest["identity"]["stop"]) for trace in found]
+    assert (manifest["counts"]["prompts"], len(found), len(manifest["files"])) == (9, 9, 3)
+    assert {name: ends.count(name) for name in ("stopped", "full", "empty")}.items() <= manifest["counts"].items()
+
+
+def test_prompts_are_cut_from_training_documents(backbone_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.jsonl"  # every slice says its document's number
+    path.write_text("".join(json.dumps({"text": f"{number}," * 30}) + "\n" for number in range(100, 140)))
+    data = DataConfig(source=DataSource.on_policy, path=str(path), heldout_every=3, cache_dir=str(tmp_path))
+    backbone = load_backbone(BackboneConfig(path=str(backbone_folder)), torch.device("cpu"), torch.float32)
+    asked = ask(RunConfig(task=Task.distill, data=data, on_policy=OnPolicyConfig(num_prompts=60)), backbone)
+    seen = {backbone.tokenizer.decode(opening.prompt.tokens).split(",")[1] for opening in asked.openings}
+    training = {document.text.split(",")[1] for document in training_documents(data)}
+    assert len(training) < 40
+    assert seen == training
+
+
+def test_later_runs_use_the_texts_again(made: Path, small: list[str], tmp_path: Path) -> None:
+    before = tree(made / "texts")
+    assert train(small, tmp_path / "run", made / "texts", "seed=1", "on_policy.draft_length=2") == 0
+    assert tree(made / "texts") == before
+
+
+def test_texts_without_a_folder_are_kept_in_the_cache(small: list[str], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    settings = ["+recipe=distill_on_policy", *small, f"data.cache_dir={cache}"]
+    for number in range(2):
+        assert run_main(*settings, f"output_dir={tmp_path / str(number)}") == 0
+    assert len(list(cache.glob("on-policy-*/manifest.json"))) == 1
+    assert run_main(*settings, "on_policy.temperature=0.5", f"output_dir={tmp_path / 'other'}") == 0
+    assert len(list(cache.glob("on-policy-*/manifest.json"))) == 2
+
+
+def test_a_killed_run_continues_to_the_same_texts(made: Path, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    settings = ["+recipe=distill_on_policy", *small, f"on_policy.path={folder}", f"output_dir={tmp_path / 'run'}"]
+    kill_when(start_process(*settings, folder=tmp_path), lambda: list(folder.glob("texts_*.jsonl")))
+    assert not (folder / "manifest.json").exists()  # it really ended early
+    done = {name: digest for name, digest in tree(folder).items() if name.startswith("texts")}
+    # A folder is finished the way it was begun, so its files fit together.
+    assert run_main(*settings, "resume=auto", "on_policy.batch_size=4") == 0
+    assert tree(folder) == tree(made / "texts")
+    assert done.items() <= tree(folder).items()
+
+
+def test_drafts_do_not_change_greedy_texts(small: list[str], tmp_path: Path) -> None:
+    for length in (0, 2):
+        settings = ["on_policy.temperature=0", f"on_policy.draft_length={length}"]
+        assert train(small, tmp_path / f"run{length}", tmp_path / f"texts{length}", *settings) == 0
+    plain, drafted = (texts(tmp_path / f"texts{length}") for length in (0, 2))
+    assert [trace.tokens for trace in plain] == [trace.tokens for trace in drafted]
+
+
+def test_an_untrained_head_drafts_nothing(small: list[str], tmp_path: Path) -> None:
+    assert train(small, tmp_path / "fresh", tmp_path / "fresh_texts", "mtp.init=fresh") == 0
+    assert train(small, tmp_path / "plain", tmp_path / "plain_texts", "on_policy.draft_length=0") == 0
+    fresh, plain = (texts(tmp_path / f"{name}_texts") for name in ("fresh", "plain"))
+    assert fresh == plain
+
+
+def test_two_processes_write_what_one_writes(made: Path, small: list[str], tmp_path: Path) -> None:
+    folders = [f"on_policy.path={tmp_path / 'texts'}", f"output_dir={tmp_path / 'run'}"]
+    launched = start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=distill_on_policy", *small, *folders)
+    code, errors = finish(launched)
+    assert code == 0, errors[-3000:]
+    assert tree(tmp_path / "texts") == tree(made / "texts")
+
+
+def test_conversations_are_continued_turn_by_turn_and_failures_counted(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"turns": ["Why?", "And then?"]}, {"prompt": "def rule("}, {"prompt": "too long " * 40}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    save_backbone(tmp_path / "backbone", max_position_embeddings=100)
+    settings = [
+        f"backbone.path={tmp_path / 'backbone'}",
+        f"on_policy.prompts={tmp_path / 'mine.jsonl'}",
+        f"data.chat_template={tmp_path / 'chat.jinja'}",
+        "data.sequence_length=64",
+        "on_policy.max_new_tokens=8",
+    ]
+    assert train(small, tmp_path / "run", tmp_path / "texts", *settings) == 0
+    assert sorted(trace.prompt.group for trace in texts(tmp_path / "texts")) == [0, 0, 1]
+    counts = json.loads((tmp_path / "texts" / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    assert (counts["prompts"], counts["too_long"], counts["dropped_turns"]) == (3, 1, 0)
+    assert "1 failed (0 gave nothing, 1 were too long for the context" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "named"), [([7, 1], "stopped"), ([7, 7], "full"), ([1], "empty"), ([7], "full")])
+def test_what_became_of_a_prompt_is_told_by_its_last_token(tokens: list[int], named: str) -> None:
+    trace = Trace(Prompt([5], "x", 0), tokens, [1.0] * len(tokens), [1.0] * len(tokens))
+    assert outcome(trace, [1]) == named
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("on_policy.temperature=0.5", "texts of temperature=1.0 and this run has temperature=0.5"),
+        ("on_policy.top_k=3", "texts of top_k=None and this run has top_k=3"),
+        ("on_policy.max_new_tokens=11", "texts of max_new_tokens=12 and this run has max_new_tokens=11"),
+        ("on_policy.prompt_tokens=7", "texts of prompts="),
+        ("decoding.stop=[5]", "texts of stop=[1] and this run has stop=[1, 5]"),
+        ("backbone.path=OTHER", "texts of backbone="),
+    ],
+    ids=["temperature", "top_k", "length", "prompts", "stop", "backbone"],
+)
+def test_texts_of_another_making_are_refused(
+    setting: str, reason: str, made: Path, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if "OTHER" in setting:
+        save_backbone(tmp_path / "other", index_topk=2)
+    before = tree(made / "texts")
+    line = refusal(small, tmp_path / "run", made / "texts", capfd, setting.replace("OTHER", str(tmp_path / "other")))
+    assert f"on_policy.path={made / 'texts'}: holds {reason}" in line
+    assert "to what it was, or choose another folder" in line
+    assert tree(made / "texts") == before
+
+
+def test_an_altered_file_is_named_and_made_again(
+    made: Path, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made / "texts", tmp_path / "texts"))
+    path = folder / "texts_00001.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("1", "2", 1), encoding="utf-8")
+    line = refusal(small, tmp_path / "run", folder, capfd)
+    assert f"on_policy.path={folder}: texts_00001.jsonl is missing or altered" in line
+    path.unlink()
+    (folder / "manifest.json").unlink()
+    assert train(small, tmp_path / "run", folder) == 0
+    assert tree(folder) == tree(made / "texts")
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    line = refusal(small, tmp_path / "run", tmp_path / "mine", capfd)
+    assert f"on_policy.path={tmp_path / 'mine'}: holds something else than texts" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["on_policy.prompts=heldout"], "on_policy.prompts=heldout: is what heads are measured on"),
+        (["on_policy.prompts=a.jsonl", "prompts=[a.jsonl,b.jsonl]"], "on_policy.prompts=['a.jsonl']: are the prompts"),
+        (["on_policy.prompts=[training,a.jsonl]"], "on_policy.prompts=['training', 'a.jsonl']: training stands alone"),
+        (["on_policy.temperature=-1"], "on_policy.temperature=-1.0: must be 0 (greedy) or above"),
+        (["on_policy.draft_length=9"], "on_policy.draft_length=9: must lie between 0 and 8"),
+        (["on_policy.num_prompts=100000"], "on_policy.num_prompts=100000: the training text has"),
+        (["on_policy.max_new_tokens=5000"], "on_policy.max_new_tokens=5000: no prompt has room for it"),
+        (["on_policy.prompts=absent.jsonl"], "on_policy.prompts=absent.jsonl: cannot be read"),
+        (["task=collect"], "data=on_policy: is made of a backbone's texts by training"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_settings_that_cannot_be_are_refused(
+    arguments: list[str], reason: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(small, tmp_path / "run", tmp_path / "texts", capfd, *arguments)
+    assert line.startswith(f"mtptrain: {reason}")
+    assert not (tmp_path / "texts").exists()
