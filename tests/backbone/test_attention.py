@@ -5,6 +5,8 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.attention import NO_CACHE, use_linear_attention
+from mtptrain.backbone.cache import BackboneCache
+from mtptrain.backbone.decode import decode_step
 from mtptrain.backbone.streams import run_backbone
 from tests.tiny import random_backbone
 
@@ -70,3 +72,15 @@ def test_what_it_cannot_do_is_refused(models: tuple[DeepseekV4ForCausalLM, Deeps
     bare.set_attn_implementation("mtptrain")
     with pytest.raises(ValueError, match="needs `use_linear_attention"):
         bare(input_ids=tokens(9), use_cache=False)
+
+
+@torch.no_grad()
+def test_verifying_through_triton_equals_the_full_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = random_backbone(), tokens(24)
+    _, expected = run_backbone(model, text)
+    cache = BackboneCache.allocate(model.config, batch=2, max_length=32, max_step=3)
+    decode_step(model, cache, text[:, :20])
+    monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")
+    for part in (slice(20, 23), slice(23, 24)):
+        _, found = decode_step(model, cache, text[:, part])
+        torch.testing.assert_close(found, expected[:, part], atol=TOLERANCE, rtol=TOLERANCE)

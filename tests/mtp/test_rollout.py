@@ -126,3 +126,20 @@ def test_recomputed_steps_have_the_same_states_and_gradients(depth: int, steps: 
         torch.stack(states).square().sum().backward()
         found.append([*(state.detach() for state in states), *(p.grad for p in stack.parameters())])
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_a_rollout_through_triton_has_the_same_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_backbone()
+    stack, batch = random_stack(model), random_batch(97, [[3, 2]], 6)
+    with torch.no_grad():
+        streams, _ = backbone_streams(model, batch)
+    found = []
+    for kernels in ("triton", "reference"):
+        monkeypatch.setenv("MTPTRAIN_KERNELS", kernels)
+        stack.zero_grad()
+        states = torch.stack(rollout(stack, model.model.embed_tokens, streams, batch, 2))
+        states.sin().sum().backward()
+        found.append([states.detach(), *(p.grad for p in stack.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        # Through two layers in fp32, relative to the largest value.
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE * max(1.0, theirs.abs().max().item()), rtol=0)
