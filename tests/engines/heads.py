@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtptrain.checkpoint import checkpoint_name, open_checkpoint
 from mtptrain.config import EngineName, LossConfig, RunConfig, Task, Tracker, TrackingConfig, TrainConfig
+from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.distributed import join, own_rows, rank
 from mtptrain.engines.engine import make_engine
@@ -53,7 +54,7 @@ VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
 ]
 
 
-class UnevenBatches:
+class UnevenBatches(BatchSource):
     """Random rows, the same whatever the number of processes."""
 
     def batch(self, index: int) -> Batch:
