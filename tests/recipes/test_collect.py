@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig
 from mtptrain.data.stream_manifest import read_manifest
-from tests.command import read_metrics, run_main, start_process, tree
+from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 from tests.test_launchers import finish, start
 
@@ -105,14 +104,10 @@ def test_a_shard_holds_whole_documents_in_their_order(cache: Path) -> None:
 
 def test_a_killed_collection_continues_to_the_same_bytes(cache: Path, small: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    process = start_process("+recipe=collect", *small, f"output_dir={folder}", folder=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("shard_*.safetensors")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    kill_when(
+        start_process("+recipe=collect", *small, f"output_dir={folder}", folder=tmp_path),
+        lambda: list(folder.glob("shard_*.safetensors")),
+    )
     assert not (folder / "manifest.json").exists()  # it really ended early
     done = {name: digest for name, digest in streams(folder).items() if (folder / name).with_suffix(".json").exists()}
     assert run_main("+recipe=collect", *small, f"output_dir={folder}", "resume=auto") == 0

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtptrain.checkpoint import checkpoint_folders
-from tests.command import read_metrics, run_main, start_process, tree
+from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 
 STEPS = 24
@@ -28,14 +28,10 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
         "evaluate_at_end=false",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start_process(*arguments, f"output_dir={killed}", folder=tmp_path)
-    deadline = time.monotonic() + 120
-    while not checkpoint_folders(killed / "checkpoints"):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    kill_when(
+        start_process(*arguments, f"output_dir={killed}", folder=tmp_path),
+        lambda: checkpoint_folders(killed / "checkpoints"),
+    )
     assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists()  # it really ended early
 
     assert run_main(*arguments, f"output_dir={killed}", "resume=auto") == 0
