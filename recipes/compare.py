@@ -16,6 +16,7 @@ from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.recipes.evaluate import SCHEMA, replay_head
 from mtptrain.recipes.inputs import (
+    check_owner,
     describe_backbone,
     heldout_corpus,
     open_backbone,
@@ -31,6 +32,9 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Replay every checkpoint on the same traces and compare each with the first."""
     stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     backbone = open_backbone(config)
+    for checkpoint in stored.values():
+        check_owner(backbone, checkpoint)
+    stock = stock_head(backbone) if "stock" in config.checkpoints else None
     corpus = heldout_corpus(config, backbone)
     trace_set = prepare_traces(config, run_folder, backbone, corpus)
     traces = trace_set.traces
@@ -39,7 +43,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
-        head = stock_head(backbone) if path == "stock" else trained_head(backbone, stored[path])
+        head = stock if path == "stock" and stock else trained_head(backbone, stored[path])
         counts = replay_head(config, backbone, head.stack, traces)
         replay = {str(k): summarize(counts[k], groups) for k in counts}
         domains = by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts])
