@@ -48,12 +48,15 @@ class Decoded:
         gaps: difference of the verifier's two largest logits at each token, to tell a numerical tie from an error.
         probabilities: what the policy gave each token; 1 when greedy.
         passes: verify passes in order; empty for plain decoding.
+        rejected: the drafted token that each pass did not keep, None where it kept all; what was drafted after it fell
+            with it.
     """
 
     tokens: list[int] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     passes: list[VerifyPass] = field(default_factory=list)
+    rejected: list[int | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)

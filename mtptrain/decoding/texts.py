@@ -52,7 +52,7 @@ class Texts:
         self.tokens_BT.scatter_(1, slot_BL, emission.tokens_BL)
         accepted, tokens = emission.accepted_B.tolist(), emission.tokens_BL.tolist()
         gaps, probabilities = emission.gap_BL.tolist(), emission.probability_BL.tolist()
-        drafted = None if draft is None else draft.drafted_B.tolist()
+        drafted, proposed = (None, None) if draft is None else (draft.drafted_B.tolist(), draft.tokens_BK.tolist())
         self.newest = 0
         for row in [row for row, is_open in enumerate(self.is_open) if is_open]:
             new = self._cut(row, tokens[row][: accepted[row] + 1])
@@ -61,9 +61,11 @@ class Texts:
             record.gaps += gaps[row][:count]
             record.probabilities += probabilities[row][:count]
             self.newest = max(self.newest, count)
-            if drafted is not None:
-                self._accepted[row].append(accepted[row])
+            if drafted is not None and proposed is not None:
+                kept = accepted[row]
+                self._accepted[row].append(kept)
                 self._drafted[row].append(drafted[row])
+                record.rejected.append(proposed[row][kept] if kept < drafted[row] else None)
         lengths = [prompt + len(record.tokens) for prompt, record in zip(self.lengths, self.records, strict=True)]
         self.length_B = torch.tensor(lengths, device=self.tokens_BT.device)
 

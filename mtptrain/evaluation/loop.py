@@ -84,12 +84,17 @@ def sample_texts(
 
 
 def _pieces(tokenizer: Tokenizer, row: Decoded) -> list[dict[str, str]]:
-    kinds = ["bonus"]
-    for record in row.passes:
-        kinds += ["accepted"] * record.accepted + ["bonus"] * (record.emitted - record.accepted)
+    """The text token by token; a rejected draft stands before the verifier's own token."""
+    kinds: list[tuple[str, int | None]] = [("bonus", None)]
+    for record, rejected in zip(row.passes, row.rejected, strict=True):
+        own = record.emitted - record.accepted  # none where the text ended with a draft
+        kinds += [("accepted", None)] * record.accepted + [("bonus", rejected)] * own
     pieces: list[dict[str, str]] = []
     done = ""
-    for end, kind in enumerate(kinds, start=1):
+    for end, (kind, rejected) in enumerate(kinds, start=1):
+        if rejected is not None:
+            wrong = tokenizer.decode([*row.tokens[: end - 1], rejected], skip_special_tokens=False)
+            pieces.append({"text": wrong.removeprefix(done).replace("\ufffd", ""), "kind": "rejected"})
         text = tokenizer.decode(row.tokens[:end], skip_special_tokens=False)
         if text.endswith("\ufffd"):
             continue  # the bytes of a character are not complete yet

@@ -95,6 +95,20 @@ def test_any_draft_leaves_the_output_unchanged(lengths: list[int], draft_length:
             assert [one.accepted for one in loop[row].passes] == accepted_by_script(script, draft_length)
 
 
+def test_the_drafted_token_that_a_pass_rejects_is_recorded() -> None:
+    """A script's wrong token is the right one's successor; a pass that keeps its whole draft rejects nothing."""
+    prompt = prompt_of(7)
+    text = prompt + plain([prompt], NEW_TOKENS + 8)[0].tokens
+    row = decode_speculative(MODEL, ScriptedDrafts([text], [[0, 3, 1]]), [prompt], 3, Limits(20)).rows[0]
+    emitted, expected = 1, []
+    for one in row.passes:
+        place = len(prompt) + emitted + one.accepted
+        expected.append(None if one.accepted == 3 else (text[place] + 1) % 97)
+        emitted += one.emitted
+    assert row.rejected[:-1] == expected[:-1]  # the last draft is cut by the end of the text
+    assert len(row.rejected) == len(row.passes)
+
+
 POLICIES = [
     Policy(),
     Policy(stop_below=0.08),

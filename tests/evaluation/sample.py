@@ -167,6 +167,7 @@ def _sample(draft_length: int) -> dict[str, Any]:
             {"text": ', if <open> & "dirty".', "kind": "bonus"},
             {"text": '"""', "kind": "accepted"},
             {"text": "\n        ", "kind": "accepted"},
+            {"text": "\n", "kind": "rejected"},
             {"text": "self", "kind": "bonus"},
             {"text": ".", "kind": "accepted"},
             {"text": "_file", "kind": "accepted"},

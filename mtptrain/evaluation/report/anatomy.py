@@ -8,7 +8,7 @@ from mtptrain.evaluation.report.table import MISSING_VALUE, Cell, Grid, draft_le
 
 KINDS = {
     "token_class": "class of the text's token",
-    "entropy": "backbone's entropy there, nats",
+    "entropy": "the backbone's entropy there, nats",
     "context": "tokens of context",
     "generated": "tokens generated before",
     "domain": "domain",

@@ -155,8 +155,9 @@ def _piece(piece: dict[str, str]) -> str:
     text, kind = escape(piece["text"]), escape(piece["kind"])
     if kind == "prompt":
         return f'<span class="prompt">{text}</span>'
-    # A coloured line break would be invisible.
-    return f'<mark class="{kind}">{text.replace(chr(10), "&#8629;" + chr(10))}</mark>'
+    # A coloured line break would be invisible; one that was rejected breaks no line.
+    line_break = "&#8629;" if kind == "rejected" else "&#8629;" + chr(10)
+    return f'<mark class="{kind}">{text.replace(chr(10), line_break)}</mark>'
 
 
 def _certificate_details(evaluation: dict[str, Any]) -> str:

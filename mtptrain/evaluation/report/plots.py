@@ -156,7 +156,7 @@ def acceptance_by(evaluation: dict[str, Any], kind: str) -> str | None:
     if len(_buckets(evaluation, kind)) < 2:
         return None
     figure, axes = _bars(evaluation, kind, "acceptance", "share accepted")
-    axes.set_xlim(0, 1.02)
+    axes.set(xlim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
     return _svg(figure, axes, f"by-{kind}", f"Acceptance by {KINDS[kind]}")
 
 
@@ -170,7 +170,7 @@ def _bars(evaluation: dict[str, Any], kind: str, field: str, x_label: str) -> tu
     """Horizontal bars of one field, a group a bucket, the first at the top."""
     heads, buckets = evaluation["heads"], _buckets(evaluation, kind)
     figure, axes = _canvas(x_label, "", 1)
-    figure.set_figheight(max(SIZE_INCHES[1], 1.2 + 0.16 * (1 + len(heads)) * len(buckets)))
+    figure.set_figheight(1.2 + 0.16 * (1 + len(heads)) * len(buckets))
     height = 0.8 / len(heads)
     for number, head in enumerate(heads):
         found = {row["bucket"]: row[field] for row in head["breakdown"]["by"].get(kind, [])}

@@ -238,6 +238,7 @@ def test_report_colours_tokens_by_where_they_came_from(tmp_path: Path) -> None:
     text = report_of(sample_evaluation(), tmp_path)
     assert '<mark class="accepted"> the</mark><mark class="accepted"> file</mark>' in text
     assert '<mark class="bonus">, if &lt;open&gt; &amp; &quot;dirty&quot;.</mark>' in text
+    assert '<mark class="rejected">&#8629;</mark><mark class="bonus">self</mark>' in text
     assert '<span class="prompt">    def close(self):\n        </span>' in text
 
 
