@@ -81,7 +81,7 @@ NO_CACHE = (
 class HcaCompressor(DeepseekV4HCACompressor):
     """transformers' module without its mask."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override, unused-ignore]
         self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
     ) -> tuple[Tensor, None]:
         """Entries [B, 1, W, C]."""
@@ -107,7 +107,7 @@ class CsaCompressor(DeepseekV4CSACompressor):
 class Indexer(DeepseekV4Indexer):
     """transformers' module, a block of queries at a time."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override, unused-ignore]
         self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
     ) -> Tensor:
         """The `index_topk` entries that each query scores highest of those it sees, int64 [B, S, T]; -1 for none."""
