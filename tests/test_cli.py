@@ -44,7 +44,7 @@ MISTAKES = [
     (["engine=zero2"], "engine=zero2: shares tensors out .* was started alone; start it with scripts/launch_"),
     (["backbone.placement=zero3"], "backbone.placement=zero3: shares tensors out .* was started alone"),
     (["device=tpu"], r"device=tpu; .*expected one of \[auto, cpu, cuda\]"),
-    (["data=csv"], "'data/csv'; Available options in 'data':; chat; stdlib; streams; text"),
+    (["data=csv"], "'data/csv'; Available options in 'data':; .*stdlib; streams; text"),
     (["seed=${nowhere}"], "seed: .*'nowhere' not found; write a value"),
     (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
     (["distill"], "distill: is not setting=value"),
