@@ -30,13 +30,14 @@ def describe_acceptance(
         tokenizer: the backbone's.
 
     Returns:
-        `replay` by K; `domains`, `breakdown`, `calibration` and `thresholds` at the longest K.
+        `replay` and `per_prompt` by K; `domains`, `breakdown`, `calibration` and `thresholds` at the longest K.
     """
     counts = replay_all(drafts, policy)
     longest = max(counts)
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     return {
         "replay": {str(k): summarize(counts[k], groups) for k in counts},
+        "per_prompt": {str(k): [totals([one]) for one in counts[k]] for k in counts},
         "domains": by_domain(counts[longest], groups, domains),
         "breakdown": break_down(traces, drafts, policy, longest, tokenizer),
         "calibration": calibrate(drafts, policy, longest),

@@ -37,9 +37,9 @@ def by_position(prompts: list[Counts]) -> dict[str, list[Any]]:
 
 
 def totals(prompts: list[Counts]) -> dict[str, Any]:
-    """`acceptance_length`, `passes` and `emitted` of some prompts."""
+    """`acceptance_length` (None without passes), `passes` and `emitted` of some prompts."""
     passes, emitted = _numbers(np.sum([(counts.passes, counts.emitted) for counts in prompts], axis=0))
-    return {"acceptance_length": emitted / passes, "passes": passes, "emitted": emitted}
+    return {"acceptance_length": emitted / passes if passes else None, "passes": passes, "emitted": emitted}
 
 
 def _numbers(values: np.ndarray) -> list[float]:
