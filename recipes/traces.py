@@ -200,8 +200,16 @@ def gather_traces(
 
 
 def prepare_traces(config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus) -> TraceSet:
-    """The traces that an evaluation measures heads on, as its `traces.jsonl` keeps them."""
+    """The traces that an evaluation measures heads on, as its `traces.jsonl` keeps them.
+
+    Raises:
+        UserError: no trace has a token that could have been drafted.
+    """
     traces = gather_traces(config, run_folder, backbone, corpus, config.evaluation.num_prompts)
+    if all(len(trace.tokens) < 2 for trace in traces.traces):
+        raise UserError(
+            "prompts: every text ends with its first token, so there is nothing to draft; give other prompts"
+        )
     run_folder.record()
     write_trace_set(run_folder.path / TRACES_FILE, traces)
     return traces

@@ -26,7 +26,8 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         length = self.draft_length
         require(1 <= length <= MAX_DRAFT_LENGTH, "decoding.draft_length", length, "must lie between 1 and 8")
-        require(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        tokens = self.max_new_tokens
+        require(tokens >= 2, "decoding.max_new_tokens", tokens, "must be at least 2: the prompt's pass gives the first")
         check_policy("decoding", self.temperature, self.top_k, self.top_p)
         is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
         require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")

@@ -172,6 +172,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["decoding.stop=[300]"], "decoding.stop=300: is not one token"),
     (["decoding.stop=[-1]"], "decoding.stop=-1: is not one token"),
     (["decoding.stop=[1.5]"], "decoding.stop=[1.5]: must be a list of token texts or ids"),
+    (["decoding.max_new_tokens=1"], "decoding.max_new_tokens=1: must be at least 2"),
     (["decoding.draft_length=0"], "decoding.draft_length=0: must lie between 1 and 8"),
     (["decoding.temperature=-1"], "decoding.temperature=-1.0: must be 0 (greedy) or above"),
     (["decoding.top_p=0"], "decoding.top_p=0.0: must lie in (0, 1]"),
