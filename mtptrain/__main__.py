@@ -1,5 +1,29 @@
 """`python -m mtptrain`."""
 
+import atexit
+import os
+import sys
+
 from mtptrain.cli import main
 
-main()
+
+def run() -> int:
+    """Exit code of the program."""
+    try:
+        main()
+    except SystemExit as ending:
+        if not isinstance(ending.code, int):
+            raise
+        return ending.code
+    return 0
+
+
+code = run()
+if "RANK" in os.environ:
+    # One of several processes: what the libraries leave running may abort Python's teardown ("terminate called without
+    # an active exception", pytorch issue 190489), and the launcher would call a finished run a failed one.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+sys.exit(code)
