@@ -23,8 +23,8 @@ from mtptrain.data.chat import open_chat_template
 from mtptrain.data.encoder import Encoder
 from mtptrain.data.packing import Batch
 from mtptrain.data.splits import training_documents
-from mtptrain.data.stream_format import bytes_a_token
-from mtptrain.data.stream_manifest import (
+from mtptrain.data.streams.format import bytes_a_token
+from mtptrain.data.streams.manifest import (
     MANIFEST,
     STREAM,
     ShardEntry,
@@ -33,7 +33,7 @@ from mtptrain.data.stream_manifest import (
     text_settings,
     write_manifest,
 )
-from mtptrain.data.stream_writing import (
+from mtptrain.data.streams.writing import (
     ShardDocuments,
     num_forwards,
     piece_streams,

@@ -16,12 +16,12 @@ from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.checkpoint import BEST, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, MtpConfig, RunConfig
 from mtptrain.data.batches import BatchSource, PackedBatches
-from mtptrain.data.feed import FeedPlan
-from mtptrain.data.lane import RowShape
+from mtptrain.data.feed.batches import StreamedBatches
+from mtptrain.data.feed.feed import FeedPlan
+from mtptrain.data.feed.lane import RowShape
 from mtptrain.data.splits import training_documents
-from mtptrain.data.stream_batches import StreamBatches
-from mtptrain.data.stream_manifest import check_origin, check_shards, hash_tokenizer, read_manifest
-from mtptrain.data.streaming import StreamedBatches
+from mtptrain.data.streams.batches import StreamBatches
+from mtptrain.data.streams.manifest import check_origin, check_shards, hash_tokenizer, read_manifest
 from mtptrain.data.tokens import cache_folder, tokenize_corpus
 from mtptrain.distributed import leave, on_first, rank
 from mtptrain.engines.engine import make_engine

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.documents import Document, Split
 from mtptrain.data.stdlib import package_documents, stdlib_documents
-from mtptrain.data.stream_manifest import read_manifest
+from mtptrain.data.streams.manifest import read_manifest
 from mtptrain.data.text import text_documents
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from mtptrain.config import DataConfig
-from mtptrain.data.dealer import Dealer
 from mtptrain.data.encoder import Encoder
-from mtptrain.data.lane import Lane, LanePlace, Row, RowShape
-from mtptrain.data.mixture import source_of
+from mtptrain.data.feed.dealer import Dealer
+from mtptrain.data.feed.lane import Lane, LanePlace, Row, RowShape
+from mtptrain.data.feed.mixture import source_of
 from mtptrain.errors import UserError
 
 Position = dict[str, Any]  # plain values, for a checkpoint; {} = the beginning

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mtptrain.config import StreamFormat
-from mtptrain.data.stream_format import bytes_a_token, decode_streams, encode_streams
+from mtptrain.data.streams.format import bytes_a_token, decode_streams, encode_streams
 
 # T tokens, N residual streams, D model width
 

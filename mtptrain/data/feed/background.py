@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mtptrain.data.feed import Feed, FeedPlan, Position
-from mtptrain.data.lane import Row
+from mtptrain.data.feed.feed import Feed, FeedPlan, Position
+from mtptrain.data.feed.lane import Row
 from mtptrain.errors import UserError
 from mtptrain.preemption import SIGNALS
 

@@ -17,8 +17,8 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import StreamFormat
 from mtptrain.data.packing import Piece, cut_document, fill_rows, pack_pieces
-from mtptrain.data.stream_format import encode_streams
-from mtptrain.data.stream_manifest import ShardEntry
+from mtptrain.data.streams.format import encode_streams
+from mtptrain.data.streams.manifest import ShardEntry
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.storage import atomic_file, sha256_file, write_json
 

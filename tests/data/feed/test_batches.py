@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from mtptrain.config import DataConfig, DataSource, MixtureConfig
 from mtptrain.data.chat import ChatTemplate
-from mtptrain.data.dealer import Dealer
 from mtptrain.data.documents import Split, split_of
 from mtptrain.data.encoder import Encoder
-from mtptrain.data.feed import Feed, FeedPlan, Position, join_positions
-from mtptrain.data.lane import BUFFER_ROWS, Lane, LanePlace, Row, RowShape
-from mtptrain.data.mixture import source_of
+from mtptrain.data.feed.batches import StreamedBatches
+from mtptrain.data.feed.dealer import Dealer
+from mtptrain.data.feed.feed import Feed, FeedPlan, Position, join_positions
+from mtptrain.data.feed.lane import BUFFER_ROWS, Lane, LanePlace, Row, RowShape
+from mtptrain.data.feed.mixture import source_of
 from mtptrain.data.packing import Batch
-from mtptrain.data.streaming import StreamedBatches
 from mtptrain.data.text import text_documents
 from mtptrain.data.tokenizer import BOS, train_tokenizer
 from mtptrain.data.tokens import tokenize_corpus

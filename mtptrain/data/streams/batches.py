@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mtptrain.data.batches import BatchSource, RowOrder
 from mtptrain.data.packing import Batch, Piece, fill_rows, pack_pieces
-from mtptrain.data.stream_format import decode_streams
-from mtptrain.data.stream_manifest import StreamManifest
+from mtptrain.data.streams.format import decode_streams
+from mtptrain.data.streams.manifest import StreamManifest
 from mtptrain.errors import UserError
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtptrain.data.dealer import Dealer, Order, check_enough
 from mtptrain.data.encoder import EncodedDocument, Encoder
+from mtptrain.data.feed.dealer import Dealer, Order, check_enough
 from mtptrain.data.packing import cut_document, pack_pieces
 
 BUFFER_ROWS = 64  # rows' worth of tokens that are packed and shuffled together

@@ -8,12 +8,12 @@ from itertools import islice
 import numpy as np
 import torch
 
-from mtptrain.data.background import Items, start_feeds
 from mtptrain.data.batches import BatchSource
-from mtptrain.data.dealer import Dealer
-from mtptrain.data.feed import FeedPlan, Position, check_position, join_positions
-from mtptrain.data.lane import Row
-from mtptrain.data.mixture import source_of
+from mtptrain.data.feed.background import Items, start_feeds
+from mtptrain.data.feed.dealer import Dealer
+from mtptrain.data.feed.feed import FeedPlan, Position, check_position, join_positions
+from mtptrain.data.feed.lane import Row
+from mtptrain.data.feed.mixture import source_of
 from mtptrain.data.packing import Batch, fill_rows
 from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError

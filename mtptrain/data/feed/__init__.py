@@ -1,0 +1,1 @@
+"""Text that is read, tokenised and mixed while training goes on: `data.streaming` and `data.mixture`."""
