@@ -14,7 +14,7 @@ from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
-from mtptrain.recipes.evaluate import SCHEMA, replay_head
+from mtptrain.recipes.evaluate import SCHEMA
 from mtptrain.recipes.inputs import (
     check_owner,
     describe_backbone,
@@ -23,7 +23,7 @@ from mtptrain.recipes.inputs import (
     stock_head,
     trained_head,
 )
-from mtptrain.recipes.traces import prepare_traces
+from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 

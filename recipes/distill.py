@@ -33,7 +33,7 @@ from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.trainable import freeze_untrained
-from mtptrain.recipes.evaluate import evaluate_heads, replay_head
+from mtptrain.recipes.evaluate import evaluate_heads
 from mtptrain.recipes.inputs import (
     can_decode,
     heldout_corpus,
@@ -44,7 +44,7 @@ from mtptrain.recipes.inputs import (
 )
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
-from mtptrain.recipes.traces import check_prompts, gather_traces
+from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import Probe, Trainer
 from mtptrain.wandb_mirror import WandbMirror

@@ -37,7 +37,6 @@ from mtptrain.evaluation.speedup import (
 from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.initial import has_stock
-from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
 from mtptrain.recipes.inputs import (
     describe_backbone,
@@ -55,14 +54,6 @@ from mtptrain.storage import write_json
 SCHEMA = 2
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate where the run samples
-
-
-def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
-    """Counts of every trace for every draft length, from one rollout."""
-    policy = decoding_policy(config.decoding)
-    stops = policy.stop_below > 0
-    drafts = draft_traces(backbone.model, stack, traces, config.decoding.draft_length, policy, free_running=stops)
-    return replay_all(drafts, policy)
 
 
 def run_loops(
@@ -157,7 +148,7 @@ def evaluate_heads(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
             {
                 **head.describe(),
                 "teacher_forced": teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
-                **describe_acceptance(traces, drafts, policy, backbone.tokenizer),
+                **describe_acceptance(traces, drafts, replays[head.name], policy, backbone.tokenizer),
                 "loop": {str(k): loop_totals(runs[first], head.name, k) for k in replays[head.name]},
                 "samples": sample_texts(backbone.tokenizer, runs[first], head.name, longest),
             }

@@ -37,9 +37,8 @@ from mtptrain.mtp.initial import has_stock, place, stock_tensors
 from mtptrain.mtp.release import from_release, is_release_layout, to_release
 from mtptrain.mtp.release_names import Scheme
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.recipes.evaluate import replay_head
 from mtptrain.recipes.inputs import heldout_corpus, open_backbone, trained_head
-from mtptrain.recipes.traces import gather_traces
+from mtptrain.recipes.traces import gather_traces, replay_head
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_folder, no_room, write_json, write_text
 

@@ -1,4 +1,4 @@
-"""The traces that a run measures heads on: read from disk, or prompts continued by the backbone."""
+"""The traces that a run measures heads on: read from disk, or prompts continued by the backbone; and their replay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import decoding_policy
 from mtptrain.decoding.records import Limits
 from mtptrain.errors import UserError
+from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.conversation import hold_conversations
+from mtptrain.evaluation.drafts import draft_traces
+from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.trace import Trace, record_traces
 from mtptrain.evaluation.trace_set import (
     Source,
@@ -26,6 +29,7 @@ from mtptrain.evaluation.trace_set import (
     read_trace_set,
     write_trace_set,
 )
+from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.inputs import open_chat
 from mtptrain.run_folder import RunFolder
 
@@ -213,3 +217,11 @@ def prepare_traces(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
     run_folder.record()
     write_trace_set(run_folder.path / TRACES_FILE, traces)
     return traces
+
+
+def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
+    """Counts of every trace for every draft length, from one rollout."""
+    policy = decoding_policy(config.decoding)
+    stops = policy.stop_below > 0
+    drafts = draft_traces(backbone.model, stack, traces, config.decoding.draft_length, policy, free_running=stops)
+    return replay_all(drafts, policy)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.breakdown import break_down
 from mtptrain.evaluation.calibration import calibrate
+from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.drafts import TraceDrafts
 from mtptrain.evaluation.metrics import by_domain, by_position, summarize, totals
 from mtptrain.evaluation.replay import replay_all
@@ -19,20 +20,20 @@ THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
 
 
 def describe_acceptance(
-    traces: list[Trace], drafts: list[TraceDrafts], policy: Policy, tokenizer: Tokenizer
+    traces: list[Trace], drafts: list[TraceDrafts], counts: Replayed, policy: Policy, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Acceptance by draft length, domain, kind of token and confidence.
 
     Args:
         traces: the texts.
         drafts: of the traces, in their order, following the head's own drafts too.
+        counts: of the drafts replayed under the policy.
         policy: how drafts are made, verified and stopped.
         tokenizer: the backbone's.
 
     Returns:
         `replay` and `per_prompt` by K; `domains`, `breakdown`, `calibration` and `thresholds` at the longest K.
     """
-    counts = replay_all(drafts, policy)
     longest = max(counts)
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     return {
