@@ -1,6 +1,6 @@
 """The Triton functions of `connect`'s backward; see `kernel.py`."""
 
-# T tokens, N streams (padded to P), D model width, X = N * D, M = N * (N + 2), Q parts of X
+# T tokens, N streams (padded to P), D model width, M = N * (N + 2), G groups of tokens
 
 from __future__ import annotations
 
@@ -82,61 +82,50 @@ def hyper_connection_map_backward_kernel(
 
 @triton.jit
 def hyper_connection_streams_backward_kernel(
-    streams_ptr,  # [T, X]
-    fn_ptr,  # [M, X]
+    streams_ptr,  # [T, N, D]
+    fn_ptr,  # [M, N, D]
     grad_sums_ptr,  # [T, M]
     pre_ptr,  # [T, N]
     pull_ptr,  # [T]
     grad_collapsed_ptr,  # [T, D]
-    grad_streams_ptr,  # [T, X]
+    grad_streams_ptr,  # [T, N, D]
+    grad_fn_ptr,  # [G, M, N, D], a part from every group of tokens; or None
     T,
     D,
+    group_size,  # tokens, a multiple of BLOCK_T
     N: tl.constexpr,
+    P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the streams."""
+    """Gradients of the streams and of the projection: some channels of all streams, a group of tokens."""
     M: tl.constexpr = N * (N + 2)
-    X = N * D
-    token, weight = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    row, is_token = token.to(tl.int64)[:, None], (token < T)[:, None]
-    at = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    mask, stream, channel = is_token & (at < X)[None, :], (at // D)[None, :], (at % D)[None, :]
-    grad_sums = tl.load(grad_sums_ptr + row * M + weight[None, :], mask=is_token & (weight < M)[None, :], other=0.0)
-    fn_mask = (weight < M)[:, None] & (at < X)[None, :]
-    fn = tl.load(fn_ptr + weight[:, None] * X + at[None, :], mask=fn_mask, other=0.0).to(tl.float32)
-    grad = tl.dot(grad_sums, fn, input_precision=PRECISION)
-    streams = tl.load(streams_ptr + row * X + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    grad += tl.load(pull_ptr + token, mask=token < T, other=0.0)[:, None] * streams
-    pre = tl.load(pre_ptr + row * N + stream, mask=mask, other=0.0)
-    grad += pre * tl.load(grad_collapsed_ptr + row * D + channel, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_streams_ptr + row * X + at[None, :], grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def hyper_connection_fn_backward_kernel(
-    streams_ptr,  # [T, X]
-    grad_sums_ptr,  # [T, M]
-    grad_fn_ptr,  # [M, X]
-    T,
-    X,
-    M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of the projection, a block of its columns."""
-    weight, at = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    grad = tl.zeros((BLOCK_M, BLOCK_X), tl.float32)
-    for begin in range(0, T, BLOCK_T):
+    n, channel = tl.arange(0, P), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column, weight = tl.arange(0, P * BLOCK_D), tl.arange(0, BLOCK_M)
+    stream, channel_of_column = column // BLOCK_D, tl.program_id(0) * BLOCK_D + column % BLOCK_D
+    at = (stream * D + channel_of_column)[None, :]
+    is_column, is_weight = ((stream < N) & (channel_of_column < D))[None, :], weight < M
+    fn_place, fn_mask = weight[:, None] * N * D + at, is_weight[:, None] & is_column
+    fn = tl.load(fn_ptr + fn_place, mask=fn_mask, other=0.0).to(tl.float32)
+    grad_fn = tl.zeros((BLOCK_M, P * BLOCK_D), tl.float32)
+    group = tl.program_id(1)
+    for begin in range(group * group_size, tl.minimum((group + 1) * group_size, T), BLOCK_T):
         token = begin + tl.arange(0, BLOCK_T)
         row, is_token = token.to(tl.int64)[:, None], (token < T)[:, None]
-        sums_mask = is_token & (weight < M)[None, :]
+        mask, sums_mask = is_token & is_column, is_token & is_weight[None, :]
         grad_sums = tl.load(grad_sums_ptr + row * M + weight[None, :], mask=sums_mask, other=0.0)
-        streams = tl.load(streams_ptr + row * X + at[None, :], mask=is_token & (at < X)[None, :], other=0.0)
-        grad = tl.dot(tl.trans(grad_sums), streams.to(tl.float32), grad, input_precision=PRECISION)
-    mask = (weight < M)[:, None] & (at < X)[None, :]
-    tl.store(grad_fn_ptr + weight[:, None] * X + at[None, :], grad.to(grad_fn_ptr.dtype.element_ty), mask=mask)
+        streams = tl.load(streams_ptr + row * N * D + at, mask=mask, other=0.0).to(tl.float32)
+        pull = tl.load(pull_ptr + token, mask=token < T, other=0.0)[:, None]
+        pre = tl.load(pre_ptr + row * N + n[None, :], mask=is_token & (n < N)[None, :], other=0.0)
+        collapsed_mask = is_token & (channel < D)[None, :]
+        grad_collapsed = tl.load(grad_collapsed_ptr + row * D + channel[None, :], mask=collapsed_mask, other=0.0)
+        spread = pre[:, :, None] * grad_collapsed.to(tl.float32)[:, None, :]
+        grad = tl.reshape(spread, (BLOCK_T, P * BLOCK_D)) + pull * streams
+        grad = tl.dot(grad_sums, fn, grad, input_precision=PRECISION)
+        tl.store(grad_streams_ptr + row * N * D + at, grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
+        if grad_fn_ptr is not None:
+            grad_fn = tl.dot(tl.trans(grad_sums), streams, grad_fn, input_precision=PRECISION)
+    if grad_fn_ptr is not None:
+        tl.store(grad_fn_ptr + group.to(tl.int64) * M * N * D + fn_place, grad_fn, mask=fn_mask)

@@ -1,8 +1,8 @@
-"""Triton for `connect`: two launches forward; three, and some sums over tokens, backward.
+"""Triton for `connect`: two launches forward; two, and some sums, backward.
 
 With y = streams @ fn^T, r = 1 / rms(streams), mix = r y, and dlin the gradient of `scale mix + base`, the gradients are
 
-    dmix = scale dlin       dfn = (r dmix)^T @ streams
+    dmix = scale dlin       dfn = (r dmix)^T @ streams, a part from every group of tokens
     dstreams = pre dcollapsed + (r dmix) @ fn - (r^2 / X) (dmix . mix) streams
     dpre_n = dcollapsed . streams_n
     a division by sums, c' = c / s with s = sum c + eps:    dc = (dc' - sum dc' c') / s
@@ -26,17 +26,16 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import INTERPRETER
 from ..launch import MODELS, Launch
-from .backward_kernel import (
-    hyper_connection_fn_backward_kernel,
-    hyper_connection_map_backward_kernel,
-    hyper_connection_streams_backward_kernel,
-)
+from .backward_kernel import hyper_connection_map_backward_kernel, hyper_connection_streams_backward_kernel
 from .expand_kernel import KERNELS, OPTIONS, row_blocks
 from .forward_kernel import hyper_connection_map_kernel, hyper_connection_project_kernel
 from .reference import Connection
 
 BLOCK_TOKENS = 16  # of the matrix products, as the channels below; not measured on a GPU
 BLOCK_CHANNELS = 128
+# What a program of the streams' backward takes of a token, and how many programs there are: more hide more latency, but
+# every group of tokens writes its part of dfn. Not measured on a GPU.
+BACKWARD_BYTES, BACKWARD_PROGRAMS = 256, 1024
 PROJECT_CHANNELS, PROJECT_OPTIONS = 64, OPTIONS | {"num_warps": 8}  # with the others' sizes the projection spills
 # Products of float32 in parts of bfloat16:
 # about as exact as float32, and on every target (not in the interpreter).
@@ -100,28 +99,16 @@ class _Connect(torch.autograd.Function):
         hyper_connection_map_backward_kernel[(tokens,)](
             streams, *saved, *grads, *results, width, ctx.eps, STEPS=steps.shape[1], **rows
         )
-        grad_streams, grad_fn = torch.empty_like(streams), None
-        blocks = _blocks(num_weights, size)
-        columns = triton.cdiv(size, blocks["BLOCK_X"])
-        hyper_connection_streams_backward_kernel[(triton.cdiv(tokens, BLOCK_TOKENS), columns)](
-            streams,
-            fn_MX,
-            grad_sums,
-            pre,
-            pull,
-            grads[2],
-            grad_streams,
-            tokens,
-            width,
-            N=num_streams,
-            **blocks,
-            **OPTIONS,
+        grad_streams = torch.empty_like(streams)
+        blocks = _column_blocks(num_streams, width, num_weights, streams.dtype)
+        columns, group_size = triton.cdiv(width, blocks["BLOCK_D"]), _group_size(tokens, width, blocks["BLOCK_D"])
+        groups = triton.cdiv(tokens, group_size)
+        parts_GMX = mix.new_empty(groups, num_weights, size) if ctx.needs_input_grad[1] else None
+        tensors = (streams, fn_MX, grad_sums, pre, pull, grads[2], grad_streams, parts_GMX)
+        hyper_connection_streams_backward_kernel[(columns, groups)](
+            *tensors, tokens, width, group_size, **blocks, **OPTIONS
         )
-        if ctx.needs_input_grad[1]:
-            grad_fn = torch.empty_like(fn_MX)
-            hyper_connection_fn_backward_kernel[(columns,)](
-                streams, grad_sums, grad_fn, tokens, size, M=num_weights, **blocks, **OPTIONS
-            )
+        grad_fn = None if parts_GMX is None else parts_GMX.sum(0).to(fn_MX.dtype)
         sizes = [num_streams, num_streams, num_streams**2]
         grad_scale_3 = torch.stack([part.sum() for part in (grad_lin * mix).sum(0).split(sizes)])
         grad_base_M = grad_lin.sum(0)
@@ -148,9 +135,28 @@ def _part_size(groups: int, size: int) -> int:
     return triton.cdiv(triton.cdiv(size, parts), PROJECT_CHANNELS) * PROJECT_CHANNELS
 
 
+def _group_size(tokens: int, width: int, block_d: int) -> int:
+    """Tokens of a program of the streams' backward, of which there are about `BACKWARD_PROGRAMS`."""
+    groups = max(1, BACKWARD_PROGRAMS // triton.cdiv(width, block_d))
+    return triton.cdiv(triton.cdiv(tokens, groups), BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _column_blocks(num_streams: int, width: int, num_weights: int, dtype: torch.dtype) -> dict[str, Any]:
+    padded = triton.next_power_of_2(num_streams)
+    block_d = max(16, min(BACKWARD_BYTES // dtype.itemsize // padded, triton.next_power_of_2(width)))
+    # TF32 is exact for bfloat16 and errs by 2^-10 where the gradient of bfloat16 streams is rounded by 2^-9.
+    precision = "tf32" if dtype is torch.bfloat16 and PRECISION != "ieee" else PRECISION
+    blocks = {"BLOCK_T": BLOCK_TOKENS, "BLOCK_M": _padded_weights(num_weights), "BLOCK_D": block_d}
+    return {"N": num_streams, "P": padded, "PRECISION": precision, **blocks}
+
+
+def _padded_weights(num_weights: int) -> int:
+    return max(16, triton.next_power_of_2(num_weights))
+
+
 def _blocks(num_weights: int, size: int, channels: int = BLOCK_CHANNELS) -> dict[str, Any]:
     block_x = min(channels, max(16, triton.next_power_of_2(size)))
-    block_m = max(16, triton.next_power_of_2(num_weights))
+    block_m = _padded_weights(num_weights)
     return {"BLOCK_T": BLOCK_TOKENS, "BLOCK_M": block_m, "BLOCK_X": block_x, "PRECISION": PRECISION}
 
 
@@ -159,22 +165,23 @@ def launches() -> list[Launch]:
     num_streams = MODELS["V4-Flash"].streams
     constants = row_blocks(num_streams, 4096) | _blocks(num_streams * (num_streams + 2), num_streams * 4096)
     constants |= {"M": num_streams * (num_streams + 2), "STEPS": 40}
-    types = dict.fromkeys(["T", "Q"], "i32") | dict.fromkeys(["D", "X", "part_size"], "i32:16")
+    columns = _column_blocks(num_streams, 4096, constants["M"], torch.bfloat16)
+    types = dict.fromkeys(["T", "Q"], "i32") | dict.fromkeys(["D", "X", "part_size", "group_size"], "i32:16")
     types |= dict.fromkeys(["norm_eps", "eps"], "fp32")
     wide = ["streams", "collapsed", "output", "new"]
     types |= {f"{grad}{name}_ptr": "*bf16:16" for name in wide for grad in ("", "grad_")}
 
-    def launch(kernel: Any, options: dict[str, Any] = OPTIONS, **others: Any) -> Launch:
+    def launch(kernel: Any, options: dict[str, Any] = OPTIONS, label: str = "", **others: Any) -> Launch:
         fixed = {name: value for name, value in {**constants, **others}.items() if name in kernel.arg_names}
         arguments = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in fixed}
-        return Launch(kernel=kernel, label="", arguments=arguments, constants=fixed, options=options)
+        return Launch(kernel=kernel, label=label, arguments=arguments, constants=fixed, options=options)
 
-    others = (
-        hyper_connection_map_kernel,
-        hyper_connection_map_backward_kernel,
-        hyper_connection_streams_backward_kernel,
-        hyper_connection_fn_backward_kernel,
-        *KERNELS,
-    )
-    project = launch(hyper_connection_project_kernel, PROJECT_OPTIONS, BLOCK_X=PROJECT_CHANNELS)
-    return [project, *(launch(kernel) for kernel in others)]
+    streams_backward = partial(launch, hyper_connection_streams_backward_kernel, **columns)
+    return [
+        launch(hyper_connection_project_kernel, PROJECT_OPTIONS, BLOCK_X=PROJECT_CHANNELS),
+        launch(hyper_connection_map_kernel),
+        launch(hyper_connection_map_backward_kernel),
+        streams_backward(),
+        streams_backward(label="frozen fn", grad_fn_ptr=None),
+        *(launch(kernel) for kernel in KERNELS),
+    ]

@@ -16,7 +16,8 @@ SETTINGS = {"norm_eps": 1e-6, "eps": 1e-6}
 
 # B rows, S tokens, N streams, D model width, M = N * (N + 2) weights
 
-SHAPES = [(1, 1, 1, 8, 1), (2, 3, 2, 20, 4), (1, 5, 4, 48, 20), (1, 5, 3, 150, 2)]  # B, S, N, D, Sinkhorn iterations
+# B, S, N, D, Sinkhorn iterations
+SHAPES = [(1, 1, 1, 8, 1), (1, 33, 1, 8, 1), (2, 3, 2, 20, 4), (1, 5, 4, 48, 20), (1, 5, 3, 150, 2)]
 
 
 def random_values(*shapes: tuple[int, ...], size: float = 1.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -92,6 +93,17 @@ def test_triton_connects_bfloat16_streams_like_the_definition() -> None:
     inputs, settings = connect_inputs(1, 5, 4, 64, dtype=torch.bfloat16), {**SETTINGS, "iterations": 20}
     # One rounding to bf16; the definition rounds its parts of the streams' gradient one by one.
     assert_close(run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings), 3 * 2**-8)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+def test_streams_get_the_same_gradient_when_the_projection_is_frozen() -> None:
+    inputs, settings = connect_inputs(1, 3, 2, 20), {**SETTINGS, "iterations": 2}
+    gradients = []
+    for needs_gradient in (True, False):
+        streams, *weights = (x.detach().requires_grad_(needs_gradient) for x in inputs)
+        outputs = connect_triton(streams.requires_grad_(), *weights, **settings)
+        gradients += torch.autograd.grad([x.sum() for x in outputs], streams)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e4])
