@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtptrain import cli
 from mtptrain.backbone.shards import INDEX
 from mtptrain.storage import sha256_file
 
@@ -26,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_main(*arguments: str) -> int:
     """Exit code of the command, run in this process."""
+    from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run where Hydra is not installed
+
+    from mtptrain import cli
+
     GlobalHydra.instance().clear()
     with patch.object(sys, "argv", ["mtptrain", *arguments]):
         try:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
-
 from mtptrain.config.backbone import BackboneConfig
 from mtptrain.config.choices import (
     DataSource,
@@ -36,12 +33,14 @@ ONE_DTYPE = (
     "head is one layer: stage 3 would gather it whole for every use) or precision=fp32"
 )
 
+UNCHOSEN: Any = "???"  # what OmegaConf calls missing
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """One run: a task, its parts and its folder."""
 
-    task: Task = MISSING
+    task: Task = UNCHOSEN
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
     resume: str = "never"  # never, or auto: continue from the newest whole checkpoint in output_dir
     seed: int = 0
@@ -197,6 +196,10 @@ class RunConfig:
 
 def register() -> None:
     """Make `RunConfig` the schema that Hydra composes against, and name the folder of a sweep."""
+    # What needs no command line, such as the benchmarks in scripts/, needs no Hydra.
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     # Hydra writes multirun.yaml there, whatever it is told.
     OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)

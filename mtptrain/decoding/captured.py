@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,40 @@ class Recording(NamedTuple):
     outputs: Any
 
 
+def can_record(model: DeepseekV4ForCausalLM) -> bool:
+    """Whether steps of a backbone can be recorded; why not, on a GPU, is logged once."""
+    weight = model.lm_head.weight
+    if not weight.is_cuda:
+        return False
+    reason = why_not_recorded(model, torch.cuda.get_device_capability(weight.device))
+    if reason is not None:
+        _log_once(f"decoding without CUDA graphs, because {reason}")
+    return reason is None
+
+
+def why_not_recorded(model: DeepseekV4ForCausalLM, capability: tuple[int, int]) -> str | None:
+    """Why a graph cannot hold a step of this backbone on a GPU of this compute capability; None where it can.
+
+    Source: torch's products of experts, `GroupedBlas.cpp` of 2.10: bf16 on compute capability 9 and 10 stays on the
+    device, everything else asks the device for the sizes of its groups.
+    """
+    if is_shared(model) or len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the backbone is spread over devices or processes"
+    dtypes = {weight.dtype for name, weight in model.named_parameters() if ".experts." in name}
+    if dtypes != {torch.bfloat16}:
+        return f"experts in {', '.join(sorted(map(str, dtypes)))} make torch wait for the device; set precision=bf16"
+    if capability[0] not in (9, 10):
+        return (
+            f"torch has no products of experts for compute capability {capability[0]}.{capability[1]} that never wait"
+        )
+    return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    logging.getLogger("mtptrain.decoding").warning(message)
+
+
 class Captured:
     """A function of tensors that is recorded when it is first called on a GPU, and replayed; elsewhere it just runs.
 
@@ -32,7 +68,7 @@ class Captured:
 
     Args:
         function: from tensors to anything made of tensors.
-        model: the backbone it calls; one that is spread over devices or processes cannot be recorded.
+        model: the backbone it calls, which `can_record` judges.
         counters: tensors that a call advances. They are put back after each run that only warms up; whatever else such
             a run writes must be written again by the next one, as a rejected draft's slots in a cache are.
     """
@@ -41,8 +77,7 @@ class Captured:
         self, function: Callable[..., Any], model: DeepseekV4ForCausalLM, counters: Sequence[Tensor] = ()
     ) -> None:
         self.function, self.counters = function, counters
-        devices = {parameter.device for parameter in model.parameters()}
-        self.records = len(devices) == 1 and devices.pop().type == "cuda" and not is_shared(model)
+        self.records = can_record(model)
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:

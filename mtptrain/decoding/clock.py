@@ -31,8 +31,8 @@ class Clock:
         self.last = time.perf_counter()
 
     def stop(self) -> Seconds:
-        """The account, with its total."""
-        self.seconds.total = self._now() - self.started
+        """The account, with its total: all time but that of recording."""
+        self.seconds.total = self._now() - self.started - self.seconds.record
         return self.seconds
 
     def _now(self) -> float:

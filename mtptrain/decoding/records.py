@@ -61,7 +61,11 @@ class Decoded:
 
 @dataclass(slots=True)
 class Seconds:
-    """Wall seconds of a run, in all and by what they were spent on; the rest of the total is bookkeeping."""
+    """Wall seconds of a run, in all and by what they were spent on; the rest of the total is bookkeeping.
+
+    Attributes:
+        record: making CUDA graphs of the run's steps. It is not in the total: a server records once for all texts.
+    """
 
     total: float = 0.0
     prefill: float = 0.0  # backbone and drafter over the prompts
@@ -69,6 +73,7 @@ class Seconds:
     verify: float = 0.0  # the backbone's pass and its lm_head
     sample: float = 0.0  # acceptance, the verifier's own token, and their way to the host
     rewind: float = 0.0
+    record: float = 0.0
 
 
 @dataclass(slots=True)

@@ -96,12 +96,12 @@ class BackboneDrafts:
         """The backbone's own next tokens; see `Drafts`."""
         length = int(self.texts.length_B)
         _, hidden_1SD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, self.known : length])
-        self.known = length
+        self.known = length - 1  # the last token is read again, for there is always one to read
         tokens = [self.model.lm_head(hidden_1SD[:, -1]).argmax(-1)]
         while len(tokens) < self.draft_length:
             _, hidden_1SD = decode_step(self.model, self.cache, tokens[-1].unsqueeze(1))
             tokens.append(self.model.lm_head(hidden_1SD[:, -1]).argmax(-1))
-        self.cache.rewind(self.texts.length_B)
+        self.cache.rewind(self.texts.length_B - 1)
         return Draft(torch.stack(tokens, dim=1), None, torch.tensor([len(tokens)], device=hidden_1SD.device))
 
 

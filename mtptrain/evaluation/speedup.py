@@ -116,7 +116,11 @@ def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> dict
     after = [_after_prefill([one]) / _after_prefill(list(run.plain)) for run, one in pairs]
     spent = [asdict(run.seconds) for run in mine]
     total = sum(seconds["total"] for seconds in spent)
-    shares = {phase: sum(seconds[phase] for seconds in spent) / total for phase in spent[0] if phase != "total"}
+    shares = {
+        phase: sum(seconds[phase] for seconds in spent) / total
+        for phase in spent[0]
+        if phase not in ("total", "record")
+    }
     return {**spread(ratios), "per_batch": ratios, "after_prefill": spread(after), "shares": shares}
 
 

@@ -10,13 +10,14 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step
-from mtptrain.decoding.captured import captured_verify
+from mtptrain.decoding.captured import captured_verify, why_not_recorded
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
+from mtptrain.evaluation.controls import BackboneDrafts
 from tests.tiny import random_backbone, random_stack
 
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
@@ -65,6 +66,46 @@ def test_a_draft_waits_for_nothing(depth: int, policy: Policy) -> None:
     going_B = torch.ones(2, dtype=torch.bool)
     draws = () if policy.is_greedy else (torch.rand(2, 3, dtype=torch.float64),)
     without_values(lambda: drafter.propose(texts.length_B, going_B, *draws))
+
+
+def test_experts_that_make_torch_wait_are_not_recorded() -> None:
+    model = bfloat16_model()
+    assert why_not_recorded(model, (9, 0)) is None
+    assert "compute capability 8.0" in str(why_not_recorded(model, (8, 0)))
+    assert "torch.float32" in str(why_not_recorded(random_backbone(), (9, 0)))
+
+
+class TwiceDrafter(Drafter):
+    """Is asked for each draft twice, as the first one is where steps are recorded."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        super().draft(u_BK)
+        return super().draft(u_BK)
+
+
+class TwiceBackbone(BackboneDrafts):
+    """The same of the control."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        super().draft(u_BK)
+        return super().draft(u_BK)
+
+
+@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.9)])
+def test_a_draft_made_twice_changes_nothing(policy: Policy) -> None:
+    model = random_backbone()
+    stack = random_stack(model, 2)
+    found, expected = (
+        decode_speculative(model, kind(model, stack), PROMPTS, 3, Limits(14), policy).rows
+        for kind in (TwiceDrafter, Drafter)
+    )
+    assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
+
+
+def test_the_backbone_as_its_own_draft_may_be_asked_twice() -> None:
+    model = random_backbone()
+    (row,) = decode_speculative(model, TwiceBackbone(model), PROMPTS[:1], 3, Limits(13)).rows
+    assert [one.accepted for one in row.passes] == [3, 3, 3]
 
 
 class FullDrafter(Drafter):

@@ -1,0 +1,211 @@
+"""The decoding engine on the clock: a verify pass recorded in a CUDA graph beside a plain one, and what a head gains.
+
+python scripts/benchmark_engine.py [--backbone FOLDER --head RUN] [--batches 1,8] [--draft-length 4] [--device cpu]
+
+Without a backbone the shipped one with its stock head. A pass reads 1 to K + 1 new tokens of every row after 96 tokens
+of held-out text, both ways in turn; then 64 tokens are decoded greedily, plainly and with every draft length in turn.
+A pass is timed with everything that it starts on the GPU, recording is not timed. On a CPU nothing can be recorded. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtptrain.backbone.decode import prefill
+from mtptrain.backbone.load import Backbone
+from mtptrain.checkpoint import find_checkpoint
+from mtptrain.config import BackboneConfig, DecodingConfig, Device, RunConfig, Task
+from mtptrain.data.prompts import Prompt, slice_prompts
+from mtptrain.decoding.captured import captured_verify
+from mtptrain.decoding.policy import GREEDY
+from mtptrain.decoding.speculative import allocate_cache
+from mtptrain.errors import UserError
+from mtptrain.evaluation.heads import Head
+from mtptrain.evaluation.speedup import batch_length, cut_batches, run_interleaved, spread, summarize_speed
+from mtptrain.evaluation.speedup import tokens_per_second as rate_of
+from mtptrain.evaluation.trace import Trace
+from mtptrain.kernels.dispatch import requested
+from mtptrain.provenance import git_commit, hardware, package_versions
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head, trained_head
+from mtptrain.recipes.traces import decoding_limits
+
+# B rows, S tokens of a prompt, L tokens of a pass
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 64
+WARM_UP, REPETITIONS = 3, 30
+
+
+class Passes:
+    """Passes over the next tokens of some texts, each taken back.
+
+    Args:
+        backbone: what verifies.
+        prompts: the texts, all of one length.
+        longest: most tokens of a pass.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: list[Prompt], longest: int) -> None:
+        model = backbone.model
+        self.device = model.lm_head.weight.device
+        tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.device)
+        self.tokens_BL = tokens_BS[:, :longest]  # what is read does not matter
+        self.cache = allocate_cache(model, len(prompts), PROMPT_TOKENS + longest, longest)
+        for _ in prefill(model, self.cache, tokens_BS, [PROMPT_TOKENS] * len(prompts)):
+            pass
+        self.length_B = self.cache.length_B.clone()
+        self.recorded = captured_verify(model, self.cache)
+        self.ways: dict[str, Callable[[Tensor], Any]] = {"eager": self.recorded.function}
+        if self.recorded.records:
+            self.ways["recorded"] = self.recorded
+
+    def seconds(self, way: str, num_tokens: int) -> float:
+        """Wall time of one pass."""
+        tokens_BL = self.tokens_BL[:, :num_tokens].contiguous()
+        self._wait()
+        begun = time.perf_counter()
+        self.ways[way](tokens_BL)
+        self._wait()
+        spent = time.perf_counter() - begun
+        self.cache.rewind(self.length_B)
+        return spent
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@torch.inference_mode()
+def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict[str, Any]:
+    """By number of tokens: spread of the seconds of each way, and of the paired ratio eager / recorded."""
+    passes = Passes(backbone, prompts, longest)
+    found: dict[int, dict[str, list[float]]] = {n: {way: [] for way in passes.ways} for n in range(1, longest + 1)}
+    for _ in range(WARM_UP + REPETITIONS):
+        for num_tokens, seconds in found.items():
+            for way in passes.ways:
+                seconds[way].append(passes.seconds(way, num_tokens))
+    result: dict[str, Any] = {}
+    for num_tokens, seconds in found.items():
+        kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
+        result[str(num_tokens)] = {way: spread(spent) for way, spent in kept.items()}
+        if "recorded" in kept:
+            ratios = [slow / fast for slow, fast in zip(kept["eager"], kept["recorded"], strict=True)]
+            result[str(num_tokens)]["eager_over_recorded"] = spread(ratios)
+    return result
+
+
+def time_decoding(
+    config: RunConfig, backbone: Backbone, head: Head, prompts: list[Prompt], batch: int
+) -> dict[str, Any]:
+    """Tokens a second of plain decoding; by draft length the tokens a pass and the ratio to plain decoding."""
+    batches = cut_batches([Trace(prompt, [], [], []) for prompt in prompts], batch, PROMPTS)
+    lengths = list(range(1, config.decoding.draft_length + 1))
+    limits, stacks = decoding_limits(config, backbone), {head.name: head.stack}
+    runs = run_interleaved(backbone.model, stacks, batches, lengths, limits, GREEDY, config.seed, lambda *_: None)
+    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
+    for k in lengths:
+        speed = summarize_speed(runs, head.name, k)
+        result[str(k)] = {
+            "tokens_per_pass": batch_length(runs, head.name, k),
+            "tokens_per_second": rate_of([run.speculative[head.name, k] for run in runs]),
+            **{name: speed[name] for name in ("median", "quartiles", "after_prefill", "shares")},
+            "record_seconds": spread([run.speculative[head.name, k].seconds.record for run in runs]),
+        }
+    return result
+
+
+def print_batch(batch: int, passes: dict[str, Any], decoding: dict[str, Any]) -> None:
+    """Two tables."""
+
+    def cell(found: dict[str, Any], scale: float = 1, form: str = ".2f") -> str:
+        middle, (low, high) = scale * found["median"], (scale * one for one in found["quartiles"])
+        return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+    print(f"\nbatch {batch}\n| tokens of a pass | eager, ms | recorded, ms | eager / recorded |\n|---|---|---|---|")
+    for num_tokens, found in passes.items():
+        cells = [cell(found["eager"], 1e3), "not recorded", "-"]
+        if "recorded" in found:
+            cells[1:] = cell(found["recorded"], 1e3), cell(found["eager_over_recorded"])
+        print(f"| {num_tokens} | " + " | ".join(cells) + " |")
+    print(f"\nplain decoding {decoding['plain_tokens_per_second']:.1f} tokens/s")
+    print("| K | tokens a pass | tokens/s | over plain | the same without prefill |\n|---|---|---|---|---|")
+    for k, found in decoding.items():
+        if isinstance(found, dict):
+            rate, gain = f"{found['tokens_per_second']:.1f}", f"{cell(found)} | {cell(found['after_prefill'])}"
+            print(f"| {k} | {found['tokens_per_pass']:.2f} | {rate} | {gain} |", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", metavar="FOLDER", help="the shipped one without it")
+    parser.add_argument("--head", metavar="RUN", default="stock", help="a run or checkpoint folder (default stock)")
+    parser.add_argument("--batches", default="1", help="rows decoded together, one after another (default 1)")
+    parser.add_argument("--draft-length", type=int, default=4, help="largest K (default 4)")
+    parser.add_argument("--device", choices=[one.value for one in Device], default=Device.auto.value)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and return what the JSON line holds."""
+    decoding = DecodingConfig(draft_length=options.draft_length, max_new_tokens=NEW_TOKENS)
+    source, device = BackboneConfig(path=options.backbone), Device(options.device)
+    config = RunConfig(task=Task.evaluate, backbone=source, device=device, decoding=decoding)
+    backbone = open_backbone(config)
+    model = backbone.model
+    stored = None if options.head == "stock" else find_checkpoint(Path(options.head))
+    head = stock_head(backbone) if stored is None else trained_head(backbone, stored)
+    batches = [int(text) for text in options.batches.split(",")]
+    prompts = slice_prompts(heldout_corpus(config, backbone), max(PROMPTS, *batches), PROMPT_TOKENS)
+    records = captured_verify(model, allocate_cache(model, 1, 1, 1)).records
+    result: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": package_versions(),
+        "commit": git_commit(),
+        "kernels": requested(),
+        "backbone": str(backbone.folder),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.lm_head.weight.dtype),
+        "head": options.head,
+        "recorded": records,
+        "batches": {},
+    }
+    where = ", ".join(result["hardware"].get("gpus") or [result["hardware"]["processor"]])
+    print(f"{where}, torch {torch.__version__}, {result['dtype']}, commit {result['commit']}")
+    print(f"{backbone.folder}: {result['parameters'] / 1e6:.1f} M parameters; head {options.head}")
+    if not records:
+        print("nothing is recorded here: only the eager path is timed")
+    for batch in batches:
+        rows = prompts[:batch]
+        found = {
+            "passes": time_passes(backbone, rows, options.draft_length + 1),
+            "decoding": time_decoding(config, backbone, head, prompts, batch),
+        }
+        result["batches"][str(batch)] = found
+        print_batch(batch, found["passes"], found["decoding"])
+    return result
+
+
+def main() -> int:
+    """Exit code: 2 with one line on a user's mistake."""
+    options = parse()
+    try:
+        result = run(options)
+    except UserError as error:
+        print(f"benchmark_engine: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

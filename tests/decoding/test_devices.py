@@ -1,0 +1,82 @@
+"""Everything is made on the backbone's device. Tensors without values stand for those of a GPU: mixing them with the
+CPU's fails."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.attention import use_linear_attention
+from mtptrain.backbone.decode import run_step
+from mtptrain.backbone.streams import run_backbone
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draws import Draws
+from mtptrain.decoding.policy import GREEDY, Policy
+from mtptrain.decoding.records import Limits
+from mtptrain.decoding.speculative import allocate_cache
+from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.verify import verify
+from mtptrain.mtp.stack import MtpStack
+from tests.tiny import random_backbone, random_stack
+
+ELSEWHERE = torch.device("meta")
+SAMPLED = Policy(temperature=0.7, top_k=20, top_p=0.9)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere() -> Iterator[None]:
+    with (
+        torch._functorch.config.patch(fake_tensor_allow_meta=True),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepseekV4ForCausalLM:
+    model = random_backbone()
+    use_linear_attention(model)
+    return nn.Module.to(model, device=ELSEWHERE, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def stack(model: DeepseekV4ForCausalLM) -> MtpStack:
+    return random_stack(model, 2).to(device=ELSEWHERE, dtype=torch.bfloat16)
+
+
+def test_a_tensor_on_the_wrong_device_is_noticed(model: DeepseekV4ForCausalLM) -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        model.lm_head(torch.zeros(1, 64, dtype=torch.bfloat16))
+
+
+def test_a_step_runs_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> None:
+    cache = allocate_cache(model, 2, 64, 4)
+    cache.advance(21)
+    tokens_BL = torch.zeros(2, 4, dtype=torch.int64, device=ELSEWHERE)
+    assert {one.device for one in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
+
+
+def test_whole_sequences_run_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> None:
+    tokens_BS = torch.zeros(2, 40, dtype=torch.int64, device=ELSEWHERE)
+    assert {one.device for one in run_backbone(model, tokens_BS)} == {ELSEWHERE}
+
+
+@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(stop_below=0.3)])
+def test_drafts_are_made_and_verified_on_the_backbones_device(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, policy: Policy
+) -> None:
+    texts = Texts([[1, 2, 3], [4, 5, 6, 7]], Limits(9), 3, ELSEWHERE)
+    drafter = Drafter(model, stack)
+    drafter.start(texts, 3, policy)
+    draws = Draws([1, 2], texts.lengths, 9, 3, ELSEWHERE)
+    going_B = torch.ones(2, dtype=torch.bool, device=ELSEWHERE)
+    u_BK = None if policy.is_greedy else draws.draft(texts.emitted_B)
+    draft = drafter.propose(texts.length_B, going_B, u_BK)
+    drafter.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
+    logits_BLV = torch.zeros(2, 4, 97, dtype=torch.bfloat16, device=ELSEWHERE)
+    emission = verify(policy, draft, logits_BLV, draws.verify(texts.emitted_B, 3))
+    assert emission.tokens_BL.device == ELSEWHERE
