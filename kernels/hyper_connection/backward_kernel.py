@@ -2,10 +2,15 @@
 
 # T tokens, N streams (padded to P), D model width, M = N * (N + 2), G groups of tokens
 
+# Tuples grow while Triton unrolls a loop.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .forward_kernel import softmax_of_entries
 
 
 @triton.jit
@@ -15,7 +20,6 @@ def hyper_connection_map_backward_kernel(
     scale_ptr,  # [3]
     mix_ptr,  # [T, M]
     inverse_ptr,  # [T]
-    steps_ptr,  # [T, STEPS, N, N]
     grad_post_ptr,  # [T, N]
     grad_comb_ptr,  # [T, N, N]
     grad_collapsed_ptr,  # [T, D]
@@ -30,18 +34,21 @@ def hyper_connection_map_backward_kernel(
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of the projections of one token."""
+    """Gradients of the projections of one token.
+
+    Sinkhorn is run again for the sums that its steps divide by: on the way back a matrix is the next one times them.
+    """
     M: tl.constexpr = N * (N + 2)
     token = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, P)
     is_stream, matrix, is_entry = n < N, n[:, None] * N + n[None, :], (n < N)[:, None] & (n < N)[None, :]
-    grad_pre = tl.zeros((P,), tl.float32)
+    products = tl.zeros((P, BLOCK_D), tl.float32)
     for begin in range(0, D, BLOCK_D):
         at = begin + tl.arange(0, BLOCK_D)
         mask = is_stream[:, None] & (at < D)[None, :]
         streams = tl.load(streams_ptr + (token * N + n[:, None]) * D + at[None, :], mask=mask, other=0.0)
         grad_collapsed = tl.load(grad_collapsed_ptr + token * D + at, mask=at < D, other=0.0)
-        grad_pre += tl.sum(streams.to(tl.float32) * grad_collapsed.to(tl.float32)[None, :], 1)
+        products += streams.to(tl.float32) * grad_collapsed.to(tl.float32)[None, :]
 
     pre_mix = tl.load(mix_ptr + token * M + n, mask=is_stream, other=0.0)
     post_mix = tl.load(mix_ptr + token * M + N + n, mask=is_stream, other=0.0)
@@ -50,22 +57,22 @@ def hyper_connection_map_backward_kernel(
     pre = tl.sigmoid(pre_mix * pre_scale + tl.load(base_ptr + n, mask=is_stream, other=0.0))
     post = tl.sigmoid(post_mix * post_scale + tl.load(base_ptr + N + n, mask=is_stream, other=0.0))
     tl.store(pre_ptr + token * N + n, pre + eps, mask=is_stream)
-    grad_pre = grad_pre * pre * (1 - pre)
+    grad_pre = tl.sum(products, 1) * pre * (1 - pre)
     grad_post = tl.load(grad_post_ptr + token * N + n, mask=is_stream, other=0.0) * 2 * post * (1 - post)
 
     grad_comb = tl.load(grad_comb_ptr + token * N * N + matrix, mask=is_entry, other=0.0)
-    steps_ptr += token * STEPS * N * N
-    after = tl.load(steps_ptr + (STEPS - 1) * N * N + matrix, mask=is_entry, other=0.0)
-    for back in range(1, STEPS):
-        step = STEPS - back
-        before = tl.load(steps_ptr + (step - 1) * N * N + matrix, mask=is_entry, other=0.0)
-        if step % 2 == 1:
-            grad_comb = (grad_comb - tl.sum(grad_comb * after, 0)[None, :]) / (tl.sum(before, 0) + eps)[None, :]
-        else:
-            grad_comb = (grad_comb - tl.sum(grad_comb * after, 1)[:, None]) / (tl.sum(before, 1) + eps)[:, None]
-        grad_comb = tl.where(is_entry, grad_comb, 0.0)
-        after = before
-    softmax = tl.where(is_entry, after - eps, 0.0)
+    comb = comb_mix * comb_scale + tl.load(base_ptr + 2 * N + matrix, mask=is_entry, other=0.0)
+    comb = softmax_of_entries(comb, is_entry, eps)
+    sums = ()
+    for step in tl.static_range(1, STEPS):
+        total = tl.expand_dims(tl.sum(comb, (step + 1) % 2) + eps, (step + 1) % 2)
+        comb = comb / total
+        sums += (total,)
+    for back in tl.static_range(1, STEPS):
+        total = sums[STEPS - 1 - back]
+        grad_comb = (grad_comb - tl.sum(grad_comb * comb, (STEPS - back + 1) % 2, keep_dims=True)) / total
+        comb = comb * total
+    softmax = tl.where(is_entry, comb - eps, 0.0)
     grad_comb = softmax * (grad_comb - tl.sum(grad_comb * softmax, 1)[:, None])
 
     tl.store(grad_lin_ptr + token * M + n, grad_pre, mask=is_stream)

@@ -6,7 +6,10 @@ With dnew the gradient of the streams after the sublayer, the gradients are
     dcomb_jk = streams_j . dnew_k           dstreams_j = sum_k comb_jk dnew_k
 """
 
-# T tokens, N streams (padded to P), D model width
+# T tokens, N streams, D model width
+
+# Tuples grow while Triton unrolls a loop.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_WIDTH = 512  # channels of all streams at once; not measured on a GPU
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+# A program is one warp with one token: nothing is exchanged but the sums at the end, and few tokens are many programs.
+# Not measured on a GPU.
+OPTIONS = {"num_warps": 1, "num_stages": 2, "enable_fp_fusion": True}
+EXPAND_CHANNELS, EXPAND_BACKWARD_CHANNELS = 512, 128  # at once; backward keeps N * (N + 1) sums of each
 
 
 @triton.jit
@@ -31,20 +36,21 @@ def hyper_connection_expand_kernel(
     new_ptr,  # [T, N, D]
     D,
     N: tl.constexpr,
-    P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """New streams of one token, a block of their channels."""
     token = tl.program_id(0).to(tl.int64)
-    n, at = tl.arange(0, P), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_entry, mask = (n < N)[:, None] & (n < N)[None, :], (n < N)[:, None] & (at < D)[None, :]
-    place = (token * N + n[:, None]) * D + at[None, :]
-    post = tl.load(post_ptr + token * N + n, mask=n < N, other=0.0)
-    comb = tl.load(comb_ptr + token * N * N + n[:, None] * N + n[None, :], mask=is_entry, other=0.0)
-    output = tl.load(output_ptr + token * D + at, mask=at < D, other=0.0).to(tl.float32)
-    streams = tl.load(streams_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    new = post[:, None] * output[None, :] + tl.sum(comb[:, :, None] * streams[:, None, :], 0)
-    tl.store(new_ptr + place, new.to(new_ptr.dtype.element_ty), mask=mask)
+    at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask, place = at < D, token * N * D + at
+    output = tl.load(output_ptr + token * D + at, mask=mask, other=0.0).to(tl.float32)
+    streams = ()
+    for j in tl.static_range(N):
+        streams += (tl.load(streams_ptr + place + j * D, mask=mask, other=0.0).to(tl.float32),)
+    for k in tl.static_range(N):
+        new = tl.load(post_ptr + token * N + k) * output
+        for j in tl.static_range(N):
+            new += tl.load(comb_ptr + (token * N + j) * N + k) * streams[j]
+        tl.store(new_ptr + place + k * D, new.to(new_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -60,30 +66,41 @@ def hyper_connection_expand_backward_kernel(
     grad_streams_ptr,  # [T, N, D]
     D,
     N: tl.constexpr,
-    P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """All gradients of one token."""
     token = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, P)
-    matrix, is_entry = n[:, None] * N + n[None, :], (n < N)[:, None] & (n < N)[None, :]
-    post = tl.load(post_ptr + token * N + n, mask=n < N, other=0.0)
-    comb = tl.load(comb_ptr + token * N * N + matrix, mask=is_entry, other=0.0)
-    grad_post, grad_comb = tl.zeros((P,), tl.float32), tl.zeros((P, P), tl.float32)
-    for begin in range(0, D, BLOCK_D):
+    weights, sums = (), ()  # N of post, then N * N of comb
+    for k in tl.static_range(N):
+        weights += (tl.load(post_ptr + token * N + k),)
+    for jk in tl.static_range(N * N):
+        weights += (tl.load(comb_ptr + token * N * N + jk),)
+    for _ in tl.static_range(N * (N + 1)):
+        sums += (tl.zeros((BLOCK_D,), tl.float32),)
+    for begin in tl.range(0, D, BLOCK_D, num_stages=3):  # so that loads are asynchronous without a product as well
         at = begin + tl.arange(0, BLOCK_D)
-        mask, place = (n < N)[:, None] & (at < D)[None, :], (token * N + n[:, None]) * D + at[None, :]
-        output = tl.load(output_ptr + token * D + at, mask=at < D, other=0.0).to(tl.float32)
-        streams = tl.load(streams_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        grad_new = tl.load(grad_new_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        grad_post += tl.sum(grad_new * output[None, :], 1)
-        grad_comb += tl.sum(streams[:, None, :] * grad_new[None, :, :], 2)
-        grad_output = tl.sum(post[:, None] * grad_new, 0)
-        tl.store(grad_output_ptr + token * D + at, grad_output.to(grad_output_ptr.dtype.element_ty), mask=at < D)
-        grad_streams = tl.sum(comb[:, :, None] * grad_new[None, :, :], 1)
-        tl.store(grad_streams_ptr + place, grad_streams.to(grad_streams_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_post_ptr + token * N + n, grad_post, mask=n < N)
-    tl.store(grad_comb_ptr + token * N * N + matrix, grad_comb, mask=is_entry)
+        mask, place = at < D, token * N * D + at
+        output = tl.load(output_ptr + token * D + at, mask=mask, other=0.0).to(tl.float32)
+        grad_output = tl.zeros((BLOCK_D,), tl.float32)
+        grad_new, added = (), ()
+        for k in tl.static_range(N):
+            grad = tl.load(grad_new_ptr + place + k * D, mask=mask, other=0.0).to(tl.float32)
+            grad_output += weights[k] * grad
+            grad_new += (grad,)
+            added += (sums[k] + grad * output,)
+        tl.store(grad_output_ptr + token * D + at, grad_output.to(grad_output_ptr.dtype.element_ty), mask=mask)
+        for j in tl.static_range(N):
+            streams = tl.load(streams_ptr + place + j * D, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.zeros((BLOCK_D,), tl.float32)
+            for k in tl.static_range(N):
+                grad += weights[N + j * N + k] * grad_new[k]
+                added += (sums[N + j * N + k] + streams * grad_new[k],)
+            tl.store(grad_streams_ptr + place + j * D, grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
+        sums = added
+    for k in tl.static_range(N):
+        tl.store(grad_post_ptr + token * N + k, tl.sum(sums[k]))
+    for jk in tl.static_range(N * N):
+        tl.store(grad_comb_ptr + token * N * N + jk, tl.sum(sums[N + jk]))
 
 
 class _ExpandAndMix(torch.autograd.Function):
@@ -92,9 +109,10 @@ class _ExpandAndMix(torch.autograd.Function):
         inputs = [x.contiguous() for x in (post_BSN, comb_BSNN, output_BSD, streams_BSND)]
         ctx.save_for_backward(*inputs)
         new_BSND = torch.empty_like(inputs[3])
-        rows = row_blocks(*new_BSND.shape[2:])
-        grid = (post_BSN.shape[:2].numel(), triton.cdiv(new_BSND.shape[3], rows["BLOCK_D"]))
-        hyper_connection_expand_kernel[grid](*inputs, new_BSND, new_BSND.shape[3], **rows)
+        num_streams, width = new_BSND.shape[2:]
+        blocks = row_blocks(width, EXPAND_CHANNELS)
+        grid = (post_BSN.shape[:2].numel(), triton.cdiv(width, blocks["BLOCK_D"]))
+        hyper_connection_expand_kernel[grid](*inputs, new_BSND, width, N=num_streams, **blocks)
         return new_BSND
 
     @staticmethod
@@ -102,8 +120,14 @@ class _ExpandAndMix(torch.autograd.Function):
     def backward(ctx: Any, grad_new_BSND: Tensor) -> tuple[Tensor, ...]:
         inputs = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in inputs)
+        num_streams, width = grad_new_BSND.shape[2:]
         hyper_connection_expand_backward_kernel[(inputs[0].shape[:2].numel(),)](
-            *inputs, grad_new_BSND.contiguous(), *grads, grad_new_BSND.shape[3], **row_blocks(*grad_new_BSND.shape[2:])
+            *inputs,
+            grad_new_BSND.contiguous(),
+            *grads,
+            width,
+            N=num_streams,
+            **row_blocks(width, EXPAND_BACKWARD_CHANNELS),
         )
         return grads
 
@@ -114,10 +138,6 @@ def expand_and_mix_triton(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tenso
     return new_BSND
 
 
-def row_blocks(num_streams: int, width: int) -> dict[str, int]:
+def row_blocks(width: int, channels: int) -> dict[str, Any]:
     """Constants of a kernel whose programs take one token."""
-    block_d = min(BLOCK_WIDTH, triton.next_power_of_2(width))
-    return {"N": num_streams, "P": triton.next_power_of_2(num_streams), "BLOCK_D": block_d} | OPTIONS
-
-
-KERNELS = [hyper_connection_expand_kernel, hyper_connection_expand_backward_kernel]  # compiled ahead of time
+    return {"BLOCK_D": min(channels, triton.next_power_of_2(width))} | OPTIONS
