@@ -2,9 +2,9 @@
 
 python -m mtptrain.kernels.aot [op ...]
 
-Exit code 1 when a kernel does not compile, or spills registers without giving a reason. Triton keeps what it compiled
-in its own cache (TRITON_CACHE_DIR), so a second run takes seconds. It shows that a kernel fits a GPU, not that it is
-right or fast.
+Exit code 1 when a kernel does not compile, does not fit, lacks the instruction that it is meant to use, or spills
+registers without giving a reason. Triton keeps what it compiled in its own cache (TRITON_CACHE_DIR), so a second run
+takes seconds. It shows that a kernel fits a GPU, not that it is right or fast.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# Of a program. Source: CUDA programming guide, table of compute capabilities; the CDNA 3 instruction set's LDS.
+MOST_SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
 class Usage(NamedTuple):
@@ -63,6 +65,8 @@ def compile_launch(launch: Launch, target: str) -> Usage:
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in types if types[name].endswith(":16")},
     )
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    if launch.instruction not in compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]:
+        raise ValueError(f"its assembly holds no {launch.instruction}")
     return _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
 
 
@@ -102,7 +106,13 @@ def main(ops: list[str]) -> int:
     if unknown:
         print(f"{unknown[0]}: no such op; there are {', '.join(OPS)}", file=sys.stderr)
         return 2
-    jobs = [(op, n, target) for op in ops or OPS for n in range(len(launches(op))) for target in TARGETS]
+    jobs = [
+        (op, number, target)
+        for op in ops or OPS
+        for number, launch in enumerate(launches(op))
+        for target in TARGETS
+        if launch.target in ("", target)
+    ]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         found = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
@@ -117,20 +127,22 @@ def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
     notes: list[str] = []
     print("registers / shared bytes / spilled bytes a thread\n")
     print(f"{'kernel':<50}" + "".join(f"{target:>18}" for target in TARGETS))
-    for op, number in dict.fromkeys(job[:2] for job in found):
+    rows: dict[str, dict[str, str]] = {}
+    for (op, number, target), usage in found.items():
         launch = launches(op)[number]
         name = f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}"
-        cells = []
-        for target in TARGETS:
-            usage = found[op, number, target]
-            if isinstance(usage, str):
-                faults.append(f"{name}, {target}: {usage}")
-                cells.append("failed")
-                continue
-            cells.append(" / ".join(map(str, usage)))
-            if usage.spill_bytes:
-                (notes if launch.spill else faults).append(f"{name}, {target}: spills; {launch.spill or 'no reason'}")
-        print(f"{name:<50}" + "".join(f"{cell:>18}" for cell in cells))
+        cells = rows.setdefault(name, {})
+        if isinstance(usage, str):
+            faults.append(f"{name}, {target}: {usage}")
+            cells[target] = "failed"
+            continue
+        cells[target] = " / ".join(map(str, usage))
+        if usage.shared_bytes > MOST_SHARED_BYTES[target]:
+            faults.append(f"{name}, {target}: more shared memory than the {MOST_SHARED_BYTES[target]} bytes there are")
+        if usage.spill_bytes:
+            (notes if launch.spill else faults).append(f"{name}, {target}: spills; {launch.spill or 'no reason'}")
+    for name, cells in rows.items():
+        print(f"{name:<50}" + "".join(f"{cells.get(target, '-'):>18}" for target in TARGETS))
     print("\n".join(["", *notes]))
     return faults
 

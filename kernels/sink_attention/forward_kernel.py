@@ -41,16 +41,26 @@ def store_rows(pointer, row, row_stride, mask, values, C: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
-def _absorb(query, key, seen, scale, total, largest, weighted):
-    """One more block of keys into a running softmax: its sum, its largest score and its weighted sum of keys."""
-    score = dot(query, tl.trans(key)) * scale
-    score = tl.where(seen[None, :], score, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(score, 1))
-    level = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # -inf - -inf would be no number
-    weight = tl.exp(score - level[:, None])
-    shrink = tl.exp(largest - level)
-    weighted = weighted * shrink[:, None] + dot(weight.to(key.dtype), key)
-    return total * shrink + tl.sum(weight, 1), new_largest, weighted
+def load_keys(
+    local_ptr,  # of the query's row
+    place,  # [keys], of the local ones
+    num_local,
+    extra_ptr,  # of the query's row, or of the query itself: CHAIN
+    extra,  # [keys], of the further ones
+    is_extra,  # [keys]
+    at,  # [keys]: the local ones are 0..num_local - 1
+    C: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[keys, C], and which of them exist: local and further keys in one block, so that few lie idle."""
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    seen = at < num_local
+    pointer = local_ptr + (place.to(tl.int64)[:, None] * C + channel)
+    if EXTRA != NONE:
+        pointer = tl.where(seen[:, None], pointer, extra_ptr + (extra.to(tl.int64)[:, None] * C + channel))
+        seen |= is_extra
+    return tl.load(pointer, mask=seen[:, None] & (channel < C), other=0.0), seen
 
 
 @triton.jit
@@ -92,41 +102,42 @@ def sink_attention_forward_kernel(
     total = tl.where(largest == float("-inf"), 0.0, 1.0)
     weighted = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
 
-    own_window = window
-    if EXTRA == CHAIN:
-        own_window -= E
-    length = 0
+    num_extra = 0
     if CACHED:
         length = tl.load(length_ptr + row).to(tl.int32)
         position += length
-        first = tl.maximum(position - own_window + 1, 0)
+        first = tl.maximum(position - window + 1, 0)
     else:
-        first = tl.maximum(position - own_window + 1, tl.load(start_ptr + token).to(tl.int32))
+        first = tl.maximum(position - window + E + 1, tl.load(start_ptr + token).to(tl.int32))
+    num_local = position + 1 - first
+    num_closed = (position + 1) // rate
     local_ptr += row * X * C
-    for begin in range(first, position + 1, BLOCK_N):
-        at = begin + tl.arange(0, BLOCK_N)
-        place = at
-        if CACHED:
-            place = tl.where(at < length, at % tl.maximum(X - S, 1), X - S + at - length)
-        key = load_rows(local_ptr, place, C, at <= position, C, BLOCK_C)
-        total, largest, weighted = _absorb(query, key, at <= position, scale, total, largest, weighted)
-
     if EXTRA != NONE:
-        count = E
-        if EXTRA == CHAIN:
-            extra_ptr += token * extra_stride
-        else:
-            extra_ptr += row * extra_stride
-        if EXTRA == CLOSED:
-            count = tl.minimum((position + 1) // rate, E)
-        for begin in range(0, count, BLOCK_N):
-            at = begin + tl.arange(0, BLOCK_N)
-            place, seen = at, at < count
-            if EXTRA == CHOSEN:
-                place = tl.load(chosen_ptr + token * E + at, mask=seen, other=-1).to(tl.int32)
-                seen = (place >= 0) & (place < (position + 1) // rate)
-            key = load_rows(extra_ptr, place, C, seen, C, BLOCK_C)
-            total, largest, weighted = _absorb(query, key, seen, scale, total, largest, weighted)
+        extra_ptr += (token if EXTRA == CHAIN else row) * extra_stride
+        num_extra = tl.minimum(num_closed, E) if EXTRA == CLOSED else E
+
+    for begin in range(0, num_local + num_extra, BLOCK_N):
+        at = begin + tl.arange(0, BLOCK_N)
+        place, extra = first + at, at - num_local
+        if CACHED:
+            place = tl.where(place < length, place % tl.maximum(X - S, 1), X - S + place - length)
+        is_extra = (extra >= 0) & (extra < num_extra)
+        if EXTRA == CHOSEN:
+            extra = tl.load(chosen_ptr + token * E + extra, mask=is_extra, other=-1).to(tl.int32)
+            is_extra = (extra >= 0) & (extra < num_closed)
+        key, seen = load_keys(local_ptr, place, num_local, extra_ptr, extra, is_extra, at, C, EXTRA, BLOCK_C)
+        weight, shrink = tl.zeros((BLOCK_H, BLOCK_N), key.dtype), tl.full((BLOCK_H,), 1.0, tl.float32)
+        # Always true. Where one product feeds another in plain sight, Triton 3.9 lets each of the two warp groups of
+        # sm_90 compute all scores instead of half of them.
+        if begin < num_local + num_extra:
+            score = tl.where(seen[None, :], dot(query, tl.trans(key)) * scale, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(score, 1))
+            level = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # -inf - -inf would be no number
+            exact = tl.exp(score - level[:, None])
+            shrink = tl.exp(largest - level)
+            total, largest = total * shrink + tl.sum(exact, 1), new_largest
+            weight = exact.to(key.dtype)
+        weighted = dot(weight, key, weighted * shrink[:, None])
 
     store_rows(out_ptr + token * H * C, head, C, head < H, weighted / total[:, None], C, BLOCK_C)
     tl.store(lse_ptr + token * H + head, largest + tl.log(total), mask=head < H)

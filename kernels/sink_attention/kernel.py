@@ -28,22 +28,11 @@ from .backward_kernel import (
     sink_attention_key_backward_kernel,
     sink_attention_query_backward_kernel,
 )
+from .blocks import BLOCKS, choose, constants
 from .forward_kernel import CHAIN, CHOSEN, CLOSED, NONE, sink_attention_forward_kernel
 from .reference import Cached
 
-# For heads of 512 channels in bf16, these and blocks of 32 heads and 16 keys are the largest that spill on no target of
-# the ahead-of-time compiler. Not measured on a GPU.
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-KEY_OPTIONS = OPTIONS | {"num_stages": 1}
-
-
-def _blocks(query_BHSC: Tensor) -> dict[str, int]:
-    """Constants that size a kernel; at most 32 KB of queries a program."""
-    _, num_heads, _, channels = query_BHSC.shape
-    block_c = max(16, triton.next_power_of_2(channels))
-    fit = max(16, 2**15 // (block_c * query_BHSC.element_size()))
-    block_h = min(max(16, triton.next_power_of_2(num_heads)), 32, fit)
-    return {"C": channels, "BLOCK_H": block_h, "BLOCK_N": 16, "BLOCK_C": block_c}
+TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}  # what takes products of 64 rows
 
 
 def _strides(query_BHSC: Tensor) -> tuple[int, int, int]:
@@ -76,7 +65,7 @@ def _forward(
             kind, num_extra = CHOSEN, chosen_BSE.shape[2]
         elif extra.ndim == 4:
             kind, extra_stride = CHAIN, num_extra * channels
-    blocks = _blocks(query_BHSC)
+    blocks, options = choose("forward", query_BHSC)
     sink_attention_forward_kernel[(batch * num_slots, triton.cdiv(num_heads, blocks["BLOCK_H"]))](
         query_BHSC,
         local_BXC,
@@ -99,7 +88,7 @@ def _forward(
         EXTRA=kind.value,
         CACHED=length_B is not None,
         **blocks,
-        **OPTIONS,
+        **options,
     )
     return out_BSHC, lse_BSH
 
@@ -164,13 +153,13 @@ class _RolloutAttention(torch.autograd.Function):
         batch, num_slots, num_heads, _ = out_BSHC.shape
         grad_out_BSHC = grad_out_BHSC.transpose(1, 2).contiguous()
         grad_query_BSHC, delta_BSH = torch.empty_like(out_BSHC), torch.empty_like(lse_BSH)
-        blocks = _blocks(query_BHSC)
+        blocks, options = choose("backward", query_BHSC)
         groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
         num_chain, grad_chain_BSGLC = 0, None
         if chain_BSLC is not None:
             num_chain = chain_BSLC.shape[2]
             grad_chain_BSGLC = lse_BSH.new_empty(batch, num_slots, groups, *chain_BSLC.shape[2:])
-        shared = {**blocks, **OPTIONS, "EXTRA": (NONE if chain_BSLC is None else CHAIN).value}
+        shared = {**blocks, **options, "EXTRA": (NONE if chain_BSLC is None else CHAIN).value}
         numbers = (ctx.scale, num_heads, num_slots, num_chain, *_strides(query_BHSC))
         sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
             query_BHSC, chain_BSLC, out_BSHC, lse_BSH, grad_out_BSHC, delta_BSH, grad_chain_BSGLC, *numbers, **shared
@@ -189,6 +178,7 @@ class _RolloutAttention(torch.autograd.Function):
             **shared,
         )
         grad_context_BSC = torch.empty_like(context_BSC)
+        blocks, options = choose("key_backward", query_BHSC)
         sink_attention_key_backward_kernel[(triton.cdiv(num_slots, blocks["BLOCK_N"]), batch)](
             query_BHSC,
             context_BSC,
@@ -203,7 +193,7 @@ class _RolloutAttention(torch.autograd.Function):
             *_strides(query_BHSC),
             ctx.window - num_chain,
             **blocks,
-            **KEY_OPTIONS,
+            **options,
         )
         grad_sinks_H = -((sinks_H.float() - lse_BSH).exp() * delta_BSH).sum((0, 1)).to(sinks_H.dtype)
         grad_chain_BSLC = None if grad_chain_BSGLC is None else grad_chain_BSGLC.sum(2).to(chain_BSLC.dtype)
@@ -221,20 +211,34 @@ def launches() -> list[Launch]:
     types = {f"{name}_ptr": kind for name, kind in pointers.items()}
     types |= dict.fromkeys(["S", "X", "E", "rate", "own_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
     types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
-    sizes = {"C": shapes.head_width, "BLOCK_H": 32, "BLOCK_N": 16, "BLOCK_C": shapes.head_width}
 
-    def launch(kernel: Any, label: str, options: dict[str, int] = OPTIONS, **constants: Any) -> Launch:
-        constants = {name: value for name, value in {**sizes, **constants}.items() if name in kernel.arg_names}
-        arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
-        return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=options)
+    def on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[Launch]:
+        found = []
+        for target, chosen in BLOCKS[blocks].items():
+            sized = constants(chosen, shapes.head_width) | fixed
+            sized = {name: value for name, value in sized.items() if name in kernel.arg_names}
+            found.append(
+                Launch(
+                    kernel=kernel,
+                    label=label,
+                    arguments={name: types[name] for name in kernel.arg_names if name not in sized},
+                    constants=sized,
+                    options=chosen.options(),
+                    target=target,
+                    instruction=TENSOR_CORES.get(target, "") if sized["BLOCK_H"] == 64 else "",
+                )
+            )
+        return found
 
     forward = sink_attention_forward_kernel
-    trained = {"EXTRA": CHAIN.value, "CACHED": False, "chosen_ptr": None, "length_ptr": None}
+    hca = {"EXTRA": CLOSED.value, "CACHED": True, "chosen_ptr": None, "start_ptr": None}
+    csa = {"EXTRA": CHOSEN.value, "CACHED": True, "start_ptr": None}
     return [
-        launch(forward, "rollout", **trained),
-        launch(forward, "HCA", EXTRA=CLOSED.value, CACHED=True, chosen_ptr=None, start_ptr=None),
-        launch(forward, "CSA", EXTRA=CHOSEN.value, CACHED=True, start_ptr=None),
-        launch(sink_attention_chain_backward_kernel, "", EXTRA=CHAIN.value),
-        launch(sink_attention_query_backward_kernel, "", EXTRA=CHAIN.value),
-        launch(sink_attention_key_backward_kernel, "", KEY_OPTIONS),
+        *on_each(forward, "forward", "rollout", EXTRA=CHAIN.value, CACHED=False, chosen_ptr=None, length_ptr=None),
+        *on_each(forward, "forward", "HCA", **hca),
+        *on_each(forward, "forward", "CSA", **csa),
+        *on_each(forward, "forward", "CSA verify", **csa, BLOCK_H=16),
+        *on_each(sink_attention_chain_backward_kernel, "backward", EXTRA=CHAIN.value),
+        *on_each(sink_attention_query_backward_kernel, "backward", EXTRA=CHAIN.value),
+        *on_each(sink_attention_key_backward_kernel, "key_backward"),
     ]

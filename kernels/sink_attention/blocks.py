@@ -1,0 +1,68 @@
+"""How much of its work a program of `sink_attention` takes at a time, on each GPU."""
+
+# B rows, S queries, H heads, C head width
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """Of one kernel on one GPU."""
+
+    heads: int  # of a query; models with fewer take 16, the fewest that a product can have
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """What Triton is told when it compiles."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+SMALL = Blocks(16, 16, 4, 1)  # for float32, and for the interpreter, whose few keys shall be several blocks
+# The largest that fit registers and shared memory for 512 channels in bf16; kernels/README.md has what they take.
+# Found with the ahead-of-time compiler of Triton 3.9, 2026-11; not measured on a GPU.
+BLOCKS = {
+    "forward": {
+        "sm_80": Blocks(32, 32, 8, 2),
+        "sm_90": Blocks(64, 64, 8, 2),
+        "sm_100": Blocks(64, 64, 8, 2),
+        "gfx942": Blocks(32, 16, 4, 2),
+    },
+    "backward": dict.fromkeys(["sm_80", "sm_90", "sm_100", "gfx942"], Blocks(32, 16, 4, 2)),
+    "key_backward": dict.fromkeys(["sm_80", "sm_90", "sm_100", "gfx942"], Blocks(32, 16, 4, 1)),
+}
+FEW_PROGRAMS = 64  # half of the multiprocessors of an H100 or H200
+
+
+def choose(kernel: str, query_BHSC: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+    """The constants that size a kernel for these queries, and its options."""
+    batch, num_heads, num_slots, channels = query_BHSC.shape
+    target = _target(query_BHSC.device)
+    blocks = SMALL if target is None or query_BHSC.element_size() > 2 else BLOCKS[kernel][target]
+    # A verify pass has a few queries, and each walks along all its keys: more programs of fewer heads.
+    are_few = kernel == "forward" and batch * num_slots * num_heads <= FEW_PROGRAMS * blocks.heads
+    heads = 16 if are_few or num_heads < blocks.heads else blocks.heads
+    return constants(blocks._replace(heads=heads), channels), blocks.options()
+
+
+def constants(blocks: Blocks, channels: int) -> dict[str, int]:
+    """The constants that size a kernel."""
+    block_c = max(16, triton.next_power_of_2(channels))
+    return {"C": channels, "BLOCK_H": blocks.heads, "BLOCK_N": blocks.keys, "BLOCK_C": block_c}
+
+
+@cache
+def _target(device: torch.device) -> str | None:
+    """Whose blocks a device takes; none where Triton is interpreted."""
+    if device.type == "cpu":
+        return None
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
