@@ -27,6 +27,15 @@ def test_shellcheck_finds_nothing() -> None:
     assert ended.stdout + ended.stderr == ""
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would start measuring")
+def test_measuring_without_a_gpu_ends_with_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [SCRIPTS / "measure_gpu.sh", tmp_path / "gpu"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "measure_gpu: DEVICE=cuda: torch sees no GPU here; DEVICE=cpu rehearses without one\n"
+
+
 def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [SCRIPTS / launcher, *arguments],

@@ -15,7 +15,7 @@ import torch
 from mtptrain.provenance import git_commit, processor_name
 
 from ..dispatch import INTERPRETER, requested
-from .case import Case
+from .case import Case, Outputs
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Observed, interleaved_seconds, observe, spread
 
@@ -24,14 +24,18 @@ OPS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("
 
 def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[str, str]]:
     """One watched call of every candidate that is right, and what is wrong with the others."""
-    passed = {"definition": observe(case.definition, device)}
-    wrong = {}
+    passed, wrong = {}, {}
+    expected = _expected(case, device)
+    if isinstance(expected, Observed):
+        passed["definition"], expected = expected, expected.outputs
+    else:
+        wrong["definition"] = "it does not fit the memory; the others were checked against it in pieces"
     for name, run in {"ours": case.ours, **case.peers}.items():
         try:
             if name != "ours":
                 run()  # it may compile
             seen = observe(run, device)
-            fault = case.difference(seen.outputs, passed["definition"].outputs)
+            fault = case.difference(seen.outputs, expected)
         except Exception as error:
             if name == "ours":
                 raise
@@ -41,6 +45,16 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[s
         else:
             wrong[name] = fault
     return passed, wrong
+
+
+def _expected(case: Case, device: torch.device) -> Observed | Outputs:
+    """The definition, watched; only what it returns, where it had to be computed in pieces."""
+    try:
+        return observe(case.definition, device)
+    except torch.OutOfMemoryError:
+        if case.in_pieces is None:
+            raise
+    return case.in_pieces()
 
 
 def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Case:
         label: shape and dtype, for people.
         ours: what the op does here.
         definition: what it must equal; `reference.py`. It is timed too.
+        in_pieces: the definition a piece at a time, for a device whose memory the whole does not fit.
         peers: other implementations by name. One that returns fewer outputs is compared with the first of ours.
         missing: peers that cannot run here, and why.
         bytes: least number of bytes that must be read and written, inputs and outputs once.
@@ -30,6 +31,7 @@ class Case:
     label: str
     ours: Callable[[], Outputs]
     definition: Callable[[], Outputs]
+    in_pieces: Callable[[], Outputs] | None = None
     peers: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     bytes: int

@@ -25,6 +25,8 @@ SIZES = {
     ],
 }
 
+PIECE = 1024  # tokens
+
 
 def cases(device: torch.device) -> Iterator[Case]:
     """The comparisons of this device, one after the other, because the inputs of one fill a good part of it."""
@@ -49,6 +51,16 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
 
         return run
 
+    def in_pieces() -> Outputs:
+        found = []
+        for begin in range(0, T, PIECE):
+            rows = slice(begin, begin + PIECE)
+            part_KTD = student_KTD.detach()[:, rows].requires_grad_()
+            teacher_target = teacher_TD[rows], weight_VD, target_T[rows]
+            loss_KT = linear_loss_reference(part_KTD, *teacher_target, divergence=divergence)[0]
+            found.append((torch.autograd.grad(loss_KT.sum(), part_KTD)[0], loss_KT.detach()))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+
     products = (0 if divergence is Divergence.ce else 1) + 2 * K
     peers, missing = _liger(divergence, student_KTD, teacher_TD, weight_VD, target_T)
     if divergence is Divergence.kl and find_spec("speculators") is not None:
@@ -61,6 +73,7 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
         label=f"{divergence}, K {K}, {T} tokens, D {D}, V {V}, {dtype}: forward and gradient".replace("torch.", ""),
         ours=with_gradient(linear_loss),
         definition=with_gradient(linear_loss_reference),
+        in_pieces=in_pieces,
         peers=peers,
         missing=missing,
         bytes=element * ((2 * K + 1) * T * D + V * D),

@@ -25,6 +25,8 @@ LAYERS = {
     "cuda": [(8192, 64, 512, 128, None, 128), (8192, 64, 512, 4, 512, 128)],
 }
 
+PIECE = 8  # heads
+
 
 def cases(device: torch.device) -> Iterator[Case]:
     """The comparisons of this device."""
@@ -53,11 +55,17 @@ def _prefill(device: torch.device, S: int, H: int, C: int, rate: int, T: int | N
     def forward(op: Callable[..., Tensor]) -> Callable[[], Outputs]:
         return lambda: (op(query, cached, sinks_H, window=window, rate=rate, scale=C**-0.5),)
 
+    def in_pieces() -> Outputs:
+        settings = {"window": window, "rate": rate, "scale": C**-0.5}
+        heads = zip(query.split(PIECE, dim=1), sinks_H.split(PIECE), strict=True)
+        return (torch.cat([cached_attention_reference(part, cached, sinks, **settings) for part, sinks in heads], 1),)
+
     keys = window + (T if T is not None else W // 2)
     return Case(
         label=f"{'HCA' if T is None else 'CSA'} prefill, S {S}, H {H}, C {C}, rate {rate}, {dtype}: forward",
         ours=forward(cached_attention),
         definition=forward(cached_attention_reference),
+        in_pieces=in_pieces,
         peers={"torch.compile of definition": forward(torch.compile(cached_attention_reference, dynamic=False))},
         bytes=query.element_size() * C * (2 * S * H + S + W),
         flops=2 * 2 * S * H * C * keys,
@@ -85,11 +93,23 @@ def _rollout(device: torch.device, B: int, S: int, H: int, C: int, L: int, windo
 
         return run
 
+    def in_pieces() -> Outputs:
+        own = [x.detach().float().requires_grad_() for x in differentiated]  # heads add up in fp32
+        queries, *keys, own_sinks = own
+        out = []
+        for heads in (slice(begin, begin + PIECE) for begin in range(0, H, PIECE)):
+            seen = queries[:, heads].to(dtype), keys[0], keys[1] if L else None, own_sinks[heads], start_BS
+            out.append(rollout_attention_reference(*seen, window=window, scale=C**-0.5))
+            out[-1].backward(grad[:, heads])
+        gradients = [x.grad.to(like.dtype) for x, like in zip(own, differentiated, strict=True) if x.grad is not None]
+        return torch.cat(out, 1).detach(), *gradients
+
     element = grad.element_size()
     return Case(
         label=f"rollout, B {B}, S {S}, H {H}, C {C}, L {L}, window {window}, {dtype}: forward and gradients",
         ours=with_gradient(rollout_attention),
         definition=with_gradient(rollout_attention_reference),
+        in_pieces=in_pieces,
         peers={"torch.compile of definition": with_gradient(torch.compile(rollout_attention_reference, dynamic=False))},
         bytes=element * B * S * C * (6 * H + 4 * (1 + L)),
         flops=7 * 2 * B * S * H * C * min(window, S),  # 2 products forward, 5 backward

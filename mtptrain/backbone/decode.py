@@ -55,7 +55,9 @@ def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tens
     """`decode_step` without its checks: it never waits for the device, so that a CUDA graph can hold it."""
     num_tokens, backbone = tokens_BS.shape[1], model.model
     embedded_BSD = backbone.embed_tokens(tokens_BS)
-    plan = plan_step(cache, num_tokens, embedded_BSD.dtype)
+    keys_BRC = cache.layers[0].ring.values_BRC  # as wide as the heads, and of the queries' dtype
+    has_masks = not use_triton("sink_attention", keys_BRC, unfit(keys_BRC))
+    plan = plan_step(cache, num_tokens, embedded_BSD.dtype, has_masks)
     streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
     for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
         streams_BSND = _decode_layer(layer, layer_cache, plan, streams_BSND, tokens_BS)
@@ -144,30 +146,36 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
     key_BSC = rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
 
     local_BXC = torch.cat([cache.ring.values_BRC, key_BSC], dim=1)
-    entries_BWC, chosen_BSk, mask_BSL, rate = None, None, plan.local_BSL, 1
+    entries_BWC, chosen_BSk, rate, span = None, None, 1, 1
     if attention.compressor is not None and cache.compressor is not None:
-        rate = cache.compressor.rate
-        windows = plan.windows[rate, cache.compressor.span]
-        _compress(attention.compressor, cache.compressor, windows, inputs_BSD)
+        rate, span = cache.compressor.rate, cache.compressor.span
+        _compress(attention.compressor, cache.compressor, plan.windows[rate, span], inputs_BSD)
         entries_BWC = cache.compressor.entries_BWC[:, :-1]
-        mask_BSW = windows.visible_BSW
         if cache.indexer is not None:
             indexer = cast(DeepseekV4Indexer, attention.compressor.indexer)
             chosen_BSk = _index(indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ)
-            # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
-            mask_BSW = torch.full_like(mask_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + mask_BSW
-        mask_BSL = torch.cat([mask_BSL, mask_BSW], dim=2)
-    if use_triton("sink_attention", query_BSHC, unfit(query_BSHC)):
+    if plan.local_BSL is None:  # Triton knows from positions what a query sees
         cached = Cached(local_BXC, entries_BWC, chosen_BSk, plan.length_B)
         settings = {"window": attention.sliding_window, "rate": rate, "scale": attention.scaling}
         output_BSHC = cached_attention(query_BSHC.transpose(1, 2), cached, attention.sinks, **settings).transpose(1, 2)
+    elif entries_BWC is None:
+        output_BSHC = _softmax_with_sinks(query_BSHC, local_BXC, plan.local_BSL, attention)
     else:
-        key_BLC = local_BXC if entries_BWC is None else torch.cat([local_BXC, entries_BWC], dim=1)
+        mask_BSL = torch.cat([plan.local_BSL, _chosen_mask(plan.visible_BSW[rate, span], chosen_BSk)], dim=2)
+        key_BLC = torch.cat([local_BXC, entries_BWC], dim=1)
         output_BSHC = _softmax_with_sinks(query_BSHC, key_BLC, mask_BSL, attention)
     cache.ring.write(plan.ring_slots, key_BSC)
 
     grouped_BSGC = rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
     return attention.o_b_proj(attention.o_a_proj(grouped_BSGC).flatten(2))
+
+
+def _chosen_mask(visible_BSW: Tensor, chosen_BSk: Tensor | None) -> Tensor:
+    """0 where a query may see an entry and its indexer, if there is one, chose it; -inf elsewhere."""
+    if chosen_BSk is None:
+        return visible_BSW
+    # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
+    return torch.full_like(visible_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + visible_BSW
 
 
 def _softmax_with_sinks(
@@ -201,11 +209,10 @@ def _index(
     indexer: DeepseekV4Indexer, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
 ) -> Tensor:
     """The `index_topk` entries that each query scores highest, int64 [B, S, k]; invisible ones where it sees fewer."""
-    windows = plan.windows[state.rate, state.span]
-    _compress(indexer, state, windows, inputs_BSD)
+    _compress(indexer, state, plan.windows[state.rate, state.span], inputs_BSD)
     batch, num_tokens, _ = inputs_BSD.shape
     query_BSHC = indexer.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, indexer.head_dim)
     query_BSHC = rotate_(query_BSHC, plan.rope_BSr["compress"].unsqueeze(2))
     score_BSW = indexer.scorer(query_BSHC, state.entries_BWC[:, :-1], inputs_BSD)
-    score_BSW = break_zero_ties(score_BSW) + windows.visible_BSW
+    score_BSW = break_zero_ties(score_BSW) + plan.visible_BSW[state.rate, state.span]
     return score_BSW.topk(indexer.index_topk, dim=-1, sorted=False).indices

@@ -24,7 +24,6 @@ class WindowPlan:
         target: int64 [B * M] rows of the entries seen as [B * (W + 1), C].
         first_BM11: bool, true for window 0, which has no window before it.
         rope_BMr: complex64 rotation of each entry: that of its window's first position.
-        visible_BSW: 0 where a query may see an entry, -inf elsewhere.
     """
 
     source: Tensor
@@ -32,7 +31,6 @@ class WindowPlan:
     target: Tensor
     first_BM11: Tensor
     rope_BMr: Tensor
-    visible_BSW: Tensor
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,36 +41,51 @@ class StepPlan:
         length_B: int64 positions before the new ones.
         rope_BSr, unrope_BSr: per rope type, complex64 rotation of the new positions and its inverse.
         ring_slots: int64 slots of the new keys in the sliding rings.
-        local_BSL: 0 or -inf for the L = R + S keys concat(ring before the write, new keys).
+        local_BSL: 0 or -inf for the L = R + S keys concat(ring before the write, new keys); None in a plan without
+            masks.
         windows: one `WindowPlan` a layer type that compresses, keyed by (rate, span).
+        visible_BSW: by the same keys, 0 where a query may see an entry and -inf elsewhere; only those that are read.
     """
 
     length_B: Tensor
     rope_BSr: dict[str, Tensor]
     unrope_BSr: dict[str, Tensor]
     ring_slots: Tensor
-    local_BSL: Tensor
+    local_BSL: Tensor | None
     windows: dict[tuple[int, int], WindowPlan]
+    visible_BSW: dict[tuple[int, int], Tensor]
 
 
-def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype) -> StepPlan:
-    """The plan of decoding `num_tokens` new tokens in every row; masks have the given dtype."""
+def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype, has_masks: bool) -> StepPlan:
+    """The plan of decoding `num_tokens` new tokens in every row.
+
+    Args:
+        cache: the rows.
+        num_tokens: S.
+        dtype: of the masks.
+        has_masks: whether attention reads masks. Where it knows from positions what a query sees, only indexers need
+            one.
+    """
     length_B = cache.length_B
     positions_BS = length_B.unsqueeze(1) + torch.arange(num_tokens, device=length_B.device)
     rope_BSr = {kind: table_Pr[positions_BS] for kind, table_Pr in cache.rope_Pr.items()}
     ring = cache.layers[0].ring
     windows: dict[tuple[int, int], WindowPlan] = {}
+    visible_BSW: dict[tuple[int, int], Tensor] = {}
     for layer in cache.layers:
         state = layer.compressor
         if state is not None and (state.rate, state.span) not in windows:
-            windows[state.rate, state.span] = _plan_windows(cache, state, positions_BS, dtype)
+            windows[state.rate, state.span] = _plan_windows(cache, state, positions_BS)
+            if has_masks or layer.indexer is not None:
+                visible_BSW[state.rate, state.span] = _entry_mask(cache, state.rate, positions_BS, dtype)
     return StepPlan(
         length_B=length_B,
         rope_BSr=rope_BSr,
         unrope_BSr={kind: rope.conj_physical() for kind, rope in rope_BSr.items()},
         ring_slots=ring.slots(positions_BS),
-        local_BSL=_local_mask(ring.positions(length_B), positions_BS, cache.window, dtype),
+        local_BSL=_local_mask(ring.positions(length_B), positions_BS, cache.window, dtype) if has_masks else None,
         windows=windows,
+        visible_BSW=visible_BSW,
     )
 
 
@@ -84,7 +97,13 @@ def _local_mask(ring_positions_BR: Tensor, positions_BS: Tensor, window: int, dt
     return _bias((age_BSL >= 0) & (age_BSL <= oldest_BS1), dtype)
 
 
-def _plan_windows(cache: BackboneCache, state: CompressorState, positions_BS: Tensor, dtype: torch.dtype) -> WindowPlan:
+def _entry_mask(cache: BackboneCache, rate: int, positions_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a query may see an entry, -inf elsewhere, [B, S, W]."""
+    entry_1W = torch.arange(cache.max_length // rate, device=positions_BS.device)
+    return _bias(entry_1W < ((positions_BS + 1) // rate).unsqueeze(2), dtype)
+
+
+def _plan_windows(cache: BackboneCache, state: CompressorState, positions_BS: Tensor) -> WindowPlan:
     rate, span, device = state.rate, state.span, positions_BS.device
     batch, num_tokens = positions_BS.shape
     num_windows, num_entries = (num_tokens - 1) // rate + 1, cache.max_length // rate
@@ -101,15 +120,12 @@ def _plan_windows(cache: BackboneCache, state: CompressorState, positions_BS: Te
     new_BT = (token_BT - length_B1).clamp(max=num_tokens - 1) + state.raw.size
     source_BT = torch.where(token_BT < length_B1, token_BT % state.raw.size, new_BT)
 
-    entry_1W = torch.arange(num_entries, device=device)
-    visible_BSW = entry_1W < ((positions_BS + 1) // rate).unsqueeze(2)
     return WindowPlan(
         source=(source_BT + row_B1 * (state.raw.size + num_tokens)).flatten(),
         raw_slots=state.raw.slots(positions_BS),
         target=(entry_BM + row_B1 * (num_entries + 1)).flatten(),
         first_BM11=(window_BM == 0)[:, :, None, None],
         rope_BMr=cache.rope_Pr["compress"][(window_BM * rate).clamp(max=cache.max_length - 1)],
-        visible_BSW=_bias(visible_BSW, dtype),
     )
 
 

@@ -1,10 +1,13 @@
+import pytest
 import torch
 
 from mtptrain.kernels.bench.__main__ import run_case
 from mtptrain.kernels.bench.case import Case
 from mtptrain.kernels.bench.ceilings import Ceilings
 from mtptrain.kernels.linear_loss import Divergence
+from mtptrain.kernels.linear_loss import bench as linear_loss_bench
 from mtptrain.kernels.linear_loss.bench import _case as linear_loss_case
+from mtptrain.kernels.sink_attention import bench as sink_attention_bench
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(flops_per_second=1e12, bytes_per_second=1e10)
@@ -43,3 +46,34 @@ def test_the_vocabulary_loss_and_its_peers_agree() -> None:
     del case.peers["torch.compile of definition"]  # compiles for a minute
     assert {name: case.difference(run(), expected) for name, run in case.peers.items()} == dict.fromkeys(case.peers)
     assert case.difference(case.ours(), expected) is None
+
+
+def test_what_does_not_fit_the_memory_is_checked_in_pieces() -> None:
+    def too_large() -> tuple[torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    case = Case(
+        label="",
+        ours=lambda: (torch.ones(2),),
+        definition=too_large,
+        in_pieces=lambda: (torch.ones(2),),
+        peers={"off": lambda: (torch.zeros(2),)},
+        bytes=8,
+    )
+    result = run_case(case, CEILINGS, CPU, rounds=1)
+    assert list(result["measured"]) == ["ours"]
+    assert list(result["wrong"]) == ["definition", "off"]
+
+
+def test_the_pieces_of_a_definition_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss_bench, "PIECE", 10)
+    monkeypatch.setattr(sink_attention_bench, "PIECE", 2)
+    cases = [
+        linear_loss_case(CPU, Divergence.kl, 2, 33, 16, 100),
+        sink_attention_bench._rollout(CPU, 2, 9, 3, 16, 0, 5),
+        sink_attention_bench._rollout(CPU, 2, 9, 3, 16, 2, 5),
+        sink_attention_bench._prefill(CPU, 16, 3, 16, 4, 2, 5),
+    ]
+    for case in cases:
+        assert case.in_pieces is not None
+        assert case.difference(case.in_pieces(), case.definition()) is None
