@@ -8,39 +8,40 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .draws import Stream, uniforms_reference
 from .reference import (
+    Emission,
+    Sampling,
     Verification,
-    Verified,
+    emit_greedily,
     policy_probabilities_reference,
-    sample_tokens_reference,
-    verify_draft_reference,
+    verify_logits_reference,
 )
 
-__all__ = ["Stream", "Verification", "Verified", "policy_probabilities", "sample_tokens", "uniforms", "verify_draft"]
+__all__ = [
+    "Emission",
+    "Sampling",
+    "Stream",
+    "Verification",
+    "policy_probabilities",
+    "sample_logits",
+    "uniforms",
+    "verify_logits",
+]
 
 
-def policy_probabilities(
-    logits_BKV: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
-) -> Tensor:
+def policy_probabilities(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
     """`policy_probabilities_reference`.
 
     Raises:
         ValueError: the logits are no floating tensor with a vocabulary, or a setting is out of its range.
 
     """
-    if not logits_BKV.is_floating_point() or logits_BKV.ndim == 0 or logits_BKV.shape[-1] == 0:
-        raise ValueError(f"logits_BKV must be floating [..., V], got {logits_BKV.dtype} {tuple(logits_BKV.shape)}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 always takes the likeliest token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1; leave it out to keep the whole vocabulary")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps the whole vocabulary")
-    unfit = "it takes no float64" if logits_BKV.dtype is torch.float64 else None
-    if use_triton("policy_probabilities", logits_BKV, unfit):
-        from .policy_kernel import policy_probabilities_triton
+    _check_logits("logits_BKV", logits_BKV)
+    _check_sampling(sampling)
+    if sampling.temperature > 0 and use_triton("policy_probabilities", logits_BKV, _unfit(logits_BKV)):
+        from .kernel import policy_probabilities_triton  # needs Triton, which a machine without a GPU may lack
 
-        return policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
-    return policy_probabilities_reference(logits_BKV, temperature, top_k, top_p)
+        return policy_probabilities_triton(logits_BKV, sampling)
+    return policy_probabilities_reference(logits_BKV, sampling)
 
 
 def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int) -> Tensor:
@@ -59,56 +60,103 @@ def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int)
     if num_draws < 0:
         raise ValueError(f"num_draws={num_draws} must be at least 0")
     if use_triton("uniforms", seed_B):
-        from .draws_kernel import uniforms_triton  # needs Triton, which a machine without a GPU may lack
+        from .draws_kernel import uniforms_triton
 
         return uniforms_triton(seed_B, position_B, Stream(stream), num_draws)
     return uniforms_reference(seed_B, position_B, Stream(stream), num_draws)
 
 
-def sample_tokens(weight_BV: Tensor, u_B: Tensor) -> Tensor:
-    """`sample_tokens_reference`.
+def sample_logits(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
+    """One token a row, drawn under the policy: what `verify_logits` emits where nothing was drafted.
+
+    Args:
+        logits_BV: floating.
+        sampling: the policy.
+        u_B: float64 uniform draws in [0, 1), the only randomness.
+
+    Returns:
+        int64 [B].
 
     Raises:
-        ValueError: weights and draws do not fit each other.
+        ValueError: logits and draws do not fit each other, or a setting is out of its range.
 
     """
-    if weight_BV.ndim != 2 or not weight_BV.is_floating_point() or weight_BV.shape[1] == 0:
-        raise ValueError(f"weight_BV must be floating [B, V], got {weight_BV.dtype} {tuple(weight_BV.shape)}")
-    _check_draws(u_B, (weight_BV.shape[0],))
-    if use_triton("sample_tokens", weight_BV):
-        from .kernel import sample_tokens_triton
-
-        return sample_tokens_triton(weight_BV, u_B)
-    return sample_tokens_reference(weight_BV, u_B)
+    nothing_B0 = torch.empty(len(logits_BV), 0, dtype=torch.int64, device=logits_BV.device)
+    emission = verify_logits(nothing_B0, nothing_B0.sum(1), None, logits_BV[:, None], u_B[:, None], sampling)
+    return emission.tokens_BL[:, 0]
 
 
-def verify_draft(draft_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor, verification: Verification) -> Verified:
-    """`verify_draft_reference`.
+def verify_logits(
+    draft_BK: Tensor,
+    drafted_B: Tensor,
+    draft_logits_BKV: Tensor | None,
+    logits_BLV: Tensor,
+    u_BL: Tensor | None,
+    sampling: Sampling,
+    verification: Verification = Verification.token,
+) -> Emission:
+    """`verify_logits_reference`.
 
     Raises:
-        ValueError: shapes or dtypes disagree.
+        ValueError: shapes or dtypes disagree, or a setting is out of its range.
 
     """
+    _check_sampling(sampling)
+    _check_drafts(draft_BK, drafted_B, draft_logits_BKV, logits_BLV)
+    if u_BL is not None and (u_BL.shape != logits_BLV.shape[:2] or u_BL.dtype != torch.float64):
+        raise ValueError(
+            f"draws are {u_BL.dtype} {tuple(u_BL.shape)} but must be torch.float64 {tuple(logits_BLV.shape[:2])}, as"
+            " uniforms gives"
+        )
+    if u_BL is None and sampling.temperature > 0:
+        raise ValueError(f"temperature={sampling.temperature} needs draws; only 0 does without")
+    verification = Verification(verification)
+    if not use_triton("verify_logits", logits_BLV, _unfit(logits_BLV)):
+        return verify_logits_reference(draft_BK, drafted_B, draft_logits_BKV, logits_BLV, u_BL, sampling, verification)
+    from .kernel import top_tokens_triton, verify_logits_triton
+
+    if sampling.temperature == 0 or u_BL is None:
+        counts_BK = torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)
+        return emit_greedily(draft_BK, counts_BK, *top_tokens_triton(logits_BLV))
+    return verify_logits_triton(draft_BK, drafted_B, draft_logits_BKV, logits_BLV, u_BL, sampling, verification)
+
+
+def _unfit(logits: Tensor) -> str | None:
+    return "it takes no float64" if logits.dtype is torch.float64 else None
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not logits.is_floating_point() or logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be floating [..., V], got {logits.dtype} {tuple(logits.shape)}")
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    temperature, top_k, top_p = sampling
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 always takes the likeliest token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1; leave it out to keep the whole vocabulary")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; 1 keeps the whole vocabulary")
+
+
+def _check_drafts(draft_BK: Tensor, drafted_B: Tensor, draft_logits_BKV: Tensor | None, logits_BLV: Tensor) -> None:
     if draft_BK.ndim != 2 or draft_BK.dtype != torch.int64:
         raise ValueError(f"draft_BK must be torch.int64 [B, K], got {draft_BK.dtype} {tuple(draft_BK.shape)}")
     rows, drafted = draft_BK.shape
-    if q_BKV.ndim != 3 or q_BKV.shape[:2] != (rows, drafted) or q_BKV.shape[2] == 0:
-        raise ValueError(f"q_BKV is {tuple(q_BKV.shape)} but must be ({rows}, {drafted}, V): one row a drafted token")
-    if p_BLV.shape != (rows, drafted + 1, q_BKV.shape[2]):
+    if drafted_B.shape != (rows,) or drafted_B.dtype != torch.int64:
+        raise ValueError(f"drafted_B must be torch.int64 ({rows},), got {drafted_B.dtype} {tuple(drafted_B.shape)}")
+    _check_logits("logits_BLV", logits_BLV)
+    if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != (rows, drafted + 1):
         raise ValueError(
-            f"p_BLV is {tuple(p_BLV.shape)} but must be ({rows}, {drafted + 1}, {q_BKV.shape[2]}): the vocabulary of"
-            " the draft, and one position more than was drafted"
+            f"logits_BLV is {tuple(logits_BLV.shape)} but must be ({rows}, {drafted + 1}, V): one position more than"
+            " was drafted"
         )
-    if not q_BKV.is_floating_point() or q_BKV.dtype != p_BLV.dtype:
-        raise ValueError(f"q_BKV {q_BKV.dtype} and p_BLV {p_BLV.dtype} must share one floating dtype")
-    _check_draws(u_BL, (rows, drafted + 1))
-    if use_triton("verify_draft", p_BLV):
-        from .kernel import verify_draft_triton
-
-        return verify_draft_triton(draft_BK, q_BKV, p_BLV, u_BL, Verification(verification))
-    return verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, Verification(verification))
-
-
-def _check_draws(u: Tensor, shape: tuple[int, ...]) -> None:
-    if u.shape != shape or u.dtype != torch.float64:
-        raise ValueError(f"draws are {u.dtype} {tuple(u.shape)} but must be torch.float64 {shape}, as uniforms gives")
+    needed = (rows, drafted, logits_BLV.shape[2])
+    if draft_logits_BKV is None:
+        return
+    if draft_logits_BKV.shape != needed or draft_logits_BKV.dtype != logits_BLV.dtype:
+        raise ValueError(
+            f"draft_logits_BKV is {draft_logits_BKV.dtype} {tuple(draft_logits_BKV.shape)} but must be"
+            f" {logits_BLV.dtype} {needed}, as the target's: one row a drafted token"
+        )

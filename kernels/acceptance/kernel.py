@@ -1,12 +1,15 @@
-"""Triton for `acceptance`: draws, policies, and here verification and sampling.
+"""Triton for `acceptance`: verification, sampling and the distributions of policies, from logits.
 
-Verification is two launches. The first adds up the residual of every position, a program a block of the vocabulary; the
-second is a program a row: it decides what is kept from those sums, and looks for the token in one block alone. Both
-equal the reference bit by bit: float64 without fused multiply-add, and sums of whole units of 2^-52, which no order of
-adding can change.
+All are two launches. In the first a program takes a row of logits, of the draft or the target, and writes its law
+(`law_kernel.py`). In the second of a verification a program takes a text (`verify_kernel.py`).
 
-B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
+B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary, R laws of a row.
 """
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,165 +17,195 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import MODELS, Launch
-from . import draws_kernel, policy_kernel
-from .policy_kernel import UNIT, whole_units
-from .reference import Verification, Verified
-
-BLOCK = 2048  # tokens of a row at once; not measured on a GPU
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused, w p - q would be rounded once instead of twice
+from . import draws_kernel
+from .law_kernel import BLOCK, GROUP, NUMBERS, OPTIONS, probability, write_law
+from .reference import GRID, Emission, Sampling, Verification
+from .verify_kernel import verify_kernel
 
 
 @triton.jit
-def _token_ratio(draft_ptr, q_ptr, p_ptr, row, k, num_draft, vocabulary):
-    """Ratio p / q of drafted token k + 1 of a row, 0 where q is 0; float64."""
-    token = tl.load(draft_ptr + row * num_draft + k)
-    q = tl.load(q_ptr + (row * num_draft + k) * vocabulary + token).to(tl.float64)
-    p = tl.load(p_ptr + (row * (num_draft + 1) + k) * vocabulary + token).to(tl.float64)
-    return tl.where(q > 0, p / tl.where(q > 0, q, 1.0), 0.0)
-
-
-@triton.jit
-def _residual_units(q_ptr, p_ptr, weight, row, k, num_draft, vocabulary, is_drafted, place):
-    """max(w p - q, 0) after k kept tokens of a row, in units; q is 0 where nothing is drafted after them."""
-    p_ptr += (row * (num_draft + 1) + k) * vocabulary
-    q_ptr += (row * num_draft + k) * vocabulary
-    p = tl.load(p_ptr + place, mask=place < vocabulary, other=0.0).to(tl.float64)
-    q = tl.load(q_ptr + place, mask=place < tl.where(is_drafted, vocabulary, 0), other=0.0).to(tl.float64)
-    return whole_units(tl.maximum(weight * p - q, 0.0))
-
-
-@triton.jit
-def _residual_kernel(
-    draft_ptr, q_ptr, p_ptr, units_ptr, num_draft, vocabulary, num_blocks, BY_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Units of the residual in one block of the vocabulary, [B, L, blocks]."""
-    place = tl.program_id(0).to(tl.int64)
-    row, k = place // (num_draft + 1), place % (num_draft + 1)
-    weight = tl.full([], 1.0, tl.float64)
-    if BY_BLOCK:
-        for i in range(k):
-            weight = tl.minimum(weight * _token_ratio(draft_ptr, q_ptr, p_ptr, row, i, num_draft, vocabulary), 1.0)
-    block = tl.program_id(1)
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    units = _residual_units(q_ptr, p_ptr, weight, row, k, num_draft, vocabulary, k < num_draft, tokens)
-    tl.store(units_ptr + place * num_blocks + block, tl.sum(units))
-
-
-@triton.jit
-def _verify_kernel(
-    draft_ptr,
-    q_ptr,
-    p_ptr,
-    u_ptr,
-    units_ptr,
-    accepted_ptr,
-    token_ptr,
-    num_draft,
+def _laws_kernel(
+    draft_logits_ptr,  # [B, K, V]; None where every draft was certain
+    logits_ptr,  # [B, L, V]
+    law_ptr,  # [B, R, NUMBERS]: of the K drafts, if they have logits, then of the L targets
+    scratch_ptr,  # [B, R, V]; None where nothing is cut
+    top_ptr,  # [B, L]
+    gap_ptr,  # [B, L]
+    length,
     vocabulary,
-    num_blocks,
-    BY_BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    temperature,
+    top_k,
+    top_p_units,
+    floor,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The law of one row; of a target's also its likeliest token, and how far its logit is above the next one."""
+    row, law = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = law - tl.num_programs(1) + length  # of the target; negative for a draft
+    row_ptr = logits_ptr + (row * length + place) * vocabulary
+    if draft_logits_ptr is not None:  # noqa: SIM102  # known when compiling, what follows is not
+        if place < 0:
+            row_ptr = draft_logits_ptr + (row * (length - 1) + law) * vocabulary
+    law += row * tl.num_programs(1)
+    if TOP_K or TOP_P:
+        scratch_ptr += law * vocabulary
+    top, gap = write_law(
+        row_ptr,
+        law_ptr + law * NUMBERS,
+        scratch_ptr,
+        vocabulary,
+        temperature,
+        top_k,
+        top_p_units,
+        floor,
+        TOP_K,
+        TOP_P,
+        BLOCK,
+        GROUP,
+    )
+    tl.store(top_ptr + row * length + place, top, mask=place >= 0)
+    tl.store(gap_ptr + row * length + place, gap, mask=place >= 0)
+
+
+@triton.jit
+def _probabilities_kernel(
+    logits_ptr,  # [rows, V]
+    law_ptr,  # [rows, NUMBERS]
+    out_ptr,  # [rows, V]
+    vocabulary,
+    temperature,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How much of one row is kept, and the token after it."""
+    """A block of one row."""
     row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCKS)
-    length = num_draft + 1
-    accepted = 0
-    going = 1
-    weight = tl.full([], 1.0, tl.float64)
-    weight_here = tl.full([], 1.0, tl.float64)  # w after the kept tokens
-    for k in range(num_draft):
-        ratio = _token_ratio(draft_ptr, q_ptr, p_ptr, row, k, num_draft, vocabulary)
-        u = tl.load(u_ptr + row * length + k)
-        if BY_BLOCK:
-            weight = tl.minimum(weight * ratio, 1.0)
-            found = tl.load(units_ptr + (row * length + k + 1) * num_blocks + blocks, mask=blocks < num_blocks, other=0)
-            mass = tl.sum(found).to(tl.float64) * UNIT
-            divisor = mass + 1.0 - weight
-            hit = (mass > 0) & (u < mass / tl.where(mass > 0, divisor, 1.0))
-            accepted = tl.where(hit, k + 1, accepted)
-            weight_here = tl.where(hit, weight, weight_here)
-        else:
-            going = tl.where(u < tl.minimum(ratio, 1.0), going, 0)
-            accepted += going
-    units = tl.load(units_ptr + (row * length + accepted) * num_blocks + blocks, mask=blocks < num_blocks, other=0)
-    drafted = num_draft
-    if tl.sum(units) == 0:  # a residual of 0 has probability 0 but for rounding, and then p and q are equal
-        weight_here = tl.full([], 1.0, tl.float64)
-        drafted = 0  # takes p alone
-        for block in range(num_blocks):
-            place = block * BLOCK + tl.arange(0, BLOCK)
-            p = tl.load(p_ptr + (row * length + accepted) * vocabulary + place, mask=place < vocabulary, other=0.0)
-            units = tl.where(blocks == block, tl.sum(whole_units(p)), units)
-    total = tl.sum(units).to(tl.float64)
-    threshold = tl.load(u_ptr + row * length + num_draft) * total
-    through = tl.cumsum(units, 0)
-    # The first block that goes beyond the threshold, and in it the first token.
-    block = tl.sum(tl.where(through.to(tl.float64) > threshold, 0, 1))
-    before = tl.sum(tl.where(blocks < block, units, 0))
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    units = _residual_units(q_ptr, p_ptr, weight_here, row, accepted, num_draft, vocabulary, accepted < drafted, place)
-    through = before + tl.cumsum(units, 0)
-    token = block * BLOCK + tl.sum(tl.where(through.to(tl.float64) > threshold, 0, 1))
-    tl.store(accepted_ptr + row, accepted)
-    tl.store(token_ptr + row, token)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    law_ptr += row * NUMBERS
+    p = probability(logits_ptr + row * vocabulary, law_ptr, place, vocabulary, temperature, TOP_K, TOP_P)
+    tl.store(out_ptr + row * vocabulary + place, p, mask=place < vocabulary)
 
 
-def verify_draft_triton(
-    draft_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor, verification: Verification
-) -> Verified:
-    """`verify_draft_reference`, bit for bit, in two launches."""
-    draft_BK, q_BKV, p_BLV, u_BL = (x.contiguous() for x in (draft_BK, q_BKV, p_BLV, u_BL))
-    rows, length, vocabulary = p_BLV.shape
-    num_blocks = triton.cdiv(vocabulary, BLOCK)
-    units = torch.empty(rows, length, num_blocks, dtype=torch.int64, device=p_BLV.device)
-    accepted_B, token_B = torch.empty_like(units[:, 0, 0]), torch.empty_like(units[:, 0, 0])
-    if rows:
-        settings = {"BY_BLOCK": verification is Verification.block, "BLOCK": BLOCK, **OPTIONS}
-        sizes = (length - 1, vocabulary, num_blocks)
-        _residual_kernel[(rows * length, num_blocks)](draft_BK, q_BKV, p_BLV, units, *sizes, **settings)
-        _verify_kernel[(rows,)](
-            draft_BK,
-            q_BKV,
-            p_BLV,
-            u_BL,
-            units,
-            accepted_B,
-            token_B,
-            *sizes,
-            BLOCKS=triton.next_power_of_2(num_blocks),
-            **settings,
+class _Laws(NamedTuple):
+    """What the first launch leaves, and the constants of the second."""
+
+    law: Tensor  # int32 [B, R, NUMBERS]
+    top_BL: Tensor  # int64
+    gap_BL: Tensor  # float32
+    constants: dict[str, Any]
+
+
+def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Sampling) -> _Laws:
+    rows, length, vocabulary = logits_BLV.shape
+    num_laws = length + (0 if draft_logits_BKV is None else length - 1)
+    top_k, top_p = sampling.top_k or vocabulary, sampling.top_p
+    constants = {"TOP_K": top_k < vocabulary, "TOP_P": top_p < 1, "BLOCK": BLOCK}
+    new = logits_BLV.new_empty
+    law = new(rows, num_laws, NUMBERS.value, dtype=torch.int32)
+    top_BL, gap_BL = new(rows, length, dtype=torch.int64), new(rows, length, dtype=torch.float32)
+    is_cut = constants["TOP_K"] or constants["TOP_P"]
+    if law.numel():
+        _laws_kernel[(rows, num_laws)](
+            draft_logits_BKV,
+            logits_BLV,
+            law,
+            new(rows, num_laws, vocabulary, dtype=torch.float32) if is_cut else None,
+            top_BL,
+            gap_BL,
+            length,
+            vocabulary,
+            float(sampling.temperature) or 1.0,
+            top_k,
+            math.ceil(top_p / GRID),
+            (1 - top_p) / vocabulary / 2,
+            GROUP=GROUP,
+            **constants,
+            **OPTIONS,
         )
-    return Verified(accepted_B, token_B)
+    return _Laws(law, top_BL, gap_BL, constants)
 
 
-def sample_tokens_triton(weight_BV: Tensor, u_B: Tensor) -> Tensor:
-    """`sample_tokens_reference`, bit for bit: the token after a draft of nothing."""
-    draft_B0 = torch.empty(len(u_B), 0, dtype=torch.int64, device=u_B.device)
-    q_B0V = weight_BV[:, None][:, :0]
-    return verify_draft_triton(draft_B0, q_B0V, weight_BV[:, None], u_B[:, None], Verification.token).token_B
+def top_tokens_triton(logits_BLV: Tensor) -> tuple[Tensor, Tensor]:
+    """`top_tokens_reference` in one launch."""
+    _, top_BL, gap_BL, _ = _laws(None, logits_BLV.contiguous(), Sampling(1.0))
+    return top_BL, gap_BL
+
+
+def policy_probabilities_triton(logits_BLV: Tensor, sampling: Sampling) -> Tensor:
+    """`policy_probabilities_reference` of fp32, bf16 or fp16 logits at a temperature above 0, in two launches."""
+    logits_BLV = logits_BLV.contiguous()
+    vocabulary = logits_BLV.shape[-1]
+    law, _, _, constants = _laws(None, logits_BLV.view(1, -1, vocabulary), sampling)
+    out_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
+    if out_BLV.numel():
+        _probabilities_kernel[(out_BLV.numel() // vocabulary, triton.cdiv(vocabulary, BLOCK))](
+            logits_BLV, law, out_BLV, vocabulary, float(sampling.temperature), **constants, **OPTIONS
+        )
+    return out_BLV
+
+
+def verify_logits_triton(
+    draft_BK: Tensor,
+    drafted_B: Tensor,
+    draft_logits_BKV: Tensor | None,
+    logits_BLV: Tensor,
+    u_BL: Tensor,
+    sampling: Sampling,
+    verification: Verification,
+) -> Emission:
+    """`verify_logits_reference` at a temperature above 0, in two launches."""
+    draft_BK, drafted_B, logits_BLV, u_BL = (x.contiguous() for x in (draft_BK, drafted_B, logits_BLV, u_BL))
+    draft_logits_BKV = None if draft_logits_BKV is None else draft_logits_BKV.contiguous()
+    rows, length, vocabulary = logits_BLV.shape
+    law, _, gap_BL, constants = _laws(draft_logits_BKV, logits_BLV, sampling)
+    accepted_B, tokens_BL = torch.empty_like(drafted_B), draft_BK.new_empty(rows, length)
+    probability_BL = torch.empty_like(gap_BL)
+    if rows:
+        verify_kernel[(rows,)](
+            draft_BK,
+            drafted_B,
+            draft_logits_BKV,
+            logits_BLV,
+            law,
+            u_BL,
+            accepted_B,
+            tokens_BL,
+            probability_BL,
+            length,
+            vocabulary,
+            float(sampling.temperature),
+            BY_BLOCK=verification is Verification.block,
+            BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)),
+            **constants,
+            **OPTIONS,
+        )
+    return Emission(accepted_B, tokens_BL, gap_BL, probability_BL)
 
 
 def launches() -> list[Launch]:
     """What is compiled ahead of time: at the vocabulary that V4-Flash and V4-Pro share."""
     (vocabulary,) = {shapes.vocabulary for shapes in MODELS.values()}
-    common = {"draft_ptr": "*i64:16", "q_ptr": "*fp32:16", "p_ptr": "*fp32:16", "units_ptr": "*i64:16"}
-    common |= {"num_draft": "i32", "num_blocks": "i32", "vocabulary": "i32:16" if vocabulary % 16 == 0 else "i32"}
-    ends = {"u_ptr": "*fp64:16", "accepted_ptr": "*i64:16", "token_ptr": "*i64:16"}
-    blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK))}
-    return [
-        *draws_kernel.launches(),
-        *policy_kernel.launches(),
-        *(
-            Launch(
-                kernel=kernel,
-                label=way.value,
-                arguments=common | more_arguments,
-                constants={"BY_BLOCK": way is Verification.block, "BLOCK": BLOCK, **more_constants},
-                options=OPTIONS,
-            )
-            for way in Verification
-            for kernel, more_arguments, more_constants in ((_residual_kernel, {}, {}), (_verify_kernel, ends, blocks))
-        ),
-    ]
+    types = {"draft_logits_ptr": "*bf16:16", "logits_ptr": "*bf16:16", "law_ptr": "*i32:16", "scratch_ptr": "*fp32:16"}
+    types |= dict.fromkeys(["top_ptr", "draft_ptr", "drafted_ptr", "accepted_ptr", "tokens_ptr"], "*i64:16")
+    types |= dict.fromkeys(["gap_ptr", "probability_ptr", "out_ptr"], "*fp32:16") | {"u_ptr": "*fp64:16"}
+    types |= {"length": "i32", "vocabulary": "i32:16" if vocabulary % 16 == 0 else "i32", "temperature": "fp32"}
+    types |= {"top_k": "i32", "top_p_units": "i64", "floor": "fp32"}
+    sizes = {"BLOCKS": triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)), "BLOCK": BLOCK, "GROUP": GROUP}
+
+    def launch(kernel: Any, label: str, is_cut: bool, **constants: Any) -> Launch:
+        constants = {**sizes, "TOP_K": is_cut, "TOP_P": is_cut, **constants}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
+        return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=OPTIONS)
+
+    found = draws_kernel.launches()
+    for label, is_cut in (("softmax", False), ("top-k and top-p", True)):
+        found.append(launch(_laws_kernel, label, is_cut, **({} if is_cut else {"scratch_ptr": None})))
+        found.append(launch(_probabilities_kernel, label, is_cut))
+        found += [
+            launch(verify_kernel, f"{way} {label}", is_cut, BY_BLOCK=way is Verification.block) for way in Verification
+        ]
+    return found

@@ -35,6 +35,23 @@ class Verification(StrEnum):
     block = "block"  # arXiv:2403.10444, Algorithm 2: never fewer tokens in expectation; the same at K = 1
 
 
+class Sampling(NamedTuple):
+    """What a sampling policy makes of logits."""
+
+    temperature: float  # at least 0; 0 puts everything on the largest logit, the lowest id of equals
+    top_k: int | None = None  # at least 1, keeps that many tokens; None keeps all
+    top_p: float = 1.0  # in (0, 1], keeps the fewest likeliest tokens whose mass reaches it
+
+
+class Emission(NamedTuple):
+    """What a pass emits in each row: the first `accepted_B + 1` of `tokens_BL`."""
+
+    accepted_B: Tensor  # int64 in [0, K], kept drafts
+    tokens_BL: Tensor  # int64, the kept drafts and the target's own token after them; then anything
+    gap_BL: Tensor  # float32, difference of the target's two largest logits
+    probability_BL: Tensor  # float32, what the policy gave each
+
+
 class Verified(NamedTuple):
     """What one verification emits: the first `accepted_B` drafted tokens, then `token_B`."""
 
@@ -50,22 +67,19 @@ def on_grid(x: Tensor) -> Tensor:
     return (x.double() / GRID).floor() * GRID
 
 
-def policy_probabilities_reference(
-    logits_BKV: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
-) -> Tensor:
+def policy_probabilities_reference(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
     """The distribution that a sampling policy draws from.
 
     Temperature first, then top-k, then top-p of what top-k left; of equal logits the lower ids are kept.
 
     Args:
         logits_BKV: floating, without NaN, at least one finite in each row; any leading dimensions.
-        temperature: at least 0; 0 puts everything on the largest logit, the lowest id of equals.
-        top_k: at least 1, keeps that many tokens; None keeps all.
-        top_p: in (0, 1], keeps the fewest likeliest tokens whose mass reaches it.
+        sampling: the policy.
 
     Returns:
         float32 (float64 from float64 logits), the shape of the logits; rows sum to 1.
     """
+    temperature, top_k, top_p = sampling
     logits_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
     if temperature == 0:
         best_BK1 = logits_BKV.argmax(-1, keepdim=True)
@@ -170,3 +184,64 @@ def verify_draft_reference(
     accepted_B = accepted_length(u_BL[:, :-1] < keep_BK, verification)
     next_BV = next_token_weights(q_BLV, p_BLV, weight_BL, accepted_B)
     return Verified(accepted_B, sample_tokens_reference(next_BV, u_BL[:, -1]))
+
+
+def top_tokens_reference(logits_BLV: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, int64 [B, L], and how far their logits are above the next ones, float32 [B, L].
+
+    Of equals the lowest id is taken; a vocabulary of one token is infinitely far above nothing.
+    """
+    top_BL = logits_BLV.argmax(-1)
+    if logits_BLV.shape[-1] == 1:
+        return top_BL, torch.full_like(top_BL, torch.inf, dtype=torch.float32)
+    largest_BL2 = logits_BLV.topk(2, dim=-1).values.float()
+    return top_BL, largest_BL2[..., 0] - largest_BL2[..., 1]
+
+
+def verify_logits_reference(
+    draft_BK: Tensor,
+    drafted_B: Tensor,
+    draft_logits_BKV: Tensor | None,
+    logits_BLV: Tensor,
+    u_BL: Tensor | None,
+    sampling: Sampling,
+    verification: Verification,
+) -> Emission:
+    """`verify_draft_reference` of the policy's distributions, with what a decoding loop keeps of them.
+
+    Args:
+        draft_BK: int64 drafted tokens, each in [0, V); K may be 0.
+        drafted_B: int64 in [0, K], how many of them count.
+        draft_logits_BKV: what they were drawn from under the policy; None where each was certain.
+        logits_BLV: the target's, at the last known token and at each drafted one.
+        u_BL: float64 uniform draws in [0, 1), the only randomness; not read at temperature 0.
+        sampling: the policy.
+        verification: how a draft is verified; at temperature 0 both ways keep what the target would have chosen.
+    """
+    counts_BK = torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)
+    top_BL, gap_BL = top_tokens_reference(logits_BLV)
+    if sampling.temperature == 0 or u_BL is None:
+        return emit_greedily(draft_BK, counts_BK, top_BL, gap_BL)
+    p_BLV = policy_probabilities_reference(logits_BLV, sampling)
+    if draft_logits_BKV is None:
+        q_BKV = torch.zeros_like(p_BLV[:, :-1]).scatter_(-1, draft_BK.unsqueeze(-1), 1.0)
+    else:
+        q_BKV = policy_probabilities_reference(draft_logits_BKV, sampling)
+    verified = verify_draft_reference(draft_BK, q_BKV * counts_BK.unsqueeze(-1), p_BLV, u_BL, verification)
+    tokens_BL = torch.cat([draft_BK, verified.token_B.unsqueeze(1)], dim=1)
+    tokens_BL.scatter_(1, verified.accepted_B.unsqueeze(1), verified.token_B.unsqueeze(1))
+    probability_BL = p_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
+    return Emission(verified.accepted_B, tokens_BL, gap_BL, probability_BL.float())
+
+
+def emit_greedily(draft_BK: Tensor, counts_BK: Tensor, top_BL: Tensor, gap_BL: Tensor) -> Emission:
+    """A draft is kept while it is the target's own first choice.
+
+    Args:
+        draft_BK: int64 drafted tokens.
+        counts_BK: bool, which of them count.
+        top_BL: int64, the target's first choices.
+        gap_BL: float32, how far they are above the next ones.
+    """
+    kept_BK = (draft_BK == top_BL[:, :-1]) & counts_BK
+    return Emission(kept_BK.long().cumprod(1).sum(1), top_BL, gap_BL, torch.ones_like(gap_BL))

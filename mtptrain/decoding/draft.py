@@ -21,7 +21,7 @@ from mtptrain.decoding.captured import Captured
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
-from mtptrain.kernels.acceptance import sample_tokens
+from mtptrain.kernels.acceptance import sample_logits
 from mtptrain.kernels.sink_attention import masked_attention
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
@@ -147,8 +147,8 @@ class Drafter:
         if self.policy.stop_below == 0:
             return draft
         longest = int(draft.drafted_B.max())
-        q_BKV = None if draft.q_BKV is None or longest == 0 else draft.q_BKV[:, :longest]
-        return Draft(draft.tokens_BK[:, :longest], q_BKV, draft.drafted_B)
+        logits_BKV = None if draft.logits_BKV is None or longest == 0 else draft.logits_BKV[:, :longest]
+        return Draft(draft.tokens_BK[:, :longest], logits_BKV, draft.drafted_B)
 
     def propose(
         self, length_B: Tensor, going_B: Tensor, u_BK: Tensor | None = None, newest: int | None = None
@@ -167,7 +167,9 @@ class Drafter:
         anchor_BA = anchor_B1 - torch.arange(num_anchors - 1, -1, -1, device=anchor_B1.device)
         state = self._load(anchor_BA)
         drafted_B = torch.zeros_like(length_B)
-        chosen: list[tuple[Tensor, Tensor | None]] = []
+        is_certain = u_BK is None or self.policy.draws_greedily
+        tokens: list[Tensor] = []
+        logits: list[Tensor] = []
         for step in range(1, self.draft_length + 1):
             if step <= self.num_base:
                 state = self._base_step(step, slice(None), anchor_BA, state)
@@ -179,23 +181,22 @@ class Drafter:
                 # Base steps run on: the keys of their anchors are needed later.
                 if newest is not None and step >= self.num_base and not bool(going_B.any()):
                     break
-            token_B, q_BV = self._choose(logits_BV, None if u_BK is None else u_BK[:, step - 1])
+            if u_BK is None or is_certain:
+                token_B = logits_BV.argmax(-1)
+            else:
+                token_B = sample_logits(logits_BV, self.policy.sampling, u_BK[:, step - 1])
             self.texts.tokens_BT.scatter_(1, (length_B + step - 1).unsqueeze(1), token_B.unsqueeze(1))
             drafted_B = drafted_B + going_B
-            chosen.append((token_B, q_BV))
-        return _gather(chosen, drafted_B)
+            tokens.append(token_B)
+            logits.append(logits_BV)
+        if not tokens:
+            return Draft.nothing(drafted_B)
+        return Draft(torch.stack(tokens, 1), None if is_certain else torch.stack(logits, 1), drafted_B)
 
     def logits(self, step: int, state_BAND: Tensor) -> Tensor:
         """Logits [B, V] of the last anchor's step."""
         hidden_BD = self.stack.block(step).hidden(state_BAND[:, -1:])[:, 0]
         return self.model.lm_head(hidden_BD.to(self.model.lm_head.weight.dtype))
-
-    def _choose(self, logits_BV: Tensor, u_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The drafted token and the distribution it was drawn from, None where it was certain."""
-        if u_B is None or self.policy.draws_greedily:
-            return logits_BV.argmax(-1), None
-        q_BV = self.policy.proposal(logits_BV)
-        return sample_tokens(q_BV, u_B), q_BV
 
     def _base_step(self, step: int, rows: slice, anchor_BA: Tensor, state_BAND: Tensor) -> Tensor:
         attend = partial(self.caches[step - 1].attend_base, rows, anchor_BA)
@@ -219,11 +220,3 @@ class Drafter:
     def _load(self, slot_BA: Tensor) -> Tensor:
         ring = self.streams
         return ring.values_BRC.flatten(0, 1)[ring.slots(slot_BA)].view(*slot_BA.shape, *self.shape_ND)
-
-
-def _gather(chosen: list[tuple[Tensor, Tensor | None]], drafted_B: Tensor) -> Draft:
-    """The draft of all steps together."""
-    if not chosen:
-        return Draft.nothing(drafted_B)
-    rows = [q_BV for _, q_BV in chosen if q_BV is not None]
-    return Draft(torch.stack([token_B for token_B, _ in chosen], 1), torch.stack(rows, 1) if rows else None, drafted_B)

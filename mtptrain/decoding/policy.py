@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtptrain.config import DecodingConfig, DraftChoice
-from mtptrain.kernels.acceptance import Verification, policy_probabilities
+from mtptrain.kernels.acceptance import Sampling, Verification, policy_probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,19 @@ class Policy:
             "stop_below": self.stop_below,
         }
 
+    @property
+    def sampling(self) -> Sampling:
+        """What it makes of the backbone's logits."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
     def target(self, logits: Tensor) -> Tensor:
         """Distribution that the output follows, from the backbone's logits [..., V]; float32, one-hot when greedy."""
-        return policy_probabilities(logits, self.temperature, self.top_k, self.top_p)
+        return policy_probabilities(logits, self.sampling)
 
     def proposal(self, logits: Tensor) -> Tensor:
         """Distribution that drafts are drawn from, from the head's logits [..., V]; one-hot for greedy drafts."""
         if self.draws_greedily:
-            return policy_probabilities(logits, 0.0)
+            return policy_probabilities(logits, Sampling(0.0))
         return self.target(logits)
 
 

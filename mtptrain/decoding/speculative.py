@@ -17,8 +17,9 @@ from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.records import DecodedBatch, Limits
 from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft, Emission, verify
+from mtptrain.decoding.verify import Draft, verify
 from mtptrain.errors import UserError
+from mtptrain.kernels.acceptance import Emission
 
 
 def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:

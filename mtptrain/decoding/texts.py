@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mtptrain.decoding.records import Decoded, Limits, settle_passes
-from mtptrain.decoding.verify import Draft, Emission
+from mtptrain.decoding.verify import Draft
+from mtptrain.kernels.acceptance import Emission
 
 
 class Texts:

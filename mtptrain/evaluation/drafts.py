@@ -16,7 +16,7 @@ from mtptrain.backbone.streams import run_backbone
 from mtptrain.data.packing import Batch
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.trace import Trace
-from mtptrain.kernels.acceptance import Stream, sample_tokens, uniforms
+from mtptrain.kernels.acceptance import Stream, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 
@@ -150,7 +150,11 @@ class _TraceBatch:
             u_R = uniforms(self.seed_B[row_R], slot_R, Stream.draft, self.steps)[:, step - 1]
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
                 confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(logits_RV)
-                token_BS[row_R[part], slot_R[part]] = sample_tokens(self.policy.proposal(logits_RV), u_R[part])
+                if self.policy.draws_greedily:
+                    token_R = logits_RV.argmax(-1)
+                else:
+                    token_R = sample_logits(logits_RV, self.policy.sampling, u_R[part])
+                token_BS[row_R[part], slot_R[part]] = token_R
             return token_BS
 
         embed = self.model.model.embed_tokens

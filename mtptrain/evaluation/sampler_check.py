@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtptrain.kernels.acceptance import Stream, Verification, Verified, sample_tokens, uniforms, verify_draft
+from mtptrain.kernels.acceptance import Sampling, Stream, Verification, sample_logits, uniforms, verify_logits
+from mtptrain.kernels.acceptance.reference import Verified
 
 VOCABULARY, DRAFT_LENGTH, TEXT_LENGTH = 5, 2, 3
 DRAWS = 20_000  # texts for each verification
@@ -26,6 +27,24 @@ TABLES_SEED = 45  # of those tried, the one where block verification keeps most 
 
 Sample = Callable[[Tensor, Tensor], Tensor]
 Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Verification], Verified]
+
+
+PLAIN = Sampling(temperature=1.0)
+
+
+def sample_as_decoding(q_RV: Tensor, u_R: Tensor) -> Tensor:
+    """Drafted tokens [R] as decoding draws them, from the logarithms of their distributions."""
+    return sample_logits(q_RV.log(), PLAIN, u_R)
+
+
+def verify_as_decoding(
+    draft_RK: Tensor, q_RKV: Tensor, p_RLV: Tensor, u_RL: Tensor, verification: Verification
+) -> Verified:
+    """What decoding keeps of drafts and emits after them, likewise."""
+    drafted_R = torch.full_like(draft_RK[:, 0], draft_RK.shape[1])
+    emission = verify_logits(draft_RK, drafted_R, q_RKV.log(), p_RLV.log(), u_RL, PLAIN, verification)
+    token_R1 = emission.tokens_BL.gather(1, emission.accepted_B.unsqueeze(1))
+    return Verified(emission.accepted_B, token_R1.squeeze(1))
 
 
 def random_tables(seed: int = TABLES_SEED) -> tuple[Tensor, Tensor]:
@@ -138,14 +157,14 @@ def chi_square(observed_C: Tensor, chance_C: Tensor) -> dict[str, Any]:
     }
 
 
-def sampler_certificate(sample: Sample = sample_tokens, verify: Verify = verify_draft) -> dict[str, Any]:
+def sampler_certificate(sample: Sample = sample_as_decoding, verify: Verify = verify_as_decoding) -> dict[str, Any]:
     """Whether sampled speculative decoding emits the target's distribution, for both ways of verifying.
 
     The draws are counter-based and fixed, so the result is always the same.
 
     Args:
-        sample: draws drafted tokens; what decoding uses.
-        verify: verifies them; what decoding uses.
+        sample: draws drafted tokens.
+        verify: verifies them.
 
     Returns:
         JSON-able: `draws`, `vocabulary`, `draft_length`, `text_length`, `passed`, and for `token` and `block` the

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from mtptrain.config import DraftChoice
-from mtptrain.decoding import verify as verify_module
 from mtptrain.decoding.draft import Drafter, Drafts
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.decoding.verify import Draft
 from mtptrain.evaluation.sampler_check import chi_square
-from mtptrain.kernels.acceptance import Verification, Verified, sample_tokens, verify_draft
+from mtptrain.kernels.acceptance import Verification, reference
+from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
 from tests.tiny import random_backbone, random_stack
 
 # R decoded texts, V vocabulary, E tokens of a text, K drafted tokens
@@ -73,15 +73,14 @@ class FlatteredDrafter(Drafter):
     def draft(self, u_BK: Tensor | None) -> Draft:
         """See `Drafts`."""
         draft = super().draft(u_BK)
-        assert draft.q_BKV is not None
-        q_BKV = draft.q_BKV.sqrt()
-        return Draft(draft.tokens_BK, q_BKV / q_BKV.sum(-1, keepdim=True), draft.drafted_B)
+        assert draft.logits_BKV is not None
+        return Draft(draft.tokens_BK, draft.logits_BKV / 2, draft.drafted_B)
 
 
 def no_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """After a rejection the token is drawn from p instead of max(p - q, 0)."""
-    kept, _ = verify_draft(draft, q, p, u, way)
-    return Verified(kept, sample_tokens(p[torch.arange(len(kept)), kept], u[:, -1]))
+    kept, _ = verify_draft_reference(draft, q, p, u, way)
+    return Verified(kept, sample_tokens_reference(p[torch.arange(len(kept)), kept], u[:, -1]))
 
 
 def test_a_draft_that_misstates_its_distribution_is_noticed() -> None:
@@ -89,5 +88,5 @@ def test_a_draft_that_misstates_its_distribution_is_noticed() -> None:
 
 
 def test_a_wrong_token_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "verify_draft", no_residual)
+    monkeypatch.setattr(reference, "verify_draft_reference", no_residual)
     assert not follows_the_backbone(BLOCK, Drafter(MODEL, STACK))

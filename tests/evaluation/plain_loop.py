@@ -10,7 +10,8 @@ from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import VerifyPass
 from mtptrain.evaluation.trace import Trace
-from mtptrain.kernels.acceptance import Stream, sample_tokens, uniforms, verify_draft
+from mtptrain.kernels.acceptance import Stream, uniforms
+from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 
@@ -42,7 +43,7 @@ def decode_plainly(
 
     tokens, passes, probabilities = list(prompt), [], []
     first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]))
-    token = int(sample_tokens(first_RV, draws(Stream.verify, length + 1)[:, -1]))
+    token = int(sample_tokens_reference(first_RV, draws(Stream.verify, length + 1)[:, -1]))
     tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
     while len(tokens) - len(prompt) < new:
         anchor, draft, q = len(tokens) - 2, [], []
@@ -51,13 +52,15 @@ def decode_plainly(
             if float(logits_V.softmax(-1).max()) < policy.stop_below:
                 break
             q.append(policy.proposal(logits_V))
-            draft.append(int(sample_tokens(q[-1][None], draws(Stream.draft, step)[:, -1])))
+            draft.append(int(sample_tokens_reference(q[-1][None], draws(Stream.draft, step)[:, -1])))
         _, hidden_RSD = run_backbone(model, torch.tensor([tokens + draft]))
         p_RLV = policy.target(model.lm_head(hidden_RSD[:, len(tokens) - 1 :]))
         q_RKV = torch.stack(q)[None] if q else p_RLV[:, :0]
         u_RL = draws(Stream.verify, length + 1)
         u_RL = torch.cat([u_RL[:, : len(draft)], u_RL[:, -1:]], dim=1)
-        ended = verify_draft(torch.tensor([draft], dtype=torch.int64), q_RKV, p_RLV, u_RL, policy.verification)
+        ended = verify_draft_reference(
+            torch.tensor([draft], dtype=torch.int64), q_RKV, p_RLV, u_RL, policy.verification
+        )
         accepted = int(ended.accepted_B)
         emitted = [*draft[:accepted], int(ended.token_B)]
         room = new - (len(tokens) - len(prompt))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mtptrain.evaluation.sampler_check import chi_square, kept_probabilities, random_tables, sampler_certificate
-from mtptrain.kernels.acceptance import Verification, Verified, sample_tokens, verify_draft
+from mtptrain.kernels.acceptance import Verification
+from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
 
 
 def test_the_real_sampler_passes() -> None:
@@ -36,13 +37,13 @@ def test_block_verification_keeps_more_than_token_verification() -> None:
 
 def accept_without_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """After a rejection the token is drawn from p instead of max(p - q, 0)."""
-    kept, _ = verify_draft(draft, q, p, u, way)
-    return Verified(kept, sample_tokens(p[torch.arange(len(kept)), kept], u[:, -1]))
+    kept, _ = verify_draft_reference(draft, q, p, u, way)
+    return Verified(kept, sample_tokens_reference(p[torch.arange(len(kept)), kept], u[:, -1]))
 
 
 def residual_not_renormalised(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """The residual is cumulated without dividing by its mass, so that the last token takes what is missing."""
-    kept, _ = verify_draft(draft, q, p, u, way)
+    kept, _ = verify_draft_reference(draft, q, p, u, way)
     rows = torch.arange(len(kept))
     left = (p[rows, kept] - torch.nn.functional.pad(q, (0, 0, 0, 1))[rows, kept]).clamp(min=0).double()
     token = (left.cumsum(-1) <= u[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
@@ -52,23 +53,23 @@ def residual_not_renormalised(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, wa
 def always_accept(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """The whole draft is kept."""
     kept = torch.full_like(draft[:, 0], draft.shape[1])
-    return Verified(kept, sample_tokens(p[:, -1], u[:, -1]))
+    return Verified(kept, sample_tokens_reference(p[:, -1], u[:, -1]))
 
 
 def accept_by_target_alone(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """A draft is kept with probability p instead of min(1, p / q)."""
-    return verify_draft(draft, torch.ones_like(q), p, u, way)
+    return verify_draft_reference(draft, torch.ones_like(q), p, u, way)
 
 
 def one_draw_for_everything(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """The draw that rejected a draft also chooses the token after it."""
-    return verify_draft(draft, q, p, u[:, :1].expand_as(u), way)
+    return verify_draft_reference(draft, q, p, u[:, :1].expand_as(u), way)
 
 
 def reject_too_often(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
     """Lossless, because nothing is ever kept and the token comes from p, but no faster than plain decoding."""
     kept = torch.zeros_like(draft[:, 0])
-    return Verified(kept, sample_tokens(p[:, 0], u[:, -1]))
+    return Verified(kept, sample_tokens_reference(p[:, 0], u[:, -1]))
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@ import torch
 from torch import Tensor
 
 from mtptrain.kernels.acceptance import (
+    Sampling,
     Stream,
     Verification,
     policy_probabilities,
-    sample_tokens,
+    sample_logits,
     uniforms,
-    verify_draft,
+    verify_logits,
 )
 from mtptrain.kernels.acceptance.draws import philox
+from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
 from tests.kernels.enumerable import World, decoded_texts, pass_outcomes, random_world
 
 # B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary, N draws.
@@ -26,12 +28,14 @@ def random_case(rows: int, steps: int, vocabulary: int, dtype: torch.dtype = tor
     """Draft, q, p and draws of rows whose seeds are their numbers; drafts sampled from q."""
     generator = torch.Generator().manual_seed(rows + steps + vocabulary)
     q_BKV, p_BLV = (
-        policy_probabilities(torch.randn(rows, k, vocabulary, generator=generator, dtype=dtype), 0.7, top_k=50)
+        policy_probabilities(
+            torch.randn(rows, k, vocabulary, generator=generator, dtype=dtype), Sampling(0.7, top_k=50)
+        )
         for k in (steps, steps + 1)
     )
     seed_B, position_B = torch.arange(rows), torch.arange(rows) + 7
     u_BK = uniforms(seed_B, position_B, Stream.draft, steps)
-    draft_BK = sample_tokens(q_BKV.flatten(0, 1), u_BK.flatten()).view(rows, steps)
+    draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_BK.flatten()).view(rows, steps)
     return draft_BK, q_BKV, p_BLV, uniforms(seed_B, position_B, Stream.verify, steps + 1)
 
 
@@ -50,21 +54,21 @@ class TestPolicy:
         logits_BKV = torch.randn(2, 3, 129, generator=torch.Generator().manual_seed(0))
         expected = (logits_BKV / 0.6).softmax(-1)
         # The shift by the largest logit rounds it at about 10 eps.
-        torch.testing.assert_close(policy_probabilities(logits_BKV, 0.6), expected, rtol=2e-6, atol=1e-8)
+        torch.testing.assert_close(policy_probabilities(logits_BKV, Sampling(0.6)), expected, rtol=2e-6, atol=1e-8)
 
     def test_temperature_0_takes_the_lowest_of_equals(self) -> None:
-        assert policy_probabilities(self.logits_V, 0).tolist() == [0, 1, 0, 0, 0]
+        assert policy_probabilities(self.logits_V, Sampling(0)).tolist() == [0, 1, 0, 0, 0]
 
     @pytest.mark.parametrize("temperature", [1e-6, 1e-40])
     def test_a_tiny_temperature_shares_among_equals(self, temperature: float) -> None:
-        assert policy_probabilities(self.logits_V, temperature).tolist() == [0, 0.5, 0, 0.5, 0]
+        assert policy_probabilities(self.logits_V, Sampling(temperature)).tolist() == [0, 0.5, 0, 0.5, 0]
 
     @pytest.mark.parametrize(
         ("top_k", "kept"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [0, 1, 2, 3, 4]), (9, None)]
     )
     def test_top_k_keeps_k_tokens_lower_ids_first(self, top_k: int, kept: list[int] | None) -> None:
-        p_V = policy_probabilities(self.logits_V, 1.3, top_k=top_k)
-        whole_V = policy_probabilities(self.logits_V, 1.3)
+        p_V = policy_probabilities(self.logits_V, Sampling(1.3, top_k=top_k))
+        whole_V = policy_probabilities(self.logits_V, Sampling(1.3))
         kept_V = torch.zeros(5).index_fill(0, torch.tensor(kept or range(5)), 1)
         torch.testing.assert_close(p_V, whole_V * kept_V / (whole_V * kept_V).sum())
 
@@ -81,28 +85,28 @@ class TestPolicy:
     )
     def test_top_p_keeps_the_fewest_tokens_that_reach_it(self, top_p: float, expected: list[float]) -> None:
         logits_V = torch.tensor([0.25, 0.125, 0.5, 0.125], dtype=torch.float64).log()
-        p_V = policy_probabilities(logits_V, 1.0, top_p=top_p)
+        p_V = policy_probabilities(logits_V, Sampling(1.0, top_p=top_p))
         torch.testing.assert_close(p_V, torch.tensor(expected).double())
 
     def test_reaching_top_p_exactly_is_enough(self) -> None:
-        assert policy_probabilities(torch.zeros(8), 1.0, top_p=0.25).tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+        assert policy_probabilities(torch.zeros(8), Sampling(1.0, top_p=0.25)).tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
 
     @pytest.mark.parametrize("setting", [{"top_k": 7}, {"top_p": 6.5 / 1031}])
     def test_of_many_equals_the_lowest_ids_are_kept(self, setting: dict[str, float]) -> None:
-        p_V = policy_probabilities(torch.zeros(1031), 1.0, **setting)  # type: ignore[arg-type]
+        p_V = policy_probabilities(torch.zeros(1031), Sampling(1.0, **setting))  # type: ignore[arg-type]
         assert p_V.nonzero()[:, 0].tolist() == list(range(7))
 
     def test_top_p_counts_what_top_k_left(self) -> None:
         logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-        p_V = policy_probabilities(logits_V, 1.0, top_k=2, top_p=0.55)  # 0.4 of 0.7 reaches it
+        p_V = policy_probabilities(logits_V, Sampling(1.0, top_k=2, top_p=0.55))  # 0.4 of 0.7 reaches it
         assert p_V.tolist() == [1, 0, 0, 0]
 
     def test_impossible_tokens_stay_impossible(self) -> None:
         logits_V = torch.tensor([-torch.inf, 0.0, -torch.inf])
-        assert policy_probabilities(logits_V, 0.5, top_k=3, top_p=0.9).tolist() == [0, 1, 0]
+        assert policy_probabilities(logits_V, Sampling(0.5, top_k=3, top_p=0.9)).tolist() == [0, 1, 0]
 
     def test_half_precision_logits_give_float32(self) -> None:
-        assert policy_probabilities(self.logits_V.bfloat16(), 1.0).dtype == torch.float32
+        assert policy_probabilities(self.logits_V.bfloat16(), Sampling(1.0)).dtype == torch.float32
 
     @pytest.mark.parametrize(
         ("setting", "message"),
@@ -116,11 +120,11 @@ class TestPolicy:
     )
     def test_a_setting_out_of_range_is_named(self, setting: dict[str, float], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            policy_probabilities(self.logits_V, **setting)  # type: ignore[arg-type]
+            policy_probabilities(self.logits_V, Sampling(**setting))  # type: ignore[arg-type]
 
     def test_integer_logits_are_refused(self) -> None:
         with pytest.raises(ValueError, match="must be floating"):
-            policy_probabilities(torch.tensor([1, 2]), 1.0)
+            policy_probabilities(torch.tensor([1, 2]), Sampling(1.0))
 
 
 class TestDraws:
@@ -187,11 +191,18 @@ class TestSampling:
     def test_each_token_owns_its_share_of_the_unit_interval(self) -> None:
         weight_V = torch.tensor([0.0, 2.0, 0.0, 1.0, 1.0, 0.0])
         u_B = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
-        assert sample_tokens(weight_V.expand(6, 6), u_B).tolist() == [1, 1, 3, 3, 4, 4]
+        assert sample_tokens_reference(weight_V.expand(6, 6), u_B).tolist() == [1, 1, 3, 3, 4, 4]
+
+    @pytest.mark.parametrize("sampling", [Sampling(1.3), Sampling(0.7, 4), Sampling(0.9, None, 0.8), Sampling(0)])
+    def test_a_policy_samples_from_its_distribution(self, sampling: Sampling) -> None:
+        logits_BV = torch.randn(63, 17, generator=torch.Generator().manual_seed(0))
+        u_B = uniforms(torch.arange(63), torch.arange(63), Stream.draft, 1)[:, 0]
+        expected_B = sample_tokens_reference(policy_probabilities(logits_BV, sampling), u_B)
+        assert torch.equal(sample_logits(logits_BV, sampling, u_B), expected_B)
 
     def test_draws_in_single_precision_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"must be torch\.float64"):
-            sample_tokens(torch.ones(2, 3), torch.rand(2))
+            sample_logits(torch.ones(2, 3), Sampling(1.0), torch.rand(2))
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -243,13 +254,13 @@ def test_sampled_texts_pass_a_chi_square_test(verification: Verification, greedy
         u_BK = uniforms(seed_B, emitted_B, Stream.draft, steps)
         states, drafts, q_rows = [state_B], [], []
         for k in range(steps):
-            q_rows.append(policy_probabilities(world.q_KSV[k, states[-1]].log(), 1.0))
-            drafts.append(sample_tokens(q_rows[-1], u_BK[:, k]))
+            q_rows.append(policy_probabilities(world.q_KSV[k, states[-1]].log(), Sampling(1.0)))
+            drafts.append(sample_tokens_reference(q_rows[-1], u_BK[:, k]))
             states.append(world.follow(states[-1], drafts[-1]))
         draft_BK, q_BKV = torch.stack(drafts, 1), torch.stack(q_rows, 1)
-        p_BLV = policy_probabilities(world.p_SV[torch.stack(states, 1)].log(), 1.0)
+        p_BLV = policy_probabilities(world.p_SV[torch.stack(states, 1)].log(), Sampling(1.0))
         u_BL = uniforms(seed_B, emitted_B, Stream.verify, steps + 1)
-        accepted_B, token_B = verify_draft(draft_BK, q_BKV, p_BLV, u_BL, verification)
+        accepted_B, token_B = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
         new_BL = torch.cat([draft_BK, token_B[:, None]], 1)
         new_BL[every_row_B, accepted_B] = token_B
         for k in range(steps + 1):
@@ -266,9 +277,9 @@ def test_sampled_texts_pass_a_chi_square_test(verification: Verification, greedy
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_rows_are_verified_as_they_are_alone(verification: Verification, steps: int, vocabulary: int) -> None:
     case = random_case(9, steps, vocabulary)
-    together = verify_draft(*case, verification)
+    together = verify_draft_reference(*case, verification)
     for row in range(9):
-        alone = verify_draft(*(x[row : row + 1] for x in case), verification)
+        alone = verify_draft_reference(*(x[row : row + 1] for x in case), verification)
         assert alone.accepted_B.item() == together.accepted_B[row].item()
         assert alone.token_B.item() == together.token_B[row].item()
 
@@ -277,9 +288,9 @@ def test_rows_are_verified_as_they_are_alone(verification: Verification, steps: 
 def test_a_shorter_draft_is_verified_as_if_it_stood_alone(verification: Verification) -> None:
     draft_BK, q_BKV, p_BLV, u_BL = random_case(63, 4, 17)
     used = 2
-    padded = verify_draft(draft_BK, q_BKV.clone().index_fill_(1, int64(2, 3), 0), p_BLV, u_BL, verification)
+    padded = verify_draft_reference(draft_BK, q_BKV.clone().index_fill_(1, int64(2, 3), 0), p_BLV, u_BL, verification)
     u_short_BL = torch.cat([u_BL[:, :used], u_BL[:, -1:]], dim=1)
-    short = verify_draft(draft_BK[:, :used], q_BKV[:, :used], p_BLV[:, : used + 1], u_short_BL, verification)
+    short = verify_draft_reference(draft_BK[:, :used], q_BKV[:, :used], p_BLV[:, : used + 1], u_short_BL, verification)
     assert torch.equal(padded.accepted_B, short.accepted_B)
     assert torch.equal(padded.token_B, short.token_B)
 
@@ -288,20 +299,20 @@ def test_a_shorter_draft_is_verified_as_if_it_stood_alone(verification: Verifica
 def test_the_target_as_its_own_draft_is_kept_whole(verification: Verification) -> None:
     draft_BK, q_BKV, p_BLV, u_BL = random_case(129, 5, 31)
     p_BLV = torch.cat([q_BKV, p_BLV[:, -1:]], dim=1)
-    accepted_B, token_B = verify_draft(draft_BK, q_BKV, p_BLV, u_BL, verification)
+    accepted_B, token_B = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
     assert (accepted_B == 5).all()
-    assert torch.equal(token_B, sample_tokens(p_BLV[:, -1], u_BL[:, -1]))
+    assert torch.equal(token_B, sample_tokens_reference(p_BLV[:, -1], u_BL[:, -1]))
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_greedy_decoding_keeps_what_the_target_would_choose(verification: Verification) -> None:
     """Draft and target at temperature 0: the accepted prefix and the target's own token, whatever is drawn."""
     generator = torch.Generator().manual_seed(4)
-    p_BLV = policy_probabilities(torch.randn(63, 4, 3, generator=generator), 0)
-    q_BKV = policy_probabilities(torch.randn(63, 3, 3, generator=generator), 0)
+    p_BLV = policy_probabilities(torch.randn(63, 4, 3, generator=generator), Sampling(0))
+    q_BKV = policy_probabilities(torch.randn(63, 3, 3, generator=generator), Sampling(0))
     draft_BK, chosen_BL = q_BKV.argmax(-1), p_BLV.argmax(-1)
     u_BL = torch.rand(63, 4, generator=generator, dtype=torch.float64)
-    accepted_B, token_B = verify_draft(draft_BK, q_BKV, p_BLV, u_BL, verification)
+    accepted_B, token_B = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
     expected_B = (draft_BK == chosen_BL[:, :-1]).long().cumprod(-1).sum(-1)
     assert set(expected_B.tolist()) >= {0, 1, 2}
     assert torch.equal(accepted_B, expected_B)
@@ -311,25 +322,68 @@ def test_greedy_decoding_keeps_what_the_target_would_choose(verification: Verifi
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_a_token_that_the_target_forbids_is_never_emitted(verification: Verification) -> None:
     draft_BK, q_BKV, p_BLV, u_BL = random_case(1031, 3, 129)  # top-k leaves 79 tokens of 129 at 0
-    accepted_B, token_B = verify_draft(draft_BK, q_BKV, p_BLV, u_BL, verification)
+    accepted_B, token_B = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
     p_next_BV = p_BLV[torch.arange(1031), accepted_B]
     assert (p_next_BV.gather(-1, token_B[:, None]) > 0).all()
     kept_BK = torch.arange(3) < accepted_B[:, None]
     assert (p_BLV[:, :-1].gather(-1, draft_BK[..., None])[..., 0][kept_BK] > 0).all()
 
 
+LOGITS = [torch.zeros(2, 3, dtype=torch.int64), int64(3, 1), torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)]
+DRAWS = torch.zeros(2, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+@pytest.mark.parametrize("is_certain", [False, True])
+def test_logits_are_verified_as_their_distributions(verification: Verification, is_certain: bool) -> None:
+    sampling, generator = Sampling(0.8, 9, 0.9), torch.Generator().manual_seed(3)
+    logits_BLV = 2 * torch.randn(63, 4, 17, generator=generator)
+    draft_logits_BKV = logits_BLV[:, :3] + torch.randn(63, 3, 17, generator=generator)
+    u_BL, drafted_B = torch.rand(63, 4, generator=generator, dtype=torch.float64), torch.arange(63) % 4
+    q_BKV, p_BLV = (policy_probabilities(x, sampling) for x in (draft_logits_BKV, logits_BLV))
+    draft_BK = draft_logits_BKV.argmax(-1)
+    if is_certain:
+        q_BKV = torch.nn.functional.one_hot(draft_BK, 17).float()
+    else:
+        draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_BL.flip(0)[:, :3].flatten()).view(63, 3)
+    q_BKV *= (torch.arange(3) < drafted_B[:, None])[..., None]
+    expected = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
+    logits = None if is_certain else draft_logits_BKV
+    found = verify_logits(draft_BK, drafted_B, logits, logits_BLV, u_BL, sampling, verification)
+    assert torch.equal(found.accepted_B, expected.accepted_B)
+    assert 0 < int(found.accepted_B.sum()) < int(drafted_B.sum())
+    for row, kept in enumerate(found.accepted_B.tolist()):
+        emitted = [*draft_BK[row, :kept].tolist(), int(expected.token_B[row])]
+        assert found.tokens_BL[row, : kept + 1].tolist() == emitted
+        assert found.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
+    largest_BL2 = logits_BLV.sort(-1).values[..., -2:]
+    assert torch.equal(found.gap_BL, largest_BL2[..., 1] - largest_BL2[..., 0])
+
+
+def test_at_temperature_0_nothing_is_drawn() -> None:
+    logits_BLV = torch.randn(63, 4, 5, generator=torch.Generator().manual_seed(4))
+    draft_BK, drafted_B = logits_BLV[:, :3].argmax(-1), torch.arange(63) % 4
+    draft_BK[:, 2] += 1
+    found = verify_logits(draft_BK % 5, drafted_B, None, logits_BLV, None, Sampling(0))
+    assert torch.equal(found.accepted_B, drafted_B.clamp(max=2))
+    assert torch.equal(found.tokens_BL, logits_BLV.argmax(-1))
+
+
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
         ({0: torch.zeros(2, 3)}, "draft_BK must be"),
-        ({1: torch.ones(2, 2, 5)}, "q_BKV is"),
-        ({2: torch.ones(2, 4, 6)}, "p_BLV is"),
-        ({2: torch.ones(2, 3, 5)}, "one position more"),
-        ({2: torch.ones(2, 4, 5).double()}, "one floating dtype"),
-        ({3: torch.rand(2, 4)}, "draws are"),
+        ({1: int64(3)}, "drafted_B must be"),
+        ({2: torch.ones(2, 2, 5)}, "one row a drafted token"),
+        ({2: torch.ones(2, 3, 5).double()}, "as the target's"),
+        ({3: torch.ones(2, 4, 5, dtype=torch.int64)}, "must be floating"),
+        ({3: torch.ones(2, 3, 5)}, "one position more"),
+        ({4: torch.rand(2, 4)}, "draws are"),
+        ({4: None}, "temperature=0.5 needs draws"),
+        ({5: Sampling(0.5, 0)}, "top_k=0"),
     ],
 )
-def test_unfit_inputs_are_refused(replaced: dict[int, Tensor], message: str) -> None:
-    case = random_case(2, 3, 5)
+def test_unfit_inputs_are_refused(replaced: dict[int, object], message: str) -> None:
+    case = [*LOGITS, DRAWS, Sampling(0.5)]
     with pytest.raises(ValueError, match=message):
-        verify_draft(*(replaced.get(place, x) for place, x in enumerate(case)), Verification.token)
+        verify_logits(*(replaced.get(place, x) for place, x in enumerate(case)))  # type: ignore[arg-type]

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtptrain.kernels.acceptance import Stream, Verification, kernel, policy_kernel
+from mtptrain.kernels.acceptance import Sampling, Stream, Verification, kernel
 from mtptrain.kernels.acceptance.draws import uniforms_reference
 from mtptrain.kernels.acceptance.draws_kernel import uniforms_triton
-from mtptrain.kernels.acceptance.policy_kernel import policy_probabilities_triton
+from mtptrain.kernels.acceptance.kernel import policy_probabilities_triton, top_tokens_triton, verify_logits_triton
 from mtptrain.kernels.acceptance.reference import (
+    Emission,
     policy_probabilities_reference,
     sample_tokens_reference,
+    top_tokens_reference,
     verify_draft_reference,
 )
 
@@ -22,7 +24,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 128)
-    monkeypatch.setattr(policy_kernel, "BLOCK", 128)
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,16 +35,44 @@ def random_draws(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
 
 
-def random_case(rows: int, steps: int, vocabulary: int) -> list[Tensor]:
-    """Draft, q, p and draws: close enough to be kept and dropped; some rows drafted shorter, some with q = p."""
-    logits_BLV = random_logits(rows, steps + 1, vocabulary)
-    p_BLV = policy_probabilities_reference(logits_BLV, 0.7, top_k=50)
-    q_BKV = policy_probabilities_reference(logits_BLV[:, :steps] + 0.3 * random_logits(rows, steps, vocabulary), 0.7)
-    q_BKV[::4] = p_BLV[::4, :steps]
-    u_BK = random_draws(rows, steps)
-    draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_BK.flatten()).view(rows, steps)
-    q_BKV[1::4, steps // 2 :] = 0
-    return [draft_BK, q_BKV, p_BLV, random_draws(rows, steps + 1).flip(0)]
+class Case:
+    """Draft and target close enough to keep and drop; some rows drafted shorter, some with q = p."""
+
+    def __init__(self, rows: int, steps: int, vocabulary: int, sampling: Sampling, is_certain: bool = False) -> None:
+        self.sampling, self.u_BL = sampling, random_draws(rows, steps + 1).flip(0)
+        self.logits_BLV = random_logits(rows, steps + 1, vocabulary)
+        draft_logits_BKV = self.logits_BLV[:, :steps] + 0.4 * random_logits(rows, steps, vocabulary)
+        draft_logits_BKV[::4] = self.logits_BLV[::4, :steps]
+        q_BKV = policy_probabilities_triton(draft_logits_BKV, sampling)
+        u_R = random_draws(rows * steps)
+        self.draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_R).view(rows, steps)
+        self.drafted_B = torch.full_like(self.draft_BK[:, :1].sum(1), steps)
+        self.drafted_B[1::4] = steps // 2
+        self.draft_logits_BKV = None if is_certain else draft_logits_BKV
+        if is_certain:
+            q_BKV = torch.zeros_like(q_BKV).scatter_(-1, self.draft_BK.unsqueeze(-1), 1.0)
+        counts_BK1 = torch.arange(steps, device=DEVICE) < self.drafted_B[:, None]
+        self.q_BKV = q_BKV * counts_BK1.unsqueeze(-1)
+        if steps and not is_certain:  # what is drafted beyond the count is not read
+            draft_logits_BKV[~counts_BK1] = 1e30
+
+    def verify(self, verification: Verification) -> Emission:
+        draft = (self.draft_BK, self.drafted_B, self.draft_logits_BKV)
+        return verify_logits_triton(*draft, self.logits_BLV, self.u_BL, self.sampling, verification)
+
+    def check(self, verification: Verification) -> Tensor:
+        """Compare with the definition, of the kernel's own probabilities; the kept lengths."""
+        found = self.verify(verification)
+        p_BLV = policy_probabilities_triton(self.logits_BLV, self.sampling)
+        expected = verify_draft_reference(self.draft_BK, self.q_BKV, p_BLV, self.u_BL, verification)
+        assert torch.equal(found.accepted_B, expected.accepted_B)
+        assert torch.equal(found.gap_BL, top_tokens_reference(self.logits_BLV)[1])
+        for row, kept in enumerate(found.accepted_B.tolist()):
+            emitted = [*self.draft_BK[row, :kept].tolist(), int(expected.token_B[row])]
+            assert found.tokens_BL[row, : kept + 1].tolist() == emitted
+            assert found.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
+        assert ((found.tokens_BL >= 0) & (found.tokens_BL < p_BLV.shape[-1])).all()
+        return found.accepted_B
 
 
 @pytest.mark.parametrize("stream", list(Stream))
@@ -56,34 +85,53 @@ def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, stream:
     assert torch.equal(found_BN.cpu(), uniforms_reference(seed_B, position_B, stream, num_draws))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [1, 63, 300])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(0, None, 1.0), (0.7, None, 1.0), (1.3, 7, 1.0), (0.7, None, 0.9), (1.0, 9, 0.6)],
+    ("vocabulary", "dtype"), [(1, torch.float32), (63, torch.bfloat16), (300, torch.float32), (300, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(1.3, 4), Sampling(0.7, None, 0.9), Sampling(1.0, 9, 0.6), Sampling(1.0, 290)]
 )
 def test_a_policy_gives_the_probabilities_of_the_reference(
-    temperature: float, top_k: int | None, top_p: float, vocabulary: int, dtype: torch.dtype
+    sampling: Sampling, vocabulary: int, dtype: torch.dtype
 ) -> None:
     logits_BKV = random_logits(1, 2, vocabulary, dtype=dtype)
-    found_BKV = policy_probabilities_triton(logits_BKV, temperature, top_k, top_p)
-    expected_BKV = policy_probabilities_reference(logits_BKV, temperature, top_k, top_p)
+    found_BKV = policy_probabilities_triton(logits_BKV, sampling)
+    expected_BKV = policy_probabilities_reference(logits_BKV, sampling)
     assert torch.equal(found_BKV > 0, expected_BKV > 0)
     # exp at arguments of size about 20, and sums in another order: some ulps of fp32.
     torch.testing.assert_close(found_BKV, expected_BKV, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (None, 6.5 / 300), (290, 6.5 / 290)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (None, 6.5 / 300), (290, 6.5 / 290), (2, 0.5), (7, 1 - 2**-24)])
 def test_of_many_equals_the_lowest_ids_are_kept(top_k: int | None, top_p: float) -> None:
-    p_BV = policy_probabilities_triton(torch.zeros(1, 300, device=DEVICE), 1.0, top_k, top_p)
-    assert p_BV.nonzero()[:, 1].tolist() == list(range(7))
+    p_BV = policy_probabilities_triton(torch.zeros(1, 300, device=DEVICE), Sampling(1.0, top_k, top_p))
+    expected_BV = policy_probabilities_reference(torch.zeros(1, 300, device=DEVICE), Sampling(1.0, top_k, top_p))
+    assert torch.equal(p_BV > 0, expected_BV > 0)
+
+
+def test_ties_at_the_edge_are_told_apart_by_their_ids() -> None:
+    """Two tokens above, five equal ones of which three are kept, in three blocks and not in the order of ids."""
+    logits_BV = torch.zeros(1, 300, device=DEVICE)
+    logits_BV[0, [250, 10]] = 9.0
+    logits_BV[0, [5, 40, 130, 200, 299]] = 7.0
+    for sampling in (Sampling(1.0, 5), Sampling(1.0, 5, 1 - 1e-6)):
+        kept = policy_probabilities_triton(logits_BV, sampling).nonzero()[:, 1].tolist()
+        assert kept == [5, 10, 40, 130, 250]
+
+
+def test_a_flat_distribution_has_more_candidates_than_its_bound_lets_through() -> None:
+    """No token reaches the bound of top-p when the softmax's sum rounds below it: then all are candidates."""
+    logits_BV = 1e-3 * random_logits(1, 300)
+    sampling = Sampling(1.0, None, 1 - 2**-26)
+    found_BV, expected_BV = policy_probabilities_triton(logits_BV, sampling), logits_BV.softmax(-1)
+    torch.testing.assert_close(found_BV, expected_BV, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40])
 def test_a_tiny_temperature_shares_among_equals(temperature: float) -> None:
     logits_BV = torch.zeros(1, 300, device=DEVICE)
     logits_BV[0, [5, 200]] = 1000.0
-    p_BV = policy_probabilities_triton(logits_BV, temperature)
+    p_BV = policy_probabilities_triton(logits_BV, Sampling(temperature))
     assert p_BV.nonzero()[:, 1].tolist() == [5, 200]
     assert p_BV[0, 5] == 0.5
 
@@ -91,48 +139,51 @@ def test_a_tiny_temperature_shares_among_equals(temperature: float) -> None:
 def test_impossible_tokens_stay_impossible_and_the_lowest_of_equals_wins() -> None:
     logits_BV = torch.full((1, 300), -torch.inf, device=DEVICE)
     logits_BV[0, [140, 260]] = 2.0
-    assert policy_probabilities_triton(logits_BV, 0.5, 9, 0.999).nonzero()[:, 1].tolist() == [140, 260]
-    assert policy_probabilities_triton(logits_BV, 0).nonzero()[:, 1].tolist() == [140]
+    assert policy_probabilities_triton(logits_BV, Sampling(0.5, 9, 0.999)).nonzero()[:, 1].tolist() == [140, 260]
+    top_BL, gap_BL = top_tokens_triton(logits_BV[:, None])
+    assert (top_BL.item(), gap_BL.item()) == (140, 0)
 
 
-@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (10, 3, 300), (3, 8, 129)])
+@pytest.mark.parametrize("vocabulary", [1, 63, 300])
+def test_the_likeliest_tokens_equal_the_reference(vocabulary: int) -> None:
+    logits_BLV = random_logits(3, 2, vocabulary, dtype=torch.bfloat16)  # with ties
+    assert all(map(torch.equal, top_tokens_triton(logits_BLV), top_tokens_reference(logits_BLV)))
+
+
+@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (10, 3, 300), (2, 8, 129)])
 @pytest.mark.parametrize("verification", list(Verification))
 def test_verification_equals_the_reference_bit_by_bit(
     verification: Verification, rows: int, steps: int, vocabulary: int
 ) -> None:
-    case = random_case(rows, steps, vocabulary)
-    found = kernel.verify_draft_triton(*case, verification)
-    expected = verify_draft_reference(*case, verification)
-    assert torch.equal(found.accepted_B, expected.accepted_B)
-    assert torch.equal(found.token_B, expected.token_B)
+    accepted_B = Case(rows, steps, vocabulary, Sampling(0.7)).check(verification)
     if rows == 10:  # the case is worth something: some drafts are kept, some are not
-        assert 0 < float(found.accepted_B.float().mean()) < steps
+        assert 0 < float(accepted_B.float().mean()) < steps
 
 
 @pytest.mark.parametrize("verification", list(Verification))
-def test_no_block_size_changes_a_token(verification: Verification, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = random_case(5, 2, 300)
-    found = kernel.verify_draft_triton(*case, verification)
-    monkeypatch.setattr(kernel, "BLOCK", 512)
-    assert all(map(torch.equal, found, kernel.verify_draft_triton(*case, verification)))
+def test_cut_distributions_are_verified_like_whole_ones(verification: Verification) -> None:
+    Case(4, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
+
+
+@pytest.mark.parametrize("verification", list(Verification))
+def test_certain_drafts_need_no_logits(verification: Verification) -> None:
+    Case(9, 2, 140, Sampling(0.7), is_certain=True).check(verification)
 
 
 def test_a_residual_of_nothing_falls_back_to_the_target() -> None:
     """The target is its own draft, and the only token that it allows is not the drafted one."""
-    p_BLV = torch.zeros(2, 2, 300, device=DEVICE)
-    p_BLV[:, :, 200] = 1
-    draft_BK = torch.full((2, 1), 7, device=DEVICE)
-    found = kernel.verify_draft_triton(draft_BK, p_BLV[:, :1], p_BLV, random_draws(2, 2), Verification.token)
+    case = Case(2, 1, 300, Sampling(1.0))
+    case.logits_BLV[:] = -torch.inf
+    case.logits_BLV[:, :, 200] = 0
+    case.draft_logits_BKV, case.draft_BK[:], case.drafted_B[:] = case.logits_BLV[:, :1], 7, 1
+    found = case.verify(Verification.token)
     assert found.accepted_B.tolist() == [0, 0]
-    assert found.token_B.tolist() == [200, 200]
+    assert found.tokens_BL[:, 0].tolist() == [200, 200]
 
 
-@pytest.mark.parametrize("vocabulary", [1, 63, 300])
-def test_sampled_tokens_equal_the_reference_bit_by_bit(vocabulary: int) -> None:
-    weight_BV = random_logits(31, vocabulary).relu()
-    weight_BV[:, vocabulary // 2] += 1e-3
-    u_B = random_draws(31)
-    u_B[:2] = torch.tensor([0, 1 - 2**-53], dtype=torch.float64, device=DEVICE)
-    found_B = kernel.sample_tokens_triton(weight_BV, u_B)
-    assert torch.equal(found_B, sample_tokens_reference(weight_BV, u_B))
-    assert (weight_BV.gather(1, found_B[:, None]) > 0).all()
+def test_the_first_and_the_last_draw_give_possible_tokens() -> None:
+    case = Case(3, 0, 300, Sampling(1.0))
+    case.logits_BLV[:, :, [0, 1, 297, 298, 299]] = -torch.inf
+    case.u_BL[:, 0] = torch.tensor([0, 1 - 2**-53, 0.5], dtype=torch.float64, device=DEVICE)
+    case.check(Verification.token)
+    assert (case.verify(Verification.token).probability_BL > 0).all()

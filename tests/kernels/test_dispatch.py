@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from mtptrain.kernels.acceptance import (
+    Sampling,
     Stream,
     Verification,
     policy_probabilities,
-    sample_tokens,
+    sample_logits,
     uniforms,
-    verify_draft,
+    verify_logits,
 )
 from mtptrain.kernels.dispatch import Kernels, requested, use_triton
 from mtptrain.kernels.linear_loss import Divergence, linear_loss
 from tests.command import Refused
 
 ROW_B = torch.arange(3)
+POLICY = Sampling(0.8, top_p=0.9)
 
 
 def test_a_cpu_needs_no_triton() -> None:
@@ -53,9 +55,10 @@ def test_ops_give_the_same_whichever_is_chosen(monkeypatch: pytest.MonkeyPatch) 
     for choice in Kernels:
         monkeypatch.setenv("MTPTRAIN_KERNELS", choice)
         losses = linear_loss(rows_KTD, rows_KTD[0], weight_VD, ROW_B, divergence=Divergence.tv)
-        p_BLV = policy_probabilities(torch.randn(3, 2, 17, generator=torch.Generator().manual_seed(1)), 0.8, 9, 0.9)
-        drawn_B = sample_tokens(p_BLV[:, 0], u_BL[:, 0])
-        verified = verify_draft(drawn_B[:, None], p_BLV[:, 1:], p_BLV, u_BL, Verification.block)
+        logits_BLV = torch.randn(3, 2, 17, generator=torch.Generator().manual_seed(1))
+        p_BLV, drawn_B = policy_probabilities(logits_BLV, POLICY), sample_logits(logits_BLV[:, 0], POLICY, u_BL[:, 0])
+        draft = (drawn_B[:, None], torch.ones_like(ROW_B), logits_BLV[:, :1])
+        verified = verify_logits(*draft, logits_BLV, u_BL, POLICY, Verification.block)
         found[choice] = (*losses, p_BLV, drawn_B, *verified)
     torch.testing.assert_close(*found.values())
 
