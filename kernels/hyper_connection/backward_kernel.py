@@ -95,6 +95,7 @@ def hyper_connection_streams_backward_kernel(
     pre_ptr,  # [T, N]
     pull_ptr,  # [T]
     grad_collapsed_ptr,  # [T, D]
+    grad_passed_ptr,  # [T, N, D]
     grad_streams_ptr,  # [T, N, D]
     grad_fn_ptr,  # [G, M, N, D], a part from every group of tokens; or None
     T,
@@ -124,12 +125,13 @@ def hyper_connection_streams_backward_kernel(
         mask, sums_mask = is_token & is_column, is_token & is_weight[None, :]
         grad_sums = tl.load(grad_sums_ptr + row * M + weight[None, :], mask=sums_mask, other=0.0)
         streams = tl.load(streams_ptr + row * N * D + at, mask=mask, other=0.0).to(tl.float32)
+        grad_passed = tl.load(grad_passed_ptr + row * N * D + at, mask=mask, other=0.0).to(tl.float32)
         pull = tl.load(pull_ptr + token, mask=token < T, other=0.0)[:, None]
         pre = tl.load(pre_ptr + row * N + n[None, :], mask=is_token & (n < N)[None, :], other=0.0)
         collapsed_mask = is_token & (channel < D)[None, :]
         grad_collapsed = tl.load(grad_collapsed_ptr + row * D + channel[None, :], mask=collapsed_mask, other=0.0)
         spread = pre[:, :, None] * grad_collapsed.to(tl.float32)[:, None, :]
-        grad = tl.reshape(spread, (BLOCK_T, P * BLOCK_D)) + pull * streams
+        grad = tl.reshape(spread, (BLOCK_T, P * BLOCK_D)) + pull * streams + grad_passed
         grad = tl.dot(grad_sums, fn, grad, input_precision=PRECISION)
         tl.store(grad_streams_ptr + row * N * D + at, grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
         if grad_fn_ptr is not None:

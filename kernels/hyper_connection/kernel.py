@@ -1,9 +1,10 @@
 """Triton for `connect`: two launches forward; two, and some sums, backward.
 
-With y = streams @ fn^T, r = 1 / rms(streams), mix = r y, and dlin the gradient of `scale mix + base`, the gradients are
+With y = streams @ fn^T, r = 1 / rms(streams), mix = r y, dlin the gradient of `scale mix + base`, and dpassed that of
+the streams that go on to `expand_and_mix`, the gradients are
 
     dmix = scale dlin       dfn = (r dmix)^T @ streams, a part from every group of tokens
-    dstreams = pre dcollapsed + (r dmix) @ fn - (r^2 / X) (dmix . mix) streams
+    dstreams = dpassed + pre dcollapsed + (r dmix) @ fn - (r^2 / X) (dmix . mix) streams
     dpre_n = dcollapsed . streams_n
     a division by sums, c' = c / s with s = sum c + eps:    dc = (dc' - sum dc' c') / s
 
@@ -86,19 +87,19 @@ class _Connect(torch.autograd.Function):
         )
         ctx.save_for_backward(streams_BSND, fn_MX, base_M, scale_3, mix, inverse)
         ctx.eps, ctx.iterations = eps, iterations
-        return post, comb, collapsed
+        return post, comb, collapsed, streams_BSND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         streams, fn_MX, base_M, scale_3, mix, inverse = ctx.saved_tensors
         (tokens, num_streams, width), (num_weights, size) = streams.flatten(0, -3).shape, fn_MX.shape
-        grads = tuple(grad.contiguous() for grad in grads)
+        *small_grads, grad_passed = (grad.contiguous() for grad in grads)
         grad_lin, grad_sums = torch.empty_like(mix), torch.empty_like(mix)
         pre, pull = mix.new_empty(tokens, num_streams), torch.empty_like(inverse)
         saved, results = (base_M, scale_3, mix, inverse), (grad_lin, grad_sums, pre, pull)
         hyper_connection_map_backward_kernel[(tokens,)](
-            streams, *saved, *grads, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
+            streams, *saved, *small_grads, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
         )
         grad_streams = torch.empty_like(streams)
         blocks = _column_blocks(num_streams, width, streams.dtype)
@@ -106,7 +107,7 @@ class _Connect(torch.autograd.Function):
         group_size = _part_size(tokens, BACKWARD_PROGRAMS // columns, BACKWARD_TOKENS)
         groups = triton.cdiv(tokens, group_size)
         parts_GMX = mix.new_empty(groups, num_weights, size) if ctx.needs_input_grad[1] else None
-        tensors = (streams, fn_MX, grad_sums, pre, pull, grads[2], grad_streams, parts_GMX)
+        tensors = (streams, fn_MX, grad_sums, pre, pull, small_grads[2], grad_passed, grad_streams, parts_GMX)
         hyper_connection_streams_backward_kernel[(columns, groups)](
             *tensors, tokens, width, group_size, **blocks, **PRODUCT_OPTIONS
         )
@@ -166,7 +167,7 @@ def launches() -> list[Launch]:
     num_streams, width, num_weights = shapes.streams, shapes.width, shapes.streams * (shapes.streams + 2)
     types = dict.fromkeys(["T", "Q"], "i32") | dict.fromkeys(["D", "X", "part_size", "group_size"], "i32:16")
     types |= dict.fromkeys(["norm_eps", "eps"], "fp32")
-    wide = ["streams", "collapsed", "output", "new"]
+    wide = ["streams", "collapsed", "passed", "output", "new"]
     types |= {f"{grad}{name}_ptr": "*bf16:16" for name in wide for grad in ("", "grad_")}
 
     def launch(kernel: Any, constants: dict[str, Any], label: str = "", **others: Any) -> Launch:

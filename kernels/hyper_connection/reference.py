@@ -19,6 +19,9 @@ class Connection(NamedTuple):
     post_BSN: Tensor  # float32 in (0, 2), weight of the output in each stream
     comb_BSNN: Tensor  # float32 [from, to], columns sum to 1, rows too once Sinkhorn has converged
     collapsed_BSD: Tensor  # the sublayer's input, in the streams' dtype
+    streams_BSND: (
+        Tensor  # the same streams; when these go to `expand_and_mix`, Triton adds both their gradients at once
+    )
 
 
 def connect_reference(
@@ -55,7 +58,7 @@ def connect_reference(
         comb_BSNN = comb_BSNN / (comb_BSNN.sum(-1, keepdim=True) + eps)
         comb_BSNN = comb_BSNN / (comb_BSNN.sum(-2, keepdim=True) + eps)
     collapsed_BSD = ((pre.sigmoid() + eps).unsqueeze(-1) * streams_BSND).sum(dim=2).to(streams_BSND.dtype)
-    return Connection(2 * post.sigmoid(), comb_BSNN, collapsed_BSD)
+    return Connection(2 * post.sigmoid(), comb_BSNN, collapsed_BSD, streams_BSND)
 
 
 def expand_and_mix_reference(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from mtptrain.kernels.hyper_connection import Connection, connect
 class HyperConnection(DeepseekV4HyperConnection):
     """transformers' module with another way to compute it; called as a module, so that ZeRO gathers its tensors."""
 
-    def forward(self, hidden_streams: Tensor) -> Connection:
-        """The weights of every token's connection, and its streams [B, S, N, D] collapsed by them."""
+    def forward(self, hidden_streams: Tensor) -> Connection:  # type: ignore[override]
+        """The weights of every token's connection, its streams [B, S, N, D] collapsed by them, and the streams."""
         return connect(
             hidden_streams,
             self.fn,
@@ -26,8 +26,17 @@ class HyperConnection(DeepseekV4HyperConnection):
         )
 
 
-def replace_connections(module: nn.Module) -> None:
-    """Make every hyper-connection in a module a `HyperConnection`; its tensors and their names stay."""
+class FrozenHyperConnection(HyperConnection):
+    """The same for transformers' own decoder layer, which takes three values and needs no gradient."""
+
+    def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """The weights of every token's connection, and its streams [B, S, N, D] collapsed by them."""
+        post_BSN, comb_BSNN, collapsed_BSD, _ = super().forward(hidden_streams)
+        return post_BSN, comb_BSNN, collapsed_BSD
+
+
+def replace_connections(module: nn.Module, kind: type[HyperConnection]) -> None:
+    """Make every hyper-connection in a module one of ours; its tensors and their names stay."""
     for child in module.modules():
         if type(child) is DeepseekV4HyperConnection:
-            child.__class__ = HyperConnection
+            child.__class__ = kind

@@ -14,7 +14,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.attention import use_linear_attention
-from mtptrain.backbone.connection import replace_connections
+from mtptrain.backbone.connection import FrozenHyperConnection, replace_connections
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.fingerprint import fingerprint
 from mtptrain.backbone.placement import share_backbone
@@ -88,7 +88,7 @@ def load_backbone(
     model.eval().requires_grad_(False)
     if has_layers:
         make_indexers_causal(model)
-        replace_connections(model)
+        replace_connections(model, FrozenHyperConnection)
         use_linear_attention(model)
         share_backbone(model, config.placement, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)

@@ -17,7 +17,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtptrain.backbone.connection import replace_connections
+from mtptrain.backbone.connection import HyperConnection, replace_connections
 from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
@@ -53,7 +53,7 @@ class MtpBlock(nn.Module):
         self.e_proj = nn.Linear(width, width, bias=False)
         self.h_proj = nn.Linear(width, width, bias=False)
         self.layer = DeepseekV4DecoderLayer(single, 0)
-        replace_connections(self.layer)
+        replace_connections(self.layer, HyperConnection)
         self.hc_head = DeepseekV4HyperHead(single)
         self.norm = DeepseekV4RMSNorm(width, eps=eps)
         self.rotary_emb = DeepseekV4RotaryEmbedding(single)
@@ -88,9 +88,9 @@ class MtpBlock(nn.Module):
         """
         layer = self.layer
         x = self.combine(embedding_BSD, state_BSND)
-        post, comb, collapsed = layer.attn_hc(x)
+        post, comb, collapsed, x = layer.attn_hc(x)
         x = expand_and_mix(post, comb, self.attention(layer.input_layernorm(collapsed), position_BS, attend), x)
-        post, comb, collapsed = layer.ffn_hc(x)
+        post, comb, collapsed, x = layer.ffn_hc(x)
         return expand_and_mix(post, comb, layer.mlp(layer.post_attention_layernorm(collapsed)), x)
 
     def hidden(self, state_BSND: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def test_the_definition_is_that_of_transformers() -> None:
         eps=module.hc_eps,
         iterations=module.hc_sinkhorn_iters,
     )
-    for found, expected in zip(ours, module(streams.cpu()), strict=True):
+    for found, expected in zip(ours, (*module(streams.cpu()), streams.cpu()), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -93,6 +93,17 @@ def test_triton_connects_bfloat16_streams_like_the_definition() -> None:
     inputs, settings = connect_inputs(1, 5, 4, 600, dtype=torch.bfloat16), {**SETTINGS, "iterations": 20}
     # One rounding to bf16; the definition rounds its parts of the streams' gradient one by one.
     assert_close(run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings), 3 * 2**-8)
+
+
+def test_streams_that_are_passed_on_get_the_same_gradient_as_streams_used_twice() -> None:
+    inputs, settings = connect_inputs(1, 3, 2, 20), {**SETTINGS, "iterations": 2}
+
+    def around(*inputs: Tensor, passed: bool) -> Tensor:
+        post, comb, collapsed, streams = connect_triton(*inputs, **settings)
+        return expand_and_mix_triton(post, comb, collapsed, streams if passed else inputs[0])
+
+    # The two gradients are added before or after a rounding to fp32.
+    assert_close(run(around, inputs, passed=True), run(around, inputs, passed=False), 4 * 2**-23)
 
 
 @pytest.mark.usefixtures("_poisoned_memory")
