@@ -40,7 +40,7 @@ from .forward_kernel import hyper_connection_map_kernel, hyper_connection_projec
 from .reference import Connection
 
 # None of these was measured on a GPU.
-MAP_CHANNELS, MAP_PROGRAMS = 512, 512
+MAP_CHANNELS, MAP_PROGRAMS = 512, 512  # few tokens share their channels out among more programs
 # Tokens share what a program of the projection reads of fn; few tokens leave most of a larger block empty.
 FEW_TOKENS, MANY_TOKENS, PROJECT_CHANNELS, PROJECT_PROGRAMS = 16, 64, 64, 512
 # What a program of the streams' backward takes of a token, and how many programs there are: more hide more latency, but
@@ -94,12 +94,13 @@ class _Connect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         streams, fn_MX, base_M, scale_3, mix, inverse = ctx.saved_tensors
         (tokens, num_streams, width), (num_weights, size) = streams.flatten(0, -3).shape, fn_MX.shape
-        *small_grads, grad_passed = (grad.contiguous() for grad in grads)
+        grad_post, grad_comb, grad_collapsed, grad_passed = (grad.contiguous() for grad in grads)
         grad_lin, grad_sums = torch.empty_like(mix), torch.empty_like(mix)
         pre, pull = mix.new_empty(tokens, num_streams), torch.empty_like(inverse)
-        saved, results = (base_M, scale_3, mix, inverse), (grad_lin, grad_sums, pre, pull)
+        saved, given = (base_M, scale_3, mix, inverse), (grad_post, grad_comb, grad_collapsed)
+        results = (grad_lin, grad_sums, pre, pull)
         hyper_connection_map_backward_kernel[(tokens,)](
-            streams, *saved, *small_grads, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
+            streams, *saved, *given, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
         )
         grad_streams = torch.empty_like(streams)
         blocks = _column_blocks(num_streams, width, streams.dtype)
@@ -107,7 +108,7 @@ class _Connect(torch.autograd.Function):
         group_size = _part_size(tokens, BACKWARD_PROGRAMS // columns, BACKWARD_TOKENS)
         groups = triton.cdiv(tokens, group_size)
         parts_GMX = mix.new_empty(groups, num_weights, size) if ctx.needs_input_grad[1] else None
-        tensors = (streams, fn_MX, grad_sums, pre, pull, small_grads[2], grad_passed, grad_streams, parts_GMX)
+        tensors = (streams, fn_MX, grad_sums, pre, pull, grad_collapsed, grad_passed, grad_streams, parts_GMX)
         hyper_connection_streams_backward_kernel[(columns, groups)](
             *tensors, tokens, width, group_size, **blocks, **PRODUCT_OPTIONS
         )
@@ -151,7 +152,8 @@ def _map_blocks(num_streams: int, width: int, iterations: int) -> dict[str, Any]
 def _column_blocks(num_streams: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     padded = triton.next_power_of_2(num_streams)
     block_d = max(16, min(BACKWARD_BYTES // dtype.itemsize // padded, triton.next_power_of_2(width)))
-    # TF32 is exact for bfloat16 and errs by 2^-10 where the gradient of bfloat16 streams is rounded by 2^-9.
+    # TF32 holds bfloat16 exactly and errs by 2^-10 in what it is multiplied with: less than the 2^-9 by which bfloat16
+    # streams were rounded, as their gradient will be.
     precision = "tf32" if dtype is torch.bfloat16 and PRECISION != "ieee" else PRECISION
     blocks = {"BLOCK_T": BACKWARD_TOKENS, "BLOCK_M": _padded(num_streams * (num_streams + 2)), "BLOCK_D": block_d}
     return {"N": num_streams, "P": padded, "PRECISION": precision, **blocks}

@@ -19,9 +19,7 @@ class Connection(NamedTuple):
     post_BSN: Tensor  # float32 in (0, 2), weight of the output in each stream
     comb_BSNN: Tensor  # float32 [from, to], columns sum to 1, rows too once Sinkhorn has converged
     collapsed_BSD: Tensor  # the sublayer's input, in the streams' dtype
-    streams_BSND: (
-        Tensor  # the same streams; when these go to `expand_and_mix`, Triton adds both their gradients at once
-    )
+    streams_BSND: Tensor  # the same; where they go to `expand_and_mix`, one launch adds both their gradients
 
 
 def connect_reference(
