@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..launch import MODELS, Launch
 from . import draws_kernel
-from .law_kernel import BLOCK, GROUP, NUMBERS, OPTIONS, probability, write_law
+from .law_kernel import GROUP, NUMBERS, OPTIONS, probability, write_law
 from .reference import GRID, Emission, Sampling, Verification
 from .verify_kernel import verify_kernel
 
@@ -89,6 +89,12 @@ def _probabilities_kernel(
     tl.store(out_ptr + row * vocabulary + place, p, mask=place < vocabulary)
 
 
+# Tokens of a row at once; not measured on a GPU. A verification has few programs, one a text: large blocks keep much
+# under way in each.
+BLOCK = 2048
+VERIFY_BLOCK, VERIFY_OPTIONS = 4096, OPTIONS | {"num_warps": 16}
+
+
 class _Laws(NamedTuple):
     """What the first launch leaves, and the constants of the second."""
 
@@ -102,11 +108,11 @@ def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Samplin
     rows, length, vocabulary = logits_BLV.shape
     num_laws = length + (0 if draft_logits_BKV is None else length - 1)
     top_k, top_p = sampling.top_k or vocabulary, sampling.top_p
-    constants = {"TOP_K": top_k < vocabulary, "TOP_P": top_p < 1, "BLOCK": BLOCK}
+    constants = {"TOP_K": top_k < vocabulary, "TOP_P": top_p < 1}
     new = logits_BLV.new_empty
     law = new(rows, num_laws, NUMBERS.value, dtype=torch.int32)
     top_BL, gap_BL = new(rows, length, dtype=torch.int64), new(rows, length, dtype=torch.float32)
-    is_cut = constants["TOP_K"] or constants["TOP_P"]
+    is_cut = any(constants.values())
     if law.numel():
         _laws_kernel[(rows, num_laws)](
             draft_logits_BKV,
@@ -121,6 +127,7 @@ def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Samplin
             top_k,
             math.ceil(top_p / GRID),
             (1 - top_p) / vocabulary / 2,
+            BLOCK=BLOCK,
             GROUP=GROUP,
             **constants,
             **OPTIONS,
@@ -142,7 +149,7 @@ def policy_probabilities_triton(logits_BLV: Tensor, sampling: Sampling) -> Tenso
     out_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
     if out_BLV.numel():
         _probabilities_kernel[(out_BLV.numel() // vocabulary, triton.cdiv(vocabulary, BLOCK))](
-            logits_BLV, law, out_BLV, vocabulary, float(sampling.temperature), **constants, **OPTIONS
+            logits_BLV, law, out_BLV, vocabulary, float(sampling.temperature), BLOCK=BLOCK, **constants, **OPTIONS
         )
     return out_BLV
 
@@ -178,9 +185,10 @@ def verify_logits_triton(
             vocabulary,
             float(sampling.temperature),
             BY_BLOCK=verification is Verification.block,
-            BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)),
+            BLOCKS=triton.next_power_of_2(triton.cdiv(vocabulary, VERIFY_BLOCK)),
+            BLOCK=VERIFY_BLOCK,
             **constants,
-            **OPTIONS,
+            **VERIFY_OPTIONS,
         )
     return Emission(accepted_B, tokens_BL, gap_BL, probability_BL)
 
@@ -193,19 +201,20 @@ def launches() -> list[Launch]:
     types |= dict.fromkeys(["gap_ptr", "probability_ptr", "out_ptr"], "*fp32:16") | {"u_ptr": "*fp64:16"}
     types |= {"length": "i32", "vocabulary": "i32:16" if vocabulary % 16 == 0 else "i32", "temperature": "fp32"}
     types |= {"top_k": "i32", "top_p_units": "i64", "floor": "fp32"}
-    sizes = {"BLOCKS": triton.next_power_of_2(triton.cdiv(vocabulary, BLOCK)), "BLOCK": BLOCK, "GROUP": GROUP}
+    blocks = {"BLOCK": VERIFY_BLOCK, "BLOCKS": triton.next_power_of_2(triton.cdiv(vocabulary, VERIFY_BLOCK))}
 
-    def launch(kernel: Any, label: str, is_cut: bool, **constants: Any) -> Launch:
-        constants = {**sizes, "TOP_K": is_cut, "TOP_P": is_cut, **constants}
+    def launch(kernel: Any, label: str, is_cut: bool, options: dict[str, Any] = OPTIONS, **constants: Any) -> Launch:
+        constants = {"BLOCK": BLOCK, "GROUP": GROUP, "TOP_K": is_cut, "TOP_P": is_cut, **constants}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
-        return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=OPTIONS)
+        return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=options)
 
     found = draws_kernel.launches()
     for label, is_cut in (("softmax", False), ("top-k and top-p", True)):
-        found.append(launch(_laws_kernel, label, is_cut, **({} if is_cut else {"scratch_ptr": None})))
+        no_scratch: dict[str, Any] = {} if is_cut else {"scratch_ptr": None}
+        found.append(launch(_laws_kernel, label, is_cut, **no_scratch))
         found.append(launch(_probabilities_kernel, label, is_cut))
-        found += [
-            launch(verify_kernel, f"{way} {label}", is_cut, BY_BLOCK=way is Verification.block) for way in Verification
-        ]
+        for way in Verification:
+            by_block = {"BY_BLOCK": way is Verification.block}
+            found.append(launch(verify_kernel, f"{way} {label}", is_cut, VERIFY_OPTIONS, **blocks, **by_block))
     return found

@@ -20,7 +20,6 @@ import triton.language as tl
 
 from .reference import GRID
 
-BLOCK = 2048  # tokens of a row at once; not measured on a GPU
 GROUP = 64  # neighbours that a maximum stands for; not measured on a GPU
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused, w p - q would be rounded once instead of twice
 UNIT, UNITS_OF_ONE = tl.constexpr(GRID), tl.constexpr(1 / GRID)
@@ -49,6 +48,13 @@ def _softmax(z, peak, total, temperature):
     # Shifted before the division, which would overflow at a low temperature.
     p = tl.exp(tl.div_rn(z - peak, tl.zeros_like(z) + temperature))
     return tl.div_rn(p, tl.zeros_like(z) + total)
+
+
+@triton.jit
+def _lifted(z, high, inverse_temperature):
+    """exp((z - high) / temperature), 0 where z is -inf; for sums, where the last bits of the quotient do not count."""
+    x = tl.where(z > float("-inf"), z - high, float("-inf"))
+    return tl.exp(tl.where(x == 0, 0.0, x * inverse_temperature))  # the inverse may be infinite
 
 
 @triton.jit
@@ -202,25 +208,27 @@ def write_law(
 
     Returns the place of the largest logit, the lowest of equals, and how far it is above the next one.
     """
-    peak, second, top, total = float("-inf"), float("-inf"), 0, 0.0
+    # A lane keeps its own maximum and sum, so that nothing waits for other lanes before the end.
+    inverse = tl.full([], 1.0, tl.float32) / temperature
+    lane = tl.arange(0, BLOCK)
+    high, next_high = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    high_place, sums = lane, tl.zeros([BLOCK], tl.float32)  # of what a lane has seen
     for start in range(0, vocabulary, BLOCK):
-        place = start + tl.arange(0, BLOCK)
+        place = start + lane
         z = tl.load(logits_ptr + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
-        block_peak, block_top = tl.max(z, 0, return_indices=True)
-        block_second = tl.max(tl.where(place == start + block_top, float("-inf"), z), 0)
-        higher = block_peak > peak
-        second = tl.where(higher, tl.maximum(peak, block_second), tl.maximum(second, block_peak))
-        top = tl.where(higher, start + block_top, top)
-        new_peak = tl.where(higher, block_peak, peak)
-        x = tl.where(z > float("-inf"), z - new_peak, float("-inf"))
-        lift = tl.where(peak > float("-inf"), peak - new_peak, 0.0)
-        scaled = tl.div_rn(x, tl.zeros_like(x) + temperature)
-        total = total * tl.exp(tl.div_rn(lift, temperature)) + tl.sum(tl.exp(scaled))
-        peak = new_peak
+        new_high = tl.maximum(high, z)
+        next_high = tl.maximum(next_high, tl.minimum(high, z))
+        high_place = tl.where(z > high, place, high_place)
+        sums = sums * _lifted(high, new_high, inverse) + _lifted(z, new_high, inverse)
+        high = new_high
         if TOP_K:
             group = start // GROUP + tl.arange(0, BLOCK // GROUP)
             largest = tl.max(tl.reshape(z, [BLOCK // GROUP, GROUP]), 1)
             tl.store(scratch_ptr + group, largest, mask=group < tl.cdiv(vocabulary, GROUP))
+    peak = tl.max(high, 0)
+    top = tl.min(tl.where(high == peak, high_place, vocabulary), 0)
+    second = tl.max(tl.where(high_place == top, next_high, high), 0)
+    total = tl.sum(sums * _lifted(high, peak, inverse))
     _store_float(law_ptr + PEAK, peak)
     _store_float(law_ptr + TOTAL, total)
 

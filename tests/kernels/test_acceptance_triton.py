@@ -24,6 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 128)
+    monkeypatch.setattr(kernel, "VERIFY_BLOCK", 64)
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
