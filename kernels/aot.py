@@ -130,7 +130,7 @@ def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for (op, number, target), usage in found.items():
         launch = launches(op)[number]
-        name = f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}"
+        name = (f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}").strip()
         cells = rows.setdefault(name, {})
         if isinstance(usage, str):
             faults.append(f"{name}, {target}: {usage}")

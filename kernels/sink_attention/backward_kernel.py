@@ -7,21 +7,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward_kernel import CHAIN, dot, load_rows, store_rows
+from .forward_kernel import CHAIN, dot, load_keys, load_rows, store_rows
 
 
 @triton.jit
-def _weights(query, key, grad_out, lse, delta, seen, scale):
-    """[heads, keys]: p, and dz times `scale`."""
-    score = dot(query, tl.trans(key)) * scale
-    weight = tl.where(seen[None, :], tl.exp(score - lse[:, None]), 0.0)
-    grad_weight = dot(grad_out, tl.trans(key))
-    return weight, weight * (grad_weight - delta[:, None]) * scale
+def _load_pairs(
+    query_ptr, grad_out_ptr, token, group, H, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """[2 heads, C]: the query of each head, then its grad_out. One product serves both, and has twice the rows."""
+    row, channel = tl.arange(0, 2 * BLOCK_H)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    head = group * BLOCK_H + row // 2
+    offset = head * C + channel
+    pointer = tl.where(row % 2 == 0, query_ptr + token * H * C + offset, grad_out_ptr + token * H * C + offset)
+    return tl.load(pointer, mask=(head < H) & (channel < C), other=0.0)
+
+
+@triton.jit
+def _load_sums(lse_ptr, delta_ptr, group, H, BLOCK_H: tl.constexpr):
+    """Log-sum-exp and delta of each head; a head that does not exist gives no weight to any key."""
+    head = group * BLOCK_H + tl.arange(0, BLOCK_H)
+    lse = tl.load(lse_ptr + head, mask=head < H, other=float("inf"))
+    return lse, tl.load(delta_ptr + head, mask=head < H, other=0.0)
+
+
+@triton.jit
+def _key_weights(key, pairs, lse, delta, seen, scale, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[keys, 2 heads]: dz times `scale` and p of each head, whose product with `pairs` is the gradient of the keys."""
+    score, grad_weight = tl.split(tl.reshape(dot(key, tl.trans(pairs)), (BLOCK_N, BLOCK_H, 2)))
+    weight = tl.where(seen[:, None], tl.exp(score * scale - lse[None, :]), 0.0)
+    grad_score = weight * (grad_weight - delta[None, :]) * scale
+    return tl.reshape(tl.join(grad_score, weight), (BLOCK_N, 2 * BLOCK_H)).to(key.dtype)
 
 
 @triton.jit
 def sink_attention_chain_backward_kernel(
-    query_ptr,  # [B, S, H, C] with strides
+    query_ptr,  # [B, S, H, C]
     chain_ptr,  # [B, S, E, C]
     out_ptr,  # [B, S, H, C]
     lse_ptr,  # [B, S, H]
@@ -30,11 +50,7 @@ def sink_attention_chain_backward_kernel(
     grad_chain_ptr,  # [B, S, G, E, C]
     scale,
     H,
-    S,
     E,
-    query_stride_b,
-    query_stride_s,
-    query_stride_h,
     C: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -49,22 +65,19 @@ def sink_attention_chain_backward_kernel(
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + token * H + head, delta, mask=head < H)
     if EXTRA == CHAIN:
-        query_ptr += token // S * query_stride_b + token % S * query_stride_s
-        query = load_rows(query_ptr, head, query_stride_h, head < H, C, BLOCK_C)
+        pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
         lse = tl.load(lse_ptr + token * H + head, mask=head < H, other=float("inf"))
+        grad_chain_ptr += (token * tl.num_programs(1) + group) * E * C
         for begin in range(0, E, BLOCK_N):
             at = begin + tl.arange(0, BLOCK_N)
             key = load_rows(chain_ptr + token * E * C, at, C, at < E, C, BLOCK_C)
-            weight, grad_score = _weights(query, key, grad_out, lse, delta, at < E, scale)
-            grad_key = dot(tl.trans(grad_score).to(key.dtype), query)
-            grad_key = dot(tl.trans(weight).to(key.dtype), grad_out, grad_key)
-            grad_ptr = grad_chain_ptr + (token * tl.num_programs(1) + group) * E * C
-            store_rows(grad_ptr, at, C, at < E, grad_key, C, BLOCK_C)
+            weight = _key_weights(key, pairs, lse, delta, at < E, scale, BLOCK_H, BLOCK_N)
+            store_rows(grad_chain_ptr, at, C, at < E, dot(weight, pairs), C, BLOCK_C)
 
 
 @triton.jit
 def sink_attention_query_backward_kernel(
-    query_ptr,  # [B, S, H, C] with strides
+    query_ptr,  # [B, S, H, C]
     context_ptr,  # [B, S, C]
     chain_ptr,  # [B, S, E, C]
     start_ptr,  # [B, S]
@@ -76,9 +89,6 @@ def sink_attention_query_backward_kernel(
     H,
     S,
     E,
-    query_stride_b,
-    query_stride_s,
-    query_stride_h,
     window,
     C: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -89,35 +99,34 @@ def sink_attention_query_backward_kernel(
     """Gradient of one query, a block of its heads."""
     token = tl.program_id(0).to(tl.int64)
     row, anchor = token // S, (token % S).to(tl.int32)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    query_ptr += row * query_stride_b + anchor * query_stride_s
-    query = load_rows(query_ptr, head, query_stride_h, head < H, C, BLOCK_C)
-    grad_out = load_rows(grad_out_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
-    lse = tl.load(lse_ptr + token * H + head, mask=head < H, other=float("inf"))
-    delta = tl.load(delta_ptr + token * H + head, mask=head < H, other=0.0)
+    group = tl.program_id(1)
+    pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
+    lse, delta = _load_sums(lse_ptr + token * H, delta_ptr + token * H, group, H, BLOCK_H)
     grad_query = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
 
-    own_window = window
+    first = tl.maximum(anchor - window + E + 1, tl.load(start_ptr + token).to(tl.int32))
+    num_local = anchor + 1 - first
+    context_ptr += row * S * C
     if EXTRA == CHAIN:
-        own_window -= E
-    first = tl.maximum(anchor - own_window + 1, tl.load(start_ptr + token).to(tl.int32))
-    for begin in range(first, anchor + 1, BLOCK_N):
+        chain_ptr += token * E * C
+    tl.assume(num_local + E > 0)  # or ptxas lets every wgmma wait for the one before it
+    for begin in range(0, num_local + E, BLOCK_N):
         at = begin + tl.arange(0, BLOCK_N)
-        key = load_rows(context_ptr + row * S * C, at, C, at <= anchor, C, BLOCK_C)
-        _, grad_score = _weights(query, key, grad_out, lse, delta, at <= anchor, scale)
+        extra = at - num_local
+        is_extra = (extra >= 0) & (extra < E)
+        key, seen = load_keys(context_ptr, first + at, num_local, chain_ptr, extra, is_extra, at, C, EXTRA, BLOCK_C)
+        both = tl.reshape(dot(pairs, tl.trans(key)), (BLOCK_H, 2, BLOCK_N))
+        score, grad_weight = tl.split(tl.permute(both, (0, 2, 1)))
+        weight = tl.where(seen[None, :], tl.exp(score * scale - lse[:, None]), 0.0)
+        grad_score = weight * (grad_weight - delta[:, None]) * scale
         grad_query = dot(grad_score.to(key.dtype), key, grad_query)
-    if EXTRA == CHAIN:
-        for begin in range(0, E, BLOCK_N):
-            at = begin + tl.arange(0, BLOCK_N)
-            key = load_rows(chain_ptr + token * E * C, at, C, at < E, C, BLOCK_C)
-            _, grad_score = _weights(query, key, grad_out, lse, delta, at < E, scale)
-            grad_query = dot(grad_score.to(key.dtype), key, grad_query)
+    head = group * BLOCK_H + tl.arange(0, BLOCK_H)
     store_rows(grad_query_ptr + token * H * C, head, C, head < H, grad_query, C, BLOCK_C)
 
 
 @triton.jit
 def sink_attention_key_backward_kernel(
-    query_ptr,  # [B, S, H, C] with strides
+    query_ptr,  # [B, S, H, C]
     context_ptr,  # [B, S, C]
     start_ptr,  # [B, S]
     lse_ptr,  # [B, S, H]
@@ -127,9 +136,6 @@ def sink_attention_key_backward_kernel(
     scale,
     H,
     S,
-    query_stride_b,
-    query_stride_s,
-    query_stride_h,
     own_window,
     C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -142,19 +148,19 @@ def sink_attention_key_backward_kernel(
     key = load_rows(context_ptr + row * S * C, at, C, at < S, C, BLOCK_C)
     grad_key = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     begin = tl.program_id(0) * BLOCK_N
-    for anchor in range(begin, tl.minimum(begin + BLOCK_N - 1 + own_window, S)):
+    groups = tl.cdiv(H, BLOCK_H)
+    end = tl.minimum(begin + BLOCK_N - 1 + own_window, S) * groups
+    tl.assume(begin * groups < end)  # as above
+    for step in range(begin * groups, end):
+        anchor = step // groups
         token = row * S + anchor
         first = tl.maximum(anchor - own_window + 1, tl.load(start_ptr + token).to(tl.int32))
         seen = (at >= first) & (at <= anchor)
-        for group in range(0, H, BLOCK_H):
-            head = group + tl.arange(0, BLOCK_H)
-            query = load_rows(
-                query_ptr + row * query_stride_b + anchor * query_stride_s, head, query_stride_h, head < H, C, BLOCK_C
-            )
-            grad_out = load_rows(grad_out_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
-            lse = tl.load(lse_ptr + token * H + head, mask=head < H, other=float("inf"))
-            delta = tl.load(delta_ptr + token * H + head, mask=head < H, other=0.0)
-            weight, grad_score = _weights(query, key, grad_out, lse, delta, seen & (at < S), scale)
-            grad_key = dot(tl.trans(grad_score).to(key.dtype), query, grad_key)
-            grad_key = dot(tl.trans(weight).to(key.dtype), grad_out, grad_key)
+        group = step % groups
+        pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
+        lse, delta = _load_sums(lse_ptr + token * H, delta_ptr + token * H, group, H, BLOCK_H)
+        weight = tl.zeros((BLOCK_N, 2 * BLOCK_H), key.dtype)
+        if step < end:  # always true, see the forward
+            weight = _key_weights(key, pairs, lse, delta, seen, scale, BLOCK_H, BLOCK_N)
+        grad_key = dot(weight, pairs, grad_key)
     store_rows(grad_context_ptr + row * S * C, at, C, at < S, grad_key, C, BLOCK_C)

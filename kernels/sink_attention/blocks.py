@@ -35,8 +35,19 @@ BLOCKS = {
         "sm_100": Blocks(64, 64, 8, 2),
         "gfx942": Blocks(32, 16, 4, 2),
     },
-    "backward": dict.fromkeys(["sm_80", "sm_90", "sm_100", "gfx942"], Blocks(32, 16, 4, 2)),
-    "key_backward": dict.fromkeys(["sm_80", "sm_90", "sm_100", "gfx942"], Blocks(32, 16, 4, 1)),
+    "chain_backward": dict.fromkeys(["sm_80", "sm_90", "sm_100", "gfx942"], Blocks(16, 16, 4, 1)),
+    "query_backward": {
+        "sm_80": Blocks(32, 32, 8, 1),
+        "sm_90": Blocks(64, 32, 8, 2),
+        "sm_100": Blocks(64, 32, 8, 2),
+        "gfx942": Blocks(32, 16, 8, 2),
+    },
+    "key_backward": {
+        "sm_80": Blocks(16, 32, 8, 1),
+        "sm_90": Blocks(32, 64, 8, 2),
+        "sm_100": Blocks(32, 64, 8, 2),
+        "gfx942": Blocks(16, 16, 4, 1),
+    },
 }
 FEW_PROGRAMS = 64  # half of the multiprocessors of an H100 or H200
 

@@ -103,7 +103,7 @@ def rollout_attention_triton(
     window: int,
     scale: float,
 ) -> Tensor:
-    """`rollout_attention_reference`: one launch forward, two backward; memory linear in S."""
+    """`rollout_attention_reference`: one launch forward, three backward; memory linear in S."""
     return _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, window, scale)
 
 
@@ -151,21 +151,36 @@ class _RolloutAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
         query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, out_BSHC, lse_BSH = ctx.saved_tensors
         batch, num_slots, num_heads, _ = out_BSHC.shape
-        grad_out_BSHC = grad_out_BHSC.transpose(1, 2).contiguous()
+        # A copy of queries whose heads lie outermost; offsets that the kernels know save them the registers.
+        query_BSHC, grad_out_BSHC = (x.transpose(1, 2).contiguous() for x in (query_BHSC, grad_out_BHSC))
         grad_query_BSHC, delta_BSH = torch.empty_like(out_BSHC), torch.empty_like(lse_BSH)
-        blocks, options = choose("backward", query_BHSC)
+        extra = (NONE if chain_BSLC is None else CHAIN).value
+        numbers = (ctx.scale, num_heads, num_slots)
+
+        blocks, options = choose("chain_backward", query_BHSC)
         groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
         num_chain, grad_chain_BSGLC = 0, None
         if chain_BSLC is not None:
             num_chain = chain_BSLC.shape[2]
             grad_chain_BSGLC = lse_BSH.new_empty(batch, num_slots, groups, *chain_BSLC.shape[2:])
-        shared = {**blocks, **options, "EXTRA": (NONE if chain_BSLC is None else CHAIN).value}
-        numbers = (ctx.scale, num_heads, num_slots, num_chain, *_strides(query_BHSC))
         sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
-            query_BHSC, chain_BSLC, out_BSHC, lse_BSH, grad_out_BSHC, delta_BSH, grad_chain_BSGLC, *numbers, **shared
+            query_BSHC,
+            chain_BSLC,
+            out_BSHC,
+            lse_BSH,
+            grad_out_BSHC,
+            delta_BSH,
+            grad_chain_BSGLC,
+            ctx.scale,
+            num_heads,
+            num_chain,
+            EXTRA=extra,
+            **blocks,
+            **options,
         )
-        sink_attention_query_backward_kernel[(batch * num_slots, groups)](
-            query_BHSC,
+        blocks, options = choose("query_backward", query_BHSC)
+        sink_attention_query_backward_kernel[(batch * num_slots, triton.cdiv(num_heads, blocks["BLOCK_H"]))](
+            query_BSHC,
             context_BSC,
             chain_BSLC,
             start_BS,
@@ -174,23 +189,23 @@ class _RolloutAttention(torch.autograd.Function):
             delta_BSH,
             grad_query_BSHC,
             *numbers,
+            num_chain,
             ctx.window,
-            **shared,
+            EXTRA=extra,
+            **blocks,
+            **options,
         )
-        grad_context_BSC = torch.empty_like(context_BSC)
         blocks, options = choose("key_backward", query_BHSC)
+        grad_context_BSC = torch.empty_like(context_BSC)
         sink_attention_key_backward_kernel[(triton.cdiv(num_slots, blocks["BLOCK_N"]), batch)](
-            query_BHSC,
+            query_BSHC,
             context_BSC,
             start_BS,
             lse_BSH,
             delta_BSH,
             grad_out_BSHC,
             grad_context_BSC,
-            ctx.scale,
-            num_heads,
-            num_slots,
-            *_strides(query_BHSC),
+            *numbers,
             ctx.window - num_chain,
             **blocks,
             **options,
@@ -212,11 +227,12 @@ def launches() -> list[Launch]:
     types |= dict.fromkeys(["S", "X", "E", "rate", "own_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
     types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
 
-    def on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[Launch]:
+    def on_each(kernel: Any, blocks: str, label: str = "", spill: str = "", **fixed: Any) -> list[Launch]:
         found = []
         for target, chosen in BLOCKS[blocks].items():
             sized = constants(chosen, shapes.head_width) | fixed
             sized = {name: value for name, value in sized.items() if name in kernel.arg_names}
+            rows = sized["BLOCK_N" if kernel is sink_attention_key_backward_kernel else "BLOCK_H"]
             found.append(
                 Launch(
                     kernel=kernel,
@@ -224,8 +240,9 @@ def launches() -> list[Launch]:
                     arguments={name: types[name] for name in kernel.arg_names if name not in sized},
                     constants=sized,
                     options=chosen.options(),
+                    spill=spill,
                     target=target,
-                    instruction=TENSOR_CORES.get(target, "") if sized["BLOCK_H"] == 64 else "",
+                    instruction=TENSOR_CORES.get(target, "") if rows == 64 else "",
                 )
             )
         return found
@@ -238,7 +255,7 @@ def launches() -> list[Launch]:
         *on_each(forward, "forward", "HCA", **hca),
         *on_each(forward, "forward", "CSA", **csa),
         *on_each(forward, "forward", "CSA verify", **csa, BLOCK_H=16),
-        *on_each(sink_attention_chain_backward_kernel, "backward", EXTRA=CHAIN.value),
-        *on_each(sink_attention_query_backward_kernel, "backward", EXTRA=CHAIN.value),
-        *on_each(sink_attention_key_backward_kernel, "key_backward"),
+        *on_each(sink_attention_chain_backward_kernel, "chain_backward", EXTRA=CHAIN.value),
+        *on_each(sink_attention_query_backward_kernel, "query_backward", EXTRA=CHAIN.value),
+        *on_each(sink_attention_key_backward_kernel, "key_backward", spill="in front of its loop and after it"),
     ]
