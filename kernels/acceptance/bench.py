@@ -51,4 +51,5 @@ def _case(device: torch.device, B: int, K: int, V: int, verification: Verificati
         definition=by(verify_logits_reference),
         missing={"servers' samplers": "they cannot be called without the server"},
         bytes=4 * (logits_BLV.numel() + draft_logits_BKV.numel()),
+        off=0.02,  # a draw that lies on the border of two of 129,280 tokens, to the last bits of a softmax
     )

@@ -32,7 +32,7 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[s
         wrong["definition"] = "it does not fit the memory; the others were checked against it in pieces"
     for name, run in {"ours": case.ours, **case.peers}.items():
         try:
-            if name != "ours":
+            if device.type == "cuda" or name != "ours":
                 run()  # it may compile
             seen = observe(run, device)
             fault = case.difference(seen.outputs, expected)
@@ -50,6 +50,8 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[s
 def _expected(case: Case, device: torch.device) -> Observed | Outputs:
     """The definition, watched; only what it returns, where it had to be computed in pieces."""
     try:
+        if device.type == "cuda":
+            case.definition()  # libraries set themselves up
         return observe(case.definition, device)
     except torch.OutOfMemoryError:
         if case.in_pieces is None:

@@ -18,8 +18,10 @@ from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
 from mtptrain.evaluation.controls import BackboneDrafts
+from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_stack
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where a GPU is, passes and drafts are really recorded
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
 
 
@@ -35,11 +37,23 @@ def bfloat16_model() -> DeepseekV4ForCausalLM:
     return torch.nn.Module.to(model, torch.bfloat16)
 
 
+def placed(depth: int) -> tuple[DeepseekV4ForCausalLM, MtpStack]:
+    """A backbone and a head: in bfloat16 on the GPU, where there is one."""
+    model = random_backbone()
+    stack = random_stack(model, depth)
+    if DEVICE == "cuda":
+        for module in (model, stack):
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                is_strict = any(part in name for part in ("hc", "norm", "sinks", "bias", "inv_freq", "tid2eid"))
+                tensor.data = tensor.data.to(DEVICE, None if is_strict else torch.bfloat16)
+    return model, stack
+
+
 def filled_cache(model: DeepseekV4ForCausalLM, max_step: int) -> BackboneCache:
     """A cache that holds 23 positions of two rows."""
     cache = allocate_cache(model, 2, 64, max_step)
     tokens_BS = torch.randint(97, (2, 23), generator=torch.Generator().manual_seed(0))
-    decode_step(model, cache, tokens_BS)
+    decode_step(model, cache, tokens_BS.to(cache.length_B.device))
     return cache
 
 
@@ -112,7 +126,7 @@ class FullDrafter(Drafter):
     """Drafts as it is recorded: over as many anchors as there may be."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
-        going_B = torch.tensor(self.texts.is_open)
+        going_B = torch.tensor(self.texts.is_open, device=DEVICE)
         return self.propose(self.texts.length_B, going_B, *(() if u_BK is None else (u_BK,)))
 
 
@@ -121,8 +135,8 @@ class FullDrafter(Drafter):
 def test_drafting_from_all_anchors_gives_the_same_text_in_the_same_passes(
     depth: int, drafted: int, policy: Policy
 ) -> None:
-    model = random_backbone()
-    stack, limits = random_stack(model, depth), Limits(14)
+    model, stack = placed(depth)
+    limits = Limits(14)
     expected, found = (
         decode_speculative(model, drafter, PROMPTS, drafted, limits, policy).rows
         for drafter in (Drafter(model, stack), FullDrafter(model, stack))
@@ -131,9 +145,9 @@ def test_drafting_from_all_anchors_gives_the_same_text_in_the_same_passes(
 
 
 def test_runs_that_only_warm_up_leave_no_trace() -> None:
-    model = random_backbone()
+    model, _ = placed(1)
     left, right = filled_cache(model, 4), filled_cache(model, 4)
-    tokens_BL = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4]])
+    tokens_BL = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4]], device=DEVICE)
     disturbed, plain = captured_verify(model, left), captured_verify(model, right)
     with torch.no_grad():
         for _ in range(3):
@@ -144,4 +158,18 @@ def test_runs_that_only_warm_up_leave_no_trace() -> None:
             assert torch.equal(left.length_B, right.length_B)
             assert torch.equal(left.written_B, right.written_B)
             for cache in (left, right):
-                cache.rewind(cache.length_B - torch.tensor([3, 1]))
+                cache.rewind(cache.length_B - torch.tensor([3, 1], device=DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing is recorded without a GPU")
+def test_a_recorded_pass_is_the_function_that_was_recorded() -> None:
+    model, _ = placed(1)
+    recorded, plain = (captured_verify(model, filled_cache(model, 4)) for _ in range(2))
+    assert recorded.records
+    with torch.inference_mode():
+        for first in range(1, 60, 7):
+            tokens_BL = torch.arange(first, first + 8, device=DEVICE).view(2, 4)
+            found, expected = recorded(tokens_BL), plain.function(tokens_BL)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            for counters in (recorded.counters, plain.counters):
+                counters[0].sub_(torch.tensor([3, 1], device=DEVICE))
