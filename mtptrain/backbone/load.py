@@ -17,6 +17,7 @@ from mtptrain.backbone.attention import use_linear_attention
 from mtptrain.backbone.connection import FrozenHyperConnection, replace_connections
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.fingerprint import fingerprint
+from mtptrain.backbone.norm import replace_norms
 from mtptrain.backbone.placement import share_backbone
 from mtptrain.backbone.release_config import check_config, check_scales
 from mtptrain.backbone.shards import Shards
@@ -86,6 +87,7 @@ def load_backbone(
     check_scales(shards)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
+    replace_norms(model)
     if has_layers:
         make_indexers_causal(model)
         replace_connections(model, FrozenHyperConnection)

@@ -18,6 +18,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from mtptrain.backbone.connection import HyperConnection, replace_connections
+from mtptrain.backbone.norm import replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
@@ -57,6 +58,7 @@ class MtpBlock(nn.Module):
         self.hc_head = DeepseekV4HyperHead(single)
         self.norm = DeepseekV4RMSNorm(width, eps=eps)
         self.rotary_emb = DeepseekV4RotaryEmbedding(single)
+        replace_norms(self)
 
     def combine(self, embedding_BSD: Tensor, state_BSND: Tensor) -> Tensor:
         """The decoder layer's input [B, S, N, D]."""

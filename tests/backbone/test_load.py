@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from mtptrain.backbone.build import preset_config
 from mtptrain.backbone.load import Backbone, load_backbone
@@ -12,6 +13,7 @@ from mtptrain.mtp.codec import decode_fp4, decode_fp8
 from mtptrain.mtp.initial import has_stock, stock_tensors
 from mtptrain.mtp.release import from_release
 from mtptrain.mtp.release_backbone import iterate_backbone
+from mtptrain.mtp.stack import MtpStack
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,15 @@ def test_bf16_keeps_what_v4_computes_in_fp32(release_folder: Path) -> None:
     state = load(release_folder, torch.bfloat16).model.state_dict()
     assert state["model.layers.1.self_attn.q_b_proj.weight"].dtype == torch.bfloat16
     assert state["model.layers.1.attn_hc.fn"].dtype == torch.float32
+
+
+def test_norms_with_fp32_weights_leave_bf16_as_it_is(release_folder: Path) -> None:
+    model = load(release_folder, torch.bfloat16).model
+    modules = [*model.modules(), *MtpStack(model.config, 1).modules()]
+    norms = [module for module in modules if isinstance(module, DeepseekV4RMSNorm)]
+    assert any(norm.weight.dtype == torch.float32 for norm in norms)
+    for norm in norms:
+        assert norm(torch.ones(3, len(norm.weight), dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_layers_can_be_placed_by_accelerate(release_folder: Path) -> None:
