@@ -56,9 +56,9 @@ def load_keys(
     """[keys, C], and which of them exist: local and further keys in one block, so that few lie idle."""
     channel = tl.arange(0, BLOCK_C)[None, :]
     seen = at < num_local
-    pointer = local_ptr + (place.to(tl.int64)[:, None] * C + channel)
+    pointer = local_ptr + (place[:, None] * C + channel)
     if EXTRA != NONE:
-        pointer = tl.where(seen[:, None], pointer, extra_ptr + (extra.to(tl.int64)[:, None] * C + channel))
+        pointer = tl.where(seen[:, None], pointer, extra_ptr + (extra[:, None] * C + channel))
         seen |= is_extra
     return tl.load(pointer, mask=seen[:, None] & (channel < C), other=0.0), seen
 
@@ -109,6 +109,8 @@ def sink_attention_forward_kernel(
         first = tl.maximum(position - window + 1, 0)
     else:
         first = tl.maximum(position - window + E + 1, tl.load(start_ptr + token).to(tl.int32))
+    ring = X - S
+    first_held = first % tl.maximum(ring, 1)
     num_local = position + 1 - first
     num_closed = (position + 1) // rate
     local_ptr += row * X * C
@@ -120,7 +122,9 @@ def sink_attention_forward_kernel(
         at = begin + tl.arange(0, BLOCK_N)
         place, extra = first + at, at - num_local
         if CACHED:
-            place = tl.where(place < length, place % tl.maximum(X - S, 1), X - S + place - length)
+            held = first_held + at
+            held = tl.where(held < ring, held, held - ring)
+            place = tl.where(place < length, held, ring + place - length)
         is_extra = (extra >= 0) & (extra < num_extra)
         if EXTRA == CHOSEN:
             extra = tl.load(chosen_ptr + token * E + extra, mask=is_extra, other=-1).to(tl.int32)

@@ -15,24 +15,24 @@ result does not depend on the order of programs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import MODELS, Launch
 from .backward_kernel import (
     sink_attention_chain_backward_kernel,
     sink_attention_key_backward_kernel,
     sink_attention_query_backward_kernel,
 )
-from .blocks import BLOCKS, choose, constants
+from .blocks import choose
 from .forward_kernel import CHAIN, CHOSEN, CLOSED, NONE, sink_attention_forward_kernel
+from .launches import launches
 from .reference import Cached
 
-TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}  # what takes products of 64 rows
+__all__ = ["cached_attention_triton", "launches", "rollout_attention_triton"]
 
 
 def _strides(query_BHSC: Tensor) -> tuple[int, int, int]:
@@ -150,112 +150,107 @@ class _RolloutAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
         query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, out_BSHC, lse_BSH = ctx.saved_tensors
-        batch, num_slots, num_heads, _ = out_BSHC.shape
         # A copy of queries whose heads lie outermost; offsets that the kernels know save them the registers.
         query_BSHC, grad_out_BSHC = (x.transpose(1, 2).contiguous() for x in (query_BHSC, grad_out_BHSC))
-        grad_query_BSHC, delta_BSH = torch.empty_like(out_BSHC), torch.empty_like(lse_BSH)
-        extra = (NONE if chain_BSLC is None else CHAIN).value
-        numbers = (ctx.scale, num_heads, num_slots)
-
-        blocks, options = choose("chain_backward", query_BHSC)
-        groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
-        num_chain, grad_chain_BSGLC = 0, None
-        if chain_BSLC is not None:
-            num_chain = chain_BSLC.shape[2]
-            grad_chain_BSGLC = lse_BSH.new_empty(batch, num_slots, groups, *chain_BSLC.shape[2:])
-        sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
-            query_BSHC,
-            chain_BSLC,
-            out_BSHC,
-            lse_BSH,
-            grad_out_BSHC,
-            delta_BSH,
-            grad_chain_BSGLC,
-            ctx.scale,
-            num_heads,
-            num_chain,
-            EXTRA=extra,
-            **blocks,
-            **options,
-        )
-        blocks, options = choose("query_backward", query_BHSC)
-        sink_attention_query_backward_kernel[(batch * num_slots, triton.cdiv(num_heads, blocks["BLOCK_H"]))](
-            query_BSHC,
-            context_BSC,
-            chain_BSLC,
-            start_BS,
-            lse_BSH,
-            grad_out_BSHC,
-            delta_BSH,
-            grad_query_BSHC,
-            *numbers,
-            num_chain,
-            ctx.window,
-            EXTRA=extra,
-            **blocks,
-            **options,
-        )
-        blocks, options = choose("key_backward", query_BHSC)
-        grad_context_BSC = torch.empty_like(context_BSC)
-        sink_attention_key_backward_kernel[(triton.cdiv(num_slots, blocks["BLOCK_N"]), batch)](
-            query_BSHC,
-            context_BSC,
-            start_BS,
-            lse_BSH,
-            delta_BSH,
-            grad_out_BSHC,
-            grad_context_BSC,
-            *numbers,
-            ctx.window - num_chain,
-            **blocks,
-            **options,
-        )
+        saved = _Saved(query_BSHC, context_BSC, chain_BSLC, start_BS, lse_BSH, grad_out_BSHC, ctx.window, ctx.scale)
+        delta_BSH, grad_chain_BSLC = _chain_backward(saved, out_BSHC)
+        grad_query_BHSC = _query_backward(saved, delta_BSH).transpose(1, 2)
+        grad_context_BSC = _key_backward(saved, delta_BSH)
         grad_sinks_H = -((sinks_H.float() - lse_BSH).exp() * delta_BSH).sum((0, 1)).to(sinks_H.dtype)
-        grad_chain_BSLC = None if grad_chain_BSGLC is None else grad_chain_BSGLC.sum(2).to(chain_BSLC.dtype)
-        return grad_query_BSHC.transpose(1, 2), grad_context_BSC, grad_chain_BSLC, grad_sinks_H, None, None, None
+        return grad_query_BHSC, grad_context_BSC, grad_chain_BSLC, grad_sinks_H, None, None, None
 
 
-def launches() -> list[Launch]:
-    """What is compiled ahead of time; the number of heads is an argument, so one serves V4-Flash and V4-Pro."""
-    shapes = MODELS["V4-Flash"]
-    pointers = dict.fromkeys(
-        ["query", "local", "extra", "context", "chain", "out", "grad_out", "grad_query", "grad_context"], "*bf16:16"
+class _Saved(NamedTuple):
+    """What the launches of the backward read, contiguous."""
+
+    query_BSHC: Tensor
+    context_BSC: Tensor
+    chain_BSLC: Tensor | None
+    start_BS: Tensor
+    lse_BSH: Tensor
+    grad_out_BSHC: Tensor
+    window: int
+    scale: float
+
+    def num_chain(self) -> int:
+        return 0 if self.chain_BSLC is None else self.chain_BSLC.shape[2]
+
+    def choose(self, kernel: str) -> tuple[dict[str, int], dict[str, Any]]:
+        return choose(kernel, self.query_BSHC.transpose(1, 2))
+
+
+def _chain_backward(saved: _Saved, out_BSHC: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Delta [B, S, H], and the gradient of the chain."""
+    batch, num_slots, num_heads, channels = out_BSHC.shape
+    blocks, options = saved.choose("chain_backward")
+    groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
+    delta_BSH, grad_chain_BSGLC = torch.empty_like(saved.lse_BSH), None
+    if saved.chain_BSLC is not None:
+        grad_chain_BSGLC = delta_BSH.new_empty(batch, num_slots, groups, saved.num_chain(), channels)
+    sink_attention_chain_backward_kernel[(batch * num_slots, groups)](
+        saved.query_BSHC,
+        saved.chain_BSLC,
+        out_BSHC,
+        saved.lse_BSH,
+        saved.grad_out_BSHC,
+        delta_BSH,
+        grad_chain_BSGLC,
+        saved.scale,
+        num_heads,
+        saved.num_chain(),
+        EXTRA=(NONE if saved.chain_BSLC is None else CHAIN).value,
+        **blocks,
+        **options,
     )
-    pointers |= dict.fromkeys(["sinks", "lse", "delta", "grad_chain"], "*fp32:16")
-    pointers |= {"start": "*i64:16", "length": "*i64:16", "chosen": "*i64:16"}
-    types = {f"{name}_ptr": kind for name, kind in pointers.items()}
-    types |= dict.fromkeys(["S", "X", "E", "rate", "own_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
-    types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
+    if grad_chain_BSGLC is None or saved.chain_BSLC is None:
+        return delta_BSH, None
+    return delta_BSH, grad_chain_BSGLC.sum(2).to(saved.chain_BSLC.dtype)
 
-    def on_each(kernel: Any, blocks: str, label: str = "", spill: str = "", **fixed: Any) -> list[Launch]:
-        found = []
-        for target, chosen in BLOCKS[blocks].items():
-            sized = constants(chosen, shapes.head_width) | fixed
-            sized = {name: value for name, value in sized.items() if name in kernel.arg_names}
-            rows = sized["BLOCK_N" if kernel is sink_attention_key_backward_kernel else "BLOCK_H"]
-            found.append(
-                Launch(
-                    kernel=kernel,
-                    label=label,
-                    arguments={name: types[name] for name in kernel.arg_names if name not in sized},
-                    constants=sized,
-                    options=chosen.options(),
-                    spill=spill,
-                    target=target,
-                    instruction=TENSOR_CORES.get(target, "") if rows == 64 else "",
-                )
-            )
-        return found
 
-    forward = sink_attention_forward_kernel
-    hca = {"EXTRA": CLOSED.value, "CACHED": True, "chosen_ptr": None, "start_ptr": None}
-    csa = {"EXTRA": CHOSEN.value, "CACHED": True, "start_ptr": None}
-    return [
-        *on_each(forward, "forward", "rollout", EXTRA=CHAIN.value, CACHED=False, chosen_ptr=None, length_ptr=None),
-        *on_each(forward, "forward", "HCA", **hca),
-        *on_each(forward, "forward", "CSA", **csa),
-        *on_each(forward, "forward", "CSA verify", **csa, BLOCK_H=16),
-        *on_each(sink_attention_chain_backward_kernel, "chain_backward", EXTRA=CHAIN.value),
-        *on_each(sink_attention_query_backward_kernel, "query_backward", EXTRA=CHAIN.value),
-        *on_each(sink_attention_key_backward_kernel, "key_backward", spill="in front of its loop and after it"),
-    ]
+def _query_backward(saved: _Saved, delta_BSH: Tensor) -> Tensor:
+    """Gradient of the queries, [B, S, H, C]."""
+    batch, num_slots, num_heads, _ = saved.query_BSHC.shape
+    grad_query_BSHC = torch.empty_like(saved.query_BSHC)
+    blocks, options = saved.choose("query_backward")
+    sink_attention_query_backward_kernel[(batch * num_slots, triton.cdiv(num_heads, blocks["BLOCK_H"]))](
+        saved.query_BSHC,
+        saved.context_BSC,
+        saved.chain_BSLC,
+        saved.start_BS,
+        saved.lse_BSH,
+        saved.grad_out_BSHC,
+        delta_BSH,
+        grad_query_BSHC,
+        saved.scale,
+        num_heads,
+        num_slots,
+        saved.num_chain(),
+        saved.window,
+        EXTRA=(NONE if saved.chain_BSLC is None else CHAIN).value,
+        **blocks,
+        **options,
+    )
+    return grad_query_BSHC
+
+
+def _key_backward(saved: _Saved, delta_BSH: Tensor) -> Tensor:
+    """Gradient of the base-step keys, [B, S, C]."""
+    batch, num_slots, num_heads, _ = saved.query_BSHC.shape
+    grad_context_BSC = torch.empty_like(saved.context_BSC)
+    blocks, options = saved.choose("key_backward")
+    sink_attention_key_backward_kernel[(triton.cdiv(num_slots, blocks["BLOCK_N"]), batch)](
+        saved.query_BSHC,
+        saved.context_BSC,
+        saved.start_BS,
+        saved.lse_BSH,
+        delta_BSH,
+        saved.grad_out_BSHC,
+        grad_context_BSC,
+        saved.scale,
+        num_heads,
+        num_slots,
+        saved.window - saved.num_chain(),
+        **blocks,
+        **options,
+    )
+    return grad_context_BSC
