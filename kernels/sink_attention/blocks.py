@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-SMALL = Blocks(16, 16, 4, 1)  # for float32, and for the interpreter, whose few keys shall be several blocks
+SMALL = Blocks(16, 16, 8, 1)  # for float32, and for the interpreter, whose few keys shall be several blocks
 # The largest that fit registers and shared memory for 512 channels in bf16; kernels/README.md has what they take.
 # Found with the ahead-of-time compiler of Triton 3.9, 2026-11; not measured on a GPU.
 BLOCKS = {
