@@ -217,4 +217,6 @@ def launches() -> list[Launch]:
         for way in Verification:
             by_block = {"BY_BLOCK": way is Verification.block}
             found.append(launch(verify_kernel, f"{way} {label}", is_cut, VERIFY_OPTIONS, **blocks, **by_block))
+    # An argument of 1 is compiled as a constant.
+    found.append(launch(_laws_kernel, "top-k of 1 and top-p", True, top_k=1))
     return found

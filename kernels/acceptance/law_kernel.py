@@ -236,7 +236,7 @@ def write_law(
         bound, limit = floor, top_p_units
         if TOP_K:
             bound = _group_bound(scratch_ptr, vocabulary, peak, total, temperature, top_k, GROUP, BLOCK)
-            limit = top_k.to(tl.int64)
+            limit = tl.zeros([], tl.int64) + top_k  # a top_k of 1 is a Python number here
         MASS: tl.constexpr = not TOP_K
         count, reached = _collect(logits_ptr, scratch_ptr, vocabulary, peak, total, temperature, bound, MASS, BLOCK)
         if reached < limit:

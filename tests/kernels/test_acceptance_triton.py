@@ -103,7 +103,9 @@ def test_a_policy_gives_the_probabilities_of_the_reference(
     torch.testing.assert_close(found_BKV, expected_BKV, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (None, 6.5 / 300), (290, 6.5 / 290), (2, 0.5), (7, 1 - 2**-24)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (None, 6.5 / 300), (290, 6.5 / 290), (2, 0.5), (7, 1 - 2**-24)]
+)
 def test_of_many_equals_the_lowest_ids_are_kept(top_k: int | None, top_p: float) -> None:
     p_BV = policy_probabilities_triton(torch.zeros(1, 300, device=DEVICE), Sampling(1.0, top_k, top_p))
     expected_BV = policy_probabilities_reference(torch.zeros(1, 300, device=DEVICE), Sampling(1.0, top_k, top_p))
