@@ -116,8 +116,7 @@ def verify_logits(
     from .kernel import top_tokens_triton, verify_logits_triton
 
     if sampling.temperature == 0 or u_BL is None:
-        counts_BK = torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)
-        return emit_greedily(draft_BK, counts_BK, *top_tokens_triton(logits_BLV))
+        return emit_greedily(draft_BK, drafted_B, *top_tokens_triton(logits_BLV))
     return verify_logits_triton(draft_BK, drafted_B, draft_logits_BKV, logits_BLV, u_BL, sampling, verification)
 
 

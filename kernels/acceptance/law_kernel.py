@@ -190,6 +190,27 @@ def _last_id(
 
 
 @triton.jit
+def _write_cut(
+    logits_ptr,
+    law_ptr,
+    found_ptr,
+    count,
+    limit,
+    vocabulary,
+    temperature,
+    MASS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cut the candidates, and write what top-k, or top-p after it, keeps."""
+    smallest, kept_ties, ties, kept = _cut(found_ptr, count, limit, MASS, BLOCK)
+    last = _last_id(logits_ptr, law_ptr, vocabulary, temperature, smallest, kept_ties, ties, TOP_K, BLOCK)
+    _store_float(law_ptr + (P_TOTAL if MASS else K_TOTAL), kept)
+    tl.store(law_ptr + (P_SMALLEST if MASS else K_SMALLEST), smallest)
+    tl.store(law_ptr + (P_LAST if MASS else K_LAST), last)
+
+
+@triton.jit
 def write_law(
     logits_ptr,
     law_ptr,
@@ -243,15 +264,9 @@ def write_law(
             tl.debug_barrier()
             count, reached = _collect(logits_ptr, scratch_ptr, vocabulary, peak, total, temperature, 0.0, MASS, BLOCK)
         if TOP_K:
-            smallest, kept_ties, ties, kept = _cut(scratch_ptr, count, limit, False, BLOCK)
-            last = _last_id(logits_ptr, law_ptr, vocabulary, temperature, smallest, kept_ties, ties, False, BLOCK)
-            _store_float(law_ptr + K_TOTAL, kept)
-            tl.store(law_ptr + K_SMALLEST, smallest)
-            tl.store(law_ptr + K_LAST, last)
+            _write_cut(logits_ptr, law_ptr, scratch_ptr, count, limit, vocabulary, temperature, False, False, BLOCK)
         if TOP_P:
-            smallest, kept_ties, ties, kept = _cut(scratch_ptr, count, top_p_units, True, BLOCK)
-            last = _last_id(logits_ptr, law_ptr, vocabulary, temperature, smallest, kept_ties, ties, TOP_K, BLOCK)
-            _store_float(law_ptr + P_TOTAL, kept)
-            tl.store(law_ptr + P_SMALLEST, smallest)
-            tl.store(law_ptr + P_LAST, last)
+            _write_cut(
+                logits_ptr, law_ptr, scratch_ptr, count, top_p_units, vocabulary, temperature, True, TOP_K, BLOCK
+            )
     return top, peak - second

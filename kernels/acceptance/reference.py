@@ -218,30 +218,35 @@ def verify_logits_reference(
         sampling: the policy.
         verification: how a draft is verified; at temperature 0 both ways keep what the target would have chosen.
     """
-    counts_BK = torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)
     top_BL, gap_BL = top_tokens_reference(logits_BLV)
     if sampling.temperature == 0 or u_BL is None:
-        return emit_greedily(draft_BK, counts_BK, top_BL, gap_BL)
+        return emit_greedily(draft_BK, drafted_B, top_BL, gap_BL)
     p_BLV = policy_probabilities_reference(logits_BLV, sampling)
     if draft_logits_BKV is None:
         q_BKV = torch.zeros_like(p_BLV[:, :-1]).scatter_(-1, draft_BK.unsqueeze(-1), 1.0)
     else:
         q_BKV = policy_probabilities_reference(draft_logits_BKV, sampling)
-    verified = verify_draft_reference(draft_BK, q_BKV * counts_BK.unsqueeze(-1), p_BLV, u_BL, verification)
+    q_BKV = q_BKV * _counts(draft_BK, drafted_B).unsqueeze(-1)
+    verified = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
     tokens_BL = torch.cat([draft_BK, verified.token_B.unsqueeze(1)], dim=1)
     tokens_BL.scatter_(1, verified.accepted_B.unsqueeze(1), verified.token_B.unsqueeze(1))
     probability_BL = p_BLV.gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     return Emission(verified.accepted_B, tokens_BL, gap_BL, probability_BL.float())
 
 
-def emit_greedily(draft_BK: Tensor, counts_BK: Tensor, top_BL: Tensor, gap_BL: Tensor) -> Emission:
+def emit_greedily(draft_BK: Tensor, drafted_B: Tensor, top_BL: Tensor, gap_BL: Tensor) -> Emission:
     """A draft is kept while it is the target's own first choice.
 
     Args:
         draft_BK: int64 drafted tokens.
-        counts_BK: bool, which of them count.
+        drafted_B: int64, how many of them count.
         top_BL: int64, the target's first choices.
         gap_BL: float32, how far they are above the next ones.
     """
-    kept_BK = (draft_BK == top_BL[:, :-1]) & counts_BK
+    kept_BK = (draft_BK == top_BL[:, :-1]) & _counts(draft_BK, drafted_B)
     return Emission(kept_BK.long().cumprod(1).sum(1), top_BL, gap_BL, torch.ones_like(gap_BL))
+
+
+def _counts(draft_BK: Tensor, drafted_B: Tensor) -> Tensor:
+    """Bool [B, K], which drafted tokens count."""
+    return torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)
