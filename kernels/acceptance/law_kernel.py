@@ -127,9 +127,11 @@ def _collect(
         p = _softmax(z, peak, total, temperature)
         is_found = inside & (p >= bound)
         one = tl.where(is_found, 1, 0)
-        tl.store(found_ptr + count + tl.cumsum(one, 0) - 1, p, mask=is_found)
-        count += tl.sum(one)
-        reached += tl.sum(tl.where(is_found, _size(p, MASS), 0))
+        found = tl.sum(one)
+        if found > 0:  # most blocks hold no candidate
+            tl.store(found_ptr + count + tl.cumsum(one, 0) - 1, p, mask=is_found)
+            reached += tl.sum(tl.where(is_found, _size(p, MASS), 0))
+        count += found
     return count, reached
 
 
