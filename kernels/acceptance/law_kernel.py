@@ -94,7 +94,11 @@ def _smallest_kept(p_ptr, count, limit, MASS: tl.constexpr, BLOCK: tl.constexpr)
         for start in range(0, count, BLOCK):
             place = start + tl.arange(0, BLOCK)
             p = tl.load(p_ptr + place, mask=place < count, other=-1.0)
-            reached += tl.sum(tl.where(p.to(tl.int32, bitcast=True) >= candidate, _size(p, MASS), 0))
+            is_above = p.to(tl.int32, bitcast=True) >= candidate
+            if MASS:
+                reached += tl.sum(tl.where(is_above, (p.to(tl.float64) * UNITS_OF_ONE).to(tl.int64), 0))
+            else:
+                reached += tl.sum(is_above.to(tl.int64))
         smallest = tl.where(reached >= limit, candidate, smallest)
     return smallest
 

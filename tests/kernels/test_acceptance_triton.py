@@ -18,6 +18,8 @@ from mtptrain.kernels.acceptance.reference import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+pytestmark = pytest.mark.usefixtures("_poisoned_memory")
+
 # B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary, N draws.
 
 
@@ -153,19 +155,19 @@ def test_the_likeliest_tokens_equal_the_reference(vocabulary: int) -> None:
     assert all(map(torch.equal, top_tokens_triton(logits_BLV), top_tokens_reference(logits_BLV)))
 
 
-@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (10, 3, 300), (2, 8, 129)])
+@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (6, 3, 300), (2, 8, 129)])
 @pytest.mark.parametrize("verification", list(Verification))
 def test_verification_equals_the_reference_bit_by_bit(
     verification: Verification, rows: int, steps: int, vocabulary: int
 ) -> None:
     accepted_B = Case(rows, steps, vocabulary, Sampling(0.7)).check(verification)
-    if rows == 10:  # the case is worth something: some drafts are kept, some are not
+    if rows == 6:  # the case is worth something: some drafts are kept, some are not
         assert 0 < float(accepted_B.float().mean()) < steps
 
 
 @pytest.mark.parametrize("verification", list(Verification))
 def test_cut_distributions_are_verified_like_whole_ones(verification: Verification) -> None:
-    Case(4, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
+    Case(2, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
 
 
 @pytest.mark.parametrize("verification", list(Verification))

@@ -55,15 +55,6 @@ def assert_close(found: list[Tensor], expected: list[Tensor], eps: float) -> Non
         torch.testing.assert_close(ours, theirs, atol=eps * max(1.0, theirs.abs().max().item()), rtol=0)
 
 
-@pytest.fixture
-def _poisoned_memory() -> object:
-    """Whatever is allocated and not written holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def test_the_definition_is_that_of_transformers() -> None:
     model = random_backbone()
     module = model.model.layers[1].ffn_hc

@@ -76,15 +76,6 @@ def test_blocks_equal_the_definition(B: int, S: int, H: int, C: int, L: int, win
     )
 
 
-@pytest.fixture
-def _poisoned_memory() -> object:
-    """Whatever is allocated and not written holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize(
     ("B", "S", "H", "C", "L", "window"),
     [(1, 1, 1, 16, 0, 1), (1, 1, 2, 16, 1, 1), (2, 9, 3, 20, 0, 5), (1, 63, 1, 16, 1, 6), (1, 5, 33, 16, 1, 40)],
