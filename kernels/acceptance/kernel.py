@@ -123,7 +123,7 @@ def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Samplin
             gap_BL,
             length,
             vocabulary,
-            float(sampling.temperature) or 1.0,
+            float(sampling.temperature),
             top_k,
             math.ceil(top_p / GRID),
             (1 - top_p) / vocabulary / 2,
