@@ -35,7 +35,7 @@ def test_a_plan_is_read_as_it_was_written(what: PlanKind, tmp_path: Path) -> Non
     assert read_plan(tmp_path / "plan.json") == plan
 
 
-def test_bytes_that_gpus_send_are_those_of_communication(tmp_path: Path) -> None:
+def test_bytes_that_gpus_send_are_those_of_communication() -> None:
     plan = real_plan(PlanKind.decoding)
     assert isinstance(plan, DecodingPlan)
     parts = plan.draft_lengths[1].verify.parts
