@@ -222,6 +222,6 @@ def prepare_traces(config: RunConfig, run_folder: RunFolder, backbone: Backbone,
 def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
     """Counts of every trace for every draft length, from one rollout."""
     policy = decoding_policy(config.decoding)
-    stops = policy.stop_below > 0
+    stops = policy.min_confidence > 0
     drafts = draft_traces(backbone.model, stack, traces, config.decoding.draft_length, policy, free_running=stops)
     return replay_all(drafts, policy)
