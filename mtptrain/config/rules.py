@@ -29,7 +29,7 @@ class Range:
     at_most: float | None = None
     below: float | None = None
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return (
             (math.isfinite(value) or value == self.at_most)
             and (self.at_least is None or value >= self.at_least)

@@ -23,7 +23,7 @@ class Policy:
             temperature 0 both are the likeliest.
         verification: token by token, or by block.
         min_confidence: a draft ends before the first step whose largest head probability, at temperature 1, lies below
-            this. The decision is taken before the step's token is drawn, so the output is unaffected.
+            this. It is decided before the step's token is drawn, so the output distribution is unaffected.
     """
 
     temperature: float = 0.0
