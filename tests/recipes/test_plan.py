@@ -108,7 +108,6 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
         "train.recompute=true",
         "mtp.trainable=no_experts",
         "data=streams",
-        "data.path=S",
     ]
     plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", *settings)
     load = plan["training"]
@@ -130,8 +129,7 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
 def test_a_recipe_for_a_cluster_plans_itself_and_fits(
     recipe: str, processes: int, from_streams: bool, tmp_path: Path
 ) -> None:
-    settings = ["data.path=S"] if from_streams else []
-    assert run_main(f"+recipe={recipe}", "task=plan", f"output_dir={tmp_path}", *settings) == 0
+    assert run_main(f"+recipe={recipe}", "task=plan", f"output_dir={tmp_path}") == 0
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert plan["memory"]["fits"]
     assert (plan["training"]["num_gpus"], plan["training"]["from_streams"]) == (processes, from_streams)

@@ -77,7 +77,7 @@ def threshold_grid(evaluation: dict[str, Any]) -> Grid:
         rows.append(row)
     note = (
         f"Drafts of up to K={draft_lengths(evaluation)[-1]} tokens that end before a step whose largest head "
-        "probability is below the confidence (decoding.stop_below), by replay."
+        "probability is below the confidence (decoding.min_confidence), by replay."
     )
     return Grid("Drafts stopped by the head's confidence", headers, rows, note)
 
