@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from contextlib import closing
 from dataclasses import is_dataclass
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -89,7 +90,9 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
 
     program = {Task.pretrain: "distill"}.get(config.task, config.task.value)
     if config.task is Task.plan:  # of other machines than this one: no processes meet, and torch is not loaded
-        import_module("mtptrain.recipes.plan").run(config, open_run_folder(config, settings, job_number))
+        run_folder = open_run_folder(config, settings, job_number)
+        with closing(run_folder.lock):
+            import_module("mtptrain.recipes.plan").run(config, run_folder)
         return
     from mtptrain.distributed import join, leave, on_first
     from mtptrain.kernels.dispatch import requested
@@ -100,7 +103,9 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
         raise UserError(str(error)) from None
     join(config)
     module = import_module(f"mtptrain.recipes.{program}")
-    module.run(config, on_first(lambda: open_run_folder(config, settings, job_number)))
+    run_folder = on_first(lambda: open_run_folder(config, settings, job_number))
+    with closing(run_folder.lock):
+        module.run(config, run_folder)
     leave()
 
 

@@ -16,7 +16,6 @@ from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.recipes.evaluate import SCHEMA
 from mtptrain.recipes.inputs import (
-    check_owner,
     describe_backbone,
     heldout_corpus,
     open_backbone,
@@ -33,7 +32,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     backbone = open_backbone(config)
     for checkpoint in stored.values():
-        check_owner(backbone, checkpoint)
+        checkpoint.head_identity(backbone.fingerprint)
     stock = stock_head(backbone) if "stock" in config.checkpoints else None
     corpus = heldout_corpus(config, backbone)
     trace_set = prepare_traces(config, run_folder, backbone, corpus)

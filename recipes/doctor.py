@@ -24,7 +24,7 @@ from mtptrain.mtp.initial import has_stock, place, read_stock
 from mtptrain.mtp.release import module_numbers
 from mtptrain.mtp.release_problems import Problems
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
-from mtptrain.recipes.inputs import check_owner, heldout_corpus, open_backbone
+from mtptrain.recipes.inputs import heldout_corpus, open_backbone
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
@@ -58,8 +58,7 @@ def examine_stock(backbone: Backbone) -> Patient:
 def examine_checkpoint(backbone: Backbone, folder: Path) -> Patient:
     """A trained head, beside the backbone's own where that is sound."""
     checkpoint = find_checkpoint(folder)
-    check_owner(backbone, checkpoint)
-    tensors, depth = checkpoint.tensors(), checkpoint.owner["depth"]
+    tensors, depth = checkpoint.tensors(), checkpoint.head_identity(backbone.fingerprint).depth
     stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
     report = examine_tensors(tensors, backbone.config, depth, None if problems.any() else stock)
     return Patient(tensors, depth, report)

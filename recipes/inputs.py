@@ -66,31 +66,11 @@ def stock_head(backbone: Backbone) -> Head:
     return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, backbone).eval())
 
 
-def check_owner(backbone: Backbone, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that holds no head of this backbone.
-
-    Raises:
-        UserError: it holds no head, or one that was trained on another backbone.
-    """
-    owner = checkpoint.owner
-    if owner.get("task") == "backbone":
-        raise UserError(
-            f"checkpoint={checkpoint.folder}: holds a backbone, not a head; for the head that was trained with it set "
-            "checkpoint=stock and backbone.path to the run's folder `backbone`"
-        )
-    if owner.get("backbone") != backbone.fingerprint:
-        raise UserError(
-            f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and this "
-            f"one is {backbone.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
-        )
-
-
 def trained_head(backbone: Backbone, checkpoint: Checkpoint) -> Head:
-    """The head of a checkpoint; see `check_owner`."""
-    check_owner(backbone, checkpoint)
-    owner = checkpoint.owner
-    stack = stack_from_tensors(backbone.config, owner["depth"], checkpoint.tensors(), str(checkpoint.folder))
-    return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, backbone).eval())
+    """The head of a checkpoint; raises a `UserError` unless it was trained on this backbone."""
+    identity = checkpoint.head_identity(backbone.fingerprint)
+    stack = stack_from_tensors(backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
+    return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, backbone).eval())
 
 
 def open_chat(config: RunConfig, backbone: Backbone) -> ChatTemplate | None:
