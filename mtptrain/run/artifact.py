@@ -285,7 +285,7 @@ def _read(kind: Kind[Any, Any], where: str, path: Path, **types: Any) -> list[An
     except (OSError, ValueError, AttributeError) as error:  # ValueError: not UTF-8, not JSON, no schema
         raise UserError(f"{where}: {path.name} is damaged ({error}); {kind.damaged}") from None
     if name != kind.name:
-        raise UserError(f"{where}: holds a {name} and not a {kind.name}; {kind.missing}")
+        raise UserError(f"{where}: is of the kind {name!r} and not {kind.name!r}; {kind.missing}")
     if schema != kind.schema:
         raise UserError(
             f"{where}: has schema {schema} and this version of mtptrain reads {kind.schema}; use the version that "

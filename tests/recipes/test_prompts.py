@@ -126,7 +126,7 @@ def test_the_best_checkpoint_is_that_of_the_best_measurement(measured: Path, lig
     score = "replay/acceptance_length_2"
     scores = {row["step"]: row[score] for row in read_metrics(tmp_path) if score in row}
     assert list(scores) == [2, 4, 6]
-    assert result_of(tmp_path / "checkpoints" / "best", "checkpoint.json")["step"] == max(
+    assert result_of(tmp_path / "checkpoints" / "best", "checkpoint.json")["content"]["step"] == max(
         scores, key=scores.__getitem__
     )
 

@@ -91,13 +91,13 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "arguments", "reason"),
     [
-        ("pretrain", ["resume=auto"], "belongs to task=distill and this run has task=pretrain"),
+        ("pretrain", ["resume=auto"], "holds task=distill and this run has task=pretrain; set +recipe to match, or"),
         (
             "distill",
             ["resume=auto", "mtp.mode=stacked", "evaluation.every=1"],
-            "belongs to mode=shared and this run has mode=stacked",
+            "holds mode=shared and this run has mode=stacked; set mtp.mode to match, or",
         ),
-        ("distill", ["resume=auto", "backbone.path=OTHER"], "belongs to backbone="),
+        ("distill", ["resume=auto", "backbone.path=OTHER"], "holds backbone="),
         ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
         ("evaluate", ["checkpoint=stock"], "already holds a run"),
     ],
@@ -130,7 +130,7 @@ def test_a_stack_of_another_depth_is_not_continued(
     assert run_main(*arguments) == 0
     before = tree(tmp_path)
     assert run_main(*arguments, "resume=auto", "mtp.depth=2") == 2
-    assert "belongs to depth=1 and this run has depth=2" in capfd.readouterr().err
+    assert "holds depth=1 and this run has depth=2; set mtp.depth to match" in capfd.readouterr().err
     assert tree(tmp_path) == before
 
 
