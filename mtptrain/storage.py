@@ -61,7 +61,12 @@ def temporary_path(path: Path) -> Path:
 
 
 def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what a killed run left half-written in `folder`, of every `name` that matches; nobody may write there."""
+    """Delete the half-written files and folders of killed runs in `folder`.
+
+    Args:
+        folder: that no other run writes.
+        name: pattern of their final names.
+    """
     for leftover in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -180,7 +180,12 @@ def write_texts(
             write_batch(folder, number, TraceSet(describe_batch(identity, making, asked, held.dropped), held.traces))
             progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
     largest_over_processes(0)  # all batches are written
-    on_first(lambda: finish_texts(folder, identity, making, names, asked.too_long))
+
+    def close_folder() -> None:
+        finish_texts(folder, identity, making, names, asked.too_long)
+        run_folder.lock.release(folder)
+
+    on_first(close_folder)
 
 
 def finish_texts(folder: Path, identity: TextIdentity, making: TextMaking, names: list[str], too_long: int) -> None:

@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock file that names the process, and that a killed process does not leave for ever.
+"""One writer for a folder: a lock file names its process, and the lock of a killed process is taken over.
 
 The lock is a small JSON file, created with O_EXCL, so that it works on file systems that machines share. Its holder
 touches it every `TOUCH_SECONDS`. A lock is stale, and is taken over, if
@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from mtptrain.errors import UserError
 from mtptrain.run.typed_json import from_json, to_json
-from mtptrain.storage import clear_leftovers, temporary_path
+from mtptrain.storage import clear_leftovers
 
 LOCK = "run.lock"
 TOUCH_SECONDS, STALE_SECONDS = 30.0, 300.0
@@ -64,12 +64,12 @@ class FolderLock:
         self._held: dict[Path, tuple[Holder, threading.Event]] = {}
 
     def take(self, folder: Path, setting: str, beside: bool = False) -> None:
-        """Take a folder and delete what a killed run left half-written in it; it is made if need be.
+        """Take a folder, make it if need be, and delete the half-written files of killed runs.
 
         Args:
-            folder: to write to; one that this run holds already is left as it is.
+            folder: to write to; nothing happens if this run holds it already.
             setting: that names the folder.
-            beside: whether the folder is written under another name and renamed, and so is not made here.
+            beside: whether the folder is written under a temporary name; it is not made then.
 
         Raises:
             UserError: another run writes it.
@@ -78,7 +78,8 @@ class FolderLock:
         if path in self._held:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._held[path] = holder, released = _create(path, f"{setting}={folder}"), threading.Event()
+        holder, released = _create(path, f"{setting}={folder}"), threading.Event()
+        self._held[path] = (holder, released)
         threading.Thread(target=_keep_fresh, args=(path, holder, released), daemon=True).start()
         if beside:
             clear_leftovers(folder.parent, folder.name)
@@ -86,13 +87,20 @@ class FolderLock:
             for part in (folder, *(one for one in folder.iterdir() if one.is_dir())):
                 clear_leftovers(part)
 
+    def release(self, folder: Path, beside: bool = False) -> None:
+        """Give up a folder."""
+        self._release(lock_path(folder, beside))
+
     def close(self) -> None:
         """Give up every folder."""
-        while self._held:
-            path, (holder, released) = self._held.popitem()
-            released.set()
-            if _read(path) == holder:
-                path.unlink(missing_ok=True)
+        for path in list(self._held):
+            self._release(path)
+
+    def _release(self, path: Path) -> None:
+        holder, released = self._held.pop(path)
+        released.set()
+        if _read(path) == holder:
+            path.unlink(missing_ok=True)
 
 
 def lock_path(folder: Path, beside: bool = False) -> Path:
@@ -127,7 +135,7 @@ def _remove_stale(path: Path, where: str) -> None:
     """Remove the lock of a process that is gone; raise a `UserError` if its holder may be alive."""
     holder = _read(path)
     _require_stale(path, holder, where)
-    aside = temporary_path(path)
+    aside = path.with_name(f"{path.name}.{uuid4().hex}.stale")
     try:
         path.rename(aside)
     except FileNotFoundError:  # another process removed it first; whoever creates the new one wins
@@ -135,7 +143,7 @@ def _remove_stale(path: Path, where: str) -> None:
     if _read(aside) != holder:  # another process has removed it and created its own in between
         aside.rename(path)
         return
-    aside.unlink(missing_ok=True)
+    aside.unlink()
     name = "a process" if holder is None else f"process {holder.process} on {holder.host}"
     print(f"{where}: taking over from {name}, which ended without releasing the folder", file=sys.stderr, flush=True)
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtptrain.checkpoint import checkpoint_folders
-from tests.command import kill_when, read_metrics, run_main, start_process, tree
+from mtptrain.run.folder_lock import lock_path
+from tests.command import hold_folder, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 
 STEPS = 24
@@ -43,7 +44,7 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert [row["step"] for row in read_metrics(killed)] == list(range(2, STEPS + 1, 2))
     assert read_metrics(killed)[-1]["tokens"] == read_metrics(whole)[-1]["tokens"]
-    assert not list(killed.rglob("*.tmp"))
+    assert not [*killed.rglob("*.tmp"), *killed.rglob("*.lock")]
     assert "continues" in json.loads((killed / "provenance.json").read_text(encoding="utf-8"))
 
 
@@ -66,7 +67,7 @@ def test_an_interrupted_run_says_how_to_continue(
         signal.signal(signal.SIGINT, previous)
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.lock")]
     step = int(checkpoint_folders(tmp_path / "checkpoints")[-1].name.removeprefix("step_"))
     assert run_main(*arguments, "resume=auto", f"train.steps={step + 1}") == 0
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 2))
@@ -121,6 +122,24 @@ def test_another_run_leaves_the_folder_as_it_is(
     assert str(finished) in message
     assert "choose another" in message
     assert tree(finished) == before
+
+
+@pytest.mark.parametrize("recipe", ["distill", "export", "collect", "mini_release"])
+def test_a_folder_that_another_run_writes_is_left_to_it(
+    recipe: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, is_beside = tmp_path / "run", recipe in ("export", "mini_release")
+    process = hold_folder(folder, is_beside)
+    try:
+        more = {"export": ["target=hf", "checkpoint=stock"]}.get(recipe, [])
+        assert run_main(f"+recipe={recipe}", *light, *more, f"output_dir={folder}", "resume=auto") == 2
+        message = capfd.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"mtptrain: output_dir={folder}: process {process.pid} on ")
+        path = lock_path(folder, is_beside)
+        assert message.endswith(f"If it is gone, delete {path}")
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
+    finally:
+        process.communicate()
 
 
 def test_a_stack_of_another_depth_is_not_continued(

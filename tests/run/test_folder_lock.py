@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,33 +15,9 @@ from mtptrain.errors import UserError
 from mtptrain.run import folder_lock
 from mtptrain.run.folder_lock import LOCK, STALE_SECONDS, FolderLock, Holder, lock_path, require_free
 from mtptrain.run.typed_json import from_json, to_json
-from tests.command import ROOT
+from tests.command import hold_folder
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from mtptrain.run.folder_lock import FolderLock
-lock = FolderLock()
-lock.take(Path(sys.argv[1]), "output_dir", beside=sys.argv[2] == "beside")
-print("held", flush=True)
-sys.stdin.read()
-lock.close()
-"""
 ELSEWHERE = Holder("another-machine", "", 7, 1, "2026-01-01 00:00:00", "token")
-
-
-def hold(folder: Path, place: str = "inside") -> "subprocess.Popen[str]":
-    """A process that holds a folder until its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder, place],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
 
 
 @pytest.fixture
@@ -71,12 +45,12 @@ def test_a_lock_names_its_process_and_is_gone_after_it(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["inside", "beside"])
+@pytest.mark.parametrize("is_beside", [False, True], ids=["inside", "beside"])
 def test_of_two_processes_that_want_a_folder_the_second_is_refused(
-    place: str, lock: FolderLock, tmp_path: Path
+    is_beside: bool, lock: FolderLock, tmp_path: Path
 ) -> None:
-    folder, is_beside = tmp_path / "run", place == "beside"
-    process = hold(folder, place)
+    folder = tmp_path / "run"
+    process = hold_folder(folder, is_beside)
     path = lock_path(folder, is_beside)
     line = rf"^output_dir={folder}: process {process.pid} on .* is writing there; .* If it is gone, delete {path}$"
     with pytest.raises(UserError, match=line):
@@ -92,7 +66,7 @@ def test_of_two_processes_that_want_a_folder_the_second_is_refused(
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(
     lock: FolderLock, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process = hold(tmp_path)
+    process = hold_folder(tmp_path)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still to be waited for
     holder = take(lock, tmp_path)
@@ -138,6 +112,13 @@ def test_a_held_lock_is_touched(lock: FolderLock, tmp_path: Path, monkeypatch: p
     while (tmp_path / LOCK).stat().st_mtime < time.time() - 60:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_released_folder_is_free_and_the_others_stay_held(lock: FolderLock, tmp_path: Path) -> None:
+    for name in ("texts", "run"):
+        lock.take(tmp_path / name, "output_dir")
+    lock.release(tmp_path / "texts")
+    assert [path.parent.name for path in tmp_path.rglob(LOCK)] == ["run"]
 
 
 def test_a_lock_that_was_taken_over_is_not_released_by_its_former_holder(tmp_path: Path) -> None:

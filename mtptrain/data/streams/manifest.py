@@ -28,17 +28,11 @@ class TextOrigin:
     @classmethod
     def of(cls, config: DataConfig) -> TextOrigin:
         """The origin of the documents that a configuration chooses."""
-        return cls(config.source, config.path, config.field_name, config.packages, config.heldout_every)
+        return cls(**{name: getattr(config, name) for name in cls.__slots__})
 
     def config(self) -> DataConfig:
         """A configuration that chooses the same documents."""
-        return DataConfig(
-            source=self.source,
-            path=self.path,
-            field_name=self.field_name,
-            packages=self.packages,
-            heldout_every=self.heldout_every,
-        )
+        return DataConfig(**{name: getattr(self, name) for name in self.__slots__})
 
 
 @dataclass(frozen=True, slots=True)
