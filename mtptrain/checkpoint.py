@@ -60,22 +60,22 @@ class BackboneIdentity:
     seed: int
 
 
-Identity = HeadIdentity | BackboneIdentity
+TrainingIdentity = HeadIdentity | BackboneIdentity
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainerState:
     """How far a training is: optimiser steps, and the trainer's own counts."""
 
     step: int
     counters: dict[str, Any]
 
 
-CHECKPOINT: Kind[Identity, Progress] = Kind(
+CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
     name="checkpoint",
     schema=3,
-    identity=Identity,
-    content=Progress,
+    identity=TrainingIdentity,
+    content=TrainerState,
     settings={
         "task": "+recipe",
         "seed": "seed",
@@ -107,7 +107,7 @@ class Checkpoint:
     """
 
     folder: Path
-    identity: Identity
+    identity: TrainingIdentity
     step: int
     counters: dict[str, Any]
 
@@ -150,7 +150,7 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
-    identity: Identity,
+    identity: TrainingIdentity,
     counters: dict[str, Any],
 ) -> None:
     """Write the checkpoint of a step; it appears as `folder` only when it is whole.
@@ -175,10 +175,10 @@ def _write_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
-    identity: Identity,
+    identity: TrainingIdentity,
     counters: dict[str, Any],
 ) -> None:
-    with new_artifact(CHECKPOINT, folder, identity, Progress(step, counters)) as temporary:
+    with new_artifact(CHECKPOINT, folder, identity, TrainerState(step, counters)) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():

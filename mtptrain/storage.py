@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -60,14 +61,15 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
 
 
-def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete the half-written files and folders of killed runs in `folder`.
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete the half-written files and folders of killed runs.
 
     Args:
         folder: that no other run writes.
-        name: pattern of their final names.
+        name: only those that were to get this name.
     """
-    for leftover in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+    stem = "*" if name is None else glob.escape(name)
+    for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -21,7 +21,7 @@ from mtptrain.checkpoint import (
     BEST,
     CHECKPOINT,
     Checkpoint,
-    Identity,
+    TrainingIdentity,
     checkpoint_name,
     fitting_tensors,
     prune_checkpoints,
@@ -136,7 +136,7 @@ class Trainer:
         batches: BatchSource,
         config: TrainConfig,
         checkpoints: Path,
-        identity: Identity,
+        identity: TrainingIdentity,
         label: str = "train",
         probe: Probe | None = None,
     ) -> None:
