@@ -157,7 +157,11 @@ def test_a_mistake_of_all_processes_is_said_once_and_ends_them(settings: list[st
     assert code != 0
     lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(lines) == 1
-    assert "holds task=distill and this run has task=pretrain; set +recipe to match, or choose another output_dir" in lines[0]
+    assert (
+        "holds task=distill, steps=3 and this run has task=pretrain, steps=1; set +recipe, mtp.steps to match, or"
+        in lines[0]
+    )
+    assert lines[0].endswith("choose another output_dir")
 
 
 HOSTFILES: list[tuple[str | None, str]] = [
