@@ -1,12 +1,11 @@
-"""Checkpoints: folders that are whole or absent, with a checksum for every file.
+"""Checkpoints: artifacts that are whole or absent, with a checksum for every file.
 
 A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
-random-number state) and `checkpoint.json` (step, what it belongs to, SHA-256 of the two files).
+random-number state) and its manifest `checkpoint.json` (identity, step and counters).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +15,100 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mtptrain.config import MtpMode, OptimizerName
 from mtptrain.engines.engine import OptimizerState
 from mtptrain.errors import UserError
-from mtptrain.storage import atomic_folder, no_room, sha256_file, write_json
+from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.storage import no_room
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
-FORMAT = 2
 BEST = "best"  # the checkpoint with the best score of the measurements during training
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint on disk whose files have been checked.
+class HeadIdentity:
+    """The training that a head's checkpoint belongs to.
 
     Attributes:
-        folder: where it lies.
+        task: `pretrain` or `distill`.
+        backbone: fingerprint of the backbone.
+        mode, depth: how the modules are shared, and their number.
+        steps: draft steps of the rollout.
+        trainable: of `mtp.trainable`.
+        optimizer: whose state the checkpoint holds.
+        start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
+            and their `conversion`.
+        quant_aware: the stored format that training anticipates; None for none.
+    """
+
+    task: str
+    backbone: str
+    mode: MtpMode
+    depth: int
+    steps: int
+    trainable: str
+    optimizer: OptimizerName
+    start: dict[str, str | int]
+    quant_aware: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneIdentity:
+    """The training that a backbone's checkpoint belongs to."""
+
+    task: str
+    seed: int
+
+
+TrainingIdentity = HeadIdentity | BackboneIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """How far a training is: optimiser steps, and the trainer's own counts."""
+
+    step: int
+    counters: dict[str, Any]
+
+
+CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
+    name="checkpoint",
+    schema=3,
+    identity=TrainingIdentity,
+    content=TrainerState,
+    settings={
+        "task": "+recipe",
+        "seed": "seed",
+        "backbone": "backbone.path",
+        "mode": "mtp.mode",
+        "depth": "mtp.depth",
+        "steps": "mtp.steps",
+        "trainable": "mtp.trainable",
+        "optimizer": "train.optimizer",
+        "start": "mtp.init",
+        "quant_aware": "mtp.quant_aware",
+    },
+    manifest=MANIFEST,
+    missing="give a step_* folder or the run's folder",
+    damaged="use an older checkpoint",
+    repair="use an older checkpoint of the run",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified.
+
+    Attributes:
+        folder: of the checkpoint.
+        identity: the training that it belongs to.
         step: optimiser steps done.
-        owner: what it belongs to: task, backbone fingerprint, shape of the heads.
         counters: the trainer's own counts.
     """
 
     folder: Path
+    identity: TrainingIdentity
     step: int
-    owner: dict[str, Any]
     counters: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -49,6 +119,25 @@ class Checkpoint:
         """Optimiser and random-number state."""
         state: dict[str, Any] = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
         return state
+
+    def head_identity(self, fingerprint: str) -> HeadIdentity:
+        """The identity of a head that was trained on a backbone.
+
+        Args:
+            fingerprint: of the backbone.
+
+        Raises:
+            UserError: the checkpoint holds no head, or one of another backbone.
+        """
+        if not isinstance(self.identity, HeadIdentity):
+            raise UserError(
+                f"checkpoint={self.folder}: holds a backbone, not a head; for the head that was trained with it set "
+                "checkpoint=stock and backbone.path to the run's folder `backbone`"
+            )
+        have, want = {"backbone": self.identity.backbone}, {"backbone": fingerprint}
+        settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
+        check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
+        return self.identity
 
 
 def checkpoint_name(step: int) -> str:
@@ -61,7 +150,7 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
-    owner: dict[str, Any],
+    identity: TrainingIdentity,
     counters: dict[str, Any],
 ) -> None:
     """Write the checkpoint of a step; it appears as `folder` only when it is whole.
@@ -70,7 +159,7 @@ def save_checkpoint(
         UserError: there is no room; the checkpoints before it stay as they are.
     """
     try:
-        _write_checkpoint(folder, step, tensors, optimizer, owner, counters)
+        _write_checkpoint(folder, step, tensors, optimizer, identity, counters)
     except Exception as error:  # each library raises its own
         reason = no_room(error)
         if reason is None:
@@ -86,19 +175,16 @@ def _write_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
-    owner: dict[str, Any],
+    identity: TrainingIdentity,
     counters: dict[str, Any],
 ) -> None:
-    with atomic_folder(folder) as temporary:
+    with new_artifact(CHECKPOINT, folder, identity, TrainerState(step, counters)) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
         with (temporary / TRAINING).open("wb") as file:  # given a path, torch hides why a write failed
             torch.save(training, file)
-        checksums = {name: sha256_file(temporary / name) for name in (TENSORS, TRAINING)}
-        manifest = {"format": FORMAT, "step": step, "owner": owner, "counters": counters, "sha256": checksums}
-        write_json(temporary / MANIFEST, manifest)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -107,27 +193,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: it is missing, incomplete or damaged.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        checksums, version = dict(manifest["sha256"]), manifest["format"]
-        step, owner, counters = manifest["step"], dict(manifest["owner"]), dict(manifest["counters"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"checkpoint={folder}: holds no {MANIFEST}; give a step_* folder or the run's folder") from None
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: not UTF-8, not JSON
-        raise UserError(f"checkpoint={folder}: {MANIFEST} is damaged ({error}); use an older checkpoint") from None
-    if version != FORMAT:
-        raise UserError(
-            f"checkpoint={folder}: has format {version} and this version of mtptrain reads {FORMAT}; use the version "
-            "that wrote it"
-        )
-    for name in (TENSORS, TRAINING):
-        path = folder / name
-        if not path.is_file() or sha256_file(path) != checksums.get(name):
-            raise UserError(
-                f"checkpoint={folder}: {name} is missing, truncated or altered (its SHA-256 differs); "
-                "use an older checkpoint of the run"
-            )
-    return Checkpoint(folder, step, owner, counters)
+    artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
+    artifact.verify([TENSORS, TRAINING])
+    return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -180,8 +248,6 @@ def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tens
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
+    """Delete all but the newest `keep` checkpoints."""
     for folder in checkpoint_folders(root)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
-    for leftover in root.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from contextlib import closing
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -107,7 +108,9 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
     if processes == "none":
-        recipe.run(Session(config, open_run_folder(config, settings, job_number)))
+        session = Session(config, open_run_folder(config, settings, job_number))
+        with closing(session.folder.lock):
+            recipe.run(session)
         return
     from mtptrain.distributed import join, leave, on_first
     from mtptrain.kernels.dispatch import requested
@@ -117,7 +120,9 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
     except ValueError as error:  # kernels know nothing of ours, UserError included
         raise UserError(str(error)) from None
     join(config, is_shared=processes == "any")
-    recipe.run(Session(config, on_first(lambda: open_run_folder(config, settings, job_number))))
+    session = Session(config, on_first(lambda: open_run_folder(config, settings, job_number)))
+    with closing(session.folder.lock):
+        recipe.run(session)
     leave()
 
 

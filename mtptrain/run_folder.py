@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import yaml
 from mtptrain.config import RunConfig, Tracker, TrackingConfig
 from mtptrain.errors import UserError
 from mtptrain.provenance import describe_run, hardware
-from mtptrain.storage import write_json, write_text
+from mtptrain.run.folder_lock import FolderLock, require_free
+from mtptrain.storage import atomic_folder, write_json, write_text
 from mtptrain.tracking import METRICS_FILE, MetricsLog
 from mtptrain.wandb_mirror import WandbMirror
 
@@ -29,23 +32,48 @@ class RunFolder:
         config: the run's configuration.
         settings: the same as plain values, as written to config.yaml.
         provenance: as written to provenance.json.
+        lock: of the folders that the run writes; the command line releases it at the end.
     """
 
     path: Path
     config: RunConfig
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    lock: FolderLock = field(default_factory=FolderLock)
 
     def say(self, line: str) -> None:
         """One line for the person who watches, from rank 0."""
         if is_first():
             print(line, file=sys.stderr, flush=True)
 
+    def take(self) -> None:
+        """Keep other runs from writing the folder until this one ends; for rank 0.
+
+        Raises:
+            UserError: another run writes it, or it cannot be made.
+        """
+        try:
+            self.lock.take(self.path, "output_dir")
+        except OSError as error:
+            raise UserError(f"output_dir={self.path}: cannot be made ({error.strerror}); choose another one") from None
+
     def require_empty(self) -> Path:
-        """The folder, for a program that writes it as a whole; raises a `UserError` where anything lies in it."""
+        """The folder, for a program that writes it as a whole; raises a `UserError` if it holds anything."""
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output_dir={self.path}: is not empty; choose another folder, nothing is overwritten")
         return self.path
+
+    @contextmanager
+    def write_whole(self) -> Iterator[Path]:
+        """Yield a temporary folder that becomes the run's folder when the block ends well.
+
+        Raises:
+            UserError: the folder is not empty, or another run writes it.
+        """
+        self.lock.take(self.path, "output_dir", beside=True)
+        self.require_empty()
+        with atomic_folder(self.path, replaces=False) as temporary:
+            yield temporary
 
     def record(self) -> None:
         """Let rank 0 write config.yaml and provenance.json, once everything the run needs has been found sound.
@@ -59,10 +87,7 @@ class RunFolder:
 
     def write(self) -> None:
         """What `record` lets rank 0 do."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir={self.path}: cannot be made ({error.strerror}); choose another one") from None
+        self.take()
         self.provenance["hardware"] = hardware()  # the number of threads is settled only now
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         write_json(self.path / "provenance.json", self.provenance)
@@ -120,6 +145,7 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
     provenance = describe_run(config.seed)
     try:
         check_writable(path)
+        require_free(path, "output_dir")
         if config.resume == "never" and holds_run(path):
             raise UserError(
                 f"output_dir={path}: already holds a run; choose another folder, or continue it with resume=auto"

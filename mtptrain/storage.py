@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -43,13 +44,46 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def honour_umask(path: Path) -> None:
+    """Give a new file the rights of any new file; safetensors makes its files private.
+
+    Links keep the rights of the file that they share.
+    """
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        return
+    umask = os.umask(0)  # the only way to read it is to set it
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def temporary_path(path: Path) -> Path:
+    """A free, hidden name beside `path`, for content that is not whole yet."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete the half-written files and folders of killed runs.
+
+    Args:
+        folder: that no other run writes.
+        name: only those that were to get this name.
+    """
+    stem = "*" if name is None else glob.escape(name)
+    for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
+        honour_umask(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -59,19 +93,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; give it the name `path` (replacing an older one) when the block ends well."""
+def atomic_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder; give it the name `path` when the block ends well.
+
+    Args:
+        path: the final name.
+        replaces: whether an older folder may stand there; else it has to be absent or empty.
+
+    Raises:
+        FileExistsError: it is not empty and must not be replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    older = temporary.with_suffix(".old.tmp")
+    temporary, older = temporary_path(path), temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
         for child in sorted(temporary.rglob("*")):
             if child.is_file():
+                honour_umask(child)
                 with child.open("rb") as file:
                     os.fsync(file.fileno())
         sync_folder(temporary)
+        if not replaces and path.exists() and any(path.iterdir()):
+            raise FileExistsError(errno.EEXIST, "the folder is not empty", str(path))
         if path.exists():  # moved aside whole: a kill while it is deleted must not leave half of it under its name
             path.rename(older)
         temporary.replace(path)

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from mtptrain.balance import RouterBalancer
-from mtptrain.checkpoint import BEST, Checkpoint, checkpoint_name, fitting_tensors, prune_checkpoints, save_checkpoint
+from mtptrain.checkpoint import (
+    BEST,
+    CHECKPOINT,
+    Checkpoint,
+    TrainingIdentity,
+    checkpoint_name,
+    fitting_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
@@ -29,6 +38,7 @@ from mtptrain.memory import peak_memory_bytes
 from mtptrain.optim import learning_rate
 from mtptrain.preemption import LeaveRequest
 from mtptrain.progress import Progress
+from mtptrain.run.artifact import check_identity
 from mtptrain.tracking import MetricsLog
 
 
@@ -114,7 +124,7 @@ class Trainer:
         batches: micro-batches by number.
         config: numbers of the loop.
         checkpoints: folder of the checkpoints.
-        owner: what a checkpoint belongs to; a resume with another owner is refused.
+        identity: of the training; a checkpoint of another one is not continued.
         label: shown in the progress line.
         probe: measures the module while it trains.
     """
@@ -126,12 +136,12 @@ class Trainer:
         batches: BatchSource,
         config: TrainConfig,
         checkpoints: Path,
-        owner: dict[str, Any],
+        identity: TrainingIdentity,
         label: str = "train",
         probe: Probe | None = None,
     ) -> None:
         self.engine, self.objective, self.batches, self.config = engine, objective, batches, config
-        self.checkpoints, self.owner, self.label, self.probe = checkpoints, owner, label, probe
+        self.checkpoints, self.identity, self.label, self.probe = checkpoints, identity, label, probe
         self.device = next(engine.module.parameters()).device
         self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
         self.leave = LeaveRequest()
@@ -144,12 +154,8 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to another task, backbone or shape of heads.
         """
-        for key, value in self.owner.items():
-            if checkpoint.owner.get(key) != value:
-                raise UserError(
-                    f"resume=auto: {checkpoint.folder} belongs to {key}={checkpoint.owner.get(key)} and this run has "
-                    f"{key}={value}; choose another output_dir"
-                )
+        where, way_out = f"resume=auto: {checkpoint.folder}", "choose another output_dir"
+        check_identity(where, checkpoint.identity, self.identity, CHECKPOINT.settings, way_out)
         training = checkpoint.training()
         self.engine.load(fitting_tensors(checkpoint, self.engine.module), training["optimizer"])
         torch.set_rng_state(training["torch_rng"])
@@ -168,7 +174,7 @@ class Trainer:
             counters[POSITIONS] = positions
 
         def write() -> None:
-            save_checkpoint(folder, self.step, tensors, state, self.owner, counters)
+            save_checkpoint(folder, self.step, tensors, state, self.identity, counters)
             prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
 
         on_first(write)

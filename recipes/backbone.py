@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import newest_checkpoint
+from mtptrain.checkpoint import BackboneIdentity, newest_checkpoint
 from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
@@ -58,9 +58,9 @@ def train_backbone(session: Session) -> Path:
     length, size = config.data.sequence_length, config.train.batch_size
     batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
     checkpoints = run_folder.path / "checkpoints"
-    owner = {"task": "backbone", "seed": config.seed}
+    identity = BackboneIdentity("backbone", config.seed)
     engine = ReplicatedEngine(model, config.train)
-    trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, owner, "backbone")
+    trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, identity, "backbone")
     checkpoint = newest_checkpoint(checkpoints, run_folder.say) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -7,9 +7,7 @@ python -m mtptrain +recipe=collect output_dir=streams
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,32 +16,24 @@ from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import RunConfig, require
 from mtptrain.data.packing import Batch
 from mtptrain.data.streams.format import bytes_a_token
-from mtptrain.data.streams.manifest import (
-    MANIFEST,
-    STREAM,
-    ShardEntry,
-    StreamIdentity,
-    hash_tokenizer,
-    text_settings,
-    write_manifest,
-)
+from mtptrain.data.streams.manifest import STREAM, STREAM_CACHE, StreamIdentity, TextOrigin, hash_tokenizer
 from mtptrain.data.streams.writing import (
     ShardDocuments,
     num_forwards,
     piece_streams,
     plan_shards,
+    shard_file,
     write_shard,
-    written_shard,
 )
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
 from mtptrain.errors import UserError
 from mtptrain.progress import Progress
 from mtptrain.recipes.session import Session, check_reads_documents
-from mtptrain.storage import write_json
+from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
+from mtptrain.run_folder import RunFolder
 
 PROCESSES = "any"
-UNFINISHED = "collecting.json"  # the identity of a cache whose manifest is still to come
 TEXT_BYTES = 5  # a token's id and whether it may be a target
 
 
@@ -89,46 +79,36 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
         layer=backbone.config.num_hidden_layers,
         num_streams=backbone.config.hc_mult,
         width=backbone.config.hidden_size,
-        stored_as=config.collect.format.value,
+        stored_as=config.collect.format,
         dtype=session.dtype_name,
         tokenizer=hash_tokenizer(backbone.tokenizer),
         chat_template=chat.sha256 if chat is not None and corpus.spoken is not None else None,
         text=text.hexdigest(),
         sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
-        data=text_settings(config.data),
+        data=TextOrigin.of(config.data),
     )
 
 
-def open_cache_folder(folder: Path, identity: StreamIdentity, resume: bool) -> None:
-    """Begin a cache, or continue the one that an interrupted run began.
+def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
+    """Begin a cache, or continue an interrupted one.
 
     Raises:
-        UserError: the folder holds a cache that is another one, or that is not to be continued.
+        UserError: the folder holds another cache or other files, or must not be continued.
     """
-    begun = folder / UNFINISHED
-    if begun.exists():
-        if not resume:
-            raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
-        try:
-            found = json.loads(begun.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"output_dir={folder}: {UNFINISHED} is damaged ({error}); choose another folder") from None
-        for name, wanted in asdict(identity).items():
-            if found.get(name) != wanted:
-                raise UserError(
-                    f"resume=auto: {folder} holds a cache of {name}={found.get(name)} and this run has {name}="
-                    f"{wanted}; choose another output_dir"
-                )
-    for leftover in folder.glob(".shard_*.tmp"):  # of a run that was killed
-        leftover.unlink()
-    write_json(begun, asdict(identity))
+    folder = run_folder.path
+    if is_begun(folder) and run_folder.config.resume != "auto":
+        raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
+    run_folder.take()
+    begin(STREAM_CACHE, "output_dir", folder, identity, making=None)
 
 
 def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
     """Write the shards that are not there yet, every process its share of them."""
     folder, length, model = session.folder.path, session.piece_length, session.backbone.model
-    missing = on_first(lambda: [number for number in range(len(shards)) if written_shard(folder, number) is None])
+    names = [shard_file(number) for number in range(len(shards))]
+    written = on_first(lambda: set(find_parts(folder, names)))
+    missing = [number for number, name in enumerate(names) if name not in written]
     if len(missing) < len(shards):
         session.folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
     own = missing[rank() :: world_size()]
@@ -146,6 +126,13 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     largest_over_processes(0)  # all shards are written
 
 
+def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
+    """Write the manifest; all shards are there."""
+    shards = find_parts(folder, [shard_file(number) for number in range(num_shards)])
+    assert len(shards) == num_shards
+    finish(STREAM_CACHE, folder, identity, shards, total_counts(shards))
+
+
 def run(session: Session) -> None:
     """Plan, check the disk, collect, and write the manifest last."""
     config, run_folder = session.config, session.folder
@@ -157,16 +144,10 @@ def run(session: Session) -> None:
     if config.collect.plan_only:
         return
     identity = describe_streams(session, corpus)
-    on_first(lambda: open_cache_folder(run_folder.path, identity, config.resume == "auto"))
+    on_first(lambda: open_cache_folder(run_folder, identity))
     run_folder.record()
     with torch.inference_mode():
         collect_shards(session, corpus, shards)
 
-    def finish() -> None:
-        found = [written_shard(run_folder.path, number) for number in range(len(shards))]
-        entries = [entry for entry in found if isinstance(entry, ShardEntry)]
-        assert len(entries) == len(shards)
-        write_manifest(run_folder.path, identity, entries)
-
-    on_first(finish)
-    run_folder.say(f"wrote {run_folder.path / MANIFEST}; train from it with data=streams data.path={run_folder.path}")
+    on_first(lambda: finish_cache(run_folder.path, identity, len(shards)))
+    run_folder.say(f"wrote {run_folder.path}; train from it with data=streams data.path={run_folder.path}")

@@ -36,7 +36,7 @@ def run(session: Session) -> None:
     stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     check_prompts(session)
     for checkpoint in stored.values():
-        session.check_owner(checkpoint)
+        checkpoint.head_identity(session.fingerprint)
     stock = session.stock_head() if "stock" in config.checkpoints else None
     trace_set = prepare_traces(session)
     traces = trace_set.traces

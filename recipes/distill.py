@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from mtptrain.backbone.release_config import stored_scheme
-from mtptrain.checkpoint import BEST, checkpoint_folders, find_checkpoint, newest_checkpoint
+from mtptrain.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, LossName, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.feed.batches import StreamedBatches
 from mtptrain.data.feed.feed import FeedPlan
 from mtptrain.data.feed.lane import RowShape
 from mtptrain.data.streams.batches import StreamBatches
-from mtptrain.data.streams.manifest import check_origin, check_shards, hash_tokenizer, read_manifest
+from mtptrain.data.streams.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.distributed import leave, on_first, rank
 from mtptrain.engines.engine import make_engine
 from mtptrain.errors import UserError
@@ -56,11 +56,11 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     config, backbone = session.config, session.training_backbone
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
-        manifest = read_manifest(Path(str(data.path)))
-        check_origin(manifest, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        check_shards(manifest)
+        cache = open_cache(Path(str(data.path)))
+        check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
+        check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
-        return StreamBatches(manifest, data.sequence_length, size, config.seed, dtype)
+        return StreamBatches(cache, data.sequence_length, size, config.seed, dtype)
     longest = session.piece_length
     if data.source is DataSource.on_policy:
         return PackedBatches(on_policy_corpus(session, stack), data.sequence_length, size, config.seed, longest)
@@ -80,10 +80,9 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     elif config.init not in ("fresh", "backbone"):
         try:
             start = find_checkpoint(Path(config.init))
+            start.head_identity(backbone.fingerprint)
         except UserError as error:
             raise UserError(f"mtp.init={config.init}: {error}") from None
-        if start.owner.get("backbone") != backbone.fingerprint:
-            raise UserError(f"mtp.init={config.init}: was trained on another backbone; set backbone.path to that one")
         tensors = start.tensors()
     stack = initial_stack(config, backbone, tensors, session.config.seed)
     return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
@@ -113,17 +112,17 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     """The trainer of a head, at the newest checkpoint when the run is resumed."""
     config, backbone = session.config, session.training_backbone
     scheme = stored_scheme(backbone.shards) if config.mtp.quant_aware else None
-    owner = {
-        "task": config.task,
-        "backbone": backbone.fingerprint,
-        "mode": config.mtp.mode.value,
-        "depth": config.mtp.depth,
-        "steps": config.mtp.num_steps,
-        "trainable": config.mtp.trainable,
-        "optimizer": config.train.optimizer.value,
-        "start": start,
-        "quant_aware": scheme,
-    }
+    identity = HeadIdentity(
+        task=config.task,
+        backbone=backbone.fingerprint,
+        mode=config.mtp.mode,
+        depth=config.mtp.depth,
+        steps=config.mtp.num_steps,
+        trainable=config.mtp.trainable,
+        optimizer=config.train.optimizer,
+        start=start,
+        quant_aware=scheme,
+    )
     freeze_untrained(stack, config.mtp.trainable)
     stored = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
@@ -133,7 +132,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
-    trainer = Trainer(engine, objective, batches, config.train, folder, owner, config.task, probe)
+    trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
     checkpoint = on_first(lambda: newest_checkpoint(folder, session.folder.say)) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)

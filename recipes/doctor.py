@@ -56,9 +56,8 @@ def examine_stock(backbone: Backbone) -> Patient:
 
 def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> Patient:
     """A trained head, beside the backbone's own where that is sound."""
-    session.check_owner(checkpoint)
     backbone = session.backbone
-    tensors, depth = checkpoint.tensors(), checkpoint.owner["depth"]
+    tensors, depth = checkpoint.tensors(), checkpoint.head_identity(backbone.fingerprint).depth
     stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
     report = examine_tensors(tensors, backbone.config, depth, None if problems.any() else stock)
     return Patient(tensors, depth, report)

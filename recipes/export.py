@@ -16,13 +16,13 @@ from mtptrain.backbone.fingerprint import fingerprint
 from mtptrain.backbone.load import Backbone
 from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.backbone.shards import Shards
-from mtptrain.checkpoint import Checkpoint, find_checkpoint
+from mtptrain.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
 from mtptrain.evaluation.trace import Trace
-from mtptrain.export.card import RECORD, Export, model_card, training_provenance
+from mtptrain.export.card import EXPORT, Export, model_card, training_provenance
 from mtptrain.export.folder import (
     bytes_needed,
     check_room,
@@ -39,7 +39,8 @@ from mtptrain.mtp.release_names import Scheme
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
-from mtptrain.storage import atomic_folder, no_room, write_json, write_text
+from mtptrain.run.artifact import seal
+from mtptrain.storage import no_room, write_text
 
 HEAD = "mtp."
 
@@ -50,9 +51,9 @@ def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
     return own if config.export.scheme is ExportScheme.target else "bf16"
 
 
-def check_trained(checkpoint: Checkpoint) -> None:
+def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
     """Raise a `UserError` where a checkpoint holds the very head that its training started from."""
-    if head_digest(checkpoint.tensors()) == checkpoint.owner.get("start", {}).get("sha256"):
+    if head_digest(checkpoint.tensors()) == identity.start["sha256"]:
         raise UserError(
             f"checkpoint={checkpoint.folder}: holds the head that its training started from, unchanged; train it first"
         )
@@ -86,15 +87,15 @@ def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
 def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
     """All files of the export but the card."""
     head = to_release(checkpoint.tensors(), backbone.config, scheme)
-    owner = checkpoint.owner
-    told = {"version": mtptrain.__version__, "mode": owner["mode"], "steps": owner["steps"], "scheme": scheme}
+    trained = checkpoint.head_identity(backbone.fingerprint)
+    facts = {"version": mtptrain.__version__, "mode": trained.mode.value, "steps": trained.steps, "scheme": scheme}
     if config.export.form is ExportForm.draft:
         write_draft(backbone.shards, head, folder)
     else:
         layout, head_bytes = plan_layout(backbone.shards), sum(tensor.nbytes for tensor in head.values())
         check_room(folder, bytes_needed(backbone.shards, layout, head_bytes, config.export.shards))
         write_full(backbone.shards, layout, head, folder, config.export.shards)
-    write_config(backbone.shards, folder, owner["depth"], told)
+    write_config(backbone.shards, folder, trained.depth, facts)
 
 
 def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
@@ -130,7 +131,7 @@ def check_folder(
 def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path) -> Export:
     """Write the folder, read it back, replay its head, and write its card."""
     config, run_folder, backbone = session.config, session.folder, session.backbone
-    scheme, owner = export_scheme(config, backbone), checkpoint.owner
+    scheme, identity = export_scheme(config, backbone), checkpoint.head_identity(backbone.fingerprint)
     assert config.target is not None
     traces = gather_traces(session, config.evaluation.num_prompts).traces
     before = acceptance(session, head.stack, traces)
@@ -142,21 +143,17 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path)
         target=config.target,
         form=config.export.form,
         scheme=scheme,
-        mode=owner["mode"],
-        depth=owner["depth"],
-        steps=owner["steps"],
         checkpoint=f"{checkpoint.folder} (step {checkpoint.step})",
-        start=owner["start"],
-        backbone=backbone.fingerprint,
         acceptance={"before": before, "after": after, "prompts": len(traces)},
-        warnings=warnings(config.target, run_folder.path, owner["depth"]),
+        warnings=warnings(config.target, run_folder.path, identity.depth),
         training=training_provenance(checkpoint),
         provenance=run_folder.provenance,
         **seen,
     )
     check_drop(config, export.acceptance)
-    write_json(temporary / RECORD, export.record())
-    write_text(temporary / "README.md", model_card(export, run_folder.path, backbone.folder))
+    write_text(temporary / "README.md", model_card(identity, export, run_folder.path, backbone.folder))
+    files = [path for path in sorted(temporary.iterdir()) if not path.is_symlink() and path.stat().st_nlink == 1]
+    seal(EXPORT, temporary, identity, export, [path.name for path in files])  # a link's bytes are the source's
     return export
 
 
@@ -194,9 +191,9 @@ def run(session: Session) -> None:
     head = session.trained_head(checkpoint)
     scheme, own = export_scheme(config, backbone), stored_scheme(backbone.shards)
     check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, own)
-    check_trained(checkpoint)
+    check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
-        with atomic_folder(folder) as temporary:
+        with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, temporary)
     except Exception as error:  # each library raises its own where the disk is full
         reason = no_room(error)

@@ -18,7 +18,7 @@ from mtptrain.export.model_files import copy_companions, write_shards
 from mtptrain.mtp.initial import stock_tensors
 from mtptrain.mtp.stack import fresh_stack, num_modules
 from mtptrain.recipes.session import Session
-from mtptrain.storage import atomic_folder, write_json
+from mtptrain.storage import write_json
 
 
 def run(session: Session) -> None:
@@ -33,8 +33,8 @@ def run(session: Session) -> None:
         backbone = load_backbone(config.backbone, cpu, torch.float32)
         model, head, companions = backbone.model, stock_tensors(backbone), backbone.folder
     groups = miniature_groups(model, head, config.release.variant)
-    folder = run_folder.require_empty()
-    with atomic_folder(folder) as temporary:
+    folder = run_folder.path
+    with run_folder.write_whole() as temporary:
         write_shards(temporary, groups)
         write_json(temporary / "config.json", miniature_config(model.config, config.release.variant, num_modules(head)))
         copy_companions(companions, temporary)

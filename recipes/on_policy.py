@@ -30,20 +30,23 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.conversation import hold_conversations
 from mtptrain.evaluation.trace import Trace
 from mtptrain.evaluation.trace_folder import (
+    SETTING,
+    TEXTS,
+    TextContent,
     TextIdentity,
     TextMaking,
-    begin_folder,
-    has_batch,
+    open_texts,
     outcome,
-    read_manifest,
+    read_texts,
+    text_file,
     write_batch,
-    write_manifest,
 )
 from mtptrain.evaluation.trace_set import Source, TraceHeader, TraceSet
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import answer_text, question_openings, slice_openings
+from mtptrain.run.artifact import begin, find_parts, finish, total_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +154,21 @@ def describe_batch(identity: TextIdentity, making: TextMaking, asked: Asked, dro
 
 
 def write_texts(session: Session, head: MtpStack | None, asked: Asked, folder: Path, identity: TextIdentity) -> None:
-    """Write the batches that are not there yet, every process its share of them, and the manifest last."""
-    settings = session.config.on_policy
-    wanted = TextMaking(session.config.seed, settings.draft_length, settings.batch_size)
-    making = on_first(lambda: begin_folder(folder, identity, wanted))
+    """Write the batches that are missing, every process its share of them, and the manifest last."""
+    config, settings = session.config, session.config.on_policy
+
+    def open_folder() -> TextMaking:
+        session.folder.lock.take(folder, SETTING)
+        making = TextMaking(config.seed, settings.draft_length, settings.batch_size)
+        return begin(TEXTS, SETTING, folder, identity, making)
+
+    making = on_first(open_folder)
     record = text_recorder(session.backbone, head if making.draft_length else None, identity, making)
     answer = answer_text(session.source.tokenizer, frozenset(identity.stop))
     starts = range(0, len(asked.openings), making.batch_size)
-    missing = on_first(lambda: [number for number in range(len(starts)) if not has_batch(folder, number)])
-    own = missing[rank() :: world_size()]
+    names = [text_file(number) for number in range(len(starts))]
+    written = on_first(lambda: set(find_parts(folder, names)))
+    own = [number for number, name in enumerate(names) if name not in written][rank() :: world_size()]
     with Progress("on-policy", len(own)) as progress:
         for done, number in enumerate(own, start=1):
             openings = asked.openings[starts[number] : starts[number] + making.batch_size]
@@ -167,7 +176,21 @@ def write_texts(session: Session, head: MtpStack | None, asked: Asked, folder: P
             write_batch(folder, number, TraceSet(describe_batch(identity, making, asked, held.dropped), held.traces))
             progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
     largest_over_processes(0)  # all batches are written
-    on_first(lambda: write_manifest(folder, identity, making, len(starts), asked.too_long))
+
+    def close_folder() -> None:
+        finish_texts(folder, identity, making, names, asked.too_long)
+        session.folder.lock.release(folder)
+
+    on_first(close_folder)
+
+
+def finish_texts(folder: Path, identity: TextIdentity, making: TextMaking, names: list[str], too_long: int) -> None:
+    """Write the manifest; all files `names` are there, and `too_long` prompts were left out."""
+    files = find_parts(folder, names)
+    assert len(files) == len(names)
+    counts = total_counts(files)
+    counts |= {"prompts": counts["prompts"] + too_long, "too_long": too_long}
+    finish(TEXTS, folder, identity, files, TextContent(making, counts))
 
 
 def describe_counts(counts: dict[str, int]) -> str:
@@ -206,7 +229,7 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
     asked = ask(session)
     identity = identify(session, asked)
     folder = text_folder(session, identity)
-    if on_first(lambda: read_manifest(folder, identity)) is None:
+    if on_first(lambda: open_texts(folder, identity)) is None:
         if not session.can_decode:
             raise UserError(
                 f"backbone.placement={config.backbone.placement.value}: decodes nothing, and {folder} holds no texts "
@@ -215,14 +238,15 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
         run_folder.say(f"continuing {len(asked.openings)} prompts with the backbone, into {folder}")
         head = None if config.mtp.init in ("fresh", "backbone") else stack
         write_texts(session, head, asked, folder, identity)
-    manifest = read_manifest(folder, identity)
-    assert manifest is not None
-    traces = [trace for trace in manifest.traces() if outcome(trace, identity.stop) != "empty"]
-    run_folder.say(describe_counts(manifest.counts))
+    texts = open_texts(folder, identity)
+    assert texts is not None
+    counts, making = texts.content.counts, texts.content.making
+    traces = [trace for trace in read_texts(texts) if outcome(trace, identity.stop) != "empty"]
+    run_folder.say(describe_counts(counts))
     if not traces:
         raise UserError(f"on_policy.prompts={config.on_policy.prompts}: every text is empty; give other prompts")
     cut = sum(len(trace.prompt.tokens) + len(trace.tokens) > config.data.sequence_length for trace in traces)
     if cut:
         run_folder.say(f"{cut} texts are longer than data.sequence_length={config.data.sequence_length} and are cut")
-    run_folder.provenance["on_policy"] = {"folder": str(folder), "making": asdict(manifest.making), **manifest.counts}
+    run_folder.provenance["on_policy"] = {"folder": str(folder), "making": asdict(making), **counts}
     return as_corpus(traces)

@@ -251,33 +251,14 @@ class Session:
         return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, self.backbone).eval())
 
     def trained_head(self, checkpoint: Checkpoint) -> Head:
-        """The head of a checkpoint; see `check_owner`."""
+        """The head of a checkpoint; raises a `UserError` unless it was trained on this backbone."""
         from mtptrain.evaluation.heads import Head
         from mtptrain.mtp.initial import place
         from mtptrain.mtp.stack import stack_from_tensors
 
-        self.check_owner(checkpoint)
-        owner = checkpoint.owner
-        stack = stack_from_tensors(self.backbone.config, owner["depth"], checkpoint.tensors(), str(checkpoint.folder))
-        return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, self.backbone).eval())
-
-    def check_owner(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that holds no head of this backbone.
-
-        Raises:
-            UserError: it holds no head, or one that was trained on another backbone.
-        """
-        owner = checkpoint.owner
-        if owner.get("task") == "backbone":
-            raise UserError(
-                f"checkpoint={checkpoint.folder}: holds a backbone, not a head; for the head that was trained with it "
-                "set checkpoint=stock and backbone.path to the run's folder `backbone`"
-            )
-        if owner.get("backbone") != self.fingerprint:
-            raise UserError(
-                f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and "
-                f"this one is {self.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
-            )
+        identity = checkpoint.head_identity(self.fingerprint)
+        stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
+        return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
 
     def describe_backbone(self) -> dict[str, Any]:
         """The backbone's entry in evaluation.json, with its loss on held-out text."""

@@ -72,6 +72,25 @@ def kill_when(process: "subprocess.Popen[str]", is_due: Callable[[], object]) ->
     process.communicate()
 
 
+def hold_folder(folder: Path, beside: bool = False) -> "subprocess.Popen[str]":
+    """A process that holds a folder's lock until it is killed, or its input ends."""
+    program = (
+        "import sys; from pathlib import Path; from mtptrain.run.folder_lock import FolderLock; lock = FolderLock(); "
+        "lock.take(Path(sys.argv[1]), 'output_dir', sys.argv[2] == 'True'); print('held', flush=True); "
+        "sys.stdin.read(); lock.close()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, folder, str(beside)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
 def run_process(
     *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:

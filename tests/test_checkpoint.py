@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mtptrain.checkpoint import (
     MANIFEST,
     TENSORS,
     TRAINING,
+    BackboneIdentity,
     checkpoint_folders,
     checkpoint_name,
     find_checkpoint,
@@ -22,8 +24,9 @@ from mtptrain.checkpoint import (
 )
 from mtptrain.engines.engine import OptimizerState
 from mtptrain.errors import UserError
+from mtptrain.run.folder_lock import FolderLock
 
-OWNER = {"task": "test", "depth": 2}
+IDENTITY = BackboneIdentity("backbone", seed=2)
 COUNTERS = {"tokens": 17}
 
 
@@ -44,7 +47,7 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerSt
 def save(root: Path, step: int, seed: int = 0) -> Path:
     module, optimizer = trained(seed)
     folder = root / checkpoint_name(step)
-    save_checkpoint(folder, step, module.state_dict(), state_of(module, optimizer), OWNER, COUNTERS)
+    save_checkpoint(folder, step, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
     return folder
 
 
@@ -61,10 +64,10 @@ def flip_a_bit(path: Path) -> None:
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
     folder = tmp_path / checkpoint_name(30)
-    save_checkpoint(folder, 30, module.state_dict(), state_of(module, optimizer), OWNER, COUNTERS)
+    save_checkpoint(folder, 30, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
     rng = torch.get_rng_state()
     checkpoint = open_checkpoint(folder)
-    assert (checkpoint.step, checkpoint.owner, checkpoint.counters) == (30, OWNER, COUNTERS)
+    assert (checkpoint.step, checkpoint.identity, checkpoint.counters) == (30, IDENTITY, COUNTERS)
     torch.testing.assert_close(checkpoint.tensors(), dict(module.state_dict()), rtol=0, atol=0)
     training = checkpoint.training()
     assert torch.equal(training["torch_rng"], rng)
@@ -96,7 +99,7 @@ def test_a_damaged_file_is_refused_by_name(name: str, damage: Callable[[Path], N
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"sha256": 3, "step": 1, "owner": {}, "counters": {}}']
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 3, "files": 3, "identity": {}, "content": {}}']
 )
 def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
@@ -105,12 +108,26 @@ def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [("format", 99, "format 99"), ("sha256", {}, TENSORS)])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schema", 99, "has schema 99 and .* reads 3"),
+        ("files", {}, TENSORS),
+        ("kind", "stream cache", "is of the kind .stream cache. and not"),
+    ],
+)
 def test_a_manifest_that_vouches_for_nothing_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, key: value}))
     with pytest.raises(UserError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / MANIFEST).write_text(json.dumps({"format": 2, "step": 1, "owner": {}, "counters": {}, "sha256": {}}))
+    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 3; use the version that"):
         open_checkpoint(folder)
 
 
@@ -173,14 +190,15 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == [checkpoint_name(20), checkpoint_name(100)]
 
 
-def test_what_a_killed_run_left_half_written_is_ignored_and_pruned(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_ignored_and_the_next_run_deletes_it(tmp_path: Path) -> None:
     whole = save(tmp_path, 1)
     leftover = tmp_path / f".{checkpoint_name(2)}.0123abcd.tmp"
     shutil.copytree(whole, leftover)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.folder == whole
-    prune_checkpoints(tmp_path, keep=1)
+    with closing(FolderLock()) as lock:
+        lock.take(tmp_path, "output_dir")
     assert list(tmp_path.iterdir()) == [whole]
 
 

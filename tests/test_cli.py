@@ -245,9 +245,13 @@ def test_a_head_of_another_backbone_is_refused(trained: Path, tmp_path: Path, re
     other.mkdir()
     save_backbone(other, index_topk=2)
     line = refused(f"backbone.path={other}", f"checkpoint={trained}", recipe="evaluate")
-    assert re.match(rf"checkpoint={trained}/.*: was trained on the backbone .*set backbone.path", line)
+    assert re.match(
+        rf"checkpoint={trained}/.*: holds backbone=.* and this run has backbone=.*; set backbone.path", line
+    )
     line = refused(f"backbone.path={other}", f"mtp.init={trained}")
-    assert line.startswith(f"mtp.init={trained}: was trained on another backbone; set backbone.path")
+    assert re.match(
+        rf"mtp.init={trained}: checkpoint=.* holds backbone=.* and this run has .*; set backbone.path", line
+    )
 
 
 # The output folder

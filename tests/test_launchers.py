@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtptrain.checkpoint import checkpoint_folders
+from mtptrain.run.folder_lock import LOCK
 from tests.command import ROOT, read_metrics, run_main
 
 SCRIPTS = ROOT / "scripts"
@@ -142,6 +143,7 @@ def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
     line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(line) == 1
     assert re.match(rf"mtptrain: asked to leave: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
+    assert not (tmp_path / LOCK).exists()
     code, errors = finish(start("launch_torchrun.sh", *arguments))
     assert code == 0, errors[-3000:]
     assert same_heads(tmp_path, whole)
@@ -155,7 +157,11 @@ def test_a_mistake_of_all_processes_is_said_once_and_ends_them(settings: list[st
     assert code != 0
     lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(lines) == 1
-    assert "belongs to task=distill and this run has task=pretrain; choose another output_dir" in lines[0]
+    assert (
+        "holds task=distill, steps=3 and this run has task=pretrain, steps=1; set +recipe, mtp.steps to match, or"
+        in lines[0]
+    )
+    assert lines[0].endswith("choose another output_dir")
 
 
 HOSTFILES: list[tuple[str | None, str]] = [

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,47 @@ def test_an_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path: Pat
     with pytest.raises(Interrupted):
         half_write_folder(folder)
     assert names(tmp_path) == ["folder", "old"]
+
+
+def test_a_folder_that_must_not_be_replaced_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(FileExistsError), atomic_folder(folder, replaces=False) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(tmp_path) == ["folder", "old"]
+    (folder / "old").unlink()
+    with atomic_folder(folder, replaces=False) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(tmp_path) == ["folder", "new"]
+
+
+def private(path: Path) -> None:
+    """Write a file as safetensors does."""
+    path.touch()
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_get_the_rights_that_the_umask_leaves(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as temporary:
+            private(temporary)
+        with atomic_folder(tmp_path / "folder") as temporary:
+            private(temporary / "file")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("file")} == {mode}
+
+
+def test_files_that_are_linked_into_a_folder_keep_their_rights(tmp_path: Path) -> None:
+    for name in ("hard", "soft"):
+        private(tmp_path / name)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        os.link(tmp_path / "hard", temporary / "hard")
+        (temporary / "soft").symlink_to(tmp_path / "soft")
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("hard", "soft")} == {0o600}
 
 
 def test_temporary_names_are_hidden_and_end_in_tmp(tmp_path: Path) -> None:

@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtptrain.checkpoint import BEST, checkpoint_folders, checkpoint_name, newest_checkpoint, open_checkpoint
-from mtptrain.config import OptimizerName, Tracker, TrackingConfig, TrainConfig
+from mtptrain.checkpoint import (
+    BEST,
+    HeadIdentity,
+    checkpoint_folders,
+    checkpoint_name,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from mtptrain.config import MtpMode, OptimizerName, Tracker, TrackingConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
+from mtptrain.run.typed_json import to_json
 from mtptrain.tracking import MetricsLog
 from mtptrain.trainer import Probe, Step, Totals, Trainer
 from mtptrain.wandb_mirror import WandbMirror
@@ -20,7 +28,17 @@ from mtptrain.wandb_mirror import WandbMirror
 # B rows, S tokens a row, V vocabulary, K draft steps
 
 V, S = 11, 7
-OWNER = {"task": "toy", "depth": 1}
+IDENTITY = HeadIdentity(
+    task="distill",
+    backbone="ab" * 32,
+    mode=MtpMode.shared,
+    depth=1,
+    steps=3,
+    trainable="all",
+    optimizer=OptimizerName.adamw,
+    start={"init": "stock", "sha256": "cd" * 32},
+    quant_aware=None,
+)
 CONFIG = TrainConfig(
     steps=9, batch_size=2, learning_rate=0.05, warmup_steps=3, log_every=3, checkpoint_every=1, keep_checkpoints=99
 )
@@ -88,7 +106,7 @@ def toy_trainer(
     torch.manual_seed(0)
     model = ToyModel(dropout).to(dtype)
     objective, batches = ToyObjective(model, bad_batches), ToyBatches(config.batch_size)
-    return Trainer(ReplicatedEngine(model, config), objective, batches, config, folder / "checkpoints", OWNER)
+    return Trainer(ReplicatedEngine(model, config), objective, batches, config, folder / "checkpoints", IDENTITY)
 
 
 def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
@@ -266,16 +284,17 @@ def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
     assert trainer.counters["tokens"] == int((trainer.batches.batch(0).segment_BS > 0).sum())
 
 
-@pytest.mark.parametrize(("key", "value"), [("task", "other"), ("depth", 2), ("extra", "new")])
-def test_a_checkpoint_of_another_owner_is_refused(key: str, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("task", "pretrain"), ("depth", 2), ("quant_aware", "fp8")])
+def test_a_checkpoint_of_another_identity_is_refused(key: str, value: object, tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path)
     trainer.train_step()
     checkpoint = open_checkpoint(trainer.save())
     stranger = toy_trainer(tmp_path)
-    stranger.owner = {**OWNER, key: value}
+    stranger.identity = replace(IDENTITY, **{key: value})
+    have, want = (to_json(getattr(trainer.identity, key)) for trainer in (trainer, stranger))
     before = state(stranger)
     with pytest.raises(
-        UserError, match=rf"resume=auto: .* belongs to {key}=.* has {key}={value}; choose another outpu"
+        UserError, match=rf"resume=auto: .* holds {key}={have} and this run has {key}={want}; .* choose another outpu"
     ):
         stranger.restore(checkpoint)
     assert equal_states(state(stranger), before)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.documents import Document, Split
 from mtptrain.data.stdlib import package_documents, stdlib_documents
-from mtptrain.data.streams.manifest import read_manifest
+from mtptrain.data.streams.manifest import open_cache
 from mtptrain.data.text import text_documents
 
 
@@ -34,7 +34,7 @@ def heldout_documents(config: DataConfig) -> list[Document]:
     if config.mixture:
         return [document for part in config.sources().values() for document in heldout_documents(part)]
     if config.source is DataSource.streams:
-        return heldout_documents(read_manifest(Path(str(config.path))).text_config())
+        return heldout_documents(open_cache(Path(str(config.path))).identity.data.config())
     if _is_text(config):
         return text_documents(config, Split.heldout)
     return stdlib_documents(Split.heldout, config.heldout_every)

@@ -11,6 +11,8 @@ from mtptrain.data.prompts import Prompt
 from mtptrain.data.rows import check_readable, json_lines
 from mtptrain.errors import UserError
 from mtptrain.evaluation.trace import Trace
+from mtptrain.run.artifact import check_identity
+from mtptrain.run.typed_json import MismatchError, from_json
 from mtptrain.storage import write_text
 
 SCHEMA = 1
@@ -61,7 +63,7 @@ class TraceHeader:
     dropped: int
 
 
-# What must be the same where traces are used again, with the setting that says it.
+# The fields that a run must share to use traces again, and the setting that each comes from.
 BINDING = {
     "backbone": "backbone.path",
     "dtype": "precision",
@@ -125,26 +127,18 @@ def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
         raise UserError(f"{setting}: is no trace set of schema {SCHEMA}; give the traces.jsonl of an evaluation")
     try:
         count = first.pop("traces")
-        header = TraceHeader(**{**first, "sources": [Source(**source) for source in first["sources"]]})
+        header = from_json(TraceHeader, first)
         traces = [
             Trace(Prompt(row["prompt"], row["domain"], row["group"]), row["tokens"], row["gaps"], row["probabilities"])
             for row in lines[1:]
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, MismatchError) as error:
         raise UserError(f"{setting}: is damaged ({error}); record it anew") from None
     if len(traces) != count or not count:
         raise UserError(f"{setting}: holds {len(traces)} traces of {count}; record it anew")
     return TraceSet(header, traces)
 
 
-def check_trace_set(path: Path, found: TraceHeader, wanted: TraceHeader) -> None:
-    """Raise a `UserError` that names the first setting by which traces are not those that this run would record."""
-    for name, setting in BINDING.items():
-        have, want = getattr(found, name), getattr(wanted, name)
-        if have != want:
-            if name == "backbone":
-                have, want = have[:12], want[:12]
-            raise UserError(
-                f"evaluation.traces={path}: was recorded with {name}={have} and this run has {name}={want}; set "
-                f"{setting} to what it was, or record traces of your own"
-            )
+def check_trace_set(path: Path, have: TraceHeader, want: TraceHeader) -> None:
+    """Raise a `UserError` unless traces are of the distribution that this run would record."""
+    check_identity(f"evaluation.traces={path}", have, want, BINDING, "record traces of your own")

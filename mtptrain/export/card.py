@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mtptrain
-from mtptrain.checkpoint import Checkpoint
+from mtptrain.checkpoint import Checkpoint, HeadIdentity
 from mtptrain.config import ExportForm, ExportTarget
 from mtptrain.mtp.encoding_error import EncodingError
+from mtptrain.run.artifact import Kind
 
 RECORD = "mtptrain_export.json"
 WORST = 5  # tensors that the card names
@@ -56,14 +57,11 @@ Warnings:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Everything that is known of an export.
+    """Everything that is known of an export, beside the identity of its head.
 
     Attributes:
-        target, form, scheme: what was asked for, and how the head is stored.
-        mode, depth, steps: of the head: `shared` or `stacked`, modules, draft steps it was trained on.
+        target, form, scheme: the server, the form of the folder, and how the head is stored.
         checkpoint: folder and step it came from.
-        start: what it was trained from.
-        backbone: fingerprint of the model that it belongs to.
         untouched: tensors outside the head, whose bytes are those of the source.
         changed: stored weights of the head that differ from those of the source's head, and all of them.
         acceptance: acceptance length by draft length, `before` and `after` storing, and the prompts replayed.
@@ -76,12 +74,7 @@ class Export:
     target: ExportTarget
     form: ExportForm
     scheme: str
-    mode: str
-    depth: int
-    steps: int
     checkpoint: str
-    start: dict[str, Any]
-    backbone: str
     untouched: int
     changed: tuple[int, int]
     acceptance: dict[str, Any]
@@ -90,9 +83,18 @@ class Export:
     training: dict[str, Any]
     provenance: dict[str, Any]
 
-    def record(self) -> dict[str, Any]:
-        """The content of `mtptrain_export.json`."""
-        return {**asdict(self), "target": self.target.value, "form": self.form.value}
+
+EXPORT: Kind[HeadIdentity, Export] = Kind(
+    name="exported model",
+    schema=1,
+    identity=HeadIdentity,
+    content=Export,
+    settings={"backbone": "backbone.path"},
+    manifest=RECORD,
+    missing="give the folder of +recipe=export",
+    damaged="export it anew",
+    repair="export it anew",
+)
 
 
 def training_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -105,35 +107,35 @@ def training_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def serve_command(export: Export, folder: Path, source: Path) -> str:
+def serve_command(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
     """How the target is started with the folder."""
     if export.target is ExportTarget.sglang:
         return (
             f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE \\\n"
-            f"    --speculative-num-steps {export.steps} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {export.steps + 1}"
+            f"    --speculative-num-steps {head.steps} --speculative-eagle-topk 1 "
+            f"--speculative-num-draft-tokens {head.steps + 1}"
         )
     if export.target is ExportTarget.hf:
         return f"python -m mtptrain +recipe=evaluate checkpoint=stock backbone.path={folder}"
     draft = f'"model": "{folder}", ' if export.form is ExportForm.draft else ""
     model = source if export.form is ExportForm.draft else folder
-    settings = f'{{"method": "mtp", {draft}"num_speculative_tokens": {export.steps}}}'
+    settings = f'{{"method": "mtp", {draft}"num_speculative_tokens": {head.steps}}}'
     return f"vllm serve {model} --speculative-config '{settings}'"
 
 
-def _facts(export: Export) -> str:
-    """Rows of what the head is and where it comes from."""
+def _facts(head: HeadIdentity, export: Export) -> str:
+    """Rows about the head and its origin."""
     training = export.training
     command = " ".join(training.get("command", [])) or "not recorded"
     trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
     facts = {
-        "mode": f"{export.mode}, {export.depth} module(s)",
-        "trained on": f"{export.steps} draft step(s)",
+        "mode": f"{head.mode.value}, {head.depth} module(s)",
+        "trained on": f"{head.steps} draft step(s)",
         "stored as": f"{export.scheme}, for {export.target.value}, {export.form.value} folder",
-        "model": f"fingerprint {export.backbone}; {export.untouched} tensors, unchanged byte for byte",
+        "model": f"fingerprint {head.backbone}; {export.untouched} tensors, unchanged byte for byte",
         "head": f"{export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head",
         "checkpoint": export.checkpoint,
-        "started from": json.dumps(export.start),
+        "started from": json.dumps(head.start),
         "training": f"`{command}` ({trained})",
         "mtptrain": f"{mtptrain.__version__}, commit {export.provenance.get('git_commit')}",
     }
@@ -152,20 +154,21 @@ def _roundings(export: Export) -> str:
     return "\n".join(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst)
 
 
-def model_card(export: Export, folder: Path, source: Path) -> str:
+def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
     """The README.md of an exported folder.
 
     Args:
-        export: the facts.
+        head: the identity of the trained head.
+        export: the other facts.
         folder: the name that the export gets.
         source: the backbone's folder.
     """
     return CARD.format(
         record=RECORD,
-        facts=_facts(export),
+        facts=_facts(head, export),
         prompts=export.acceptance["prompts"],
         lengths=_lengths(export),
-        command=serve_command(export, folder, source),
+        command=serve_command(head, export, folder, source),
         warnings="\n".join(f"- {line}" for line in export.warnings or ["none"]),
         roundings=_roundings(export),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +33,8 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file with the rights of any new file; safetensors itself makes it private."""
+    """Write one safetensors file."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def write_shards(folder: Path, groups: list[dict[str, Tensor]]) -> None:

@@ -15,11 +15,12 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from mtptrain.backbone.shards import INDEX, Shards
 from mtptrain.config import ExportConfig, ExportTarget, RunConfig
 from mtptrain.errors import UserError
-from mtptrain.export.card import RECORD
+from mtptrain.export.card import EXPORT, RECORD
 from mtptrain.export.folder import check_room
 from mtptrain.mtp.release import from_release
 from mtptrain.mtp.release_names import release_table
 from mtptrain.recipes.export import check_drop
+from mtptrain.run.artifact import open_artifact
 from tests.command import edit_json, largest_file, run_main, tree
 
 FAST = ["export.max_drop=1"]  # two steps of training move nothing, and two prompts measure little
@@ -34,11 +35,16 @@ def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.Te
     return [*light, *FAST, f"backbone.path={release_folder}", f"checkpoint={run}"]
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Everything that the record of an export says of the head and of the export."""
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return {**record["identity"], **record["content"]}
+
+
 def export(settings: list[str], folder: Path, *arguments: str) -> dict[str, Any]:
     """Run an export that works; its record."""
     assert run_main("+recipe=export", *settings, f"output_dir={folder}", *arguments) == 0
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record
+    return read_record(folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def test_transformers_loads_the_exported_folder(exported: Path) -> None:
 
 
 def test_the_record_and_the_card_say_where_the_head_comes_from(exported: Path, settings: list[str]) -> None:
-    record = json.loads((exported / RECORD).read_text())
+    record = read_record(exported)
     assert (record["mode"], record["depth"], record["steps"], record["scheme"]) == ("shared", 1, 3, "fp8_fp4")
     assert record["training"]["command"][:3] == ["python", "-m", "mtptrain"]
     assert record["start"]["init"] == "stock"
@@ -95,7 +101,7 @@ def test_the_record_and_the_card_say_where_the_head_comes_from(exported: Path, s
 def test_the_exported_head_is_evaluated_as_the_folders_own_and_the_trained_one_still_fits(
     exported: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    record = json.loads((exported / RECORD).read_text())
+    record = read_record(exported)
     again = [*settings, f"backbone.path={exported}", f"output_dir={tmp_path}"]
     assert run_main("+recipe=evaluate", *again) == 0
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -168,6 +174,13 @@ def test_stacked_modules_and_a_release_without_a_head(
     assert config["num_nextn_predict_layers"] == 2
     assert config["compress_ratios"][-3:] == [0, 0, 0]
     assert Shards(tmp_path / "eagle3-X", "X").entries["mtp.1.norm.weight"].file == "model-mtp.safetensors"
+
+
+def test_the_record_vouches_for_every_file_that_was_written_anew(exported: Path) -> None:
+    record = open_artifact(EXPORT, "output_dir", exported)
+    assert {"config.json", "README.md", INDEX, "model-00007-of-00007.safetensors"} <= record.files.keys()
+    assert "model-00001-of-00007.safetensors" not in record.files  # the source's own file
+    record.verify(record.files)
 
 
 def test_other_groups_may_read_what_is_written(exported: Path) -> None:

@@ -39,9 +39,9 @@ def test_streams_of_conversations_have_the_losses_of_training_online(
     assert left["tokens"] == right["tokens"]
     # fp32 rounding of a padded batch of pieces against another batch of them, through a few updates
     assert left["loss/step_1"] == pytest.approx(right["loss/step_1"], rel=1e-4)
-    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["sequence_length"] == context
-    assert manifest["chat_template"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    identity = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["identity"]
+    assert identity["sequence_length"] == context
+    assert identity["chat_template"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("recipe", ["distill", "collect"])

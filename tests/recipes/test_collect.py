@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig
-from mtptrain.data.streams.manifest import read_manifest
+from mtptrain.data.streams.manifest import open_cache
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 from tests.test_launchers import finish, start
@@ -90,13 +90,15 @@ def test_only_embedding_head_and_norm_are_held_for_it(backbone_folder: Path) -> 
 
 
 def test_a_shard_holds_whole_documents_in_their_order(cache: Path) -> None:
-    manifest = read_manifest(cache)
-    assert len(manifest.shards) > 5
-    for shard in manifest.shards:
-        with safe_open(cache / shard.file, framework="pt") as file:
+    shards = open_cache(cache).files
+    assert len(shards) > 5
+    for name, shard in shards.items():
+        with safe_open(cache / name, framework="pt") as file:
             sizes, pieces = file.get_tensor("piece_sizes").tolist(), file.get_tensor("document_pieces").tolist()
             tokens = file.get_tensor("tokens").tolist()
-        assert (len(tokens), len(sizes), len(pieces)) == (shard.tokens, shard.pieces, shard.documents)
+        assert (len(tokens), len(sizes), len(pieces)) == tuple(
+            shard.counts[name] for name in ("tokens", "pieces", "documents")
+        )
         begins = [sum(sizes[: sum(pieces[:number])]) for number in range(len(pieces) + 1)]
         for begin, end in pairwise(begins):
             assert (tokens[begin], tokens[end - 1]) == (0, 1)  # the marks of begin and end
@@ -123,11 +125,11 @@ def test_two_processes_that_share_a_backbone_collect_what_one_collects(
     settings = [*small, f"backbone.placement={placement}", f"output_dir={tmp_path}"]
     code, errors = finish(start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=collect", *settings))
     assert code == 0, errors[-3000:]
-    left, right = read_manifest(tmp_path), read_manifest(cache)
+    left, right = open_cache(tmp_path), open_cache(cache)
     assert left.identity == right.identity
-    assert len(right.shards) % 2 == 1  # so that one process runs forwards for nothing
-    for one, other in zip(left.shards, right.shards, strict=True):
-        mine, whole = load_file(tmp_path / one.file), load_file(cache / other.file)
+    assert len(right.files) % 2 == 1  # so that one process runs forwards for nothing
+    for one, other in zip(left.files, right.files, strict=True):
+        mine, whole = load_file(tmp_path / one), load_file(cache / other)
         error = (mine.pop("streams") - (streams_TND := whole.pop("streams"))).norm() / streams_TND.norm()
         assert error < 64 * 2**-24  # experts add up their tokens in another order, in four layers
         assert all(torch.equal(mine[name], whole[name]) for name in whole)
@@ -174,7 +176,8 @@ def test_streams_of_another_backbone_are_refused(
 ) -> None:
     save_backbone(tmp_path / "other", index_topk=2)
     line = refusal(cache, light, tmp_path / "run", capfd, f"backbone.path={tmp_path / 'other'}")
-    assert "holds streams of the backbone" in line
+    assert "holds backbone=" in line
+    assert "set backbone.path to match, or collect anew" in line
 
 
 def test_rows_shorter_than_the_pieces_are_refused(
@@ -188,8 +191,11 @@ def test_rows_shorter_than_the_pieces_are_refused(
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["collect.format=bf16", "resume=auto"], "holds a cache of stored_as=fp32 and this run has stored_as=bf16"),
-        (["data.heldout_every=4", "resume=auto"], "holds a cache of text="),
+        (
+            ["collect.format=bf16", "resume=auto"],
+            "holds stored_as=fp32 and this run has stored_as=bf16; set collect.format to match, or",
+        ),
+        (["data.heldout_every=4", "resume=auto"], "holds text="),
         ([], "already holds a stream cache; choose another, or set resume=auto"),
     ],
     ids=["format", "text", "no_resume"],
@@ -208,7 +214,7 @@ def test_a_plan_prints_the_disk_need_and_writes_nothing(
 ) -> None:
     assert run_main("+recipe=collect", "--plan", *small, f"output_dir={tmp_path / 'cache'}") == 0
     lines = capfd.readouterr().err
-    tokens = sum(shard.tokens for shard in read_manifest(cache).shards)
+    tokens = open_cache(cache).content["tokens"]
     assert f"{tokens:,} tokens in" in lines
     assert "2 streams of 64 channels as fp32: 0.50 KiB a token" in lines
     assert "GB needed" in lines

@@ -74,12 +74,13 @@ def test_a_run_trains_on_the_texts_it_made(made: Path) -> None:
     assert [row["step"] for row in read_metrics(made / "run")] == [1, 2]
     record = json.loads((made / "run" / "provenance.json").read_text(encoding="utf-8"))["on_policy"]
     manifest = json.loads((made / "texts" / "manifest.json").read_text(encoding="utf-8"))
+    counts = manifest["content"]["counts"]
     assert record["folder"] == str(made / "texts")
-    assert {name: record[name] for name in manifest["counts"]} == manifest["counts"]
+    assert {name: record[name] for name in counts} == counts
     found = texts(made / "texts")
     ends = [outcome(trace, manifest["identity"]["stop"]) for trace in found]
-    assert (manifest["counts"]["prompts"], len(found), len(manifest["files"])) == (9, 9, 3)
-    assert {name: ends.count(name) for name in ("stopped", "full", "empty")}.items() <= manifest["counts"].items()
+    assert (counts["prompts"], len(found), len(manifest["files"])) == (9, 9, 3)
+    assert {name: ends.count(name) for name in ("stopped", "full", "empty")}.items() <= counts.items()
 
 
 def test_prompts_are_cut_from_training_documents(backbone_folder: Path, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_conversations_are_continued_turn_by_turn_and_failures_counted(
     ]
     assert train(small, tmp_path / "run", tmp_path / "texts", *settings) == 0
     assert sorted(trace.prompt.group for trace in texts(tmp_path / "texts")) == [0, 0, 1]
-    counts = json.loads((tmp_path / "texts" / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    counts = json.loads((tmp_path / "texts" / "manifest.json").read_text(encoding="utf-8"))["content"]["counts"]
     assert (counts["prompts"], counts["too_long"], counts["dropped_turns"]) == (3, 1, 0)
     assert "1 failed (0 gave nothing, 1 were too long for the context" in capfd.readouterr().err
 
@@ -177,12 +178,12 @@ def test_what_became_of_a_prompt_is_told_by_its_last_token(tokens: list[int], na
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("on_policy.temperature=0.5", "texts of temperature=1.0 and this run has temperature=0.5"),
-        ("on_policy.top_k=3", "texts of top_k=None and this run has top_k=3"),
-        ("on_policy.max_new_tokens=11", "texts of max_new_tokens=12 and this run has max_new_tokens=11"),
-        ("on_policy.prompt_tokens=7", "texts of prompts="),
-        ("decoding.stop=[5]", "texts of stop=[1] and this run has stop=[1, 5]"),
-        ("backbone.path=OTHER", "texts of backbone="),
+        ("on_policy.temperature=0.5", "temperature=1.0 and this run has temperature=0.5"),
+        ("on_policy.top_k=3", "top_k=None and this run has top_k=3"),
+        ("on_policy.max_new_tokens=11", "max_new_tokens=12 and this run has max_new_tokens=11"),
+        ("on_policy.prompt_tokens=7", "prompts="),
+        ("decoding.stop=[5]", "stop=[1] and this run has stop=[1, 5]"),
+        ("backbone.path=OTHER", "backbone="),
     ],
     ids=["temperature", "top_k", "length", "prompts", "stop", "backbone"],
 )
@@ -194,7 +195,7 @@ def test_texts_of_another_making_are_refused(
     before = tree(made / "texts")
     line = refusal(small, tmp_path / "run", made / "texts", capfd, setting.replace("OTHER", str(tmp_path / "other")))
     assert f"on_policy.path={made / 'texts'}: holds {reason}" in line
-    assert "to what it was, or choose another folder" in line
+    assert "to match, or choose another folder" in line
     assert tree(made / "texts") == before
 
 
@@ -205,7 +206,7 @@ def test_an_altered_file_is_named_and_made_again(
     path = folder / "texts_00001.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("1", "2", 1), encoding="utf-8")
     line = refusal(small, tmp_path / "run", folder, capfd)
-    assert f"on_policy.path={folder}: texts_00001.jsonl is missing or altered" in line
+    assert f"on_policy.path={folder}: texts_00001.jsonl is missing, truncated or altered" in line
     path.unlink()
     (folder / "manifest.json").unlink()
     assert train(small, tmp_path / "run", folder) == 0
@@ -218,7 +219,7 @@ def test_a_folder_of_something_else_is_left_alone(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     line = refusal(small, tmp_path / "run", tmp_path / "mine", capfd)
-    assert f"on_policy.path={tmp_path / 'mine'}: holds something else than texts" in line
+    assert f"on_policy.path={tmp_path / 'mine'}: holds other files than a folder of texts" in line
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 

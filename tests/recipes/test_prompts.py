@@ -126,7 +126,7 @@ def test_the_best_checkpoint_is_that_of_the_best_measurement(measured: Path, lig
     score = "replay/acceptance_length_2"
     scores = {row["step"]: row[score] for row in read_metrics(tmp_path) if score in row}
     assert list(scores) == [2, 4, 6]
-    assert result_of(tmp_path / "checkpoints" / "best", "checkpoint.json")["step"] == max(
+    assert result_of(tmp_path / "checkpoints" / "best", "checkpoint.json")["content"]["step"] == max(
         scores, key=scores.__getitem__
     )
 
@@ -204,7 +204,7 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REUSE: list[tuple[Callable[[Path], str], str]] = [
-    (lambda other: f"backbone.path={other}", "set backbone.path to what it was"),
+    (lambda other: f"backbone.path={other}", "set backbone.path to match, or record"),
     (lambda _: "decoding.max_new_tokens=5", "max_new_tokens=6 and this run has max_new_tokens=5"),
     (lambda _: "decoding.top_p=0.5", "top_p=1.0 and this run has top_p=0.5"),
     (lambda _: "decoding.temperature=1", "temperature=0.0 and this run has temperature=1.0"),
@@ -219,5 +219,5 @@ def test_traces_of_another_backbone_or_policy_are_refused(
 ) -> None:
     traces = f"evaluation.traces={measured}/traces.jsonl"
     message = refused(traces, change(other_backbone), "checkpoint=stock", recipe="evaluate")
-    assert message.startswith(f"{traces}: was recorded with ")
+    assert message.startswith(f"{traces}: holds ")
     assert line in message

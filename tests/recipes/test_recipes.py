@@ -358,7 +358,7 @@ def test_depth_grows_and_shrinks_and_the_checkpoint_records_it(
     assert run_main("+recipe=distill", *arguments, *wide) == 0
     assert run_main("+recipe=distill", *arguments, f"mtp.init={grown}", f"output_dir={shrunk}") == 0
     starts = [
-        read_json(folder / "checkpoints" / "step_00000001" / "checkpoint.json")["owner"]["start"]
+        read_json(folder / "checkpoints" / "step_00000001" / "checkpoint.json")["identity"]["start"]
         for folder in (grown, shrunk)
     ]
     assert [start["modules"] for start in starts] == [1, 3]
@@ -370,5 +370,5 @@ def test_depth_grows_and_shrinks_and_the_checkpoint_records_it(
 def test_training_against_the_encoding_is_recorded(light: list[str], release_folder: Path, tmp_path: Path) -> None:
     arguments = [*light, f"backbone.path={release_folder}", "mtp.quant_aware=true", "evaluate_at_end=false"]
     assert run_main("+recipe=distill", *arguments, f"output_dir={tmp_path}") == 0
-    owner = read_json(tmp_path / "checkpoints" / "step_00000002" / "checkpoint.json")["owner"]
-    assert owner["quant_aware"] == "fp8_fp4"
+    identity = read_json(tmp_path / "checkpoints" / "step_00000002" / "checkpoint.json")["identity"]
+    assert identity["quant_aware"] == "fp8_fp4"

@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import re
 import signal
 import threading
 import time
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtptrain.checkpoint import checkpoint_folders
-from tests.command import kill_when, read_metrics, run_main, start_process, tree
+from mtptrain.run.folder_lock import lock_path
+from tests.command import hold_folder, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 
 STEPS = 24
@@ -43,7 +45,7 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert [row["step"] for row in read_metrics(killed)] == list(range(2, STEPS + 1, 2))
     assert read_metrics(killed)[-1]["tokens"] == read_metrics(whole)[-1]["tokens"]
-    assert not list(killed.rglob("*.tmp"))
+    assert not [*killed.rglob("*.tmp"), *killed.rglob("*.lock")]
     assert "continues" in json.loads((killed / "provenance.json").read_text(encoding="utf-8"))
 
 
@@ -66,7 +68,7 @@ def test_an_interrupted_run_says_how_to_continue(
         signal.signal(signal.SIGINT, previous)
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.lock")]
     step = int(checkpoint_folders(tmp_path / "checkpoints")[-1].name.removeprefix("step_"))
     assert run_main(*arguments, "resume=auto", f"train.steps={step + 1}") == 0
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 2))
@@ -91,13 +93,17 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "arguments", "reason"),
     [
-        ("pretrain", ["resume=auto"], "belongs to task=distill and this run has task=pretrain"),
+        (
+            "pretrain",
+            ["resume=auto"],
+            "holds task=distill, steps=3 and this run has task=pretrain, steps=1; set +recipe, mtp.steps to match, or",
+        ),
         (
             "distill",
             ["resume=auto", "mtp.mode=stacked", "evaluation.every=1"],
-            "belongs to mode=shared and this run has mode=stacked",
+            "holds mode=shared and this run has mode=stacked; set mtp.mode to match, or",
         ),
-        ("distill", ["resume=auto", "backbone.path=OTHER"], "belongs to backbone="),
+        ("distill", ["resume=auto", "backbone.path=OTHER"], "holds backbone="),
         ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
         ("evaluate", ["checkpoint=stock"], "already holds a run"),
     ],
@@ -123,6 +129,24 @@ def test_another_run_leaves_the_folder_as_it_is(
     assert tree(finished) == before
 
 
+@pytest.mark.parametrize("recipe", ["distill", "export", "collect", "mini_release"])
+def test_a_folder_that_another_run_writes_is_left_to_it(
+    recipe: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, is_beside = tmp_path / "run", recipe in ("export", "mini_release")
+    process = hold_folder(folder, is_beside)
+    try:
+        more = {"export": ["target=hf", "checkpoint=absent"]}.get(recipe, [])
+        assert run_main(f"+recipe={recipe}", *light, *more, f"output_dir={folder}", "resume=auto") == 2
+        message = capfd.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"mtptrain: output_dir={folder}: process {process.pid} on ")
+        path = lock_path(folder, is_beside)
+        assert message.endswith(f"If it is gone, delete {path}")
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
+    finally:
+        process.communicate()
+
+
 def test_a_stack_of_another_depth_is_not_continued(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +154,7 @@ def test_a_stack_of_another_depth_is_not_continued(
     assert run_main(*arguments) == 0
     before = tree(tmp_path)
     assert run_main(*arguments, "resume=auto", "mtp.depth=2") == 2
-    assert "belongs to depth=1 and this run has depth=2" in capfd.readouterr().err
+    assert re.search(r"holds depth=1, .* has depth=2, .*; set mtp.depth, mtp.init to match, or", capfd.readouterr().err)
     assert tree(tmp_path) == before
 
 

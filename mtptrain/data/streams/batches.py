@@ -16,7 +16,7 @@ from torch import Tensor
 from mtptrain.data.batches import BatchSource, RowOrder
 from mtptrain.data.packing import Batch, Piece, fill_rows, pack_pieces
 from mtptrain.data.streams.format import decode_streams
-from mtptrain.data.streams.manifest import StreamManifest
+from mtptrain.data.streams.manifest import StreamCache
 from mtptrain.errors import UserError
 
 
@@ -24,7 +24,7 @@ class StreamBatches(BatchSource):
     """The batches that the cache's documents would give online, in the same order, with their streams.
 
     Args:
-        manifest: of the cache.
+        cache: whole, its shards verified.
         sequence_length: tokens a row, at least the cache's longest piece.
         batch_size: rows a batch, of all processes together.
         seed: of the order.
@@ -34,19 +34,19 @@ class StreamBatches(BatchSource):
     """
 
     def __init__(
-        self, manifest: StreamManifest, sequence_length: int, batch_size: int, seed: int, dtype: torch.dtype
+        self, cache: StreamCache, sequence_length: int, batch_size: int, seed: int, dtype: torch.dtype
     ) -> None:
-        longest = manifest.identity.sequence_length
+        longest = cache.identity.sequence_length
         if sequence_length < longest:
             raise UserError(
-                f"data.sequence_length={sequence_length}: the cache {manifest.folder} holds pieces of up to {longest} "
+                f"data.sequence_length={sequence_length}: the cache {cache.folder} holds pieces of up to {longest} "
                 f"tokens, whose streams cannot be cut; set at least {longest}"
             )
         self.sequence_length, self.dtype = sequence_length, dtype
-        self.shape = (manifest.identity.num_streams, manifest.identity.width)
-        self.files = [_open_shard(manifest.folder / shard.file) for shard in manifest.shards]
+        self.shape = (cache.identity.num_streams, cache.identity.width)
+        self.files = [_open_shard(cache.folder / name) for name in cache.files]
         self.stored = {"streams", "scales"}.intersection(self.files[0].keys())
-        self.starts = np.cumsum([0, *(shard.tokens for shard in manifest.shards)]).tolist()
+        self.starts = np.cumsum([0, *(shard.counts["tokens"] for shard in cache.files.values())]).tolist()
         self.tokens = np.concatenate([file.get_tensor("tokens").numpy() for file in self.files])
         self.spoken = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
         sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()

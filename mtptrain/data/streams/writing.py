@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,9 @@ from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import StreamFormat
 from mtptrain.data.packing import Piece, cut_document, fill_rows, pack_pieces
 from mtptrain.data.streams.format import encode_streams
-from mtptrain.data.streams.manifest import ShardEntry
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.storage import atomic_file, sha256_file, write_json
+from mtptrain.run.artifact import add_part
+from mtptrain.storage import atomic_file
 
 ROWS_A_FORWARD = 8
 ShardDocuments = list[list[Piece]]  # the pieces of each document of a shard
@@ -86,8 +84,8 @@ def write_shard(
     corpus: TokenizedCorpus,
     streams_TND: Tensor,
     stored_as: StreamFormat,
-) -> ShardEntry:
-    """Write a shard's file and, once that is on disk, the entry that says it is whole."""
+) -> None:
+    """Write a shard's file and, once that is on disk, its record."""
     pieces = [piece for parts in documents for piece in parts]
     spans = np.concatenate([np.arange(start, start + size) for start, size in pieces])
     tensors = {
@@ -97,20 +95,6 @@ def write_shard(
         "document_pieces": torch.tensor([len(parts) for parts in documents]),
         **encode_streams(streams_TND, stored_as),
     }
-    path = folder / shard_file(number)
-    with atomic_file(path) as temporary:
+    with atomic_file(folder / shard_file(number)) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    size = path.stat().st_size
-    entry = ShardEntry(path.name, sha256_file(path), size, len(documents), len(pieces), len(spans))
-    write_json(path.with_suffix(".json"), asdict(entry))
-    return entry
-
-
-def written_shard(folder: Path, number: int) -> ShardEntry | None:
-    """The entry of a shard that an earlier, interrupted run completed, or None."""
-    path = folder / shard_file(number)
-    try:
-        entry = ShardEntry(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
-        return entry if path.stat().st_size == entry.bytes else None
-    except (OSError, ValueError, TypeError):
-        return None
+    add_part(folder, shard_file(number), {"documents": len(documents), "pieces": len(pieces), "tokens": len(spans)})

@@ -1,0 +1,297 @@
+"""Artifacts: folders with an identity, checksums and a manifest, which is written last and makes the folder whole.
+
+A folder that is written at once (`new_artifact`) is whole or absent. A folder that is made part by part (`begin`,
+`add_part`, `finish`) can be continued after an interruption: `begun.json` keeps its identity, and every part has a
+record beside it, `PART.json`, written once the part is on disk. The writer holds the folder's lock (folder_lock.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mtptrain.errors import UserError
+from mtptrain.run.folder_lock import LOCK
+from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.storage import atomic_folder, sha256_file, write_json
+
+Identity = TypeVar("Identity")
+Content = TypeVar("Content")
+Making = TypeVar("Making")
+BEGUN = "begun.json"
+HASH = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind(Generic[Identity, Content]):
+    """A kind of artifact.
+
+    Attributes:
+        name: such as `checkpoint`.
+        schema: version of its files; other versions are refused.
+        identity: type of the identity.
+        content: type of everything else in the manifest.
+        settings: the fields of the identity that a run must share, and the setting that each comes from.
+        manifest: name of the manifest.
+        missing, damaged, repair: the ways out if the manifest is missing or damaged, or a file is damaged.
+    """
+
+    name: str
+    schema: int
+    identity: Any  # a dataclass, or a union of them
+    content: Any
+    settings: Mapping[str, str]
+    manifest: str = "manifest.json"
+    missing: str
+    damaged: str
+    repair: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of an artifact: its size, its checksum, and counts of its content."""
+
+    bytes: int
+    sha256: str
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact(Generic[Identity, Content]):
+    """A whole artifact, whose files are not verified yet.
+
+    Attributes:
+        kind: of artifact.
+        where: the setting that gave the folder, and the folder.
+        folder: the folder.
+        identity: decides which runs may use it.
+        files: by name, in the order of the manifest.
+        content: everything else in the manifest.
+    """
+
+    kind: Kind[Identity, Content]
+    where: str
+    folder: Path
+    identity: Identity
+    files: dict[str, StoredFile]
+    content: Content
+
+    def is_sound(self, name: str) -> bool:
+        """Whether a file is listed, present and unaltered; reads the whole file."""
+        stored, path = self.files.get(name), self.folder / name
+        if stored is None or not path.is_file() or path.stat().st_size != stored.bytes:
+            return False
+        return sha256_file(path) == stored.sha256
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Raise a `UserError` that names the first of `names` that is not sound."""
+        for name in names:
+            if not self.is_sound(name):
+                raise self.damage(name)
+
+    def damage(self, name: str) -> UserError:
+        """The error for a file that is not sound."""
+        reason = "missing, truncated or altered (its SHA-256 differs)"
+        return UserError(f"{self.where}: {name} is {reason}; {self.kind.repair}")
+
+
+def open_artifact(kind: Kind[Identity, Content], setting: str, folder: Path) -> Artifact[Identity, Content]:
+    """Read the manifest of a whole artifact.
+
+    Args:
+        kind: the wanted kind.
+        setting: gave the folder.
+        folder: of the artifact.
+
+    Raises:
+        UserError: it is missing, unfinished, damaged, or of another kind or schema.
+    """
+    where = f"{setting}={folder}"
+    identity, files, content = _read(
+        kind, where, folder / kind.manifest, identity=kind.identity, files=dict[str, StoredFile], content=kind.content
+    )
+    return Artifact(kind, where, folder, identity, files, content)
+
+
+@contextmanager
+def new_artifact(kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content) -> Iterator[Path]:
+    """Yield a temporary folder; it gets a manifest and the name `folder` when the block ends well."""
+    with atomic_folder(folder) as temporary:
+        yield temporary
+        seal(kind, temporary, identity, content, sorted(path.name for path in temporary.iterdir()))
+
+
+def seal(
+    kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content, names: Iterable[str]
+) -> None:
+    """Write the manifest of a folder that is complete, with checksums of the files `names`."""
+    files = {name: _describe_file(folder / name) for name in names}
+    _write_manifest(kind, folder, identity, files, content)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds an artifact that is made part by part, whole or not."""
+    return (folder / BEGUN).exists()
+
+
+def begin(kind: Kind[Identity, Content], setting: str, folder: Path, identity: Identity, making: Making) -> Making:
+    """Begin an artifact, or continue one that an interrupted run began.
+
+    Args:
+        kind: of artifact.
+        setting: gave the folder.
+        folder: locked by this run.
+        identity: of the artifact.
+        making: anything that shapes the parts without being part of the identity; None, or a dataclass.
+
+    Returns:
+        how the parts are to be made: an artifact is finished the way it was begun.
+
+    Raises:
+        UserError: the folder holds another artifact, or other files.
+    """
+    path, where = folder / BEGUN, f"{setting}={folder}"
+    if not path.exists():
+        if any(other.name != LOCK for other in folder.iterdir()):
+            raise UserError(f"{where}: holds other files than a {kind.name}; choose an empty or a new folder")
+        content = {"identity": to_json(identity), "making": to_json(making)}
+        write_json(path, {"kind": kind.name, "schema": kind.schema, **content})
+        return making
+    stored, begun = _read(kind, where, path, identity=kind.identity, making=type(making))
+    check_identity(where, stored, identity, kind.settings)
+    return begun
+
+
+def add_part(folder: Path, name: str, counts: dict[str, int]) -> None:
+    """Record a part whose file is on disk.
+
+    Args:
+        folder: of the artifact.
+        name: of the part's file.
+        counts: of its content.
+    """
+    write_json(_record(folder, name), to_json(_describe_file(folder / name, counts)))
+
+
+def find_parts(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
+    """Parts that are on disk, by name: those with a record and a file of the recorded size."""
+    parts = {}
+    for name in names:
+        try:
+            part = from_json(StoredFile, json.loads(_record(folder, name).read_text(encoding="utf-8")))
+            if (folder / name).stat().st_size == part.bytes:
+                parts[name] = part
+        except (OSError, ValueError):
+            continue
+    return parts
+
+
+def finish(
+    kind: Kind[Identity, Content], folder: Path, identity: Identity, files: dict[str, StoredFile], content: Content
+) -> None:
+    """Write the manifest, which makes the folder whole; a manifest that is there already stays.
+
+    Args:
+        kind: of artifact.
+        folder: holds all parts.
+        identity: of the artifact.
+        files: the parts, in the order in which they are to be read.
+        content: everything else that the manifest keeps.
+    """
+    if not (folder / kind.manifest).exists():
+        _write_manifest(kind, folder, identity, files, content)
+
+
+def total_counts(files: Mapping[str, StoredFile]) -> dict[str, int]:
+    """Sums over the counts of all files."""
+    totals: dict[str, int] = {}
+    for stored in files.values():
+        for name, count in stored.counts.items():
+            totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+def check_identity(
+    where: str, have: object, want: object, settings: Mapping[str, str], way_out: str = "choose another folder"
+) -> None:
+    """Raise a `UserError` that lists every difference between a stored identity and that of this run.
+
+    Args:
+        where: the setting that gave the artifact, and its path.
+        have: the stored identity, a dataclass or a dict.
+        want: the identity of this run.
+        settings: the fields to compare, and the setting that each comes from.
+        way_out: what else the user can do.
+    """
+    stored, wanted = _flatten(have, settings), _flatten(want, settings)
+    names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    if type(have) is not type(want):
+        names = [name for name in names if name in stored and name in wanted] or names
+    if not names:
+        return
+    parts = (", ".join(f"{name}={_short(values.get(name))}" for name in names) for values in (stored, wanted))
+    sources = ", ".join(dict.fromkeys(settings[name.split(".")[0]] for name in names))
+    raise UserError(
+        f"{where}: holds {next(parts)} and this run has {next(parts)}; set {sources} to match, or {way_out}"
+    )
+
+
+def _flatten(identity: object, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The compared fields as JSON values by dotted name."""
+    values = to_json(identity)
+    flat: dict[str, Any] = {}
+    for name in settings:
+        value = values.get(name) if name in values else None
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": part for key, part in value.items()})
+        elif name in values:
+            flat[name] = value
+    return flat
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else value
+
+
+def _record(folder: Path, name: str) -> Path:
+    return (folder / name).with_suffix(".json")
+
+
+def _describe_file(path: Path, counts: dict[str, int] | None = None) -> StoredFile:
+    return StoredFile(path.stat().st_size, sha256_file(path), counts or {})
+
+
+def _write_manifest(
+    kind: Kind[Identity, Content], folder: Path, identity: Identity, files: dict[str, StoredFile], content: Content
+) -> None:
+    parts = {"identity": identity, "content": content, "files": files}
+    write_json(folder / kind.manifest, {"kind": kind.name, "schema": kind.schema, **to_json(parts)})
+
+
+def _read(kind: Kind[Any, Any], where: str, path: Path, **types: Any) -> list[Any]:
+    """The values of a manifest or of `begun.json`, one for each of `types`, which are checked."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        schema, name = stored.get("schema", stored.get("format")), stored.get("kind", kind.name)
+        if schema is None:
+            raise MismatchError("it has no schema")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{where}: holds no {path.name}; {kind.missing}") from None
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: not UTF-8, not JSON, no schema
+        raise UserError(f"{where}: {path.name} is damaged ({error}); {kind.damaged}") from None
+    if name != kind.name:
+        raise UserError(f"{where}: is of the kind {name!r} and not {kind.name!r}; {kind.missing}")
+    if schema != kind.schema:
+        raise UserError(
+            f"{where}: has schema {schema} and this version of mtptrain reads {kind.schema}; use the version that "
+            "wrote it"
+        )
+    try:
+        return [from_json(type_, stored[part]) for part, type_ in types.items()]
+    except (KeyError, MismatchError) as error:
+        raise UserError(f"{where}: {path.name} is damaged ({error}); {kind.damaged}") from None
