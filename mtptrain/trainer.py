@@ -29,7 +29,7 @@ from mtptrain.memory import peak_memory_bytes
 from mtptrain.optim import learning_rate
 from mtptrain.preemption import LeaveRequest
 from mtptrain.progress import Progress
-from mtptrain.tracking import MetricsLog
+from mtptrain.run.tracking import MetricsLog
 
 
 class Objective(Protocol):

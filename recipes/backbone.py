@@ -64,8 +64,8 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     if checkpoint is not None:
         trainer.restore(checkpoint)
         run_folder.say(f"continuing from step {trainer.step}")
-    with run_folder.open_mirror() as mirror:
-        log = run_folder.open_log(mirror, trainer.step)
+    with run_folder.open_trackers() as trackers:
+        log = run_folder.open_log(trackers, trainer.step)
         trainer.run(log)
         log.close()
     transformers_logging.disable_progress_bar()
@@ -87,8 +87,8 @@ def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> 
     backbone = open_backbone(head_config)
     head_folder = replace(run_folder, path=run_folder.path / "stock_head", config=head_config)
     head_folder.path.mkdir(exist_ok=True)
-    with head_folder.open_mirror() as mirror:
-        stack = train_head(head_config, head_folder, backbone, mirror)
+    with head_folder.open_trackers() as trackers:
+        stack = train_head(head_config, head_folder, backbone, trackers)
     with atomic_file(folder / HEAD_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
     corpus, length = heldout_corpus(head_config, backbone), piece_length(config, backbone.config)

@@ -45,9 +45,9 @@ from mtptrain.recipes.inputs import (
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.run.tracking import Trackers
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import Probe, Trainer
-from mtptrain.wandb_mirror import WandbMirror
 
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
 
@@ -144,13 +144,13 @@ def make_trainer(
     return trainer
 
 
-def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone, mirror: WandbMirror) -> MtpStack:
+def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone, trackers: Trackers) -> MtpStack:
     """Train the modules that `config.mtp` asks for; rank 0 returns them, whole and in eval mode."""
     stack, start = start_stack(config.mtp, backbone, config.seed)
     if "conversion" in start:
         run_folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
     trainer = make_trainer(config, run_folder, backbone, stack, start)
-    log = run_folder.open_log(mirror, trainer.step)
+    log = run_folder.open_log(trackers, trainer.step)
     try:
         trainer.run(log)
     finally:
@@ -158,7 +158,7 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone, mir
     if config.tracking.checkpoints and rank() == 0:
         best = trainer.checkpoints / BEST
         kept = [checkpoint_folders(trainer.checkpoints)[-1], *([best] if best.is_dir() else [])]
-        mirror.artifact("checkpoints", "model", kept)
+        trackers.artifact("checkpoints", "model", kept)
     tensors = trainer.engine.tensors()
     if rank() > 0:
         return stack
@@ -168,12 +168,12 @@ def train_head(config: RunConfig, run_folder: RunFolder, backbone: Backbone, mir
 
 def run(config: RunConfig, run_folder: RunFolder) -> None:
     """Train a head, then measure it beside the stock head."""
-    with run_folder.open_mirror() as mirror:
-        train_and_measure(config, run_folder, mirror)
+    with run_folder.open_trackers() as trackers:
+        train_and_measure(config, run_folder, trackers)
 
 
-def train_and_measure(config: RunConfig, run_folder: RunFolder, mirror: WandbMirror) -> None:
-    """What `run` does while its mirror is open."""
+def train_and_measure(config: RunConfig, run_folder: RunFolder, trackers: Trackers) -> None:
+    """Train a head, then measure it, while the trackers are open."""
     from_streams = config.data.source is DataSource.streams
     backbone = open_backbone(config, has_layers=not from_streams)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.model.parameters())  # whole, if shared
@@ -182,7 +182,7 @@ def train_and_measure(config: RunConfig, run_folder: RunFolder, mirror: WandbMir
     is_measured = config.backbone.placement not in SHARED_PLACEMENTS
     if config.evaluate_at_end and is_measured:  # before hours of training, not after them
         check_prompts(config, backbone, heldout_corpus(config, backbone))
-    stack = train_head(config, run_folder, backbone, mirror)
+    stack = train_head(config, run_folder, backbone, trackers)
     is_first = rank() == 0
     leave()  # the measuring is done by rank 0 alone
     if not is_measured and is_first:
@@ -197,4 +197,4 @@ def train_and_measure(config: RunConfig, run_folder: RunFolder, mirror: WandbMir
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):
         heads.insert(0, stock_head(backbone))
-    publish(mirror, run_folder, evaluate_heads(config, run_folder, backbone, heads))
+    publish(trackers, run_folder, evaluate_heads(config, run_folder, backbone, heads))

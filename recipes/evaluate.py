@@ -194,5 +194,5 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         heads.append(stock_head(backbone))
     if checkpoint is not None:
         heads.append(trained_head(backbone, checkpoint))
-    with run_folder.open_mirror() as mirror:
-        publish(mirror, run_folder, evaluate_heads(config, run_folder, backbone, heads))
+    with run_folder.open_trackers() as trackers:
+        publish(trackers, run_folder, evaluate_heads(config, run_folder, backbone, heads))

@@ -26,7 +26,6 @@ from mtptrain.config.choices import (
     StoredWeights,
     StreamFormat,
     Task,
-    Tracker,
     VerificationChoice,
     WeightFormat,
 )
@@ -38,8 +37,7 @@ from mtptrain.config.on_policy import OnPolicyConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.release import ReleaseConfig
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
-from mtptrain.config.run import ONE_DTYPE, RunConfig, register
-from mtptrain.config.tracking import TrackingConfig
+from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
 from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
 
 __all__ = [
@@ -83,7 +81,6 @@ __all__ = [
     "StoredWeights",
     "StreamFormat",
     "Task",
-    "Tracker",
     "TrackingConfig",
     "TrainConfig",
     "VerificationChoice",

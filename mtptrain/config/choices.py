@@ -181,14 +181,6 @@ class VerificationChoice(Enum):
     block = "block"
 
 
-class Tracker(Enum):
-    """Where metrics are mirrored; `jsonl` is always the record unless `none` is chosen."""
-
-    none = "none"
-    jsonl = "jsonl"
-    wandb = "wandb"
-
-
 class PlanKind(Enum):
     """What `plan` is asked for."""
 

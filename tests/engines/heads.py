@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.checkpoint import checkpoint_name, open_checkpoint
-from mtptrain.config import EngineName, LossConfig, RunConfig, Task, Tracker, TrackingConfig, TrainConfig
+from mtptrain.config import EngineName, LossConfig, RunConfig, Task, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.distributed import join, own_rows, rank
@@ -24,9 +24,8 @@ from mtptrain.losses.outcome import Outcome
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import place
 from mtptrain.mtp.trainable import freeze_untrained
-from mtptrain.tracking import MetricsLog
+from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.trainer import Step, Trainer
-from mtptrain.wandb_mirror import WandbMirror
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
 STEPS, MIDDLE, BAD = 4, 2, 2
@@ -77,8 +76,7 @@ class BadObjective(RolloutObjective):
 
 class Silent(MetricsLog):
     def __init__(self) -> None:
-        config = TrackingConfig(tracker=Tracker.none)
-        super().__init__(config, Path(), WandbMirror(config, Path(), {}))
+        super().__init__(None, Trackers())
 
 
 def head_trainer(

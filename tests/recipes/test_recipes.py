@@ -243,7 +243,7 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     backbone = open_backbone(config)
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     folder = open_run_folder(config, {})
-    stack = train_head(config, folder, backbone, folder.open_mirror())
+    stack = train_head(config, folder, backbone, folder.open_trackers())
     after, start = backbone.model.state_dict(), stock_tensors(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tree(backbone_folder) == files
