@@ -62,13 +62,10 @@ class Trackers:
         """Return whether any tracker still gets calls."""
         return any(tracker.is_on for tracker in self.trackers)
 
-    def continue_from(self, start_step: int, logged_steps: dict[str, int]) -> None:
-        """Set the step that training starts from, and the last step of each metric that an interrupted run logged.
-
-        Call it before anything is sent.
-        """
+    def start_from(self, step: int) -> None:
+        """Set the step that training starts or continues from; call it before anything is sent."""
         if self.run is not None:
-            self.run.start_step, self.run.logged_steps = start_step, logged_steps
+            self.run.start_step = step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
@@ -109,10 +106,9 @@ class MetricsLog:
     def __init__(self, folder: Path | None, trackers: Trackers, start_step: int = 0) -> None:
         self.trackers = trackers
         self.file: TextIO | None = None
-        logged_steps: dict[str, int] = {}
         if folder is not None:
-            self.file, logged_steps = _open(folder / METRICS_FILE, start_step)
-        trackers.continue_from(start_step, logged_steps)
+            self.file = _open(folder / METRICS_FILE, start_step)
+        trackers.start_from(start_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step; NaN and infinity become null in the file, since JSON has neither."""
@@ -132,33 +128,25 @@ class MetricsLog:
             self.file.close()
 
 
-def _open(path: Path, start_step: int) -> tuple[TextIO | None, dict[str, int]]:
-    """Open the log without rows after `start_step`; return it and the last step of each metric it had.
-
-    Returns None, with a warning, for a log that cannot be opened.
-    """
+def _open(path: Path, start_step: int) -> TextIO | None:
+    """Open the log without rows after `start_step`; return None, with a warning, if it cannot be opened."""
     try:
-        logged_steps = _keep_until(path, start_step) if path.exists() else {}
-        return path.open("a", encoding="utf-8"), logged_steps
+        if path.exists():
+            _keep_until(path, start_step)
+        return path.open("a", encoding="utf-8")
     except OSError as error:
         print(f"{path}: cannot be written ({error.strerror}); training goes on without it", file=sys.stderr)
-        return None, {}
+        return None
 
 
-def _keep_until(path: Path, step: int) -> dict[str, int]:
-    """Drop rows after `step`, which an interrupted run logged past its last checkpoint.
-
-    Returns the last step of each metric, dropped rows included.
-    """
-    kept: list[str] = []
-    logged_steps: dict[str, int] = {}
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the rows that an interrupted run wrote after the checkpoint it continues from."""
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # the line that was being written when the run was killed
-        logged_steps |= dict.fromkeys(row, row.get("step", 0))
         if row.get("step", 0) <= step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
-    return logged_steps

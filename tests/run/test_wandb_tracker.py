@@ -11,6 +11,7 @@ from mtptrain.errors import UserError
 from mtptrain.run.trackers import TrackedRun
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.run_folder import open_run_folder
+from mtptrain.storage import write_json
 from tests.command import read_metrics, run_main
 from tests.run.offline_run import artifacts, history, records
 
@@ -56,14 +57,14 @@ def test_rows_after_the_resumed_step_are_sent_once(tmp_path: Path) -> None:
     assert [row["loss"] for row in history(records(tmp_path))] == [10, 20, 30, 40]
 
 
-def test_a_run_that_was_not_sent_before_is_sent_from_the_resumed_step_on(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, Trackers())
-    for step in (10, 20, 30):
-        log.write(step, {"loss": float(step)})
-    log.close()
+def test_a_killed_run_is_sent_from_the_resumed_step_on(tmp_path: Path) -> None:
+    """A killed process may have lost its last rows, so they are sent again: twice is better than never."""
+    write_json(tmp_path / "wandb_run.json", {"id": "killed"})
     with open_trackers(tmp_path) as trackers:
         MetricsLog(tmp_path, trackers, 20).write(30, {"loss": 31.0})
-    assert [row["loss"] for row in history(records(tmp_path))] == [31]
+    found = records(tmp_path)
+    assert [row["loss"] for row in history(found)] == [31]
+    assert {record.run.run_id for record in found if record.HasField("run")} == {"killed"}
 
 
 def test_nothing_is_written_before_something_is_sent(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 A module defines `PACKAGES`, the packages that it imports, and `begin(run) -> Tracker`, which starts a run or continues
 the one that an interrupted job began in the same folder. See CONTRIBUTING.md, "Add a tracker".
+
+accelerate's trackers are not used. Each call needs its `PartialState`, which waits for the other processes of a job
+even after they have ended; TensorBoard's and MLflow's write no tables, and MLflow's reports every run as finished.
 """
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,14 +46,12 @@ class TrackedRun:
         folder: the run's folder.
         settings: the resolved configuration as plain values.
         start_step: the step that training starts from; None until training starts.
-        logged_steps: of each metric, the last step that an interrupted run logged before this one continues it.
     """
 
     config: TrackingConfig
     folder: Path
     settings: dict[str, Any]
     start_step: int | None = None
-    logged_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -59,7 +60,13 @@ class TrackedRun:
 
 
 def unlogged(step: int, metrics: Mapping[str, float], logged_steps: Mapping[str, int]) -> dict[str, float]:
-    """Return the metrics that were not logged at `step` before, for trackers that only append."""
+    """Return the metrics that were not logged at `step` before, for trackers that only append.
+
+    Args:
+        step: of the metrics.
+        metrics: of that step.
+        logged_steps: the last step of each metric that the tracker has.
+    """
     return {name: value for name, value in metrics.items() if step > logged_steps.get(name, -1)}
 
 

@@ -14,7 +14,7 @@ from mtptrain.run.trackers import TrackedRun, unlogged
 from mtptrain.storage import write_json
 
 PACKAGES = ("wandb",)
-RUN_FILE = "wandb_run.json"  # the id under which a continued run is the same run in W&B
+RUN_FILE = "wandb_run.json"  # the id under which a continued run is the same run in W&B, and the rows it has
 
 
 class WandbTracker:
@@ -22,18 +22,20 @@ class WandbTracker:
 
     Args:
         run: as `wandb.init` returns it.
-        logged_steps: of each metric, the last step that was sent before the run was interrupted; not sent again.
-        offline_folders: pattern of the folders to upload; None for a run that is online.
+        folder: the run's folder, which holds what the next process of a continued run needs.
+        sent_steps: the last step of each metric that W&B has from earlier processes.
+        is_offline: whether somebody has to upload the run.
     """
 
-    def __init__(self, run: Any, logged_steps: Mapping[str, int], offline_folders: Path | None) -> None:
-        self.run, self.logged_steps, self.offline_folders = run, logged_steps, offline_folders
+    def __init__(self, run: Any, folder: Path, sent_steps: dict[str, int], is_offline: bool) -> None:
+        self.run, self.folder, self.sent_steps, self.is_offline = run, folder, sent_steps, is_offline
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a step."""
-        fresh = unlogged(step, metrics, self.logged_steps)
+        """Send the metrics of a step, except those that W&B has: offline it only appends."""
+        fresh = unlogged(step, metrics, self.sent_steps)
         if fresh:
             self.run.log(fresh, step=step)
+            self.sent_steps |= dict.fromkeys(fresh, step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Send a table."""
@@ -58,9 +60,11 @@ class WandbTracker:
         """End the run and print the command that uploads an offline one."""
         try:
             self.run.finish(exit_code=int(failed))
+            write_json(self.folder / RUN_FILE, {"id": self.run.id, "sent_steps": self.sent_steps})
         finally:
-            if self.offline_folders is not None:  # every restart adds a folder
-                print(f"W&B ran offline; upload it with: wandb sync {self.offline_folders}", file=sys.stderr)
+            if self.is_offline:  # every restart adds a folder
+                folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
+                print(f"W&B ran offline; upload it with: wandb sync {folders}", file=sys.stderr)
 
 
 def begin(run: TrackedRun) -> WandbTracker:
@@ -69,28 +73,22 @@ def begin(run: TrackedRun) -> WandbTracker:
 
     has_key = bool(os.environ.get("WANDB_API_KEY"))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    is_offline, is_continued = mode == "offline", (run.folder / RUN_FILE).exists()
+    path = run.folder / RUN_FILE
+    record: dict[str, Any] = {"id": uuid4().hex[:8], "sent_steps": {}}
+    if path.exists():
+        record |= json.loads(path.read_text(encoding="utf-8"))
+    # Without `sent_steps` until it is finished: W&B loses its last rows, no one knows which, if the process is killed.
+    write_json(path, {"id": record["id"]})
     begun = wandb.init(
         project=run.config.project,
         name=run.config.name,
         group=run.group,
         tags=run.config.tags,
-        id=_run_id(run.folder),
-        resume=None if is_offline else "allow",
+        id=record["id"],
+        resume=None if mode == "offline" else "allow",
         dir=str(run.folder),
         mode=mode,
         config=run.settings,
         settings=wandb.Settings(silent=True, console="off"),
     )
-    offline_folders = run.folder / "wandb" / f"offline-run-*-{begun.id}" if is_offline else None
-    return WandbTracker(begun, run.logged_steps if is_continued else {}, offline_folders)
-
-
-def _run_id(folder: Path) -> str:
-    """Return the id of this run, the same after a restart."""
-    path = folder / RUN_FILE
-    if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
-    run_id = uuid4().hex[:8]
-    write_json(path, {"id": run_id})
-    return run_id
+    return WandbTracker(begun, run.folder, record["sent_steps"], mode == "offline")
