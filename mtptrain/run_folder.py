@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from mtptrain.config import RunConfig, Tracker, TrackingConfig
+from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
 from mtptrain.provenance import describe_run, hardware
 from mtptrain.run.folder_lock import FolderLock, require_free
+from mtptrain.run.trackers import TrackedRun, check_trackers
+from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
 from mtptrain.storage import atomic_folder, write_json, write_text
-from mtptrain.tracking import METRICS_FILE, MetricsLog
-from mtptrain.wandb_mirror import WandbMirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,15 @@ class RunFolder:
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         write_json(self.path / "provenance.json", self.provenance)
 
-    @property
-    def tracking(self) -> TrackingConfig:
-        """Where this process sends metrics: rank 0 alone does."""
-        return self.config.tracking if is_first() else TrackingConfig(tracker=Tracker.none)
+    def open_trackers(self) -> Trackers:
+        """Return the run's trackers, of which ranks other than 0 have none; use them in a `with` statement."""
+        return Trackers(TrackedRun(self.config.tracking, self.path, self.settings) if is_first() else None)
 
-    def open_mirror(self) -> WandbMirror:
-        """What mirrors the run; nothing is sent or written yet. Whoever opens it finishes it."""
-        return WandbMirror(self.tracking, self.path, self.settings)
-
-    def open_log(self, mirror: WandbMirror, start_step: int = 0) -> MetricsLog:
-        """The run's metrics log; rows after `start_step` are dropped. Records the run."""
+    def open_log(self, trackers: Trackers, start_step: int = 0) -> MetricsLog:
+        """Record the run and return its metrics log, without rows after `start_step`."""
         self.record()
-        return MetricsLog(self.tracking, self.path, mirror, start_step)
+        has_file = self.config.tracking.metrics_file and is_first()
+        return MetricsLog(self.path if has_file else None, trackers, start_step)
 
 
 def is_first() -> bool:
@@ -137,8 +133,10 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
     """The folder of a run, checked but not written to: `RunFolder.record` and the log make it.
 
     Raises:
-        UserError: the folder cannot be written, or holds another run and `resume` is `never`.
+        UserError: the folder cannot be written, or holds another run and `resume` is `never`; a tracker is unknown
+            or its package is missing.
     """
+    check_trackers(config.tracking)
     path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task, job_number)
     if config.output_dir and job_number is not None:
         path = path / f"job{job_number}"

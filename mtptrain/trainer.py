@@ -39,7 +39,7 @@ from mtptrain.optim import learning_rate
 from mtptrain.preemption import LeaveRequest
 from mtptrain.progress import Progress
 from mtptrain.run.artifact import check_identity
-from mtptrain.tracking import MetricsLog
+from mtptrain.run.tracking import MetricsLog
 
 
 class Objective(Protocol):

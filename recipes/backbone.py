@@ -65,8 +65,8 @@ def train_backbone(session: Session) -> Path:
     if checkpoint is not None:
         trainer.restore(checkpoint)
         run_folder.say(f"continuing from step {trainer.step}")
-    with run_folder.open_mirror() as mirror:
-        log = run_folder.open_log(mirror, trainer.step)
+    with run_folder.open_trackers() as trackers:
+        log = run_folder.open_log(trackers, trainer.step)
         trainer.run(log)
         log.close()
     transformers_logging.disable_progress_bar()
@@ -88,9 +88,9 @@ def train_stock_head(session: Session, folder: Path) -> None:
     )
     head_folder = replace(run_folder, path=run_folder.path / "stock_head", config=head_config)
     head_folder.path.mkdir(exist_ok=True)
-    with head_folder.open_mirror() as mirror:
+    with head_folder.open_trackers() as trackers:
         head_session = Session(head_config, head_folder)
-        stack = train_head(head_session, mirror)
+        stack = train_head(head_session, trackers)
     backbone = head_session.backbone
     with atomic_file(folder / HEAD_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)

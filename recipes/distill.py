@@ -34,8 +34,8 @@ from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.run.tracking import Trackers
 from mtptrain.trainer import Probe, Trainer
-from mtptrain.wandb_mirror import WandbMirror
 
 PROCESSES = "any"
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
@@ -140,14 +140,14 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     return trainer
 
 
-def train_head(session: Session, mirror: WandbMirror) -> MtpStack:
+def train_head(session: Session, trackers: Trackers) -> MtpStack:
     """Train the modules that `config.mtp` asks for; rank 0 returns them, whole and in eval mode."""
     config, backbone = session.config, session.training_backbone
     stack, start = start_stack(session)
     if "conversion" in start:
         session.folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
     trainer = make_trainer(session, stack, start)
-    log = session.folder.open_log(mirror, trainer.step)
+    log = session.folder.open_log(trackers, trainer.step)
     try:
         trainer.run(log)
     finally:
@@ -155,7 +155,7 @@ def train_head(session: Session, mirror: WandbMirror) -> MtpStack:
     if config.tracking.checkpoints and rank() == 0:
         best = trainer.checkpoints / BEST
         kept = [checkpoint_folders(trainer.checkpoints)[-1], *([best] if best.is_dir() else [])]
-        mirror.artifact("checkpoints", "model", kept)
+        trackers.artifact("checkpoints", "model", kept)
     tensors = trainer.engine.tensors()
     if rank() > 0:
         return stack
@@ -165,12 +165,12 @@ def train_head(session: Session, mirror: WandbMirror) -> MtpStack:
 
 def run(session: Session) -> None:
     """Train a head, then measure it beside the stock head."""
-    with session.folder.open_mirror() as mirror:
-        stack = train(session, mirror)
+    with session.folder.open_trackers() as trackers:
+        stack = train(session, trackers)
         is_first = rank() == 0
         leave()  # the measuring is done by rank 0 alone
         if is_first and is_measured(session.config):
-            measure(session, stack, mirror)
+            measure(session, stack, trackers)
 
 
 def is_measured(config: RunConfig) -> bool:
@@ -178,7 +178,7 @@ def is_measured(config: RunConfig) -> bool:
     return config.evaluate_at_end and config.backbone.placement not in SHARED_PLACEMENTS
 
 
-def train(session: Session, mirror: WandbMirror) -> MtpStack:
+def train(session: Session, trackers: Trackers) -> MtpStack:
     """Check everything that the run will need, then train."""
     config = session.config
     if is_measured(config):  # before hours of training, not after them
@@ -187,7 +187,7 @@ def train(session: Session, mirror: WandbMirror) -> MtpStack:
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # whole, if shared
     held = ", its decoder layers left on disk" if config.data.source is DataSource.streams else ""
     session.folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{held}")
-    stack = train_head(session, mirror)
+    stack = train_head(session, trackers)
     if config.backbone.placement in SHARED_PLACEMENTS:
         session.folder.say(
             f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
@@ -196,10 +196,10 @@ def train(session: Session, mirror: WandbMirror) -> MtpStack:
     return stack
 
 
-def measure(session: Session, stack: MtpStack, mirror: WandbMirror) -> None:
+def measure(session: Session, stack: MtpStack, trackers: Trackers) -> None:
     """Measure the trained head beside the stock head."""
     checkpoints = str(session.folder.path / "checkpoints")
     heads = [Head("trained", checkpoints, session.config.mtp.mode.value, stack)]
     if session.config.evaluation.include_stock and has_stock(session.backbone):
         heads.insert(0, session.stock_head())
-    publish(mirror, session.folder, evaluate_heads(session, heads))
+    publish(trackers, session.folder, evaluate_heads(session, heads))

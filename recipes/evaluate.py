@@ -191,5 +191,5 @@ def run(session: Session) -> None:
         heads.append(session.stock_head())
     if checkpoint is not None:
         heads.append(session.trained_head(checkpoint))
-    with session.folder.open_mirror() as mirror:
-        publish(mirror, session.folder, evaluate_heads(session, heads))
+    with session.folder.open_trackers() as trackers:
+        publish(trackers, session.folder, evaluate_heads(session, heads))

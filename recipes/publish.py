@@ -1,12 +1,12 @@
-"""What an evaluation sends to the mirror of its run: tables to look at and compare, and the files as an artifact."""
+"""An evaluation for the trackers of its run: tables to look at and compare, and the files as an artifact."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mtptrain.evaluation.report import plots
+from mtptrain.run.tracking import Trackers
 from mtptrain.run_folder import RunFolder
-from mtptrain.wandb_mirror import WandbMirror
 
 Row = tuple[Any, ...]
 PLOTS = (
@@ -49,17 +49,17 @@ def speedups(evaluation: dict[str, Any]) -> list[Row]:
     ]
 
 
-def publish(mirror: WandbMirror, run_folder: RunFolder, evaluation: dict[str, Any]) -> None:
-    """Send an evaluation's tables, plots and report to the mirror, where it is on."""
-    if not mirror.is_on:
+def publish(trackers: Trackers, run_folder: RunFolder, evaluation: dict[str, Any]) -> None:
+    """Send an evaluation's tables, plots and report to the trackers, if any is on."""
+    if not trackers.is_on:
         return
     columns = ["head", "K", "tokens_a_pass", "low", "high"]
-    mirror.table("evaluation/acceptance_length", columns, acceptance_lengths(evaluation))
+    trackers.table("evaluation/acceptance_length", columns, acceptance_lengths(evaluation))
     columns = ["head", "position", "accepted", "alpha", "top1"]
-    mirror.table("evaluation/acceptance_by_position", columns, acceptance_by_position(evaluation))
+    trackers.table("evaluation/acceptance_by_position", columns, acceptance_by_position(evaluation))
     columns = ["head", "batch", "K", "median", "lower_quartile", "upper_quartile"]
-    mirror.table("evaluation/speedup", columns, speedups(evaluation))
+    trackers.table("evaluation/speedup", columns, speedups(evaluation))
     drawn = {plot.__name__: plot(evaluation) for plot in PLOTS}
     texts = {f"{name}.svg": text for name, text in drawn.items() if text is not None}
     files = [run_folder.path / name for name in ("evaluation.json", "report.html")]
-    mirror.artifact("evaluation", "evaluation", files, texts)
+    trackers.artifact("evaluation", "evaluation", files, texts)

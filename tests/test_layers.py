@@ -18,7 +18,7 @@ LAYERS = [
     # the format of data, no source of it
     ["data.messages", "data.documents", "data.chat", "data.encoder", "data.tokens", "data.packing", "data.tokenizer"],
     ["mtp", "backbone"],
-    ["decoding", "losses", "data", "optim", "balance", "tracking", "wandb_mirror", "progress", "preemption"],
+    ["decoding", "losses", "data", "optim", "balance", "progress", "preemption"],
     ["engines"],
     ["checkpoint"],
     ["trainer", "evaluation", "planning", "export", "run_folder"],

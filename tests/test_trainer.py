@@ -14,16 +14,15 @@ from mtptrain.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
-from mtptrain.config import MtpMode, OptimizerName, Tracker, TrackingConfig, TrainConfig
+from mtptrain.config import MtpMode, OptimizerName, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.errors import UserError
 from mtptrain.losses.outcome import Outcome
+from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.run.typed_json import to_json
-from mtptrain.tracking import MetricsLog
 from mtptrain.trainer import Probe, Step, Totals, Trainer
-from mtptrain.wandb_mirror import WandbMirror
 
 # B rows, S tokens a row, V vocabulary, K draft steps
 
@@ -118,8 +117,7 @@ class Rows(MetricsLog):
     """Keeps the rows in memory."""
 
     def __init__(self) -> None:
-        config = TrackingConfig(tracker=Tracker.none)
-        super().__init__(config, Path(), WandbMirror(config, Path(), {}))
+        super().__init__(None, Trackers())
         self.rows: list[dict[str, Any]] = []
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -25,15 +25,13 @@ from mtptrain.config.choices import (
     ShardCopies,
     StoredWeights,
     StreamFormat,
-    Tracker,
     WeightFormat,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
-from mtptrain.config.run import ONE_DTYPE, RunConfig, register
-from mtptrain.config.tracking import TrackingConfig
+from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 from mtptrain.kernels.choices import Verification
 
@@ -78,7 +76,6 @@ __all__ = [
     "StockHeadConfig",
     "StoredWeights",
     "StreamFormat",
-    "Tracker",
     "TrackingConfig",
     "TrainConfig",
     "Verification",

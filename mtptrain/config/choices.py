@@ -166,14 +166,6 @@ class DraftChoice(Enum):
     greedy = "greedy"
 
 
-class Tracker(Enum):
-    """Where metrics are mirrored; `jsonl` is always the record unless `none` is chosen."""
-
-    none = "none"
-    jsonl = "jsonl"
-    wandb = "wandb"
-
-
 class PlanKind(Enum):
     """What `plan` is asked for."""
 

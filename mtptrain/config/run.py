@@ -18,7 +18,6 @@ from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, check_fields, one_of, prompt_names, ranged, require
-from mtptrain.config.tracking import TrackingConfig
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 
 # Why stage 3 refuses bf16.
@@ -28,6 +27,24 @@ ONE_DTYPE = (
 )
 
 UNCHOSEN: Any = "???"  # what OmegaConf calls missing
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics go: a file in the run's folder, and trackers."""
+
+    metrics_file: bool = True  # write metrics.jsonl, the record of the run
+    trackers: dict[str, bool] = field(default_factory=dict)  # by name, such as wandb: true
+    project: str = "mtptrain"  # W&B: project; MLflow: experiment
+    name: str | None = None  # of the run; null = chosen by the tracker
+    group: str | None = None  # runs shown together; null = the name of output_dir's parent, which jobs of a sweep share
+    tags: list[str] = field(default_factory=list)
+    checkpoints: bool = False  # store the newest and the best checkpoint as artifacts when training ends
+
+    @property
+    def chosen(self) -> list[str]:
+        """Return the names of the trackers that are switched on."""
+        return [name for name, is_on in self.trackers.items() if is_on]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtptrain.checkpoint import checkpoint_name, open_checkpoint
-from mtptrain.config import EngineName, LossConfig, RunConfig, Tracker, TrackingConfig, TrainConfig
+from mtptrain.checkpoint import BackboneIdentity, checkpoint_name, open_checkpoint
+from mtptrain.config import EngineName, LossConfig, RunConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.distributed import join, own_rows, rank
@@ -24,9 +24,8 @@ from mtptrain.losses.outcome import Outcome
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import place
 from mtptrain.mtp.trainable import freeze_untrained
-from mtptrain.tracking import MetricsLog
+from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.trainer import Step, Trainer
-from mtptrain.wandb_mirror import WandbMirror
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
 STEPS, MIDDLE, BAD = 4, 2, 2
@@ -77,8 +76,7 @@ class BadObjective(RolloutObjective):
 
 class Silent(MetricsLog):
     def __init__(self) -> None:
-        config = TrackingConfig(tracker=Tracker.none)
-        super().__init__(config, Path(), WandbMirror(config, Path(), {}))
+        super().__init__(None, Trackers())
 
 
 def head_trainer(
@@ -96,7 +94,7 @@ def head_trainer(
     freeze_untrained(stack, trainable)
     made = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
-    return Trainer(made, loss, UnevenBatches(), config, folder, {"task": "test"})
+    return Trainer(made, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
 
 
 def train(trainer: Trainer) -> dict[str, Any]:

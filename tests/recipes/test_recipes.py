@@ -244,7 +244,7 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     session = Session(config, folder)
     backbone = session.backbone
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    stack = train_head(session, folder.open_mirror())
+    stack = train_head(session, folder.open_trackers())
     after, start = backbone.model.state_dict(), stock_tensors(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tree(backbone_folder) == files

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from mtptrain.config import Tracker, TrackingConfig
-from mtptrain.tracking import METRICS_FILE, MetricsLog
-from mtptrain.wandb_mirror import WandbMirror
+from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
 from tests.command import run_main
 
 
@@ -15,9 +13,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
-def open_log(folder: Path, start_step: int = 0, tracker: Tracker = Tracker.jsonl) -> MetricsLog:
-    config = TrackingConfig(tracker=tracker)
-    return MetricsLog(config, folder, WandbMirror(config, folder, {"seed": 3}), start_step)
+def open_log(folder: Path, start_step: int = 0) -> MetricsLog:
+    return MetricsLog(folder, Trackers(), start_step)
 
 
 def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -57,8 +54,9 @@ def test_a_torn_line_is_dropped(torn: str, tmp_path: Path) -> None:
     assert rows(tmp_path) == [{"step": 5}, *whole, {"step": 20}]
 
 
-def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
-    log = open_log(tmp_path, tracker=Tracker.none)
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = MetricsLog(None, Trackers())
     log.write(1, {"loss": 1.0})
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -67,13 +65,13 @@ def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
 def test_a_disk_that_fails_ends_the_log_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / METRICS_FILE).symlink_to("/dev/full")
     log = MetricsLog.__new__(MetricsLog)
-    log.file, log.mirror = (tmp_path / METRICS_FILE).open("a"), WandbMirror(TrackingConfig(), tmp_path, {})
+    log.file, log.trackers = (tmp_path / METRICS_FILE).open("a"), Trackers()
     log.write(1, {"loss": 1.0})
     log.write(2, {"loss": 1.0})
     assert capsys.readouterr().err.count("metrics.jsonl ends before step 1: No space left on device") == 1
 
 
-def test_a_log_that_cannot_be_written_is_told_once_and_training_goes_on(
+def test_a_log_that_cannot_be_written_warns_once_and_training_goes_on(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / METRICS_FILE).mkdir()  # a folder where the file should be

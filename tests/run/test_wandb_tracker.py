@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.config import RunConfig, Tracker, TrackingConfig
+from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.errors import UserError
+from mtptrain.run.trackers import TrackedRun
+from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.run_folder import open_run_folder
-from mtptrain.wandb_mirror import WandbMirror
+from mtptrain.storage import write_json
 from tests.command import read_metrics, run_main
-from tests.offline_run import artifacts, history, records
+from tests.run.offline_run import artifacts, history, records
 
 
 @pytest.fixture(autouse=True)
@@ -21,14 +23,14 @@ def without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def open_mirror(folder: Path) -> WandbMirror:
-    config = TrackingConfig(tracker=Tracker.wandb, project="heads", name="first", group="night", tags=["a", "b"])
-    return WandbMirror(config, folder, {"seed": 3})
+def open_trackers(folder: Path) -> Trackers:
+    config = TrackingConfig(trackers={"wandb": True}, project="heads", name="first", group="night", tags=["a", "b"])
+    return Trackers(TrackedRun(config, folder, {"seed": 3}))
 
 
 def test_a_run_carries_its_names_and_configuration(tmp_path: Path) -> None:
-    with open_mirror(tmp_path) as mirror:
-        mirror.log(1, {"loss": 0.25})
+    with open_trackers(tmp_path) as trackers:
+        trackers.log(1, {"loss": 0.25})
     (run,) = [record.run for record in records(tmp_path) if record.HasField("run")]
     assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("heads", "first", "night", ["a", "b"])
     assert {item.key: item.value_json for item in run.config.update}["seed"] == "3"
@@ -36,8 +38,8 @@ def test_a_run_carries_its_names_and_configuration(tmp_path: Path) -> None:
 
 def test_a_continued_run_keeps_its_id(tmp_path: Path) -> None:
     for step in (1, 2):
-        with open_mirror(tmp_path) as mirror:
-            mirror.log(step, {"loss": 0.25 * step})
+        with open_trackers(tmp_path) as trackers:
+            trackers.log(step, {"loss": 0.25 * step})
     found = records(tmp_path)
     runs = [record.run for record in found if record.HasField("run")]
     assert len(runs) == 2
@@ -45,31 +47,51 @@ def test_a_continued_run_keeps_its_id(tmp_path: Path) -> None:
     assert [row["loss"] for row in history(found)] == [0.25, 0.5]
 
 
+def test_rows_after_the_resumed_step_are_sent_once(tmp_path: Path) -> None:
+    for start, steps in ((0, (10, 20, 30)), (20, (30, 40))):
+        with open_trackers(tmp_path) as trackers:
+            log = MetricsLog(tmp_path, trackers, start)
+            for step in steps:
+                log.write(step, {"loss": float(step)})
+            log.close()
+    assert [row["loss"] for row in history(records(tmp_path))] == [10, 20, 30, 40]
+
+
+def test_a_killed_run_is_sent_from_the_resumed_step_on(tmp_path: Path) -> None:
+    """A killed process may have lost its last rows, so they are sent again: twice is better than never."""
+    write_json(tmp_path / "wandb_run.json", {"id": "killed"})
+    with open_trackers(tmp_path) as trackers:
+        MetricsLog(tmp_path, trackers, 20).write(30, {"loss": 31.0})
+    found = records(tmp_path)
+    assert [row["loss"] for row in history(found)] == [31]
+    assert {record.run.run_id for record in found if record.HasField("run")} == {"killed"}
+
+
 def test_nothing_is_written_before_something_is_sent(tmp_path: Path) -> None:
-    with open_mirror(tmp_path):
+    with open_trackers(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_offline_run_says_how_it_is_uploaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open_mirror(tmp_path) as mirror:
-        mirror.log(1, {"loss": 0.25})
+def test_an_offline_run_prints_the_command_that_uploads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_trackers(tmp_path) as trackers:
+        trackers.log(1, {"loss": 0.25})
     *_, pattern = capsys.readouterr().err.splitlines()[-1].split()
     assert glob(pattern) == [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
 
 
 def test_a_job_that_fails_is_a_failed_run(tmp_path: Path) -> None:
-    with suppress(UserError), open_mirror(tmp_path) as mirror:
-        mirror.log(1, {"loss": 0.25})
+    with suppress(UserError), open_trackers(tmp_path) as trackers:
+        trackers.log(1, {"loss": 0.25})
         raise UserError("train.max_bad_steps=1: ...")
     assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
 
 
 def test_of_several_processes_the_first_alone_has_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig(task="distill", output_dir=str(tmp_path), tracking=TrackingConfig(tracker=Tracker.wandb))
+    config = RunConfig(task="distill", output_dir=str(tmp_path), tracking=TrackingConfig(trackers={"wandb": True}))
     monkeypatch.setenv("RANK", "1")
-    with open_run_folder(config, {}).open_mirror() as mirror:
-        mirror.log(1, {"loss": 0.25})
+    with open_run_folder(config, {}).open_trackers() as trackers:
+        trackers.log(1, {"loss": 0.25})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,17 +104,15 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
     arguments = ["tracking=wandb", "evaluate_at_end=false", f"output_dir={run}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
     assert [row["step"] for row in read_metrics(run)] == [1, 2]
-    assert capfd.readouterr().err.count("W&B is off from step 1 on") == 1
+    assert capfd.readouterr().err.count("wandb is off from step 1 on") == 1
 
 
-def test_a_tracker_that_breaks_is_told_once_and_stops_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with open_mirror(tmp_path) as mirror:
-        mirror.log(1, {"loss": 0.25})
-        mirror.table("broken", ["one column"], [[1, 2, 3]])
-        mirror.log(2, {"loss": 0.5})
-    assert capsys.readouterr().err.count("W&B is off before the table broken") == 1
+def test_a_run_that_breaks_warns_once_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_trackers(tmp_path) as trackers:
+        trackers.log(1, {"loss": 0.25})
+        trackers.table("broken", ["one column"], [[1, 2, 3]])
+        trackers.log(2, {"loss": 0.5})
+    assert capsys.readouterr().err.count("wandb is off before the table broken") == 1
 
 
 def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: list[str], tmp_path: Path) -> None:
