@@ -10,7 +10,7 @@ import numpy as np
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import HELDOUT, RunConfig
-from mtptrain.data.prompts import Opening, Prompt, encode_question, slice_prompts
+from mtptrain.data.prompts import Opening, Prompt, Source, encode_question, slice_prompts
 from mtptrain.data.questions import QuestionSource, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import decoding_policy
@@ -22,7 +22,6 @@ from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.trace import Trace, record_traces
 from mtptrain.evaluation.trace_set import (
-    Source,
     TraceHeader,
     TraceSet,
     check_trace_set,
