@@ -1,6 +1,6 @@
 """Results of real runs of the tiny backbone, recorded with few prompts and few held-out rows.
 
-The commands stand in their `provenance`. `greedy`: two heads, two domains, batches of 1 and 2; `sampled`: temperature 1,
+The commands are in their `provenance`. `greedy`: two heads, two domains, batches of 1 and 2; `sampled`: temperature 1,
 batches of 1.
 """
 
