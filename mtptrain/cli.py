@@ -7,6 +7,8 @@ import os
 import re
 import sys
 from dataclasses import is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
@@ -18,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtptrain.config import RunConfig, Task, register
+from mtptrain.config import RunConfig, register
 from mtptrain.errors import Preempted, UserError
 from mtptrain.storage import no_room
 
@@ -81,15 +83,29 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     return config, settings
 
 
+def find_recipe(task: str) -> Any:
+    """Import the program of a recipe: a module of `mtptrain.recipes`, whose docstring says what it holds.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    name = f"mtptrain.recipes.{task}"
+    module = import_module(name) if task.isidentifier() and find_spec(name) else None
+    if not hasattr(module, "run"):
+        raise UserError(f"task={task}: there is no such program; leave it to +recipe=NAME, see --help")
+    return module
+
+
 def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None) -> None:
     """Open the run's folder and call the program that the recipe names."""
-    from importlib import import_module
-
+    from mtptrain.recipes.session import Session
     from mtptrain.run_folder import open_run_folder
 
-    program = {Task.pretrain: "distill"}.get(config.task, config.task.value)
-    if config.task is Task.plan:  # of other machines than this one: no processes meet, and torch is not loaded
-        import_module("mtptrain.recipes.plan").run(config, open_run_folder(config, settings, job_number))
+    recipe = find_recipe(config.task)
+    getattr(recipe, "check", lambda _: None)(config)
+    processes = getattr(recipe, "PROCESSES", "one")
+    if processes == "none":
+        recipe.run(Session(config, open_run_folder(config, settings, job_number)))
         return
     from mtptrain.distributed import join, leave, on_first
     from mtptrain.kernels.dispatch import requested
@@ -98,9 +114,8 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
         requested()
     except ValueError as error:  # kernels know nothing of ours, UserError included
         raise UserError(str(error)) from None
-    join(config)
-    module = import_module(f"mtptrain.recipes.{program}")
-    module.run(config, on_first(lambda: open_run_folder(config, settings, job_number)))
+    join(config, is_shared=processes == "any")
+    recipe.run(Session(config, on_first(lambda: open_run_folder(config, settings, job_number))))
     leave()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig, Task
+from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
 from mtptrain.errors import UserError
 
 if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan, starts without torch
@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan,
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PARALLEL_TASKS = (Task.pretrain, Task.distill, Task.collect)
 JOIN_TIMEOUT = timedelta(minutes=5)  # a node that never comes must not hold the others for torch's half an hour
 FAILED = "mtptrain/first_failed"  # set in the processes' store by rank 0 before it ends on a user's mistake
 
@@ -89,8 +88,12 @@ def world_size() -> int:
     return _met[0].size if _met else 1
 
 
-def join(config: RunConfig) -> None:
+def join(config: RunConfig, is_shared: bool) -> None:
     """Meet the processes that a launcher started with this one; without a launcher the run has one process.
+
+    Args:
+        config: of the run.
+        is_shared: whether the recipe can run in several processes.
 
     Raises:
         UserError: the launcher's variables are incomplete, or the task or the batch cannot be shared.
@@ -112,9 +115,9 @@ def join(config: RunConfig) -> None:
             "scripts/launch_*.sh"
         )
     processes = int(os.environ["WORLD_SIZE"])
-    if config.task not in PARALLEL_TASKS and processes > 1:
-        raise UserError(f"task={config.task.value}: runs in one process and {processes} were started; use one")
-    if config.task is not Task.collect and config.train.batch_size % processes:
+    if not is_shared and processes > 1:
+        raise UserError(f"task={config.task}: runs in one process and {processes} were started; use one")
+    if config.task != "collect" and config.train.batch_size % processes:
         raise UserError(
             f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
             f"{processes} processes cannot share it evenly; use a multiple of {processes}"

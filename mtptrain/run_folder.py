@@ -114,7 +114,7 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
     Raises:
         UserError: the folder cannot be written, or holds another run and `resume` is `never`.
     """
-    path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task.value, job_number)
+    path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task, job_number)
     if config.output_dir and job_number is not None:
         path = path / f"job{job_number}"
     provenance = describe_run(config.seed)

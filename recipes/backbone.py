@@ -16,19 +16,19 @@ from transformers.utils import logging as transformers_logging
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import Backbone
 from mtptrain.checkpoint import newest_checkpoint
-from mtptrain.config import MtpConfig, RunConfig, Task
+from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.encoder import Encoder
 from mtptrain.data.splits import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.data.tokens import tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device
 from mtptrain.engines.replicated import ReplicatedEngine
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, piece_length
+from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import atomic_file, atomic_folder, write_text
 from mtptrain.trainer import Trainer
@@ -37,8 +37,9 @@ MARKS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
 HEAD_FILE = "mtp.safetensors"
 
 
-def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
+def train_backbone(session: Session) -> Path:
     """Train the backbone and return the folder it was written to."""
+    config, run_folder = session.config, session.folder
     folder, vocab_size = run_folder.path / "backbone", config.backbone.shape.vocab_size
     documents, heldout = training_documents(config.data), heldout_documents(config.data)
     tokenizer_folder = run_folder.path / "tokenizer"
@@ -47,7 +48,7 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
             save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, MARKS[0])
-    corpus = tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), cache_folder(config.data.cache_dir))
+    corpus = tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), session.cache)
     run_folder.say(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"
@@ -55,7 +56,7 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
     run_folder.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     length, size = config.data.sequence_length, config.train.batch_size
-    batches = PackedBatches(corpus, length, size, config.seed, piece_length(config, model.config))
+    batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
     checkpoints = run_folder.path / "checkpoints"
     owner = {"task": "backbone", "seed": config.seed}
     engine = ReplicatedEngine(model, config.train)
@@ -75,23 +76,25 @@ def train_backbone(config: RunConfig, run_folder: RunFolder) -> Path:
     return folder
 
 
-def train_stock_head(config: RunConfig, run_folder: RunFolder, folder: Path) -> None:
+def train_stock_head(session: Session, folder: Path) -> None:
     """Train the head that ships with the backbone, as DeepSeek trains its own, and put it beside the weights."""
+    config, run_folder = session.config, session.folder
     head_config = replace(
         config,
-        task=Task.pretrain,
+        task="pretrain",
         train=config.stock_head,
         mtp=MtpConfig(init="fresh"),
         backbone=replace(config.backbone, path=str(folder)),
     )
-    backbone = open_backbone(head_config)
     head_folder = replace(run_folder, path=run_folder.path / "stock_head", config=head_config)
     head_folder.path.mkdir(exist_ok=True)
     with head_folder.open_mirror() as mirror:
-        stack = train_head(head_config, head_folder, backbone, mirror)
+        head_session = Session(head_config, head_folder)
+        stack = train_head(head_session, mirror)
+    backbone = head_session.backbone
     with atomic_file(folder / HEAD_FILE) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
-    corpus, length = heldout_corpus(head_config, backbone), piece_length(config, backbone.config)
+    corpus, length = head_session.heldout_corpus, head_session.piece_length
     nats, bits = bits_per_byte(backbone.model, corpus, length)
     run_folder.say(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
@@ -142,9 +145,15 @@ cross-entropy on data tokens. For experiments with MTP heads; it writes no usefu
 """
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
+def check(config: RunConfig) -> None:
+    """Refuse settings that training a backbone cannot honour; called before anything is opened."""
+    check_reads_documents(config)
+
+
+def run(session: Session) -> None:
     """Train a backbone and its stock head."""
+    config = session.config
     bound_threads(config.threads, config.backbone.shape.hidden_size)
-    folder = train_backbone(config, run_folder)
-    train_stock_head(config, run_folder, folder)
-    run_folder.say(f"backbone and stock head written to {folder}; use them with backbone.path={folder}")
+    folder = train_backbone(session)
+    train_stock_head(session, folder)
+    session.folder.say(f"backbone and stock head written to {folder}; use them with backbone.path={folder}")

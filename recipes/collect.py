@@ -13,16 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV4Config
 
-from mtptrain.backbone.load import Backbone, document_marks
-from mtptrain.backbone.source import backbone_folder
 from mtptrain.backbone.streams import backbone_streams
-from mtptrain.config import RunConfig
-from mtptrain.data.chat import open_chat_template
-from mtptrain.data.encoder import Encoder
+from mtptrain.config import RunConfig, require
 from mtptrain.data.packing import Batch
-from mtptrain.data.splits import training_documents
 from mtptrain.data.streams.format import bytes_a_token
 from mtptrain.data.streams.manifest import (
     MANIFEST,
@@ -41,34 +35,28 @@ from mtptrain.data.streams.writing import (
     write_shard,
     written_shard,
 )
-from mtptrain.data.tokenizer import load_tokenizer
-from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
+from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
 from mtptrain.errors import UserError
 from mtptrain.progress import Progress
-from mtptrain.recipes.inputs import open_backbone, piece_length
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.storage import write_json
 
+PROCESSES = "any"
 UNFINISHED = "collecting.json"  # the identity of a cache whose manifest is still to come
 TEXT_BYTES = 5  # a token's id and whether it may be a target
 
 
-def read_text(config: RunConfig) -> tuple[TokenizedCorpus, DeepseekV4Config, dict[str, str | None]]:
-    """The training documents as tokens, the backbone's config and hashes of what read them; no weight is read."""
-    folder = backbone_folder(config.backbone)
-    model_config = DeepseekV4Config.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, model_config.vocab_size)
-    marks = document_marks(model_config, tokenizer)
-    chat = open_chat_template(config.data.chat_template, folder, tokenizer, marks[0])
-    encoder, cache = Encoder(tokenizer, marks, chat), cache_folder(config.data.cache_dir)
-    corpus = tokenize_corpus(training_documents(config.data), encoder, cache)
-    template = chat.sha256 if chat is not None and corpus.spoken is not None else None
-    return corpus, model_config, {"tokenizer": hash_tokenizer(tokenizer), "chat_template": template}
+def check(config: RunConfig) -> None:
+    """Refuse settings that collecting cannot honour; called before anything is opened."""
+    check_reads_documents(config)
+    rule = "collect counts the tokens before it starts; leave it false"
+    require(not config.data.streaming, "data.streaming", True, rule)
 
 
-def check_disk(config: RunConfig, run_folder: RunFolder, shards: list[ShardDocuments], model: DeepseekV4Config) -> None:
+def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
     """Say how much disk the cache needs, and refuse to start where there is less."""
+    config, run_folder, model = session.config, session.folder, session.source.config
     stored_as = config.collect.format
     a_token = bytes_a_token(stored_as, model.hc_mult, model.hidden_size)
     tokens = sum(size for documents in shards for pieces in documents for _, size in pieces)
@@ -90,10 +78,9 @@ def check_disk(config: RunConfig, run_folder: RunFolder, shards: list[ShardDocum
         )
 
 
-def describe_streams(
-    config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, readers: dict[str, str | None]
-) -> StreamIdentity:
+def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
     """What this run's cache will hold."""
+    config, backbone, chat = session.config, session.backbone, session.chat
     text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
     text.update(corpus.spoken.tobytes() if corpus.spoken is not None else b"")
     return StreamIdentity(
@@ -103,11 +90,11 @@ def describe_streams(
         num_streams=backbone.config.hc_mult,
         width=backbone.config.hidden_size,
         stored_as=config.collect.format.value,
-        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
-        tokenizer=str(readers["tokenizer"]),
-        chat_template=readers["chat_template"],
+        dtype=session.dtype_name,
+        tokenizer=hash_tokenizer(backbone.tokenizer),
+        chat_template=chat.sha256 if chat is not None and corpus.spoken is not None else None,
         text=text.hexdigest(),
-        sequence_length=piece_length(config, backbone.config),
+        sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
         data=text_settings(config.data),
     )
@@ -138,14 +125,12 @@ def open_cache_folder(folder: Path, identity: StreamIdentity, resume: bool) -> N
     write_json(begun, asdict(identity))
 
 
-def collect_shards(
-    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, shards: list[ShardDocuments]
-) -> None:
+def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
     """Write the shards that are not there yet, every process its share of them."""
-    folder, length, model = run_folder.path, piece_length(config, backbone.config), backbone.model
+    folder, length, model = session.folder.path, session.piece_length, session.backbone.model
     missing = on_first(lambda: [number for number in range(len(shards)) if written_shard(folder, number) is None])
     if len(missing) < len(shards):
-        run_folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
+        session.folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
     own = missing[rank() :: world_size()]
     forwards = sum(num_forwards(shards[number], length) for number in own)
     idle = largest_over_processes(forwards) - forwards  # asked before the first: every forward asks the others as well
@@ -153,7 +138,7 @@ def collect_shards(
         for done, number in enumerate(own, start=1):
             pieces = [piece for parts in shards[number] for piece in parts]
             streams_TND = piece_streams(model, corpus, pieces, length)
-            write_shard(folder, number, shards[number], corpus, streams_TND, config.collect.format)
+            write_shard(folder, number, shards[number], corpus, streams_TND, session.config.collect.format)
             progress.update(done, "shards", len(streams_TND))
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
     for _ in range(idle):  # a shared backbone needs every process
@@ -161,21 +146,21 @@ def collect_shards(
     largest_over_processes(0)  # all shards are written
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
+def run(session: Session) -> None:
     """Plan, check the disk, collect, and write the manifest last."""
-    corpus, model_config, readers = on_first(lambda: read_text(config))
-    shards = plan_shards(corpus, piece_length(config, model_config), config.collect.shard_tokens)
+    config, run_folder = session.config, session.folder
+    corpus = on_first(lambda: session.training_corpus)
+    shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")
-    on_first(lambda: check_disk(config, run_folder, shards, model_config))
+    on_first(lambda: check_disk(session, shards))
     if config.collect.plan_only:
         return
-    backbone = open_backbone(config)
-    identity = describe_streams(config, backbone, corpus, readers)
+    identity = describe_streams(session, corpus)
     on_first(lambda: open_cache_folder(run_folder.path, identity, config.resume == "auto"))
     run_folder.record()
     with torch.inference_mode():
-        collect_shards(config, run_folder, backbone, corpus, shards)
+        collect_shards(session, corpus, shards)
 
     def finish() -> None:
         found = [written_shard(run_folder.path, number) for number in range(len(shards))]

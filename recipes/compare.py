@@ -11,40 +11,42 @@ from pathlib import Path
 from rich.console import Console
 
 from mtptrain.checkpoint import find_checkpoint
-from mtptrain.config import RunConfig
+from mtptrain.config import RunConfig, require
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.recipes.evaluate import SCHEMA
-from mtptrain.recipes.inputs import (
-    check_owner,
-    describe_backbone,
-    heldout_corpus,
-    open_backbone,
-    stock_head,
-    trained_head,
-)
-from mtptrain.recipes.traces import prepare_traces, replay_head
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
 from mtptrain.storage import write_json
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
+def check(config: RunConfig) -> None:
+    """Refuse a comparison of fewer than two heads; called before anything is opened."""
+    require(
+        len(config.checkpoints) >= 2,
+        "checkpoints",
+        config.checkpoints,
+        "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
+    )
+
+
+def run(session: Session) -> None:
     """Replay every checkpoint on the same traces and compare each with the first."""
+    config, folder = session.config, session.folder
     stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
-    backbone = open_backbone(config)
+    check_prompts(session)
     for checkpoint in stored.values():
-        check_owner(backbone, checkpoint)
-    stock = stock_head(backbone) if "stock" in config.checkpoints else None
-    corpus = heldout_corpus(config, backbone)
-    trace_set = prepare_traces(config, run_folder, backbone, corpus)
+        session.check_owner(checkpoint)
+    stock = session.stock_head() if "stock" in config.checkpoints else None
+    trace_set = prepare_traces(session)
     traces = trace_set.traces
     prompts = [trace.prompt for trace in traces]
     groups = [prompt.group for prompt in prompts]
     names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
-        head = stock if path == "stock" and stock else trained_head(backbone, stored[path])
-        counts = replay_head(config, backbone, head.stack, traces)
+        head = stock if path == "stock" and stock else session.trained_head(stored[path])
+        counts = replay_head(session, head.stack, traces)
         replay = {str(k): summarize(counts[k], groups) for k in counts}
         domains = by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts])
         heads.append({**replace(head, name=name).describe(), "replay": replay, "domains": domains})
@@ -55,14 +57,14 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     ]
     result = {
         "schema": SCHEMA,
-        "provenance": run_folder.provenance,
-        "backbone": describe_backbone(config, backbone, corpus),
+        "provenance": folder.provenance,
+        "backbone": session.describe_backbone(),
         "prompts": trace_set.describe(),
         "draft_length": config.decoding.draft_length,
         "heads": heads,
         "comparisons": comparisons,
     }
-    write_json(run_folder.path / "comparison.json", result)
+    write_json(folder.path / "comparison.json", result)
     for comparison in comparisons:
         print_comparison(comparison, Console())
-    run_folder.say(f"wrote {run_folder.path / 'comparison.json'}")
+    folder.say(f"wrote {folder.path / 'comparison.json'}")

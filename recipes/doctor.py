@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import find_checkpoint
+from mtptrain.checkpoint import Checkpoint, find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
 from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
@@ -24,9 +24,8 @@ from mtptrain.mtp.initial import has_stock, place, read_stock
 from mtptrain.mtp.release import module_numbers
 from mtptrain.mtp.release_problems import Problems
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
-from mtptrain.recipes.inputs import check_owner, heldout_corpus, open_backbone
-from mtptrain.recipes.traces import prepare_traces
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.storage import write_json
 
 SCHEMA = 2
@@ -55,10 +54,10 @@ def examine_stock(backbone: Backbone) -> Patient:
     return Patient(tensors, depth, examine_tensors(tensors, backbone.config, depth, stored=problems))
 
 
-def examine_checkpoint(backbone: Backbone, folder: Path) -> Patient:
+def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> Patient:
     """A trained head, beside the backbone's own where that is sound."""
-    checkpoint = find_checkpoint(folder)
-    check_owner(backbone, checkpoint)
+    session.check_owner(checkpoint)
+    backbone = session.backbone
     tensors, depth = checkpoint.tensors(), checkpoint.owner["depth"]
     stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
     report = examine_tensors(tensors, backbone.config, depth, None if problems.any() else stock)
@@ -74,12 +73,10 @@ def usable_stack(backbone: Backbone, patient: Patient) -> MtpStack | None:
     return place(stack_from_tensors(backbone.config, patient.depth, kept, str(backbone.folder)), backbone).eval()
 
 
-def measure(
-    config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(session: Session, stack: MtpStack) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What the head accepts under every wiring, and the controls."""
-    traces = prepare_traces(config, run_folder, backbone, heldout_corpus(config, backbone)).traces
-    model, draft_length = backbone.model, config.decoding.draft_length
+    traces = prepare_traces(session).traces
+    model, draft_length = session.backbone.model, session.config.decoding.draft_length
     return measure_wirings(model, stack, traces, draft_length), {
         "shifted_target": shifted_target_control(model, stack, traces),
         "all_accept": all_accept_control(model, traces[0].prompt.tokens, draft_length),
@@ -114,21 +111,26 @@ def print_diagnosis(result: dict[str, Any], console: Console) -> None:
     )
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
-    """Examine the tensors, measure every wiring, say what is wrong; exit code 3 when something is."""
+def check(config: RunConfig) -> None:
+    """Refuse settings that the doctor cannot honour; called before anything is opened."""
     if config.decoding.temperature > 0:
         raise UserError(
             f"decoding.temperature={config.decoding.temperature}: the doctor replays greedy texts; leave it at 0"
         )
     if config.checkpoint is None:
         raise UserError("checkpoint=null: the doctor needs a head; give a run folder, a step_* folder, or `stock`")
-    is_stock = config.checkpoint == "stock"
-    if not is_stock:
-        find_checkpoint(Path(config.checkpoint))  # before the backbone is loaded
-    backbone = open_backbone(config)
-    patient = examine_stock(backbone) if is_stock else examine_checkpoint(backbone, Path(config.checkpoint))
+
+
+def run(session: Session) -> None:
+    """Examine the tensors, measure every wiring, say what is wrong; exit code 3 when something is."""
+    config, run_folder = session.config, session.folder
+    setting = str(config.checkpoint)
+    checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
+    check_prompts(session)
+    backbone = session.backbone
+    patient = examine_stock(backbone) if checkpoint is None else examine_checkpoint(session, checkpoint)
     stack = usable_stack(backbone, patient)
-    wirings, controls = (None, {}) if stack is None else measure(config, run_folder, backbone, stack)
+    wirings, controls = (None, {}) if stack is None else measure(session, stack)
     diagnosis = diagnose(patient.report, wirings, controls)
     run_folder.record()
     result = {

@@ -17,7 +17,7 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.backbone.release_config import stored_scheme
 from mtptrain.backbone.shards import Shards
 from mtptrain.checkpoint import Checkpoint, find_checkpoint
-from mtptrain.config import ExportForm, ExportScheme, RunConfig
+from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
@@ -37,9 +37,8 @@ from mtptrain.mtp.initial import has_stock, place, stock_tensors
 from mtptrain.mtp.release import from_release, is_release_layout, to_release
 from mtptrain.mtp.release_names import Scheme
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, trained_head
-from mtptrain.recipes.traces import gather_traces, replay_head
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.storage import atomic_folder, no_room, write_json, write_text
 
 HEAD = "mtp."
@@ -59,9 +58,9 @@ def check_trained(checkpoint: Checkpoint) -> None:
         )
 
 
-def acceptance(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
+def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
     """Acceptance length of a head for every draft length."""
-    passes = replay_head(config, backbone, stack, traces)
+    passes = replay_head(session, stack, traces)
     return {str(k): acceptance_length(passes[k]) for k in passes}
 
 
@@ -128,19 +127,17 @@ def check_folder(
     return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
 
 
-def build(
-    config: RunConfig, run_folder: RunFolder, backbone: Backbone, checkpoint: Checkpoint, head: Head, temporary: Path
-) -> Export:
+def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path) -> Export:
     """Write the folder, read it back, replay its head, and write its card."""
+    config, run_folder, backbone = session.config, session.folder, session.backbone
     scheme, owner = export_scheme(config, backbone), checkpoint.owner
     assert config.target is not None
-    corpus = heldout_corpus(config, backbone)
-    traces = gather_traces(config, run_folder, backbone, corpus, config.evaluation.num_prompts).traces
-    before = acceptance(config, backbone, head.stack, traces)
+    traces = gather_traces(session, config.evaluation.num_prompts).traces
+    before = acceptance(session, head.stack, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={run_folder.path}")
     seen = check_folder(config, backbone, checkpoint, scheme, written)
-    after = acceptance(config, backbone, reload_head(backbone, written), traces)
+    after = acceptance(session, reload_head(backbone, written), traces)
     export = Export(
         target=config.target,
         form=config.export.form,
@@ -179,22 +176,28 @@ def summary(export: Export, folder: Path) -> list[str]:
     ]
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
-    """Export `checkpoint` for `target`; a failure leaves nothing behind."""
+def check(config: RunConfig) -> None:
+    """Refuse an export without a trained head or a target; called before anything is opened."""
+    require(config.target is not None, "target", None, "export needs target=vllm, target=sglang or target=hf")
     if config.checkpoint in (None, "stock"):
         raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
-    assert config.checkpoint is not None
+
+
+def run(session: Session) -> None:
+    """Export `checkpoint` for `target`; a failure leaves nothing behind."""
+    config, run_folder = session.config, session.folder
     assert config.target is not None
-    checkpoint = find_checkpoint(Path(config.checkpoint))
+    checkpoint = find_checkpoint(Path(str(config.checkpoint)))
     folder = run_folder.require_empty()
-    backbone = open_backbone(config)
-    head = trained_head(backbone, checkpoint)
+    check_prompts(session)
+    backbone = session.backbone
+    head = session.trained_head(checkpoint)
     scheme, own = export_scheme(config, backbone), stored_scheme(backbone.shards)
     check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, own)
     check_trained(checkpoint)
     try:
         with atomic_folder(folder) as temporary:
-            export = build(config, run_folder, backbone, checkpoint, head, temporary)
+            export = build(session, checkpoint, head, temporary)
     except Exception as error:  # each library raises its own where the disk is full
         reason = no_room(error)
         if reason is None:

@@ -13,17 +13,17 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.source import SHIPPED
-from mtptrain.config import RunConfig
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.export.model_files import copy_companions, write_shards
 from mtptrain.mtp.initial import stock_tensors
 from mtptrain.mtp.stack import fresh_stack, num_modules
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
 from mtptrain.storage import atomic_folder, write_json
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
+def run(session: Session) -> None:
     """Write the folder; it appears whole or not at all."""
+    config, run_folder = session.config, session.folder
     cpu = torch.device("cpu")
     head: dict[str, Tensor]
     if config.release.random:

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, RunConfig
+from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.prompts import Opening, Prompt
 from mtptrain.data.questions import read_questions
-from mtptrain.data.splits import training_documents
-from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
+from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
@@ -43,9 +42,8 @@ from mtptrain.evaluation.trace_folder import (
 from mtptrain.evaluation.trace_set import Source, TraceHeader, TraceSet
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.progress import Progress
-from mtptrain.recipes.inputs import can_decode, open_chat, open_encoder
-from mtptrain.recipes.traces import answer_text, question_openings, slice_openings, stop_ids
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import answer_text, question_openings, slice_openings
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +65,22 @@ class Asked:
     room: int
 
 
-def ask(config: RunConfig, backbone: Backbone) -> Asked:
+def ask(session: Session) -> Asked:
     """The prompts of `on_policy.prompts`.
 
     Raises:
         UserError: there are none, or a file cannot be read.
     """
-    settings, count = config.on_policy, config.on_policy.num_prompts
-    room = backbone.config.max_position_embeddings - settings.max_new_tokens - MAX_DRAFT_LENGTH
+    settings, count = session.config.on_policy, session.config.on_policy.num_prompts
+    context = int(session.source.config.max_position_embeddings)
+    room = context - settings.max_new_tokens - MAX_DRAFT_LENGTH
     if settings.prompts == [TRAINING]:
-        encoder, cache = open_encoder(config, backbone), cache_folder(config.data.cache_dir)
-        corpus = tokenize_corpus(training_documents(config.data), encoder, cache)
+        corpus = session.training_corpus
         openings, source = slice_openings(corpus, count, settings.prompt_tokens, TRAINING, "on_policy")
         sources = [source]
     else:
         found = read_questions(settings.prompts, "on_policy.prompts", "train")
-        named, sources = question_openings(config, backbone, found, count)
+        named, sources = question_openings(session, found, count)
         openings = [opening for _, opening in named]
     kept = sorted(
         (opening for opening in openings if len(opening.prompt.tokens) <= room), key=lambda one: len(one.prompt.tokens)
@@ -90,34 +88,34 @@ def ask(config: RunConfig, backbone: Backbone) -> Asked:
     if not kept:
         raise UserError(
             f"on_policy.max_new_tokens={settings.max_new_tokens}: no prompt has room for it in the backbone's context "
-            f"of {backbone.config.max_position_embeddings} tokens; lower it or shorten the prompts"
+            f"of {context} tokens; lower it or shorten the prompts"
         )
-    return Asked(kept, sources, open_chat(config, backbone), len(openings) - len(kept), room)
+    return Asked(kept, sources, session.chat, len(openings) - len(kept), room)
 
 
-def identify(config: RunConfig, backbone: Backbone, asked: Asked) -> TextIdentity:
+def identify(session: Session, asked: Asked) -> TextIdentity:
     """What the texts of this run are."""
-    settings, chat = config.on_policy, asked.chat
+    settings, chat = session.config.on_policy, asked.chat
     questions = [[opening.prompt.tokens, opening.turns] for opening in asked.openings]
     prompts = json.dumps([chat.sha256 if chat else None, questions])
     return TextIdentity(
-        backbone=backbone.fingerprint,
-        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
+        backbone=session.fingerprint,
+        dtype=session.dtype_name,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
-        stop=sorted(stop_ids(config.decoding.stop, backbone)),
+        stop=sorted(session.stop_ids),
         prompts=hashlib.sha256(prompts.encode()).hexdigest(),
     )
 
 
-def text_folder(config: RunConfig, identity: TextIdentity) -> Path:
+def text_folder(session: Session, identity: TextIdentity) -> Path:
     """`on_policy.path`, else a folder of the cache that is named by what its texts are."""
-    if config.on_policy.path is not None:
-        return Path(config.on_policy.path)
+    if session.config.on_policy.path is not None:
+        return Path(session.config.on_policy.path)
     name = hashlib.sha256(json.dumps(asdict(identity), sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder(config.data.cache_dir) / f"on-policy-{name}"
+    return session.cache / f"on-policy-{name}"
 
 
 def text_recorder(
@@ -152,15 +150,13 @@ def describe_batch(identity: TextIdentity, making: TextMaking, asked: Asked, dro
     )
 
 
-def write_texts(
-    config: RunConfig, backbone: Backbone, head: MtpStack | None, asked: Asked, folder: Path, identity: TextIdentity
-) -> None:
+def write_texts(session: Session, head: MtpStack | None, asked: Asked, folder: Path, identity: TextIdentity) -> None:
     """Write the batches that are not there yet, every process its share of them, and the manifest last."""
-    settings = config.on_policy
-    wanted = TextMaking(config.seed, settings.draft_length, settings.batch_size)
+    settings = session.config.on_policy
+    wanted = TextMaking(session.config.seed, settings.draft_length, settings.batch_size)
     making = on_first(lambda: begin_folder(folder, identity, wanted))
-    record = text_recorder(backbone, head if making.draft_length else None, identity, making)
-    answer = answer_text(backbone, frozenset(identity.stop))
+    record = text_recorder(session.backbone, head if making.draft_length else None, identity, making)
+    answer = answer_text(session.source.tokenizer, frozenset(identity.stop))
     starts = range(0, len(asked.openings), making.batch_size)
     missing = on_first(lambda: [number for number in range(len(starts)) if not has_batch(folder, number)])
     own = missing[rank() :: world_size()]
@@ -196,30 +192,29 @@ def as_corpus(traces: list[Trace]) -> TokenizedCorpus:
     )
 
 
-def on_policy_corpus(config: RunConfig, run_folder: RunFolder, backbone: Backbone, stack: MtpStack) -> TokenizedCorpus:
+def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
     """The backbone's own texts as training documents, read or, where they are not there yet, made.
 
     Args:
-        config: of the run.
-        run_folder: says what happens, and records which texts were used.
-        backbone: writes the texts.
+        session: of the run; its provenance records which texts were used.
         stack: the head that the training starts from, which drafts them unless it knows nothing yet.
 
     Raises:
         UserError: the folder holds other texts or is damaged, or this run cannot make them.
     """
-    asked = ask(config, backbone)
-    identity = identify(config, backbone, asked)
-    folder = text_folder(config, identity)
+    config, run_folder = session.config, session.folder
+    asked = ask(session)
+    identity = identify(session, asked)
+    folder = text_folder(session, identity)
     if on_first(lambda: read_manifest(folder, identity)) is None:
-        if not can_decode(config, backbone):
+        if not session.can_decode:
             raise UserError(
                 f"backbone.placement={config.backbone.placement.value}: decodes nothing, and {folder} holds no texts "
                 "yet; make them first in a run with backbone.placement=replicate and the same on_policy.path"
             )
         run_folder.say(f"continuing {len(asked.openings)} prompts with the backbone, into {folder}")
         head = None if config.mtp.init in ("fresh", "backbone") else stack
-        write_texts(config, backbone, head, asked, folder, identity)
+        write_texts(session, head, asked, folder, identity)
     manifest = read_manifest(folder, identity)
     assert manifest is not None
     traces = [trace for trace in manifest.traces() if outcome(trace, identity.stop) != "empty"]

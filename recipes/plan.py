@@ -13,8 +13,10 @@ from rich.console import Console
 
 from mtptrain.config import (
     SPREAD_PLACEMENTS,
+    BackboneConfig,
     DataSource,
     EngineName,
+    HardwareConfig,
     PlanConfig,
     PlanKind,
     Precision,
@@ -28,10 +30,11 @@ from mtptrain.planning.profile import read_profile
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_memory import TrainingLoad
 from mtptrain.planning.training_table import print_training_plan
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
 from mtptrain.storage import write_json
 
 SCHEMA = 1
+PROCESSES = "none"  # a plan is of other machines than this one: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
 
 
@@ -77,11 +80,27 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     )
 
 
-def run(config: RunConfig, run_folder: RunFolder) -> None:
-    """Compute the plan, write plan.json and print it."""
+def check(config: RunConfig) -> None:
+    """Refuse a plan without shapes, hardware and a load."""
+    planned(config)
+
+
+def planned(config: RunConfig) -> tuple[BackboneConfig, HardwareConfig, PlanConfig]:
+    """The model, the hardware and the load of a plan.
+
+    Raises:
+        UserError: one is not set.
+    """
     if config.model is None or config.hardware is None or config.plan is None:
         raise UserError("model=null: plan needs shapes, hardware and a load; start from +recipe=plan")
-    shape, hardware, plan = config.model.shape, config.hardware, config.plan
+    return config.model, config.hardware, config.plan
+
+
+def run(session: Session) -> None:
+    """Compute the plan, write plan.json and print it."""
+    config, run_folder = session.config, session.folder
+    model, hardware, plan = planned(config)
+    shape = model.shape
     if plan.what is PlanKind.training:
         load = training_load(config, plan, hardware.num_gpus)
         described = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(load).items()}
@@ -95,7 +114,7 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
         "what": plan.what.value,
         "hardware": asdict(hardware),
         "load": run_folder.settings["plan"],
-        "model": describe_model(config.model.name, shape),
+        "model": describe_model(model.name, shape),
         **body,
     }
     write_json(run_folder.path / "plan.json", result)

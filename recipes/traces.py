@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from mtptrain.backbone.load import Backbone
-from mtptrain.config import HELDOUT, RunConfig
+from mtptrain.config import HELDOUT
 from mtptrain.data.prompts import Opening, Prompt, Source, encode_question, slice_prompts
 from mtptrain.data.questions import QuestionSource, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.decoding.policy import decoding_policy
-from mtptrain.decoding.records import Limits
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.conversation import hold_conversations
@@ -29,54 +27,9 @@ from mtptrain.evaluation.trace_set import (
     write_trace_set,
 )
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.recipes.inputs import open_chat
-from mtptrain.run_folder import RunFolder
+from mtptrain.recipes.session import Session
 
 TRACES_FILE = "traces.jsonl"
-
-
-def stop_ids(stop: list[str | int], backbone: Backbone) -> frozenset[int]:
-    """The tokens that end a text: the backbone's end mark and those of `decoding.stop`.
-
-    Raises:
-        UserError: one is no token of the backbone.
-    """
-    found = set(backbone.marks[1])
-    size = backbone.tokenizer.get_vocab_size()
-    for one in stop:
-        if isinstance(one, int):
-            ids = [one] if 0 <= one < size else []
-        else:
-            named = backbone.tokenizer.token_to_id(one)
-            ids = backbone.tokenizer.encode(one, add_special_tokens=False).ids if named is None else [named]
-        if len(ids) != 1:
-            raise UserError(
-                f"decoding.stop={one}: is not one token of the backbone's {size}; give the text of a single token, or "
-                "its id"
-            )
-        found.update(ids)
-    return frozenset(found)
-
-
-def decoding_limits(config: RunConfig, backbone: Backbone) -> Limits:
-    """Where a text ends."""
-    return Limits(config.decoding.max_new_tokens, stop_ids(config.decoding.stop, backbone))
-
-
-def prompt_room(config: RunConfig, backbone: Backbone) -> int:
-    """Tokens that a prompt may have: the backbone's context without what is emitted and drafted after it.
-
-    Raises:
-        UserError: there is none.
-    """
-    context, decoding = backbone.config.max_position_embeddings, config.decoding
-    room = context - decoding.max_new_tokens - decoding.draft_length
-    if room < 1:
-        raise UserError(
-            f"decoding.max_new_tokens={decoding.max_new_tokens}: leaves no room for a prompt in the backbone's context "
-            f"of {context} tokens at decoding.draft_length={decoding.draft_length}; lower it"
-        )
-    return room
 
 
 def _check_room(where: str, tokens: list[int], room: int) -> None:
@@ -98,129 +51,127 @@ def slice_openings(
 
 
 def question_openings(
-    config: RunConfig, backbone: Backbone, found: list[QuestionSource], count: int
+    session: Session, found: list[QuestionSource], count: int
 ) -> tuple[list[tuple[str, Opening]], list[Source]]:
     """At most `count` of the questions as prompts, evenly spread, each with its file and line, and their sources."""
-    chat = open_chat(config, backbone)
+    source, chat = session.source, session.chat
     openings: list[tuple[str, Opening]] = []
     sources = []
-    for source, questions in zip(found, spread_questions(found, count), strict=True):
+    for one, questions in zip(found, spread_questions(found, count), strict=True):
         for question in questions:
-            opening = encode_question(question, len(openings), backbone.tokenizer, backbone.marks[0], chat)
+            opening = encode_question(question, len(openings), source.tokenizer, source.marks[0], chat)
             openings.append((question.where, opening))
-        sources.append(Source(source.name, source.sha256, len(source.questions), len(questions)))
+        sources.append(Source(one.name, one.sha256, len(one.questions), len(questions)))
     return openings, sources
 
 
-def open_prompts(
-    config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus, count: int
-) -> tuple[list[Opening], list[Source]]:
+def open_prompts(session: Session, count: int) -> tuple[list[Opening], list[Source]]:
     """At most `count` prompts or conversations of `prompts`, evenly spread, and where they came from.
 
     Raises:
         UserError: there are none, or one cannot be read, is empty or outgrows the context.
     """
-    room = prompt_room(config, backbone)
+    config, room = session.config, session.prompt_room
     if config.prompts == [HELDOUT]:
-        openings, source = slice_openings(corpus, count, config.evaluation.prompt_tokens)
+        openings, source = slice_openings(session.heldout_corpus, count, config.evaluation.prompt_tokens)
         _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", openings[0].prompt.tokens, room)
         return openings, [source]
-    named, sources = question_openings(config, backbone, read_questions(config.prompts), count)
+    named, sources = question_openings(session, read_questions(config.prompts), count)
     for where, opening in named:
         _check_room(where, opening.prompt.tokens, room)
     return [opening for _, opening in named], sources
 
 
-def _header(config: RunConfig, backbone: Backbone, sources: list[Source], dropped: int) -> TraceHeader:
-    policy, limits = decoding_policy(config.decoding), decoding_limits(config, backbone)
-    chat = open_chat(config, backbone)
+def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeader:
+    policy, limits, chat = session.policy, session.limits, session.chat
     return TraceHeader(
-        backbone=backbone.fingerprint,
-        dtype=str(backbone.model.lm_head.weight.dtype).removeprefix("torch."),
+        backbone=session.fingerprint,
+        dtype=session.dtype_name,
         temperature=policy.temperature,
         top_k=policy.top_k,
         top_p=policy.top_p,
         max_new_tokens=limits.max_new_tokens,
         stop=sorted(limits.stop),
-        seed=config.seed,
+        seed=session.config.seed,
         chat_template=chat.sha256 if chat else None,
         sources=sources,
         dropped=dropped,
     )
 
 
-def _read_traces(config: RunConfig, backbone: Backbone) -> TraceSet:
-    """The traces of `evaluation.traces`, which this backbone must have written as this run would."""
-    path = Path(str(config.evaluation.traces))
+def _read_traces(session: Session) -> TraceSet:
+    """Read `evaluation.traces`, which this backbone must have written as this run would."""
+    path = Path(str(session.config.evaluation.traces))
     traces = read_trace_set(path)
-    check_trace_set(path, traces.header, _header(config, backbone, [], 0))
-    room = prompt_room(config, backbone)
+    check_trace_set(path, traces.header, _header(session, [], 0))
     for number, trace in enumerate(traces.traces, start=1):
-        _check_room(f"evaluation.traces={path}: trace {number}", trace.prompt.tokens, room)
+        _check_room(f"evaluation.traces={path}: trace {number}", trace.prompt.tokens, session.prompt_room)
     return traces
 
 
-def check_prompts(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> None:
-    """Raise a `UserError` unless everything that an evaluation starts from is there and sound."""
-    if config.evaluation.traces is not None:
-        _read_traces(config, backbone)
+def check_prompts(session: Session) -> None:
+    """Refuse an evaluation whose prompts or traces are missing or unsound; only traces need the backbone's weights.
+
+    Raises:
+        UserError: the first fault.
+    """
+    if session.config.evaluation.traces is not None:
+        _read_traces(session)
     else:
-        open_prompts(config, backbone, corpus, config.evaluation.num_prompts)
-        decoding_limits(config, backbone)
+        open_prompts(session, session.config.evaluation.num_prompts)
+        _ = session.limits
 
 
-def answer_text(backbone: Backbone, stop: frozenset[int]) -> Callable[[list[int]], str]:
-    """Reads emitted tokens as what was said in a conversation: without marks, and without the token that ended it."""
+def answer_text(tokenizer: Tokenizer, stop: frozenset[int]) -> Callable[[list[int]], str]:
+    """Return a function from emitted tokens to the assistant's message: no special tokens, no stop token."""
 
     def answer(tokens: list[int]) -> str:
-        said = tokens[:-1] if tokens[-1] in stop else tokens
-        return backbone.tokenizer.decode(said, skip_special_tokens=True)
+        kept = tokens[:-1] if tokens[-1] in stop else tokens
+        return tokenizer.decode(kept, skip_special_tokens=True)
 
     return answer
 
 
-def gather_traces(
-    config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus, count: int
-) -> TraceSet:
-    """The traces of `evaluation.traces`, else the backbone's texts after at most `count` prompts or conversations."""
+def gather_traces(session: Session, count: int) -> TraceSet:
+    """Read the traces of `evaluation.traces`, or let the backbone continue at most `count` prompts or conversations."""
+    config = session.config
     if config.evaluation.traces is not None:
-        traces = _read_traces(config, backbone)
-        run_folder.say(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
+        traces = _read_traces(session)
+        session.folder.say(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
         return traces
-    openings, sources = open_prompts(config, backbone, corpus, count)
-    policy, limits = decoding_policy(config.decoding), decoding_limits(config, backbone)
+    openings, sources = open_prompts(session, count)
+    limits = session.limits
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
-    run_folder.say(f"continuing {len(openings)} prompts with the backbone ({used})")
+    session.folder.say(f"continuing {len(openings)} prompts with the backbone ({used})")
 
     def record(prompts: list[Prompt]) -> list[Trace]:
-        return record_traces(backbone.model, prompts, limits, policy, config.seed)
+        return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
 
-    answer, room = answer_text(backbone, limits.stop), prompt_room(config, backbone)
-    held = hold_conversations(openings, open_chat(config, backbone), record, answer, room)
+    answer = answer_text(session.source.tokenizer, limits.stop)
+    held = hold_conversations(openings, session.chat, record, answer, session.prompt_room)
     if held.dropped:
-        run_folder.say(f"{held.dropped} later turns were not asked: the conversation had outgrown the context")
-    return TraceSet(_header(config, backbone, sources, held.dropped), held.traces)
+        session.folder.say(f"{held.dropped} later turns were not asked: the conversation had outgrown the context")
+    return TraceSet(_header(session, sources, held.dropped), held.traces)
 
 
-def prepare_traces(config: RunConfig, run_folder: RunFolder, backbone: Backbone, corpus: TokenizedCorpus) -> TraceSet:
+def prepare_traces(session: Session) -> TraceSet:
     """The traces that an evaluation measures heads on, as its `traces.jsonl` keeps them.
 
     Raises:
         UserError: no trace has a token that could have been drafted.
     """
-    traces = gather_traces(config, run_folder, backbone, corpus, config.evaluation.num_prompts)
+    traces = gather_traces(session, session.config.evaluation.num_prompts)
     if all(len(trace.tokens) < 2 for trace in traces.traces):
         raise UserError(
             "prompts: every text ends with its first token, so there is nothing to draft; give other prompts"
         )
-    run_folder.record()
-    write_trace_set(run_folder.path / TRACES_FILE, traces)
+    session.folder.record()
+    write_trace_set(session.folder.path / TRACES_FILE, traces)
     return traces
 
 
-def replay_head(config: RunConfig, backbone: Backbone, stack: MtpStack, traces: list[Trace]) -> Replayed:
+def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> Replayed:
     """Counts of every trace for every draft length, from one rollout."""
-    policy = decoding_policy(config.decoding)
-    stops = policy.stop_below > 0
-    drafts = draft_traces(backbone.model, stack, traces, config.decoding.draft_length, policy, free_running=stops)
+    policy, longest = session.policy, session.config.decoding.draft_length
+    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=policy.stop_below > 0)
     return replay_all(drafts, policy)

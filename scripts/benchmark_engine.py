@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import find_checkpoint
-from mtptrain.config import BackboneConfig, DecodingConfig, Device, RunConfig, Task
+from mtptrain.config import BackboneConfig, DecodingConfig, Device, RunConfig
 from mtptrain.data.prompts import Prompt, slice_prompts
 from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.policy import GREEDY
@@ -36,8 +34,8 @@ from mtptrain.evaluation.speedup import tokens_per_second as rate_of
 from mtptrain.evaluation.trace import Trace
 from mtptrain.kernels.dispatch import requested
 from mtptrain.provenance import git_commit, hardware, package_versions
-from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head, trained_head
-from mtptrain.recipes.traces import decoding_limits
+from mtptrain.recipes.session import Session
+from mtptrain.run_folder import open_run_folder
 
 # B rows, S tokens of a prompt, L tokens of a pass
 
@@ -103,14 +101,12 @@ def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict
     return result
 
 
-def time_decoding(
-    config: RunConfig, backbone: Backbone, head: Head, prompts: list[Prompt], batch: int
-) -> dict[str, Any]:
+def time_decoding(session: Session, head: Head, prompts: list[Prompt], batch: int) -> dict[str, Any]:
     """Tokens a second of plain decoding; by draft length the tokens a pass and the ratio to plain decoding."""
     batches = cut_batches([Trace(prompt, [], [], []) for prompt in prompts], batch, PROMPTS)
-    lengths = list(range(1, config.decoding.draft_length + 1))
-    limits, stacks = decoding_limits(config, backbone), {head.name: head.stack}
-    runs = run_interleaved(backbone.model, stacks, batches, lengths, limits, GREEDY, config.seed, lambda *_: None)
+    lengths = list(range(1, session.config.decoding.draft_length + 1))
+    model, stacks, seed = session.backbone.model, {head.name: head.stack}, session.config.seed
+    runs = run_interleaved(model, stacks, batches, lengths, session.limits, GREEDY, seed, lambda *_: None)
     result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
     for k in lengths:
         speed = summarize_speed(runs, head.name, k)
@@ -159,13 +155,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return what the JSON line holds."""
     decoding = DecodingConfig(draft_length=options.draft_length, max_new_tokens=NEW_TOKENS)
     source, device = BackboneConfig(path=options.backbone), Device(options.device)
-    config = RunConfig(task=Task.evaluate, backbone=source, device=device, decoding=decoding)
-    backbone = open_backbone(config)
+    config = RunConfig(task="evaluate", backbone=source, device=device, decoding=decoding)
+    session = Session(config, open_run_folder(config, {}))
+    backbone, head = session.backbone, session.head(options.head)
     model = backbone.model
-    stored = None if options.head == "stock" else find_checkpoint(Path(options.head))
-    head = stock_head(backbone) if stored is None else trained_head(backbone, stored)
     batches = [int(text) for text in options.batches.split(",")]
-    prompts = slice_prompts(heldout_corpus(config, backbone), max(PROMPTS, *batches), PROMPT_TOKENS)
+    prompts = slice_prompts(session.heldout_corpus, max(PROMPTS, *batches), PROMPT_TOKENS)
     records = captured_verify(model, allocate_cache(model, 1, 1, 1)).records
     result: dict[str, Any] = {
         "hardware": hardware(),
@@ -188,7 +183,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows = prompts[:batch]
         found = {
             "passes": time_passes(backbone, rows, options.draft_length + 1),
-            "decoding": time_decoding(config, backbone, head, prompts, batch),
+            "decoding": time_decoding(session, head, prompts, batch),
         }
         result["batches"][str(batch)] = found
         print_batch(batch, found["passes"], found["decoding"])

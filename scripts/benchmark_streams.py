@@ -18,10 +18,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 
 from mtptrain.cli import read_config
-from mtptrain.config import DataSource, RunConfig, register
+from mtptrain.config import RunConfig, register
 from mtptrain.recipes import collect
 from mtptrain.recipes.distill import make_trainer, start_stack
-from mtptrain.recipes.inputs import open_backbone
+from mtptrain.recipes.session import Session
 from mtptrain.run_folder import open_run_folder
 from mtptrain.trainer import Trainer
 
@@ -34,9 +34,8 @@ def distill_config(settings: list[str]) -> RunConfig:
 
 def trainer(config: RunConfig, folder: Path) -> Trainer:
     """A trainer of the stock head as the recipe makes it."""
-    backbone = open_backbone(config, has_layers=config.data.source is not DataSource.streams)
-    stack, start = start_stack(config.mtp, backbone, config.seed)
-    made = make_trainer(config, open_run_folder(replace(config, output_dir=str(folder)), {}), backbone, stack, start)
+    session = Session(config, open_run_folder(replace(config, output_dir=str(folder)), {}))
+    made = make_trainer(session, *start_stack(session))
     made.engine.module.train()
     return made
 
@@ -54,7 +53,7 @@ def main(steps: int = 40, stored_as: str = "bf16", *settings: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = distill_config([f"output_dir={folder / 'cache'}", f"collect.format={stored_as}", *settings])
-        collect.run(config, open_run_folder(config, {}))
+        collect.run(Session(config, open_run_folder(config, {})))
         cached = distill_config([*settings, "data=streams", f"data.path={folder / 'cache'}"])
         online, offline = trainer(config, folder / "online"), trainer(cached, folder / "offline")
         timed_step(online), timed_step(offline)  # the first step allocates

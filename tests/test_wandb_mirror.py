@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.config import RunConfig, Task, Tracker, TrackingConfig
+from mtptrain.config import RunConfig, Tracker, TrackingConfig
 from mtptrain.errors import UserError
 from mtptrain.run_folder import open_run_folder
 from mtptrain.wandb_mirror import WandbMirror
@@ -66,7 +66,7 @@ def test_a_job_that_fails_is_a_failed_run(tmp_path: Path) -> None:
 
 
 def test_of_several_processes_the_first_alone_has_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig(task=Task.distill, output_dir=str(tmp_path), tracking=TrackingConfig(tracker=Tracker.wandb))
+    config = RunConfig(task="distill", output_dir=str(tmp_path), tracking=TrackingConfig(tracker=Tracker.wandb))
     monkeypatch.setenv("RANK", "1")
     with open_run_folder(config, {}).open_mirror() as mirror:
         mirror.log(1, {"loss": 0.25})

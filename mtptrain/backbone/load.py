@@ -21,9 +21,8 @@ from mtptrain.backbone.norm import replace_norms
 from mtptrain.backbone.placement import share_backbone
 from mtptrain.backbone.release_config import check_config, check_scales
 from mtptrain.backbone.shards import Shards
-from mtptrain.backbone.source import backbone_folder
+from mtptrain.backbone.source import BackboneSource, open_source, read_model_config
 from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
-from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 
 # What a config says of the decoder layers, and what it says of a model without any.
@@ -36,13 +35,13 @@ class Backbone:
 
     Attributes:
         model: transformers' model, in eval mode, no parameter requires a gradient.
-        tokenizer: its tokenizer.
+        source: its folder, config and tokenizer.
         shards: the tensors of its folder, a head's among them.
         fingerprint: of config and weights without `mtp.*`; heads trained on it carry it.
     """
 
     model: DeepseekV4ForCausalLM
-    tokenizer: Tokenizer
+    source: BackboneSource
     shards: Shards
     fingerprint: str
 
@@ -57,23 +56,19 @@ class Backbone:
         return self.model.config
 
     @property
-    def marks(self) -> tuple[list[int], list[int]]:
-        """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
-        return document_marks(self.config, self.tokenizer)
-
-
-def document_marks(config: DeepseekV4Config, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
-    size = tokenizer.get_vocab_size()
-    begin, end = config.bos_token_id, config.eos_token_id
-    end = end[0] if isinstance(end, list) else end
-    return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+    def tokenizer(self) -> Tokenizer:
+        """The backbone's own tokenizer."""
+        return self.source.tokenizer
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device, dtype: torch.dtype, has_layers: bool = True
+    config: BackboneConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_layers: bool = True,
+    source: BackboneSource | None = None,
 ) -> Backbone:
-    """Load a backbone and freeze it.
+    """Load a backbone and freeze it; `source` is that of `open_source`, opened here if None.
 
     A release's FP8 and FP4 weights are kept as transformers computes on them, or decoded while they are read.
     Without its decoder layers, only embedding, hc_head, final norm and lm_head are read.
@@ -81,7 +76,8 @@ def load_backbone(
     Raises:
         UserError: files are missing or damaged, or a tensor has no counterpart on the other side.
     """
-    folder = backbone_folder(config)
+    source = source or open_source(config)
+    folder = source.folder
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
     check_scales(shards)
@@ -93,8 +89,7 @@ def load_backbone(
         replace_connections(model, FrozenHyperConnection)
         use_linear_attention(model)
         share_backbone(model, config.placement, device)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    return Backbone(model, tokenizer, shards, fingerprint(shards))
+    return Backbone(model, source, shards, fingerprint(shards))
 
 
 def _load_model(
@@ -104,7 +99,7 @@ def _load_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     is_spread = config.placement in SPREAD_PLACEMENTS and has_layers
-    model_config = whole_config = _model_config(config, folder, device)
+    model_config = whole_config = _quantisation_of(config, read_model_config(folder), device)
     if not has_layers:
         model_config = copy.deepcopy(whole_config)
         for name, nothing in LAYER_FIELDS.items():
@@ -147,13 +142,8 @@ def _load_model(
     return model
 
 
-def _model_config(config: BackboneConfig, folder: Path, device: torch.device) -> DeepseekV4Config:
-    """The folder's config, told whether to decode quantised weights."""
-    try:
-        model_config = DeepseekV4Config.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types
-        summary = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+def _quantisation_of(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> DeepseekV4Config:
+    """Tell a config whether quantised weights are decoded while they are read."""
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
         return model_config

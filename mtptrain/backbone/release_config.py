@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
+from typing import Literal
 
 from mtptrain.backbone.shards import Shards
+from mtptrain.backbone.source import read_json_config
 from mtptrain.errors import UserError
 from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK, scale_shape
 
@@ -16,21 +16,6 @@ PREFIXES = ("", "model.")  # as released, and as transformers saves it
 SCHEMES: dict[str, Scheme] = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
 BLOCKS = {"I8": FP4_BLOCK, "F8_E4M3": FP8_BLOCK}
 SCALE_DTYPES = ("F8_E8M0", "U8")
-
-
-def read_config(shards: Shards) -> dict[str, Any]:
-    """The folder's config.json.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        config = json.loads((shards.folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shards.setting}: config.json cannot be read ({error}); restore it") from None
-    return config
 
 
 def is_release(shards: Shards) -> bool:
@@ -74,7 +59,7 @@ def check_scales(shards: Shards) -> None:
 
 def check_config(shards: Shards) -> None:
     """Raise a `UserError` where config.json and the stored tensors disagree on the quantisation."""
-    config, scheme = read_config(shards), stored_scheme(shards)
+    config, scheme = read_json_config(shards.folder, shards.setting), stored_scheme(shards)
     quantization = config.get("quantization_config") or {}
     told = "bf16" if not quantization else "fp8"
     if quantization and "fp4" in (config.get("expert_dtype"), quantization.get("expert_dtype")):

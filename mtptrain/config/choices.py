@@ -5,21 +5,6 @@ from __future__ import annotations
 from enum import Enum
 
 
-class Task(Enum):
-    """The program that a recipe runs."""
-
-    backbone = "backbone"
-    pretrain = "pretrain"
-    distill = "distill"
-    evaluate = "evaluate"
-    compare = "compare"
-    doctor = "doctor"
-    collect = "collect"
-    plan = "plan"
-    mini_release = "mini_release"
-    export = "export"
-
-
 class Device(Enum):
     """Where a run computes; `auto` takes the GPU when there is one."""
 

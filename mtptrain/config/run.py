@@ -11,10 +11,8 @@ from mtptrain.config.choices import (
     Device,
     EngineName,
     ExportTarget,
-    LossName,
     OptimizerName,
     Precision,
-    Task,
 )
 from mtptrain.config.collect import CollectConfig
 from mtptrain.config.data import DataConfig
@@ -40,7 +38,7 @@ UNCHOSEN: Any = "???"  # what OmegaConf calls missing
 class RunConfig:
     """One run: a task, its parts and its folder."""
 
-    task: Task = UNCHOSEN
+    task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
     resume: str = "never"  # never, or auto: continue from the newest whole checkpoint in output_dir
     seed: int = 0
@@ -75,30 +73,12 @@ class RunConfig:
         require(self.resume in ("never", "auto"), "resume", self.resume, "must be never or auto")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
-        require(
-            self.task is not Task.compare or len(self.checkpoints) >= 2,
-            "checkpoints",
-            self.checkpoints,
-            "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
-        )
-        require(
-            self.task is not Task.export or self.target is not None,
-            "target",
-            None,
-            "export needs target=vllm, target=sglang or target=hf",
-        )
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(
             length >= depth + 2,
             "data.sequence_length",
             length,
             f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
-        )
-        require(
-            self.task is not Task.distill or self.loss.divergence is not LossName.ce,
-            "loss.divergence",
-            "ce",
-            "is training on data tokens, not distillation; use +recipe=pretrain",
         )
         self._check_engine()
         self._check_prompts()
@@ -123,26 +103,8 @@ class RunConfig:
 
     def _check_streams(self) -> None:
         """The rules of collecting streams and of training from them."""
-        from_streams, task = self.data.source is DataSource.streams, self.task
-        require(task is Task.collect or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
-        require(
-            not from_streams or task not in (Task.collect, Task.backbone),
-            "data",
-            "streams",
-            f"is what a backbone made of a text, and task={task.value} reads the text itself; set data=stdlib or text",
-        )
-        require(
-            task is not Task.collect or not self.data.streaming,
-            "data.streaming",
-            True,
-            "collect counts the tokens before it starts; leave it false",
-        )
-        require(
-            task not in (Task.collect, Task.backbone) or not self.data.mixture,
-            "data.mixture",
-            list(self.data.sources()),
-            f"weighs what heads are trained on, and task={task.value} reads a text once; set data.path",
-        )
+        from_streams = self.data.source is DataSource.streams
+        require(self.task == "collect" or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
         require(
             not from_streams or self.mtp.init != "backbone",
             "mtp.init",
@@ -154,13 +116,6 @@ class RunConfig:
         """The rules of training on the backbone's own texts."""
         if self.data.source is not DataSource.on_policy:
             return
-        require(
-            self.task not in (Task.collect, Task.backbone),
-            "data",
-            "on_policy",
-            f"is made of a backbone's texts by training, and task={self.task.value} reads a text; set data=stdlib or "
-            "text",
-        )
         measured = sorted(set(self.on_policy.prompts).intersection(self.prompts))
         require(not measured, "on_policy.prompts", measured, "are the prompts that heads are measured on; name others")
 

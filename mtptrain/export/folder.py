@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.backbone.release_config import is_release, read_config
+from mtptrain.backbone.release_config import is_release
 from mtptrain.backbone.shards import Shards
+from mtptrain.backbone.source import read_json_config
 from mtptrain.config import ShardCopies
 from mtptrain.errors import UserError
 from mtptrain.export.model_files import copy_companions, save_tensors, shard_name, write_index
@@ -113,7 +114,8 @@ def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> Non
 
 def write_config(shards: Shards, folder: Path, depth: int, told: dict[str, Any]) -> None:
     """config.json of the source with the new number of modules; `told` is kept under `mtptrain`."""
-    config = {key: value for key, value in read_config(shards).items() if not key.startswith("dspark_")}
+    stored = read_json_config(shards.folder, shards.setting)
+    config = {key: value for key, value in stored.items() if not key.startswith("dspark_")}
     config["num_nextn_predict_layers"] = depth
     if isinstance(config.get("compress_ratios"), list):
         config["compress_ratios"] = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * depth

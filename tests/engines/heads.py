@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.checkpoint import checkpoint_name, open_checkpoint
-from mtptrain.config import EngineName, LossConfig, RunConfig, Task, Tracker, TrackingConfig, TrainConfig
+from mtptrain.config import EngineName, LossConfig, RunConfig, Tracker, TrackingConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import Batch
 from mtptrain.distributed import join, own_rows, rank
@@ -124,7 +124,7 @@ def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> d
 
 def main(folder: Path) -> None:
     """Every engine in this process's group: whole, resumed, continued from one process, and with a bad gradient."""
-    join(RunConfig(task=Task.distill, train=CONFIG))
+    join(RunConfig(task="distill", train=CONFIG), is_shared=True)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for engine in EngineName:

@@ -12,7 +12,7 @@ import torch
 
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import backbone_streams
-from mtptrain.config import SHARED_PLACEMENTS, BackboneConfig, RunConfig, Task, TrainConfig
+from mtptrain.config import SHARED_PLACEMENTS, BackboneConfig, RunConfig, TrainConfig
 from mtptrain.distributed import join, rank
 from tests.tiny import random_batch
 
@@ -22,7 +22,7 @@ ROWS = [[[24], [24]], [[1, 2, 5, 9], [24]], [[3], [2]]]
 
 def main(backbone: Path, folder: Path) -> None:
     """Save the largest difference and the elements held, by placement and dtype."""
-    join(RunConfig(task=Task.distill, train=TrainConfig(batch_size=2)))
+    join(RunConfig(task="distill", train=TrainConfig(batch_size=2)), is_shared=True)
     torch.set_num_threads(1)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):

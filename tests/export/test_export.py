@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.shards import INDEX, Shards
-from mtptrain.config import ExportConfig, ExportTarget, RunConfig, Task
+from mtptrain.config import ExportConfig, ExportTarget, RunConfig
 from mtptrain.errors import UserError
 from mtptrain.export.card import RECORD
 from mtptrain.export.folder import check_room
@@ -229,7 +229,7 @@ def test_an_export_that_would_not_fit_is_refused_before_it_is_written(tmp_path: 
 
 
 def test_a_drop_beyond_the_bound_is_an_error() -> None:
-    config = RunConfig(task=Task.export, target=ExportTarget.hf, export=ExportConfig(max_drop=0.05))
+    config = RunConfig(task="export", target=ExportTarget.hf, export=ExportConfig(max_drop=0.05))
     check_drop(config, {"before": {"1": 1.5, "2": 1.7}, "after": {"1": 1.46, "2": 1.9}})
     line = r"^export\.max_drop=0\.05: storing the head costs 0\.100 tokens a pass at K=2 \(1\.700 to 1\.600\)"
     with pytest.raises(UserError, match=line):

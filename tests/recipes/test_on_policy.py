@@ -5,10 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from mtptrain.backbone.load import load_backbone
-from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig, Task
+from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.prompts import Prompt
 from mtptrain.data.splits import training_documents
@@ -16,6 +14,8 @@ from mtptrain.evaluation.trace import Trace
 from mtptrain.evaluation.trace_folder import outcome
 from mtptrain.evaluation.trace_set import read_trace_set
 from mtptrain.recipes.on_policy import as_corpus, ask
+from mtptrain.recipes.session import Session
+from mtptrain.run_folder import open_run_folder
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
 from tests.test_launchers import finish, start
@@ -86,9 +86,11 @@ def test_prompts_are_cut_from_training_documents(backbone_folder: Path, tmp_path
     path = tmp_path / "numbers.jsonl"  # every slice says its document's number
     path.write_text("".join(json.dumps({"text": f"{number}," * 30}) + "\n" for number in range(100, 140)))
     data = DataConfig(source=DataSource.on_policy, path=str(path), heldout_every=3, cache_dir=str(tmp_path))
-    backbone = load_backbone(BackboneConfig(path=str(backbone_folder)), torch.device("cpu"), torch.float32)
-    asked = ask(RunConfig(task=Task.distill, data=data, on_policy=OnPolicyConfig(num_prompts=60)), backbone)
-    seen = {backbone.tokenizer.decode(opening.prompt.tokens).split(",")[1] for opening in asked.openings}
+    source, on_policy = BackboneConfig(path=str(backbone_folder)), OnPolicyConfig(num_prompts=60)
+    config = RunConfig(task="distill", backbone=source, data=data, on_policy=on_policy)
+    session = Session(config, open_run_folder(config, {}))
+    asked = ask(session)
+    seen = {session.source.tokenizer.decode(opening.prompt.tokens).split(",")[1] for opening in asked.openings}
     training = {document.text.split(",")[1] for document in training_documents(data)}
     assert len(training) < 40
     assert seen == training

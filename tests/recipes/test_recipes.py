@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtptrain.config import BackboneConfig, DataConfig, DataSource, LossName, MtpConfig, RunConfig, Task, TrainConfig
+from mtptrain.config import BackboneConfig, DataConfig, DataSource, LossName, MtpConfig, RunConfig, TrainConfig
 from mtptrain.mtp.initial import stock_tensors
 from mtptrain.recipes.distill import train_head
-from mtptrain.recipes.inputs import open_backbone
+from mtptrain.recipes.session import Session
 from mtptrain.run_folder import open_run_folder
 from tests.command import ROOT, read_metrics, run_main, tree
 
@@ -232,7 +232,7 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     backbone_folder: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
     config = RunConfig(
-        task=Task.distill,
+        task="distill",
         output_dir=str(tmp_path / "run"),
         backbone=BackboneConfig(path=str(backbone_folder)),
         data=DataConfig(source=DataSource.text, path=str(corpus_file), sequence_length=33),
@@ -240,10 +240,11 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
         train=TrainConfig(steps=2, batch_size=1, warmup_steps=0, router_bias_rate=0.01),
     )
     files = tree(backbone_folder)
-    backbone = open_backbone(config)
-    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     folder = open_run_folder(config, {})
-    stack = train_head(config, folder, backbone, folder.open_mirror())
+    session = Session(config, folder)
+    backbone = session.backbone
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    stack = train_head(session, folder.open_mirror())
     after, start = backbone.model.state_dict(), stock_tensors(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tree(backbone_folder) == files

@@ -1,0 +1,12 @@
+"""`+recipe=pretrain`: train a head on data tokens, as DeepSeek trains its own, then measure it.
+
+python -m mtptrain +recipe=pretrain
+
+The program is that of `distill`; the objective comes from `loss.divergence`, cross-entropy by default.
+"""
+
+from __future__ import annotations
+
+from mtptrain.recipes.distill import PROCESSES, run
+
+__all__ = ["PROCESSES", "run"]

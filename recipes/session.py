@@ -1,0 +1,291 @@
+"""Everything that a run opens, opened when it is first needed: settings and texts first, weights last."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
+from mtptrain.errors import UserError
+from mtptrain.run_folder import RunFolder
+
+if TYPE_CHECKING:  # a plan opens nothing of this, and starts without torch
+    from mtptrain.backbone.load import Backbone
+    from mtptrain.backbone.source import BackboneSource
+    from mtptrain.checkpoint import Checkpoint
+    from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.encoder import Encoder
+    from mtptrain.data.tokens import TokenizedCorpus
+    from mtptrain.decoding.policy import Policy
+    from mtptrain.decoding.records import Limits
+    from mtptrain.evaluation.heads import Head
+
+
+def check_reads_documents(config: RunConfig) -> None:
+    """Refuse sources of data other than documents, for a recipe that reads a text once.
+
+    Raises:
+        UserError: the source is a cache of streams, the backbone's own texts, or a mixture.
+    """
+    made = {DataSource.streams: "what a backbone made of a text", DataSource.on_policy: "made by training"}
+    source = config.data.source
+    require(
+        source not in made,
+        "data",
+        source.value,
+        f"is {made.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
+    )
+    require(
+        not config.data.mixture,
+        "data.mixture",
+        list(config.data.sources()),
+        f"weighs what heads are trained on, and +recipe={config.task} reads a text once; set data.path",
+    )
+
+
+class Session:
+    """One run of a recipe.
+
+    Args:
+        config: the settings.
+        folder: where the run writes.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+
+    # Without reading a weight
+
+    @cached_property
+    def source(self) -> BackboneSource:
+        """The backbone's folder, config and tokenizer; torch's threads are bounded for a model of its size.
+
+        Raises:
+            UserError: it cannot be opened, or a draft does not fit in its sliding window.
+        """
+        from mtptrain.backbone.source import open_source
+        from mtptrain.distributed import bound_threads
+
+        source = open_source(self.config.backbone)
+        bound_threads(self.config.threads, source.config.hidden_size)
+        self._check_window(source)
+        return source
+
+    def _check_window(self, source: BackboneSource) -> None:
+        window = source.config.sliding_window
+        lengths = {
+            "mtp.steps": self.config.mtp.num_steps,
+            "decoding.draft_length": self.config.decoding.draft_length,
+            "on_policy.draft_length": self.config.on_policy.draft_length,
+        }
+        name, longest = max(lengths.items(), key=lambda item: item[1])
+        if longest >= window:
+            raise UserError(
+                f"{name}={longest}: a draft must be shorter than the backbone's sliding window of {window} tokens"
+            )
+
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The template that conversations are rendered with."""
+        from mtptrain.data.chat import open_chat_template
+
+        source = self.source
+        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.marks[0])
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """From documents to the backbone's tokens."""
+        from mtptrain.data.encoder import Encoder
+
+        return Encoder(self.source.tokenizer, self.source.marks, self.chat)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of tokenised text and other things that later runs use again."""
+        from mtptrain.data.tokens import cache_folder
+
+        return cache_folder(self.config.data.cache_dir)
+
+    @cached_property
+    def training_corpus(self) -> TokenizedCorpus:
+        """The training documents as tokens."""
+        from mtptrain.data.splits import training_documents
+        from mtptrain.data.tokens import tokenize_corpus
+
+        return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
+
+    @cached_property
+    def heldout_corpus(self) -> TokenizedCorpus:
+        """The held-out documents as tokens."""
+        from mtptrain.data.splits import heldout_documents
+        from mtptrain.data.tokens import tokenize_corpus
+
+        return tokenize_corpus(heldout_documents(self.config.data), self.encoder, self.cache)
+
+    @property
+    def piece_length(self) -> int:
+        """Most tokens of a document that the backbone reads at once: a row's, or its context where that is shorter."""
+        return min(self.config.data.sequence_length, int(self.source.config.max_position_embeddings))
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The decoding policy that heads are measured under."""
+        from mtptrain.decoding.policy import decoding_policy
+
+        return decoding_policy(self.config.decoding)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Where a measured text ends.
+
+        Raises:
+            UserError: an entry of `decoding.stop` is not one token.
+        """
+        from mtptrain.decoding.records import Limits
+
+        return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a text: the backbone's end token and those of `decoding.stop`.
+
+        Raises:
+            UserError: an entry of `decoding.stop` is not one token.
+        """
+        tokenizer = self.source.tokenizer
+        size = tokenizer.get_vocab_size()
+        stop = set(self.source.marks[1])
+        for entry in self.config.decoding.stop:
+            if isinstance(entry, int):
+                ids = [entry] if 0 <= entry < size else []
+            else:
+                token = tokenizer.token_to_id(entry)
+                ids = tokenizer.encode(entry, add_special_tokens=False).ids if token is None else [token]
+            if len(ids) != 1:
+                raise UserError(
+                    f"decoding.stop={entry}: is not one token of the backbone's {size}; give the text of a single "
+                    "token, or its id"
+                )
+            stop.update(ids)
+        return frozenset(stop)
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens that a prompt may have: the backbone's context less those emitted and drafted after it.
+
+        Raises:
+            UserError: no room is left.
+        """
+        context, decoding = int(self.source.config.max_position_embeddings), self.config.decoding
+        room = context - decoding.max_new_tokens - decoding.draft_length
+        if room < 1:
+            raise UserError(
+                f"decoding.max_new_tokens={decoding.max_new_tokens}: leaves no room for a prompt in the backbone's "
+                f"context of {context} tokens at decoding.draft_length={decoding.draft_length}; lower it"
+            )
+        return room
+
+    # With weights
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The whole frozen backbone on the run's device, in its arithmetic."""
+        return self._load(has_layers=True)
+
+    @cached_property
+    def training_backbone(self) -> Backbone:
+        """The backbone that training needs: training from cached streams runs no decoder layer and loads none."""
+        if self.config.data.source is DataSource.streams:
+            return self._load(has_layers=False)
+        return self.backbone
+
+    def _load(self, has_layers: bool) -> Backbone:
+        from mtptrain.backbone.load import load_backbone
+        from mtptrain.distributed import choose_device, choose_dtype
+
+        device = choose_device(self.config.device)
+        dtype = choose_dtype(self.config.precision, device)
+        return load_backbone(self.config.backbone, device, dtype, has_layers, self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """The backbone's fingerprint, of whichever form is loaded."""
+        return (self.__dict__.get("backbone") or self.training_backbone).fingerprint
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype of the backbone's arithmetic, e.g. `float32`."""
+        from mtptrain.distributed import choose_device, choose_dtype
+
+        return str(choose_dtype(self.config.precision, choose_device(self.config.device))).removeprefix("torch.")
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether this process holds every layer of the backbone while it trains."""
+        is_shared = self.config.backbone.placement in SHARED_PLACEMENTS
+        return not is_shared and self.config.data.source is not DataSource.streams
+
+    def head(self, setting: str) -> Head:
+        """The head that a setting names: `stock`, or the path of a checkpoint.
+
+        Raises:
+            UserError: there is none, or it belongs to another backbone.
+        """
+        from mtptrain.checkpoint import find_checkpoint
+
+        return self.stock_head() if setting == "stock" else self.trained_head(find_checkpoint(Path(setting)))
+
+    def stock_head(self) -> Head:
+        """The head that came with the backbone."""
+        from mtptrain.evaluation.heads import Head
+        from mtptrain.mtp.initial import place, stock_tensors
+        from mtptrain.mtp.stack import num_modules, stack_from_tensors
+
+        tensors = stock_tensors(self.backbone)
+        depth = num_modules(tensors)
+        stack = stack_from_tensors(self.backbone.config, depth, tensors, str(self.source.folder))
+        return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, self.backbone).eval())
+
+    def trained_head(self, checkpoint: Checkpoint) -> Head:
+        """The head of a checkpoint; see `check_owner`."""
+        from mtptrain.evaluation.heads import Head
+        from mtptrain.mtp.initial import place
+        from mtptrain.mtp.stack import stack_from_tensors
+
+        self.check_owner(checkpoint)
+        owner = checkpoint.owner
+        stack = stack_from_tensors(self.backbone.config, owner["depth"], checkpoint.tensors(), str(checkpoint.folder))
+        return Head("trained", str(checkpoint.folder), owner["mode"], place(stack, self.backbone).eval())
+
+    def check_owner(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that holds no head of this backbone.
+
+        Raises:
+            UserError: it holds no head, or one that was trained on another backbone.
+        """
+        owner = checkpoint.owner
+        if owner.get("task") == "backbone":
+            raise UserError(
+                f"checkpoint={checkpoint.folder}: holds a backbone, not a head; for the head that was trained with it "
+                "set checkpoint=stock and backbone.path to the run's folder `backbone`"
+            )
+        if owner.get("backbone") != self.fingerprint:
+            raise UserError(
+                f"checkpoint={checkpoint.folder}: was trained on the backbone {str(owner.get('backbone'))[:12]} and "
+                f"this one is {self.fingerprint[:12]}; set backbone.path to the backbone it belongs to"
+            )
+
+    def describe_backbone(self) -> dict[str, Any]:
+        """The backbone's entry in evaluation.json, with its loss on held-out text."""
+        from mtptrain.losses.next_token import bits_per_byte
+
+        backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
+        nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
+        return {
+            "name": self.config.backbone.name,
+            "fingerprint": backbone.fingerprint,
+            "parameters": sum(p.numel() for p in backbone.model.parameters()),
+            "heldout_nats_per_token": nats,
+            "heldout_bits_per_byte": bits,
+        }
