@@ -23,7 +23,7 @@ from mtptrain.evaluation.loop import certify_runs, loop_totals, sample_texts
 from mtptrain.evaluation.metrics import domain_rows, paired_gain
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
-from mtptrain.evaluation.report.table import print_summary
+from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.sampler_check import sampler_certificate
 from mtptrain.evaluation.speedup import (
     BatchRuns,
