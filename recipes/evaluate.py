@@ -5,6 +5,7 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from mtptrain.evaluation.loop import certify_runs, loop_totals, sample_texts
 from mtptrain.evaluation.metrics import domain_rows, paired_gain
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
-from mtptrain.evaluation.report.table import print_summary
+from mtptrain.evaluation.report.tables import print_summary
+from mtptrain.evaluation.result import Evaluation
 from mtptrain.evaluation.sampler_check import sampler_certificate
 from mtptrain.evaluation.speedup import (
     BatchRuns,
@@ -40,6 +42,7 @@ from mtptrain.progress import Progress
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.run.typed_json import from_json
 from mtptrain.storage import write_json
 
 SCHEMA = 2
@@ -116,12 +119,8 @@ def compare_with_stock(
     return gain, by_domain
 
 
-def evaluate_heads(session: Session, heads: list[Head]) -> dict[str, Any]:
-    """Measure heads on one backbone and write evaluation.json, report.html and the table.
-
-    Returns:
-        The content of evaluation.json; docs/evaluation.md describes it.
-    """
+def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
+    """Measure heads on one backbone and write evaluation.json, report.html and the table."""
     config, backbone, policy = session.config, session.backbone, session.policy
     longest, row_length = config.decoding.draft_length, session.piece_length
     trace_set = prepare_traces(session)
@@ -169,10 +168,22 @@ def evaluate_heads(session: Session, heads: list[Head]) -> dict[str, Any]:
     }
     folder = session.folder.path
     write_json(folder / "evaluation.json", evaluation)
-    write_report(evaluation, folder / "report.html")
-    print_summary(evaluation, Console())
+    result = _typed(evaluation)
+    write_report(result, folder / "report.html")
+    print_summary(result, Console())
     session.folder.say(f"wrote {folder / 'evaluation.json'} and {folder / 'report.html'}")
-    return evaluation
+    return result
+
+
+def _typed(evaluation: dict[str, Any]) -> Evaluation:
+    """Goes away with the parts that build an `Evaluation`."""
+    certificate = dict(evaluation["certificate"])
+    controls = dict(certificate["controls"])
+    prefix = "shifted_target_"
+    names = [name for name in controls if name.startswith(prefix)]
+    controls["shifted_target"] = {name.removeprefix(prefix): controls.pop(name) for name in names}
+    certificate |= {"controls": controls, "pass_count_test": certificate.pop("replay_law", None)}
+    return from_json(Evaluation, json.loads(json.dumps(evaluation | {"certificate": certificate})))
 
 
 def check(config: RunConfig) -> None:

@@ -7,30 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtptrain.data.prompts import Prompt
+from mtptrain.data.prompts import Prompt, Source
 from mtptrain.data.rows import check_readable, json_lines
 from mtptrain.errors import UserError
 from mtptrain.evaluation.trace import Trace
 from mtptrain.storage import write_text
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where prompts came from.
-
-    Attributes:
-        name: a file, a data set, or `heldout`.
-        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
-        rows: how many prompts or conversations it holds.
-        used: how many of them were asked.
-    """
-
-    name: str
-    sha256: str
-    rows: int
-    used: int
 
 
 @dataclass(frozen=True, slots=True)
