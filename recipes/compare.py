@@ -5,7 +5,6 @@ python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +12,11 @@ from rich.console import Console
 from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.evaluation.compare import compare_heads, print_comparison
+from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
-from mtptrain.recipes.evaluate import SCHEMA
+from mtptrain.evaluation.result import SCHEMA
+from mtptrain.evaluation.subject import describe_prompts
+from mtptrain.provenance import Provenance
 from mtptrain.recipes.inputs import (
     check_owner,
     describe_backbone,
@@ -24,6 +26,7 @@ from mtptrain.recipes.inputs import (
     trained_head,
 )
 from mtptrain.recipes.traces import prepare_traces, replay_head
+from mtptrain.run.typed_json import from_json, to_json
 from mtptrain.run_folder import RunFolder
 from mtptrain.storage import write_json
 
@@ -45,24 +48,32 @@ def run(config: RunConfig, run_folder: RunFolder) -> None:
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock if path == "stock" and stock else trained_head(backbone, stored[path])
         counts = replay_head(config, backbone, head.stack, traces)
-        replay = {str(k): summarize(counts[k], groups) for k in counts}
-        domains = by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts])
-        heads.append({**replace(head, name=name).describe(), "replay": replay, "domains": domains})
+        heads.append(
+            ComparedHead(
+                name=name,
+                checkpoint=head.checkpoint,
+                mode=head.mode,
+                depth=head.stack.depth,
+                parameters=head.num_parameters,
+                replay={k: summarize(counts[k], groups) for k in counts},
+                domains=by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts]),
+            )
+        )
         replays.append(counts)
     comparisons = [
         compare_heads((names[0], name), replays[0], counts, prompts)
         for name, counts in zip(names[1:], replays[1:], strict=True)
     ]
-    result = {
-        "schema": SCHEMA,
-        "provenance": run_folder.provenance,
-        "backbone": describe_backbone(config, backbone, corpus),
-        "prompts": trace_set.describe(),
-        "draft_length": config.decoding.draft_length,
-        "heads": heads,
-        "comparisons": comparisons,
-    }
-    write_json(run_folder.path / "comparison.json", result)
+    result = Comparison(
+        schema=SCHEMA,
+        provenance=from_json(Provenance, run_folder.provenance),
+        backbone=describe_backbone(config, backbone, corpus),
+        prompts=describe_prompts(trace_set),
+        draft_length=config.decoding.draft_length,
+        heads=heads,
+        comparisons=comparisons,
+    )
+    write_json(run_folder.path / "comparison.json", to_json(result))
     for comparison in comparisons:
         print_comparison(comparison, Console())
     run_folder.say(f"wrote {run_folder.path / 'comparison.json'}")

@@ -45,6 +45,7 @@ from mtptrain.recipes.inputs import (
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.run.typed_json import to_json
 from mtptrain.run_folder import RunFolder
 from mtptrain.trainer import Probe, Trainer
 from mtptrain.wandb_mirror import WandbMirror
@@ -103,7 +104,7 @@ def make_probe(config: RunConfig, run_folder: RunFolder, backbone: Backbone, sta
         counts = replay_head(config, backbone, stack, traces)
         figures = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
         for length, found in counts.items():
-            for k, rate in enumerate(by_position(found)["conditional"], start=1):
+            for k, rate in enumerate(by_position(found).conditional, start=1):
                 if rate is not None:
                     figures[f"replay/accepted_{k}_of_{length}"] = rate
         return figures
@@ -197,4 +198,4 @@ def train_and_measure(config: RunConfig, run_folder: RunFolder, mirror: WandbMir
     heads = [Head("trained", str(run_folder.path / "checkpoints"), config.mtp.mode.value, stack)]
     if config.evaluation.include_stock and has_stock(backbone):
         heads.insert(0, stock_head(backbone))
-    publish(mirror, run_folder, evaluate_heads(config, run_folder, backbone, heads))
+    publish(mirror, run_folder, to_json(evaluate_heads(config, run_folder, backbone, heads)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import DeepseekV4Config
 
 from mtptrain.backbone.load import Backbone, load_backbone
@@ -16,6 +14,7 @@ from mtptrain.data.tokens import TokenizedCorpus, cache_folder, tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device, choose_dtype
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
+from mtptrain.evaluation.result import BackboneResult
 from mtptrain.losses.next_token import bits_per_byte
 from mtptrain.mtp.initial import place, stock_tensors
 from mtptrain.mtp.stack import num_modules, stack_from_tensors
@@ -109,14 +108,14 @@ def heldout_corpus(config: RunConfig, backbone: Backbone) -> TokenizedCorpus:
     return tokenize_corpus(heldout_documents(config.data), encoder, cache)
 
 
-def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> dict[str, Any]:
-    """The backbone's entry in evaluation.json, with its loss on held-out text."""
+def describe_backbone(config: RunConfig, backbone: Backbone, corpus: TokenizedCorpus) -> BackboneResult:
+    """Return the backbone's entry in evaluation.json, with its loss on held-out text."""
     rows = config.evaluation.heldout_sequences
     nats, bits = bits_per_byte(backbone.model, corpus, piece_length(config, backbone.config), rows)
-    return {
-        "name": config.backbone.name,
-        "fingerprint": backbone.fingerprint,
-        "parameters": sum(p.numel() for p in backbone.model.parameters()),
-        "heldout_nats_per_token": nats,
-        "heldout_bits_per_byte": bits,
-    }
+    return BackboneResult(
+        name=config.backbone.name,
+        fingerprint=backbone.fingerprint,
+        parameters=sum(p.numel() for p in backbone.model.parameters()),
+        heldout_nats_per_token=nats,
+        heldout_bits_per_byte=bits,
+    )

@@ -38,6 +38,7 @@ from mtptrain.kernels.dispatch import requested
 from mtptrain.provenance import git_commit, hardware, package_versions
 from mtptrain.recipes.inputs import heldout_corpus, open_backbone, stock_head, trained_head
 from mtptrain.recipes.traces import decoding_limits
+from mtptrain.run.typed_json import to_json
 
 # B rows, S tokens of a prompt, L tokens of a pass
 
@@ -96,10 +97,10 @@ def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict
     result: dict[str, Any] = {}
     for num_tokens, seconds in found.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
-        result[str(num_tokens)] = {way: spread(spent) for way, spent in kept.items()}
+        result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
         if "recorded" in kept:
             ratios = [slow / fast for slow, fast in zip(kept["eager"], kept["recorded"], strict=True)]
-            result[str(num_tokens)]["eager_over_recorded"] = spread(ratios)
+            result[str(num_tokens)]["eager_over_recorded"] = to_json(spread(ratios))
     return result
 
 
@@ -113,12 +114,12 @@ def time_decoding(
     runs = run_interleaved(backbone.model, stacks, batches, lengths, limits, GREEDY, config.seed, lambda *_: None)
     result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
     for k in lengths:
-        speed = summarize_speed(runs, head.name, k)
+        speed = to_json(summarize_speed(runs, head.name, k))
         result[str(k)] = {
             "tokens_per_pass": batch_length(runs, head.name, k),
             "tokens_per_second": rate_of([run.speculative[head.name, k] for run in runs]),
             **{name: speed[name] for name in ("median", "quartiles", "after_prefill", "shares")},
-            "record_seconds": spread([run.speculative[head.name, k].seconds.record for run in runs]),
+            "record_seconds": to_json(spread([run.speculative[head.name, k].seconds.record for run in runs])),
         }
     return result
 
