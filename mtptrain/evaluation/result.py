@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtptrain.config import DraftChoice, VerificationChoice
-from mtptrain.data.prompts import Source
+from mtptrain.data.questions import Source
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval

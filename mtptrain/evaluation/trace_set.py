@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mtptrain.data.prompts import Prompt, Source
+from mtptrain.data.prompts import Prompt
+from mtptrain.data.questions import Source
 from mtptrain.data.rows import check_readable, json_lines
 from mtptrain.errors import UserError
 from mtptrain.evaluation.trace import Trace
