@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mtptrain.config import HELDOUT
-from mtptrain.data.prompts import Opening, Prompt, Source, encode_question, slice_prompts
-from mtptrain.data.questions import QuestionSource, read_questions, spread_questions
+from mtptrain.data.prompts import Opening, Prompt, encode_question, slice_prompts
+from mtptrain.data.questions import QuestionSource, Source, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import Replayed

@@ -31,23 +31,6 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where prompts came from.
-
-    Attributes:
-        name: a file, a data set, or `heldout`.
-        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
-        rows: how many prompts or conversations it holds.
-        used: how many of them were asked.
-    """
-
-    name: str
-    sha256: str
-    rows: int
-    used: int
-
-
-@dataclass(frozen=True, slots=True)
 class Opening:
     """A prompt, and how its conversation goes on.
 

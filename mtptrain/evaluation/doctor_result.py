@@ -20,6 +20,7 @@ class TensorFaults:
         missing, unexpected, misshaped, non_finite, zero: errors.
         constant, same_as_stock, same_as_depth_before: may be intended.
         is_dspark: they look like DSpark blocks.
+        errors: number of names of the five kinds of errors.
     """
 
     expected: int

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtptrain.config import DraftChoice, VerificationChoice
-from mtptrain.data.prompts import Source
+from mtptrain.config import DraftChoice, Verification
+from mtptrain.data.questions import Source
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
@@ -121,7 +121,7 @@ class PolicyResult:
     top_k: int | None
     top_p: float
     draft: DraftChoice
-    verification: VerificationChoice
+    verification: Verification
     stop_below: float
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.data.prompts import Prompt, Source
+from mtptrain.data.prompts import Prompt
+from mtptrain.data.questions import Source
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import Limits
