@@ -24,12 +24,14 @@ from mtptrain.config import RunConfig, register
 from mtptrain.errors import Preempted, UserError
 from mtptrain.storage import no_room
 
+RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra takes no flags of ours
 USER_MISTAKE, ASKED_TO_LEAVE = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
     """End with one line, of rank 0 where it fails too, and the exit code of a user's mistake."""
+    message += "".join(f"; {old} is now called {new}" for old, new in RENAMED.items() if old in message)
     distributed = sys.modules.get("mtptrain.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
     if number == "0":

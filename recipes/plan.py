@@ -1,4 +1,4 @@
-"""`+recipe=plan`: what drafting would gain, or training would cost, on some hardware; no model is loaded.
+"""`+recipe=plan`: predict what drafting gains or what training costs on some hardware. No model is loaded.
 
 python -m mtptrain +recipe=plan model=v4_flash hardware=h200
 python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 engine=zero2 backbone.placement=zero3
@@ -6,17 +6,14 @@ python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from enum import Enum
+from typing import Any
 
 from rich.console import Console
 
 from mtptrain.config import (
     SPREAD_PLACEMENTS,
-    BackboneConfig,
     DataSource,
     EngineName,
-    HardwareConfig,
     PlanConfig,
     PlanKind,
     Precision,
@@ -24,36 +21,34 @@ from mtptrain.config import (
     WeightFormat,
 )
 from mtptrain.errors import UserError
-from mtptrain.planning.decoding import describe_model, plan_decoding
-from mtptrain.planning.decoding_table import print_decoding_plan
+from mtptrain.planning.decoding import plan_decoding
 from mtptrain.planning.profile import read_profile
+from mtptrain.planning.result import DecodingPlan, TrainingPlan, write_plan
+from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
-from mtptrain.planning.training_memory import TrainingLoad
-from mtptrain.planning.training_table import print_training_plan
+from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
-from mtptrain.storage import write_json
 
-SCHEMA = 1
 PROCESSES = "none"  # a plan is of other machines than this one: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
 
 
 def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> TrainingLoad:
-    """The training that the other sections of a run describe.
+    """Return the load of a training that uses these settings on `processes` GPUs.
 
     Raises:
-        UserError: the processes cannot share a micro-batch evenly, the placement is one of a single process, or tensors
-            are chosen by name.
+        UserError: the batch size is not a multiple of `processes`, the placement is for a single process, or
+            `mtp.trainable` names tensors.
     """
     if config.mtp.trainable not in ("all", "no_experts"):
         raise UserError(
-            f"mtp.trainable={config.mtp.trainable}: a plan knows sizes of parts and no names of tensors; set all or "
-            "no_experts, whichever is nearer"
+            f"mtp.trainable={config.mtp.trainable}: a plan knows the sizes of parts but no tensor names; set all or "
+            "no_experts, whichever is closer"
         )
     if config.backbone.placement in SPREAD_PLACEMENTS:
         raise UserError(
-            f"backbone.placement={config.backbone.placement.value}: is of one process on several GPUs, and a plan has "
-            "one process a GPU; set replicate, zero3 or expert_parallel"
+            f"backbone.placement={config.backbone.placement.value}: spreads one process over several GPUs, and a plan "
+            "has one process per GPU; set replicate, zero3 or expert_parallel"
         )
     batch = config.train.batch_size
     if batch % processes:
@@ -80,44 +75,27 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     )
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a plan without shapes, hardware and a load."""
-    planned(config)
-
-
-def planned(config: RunConfig) -> tuple[BackboneConfig, HardwareConfig, PlanConfig]:
-    """The model, the hardware and the load of a plan.
+def make_plan(config: RunConfig, provenance: dict[str, Any]) -> DecodingPlan | TrainingPlan:
+    """Return the plan that `plan.what` selects.
 
     Raises:
-        UserError: one is not set.
+        UserError: a section is missing, or its settings allow no plan.
     """
-    if config.model is None or config.hardware is None or config.plan is None:
-        raise UserError("model=null: plan needs shapes, hardware and a load; start from +recipe=plan")
-    return config.model, config.hardware, config.plan
+    model, hardware, plan = config.model, config.hardware, config.plan
+    if model is None or hardware is None or plan is None:
+        raise UserError("model=null: a plan needs model, hardware and plan; start from +recipe=plan")
+    if plan.what is PlanKind.training:
+        load = training_load(config, plan, hardware.num_gpus)
+        return plan_training(model, hardware, plan, load, config.train.steps, provenance)
+    return plan_decoding(model, hardware, plan, read_profile(plan), provenance)
 
 
 def run(session: Session) -> None:
-    """Compute the plan, write plan.json and print it."""
-    config, run_folder = session.config, session.folder
-    model, hardware, plan = planned(config)
-    shape = model.shape
-    if plan.what is PlanKind.training:
-        load = training_load(config, plan, hardware.num_gpus)
-        described = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(load).items()}
-        body = {"training": described, **plan_training(shape, hardware, plan, load, config.train.steps)}
-    else:
-        body = plan_decoding(shape, hardware, plan, read_profile(plan))
+    """Make the plan, write plan.json and print it."""
+    run_folder = session.folder
+    plan = make_plan(session.config, run_folder.provenance)
     run_folder.write()
-    result = {
-        "schema": SCHEMA,
-        "provenance": run_folder.provenance,
-        "what": plan.what.value,
-        "hardware": asdict(hardware),
-        "load": run_folder.settings["plan"],
-        "model": describe_model(model.name, shape),
-        **body,
-    }
-    write_json(run_folder.path / "plan.json", result)
-    show = print_training_plan if plan.what is PlanKind.training else print_decoding_plan
-    show(result, Console())
-    run_folder.say(f"wrote {run_folder.path / 'plan.json'}")
+    file = run_folder.path / "plan.json"
+    write_plan(file, plan)
+    print_plan(plan, Console())
+    run_folder.say(f"wrote {file}")

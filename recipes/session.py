@@ -28,7 +28,10 @@ def check_reads_documents(config: RunConfig) -> None:
     Raises:
         UserError: the source is a cache of streams, the backbone's own texts, or a mixture.
     """
-    made = {DataSource.streams: "what a backbone made of a text", DataSource.on_policy: "made by training"}
+    made = {
+        DataSource.streams: "what a backbone made of a text",
+        DataSource.on_policy: "made of a backbone's texts by training",
+    }
     source = config.data.source
     require(
         source not in made,

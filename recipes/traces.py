@@ -173,5 +173,6 @@ def prepare_traces(session: Session) -> TraceSet:
 def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> Replayed:
     """Counts of every trace for every draft length, from one rollout."""
     policy, longest = session.policy, session.config.decoding.draft_length
-    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=policy.stop_below > 0)
+    stops = policy.min_confidence > 0
+    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=stops)
     return replay_all(drafts, policy)

@@ -13,7 +13,7 @@ PACKAGE = Path(mtptrain.__file__).parent
 
 # From the bottom up: a module imports from its own layer and those before it.
 LAYERS = [
-    ["errors", "config"],
+    ["errors", "config", "kernels.choices"],
     ["kernels", "distributed", "memory", "zero", "provenance", "storage", "run"],
     # the format of data, no source of it
     ["data.messages", "data.documents", "data.chat", "data.encoder", "data.tokens", "data.packing", "data.tokenizer"],

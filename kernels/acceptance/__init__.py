@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from ..choices import Verification
 from ..dispatch import use_triton
 from .draws import Stream, uniforms_reference
 from .reference import (
     Emission,
     Sampling,
-    Verification,
     emit_greedily,
     policy_probabilities_reference,
     verify_logits_reference,

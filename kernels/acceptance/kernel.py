@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..choices import Verification
 from ..launch import MODELS, Launch
 from . import draws_kernel
 from .law_kernel import GROUP, NUMBERS, OPTIONS, probability, write_law
-from .reference import GRID, Emission, Sampling, Verification
+from .reference import GRID, Emission, Sampling
 from .verify_kernel import verify_kernel
 
 

@@ -21,18 +21,12 @@ neither the order in which a device adds nor the shape of a launch.
 B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
 """
 
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Verification(StrEnum):
-    """How a draft is verified; both leave the output distributed as the target's own."""
-
-    token = "token"  # arXiv:2211.17192, Algorithm 1
-    block = "block"  # arXiv:2403.10444, Algorithm 2: never fewer tokens in expectation; the same at K = 1
+from ..choices import Verification
 
 
 class Sampling(NamedTuple):

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..choices import Divergence
 from ..dispatch import use_triton
 from .chunked import MakeRows, linear_loss_in_chunks
-from .divergence import Divergence
 from .reference import LinearLoss
 from .rows import TorchRows
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .divergence import Divergence
+from ..choices import Divergence
 from .reference import LinearLoss
 
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..choices import Divergence
 from ..launch import MODELS, Launch
 from .chunked import matmul
-from .divergence import Divergence
 from .reference import HYBRID_ETA
 
 CHUNK_ROWS = 1024  # at V = 129,280 two buffers of 530 MB and one of 265; not measured on a GPU

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import Divergence
+from ..choices import Divergence
 
 HYBRID_ETA = 3.0  # lambda = exp(-3 * alpha), arXiv:2602.23881
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..choices import Divergence
 from .chunked import matmul
-from .divergence import Divergence
 from .reference import HYBRID_ETA
 
 MIN_CHUNK_ROWS = 256  # fewer waste a product with a large head: V = 129,280, D = 1024, AMD EPYC, 2026-11: 128 rows take

@@ -1,9 +1,9 @@
-"""What a run can be told: typed sections, each with its units, ranges and checks.
+"""Settings of a run: typed sections, each with its units, ranges and checks.
 
 This package imports neither torch nor transformers, so that `--help` and `--cfg job` answer at once.
 """
 
-from mtptrain.config.backbone import BackboneConfig, ShapeConfig
+from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig, ShapeConfig
 from mtptrain.config.choices import (
     SHARED_PLACEMENTS,
     SPREAD_PLACEMENTS,
@@ -26,20 +26,16 @@ from mtptrain.config.choices import (
     StoredWeights,
     StreamFormat,
     Tracker,
-    VerificationChoice,
     WeightFormat,
 )
-from mtptrain.config.collect import CollectConfig
-from mtptrain.config.data import DataConfig, MixtureConfig
-from mtptrain.config.export import ExportConfig
+from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
-from mtptrain.config.on_policy import OnPolicyConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
-from mtptrain.config.release import ReleaseConfig
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, register
 from mtptrain.config.tracking import TrackingConfig
-from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
+from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
+from mtptrain.kernels.choices import Verification
 
 __all__ = [
     "HELDOUT",
@@ -79,12 +75,13 @@ __all__ = [
     "RunConfig",
     "ShapeConfig",
     "ShardCopies",
+    "StockHeadConfig",
     "StoredWeights",
     "StreamFormat",
     "Tracker",
     "TrackingConfig",
     "TrainConfig",
-    "VerificationChoice",
+    "Verification",
     "WeightFormat",
     "register",
     "require",

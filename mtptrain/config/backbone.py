@@ -1,56 +1,46 @@
-"""Which frozen backbone a run stands on."""
+"""The frozen backbone, and the model folders that are written from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from mtptrain.config.choices import Placement, StoredWeights
-from mtptrain.config.rules import require
+from mtptrain.config.choices import ExportForm, ExportScheme, Placement, ReleaseVariant, ShardCopies, StoredWeights
+from mtptrain.config.rules import check_fields, one_of, ranged, require
 
 
 @dataclass(kw_only=True, slots=True)
 class ShapeConfig:
     """Sizes of a DeepSeek-V4 backbone that the `backbone` recipe builds from scratch."""
 
-    vocab_size: int = 2048  # tokens, at least 258: 256 bytes and two marks
-    hidden_size: int = 128
-    layer_types: list[str] = field(default_factory=lambda: ["sliding", "csa", "hca", "sliding"])
-    num_hash_layers: int = 1  # leading layers whose experts are chosen by token id
-    num_attention_heads: int = 4
-    head_dim: int = 32
-    rope_head_dim: int = 16  # trailing dimensions of a head that are rotated
-    q_lora_rank: int = 64
-    o_groups: int = 2
-    o_lora_rank: int = 32
-    sliding_window: int = 64  # tokens
-    csa_rate: int = 4  # tokens a compressed entry
-    hca_rate: int = 16  # tokens a compressed entry
-    index_heads: int = 4
-    index_head_dim: int = 32
-    index_topk: int = 16  # compressed entries a query keeps
-    num_experts: int = 8
-    experts_per_token: int = 2
-    expert_size: int = 64
-    hc_mult: int = 2  # residual streams
-    sinkhorn_iterations: int = 4
-    max_positions: int = 4096  # tokens
+    vocab_size: int = ranged(2048, at_least=258)  # tokens: 256 bytes and two special ones, or more
+    hidden_size: int = ranged(128, at_least=1)
+    layer_types: list[str] = one_of(["sliding", "csa", "hca", "sliding"], "sliding", "csa", "hca")
+    num_hash_layers: int = ranged(1, at_least=0)  # leading layers whose experts are chosen by token id
+    num_attention_heads: int = ranged(4, at_least=1)
+    head_dim: int = ranged(32, at_least=1)
+    rope_head_dim: int = ranged(16, at_least=2)  # trailing dimensions of a head that are rotated
+    q_lora_rank: int = ranged(64, at_least=1)
+    o_groups: int = ranged(2, at_least=1)
+    o_lora_rank: int = ranged(32, at_least=1)
+    sliding_window: int = ranged(64, at_least=1)  # tokens
+    csa_rate: int = ranged(4, at_least=1)  # tokens a compressed entry
+    hca_rate: int = ranged(16, at_least=1)  # tokens a compressed entry
+    index_heads: int = ranged(4, at_least=1)
+    index_head_dim: int = ranged(32, at_least=1)
+    index_topk: int = ranged(16, at_least=1)  # compressed entries a query keeps
+    num_experts: int = ranged(8, at_least=1)
+    experts_per_token: int = ranged(2, at_least=1)
+    expert_size: int = ranged(64, at_least=1)
+    hc_mult: int = ranged(2, at_least=1)  # residual streams
+    sinkhorn_iterations: int = ranged(4, at_least=1)
+    max_positions: int = ranged(4096, at_least=1)  # tokens
 
     def __post_init__(self) -> None:
-        for part in fields(self):
-            value, least = getattr(self, part.name), 0 if part.name == "num_hash_layers" else 1
-            if isinstance(value, int):
-                require(value >= least, f"backbone.shape.{part.name}", value, f"must be at least {least}")
-        require(self.vocab_size >= 258, "backbone.shape.vocab_size", self.vocab_size, "must be at least 258")
-        known = {"sliding", "csa", "hca"}
-        require(
-            bool(self.layer_types) and set(self.layer_types) <= known,
-            "backbone.shape.layer_types",
-            self.layer_types,
-            f"must be a list of {sorted(known)}",
-        )
+        check_fields(self, "backbone.shape")
+        require(bool(self.layer_types), "backbone.shape.layer_types", [], "must name at least one layer")
         require(self.rope_head_dim % 2 == 0, "backbone.shape.rope_head_dim", self.rope_head_dim, "must be even")
         require(
-            1 <= self.experts_per_token <= self.num_experts,
+            self.experts_per_token <= self.num_experts,
             "backbone.shape.experts_per_token",
             self.experts_per_token,
             f"must lie between 1 and num_experts={self.num_experts}",
@@ -67,3 +57,25 @@ class BackboneConfig:
     placement: Placement = Placement.replicate  # where the layers go
     weights: StoredWeights = StoredWeights.auto  # how a quantised release is held
     shape: ShapeConfig = field(default_factory=ShapeConfig)  # what `recipe=backbone` builds; of a release: its sizes
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """The folder that `recipe=export` writes."""
+
+    form: ExportForm = ExportForm.full
+    scheme: ExportScheme = ExportScheme.target
+    shards: ShardCopies = ShardCopies.hardlink  # of files that stay as they are
+    # Acceptance length, in tokens a pass, that storing the head may cost; more is an error.
+    max_drop: float = ranged(0.05, at_least=0, rule="must be 0 or more tokens a pass")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "export")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReleaseConfig:
+    """The folder that `recipe=mini_release` writes."""
+
+    variant: ReleaseVariant = ReleaseVariant.release
+    random: bool = False  # a random backbone of backbone.shape and a random head, instead of the configured backbone

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
+
+from mtptrain.kernels.choices import Divergence
 
 
 class Device(Enum):
@@ -139,17 +141,22 @@ class MtpMode(Enum):
     stacked = "stacked"
 
 
-class LossName(Enum):
-    """What the heads are trained on: data tokens (`ce`) or the backbone's distribution (the others)."""
+class LossName(StrEnum):
+    """Training losses: cross-entropy on data tokens (`ce`), or a distance to the backbone's distribution (others)."""
 
-    ce = "ce"
-    kl = "kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    tv = "tv"
-    neg_log_alpha = "neg_log_alpha"
-    hybrid = "hybrid"
-    chain = "chain"
+    ce = Divergence.ce
+    kl = Divergence.kl
+    reverse_kl = Divergence.reverse_kl
+    jsd = Divergence.jsd
+    tv = Divergence.tv
+    neg_log_alpha = Divergence.neg_log_alpha
+    hybrid = Divergence.hybrid
+    chain = "chain"  # of a whole rollout: its expected accepted length
+
+    @property
+    def per_token(self) -> Divergence:
+        """Divergence of one token that the loss is made of; `chain` multiplies 1 - tv along the rollout."""
+        return Divergence.tv if self is LossName.chain else Divergence(self)
 
 
 class DraftChoice(Enum):
@@ -157,13 +164,6 @@ class DraftChoice(Enum):
 
     sampled = "sampled"
     greedy = "greedy"
-
-
-class VerificationChoice(Enum):
-    """How a sampled draft is verified: token by token (as servers do), or by block, which never keeps fewer."""
-
-    token = "token"
-    block = "block"
 
 
 class Tracker(Enum):

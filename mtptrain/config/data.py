@@ -1,13 +1,13 @@
-"""Documents and how they become sequences."""
+"""Texts to train from: documents and how they become sequences, cached streams, and the backbone's own texts."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from mtptrain.config.choices import DataSource
-from mtptrain.config.rules import require
+from mtptrain.config.choices import DataSource, StreamFormat
+from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, check_fields, prompt_names, ranged, require
 
 DOCUMENTS = (DataSource.stdlib, DataSource.text)  # sources that are read document by document
 
@@ -17,7 +17,7 @@ class MixtureConfig:
     """One source of a mixture."""
 
     name: str | None = None  # in the metrics; null = the last part of the path without its ending
-    weight: float = 1.0  # above 0; its share of the rows is its weight over the sum of all
+    weight: float = ranged(1.0, above=0)  # its share of the rows is its weight over the sum of all
     source: DataSource = DataSource.text
     path: str | None = None  # see DataConfig
     field_name: str = "text"  # see DataConfig
@@ -37,19 +37,26 @@ class DataConfig:
     field_name: str = "text"  # the column of .jsonl, .parquet and `datasets` rows: a text, or a list of messages
     streaming: bool = False  # read documents as training needs them instead of tokenising all first
     mixture: list[MixtureConfig] = field(default_factory=list)  # sources with weights, all read as streams
-    workers: int = 1  # processes that read and tokenise streams for one of training; 0 = that one itself
+    # Processes that read and tokenise texts for one training process; 0 = that one itself.
+    workers: int = ranged(1, at_least=0)
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages that join the training split
-    sequence_length: int = 256  # tokens
+    sequence_length: int = ranged(256, at_least=3, rule="must be at least 3 tokens (depth + 2)")
     chat_template: str | None = None  # a jinja file for conversations; null = the one that came with the tokenizer
-    heldout_every: int = 16  # one document in this many is held out, by hash of its name
+    heldout_every: int = ranged(16, at_least=2)  # one document in this many is held out, by hash of its name
     cache_dir: str | None = None  # null = $XDG_CACHE_HOME/mtptrain or ~/.cache/mtptrain
 
     def __post_init__(self) -> None:
-        length = self.sequence_length
-        require(self.workers >= 0, "data.workers", self.workers, "must not be negative")
+        check_fields(self, "data")
         self._check_mixture()
-        require(length >= 3, "data.sequence_length", length, "must be at least 3 tokens (depth + 2)")
-        require(self.heldout_every >= 2, "data.heldout_every", self.heldout_every, "must be at least 2")
+        require(
+            self.source is DataSource.text or not self.streaming,
+            "data.streaming",
+            self.streaming,
+            "is for data=text; what else there is has an end, leave it false",
+        )
+
+    def require_path(self) -> None:
+        """Raise a `UserError` if the source needs a path and has none."""
         require(
             self.source is not DataSource.text or bool(self.path) or bool(self.mixture),
             "data.path",
@@ -61,12 +68,6 @@ class DataConfig:
             "data.path",
             self.path,
             "data=streams needs the folder that +recipe=collect wrote",
-        )
-        require(
-            self.source is DataSource.text or not self.streaming,
-            "data.streaming",
-            self.streaming,
-            "is for data=text; what else there is has an end, leave it false",
         )
 
     @property
@@ -93,7 +94,7 @@ class DataConfig:
         require(len(set(labels)) == len(labels), "data.mixture", labels, "sources need names of their own; set `name`")
         for one in self.mixture:
             setting = f"data.mixture.{one.label}"
-            require(0 < one.weight < math.inf, f"{setting}.weight", one.weight, "must be above 0")
+            check_fields(one, setting)
             require(one.source in DOCUMENTS, f"{setting}.source", one.source.value, "a mixture is of documents")
             require(
                 one.source is not DataSource.text or bool(one.path),
@@ -113,3 +114,40 @@ class DataConfig:
             self.path,
             "data.mixture brings its own sources; leave one of them out",
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class CollectConfig:
+    """How streams are collected into a cache."""
+
+    format: StreamFormat = StreamFormat.bf16
+    # A shard ends with the document that reaches this many tokens; a killed run loses at most one shard.
+    shard_tokens: int = ranged(16384, at_least=1)
+    plan_only: bool = False  # print the disk need and stop; `--plan` is short for true
+
+    def __post_init__(self) -> None:
+        check_fields(self, "collect")
+
+
+@dataclass(kw_only=True, slots=True)
+class OnPolicyConfig:
+    """`data=on_policy`: prompts and how the backbone continues them."""
+
+    path: str | None = None  # folder of the texts; null = one in data.cache_dir, named by what they are
+    prompts: Any = TRAINING  # `training`, or what the setting `prompts` takes but for `heldout`
+    num_prompts: int = ranged(512, at_least=1)  # or conversations, evenly spread over `prompts`; files may hold fewer
+    prompt_tokens: int = ranged(32, at_least=1)  # tokens of a prompt cut from training documents
+    max_new_tokens: int = ranged(224, at_least=1)  # tokens a prompt; with prompt_tokens a row of data.sequence_length
+    temperature: float = ranged(1.0, at_least=0, rule="must be 0 (greedy) or above")
+    # Likeliest tokens that may be sampled; null = all.
+    top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
+    # Smallest mass of likeliest tokens that may be sampled.
+    top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
+    # Tokens that the head the training starts from drafts a pass; 0 = plain decoding.
+    draft_length: int = ranged(1, at_least=0, at_most=MAX_DRAFT_LENGTH)
+    batch_size: int = ranged(64, at_least=1)  # prompts decoded and written together; a kill loses one batch a process
+
+    def __post_init__(self) -> None:
+        check_fields(self, "on_policy")
+        self.prompts = prompt_names("on_policy.prompts", self.prompts, TRAINING)
+        require(HELDOUT not in self.prompts, "on_policy.prompts", HELDOUT, "is what heads are measured on; name others")

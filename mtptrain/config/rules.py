@@ -1,8 +1,10 @@
-"""How a setting is refused."""
+"""Ranges of settings, and the error that refuses a value."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Container
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mtptrain.errors import UserError
@@ -18,16 +20,81 @@ def require(condition: bool, setting: str, value: Any, rule: str) -> None:
         raise UserError(f"{setting}={value}: {rule}")
 
 
-def check_policy(section: str, temperature: float, top_k: int | None, top_p: float) -> None:
-    """Refuse what no token can be drawn with; `section` is where the settings stand."""
-    is_heat = math.isfinite(temperature) and temperature >= 0
-    require(is_heat, f"{section}.temperature", temperature, "must be 0 (greedy) or above")
-    require(top_k is None or top_k >= 1, f"{section}.top_k", top_k, "must be at least 1, or null to keep all tokens")
-    require(0 < top_p <= 1, f"{section}.top_p", top_p, "must lie in (0, 1]; 1 keeps all tokens")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """A lower bound and perhaps an upper one, as in `0 <= x < 1`; infinity is allowed only by `at_most=math.inf`."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        return (
+            (math.isfinite(value) or value == self.at_most)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        has_closed_end = self.at_most not in (None, math.inf)
+        if has_closed_end and self.at_least is not None:
+            return f"must lie between {self.at_least} and {self.at_most}"
+        if has_closed_end or self.below is not None:
+            low = f"[{self.at_least}" if self.above is None else f"({self.above}"
+            return f"must lie in {low}, " + (f"{self.at_most}]" if has_closed_end else f"{self.below})")
+        if self.above is not None:
+            return f"must be above {self.above}"
+        return "must not be negative" if self.at_least == 0 else f"must be at least {self.at_least}"
+
+
+def ranged(default: Any, *, rule: str | None = None, **bounds: float) -> Any:
+    """Declare a number, a list of numbers or None, with the range that `check_fields` enforces.
+
+    Args:
+        default: of the field.
+        rule: of the error; None writes it from the bounds.
+        bounds: of `Range`.
+    """
+    allowed = Range(**bounds)
+    return _checked(default, allowed, rule or str(allowed))
+
+
+def one_of(default: Any, *words: str) -> Any:
+    """Declare a word or a list of words, with the words that `check_fields` accepts."""
+    return _checked(default, words, f"must be {', '.join(words[:-1])} or {words[-1]}")
+
+
+def _checked(default: Any, allowed: Container[Any], rule: str) -> Any:
+    metadata = {"allowed": allowed, "rule": rule}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_fields(section: Any, name: str) -> None:
+    """Check every value, and every item of a list, against the range of its field; None passes.
+
+    Args:
+        section: a dataclass with fields made by `ranged` and `one_of`; other fields are not checked.
+        name: dotted name of the section, empty for the settings of the run itself.
+
+    Raises:
+        UserError: names the first setting outside its range, its value and the rule.
+    """
+    for part in fields(section):
+        value, allowed = getattr(section, part.name), part.metadata.get("allowed")
+        if allowed is None or value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        rule = "must be finite" if value == math.inf else part.metadata["rule"]
+        require(all(item in allowed for item in items), f"{name}.{part.name}".removeprefix("."), value, rule)
 
 
 def prompt_names(setting: str, given: Any, default: str) -> list[str]:
-    """The list of names that a setting of prompts means; `default` stands alone."""
+    """Return the names that a setting of prompts lists; `default` cannot be combined with other prompts."""
     names = [given] if isinstance(given, str) else given
     is_list = isinstance(names, list) and bool(names) and all(isinstance(one, str) and one for one in names)
     require(is_list, setting, given, f"must be {default}, or a file, folder or data set, or a list of them")

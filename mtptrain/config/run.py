@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtptrain.config.backbone import BackboneConfig
+from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
 from mtptrain.config.choices import (
     DataSource,
     Device,
@@ -14,16 +14,12 @@ from mtptrain.config.choices import (
     OptimizerName,
     Precision,
 )
-from mtptrain.config.collect import CollectConfig
-from mtptrain.config.data import DataConfig
-from mtptrain.config.export import ExportConfig
+from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
-from mtptrain.config.on_policy import OnPolicyConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
-from mtptrain.config.release import ReleaseConfig
-from mtptrain.config.rules import HELDOUT, prompt_names, require
+from mtptrain.config.rules import HELDOUT, check_fields, one_of, prompt_names, ranged, require
 from mtptrain.config.tracking import TrackingConfig
-from mtptrain.config.training import LossConfig, MtpConfig, TrainConfig
+from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 
 # Why stage 3 refuses bf16.
 ONE_DTYPE = (
@@ -40,13 +36,14 @@ class RunConfig:
 
     task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
-    resume: str = "never"  # never, or auto: continue from the newest whole checkpoint in output_dir
-    seed: int = 0
+    resume: str = one_of("never", "never", "auto")  # auto: continue from the newest whole checkpoint in output_dir
+    seed: int = ranged(0, at_least=0)
     device: Device = Device.auto
     precision: Precision = Precision.auto
     engine: EngineName = EngineName.single
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
-    threads: int | None = None  # CPU threads of torch; null = 1 for the tiny preset, else half the cores
+    # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
+    threads: int | None = ranged(None, at_least=1)
     checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
     path: str | None = None  # report: an evaluation.json, or the folder of its run
@@ -60,7 +57,9 @@ class RunConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    stock_head: TrainConfig = field(default_factory=TrainConfig)  # recipe=backbone: the training of its stock head
+    stock_head: StockHeadConfig = field(
+        default_factory=StockHeadConfig
+    )  # recipe=backbone: the training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -71,9 +70,7 @@ class RunConfig:
     plan: PlanConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.resume in ("never", "auto"), "resume", self.resume, "must be never or auto")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
+        check_fields(self, "")
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(
             length >= depth + 2,
@@ -81,6 +78,8 @@ class RunConfig:
             length,
             f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
         )
+        if self.task != "plan":  # a plan reads no data
+            self.data.require_path()
         self._check_engine()
         self._check_prompts()
         self._check_streams()

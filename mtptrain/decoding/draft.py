@@ -144,7 +144,7 @@ class Drafter:
             recorded: Draft = self.captured(texts.length_B, going_B, *draws)
             return recorded
         draft = self.propose(texts.length_B, going_B, u_BK, texts.newest)
-        if self.policy.stop_below == 0:
+        if self.policy.min_confidence == 0:
             return draft
         longest = int(draft.drafted_B.max())
         logits_BKV = None if draft.logits_BKV is None or longest == 0 else draft.logits_BKV[:, :longest]
@@ -176,8 +176,8 @@ class Drafter:
             else:
                 state = self._chain_step(step, anchor_B1, state[:, -1:])
             logits_BV = self.logits(step, state)
-            if self.policy.stop_below > 0:
-                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= self.policy.stop_below)
+            if self.policy.min_confidence > 0:
+                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= self.policy.min_confidence)
                 # Base steps run on: the keys of their anchors are needed later.
                 if newest is not None and step >= self.num_base and not bool(going_B.any()):
                     break

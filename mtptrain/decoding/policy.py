@@ -22,8 +22,8 @@ class Policy:
         draft: draft tokens drawn from the head's own distribution under the same policy, or its likeliest. At
             temperature 0 both are the likeliest.
         verification: token by token, or by block.
-        stop_below: a draft ends before the first step whose largest head probability, at temperature 1, lies below
-            this. The decision is taken before the step's token is drawn, so it takes nothing from losslessness.
+        min_confidence: a draft ends before the first step whose largest head probability, at temperature 1, lies below
+            this. It is decided before the step's token is drawn, so the output distribution is unaffected.
     """
 
     temperature: float = 0.0
@@ -31,7 +31,7 @@ class Policy:
     top_p: float = 1.0
     draft: DraftChoice = DraftChoice.sampled
     verification: Verification = Verification.token
-    stop_below: float = 0.0
+    min_confidence: float = 0.0
 
     @property
     def is_greedy(self) -> bool:
@@ -51,7 +51,7 @@ class Policy:
             "top_p": self.top_p,
             "draft": DraftChoice.greedy.value if self.draws_greedily else self.draft.value,
             "verification": self.verification.value,
-            "stop_below": self.stop_below,
+            "stop_below": self.min_confidence,
         }
 
     @property
@@ -80,6 +80,6 @@ def decoding_policy(config: DecodingConfig) -> Policy:
         top_k=config.top_k,
         top_p=config.top_p,
         draft=config.draft,
-        verification=Verification(config.verification.value),
-        stop_below=config.stop_below,
+        verification=config.verification,
+        min_confidence=config.min_confidence,
     )

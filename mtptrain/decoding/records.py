@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mtptrain.config.rules import require
+from mtptrain.config import require
 
 
 @dataclass(frozen=True, slots=True)

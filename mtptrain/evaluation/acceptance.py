@@ -42,7 +42,9 @@ def describe_acceptance(
         "domains": by_domain(counts[longest], groups, domains),
         "breakdown": break_down(traces, drafts, policy, longest, tokenizer),
         "calibration": calibrate(drafts, policy, longest),
-        "thresholds": [_threshold(drafts, replace(policy, stop_below=below), longest) for below in (0.0, *THRESHOLDS)],
+        "thresholds": [
+            _threshold(drafts, replace(policy, min_confidence=below), longest) for below in (0.0, *THRESHOLDS)
+        ],
     }
 
 
@@ -53,7 +55,7 @@ def _threshold(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> 
     drafted = by_position(counts)["drafted"]
     known = None not in drafted
     return {
-        "stop_below": policy.stop_below,
+        "stop_below": policy.min_confidence,
         "acceptance_length": found["acceptance_length"],
         "drafted_per_pass": sum(drafted) / found["passes"] if known else None,
     }

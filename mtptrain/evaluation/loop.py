@@ -35,7 +35,7 @@ def loop_drafts(
     for run in runs:
         for trace, row in zip(run.traces, run.speculative[key].rows, strict=True):
             texts.append(replace(trace, tokens=row.tokens, gaps=row.gaps, probabilities=row.probabilities))
-    return draft_traces(model, stack, texts, key[1], policy, free_running=policy.stop_below > 0)
+    return draft_traces(model, stack, texts, key[1], policy, free_running=policy.min_confidence > 0)
 
 
 def certify_runs(
@@ -54,7 +54,7 @@ def certify_runs(
             for plain, row in zip(run.plain[0].rows, run.speculative[name, k].rows, strict=True):
                 one = next(drafts)
                 if policy.is_greedy:
-                    known = policy.stop_below == 0 or one.free_confidence_KN is not None
+                    known = policy.min_confidence == 0 or one.free_confidence_KN is not None
                     replayed = replay_passes(one, policy, k) if known else None
                     greedy.append(LoopRun(name, number, k, plain, row, replayed))
                 else:

@@ -39,17 +39,17 @@ def trace_chances(drafts: TraceDrafts, policy: Policy) -> ExpectedPasses:
     if len(drafts.p_N) == 0:
         return expected_passes(drafts.q_KN)
     accept_KN = acceptance_probability(drafts.p_N, drafts.q_KN, policy.verification)
-    return expected_passes(accept_KN, drafts.confidence_KN >= policy.stop_below)
+    return expected_passes(accept_KN, drafts.confidence_KN >= policy.min_confidence)
 
 
 def drafted_free(drafts: TraceDrafts, policy: Policy) -> np.ndarray | None:
     """Whether the head's own draft at anchor n has a token k before the text ends, bool [K, N]; None if not known."""
     inside_KN = inside_text(*drafts.q_KN.shape)
-    if policy.stop_below == 0:
+    if policy.min_confidence == 0:
         return inside_KN
     if drafts.free_confidence_KN is None:
         return None
-    return inside_KN & np.logical_and.accumulate(drafts.free_confidence_KN >= policy.stop_below, axis=0)
+    return inside_KN & np.logical_and.accumulate(drafts.free_confidence_KN >= policy.min_confidence, axis=0)
 
 
 def replay_counts(drafts: TraceDrafts, policy: Policy) -> dict[int, Counts]:

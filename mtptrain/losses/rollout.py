@@ -14,7 +14,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import LossConfig, LossName
 from mtptrain.data.packing import Batch
-from mtptrain.kernels.linear_loss import Divergence, LinearLoss, linear_loss
+from mtptrain.kernels.linear_loss import LinearLoss, linear_loss
 from mtptrain.losses.objective import chain_loss, weighted_loss
 from mtptrain.losses.outcome import Outcome
 from mtptrain.losses.weights import step_weights
@@ -103,13 +103,12 @@ class RolloutObjective:
         with as_stored(self.stack, self.stored) if self.stored else nullcontext():
             drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
         rows = line_up(drafts, hidden_BSD, batch)
-        name = LossName.tv if self.config.divergence is LossName.chain else self.config.divergence
         result = linear_loss(
             rows.student_KTD,
             rows.teacher_TD,
             self.model.lm_head.weight,
             rows.target_T,
-            divergence=Divergence(name.value),
+            divergence=self.config.divergence.per_token,
             temperature=self.config.temperature,
             mask_KT=rows.mask_KT,
         )

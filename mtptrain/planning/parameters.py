@@ -1,4 +1,4 @@
-"""Parameters of a DeepSeek-V4 backbone and of an MTP module, by part and by how a release stores them."""
+"""Parameters of a DeepSeek-V4 backbone and of an MTP module, by part and by storage format in a release."""
 
 # D model width, H heads, C channels of a head, N residual streams, E experts, I inner width of an expert, V vocabulary
 
@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from mtptrain.config import ShapeConfig, WeightFormat
+from mtptrain.config import BackboneConfig, ShapeConfig, WeightFormat
+from mtptrain.planning.result import ModelSizes
 
-FP8 = 1 + 1 / 128**2  # bytes: one byte a value, one scale a 128 x 128 block
+FP8 = 1 + 1 / 128**2  # bytes: one byte per value, one scale per 128 x 128 block
 FP4 = 1 / 2 + 1 / 32  # bytes: two values a byte, one scale for 32 values
-# Bytes a parameter of (expert, matrix, plain, strict); see `Weights`.
+# Bytes per parameter of (expert, matrix, plain, strict); see `Weights`.
 BYTES = {
     WeightFormat.release: (FP4, FP8, 2, 4),
     WeightFormat.fp8: (FP8, FP8, 2, 4),
@@ -21,13 +22,13 @@ BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Numbers of parameters by the four ways in which a release stores them.
+    """Numbers of parameters by the four storage formats of a release.
 
     Attributes:
         expert: routed experts, FP4 in a release.
         matrix: other large matrices, FP8 in a release.
         plain: embedding, lm_head, router and compressors, bf16 in a release.
-        strict: hyper-connections, sinks, position biases and norms, held in fp32 whatever the rest is in.
+        strict: hyper-connections, sinks, position biases and norms; always held in fp32.
     """
 
     expert: int = 0
@@ -44,15 +45,15 @@ class Weights:
         return sum(astuple(self))
 
     def bytes(self, stored: WeightFormat) -> float:
-        """Bytes of all of them, scales included."""
+        """Return the bytes of all parameters, including scales."""
         return sum(count * size for count, size in zip(astuple(self), BYTES[stored], strict=True))
 
 
-Parts = dict[str, Weights]  # by the name of a part
+Parts = dict[str, Weights]  # by name of the part
 
 
 def add_parts(*many: Parts) -> Parts:
-    """Part by part the sum."""
+    """Return the sum of each part."""
     total: Parts = {}
     for parts in many:
         for name, weights in parts.items():
@@ -61,12 +62,12 @@ def add_parts(*many: Parts) -> Parts:
 
 
 def total_weights(parts: Parts) -> Weights:
-    """Sum over the parts."""
+    """Return the sum over all parts."""
     return sum(parts.values(), Weights())
 
 
 def attention_weights(shape: ShapeConfig) -> Weights:
-    """Projections, norms and sinks of a sliding attention, with the norm before it."""
+    """Return projections, norms and sinks of sliding attention, including the norm before it."""
     width, head, latent = shape.hidden_size, shape.head_dim, shape.q_lora_rank
     query = width * latent + latent * shape.num_attention_heads * head
     output = shape.num_attention_heads * head * shape.o_lora_rank + shape.o_groups * shape.o_lora_rank * width
@@ -77,13 +78,13 @@ def attention_weights(shape: ShapeConfig) -> Weights:
 
 
 def compressor_weights(shape: ShapeConfig, channels: int, rate: int, span: int) -> Weights:
-    """A compressor that pools windows of `rate` tokens; with span 2 each window has a half for the next one."""
+    """Return a compressor that pools windows of `rate` tokens; with span 2 each window covers the one before it too."""
     wide = span * channels
     return Weights(plain=2 * shape.hidden_size * wide, strict=rate * wide + channels)
 
 
 def compression_weights(shape: ShapeConfig, kind: str) -> Weights:
-    """What a layer of a kind (`sliding`, `csa`, `hca`) adds to sliding attention; CSA includes its indexer."""
+    """Return the weights that a layer (`sliding`, `csa`, `hca`) adds to sliding attention, including CSA's indexer."""
     if kind == "sliding":
         return Weights()
     if kind == "hca":
@@ -97,29 +98,29 @@ def compression_weights(shape: ShapeConfig, kind: str) -> Weights:
 
 
 def expert_weights(shape: ShapeConfig) -> int:
-    """Parameters of one expert."""
+    """Return the number of parameters of one expert."""
     return 3 * shape.hidden_size * shape.expert_size
 
 
-def stream_maps(shape: ShapeConfig) -> int:
-    """Parameters of a layer's two hyper-connections and of `hc_head` that are matrices; the rest are vectors."""
+def connection_matrices(shape: ShapeConfig) -> int:
+    """Return the matrix parameters of a layer's two hyper-connections and of `hc_head`, without their vectors."""
     outputs = 2 * (2 + shape.hc_mult) * shape.hc_mult + shape.hc_mult
     return outputs * shape.hc_mult * shape.hidden_size
 
 
 def connection_weights(shape: ShapeConfig) -> Weights:
-    """One hyper-connection: its projection, bias and three scales. A layer has two."""
+    """Return one hyper-connection: projection, bias and three scales. A layer has two."""
     mixed = (2 + shape.hc_mult) * shape.hc_mult
     return Weights(strict=mixed * shape.hc_mult * shape.hidden_size + mixed + 3)
 
 
 def collapse_weights(shape: ShapeConfig) -> Weights:
-    """`hc_head`, which turns streams into one vector, and the norm after it."""
+    """Return `hc_head`, which merges the streams into one vector, and the norm after it."""
     return Weights(strict=shape.hc_mult * shape.hc_mult * shape.hidden_size + shape.hc_mult + 1 + shape.hidden_size)
 
 
 def layer_parts(shape: ShapeConfig, kind: str) -> Parts:
-    """One decoder layer. Routing tables and selection biases are no parameters and are not counted."""
+    """Return one decoder layer. Routing tables and selection biases are buffers and are not counted."""
     width = shape.hidden_size
     return {
         "attention": attention_weights(shape),
@@ -132,12 +133,12 @@ def layer_parts(shape: ShapeConfig, kind: str) -> Parts:
 
 
 def head_weights(shape: ShapeConfig) -> Weights:
-    """The lm_head; embedding and lm_head are not tied."""
+    """Return the lm_head. Embedding and lm_head are not tied and have the same size."""
     return Weights(plain=shape.vocab_size * shape.hidden_size)
 
 
 def backbone_parts(shape: ShapeConfig) -> Parts:
-    """The whole backbone."""
+    """Return the whole backbone."""
     layers = [layer_parts(shape, kind) for kind in shape.layer_types]
     outside = {
         "embedding": head_weights(shape),
@@ -148,13 +149,26 @@ def backbone_parts(shape: ShapeConfig) -> Parts:
 
 
 def module_parts(shape: ShapeConfig) -> Parts:
-    """One MTP module; embedding and lm_head are the backbone's."""
+    """Return one MTP module. It shares embedding and lm_head with the backbone."""
     width = shape.hidden_size
     combine = {"combine": Weights(matrix=2 * width * width, strict=2 * width)}
     return add_parts(combine, layer_parts(shape, "sliding"), {"hyper-connections": collapse_weights(shape)})
 
 
 def active_parameters(shape: ShapeConfig) -> int:
-    """Parameters that one token uses: all but the experts it is not routed to and the embedding's other rows."""
+    """Return the parameters that one token uses: all except idle experts and the other rows of the embedding."""
     idle = (shape.num_experts - shape.experts_per_token) * expert_weights(shape) * len(shape.layer_types)
     return total_weights(backbone_parts(shape)).total - idle - head_weights(shape).total
+
+
+def model_sizes(model: BackboneConfig) -> ModelSizes:
+    """Return the numbers of parameters of a model and of one MTP module."""
+    module = total_weights(module_parts(model.shape))
+    return ModelSizes(
+        name=model.name,
+        parameters=total_weights(backbone_parts(model.shape)).total,
+        active_parameters=active_parameters(model.shape),
+        module_parameters=module.total,
+        module_parameters_without_routed_experts=module.total - module.expert,
+        layers={kind: model.shape.layer_types.count(kind) for kind in ("sliding", "csa", "hca")},
+    )

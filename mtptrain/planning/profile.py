@@ -16,8 +16,9 @@ class Profile:
     """Conditional acceptance by position.
 
     Attributes:
-        conditional: share kept at position k of the drafts that were kept up to k - 1; later positions repeat the last.
-        source: where it comes from, in words.
+        conditional: share of drafts kept at position k, given that all earlier ones were kept; later positions
+            repeat the last.
+        source: origin of the shares, for people to read.
     """
 
     conditional: list[float]
@@ -25,10 +26,10 @@ class Profile:
 
 
 def read_profile(plan: PlanConfig) -> Profile:
-    """The profile of a plan.
+    """Return the acceptance that the settings give or that an evaluation measured.
 
     Raises:
-        UserError: none is given, or the evaluation cannot be read or holds no such head.
+        UserError: the settings give neither, or the evaluation cannot be read or has no such head.
     """
     if plan.evaluation is not None:
         return _from_evaluation(Path(plan.evaluation), plan.head)

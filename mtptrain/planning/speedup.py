@@ -10,14 +10,14 @@ from operator import mul
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What K drafts a pass gain.
+    """Predicted gain of K drafts per pass.
 
     Attributes:
         draft_length: K; 0 is plain decoding.
-        acceptance_length: tokens a verify pass.
-        speedup: tokens a second over plain decoding.
-        break_even: the acceptance, the same at every position, at which the speed-up is 1; None where keeping every
-            draft would not pay, and for K = 0.
+        acceptance_length: tokens per verify pass.
+        speedup: over plain decoding.
+        break_even: acceptance, equal at every position, for a speed-up of 1; None if even full acceptance does not
+            pay, and for K = 0.
     """
 
     draft_length: int
@@ -26,19 +26,20 @@ class Prediction:
     break_even: float | None
 
 
-def acceptance_length(conditional: Sequence[float], draft_length: int) -> float:
-    """Tokens a verify pass with K drafts, 1 + sum_k prod_{j<=k} c_j.
+def predicted_acceptance_length(conditional: Sequence[float], draft_length: int) -> float:
+    """Return the tokens per verify pass with K drafts, 1 + sum_k prod_{j<=k} c_j.
 
     Args:
-        conditional: c_k, share of drafts kept at position k once all before it were; later positions repeat the last.
-        draft_length: K; above 0 `conditional` must not be empty.
+        conditional: c_k in [0, 1], share of drafts kept at position k, given that all earlier ones were kept; later
+            positions repeat the last. Must not be empty if K is above 0.
+        draft_length: K.
     """
     padded = [conditional[min(k, len(conditional) - 1)] for k in range(draft_length)]
     return 1 + sum(accumulate(padded, mul))
 
 
 def break_even(cost: float, draft_length: int) -> float | None:
-    """The acceptance a, the same at every position, with 1 + a + ... + a^K = cost; None where there is none in [0, 1].
+    """Return the acceptance a, equal at every position, with 1 + a + ... + a^K = cost; None if none in [0, 1] fits.
 
     Args:
         cost: time of a pass with K drafts over the time of a plain pass.
@@ -49,23 +50,23 @@ def break_even(cost: float, draft_length: int) -> float | None:
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if acceptance_length([middle], draft_length) < cost else (low, middle)
+        low, high = (middle, high) if predicted_acceptance_length([middle], draft_length) < cost else (low, middle)
     return high
 
 
 def predict_speedups(
     step_seconds: Mapping[int, float], draft_seconds: Mapping[int, float], lengths: Mapping[int, float]
 ) -> list[Prediction]:
-    """S(K) = AL(K) t(1) / (t(K + 1) + d(K)) for every K of `lengths`.
+    """Return S(K) = AL(K) t(1) / (t(K + 1) + d(K)) for every K in `lengths`.
 
     Args:
         step_seconds: t(n), the time of one backbone pass over n new tokens of every row, for n = 1 and every K + 1.
-        draft_seconds: d(K), the time of drafting K tokens; K = 0 needs none.
-        lengths: AL(K), tokens a verify pass.
+        draft_seconds: d(K), the time of drafting K >= 1 tokens in every row.
+        lengths: AL(K), tokens per verify pass.
     """
     plain = step_seconds[1]
-    found = []
+    predictions = []
     for k, length in sorted(lengths.items()):
         cost = (step_seconds[k + 1] + (draft_seconds[k] if k else 0.0)) / plain
-        found.append(Prediction(k, length, length / cost, break_even(cost, k) if k else None))
-    return found
+        predictions.append(Prediction(k, length, length / cost, break_even(cost, k) if k else None))
+    return predictions

@@ -1,10 +1,10 @@
 """Bytes and FLOPs of one pass over a backbone or an MTP module while decoding.
 
-Counted: every weight that is read, the cached keys that are read, the residual streams, and matrix products. Left out:
-norms, softmax, Sinkhorn, the pooling of a window, writes of new keys, the embedding's rows.
+Counted: reads of weights and of cached keys, residual streams, matrix products. Left out: norms, softmax, Sinkhorn, the
+pooling of windows, writes of new keys, rows of the embedding.
 """
 
-# R rows decoded together, S new tokens a row, T = R * S new tokens
+# R rows decoded together, S new tokens per row, T = R * S new tokens
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mtptrain.planning.parameters import (
     layer_parts,
 )
 
-STREAM_BYTES = 2  # a channel of a residual stream in bf16
-STREAM_VISITS = 4  # a layer's two hyper-connections each read and write every stream
+STREAM_BYTES = 2  # per channel of a residual stream, bf16
+STREAM_VISITS = 4  # each of a layer's two hyper-connections reads and writes every stream
 
 
 class Arithmetic(Enum):
-    """Which of the hardware's rates a matrix product runs at."""
+    """Number format that sets the rate of a matrix product."""
 
     fp8 = "fp8"
     bf16 = "bf16"
@@ -38,13 +38,13 @@ class Arithmetic(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one part of a pass moves and computes.
+    """Memory traffic and FLOPs of one part of a pass.
 
     Attributes:
         split_bytes, split_flops: divided by the number of GPUs, as tensor parallelism divides matrices and heads.
-        whole_bytes, whole_flops: done by every GPU: cached keys (one key head serves all query heads), compressors,
+        whole_bytes, whole_flops: repeated on every GPU: cached keys (one key head serves all query heads), compressors,
             routers and hyper-connections.
-        arithmetic: of its matrix products.
+        arithmetic: of the matrix products.
     """
 
     split_bytes: float = 0.0
@@ -55,12 +55,12 @@ class Work:
 
     @property
     def bytes(self) -> float:
-        """Bytes as one GPU alone would move them."""
+        """Bytes that one GPU alone would move."""
         return self.split_bytes + self.whole_bytes
 
     @property
     def flops(self) -> float:
-        """FLOPs as one GPU alone would compute them."""
+        """FLOPs that one GPU alone would compute."""
         return self.split_flops + self.whole_flops
 
     def __add__(self, other: Work) -> Work:
@@ -73,7 +73,7 @@ class Work:
         )
 
     def times(self, count: int) -> Work:
-        """This work `count` times."""
+        """Return this work repeated `count` times."""
         return Work(
             self.split_bytes * count,
             self.split_flops * count,
@@ -83,11 +83,11 @@ class Work:
         )
 
 
-Pass = dict[str, Work]  # the work of a pass by part
+Pass = dict[str, Work]  # by name of the part
 
 
 def add_passes(*many: Pass) -> Pass:
-    """Part by part the sum."""
+    """Return the sum of each part."""
     total: Pass = {}
     for one in many:
         for name, work in one.items():
@@ -96,17 +96,17 @@ def add_passes(*many: Pass) -> Pass:
 
 
 def expected_experts(shape: ShapeConfig, tokens: int) -> float:
-    """Experts of a layer that `tokens` tokens touch, E (1 - (1 - k/E)^T), each token choosing k of E evenly.
+    """Return the expected number of experts that T tokens use in a layer, E (1 - (1 - k/E)^T).
 
-    The same for hash layers while the tokens differ. Real routing is uneven and neighbouring tokens choose alike, so
-    this is on the high side.
+    Each token chooses k of E experts uniformly. The same holds for hash layers as long as the tokens differ. Real
+    routing is uneven and neighbouring tokens choose similar experts, so the estimate is on the high side.
     """
     idle = 1 - shape.experts_per_token / shape.num_experts
     return shape.num_experts * (1 - idle**tokens)
 
 
 def key_bytes(shape: ShapeConfig, cache: CacheFormat, channels: int) -> float:
-    """Bytes of one cached key; scales of fp8 are left out."""
+    """Return the bytes of one cached key. Scales of fp8 are left out."""
     if cache is CacheFormat.fp8:
         rotated = shape.rope_head_dim if channels == shape.head_dim else 0  # the indexer's keys are fp8 throughout
         return channels + rotated
@@ -114,25 +114,25 @@ def key_bytes(shape: ShapeConfig, cache: CacheFormat, channels: int) -> float:
 
 
 def matrix_arithmetic(weights: WeightFormat) -> Arithmetic:
-    """Of products with matrices and experts; FP4 experts are multiplied at the rate of FP8."""
+    """Return the arithmetic of products with matrices and experts. FP4 experts run at the rate of FP8."""
     if weights in (WeightFormat.release, WeightFormat.fp8):
         return Arithmetic.fp8
     return Arithmetic.bf16 if weights is WeightFormat.bf16 else Arithmetic.fp32
 
 
 def plain_arithmetic(weights: WeightFormat) -> Arithmetic:
-    """Of products with weights that a release keeps in bf16."""
+    """Return the arithmetic of products with weights that a release stores in bf16."""
     return Arithmetic.fp32 if weights is WeightFormat.fp32 else Arithmetic.bf16
 
 
 def product(weights: Weights, tokens: float, plan: PlanConfig, arithmetic: Arithmetic, split: bool = True) -> Work:
-    """Weights that are read once and multiplied with every token."""
+    """Return the work of reading weights once and multiplying them with every token."""
     size, flops = weights.bytes(plan.weights), 2 * tokens * weights.total
     return Work(size, flops, arithmetic=arithmetic) if split else Work(0, 0, size, flops, arithmetic)
 
 
 def attended_keys(shape: ShapeConfig, kind: str, context: int) -> int:
-    """Keys that one query of a layer sees after `context` tokens, its own included."""
+    """Return the number of keys that one query of a layer attends to after `context` tokens, including its own."""
     local = min(context + 1, shape.sliding_window)
     if kind == "csa":
         return local + min(context // shape.csa_rate, shape.index_topk)
@@ -140,9 +140,9 @@ def attended_keys(shape: ShapeConfig, kind: str, context: int) -> int:
 
 
 def cache_work(shape: ShapeConfig, kind: str, per_row: int, plan: PlanConfig) -> Work:
-    """Attention over cached keys in one layer: R rows of S queries.
+    """Return the work of attention over cached keys in one layer, for R rows of S queries.
 
-    Queries of a row share the window and the HCA entries; with CSA each chooses its own, up to all entries there are.
+    The queries of a row share the window and the HCA entries. With CSA each query chooses its own entries, at most all.
     """
     local = min(plan.context, shape.sliding_window + per_row - 1)
     chosen = attended_keys(shape, kind, plan.context) - attended_keys(shape, "sliding", plan.context)
@@ -155,7 +155,7 @@ def cache_work(shape: ShapeConfig, kind: str, per_row: int, plan: PlanConfig) ->
 
 
 def indexer_work(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Work:
-    """Scores of the CSA indexer over every compressed entry, read once a row."""
+    """Return the work of scoring every compressed entry with the CSA indexer; each row reads them once."""
     entries = plan.context // shape.csa_rate
     read = entries * key_bytes(shape, plan.cache, shape.index_head_dim)
     flops = plan.batch * per_row * entries * 2 * shape.index_heads * shape.index_head_dim
@@ -163,7 +163,7 @@ def indexer_work(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Work:
 
 
 def layer_pass(shape: ShapeConfig, kind: str, per_row: int, plan: PlanConfig) -> Pass:
-    """One decoder layer over S new tokens of every row."""
+    """Return the work of one decoder layer over S new tokens of every row."""
     tokens = plan.batch * per_row
     matrix, plain = matrix_arithmetic(plan.weights), plain_arithmetic(plan.weights)
     one, touched = expert_weights(shape), expected_experts(shape, tokens)
@@ -190,7 +190,7 @@ def layer_pass(shape: ShapeConfig, kind: str, per_row: int, plan: PlanConfig) ->
 
 
 def head_pass(shape: ShapeConfig, tokens: int, plan: PlanConfig) -> Pass:
-    """From streams to logits for `tokens` tokens."""
+    """Return the work from streams to logits for `tokens` tokens."""
     return {
         "hyper-connections": product(collapse_weights(shape), tokens, plan, Arithmetic.fp32, split=False),
         "lm_head": product(head_weights(shape), tokens, plan, plain_arithmetic(plan.weights)),
@@ -198,7 +198,7 @@ def head_pass(shape: ShapeConfig, tokens: int, plan: PlanConfig) -> Pass:
 
 
 def backbone_pass(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Pass:
-    """One backbone pass over S new tokens of every row, logits of all of them included."""
+    """Return the work of one backbone pass over S new tokens of every row, with logits for each token."""
     layers = [
         {name: work.times(count) for name, work in layer_pass(shape, kind, per_row, plan).items()}
         for kind, count in Counter(shape.layer_types).items()
@@ -207,7 +207,7 @@ def backbone_pass(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Pass:
 
 
 def module_pass(shape: ShapeConfig, per_row: int, plan: PlanConfig) -> Pass:
-    """One pass of an MTP module over S slots of every row, logits of the last slot of each row only."""
+    """Return the work of one pass of an MTP module over S slots of every row, with logits for the last slot only."""
     width, tokens = shape.hidden_size, plan.batch * per_row
     matrix = matrix_arithmetic(plan.weights)
     half = Weights(matrix=width * width, strict=width)

@@ -71,7 +71,7 @@ def test_a_step_that_looks_at_a_value_is_caught() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(stop_below=0.3)])
+@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(min_confidence=0.3)])
 def test_a_draft_waits_for_nothing(depth: int, policy: Policy) -> None:
     model = bfloat16_model()
     drafter = Drafter(model, random_stack(model, depth).to(torch.bfloat16))
@@ -130,7 +130,7 @@ class FullDrafter(Drafter):
         return self.propose(self.texts.length_B, going_B, *(() if u_BK is None else (u_BK,)))
 
 
-@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.9), Policy(stop_below=0.2)])
+@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.9), Policy(min_confidence=0.2)])
 @pytest.mark.parametrize(("depth", "drafted"), [(1, 1), (1, 4), (3, 3)])
 def test_drafting_from_all_anchors_gives_the_same_text_in_the_same_passes(
     depth: int, drafted: int, policy: Policy

@@ -65,7 +65,7 @@ def test_whole_sequences_run_on_the_backbones_device(model: DeepseekV4ForCausalL
     assert {one.device for one in run_backbone(model, tokens_BS)} == {ELSEWHERE}
 
 
-@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(stop_below=0.3)])
+@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3)])
 def test_drafts_are_made_and_verified_on_the_backbones_device(
     model: DeepseekV4ForCausalLM, stack: MtpStack, policy: Policy
 ) -> None:

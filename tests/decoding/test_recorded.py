@@ -18,7 +18,7 @@ POLICIES = [
     GREEDY,
     Policy(temperature=0.9),
     Policy(temperature=0.8, top_k=20, top_p=0.9, verification=Verification.block),
-    Policy(stop_below=0.02),
+    Policy(min_confidence=0.02),
 ]
 
 

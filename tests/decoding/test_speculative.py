@@ -111,11 +111,11 @@ def test_the_drafted_token_that_a_pass_rejects_is_recorded() -> None:
 
 POLICIES = [
     Policy(),
-    Policy(stop_below=0.08),
+    Policy(min_confidence=0.08),
     Policy(temperature=1.0),
     Policy(temperature=0.7, top_k=20, top_p=0.9, verification=Verification.block),
-    Policy(temperature=1.3, draft=DraftChoice.greedy, stop_below=0.05),
-    Policy(temperature=1.0, stop_below=0.06, verification=Verification.block),
+    Policy(temperature=1.3, draft=DraftChoice.greedy, min_confidence=0.05),
+    Policy(temperature=1.0, min_confidence=0.06, verification=Verification.block),
 ]
 
 

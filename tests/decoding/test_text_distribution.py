@@ -29,7 +29,7 @@ POLICIES = {
     "token": TOKEN,
     "block": BLOCK,
     "token, top-k and top-p, greedy drafts": Policy(temperature=3.0, top_k=3, top_p=0.9, draft=DraftChoice.greedy),
-    "block, drafts that stop": Policy(temperature=2.0, verification=Verification.block, stop_below=0.5),
+    "block, drafts that stop": Policy(temperature=2.0, verification=Verification.block, min_confidence=0.5),
 }
 
 

@@ -49,7 +49,7 @@ def decode_plainly(
         anchor, draft, q = len(tokens) - 2, [], []
         for step in range(1, length + 1):
             logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
-            if float(logits_V.softmax(-1).max()) < policy.stop_below:
+            if float(logits_V.softmax(-1).max()) < policy.min_confidence:
                 break
             q.append(policy.proposal(logits_V))
             draft.append(int(sample_tokens_reference(q[-1][None], draws(Stream.draft, step)[:, -1])))

@@ -20,7 +20,7 @@ from mtptrain.kernels.acceptance import Verification
 # K draft steps, N anchors
 TOKENIZER = train_tokenizer(["def rule(x):\n    return x * 12\n"] * 20, 280)
 SAMPLED = Policy(temperature=1.0)
-POLICIES = [SAMPLED, replace(SAMPLED, verification=Verification.block), replace(SAMPLED, stop_below=0.3)]
+POLICIES = [SAMPLED, replace(SAMPLED, verification=Verification.block), replace(SAMPLED, min_confidence=0.3)]
 
 
 def some_text(domain: str, prompt: int, new: int, steps: int, seed: int) -> tuple[Trace, TraceDrafts]:

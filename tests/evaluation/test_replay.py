@@ -64,24 +64,24 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
             assert found.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("depth", "stop_below"), [(1, 0.0), (2, 0.0), (1, 0.12)])
-def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, stop_below: float) -> None:
-    policy, stack, length = Policy(stop_below=stop_below), random_stack(MODEL, depth), 3
+@pytest.mark.parametrize(("depth", "min_confidence"), [(1, 0.0), (2, 0.0), (1, 0.12)])
+def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: float) -> None:
+    policy, stack, length = Policy(min_confidence=min_confidence), random_stack(MODEL, depth), 3
     trace, passes = decode_plainly(MODEL, stack, [5, 17, 40, 3, 8, 8, 21], length, policy, new=24, seed=0)
-    (drafts,) = draft_traces(MODEL, stack, [trace], length + 1, policy, free_running=stop_below > 0)
+    (drafts,) = draft_traces(MODEL, stack, [trace], length + 1, policy, free_running=min_confidence > 0)
     assert replay_passes(drafts, policy, length) == passes
     expected, counted = replay_counts(drafts, policy)[length], count_passes(passes, length)
     assert expected.passes == counted.passes
     assert expected.emitted == counted.emitted
     for name in ("drafted_K", "reached_K", "accepted_K"):
         assert getattr(expected, name).tolist() == getattr(counted, name).tolist()
-    if stop_below:
+    if min_confidence:
         assert {record.drafted for record in passes[:-3]} > {length}, "the threshold must stop some drafts, not all"
 
 
 @pytest.mark.parametrize(
     "policy",
-    [SAMPLED, replace(SAMPLED, verification=Verification.block, stop_below=0.1)],
+    [SAMPLED, replace(SAMPLED, verification=Verification.block, min_confidence=0.1)],
     ids=["token", "block, stopped"],
 )
 def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
@@ -109,7 +109,7 @@ PROMPTS = torch.randint(7, (40, 4), generator=torch.Generator().manual_seed(0)).
 LIMITS, LENGTH = Limits(16), 4
 TOKEN = Policy(temperature=2.0)
 BLOCK = replace(TOKEN, verification=Verification.block)
-STOPPED = replace(BLOCK, stop_below=0.4)
+STOPPED = replace(BLOCK, min_confidence=0.4)
 
 
 @cache
@@ -150,25 +150,25 @@ def test_thresholds_are_replayed_from_one_rollout() -> None:
     stack, traces = random_stack(MODEL), [random_trace(6, 20, seed) for seed in range(3)]
     drafts = draft_traces(MODEL, stack, traces, 4, Policy(), free_running=True)
     for threshold in (0.0, 0.05, 0.2, 1.0):
-        policy = Policy(stop_below=threshold)
+        policy = Policy(min_confidence=threshold)
         alone = draft_traces(MODEL, stack, traces, 4, policy, free_running=True)
         for together, apart in zip(replay_all(drafts, policy)[4], replay_all(alone, policy)[4], strict=True):
             assert together.passes == apart.passes
             assert together.drafted_K is not None
             assert apart.drafted_K is not None
             assert together.drafted_K.tolist() == apart.drafted_K.tolist()
-    nothing = replay_all(drafts, Policy(stop_below=1.0))[4][0]
+    nothing = replay_all(drafts, Policy(min_confidence=1.0))[4][0]
     assert nothing.passes == 19
     assert not np.any(nothing.drafted_K)
 
 
 def test_stacked_modules_do_not_tell_what_a_threshold_drafts() -> None:
     (drafts,) = draft_traces(MODEL, random_stack(MODEL, 2), [random_trace(4, 9, 0)], 3, Policy(), free_running=True)
-    counts = replay_counts(drafts, Policy(stop_below=0.1))[3]
+    counts = replay_counts(drafts, Policy(min_confidence=0.1))[3]
     assert counts.drafted_K is None
     assert counts.reached_K.shape == (3,)
     with pytest.raises(ValueError, match="drafts along the head's own tokens known"):
-        replay_passes(drafts, Policy(stop_below=0.1), 3)
+        replay_passes(drafts, Policy(min_confidence=0.1), 3)
 
 
 def test_a_text_of_one_token_has_no_passes() -> None:

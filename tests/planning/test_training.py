@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mtptrain.backbone.build import build_model
 from mtptrain.config import (
+    BackboneConfig,
     HardwareConfig,
     LossConfig,
     OptimizerName,
@@ -19,8 +20,10 @@ from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.initial import STRICT_FP32
 from mtptrain.mtp.stack import fresh_stack
 from mtptrain.optim import MasterWeights, make_optimizers
+from mtptrain.planning.result import StreamCacheSize
 from mtptrain.planning.training import plan_training, step_communication, step_flops
-from mtptrain.planning.training_memory import TrainingLoad, heads_bytes, memory_by_kind, saved_by_step
+from mtptrain.planning.training_load import TrainingLoad
+from mtptrain.planning.training_memory import heads_bytes, saved_by_step, training_memory
 from tests.planning.presets import preset_shape
 from tests.tiny import random_batch
 
@@ -103,13 +106,13 @@ def test_each_stage_of_zero_divides_more() -> None:
 
 def test_placements_and_offloading_take_what_they_divide_out_of_a_gpu() -> None:
     shape, load = preset_shape("v4_pro"), TrainingLoad(zero_stage=2)
-    held = {place: memory_by_kind(shape, replace(load, placement=place))["gpu"] for place in Placement}
+    held = {place: training_memory(shape, replace(load, placement=place), 141e9).gpu for place in Placement}
     weights = {place: kinds["backbone weights"] for place, kinds in held.items()}
     assert weights[Placement.zero3] == pytest.approx(weights[Placement.replicate] / 8)
     assert weights[Placement.zero3] < weights[Placement.expert_parallel] < weights[Placement.replicate] / 7
-    whole, moved = memory_by_kind(shape, load), memory_by_kind(shape, replace(load, offload=True))
-    assert sum(moved["gpu"].values()) + sum(moved["cpu"].values()) == pytest.approx(sum(whole["gpu"].values()))
-    assert moved["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
+    whole, moved = (training_memory(shape, one, 141e9) for one in (load, replace(load, offload=True)))
+    assert sum(moved.gpu.values()) + sum(moved.cpu.values()) == pytest.approx(sum(whole.gpu.values()))
+    assert moved.cpu.keys() == {"heads' fp32 masters", "optimiser state"}
 
 
 def test_training_without_experts_needs_little_state() -> None:
@@ -123,9 +126,10 @@ def test_cached_streams_spare_the_backbone() -> None:
     cached = replace(load, from_streams=True)
     assert step_flops(shape, cached)["backbone forward"] == 0
     assert "backbone weights" not in step_communication(shape, cached)
-    plan, online = (plan_training(shape, HARDWARE, PlanConfig(), one, 10) for one in (cached, load))
-    assert plan["stream_cache"] == {"bytes_a_token": 32 * 1024, "bytes": 32 * 1024 * 10 * 8 * 4096}
-    assert plan["hours"] < online["hours"]
+    model = BackboneConfig(shape=shape)
+    plan, online = (plan_training(model, HARDWARE, PlanConfig(), one, 10, {}) for one in (cached, load))
+    assert plan.stream_cache == StreamCacheSize(bytes_a_token=32 * 1024, bytes=32 * 1024 * 10 * 8 * 4096)
+    assert plan.hours < online.hours
 
 
 def test_gradients_that_are_shared_out_are_sent_for_every_micro_batch() -> None:
@@ -138,7 +142,7 @@ def test_gradients_that_are_shared_out_are_sent_for_every_micro_batch() -> None:
 def test_recomputing_trades_activations_for_flops() -> None:
     shape, load = preset_shape("v4_flash"), TrainingLoad(steps=4)
     again = replace(load, recompute=True)
-    kept, fewer = (memory_by_kind(shape, one)["gpu"]["rollout activations"] for one in (load, again))
+    kept, fewer = (training_memory(shape, one, 141e9).gpu["rollout activations"] for one in (load, again))
     assert fewer < kept / 3
     assert step_flops(shape, again)["rollout"] == pytest.approx(step_flops(shape, load)["rollout"] * 4 / 3)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mtptrain.planning.result import read_plan, write_plan
 from tests.command import ROOT, run_main
 
 
@@ -30,6 +31,26 @@ def test_a_plan_has_every_k_from_0_to_8_and_its_sums_hold(flash: dict) -> None:
         assert row["speedup"] == pytest.approx(row["acceptance_length"] * rows[0]["verify"]["seconds"] / spent)
     assert flash["best_draft_length"] == max(rows, key=lambda row: row["speedup"])["draft_length"]
     assert {"schema", "provenance", "what", "hardware", "load"} <= flash.keys()
+
+
+@pytest.mark.parametrize("settings", [[], ["plan.what=training", "engine=zero2"]], ids=["decoding", "training"])
+def test_the_file_of_a_plan_is_read_and_written_again_unchanged(settings: list[str], tmp_path: Path) -> None:
+    make_plan(tmp_path, *settings)
+    write_plan(tmp_path / "again.json", read_plan(tmp_path / "plan.json"))
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+TIME = re.compile(r"\b(ms|seconds|hours|tokens/s)\b")
+
+
+@pytest.mark.parametrize("settings", [["plan.what=decoding"], ["plan.what=training"]])
+def test_every_printed_time_and_rate_is_called_a_ceiling(
+    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_plan(tmp_path, *settings)
+    timed = [line for line in capfd.readouterr().out.splitlines() if TIME.search(line)]
+    assert timed
+    assert [line for line in timed if "ceiling" not in line] == []
 
 
 @pytest.mark.parametrize("model", ["tiny", "small", "v4_pro"])
@@ -87,7 +108,6 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
         "train.recompute=true",
         "mtp.trainable=no_experts",
         "data=streams",
-        "data.path=S",
     ]
     plan = make_plan(tmp_path, "plan.what=training", "plan.weights=bf16", *settings)
     load = plan["training"]
@@ -109,8 +129,7 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
 def test_a_recipe_for_a_cluster_plans_itself_and_fits(
     recipe: str, processes: int, from_streams: bool, tmp_path: Path
 ) -> None:
-    settings = ["data.path=S"] if from_streams else []
-    assert run_main(f"+recipe={recipe}", "task=plan", f"output_dir={tmp_path}", *settings) == 0
+    assert run_main(f"+recipe={recipe}", "task=plan", f"output_dir={tmp_path}") == 0
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert plan["memory"]["fits"]
     assert (plan["training"]["num_gpus"], plan["training"]["from_streams"]) == (processes, from_streams)

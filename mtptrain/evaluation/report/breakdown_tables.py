@@ -90,7 +90,7 @@ def threshold_table(evaluation: Evaluation) -> Grid:
         rows.append(row)
     note = (
         f"Drafts of up to K={evaluation.draft_length} tokens that end before a step whose largest head probability is "
-        "below the confidence (decoding.stop_below), by replay."
+        "below the confidence (decoding.min_confidence), by replay."
     )
     return Grid("Drafts that end below a confidence", headers, rows, note)
 

@@ -1,8 +1,10 @@
+"""Named choices that an op takes; imports no torch, so that settings can use the same names."""
+
 from enum import StrEnum
 
 
 class Divergence(StrEnum):
-    """How far the draft distribution q is from the teacher's p; formulas in `reference.token_loss_reference`.
+    """How far the draft distribution q is from the teacher's p; formulas in `linear_loss/reference.py`.
 
     Source: ce is DeepSeek-V3 section 2.2 (arXiv:2412.19437); neg_log_alpha and hybrid are arXiv:2602.23881.
     """
@@ -14,3 +16,10 @@ class Divergence(StrEnum):
     tv = "tv"  # 1 - sum_v min(p, q): the chance that a drafted token is rejected
     neg_log_alpha = "neg_log_alpha"  # -log sum_v min(p, q)
     hybrid = "hybrid"  # lambda * kl + (1 - lambda) * tv, leaning towards tv as acceptance grows
+
+
+class Verification(StrEnum):
+    """How a draft is verified; both leave the output distributed as the target's own."""
+
+    token = "token"  # token by token, as servers do: arXiv:2211.17192, Algorithm 1
+    block = "block"  # arXiv:2403.10444, Algorithm 2: never fewer tokens in expectation; the same at K = 1
