@@ -179,7 +179,7 @@ class Calibration:
 class Threshold:
     """Replay with drafts that end below a confidence; `drafted_per_pass` is None if unknown."""
 
-    stop_below: float
+    min_confidence: float
     acceptance_length: float
     drafted_per_pass: float | None
 

@@ -122,7 +122,7 @@ class PolicyResult:
     top_p: float
     draft: DraftChoice
     verification: Verification
-    stop_below: float
+    min_confidence: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

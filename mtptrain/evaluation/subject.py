@@ -29,5 +29,5 @@ def describe_policy(policy: Policy) -> PolicyResult:
         top_p=policy.top_p,
         draft=DraftChoice.greedy if policy.draws_greedily else policy.draft,
         verification=policy.verification,
-        stop_below=policy.min_confidence,
+        min_confidence=policy.min_confidence,
     )

@@ -81,7 +81,7 @@ def threshold_table(evaluation: Evaluation) -> Grid:
     headers = ["confidence", *(f"{head.name}\n{part}" for head in heads for part in ("tok/pass", "drafted/pass"))]
     rows = []
     for thresholds in zip(*(head.thresholds for head in heads), strict=True):
-        limit = thresholds[0].stop_below
+        limit = thresholds[0].min_confidence
         row = [Cell("no limit" if limit == 0 else f"{limit:g}")]
         for one in thresholds:
             drafted = one.drafted_per_pass

@@ -126,7 +126,7 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         "Prompts": f"{prompts.count} {prompts.source} prompts of {prompts.prompt_tokens} tokens, "
         f"{prompts.new_tokens} new tokens each",
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
-        f"verification {policy.verification.value}, min_confidence {policy.stop_below}",
+        f"verification {policy.verification.value}, min_confidence {policy.min_confidence}",
         "Plain decoding": "; ".join(
             f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation.plain_tokens_per_second.items()
         ),
