@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,39 @@ from typing import Any
 import mtptrain
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The machine of a run; `torch_threads` is None and `gpus` empty if the run has not loaded torch."""
+
+    processor: str
+    cores: int
+    torch_threads: int | None = None
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Everything needed to repeat a run.
+
+    Attributes:
+        command: as typed.
+        started: local time with its offset.
+        git_commit: see `git_commit`.
+        versions: of Python and packages.
+        hardware: the machine.
+        seed: of the run.
+        continues: provenance of the run that this one resumed.
+    """
+
+    command: list[str]
+    started: str
+    git_commit: str | None
+    versions: dict[str, str]
+    hardware: Hardware
+    seed: int
+    continues: Provenance | None = None
 
 
 def git_commit() -> str | None:

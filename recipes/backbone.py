@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
@@ -25,6 +24,7 @@ from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokeni
 from mtptrain.data.tokens import tokenize_corpus
 from mtptrain.distributed import bound_threads, choose_device
 from mtptrain.engines.replicated import ReplicatedEngine
+from mtptrain.evaluation.head_result import TeacherForced
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
@@ -107,9 +107,7 @@ def _tokens_trained(run_folder: Path) -> int:
     return max(int(json.loads(line).get("tokens", 0)) for line in lines)
 
 
-def model_card(
-    run_folder: RunFolder, backbone: Backbone, loss: tuple[float, float], figures: dict[str, list[Any]]
-) -> str:
+def model_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, float], figures: TeacherForced) -> str:
     """The model card of a backbone and its stock head, from what was measured."""
     config, provenance = run_folder.config, run_folder.provenance
     first = provenance
@@ -119,8 +117,8 @@ def model_card(
     text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
     if data.packages:
         text += f", and as many characters of sources of {', '.join(data.packages)}"
-    acceptance = " / ".join(f"{value:.3f}" for value in figures["alpha"])
-    agreement = " / ".join(f"{value:.3f}" for value in figures["top1"])
+    acceptance = " / ".join(f"{value:.3f}" for value in figures.alpha)
+    agreement = " / ".join(f"{value:.3f}" for value in figures.top1)
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
     tokens = [f"{_tokens_trained(folder):,}" for folder in (run_folder.path, run_folder.path / "stock_head")]

@@ -5,7 +5,6 @@ python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,10 +12,14 @@ from rich.console import Console
 from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig, require
 from mtptrain.evaluation.compare import compare_heads, print_comparison
+from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
 from mtptrain.evaluation.metrics import by_domain, summarize
-from mtptrain.recipes.evaluate import SCHEMA
+from mtptrain.evaluation.result import SCHEMA
+from mtptrain.evaluation.subject import describe_prompts
+from mtptrain.provenance import Provenance
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.run.typed_json import from_json, to_json
 from mtptrain.storage import write_json
 
 
@@ -47,24 +50,32 @@ def run(session: Session) -> None:
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock if path == "stock" and stock else session.trained_head(stored[path])
         counts = replay_head(session, head.stack, traces)
-        replay = {str(k): summarize(counts[k], groups) for k in counts}
-        domains = by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts])
-        heads.append({**replace(head, name=name).describe(), "replay": replay, "domains": domains})
+        heads.append(
+            ComparedHead(
+                name=name,
+                checkpoint=head.checkpoint,
+                mode=head.mode,
+                depth=head.stack.depth,
+                parameters=head.num_parameters,
+                replay={k: summarize(counts[k], groups) for k in counts},
+                domains=by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts]),
+            )
+        )
         replays.append(counts)
     comparisons = [
         compare_heads((names[0], name), replays[0], counts, prompts)
         for name, counts in zip(names[1:], replays[1:], strict=True)
     ]
-    result = {
-        "schema": SCHEMA,
-        "provenance": folder.provenance,
-        "backbone": session.describe_backbone(),
-        "prompts": trace_set.describe(),
-        "draft_length": config.decoding.draft_length,
-        "heads": heads,
-        "comparisons": comparisons,
-    }
-    write_json(folder.path / "comparison.json", result)
+    result = Comparison(
+        schema=SCHEMA,
+        provenance=from_json(Provenance, folder.provenance),
+        backbone=session.describe_backbone(),
+        prompts=describe_prompts(trace_set),
+        draft_length=config.decoding.draft_length,
+        heads=heads,
+        comparisons=comparisons,
+    )
+    write_json(folder.path / "comparison.json", to_json(result))
     for comparison in comparisons:
         print_comparison(comparison, Console())
     folder.say(f"wrote {folder.path / 'comparison.json'}")

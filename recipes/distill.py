@@ -100,7 +100,7 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
         counts = replay_head(session, stack, traces)
         figures = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
         for length, found in counts.items():
-            for k, rate in enumerate(by_position(found)["conditional"], start=1):
+            for k, rate in enumerate(by_position(found).conditional, start=1):
                 if rate is not None:
                     figures[f"replay/accepted_{k}_of_{length}"] = rate
         return figures

@@ -5,9 +5,8 @@ python -m mtptrain +recipe=doctor checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,16 +18,18 @@ from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
 from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
 from mtptrain.evaluation.diagnosis import diagnose, measure_wirings
+from mtptrain.evaluation.doctor_result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
 from mtptrain.evaluation.head_tensors import examine_tensors, expected_shapes
 from mtptrain.mtp.initial import has_stock, place, read_stock
 from mtptrain.mtp.release import module_numbers
 from mtptrain.mtp.release_problems import Problems
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
+from mtptrain.provenance import Provenance
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.run.typed_json import from_json, to_json
 from mtptrain.storage import write_json
 
-SCHEMA = 2
 UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
 
 
@@ -44,7 +45,7 @@ class Patient:
 
     tensors: dict[str, Tensor]
     depth: int
-    report: dict[str, Any]
+    report: TensorFaults
 
 
 def examine_stock(backbone: Backbone) -> Patient:
@@ -65,47 +66,46 @@ def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> Patient:
 
 def usable_stack(backbone: Backbone, patient: Patient) -> MtpStack | None:
     """The modules, unexpected tensors left out; None where the others do not make a head."""
-    if patient.report["missing"] or patient.report["misshaped"] or patient.report["non_finite"]:
+    if patient.report.missing or patient.report.misshaped or patient.report.non_finite:
         return None
     known = expected_shapes(backbone.config, patient.depth)
     kept = {name: tensor for name, tensor in patient.tensors.items() if name in known}
     return place(stack_from_tensors(backbone.config, patient.depth, kept, str(backbone.folder)), backbone).eval()
 
 
-def measure(session: Session, stack: MtpStack) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What the head accepts under every wiring, and the controls."""
+def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], DoctorControls]:
+    """Return the acceptance of the head under every wiring, and the controls."""
     traces = prepare_traces(session).traces
     model, draft_length = session.backbone.model, session.config.decoding.draft_length
-    return measure_wirings(model, stack, traces, draft_length), {
-        "shifted_target": shifted_target_control(model, stack, traces),
-        "all_accept": all_accept_control(model, traces[0].prompt.tokens, draft_length),
-    }
+    return measure_wirings(model, stack, traces, draft_length), DoctorControls(
+        shifted_target=shifted_target_control(model, stack, traces),
+        all_accept=all_accept_control(model, traces[0].prompt.tokens, draft_length),
+    )
 
 
-def print_diagnosis(result: dict[str, Any], console: Console) -> None:
-    """The verdict, what is wrong and what to do, then the figures."""
-    diagnosis, tensors = result["diagnosis"], result["tensors"]
-    console.print(diagnosis["verdict"], style="bold", highlight=False)
-    for finding in diagnosis["findings"]:
+def print_diagnosis(result: DoctorResult, console: Console) -> None:
+    """Print the verdict, what is wrong and what to do, then the figures."""
+    console.print(result.diagnosis.verdict, style="bold", highlight=False)
+    for finding in result.diagnosis.findings:
         console.print(f"- {finding}", highlight=False)
-    kinds = ("missing", "unexpected", "misshaped", "non_finite", "zero", "constant", "same_as_stock")
-    counts = ", ".join(f"{kind} {len(tensors[kind])}" for kind in (*kinds, "same_as_depth_before"))
-    console.print(f"\ntensors: {tensors['expected']} expected; {counts}", highlight=False)
-    if result["wirings"] is None:
+    lists = {one.name: getattr(result.tensors, one.name) for one in fields(TensorFaults)}
+    counts = ", ".join(f"{kind} {len(names)}" for kind, names in lists.items() if isinstance(names, list))
+    console.print(f"\ntensors: {result.tensors.expected} expected; {counts}", highlight=False)
+    if result.wirings is None or result.controls is None:
         console.print("acceptance: not measured, these tensors do not make a head", highlight=False)
         return
     table = Table("wiring", "tokens a pass", "against right", "95 % interval", box=None)
-    for row in result["wirings"]:
-        low, high = row["against_right"]["interval"]
-        gain = row["against_right"]["gain"]
-        table.add_row(row["wiring"], f"{row['acceptance_length']:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    for row in result.wirings:
+        low, high = row.against_right.interval
+        gain = row.against_right.gain
+        table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
     console.print(table, highlight=False)
-    control, ceiling = result["controls"]["shifted_target"], result["controls"]["all_accept"]
+    control, ceiling = result.controls.shifted_target, result.controls.all_accept
     console.print(
-        f"control: agrees with its own text {control['agreement']:.3f}, with another prompt's {control['shifted']:.3f} "
-        f"(chance {control['chance']:.3f}): {'passed' if control['passed'] else 'FAILED'}\n"
-        f"control: the backbone drafting for itself emits {ceiling['acceptance_length']:.2f} of "
-        f"{ceiling['ceiling']} tokens a pass: {'passed' if ceiling['passed'] else 'FAILED'}",
+        f"control: agrees with its own text {control.agreement:.3f}, with another prompt's {control.shifted:.3f} "
+        f"(chance {control.chance:.3f}): {'passed' if control.passed else 'FAILED'}\n"
+        f"control: the backbone drafting for itself emits {ceiling.acceptance_length:.2f} of "
+        f"{ceiling.ceiling} tokens a pass: {'passed' if ceiling.passed else 'FAILED'}",
         highlight=False,
     )
 
@@ -129,21 +129,21 @@ def run(session: Session) -> None:
     backbone = session.backbone
     patient = examine_stock(backbone) if checkpoint is None else examine_checkpoint(session, checkpoint)
     stack = usable_stack(backbone, patient)
-    wirings, controls = (None, {}) if stack is None else measure(session, stack)
+    wirings, controls = (None, None) if stack is None else measure(session, stack)
     diagnosis = diagnose(patient.report, wirings, controls)
     run_folder.record()
-    result = {
-        "schema": SCHEMA,
-        "provenance": run_folder.provenance,
-        "checkpoint": config.checkpoint,
-        "draft_length": config.decoding.draft_length,
-        "diagnosis": diagnosis,
-        "tensors": patient.report,
-        "wirings": wirings,
-        "controls": controls,
-    }
-    write_json(run_folder.path / "doctor.json", result)
+    result = DoctorResult(
+        schema=DOCTOR_SCHEMA,
+        provenance=from_json(Provenance, run_folder.provenance),
+        checkpoint=setting,
+        draft_length=config.decoding.draft_length,
+        diagnosis=diagnosis,
+        tensors=patient.report,
+        wirings=wirings,
+        controls=controls,
+    )
+    write_json(run_folder.path / "doctor.json", to_json(result))
     print_diagnosis(result, Console())
     run_folder.say(f"wrote {run_folder.path / 'doctor.json'}")
-    if not diagnosis["healthy"]:
+    if not diagnosis.healthy:
         raise SystemExit(UNHEALTHY)

@@ -6,7 +6,6 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -14,16 +13,21 @@ from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import UserError
-from mtptrain.evaluation.acceptance import describe_acceptance
+from mtptrain.evaluation.acceptance import sweep_thresholds
+from mtptrain.evaluation.breakdown import break_down
+from mtptrain.evaluation.calibration import calibrate
+from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
+from mtptrain.evaluation.controls import run_controls
 from mtptrain.evaluation.drafts import draft_traces
+from mtptrain.evaluation.head_result import Gain, HeadResult
 from mtptrain.evaluation.heads import Head, teacher_forced
-from mtptrain.evaluation.loop import certify_runs, loop_totals, sample_texts
-from mtptrain.evaluation.metrics import domain_rows, paired_gain
+from mtptrain.evaluation.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
+from mtptrain.evaluation.metrics import by_domain, domain_rows, paired_gain, summarize, totals
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
-from mtptrain.evaluation.report.table import print_summary
+from mtptrain.evaluation.report.tables import print_summary
+from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
 from mtptrain.evaluation.sampler_check import sampler_certificate
 from mtptrain.evaluation.speedup import (
     BatchRuns,
@@ -34,15 +38,16 @@ from mtptrain.evaluation.speedup import (
     tokens_per_second,
 )
 from mtptrain.evaluation.steptime import describe_times, measure_steps
+from mtptrain.evaluation.subject import describe_policy, describe_prompts
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.initial import has_stock
 from mtptrain.progress import Progress
+from mtptrain.provenance import Provenance
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
-from mtptrain.storage import write_json
+from mtptrain.run.typed_json import from_json
 
-SCHEMA = 2
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate where the run samples
 
@@ -70,24 +75,31 @@ def run_loops(session: Session, heads: list[Head], traces: list[Trace]) -> dict[
 
 def make_certificate(
     session: Session, heads: list[Head], traces: list[Trace], runs: dict[int, list[BatchRuns]]
-) -> dict[str, Any]:
-    """Everything that must hold before a figure counts, and whether all of it does."""
+) -> Certificate:
+    """Check everything that must hold before a figure counts."""
     model, policy, longest = session.backbone.model, session.policy, session.config.decoding.draft_length
     stacks = {head.name: head.stack for head in heads}
-    parts = certify_runs(model, stacks, [run for of_size in runs.values() for run in of_size], policy)
+    greedy = [run for of_size in runs.values() for run in of_size]
+    pass_counts = None
     if not policy.is_greedy:
+        pass_counts = certify_sampled_runs(model, stacks, greedy, policy)
+        policy, seed = GREEDY, session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
-        seed = session.config.seed
-        greedy = run_interleaved(model, stacks, few, [longest], session.limits, GREEDY, seed, lambda *_: None)
-        parts |= certify_runs(model, stacks, greedy, GREEDY)
-    controls: dict[str, Any] = {"all_accept": all_accept_control(model, traces[0].prompt.tokens, longest)}
-    controls |= {f"shifted_target_{name}": shifted_target_control(model, stacks[name], traces) for name in stacks}
-    parts |= {"sampler": sampler_certificate()}
-    parts |= {"controls": {"passed": all(one["passed"] for one in controls.values()), **controls}}
-    return {"passed": all(part["passed"] for part in parts.values()), **parts}
+        greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
+    identity, replay = certify_greedy_runs(model, stacks, greedy, policy)
+    sampler, controls = sampler_certificate(), run_controls(model, stacks, traces, longest)
+    parts = [identity.passed, replay.passed, sampler.passed, controls.passed]
+    return Certificate(
+        passed=all(parts) and (pass_counts is None or pass_counts.passed),
+        greedy_identity=identity,
+        replay_equals_loop=replay,
+        pass_count_test=pass_counts,
+        sampler=sampler,
+        controls=controls,
+    )
 
 
-def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) -> dict[str, Any]:
+def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) -> dict[str, StepLatency]:
     """Times of the steps of each head on the prompts of a batch, and the speed-ups that they predict for the runs."""
     traces, longest = runs[0].traces, session.config.decoding.draft_length
     shortest = min(len(trace.prompt.tokens) for trace in traces)
@@ -102,76 +114,78 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
 
 def compare_with_stock(
     replays: dict[str, Replayed], traces: list[Trace]
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+) -> tuple[dict[int, Gain] | None, dict[str, Gain] | None]:
     """Gain of the trained head over the stock head by K, and by domain at the longest K; None without both."""
     if not {"stock", "trained"} <= set(replays):
         return None, None
     stock, trained = replays["stock"], replays["trained"]
     groups, longest = [trace.prompt.group for trace in traces], max(stock)
-    gain = {str(k): paired_gain(stock[k], trained[k], groups) for k in stock}
-    by_domain = {}
+    gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
+    gain_by_domain = {}
     for domain, rows in domain_rows([trace.prompt.domain for trace in traces]).items():
         base, other = ([counts[longest][i] for i in rows] for counts in (stock, trained))
-        by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
-    return gain, by_domain
+        gain_by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
+    return gain, gain_by_domain
 
 
-def evaluate_heads(session: Session, heads: list[Head]) -> dict[str, Any]:
-    """Measure heads on one backbone and write evaluation.json, report.html and the table.
-
-    Returns:
-        The content of evaluation.json; docs/evaluation.md describes it.
-    """
+def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
+    """Measure heads on one backbone and write evaluation.json, report.html and the table."""
     config, backbone, policy = session.config, session.backbone, session.policy
-    longest, row_length = config.decoding.draft_length, session.piece_length
+    longest, corpus, row_length = config.decoding.draft_length, session.heldout_corpus, session.piece_length
     trace_set = prepare_traces(session)
     traces = trace_set.traces
+    groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     runs = run_loops(session, heads, traces)
-    first = min(runs)
+    first = runs[min(runs)]
     rows = config.evaluation.heldout_sequences
     entries, replays = [], {}
     for head in heads:
         drafts = draft_traces(backbone.model, head.stack, traces, longest, policy, free_running=True)
-        replays[head.name] = replay_all(drafts, policy)
+        counts = replays[head.name] = replay_all(drafts, policy)
         entries.append(
-            {
-                **head.describe(),
-                "teacher_forced": teacher_forced(
-                    backbone.model, head.stack, session.heldout_corpus, row_length, rows, longest
-                ),
-                **describe_acceptance(traces, drafts, replays[head.name], policy, backbone.tokenizer),
-                "loop": {str(k): loop_totals(runs[first], head.name, k) for k in replays[head.name]},
-                "samples": sample_texts(backbone.tokenizer, runs[first], head.name, longest),
-            }
+            HeadResult(
+                name=head.name,
+                checkpoint=head.checkpoint,
+                mode=head.mode,
+                depth=head.stack.depth,
+                parameters=head.num_parameters,
+                teacher_forced=teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
+                replay={k: summarize(counts[k], groups) for k in counts},
+                per_prompt={k: [totals([one]) for one in counts[k]] for k in counts},
+                domains=by_domain(counts[longest], groups, domains),
+                breakdown=break_down(traces, drafts, policy, longest, backbone.tokenizer),
+                calibration=calibrate(drafts, policy, longest),
+                thresholds=sweep_thresholds(drafts, policy, longest),
+                loop={k: loop_totals(first, head.name, k) for k in counts},
+                samples=sample_texts(backbone.tokenizer, first, head.name, longest),
+            )
         )
     gain, gain_by_domain = compare_with_stock(replays, traces)
-    evaluation = {
-        "schema": SCHEMA,
-        "provenance": session.folder.provenance,
-        "backbone": session.describe_backbone(),
-        "prompts": trace_set.describe(),
-        "policy": policy.describe(),
-        "draft_length": longest,
-        "heads": entries,
-        "gain": gain,
-        "gain_by_domain": gain_by_domain,
-        "certificate": make_certificate(session, heads, traces, runs),
-        "speedup": {
-            str(size): {
-                head.name: {str(k): summarize_speed(found, head.name, k) for k in replays[head.name]} for head in heads
-            }
+    evaluation = Evaluation(
+        schema=SCHEMA,
+        provenance=from_json(Provenance, session.folder.provenance),
+        backbone=session.describe_backbone(),
+        prompts=describe_prompts(trace_set),
+        policy=describe_policy(policy),
+        draft_length=longest,
+        heads=entries,
+        gain=gain,
+        gain_by_domain=gain_by_domain,
+        certificate=make_certificate(session, heads, traces, runs),
+        speedup={
+            size: {head.name: {k: summarize_speed(found, head.name, k) for k in replays[head.name]} for head in heads}
             for size, found in runs.items()
         },
-        "steps": {str(size): measure_times(session, heads, found) for size, found in runs.items()},
-        "plain_tokens_per_second": {
-            str(size): tokens_per_second([one for run in found for one in run.plain]) for size, found in runs.items()
+        steps={size: measure_times(session, heads, found) for size, found in runs.items()},
+        plain_tokens_per_second={
+            size: tokens_per_second([one for run in found for one in run.plain]) for size, found in runs.items()
         },
-    }
+    )
     folder = session.folder.path
-    write_json(folder / "evaluation.json", evaluation)
+    write_evaluation(folder / EVALUATION_FILE, evaluation)
     write_report(evaluation, folder / "report.html")
     print_summary(evaluation, Console())
-    session.folder.say(f"wrote {folder / 'evaluation.json'} and {folder / 'report.html'}")
+    session.folder.say(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
     return evaluation
 
 

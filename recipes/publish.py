@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.tracking import Trackers
 from mtptrain.run_folder import RunFolder
 
@@ -20,36 +21,36 @@ PLOTS = (
 )
 
 
-def acceptance_lengths(evaluation: dict[str, Any]) -> list[Row]:
-    """A row for every head and draft length."""
+def acceptance_lengths(evaluation: Evaluation) -> list[Row]:
+    """Return a row for every head and draft length."""
     return [
-        (head["name"], int(length), found["acceptance_length"], *found["interval"])
-        for head in evaluation["heads"]
-        for length, found in head["replay"].items()
+        (head.name, length, measured.acceptance_length, *measured.interval)
+        for head in evaluation.heads
+        for length, measured in head.replay.items()
     ]
 
 
-def acceptance_by_position(evaluation: dict[str, Any]) -> list[Row]:
-    """A row for every head and position of the longest draft, with what held-out text says of it."""
+def acceptance_by_position(evaluation: Evaluation) -> list[Row]:
+    """Return a row for every head and position of the longest draft, in decoding and on held-out text."""
     rows: list[Row] = []
-    for head in evaluation["heads"]:
-        accepted, forced = head["replay"][str(evaluation["draft_length"])]["conditional"], head["teacher_forced"]
-        found = zip(accepted, forced["alpha"], forced["top1"], strict=True)
-        rows += [(head["name"], place, *figures) for place, figures in enumerate(found, start=1)]
+    for head in evaluation.heads:
+        accepted, heldout = head.replay[evaluation.draft_length].conditional, head.teacher_forced
+        figures = zip(accepted, heldout.alpha, heldout.top1, strict=True)
+        rows += [(head.name, position, *row) for position, row in enumerate(figures, start=1)]
     return rows
 
 
-def speedups(evaluation: dict[str, Any]) -> list[Row]:
-    """A row for every head, batch and draft length that was timed."""
+def speedups(evaluation: Evaluation) -> list[Row]:
+    """Return a row for every head, batch and draft length."""
     return [
-        (head, int(size), int(length), found["median"], *found["quartiles"])
-        for size, heads in evaluation["speedup"].items()
+        (head, size, length, measured.median, *measured.quartiles)
+        for size, heads in evaluation.speedup.items()
         for head, lengths in heads.items()
-        for length, found in lengths.items()
+        for length, measured in lengths.items()
     ]
 
 
-def publish(trackers: Trackers, run_folder: RunFolder, evaluation: dict[str, Any]) -> None:
+def publish(trackers: Trackers, run_folder: RunFolder, evaluation: Evaluation) -> None:
     """Send an evaluation's tables, plots and report to the trackers, if any is on."""
     if not trackers.is_on:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
 from mtptrain.errors import UserError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a plan opens nothing of this, and starts without torch
     from mtptrain.decoding.policy import Policy
     from mtptrain.decoding.records import Limits
     from mtptrain.evaluation.heads import Head
+    from mtptrain.evaluation.result import BackboneResult
 
 
 def check_reads_documents(config: RunConfig) -> None:
@@ -260,16 +261,17 @@ class Session:
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
         return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
 
-    def describe_backbone(self) -> dict[str, Any]:
-        """The backbone's entry in evaluation.json, with its loss on held-out text."""
+    def describe_backbone(self) -> BackboneResult:
+        """Return the backbone's entry in evaluation.json, with its loss on held-out text."""
+        from mtptrain.evaluation.result import BackboneResult
         from mtptrain.losses.next_token import bits_per_byte
 
         backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
         nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
-        return {
-            "name": self.config.backbone.name,
-            "fingerprint": backbone.fingerprint,
-            "parameters": sum(p.numel() for p in backbone.model.parameters()),
-            "heldout_nats_per_token": nats,
-            "heldout_bits_per_byte": bits,
-        }
+        return BackboneResult(
+            name=self.config.backbone.name,
+            fingerprint=backbone.fingerprint,
+            parameters=sum(p.numel() for p in backbone.model.parameters()),
+            heldout_nats_per_token=nats,
+            heldout_bits_per_byte=bits,
+        )

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mtptrain.config import HELDOUT
 from mtptrain.data.prompts import Opening, Prompt, encode_question, slice_prompts
-from mtptrain.data.questions import QuestionSource, read_questions, spread_questions
+from mtptrain.data.questions import QuestionSource, Source, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import Replayed
@@ -20,7 +20,6 @@ from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.trace import Trace, record_traces
 from mtptrain.evaluation.trace_set import (
-    Source,
     TraceHeader,
     TraceSet,
     check_trace_set,

@@ -35,6 +35,7 @@ from mtptrain.evaluation.trace import Trace
 from mtptrain.kernels.dispatch import requested
 from mtptrain.provenance import git_commit, hardware, package_versions
 from mtptrain.recipes.session import Session
+from mtptrain.run.typed_json import to_json
 from mtptrain.run_folder import open_run_folder
 
 # B rows, S tokens of a prompt, L tokens of a pass
@@ -94,10 +95,10 @@ def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict
     result: dict[str, Any] = {}
     for num_tokens, seconds in found.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
-        result[str(num_tokens)] = {way: spread(spent) for way, spent in kept.items()}
+        result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
         if "recorded" in kept:
             ratios = [slow / fast for slow, fast in zip(kept["eager"], kept["recorded"], strict=True)]
-            result[str(num_tokens)]["eager_over_recorded"] = spread(ratios)
+            result[str(num_tokens)]["eager_over_recorded"] = to_json(spread(ratios))
     return result
 
 
@@ -109,12 +110,12 @@ def time_decoding(session: Session, head: Head, prompts: list[Prompt], batch: in
     runs = run_interleaved(model, stacks, batches, lengths, session.limits, GREEDY, seed, lambda *_: None)
     result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
     for k in lengths:
-        speed = summarize_speed(runs, head.name, k)
+        speed = to_json(summarize_speed(runs, head.name, k))
         result[str(k)] = {
             "tokens_per_pass": batch_length(runs, head.name, k),
             "tokens_per_second": rate_of([run.speculative[head.name, k] for run in runs]),
             **{name: speed[name] for name in ("median", "quartiles", "after_prefill", "shares")},
-            "record_seconds": spread([run.speculative[head.name, k].seconds.record for run in runs]),
+            "record_seconds": to_json(spread([run.speculative[head.name, k].seconds.record for run in runs])),
         }
     return result
 

@@ -63,6 +63,7 @@ class RunConfig:
     threads: int | None = ranged(None, at_least=1)
     checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
+    path: str | None = None  # report: an evaluation.json, or the folder of its run
     target: ExportTarget | None = None  # export: who loads the folder: vllm, sglang or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head

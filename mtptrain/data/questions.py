@@ -54,6 +54,23 @@ class QuestionSource:
     questions: list[Question]
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where prompts came from.
+
+    Attributes:
+        name: a file, a data set, or `heldout`.
+        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
+        rows: how many prompts or conversations it holds.
+        used: how many of them were asked.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    used: int
+
+
 def read_questions(names: list[str], setting: str = "prompts", split: str | None = None) -> list[QuestionSource]:
     """Every source that a setting means; a folder is one a file.
 

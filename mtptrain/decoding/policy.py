@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -42,17 +41,6 @@ class Policy:
     def draws_greedily(self) -> bool:
         """Whether drafted tokens are the head's likeliest."""
         return self.is_greedy or self.draft is DraftChoice.greedy
-
-    def describe(self) -> dict[str, Any]:
-        """Its entry in evaluation.json."""
-        return {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "draft": DraftChoice.greedy.value if self.draws_greedily else self.draft.value,
-            "verification": self.verification.value,
-            "stop_below": self.min_confidence,
-        }
 
     @property
     def sampling(self) -> Sampling:

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from mtptrain.evaluation.head_result import Gain, Interval
 
 RESAMPLES = 2000
 DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
@@ -29,12 +29,12 @@ def resampled_totals(counts_PF: np.ndarray, groups: list[int]) -> np.ndarray:
     return times_RG @ counts_GF
 
 
-def interval(values_R: np.ndarray) -> list[float]:
-    """95 % percentile interval."""
-    return [float(bound) for bound in np.quantile(values_R, [0.025, 0.975])]
+def interval(values_R: np.ndarray) -> Interval:
+    """Return the 95 % percentile interval."""
+    low, high = np.quantile(values_R, [0.025, 0.975])
+    return float(low), float(high)
 
 
-def difference(value: float, resampled_R: np.ndarray) -> dict[str, Any]:
-    """A paired difference: value, 95 % interval, and the smallest true one these prompts would have shown."""
-    spread = float(DETECTABLE * resampled_R.std())
-    return {"gain": value, "interval": interval(resampled_R), "detectable": spread}
+def difference(value: float, resampled_R: np.ndarray) -> Gain:
+    """Return a paired difference, from its value and its resamples."""
+    return Gain(value, interval(resampled_R), detectable=float(DETECTABLE * resampled_R.std()))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,11 +19,11 @@ from tokenizers import Tokenizer
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.drafts import TraceDrafts
 from mtptrain.evaluation.expected import inside_text
+from mtptrain.evaluation.head_result import Breakdown, Bucket, BucketKind, DraftedTokens
 from mtptrain.evaluation.replay import trace_chances
 from mtptrain.evaluation.token_class import CLASSES, token_classes
 from mtptrain.evaluation.trace import Trace
 
-NAMES = ["reached", "accepted", "lost"]
 CONTEXT_EDGES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]  # tokens before the anchor's pass
 GENERATED_EDGES = [16, 64, 256, 1024, 4096]  # tokens of the continuation before the pass
 ENTROPY_EDGES = [0.1, 0.5, 1.0, 2.0, 4.0]  # nats
@@ -32,8 +31,8 @@ ENTROPY_EDGES = [0.1, 0.5, 1.0, 2.0, 4.0]  # nats
 
 def break_down(
     traces: list[Trace], drafts: list[TraceDrafts], policy: Policy, draft_length: int, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Verified, accepted and lost drafted tokens by kind, at one draft length.
+) -> Breakdown:
+    """Return verified, accepted and lost drafted tokens by kind, at one draft length.
 
     Args:
         traces: the texts.
@@ -41,13 +40,8 @@ def break_down(
         policy: how drafts are verified and stopped.
         draft_length: K.
         tokenizer: the backbone's, for the class of a token.
-
-    Returns:
-        `draft_length`; `totals`; and `by`: for `position`, `domain`, `context`, `generated`, `token_class` and
-        `entropy` a list of buckets that were reached, each with `bucket`, `reached`, `accepted`, `lost`, their ratio
-        `acceptance` and `lost_share`, its share of all lost tokens.
     """
-    cells: dict[str, dict[str, np.ndarray]] = {}
+    cells: dict[BucketKind, dict[str, np.ndarray]] = {}
     totals = np.zeros(3)
     for trace, one in zip(traces, drafts, strict=True):
         counts_3KN = _counts(one, policy, draft_length)
@@ -61,7 +55,7 @@ def break_down(
         kind: [_bucket(label, found[label], totals) for label in order[kind] if label in found and found[label][0] > 0]
         for kind, found in cells.items()
     }
-    return {"draft_length": draft_length, "totals": dict(zip(NAMES, totals.tolist(), strict=True)), "by": by}
+    return Breakdown(draft_length, DraftedTokens(*totals.tolist()), by)
 
 
 def _counts(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray:
@@ -74,7 +68,7 @@ def _counts(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarra
     return visit_N * np.stack([begun_KN, reach_KN, (begun_KN - reach_KN) * left_KN])
 
 
-def _labels(trace: Trace, drafts: TraceDrafts, draft_length: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def _labels(trace: Trace, drafts: TraceDrafts, draft_length: int, tokenizer: Tokenizer) -> dict[BucketKind, np.ndarray]:
     """The bucket of every step and anchor, by kind, str [K, N]; past the end of the text they mean nothing."""
     num_anchors = len(drafts.p_N)
     shape = (draft_length, num_anchors)
@@ -86,12 +80,12 @@ def _labels(trace: Trace, drafts: TraceDrafts, draft_length: int, tokenizer: Tok
     context_N = np.array(bucket_names(CONTEXT_EDGES), dtype=object)[np.digitize(prompt + 1 + anchor_N, CONTEXT_EDGES)]
     generated_N = np.array(bucket_names(GENERATED_EDGES), dtype=object)[np.digitize(1 + anchor_N, GENERATED_EDGES)]
     return {
-        "position": np.broadcast_to(step_K1.astype(str).astype(object), shape),
-        "domain": np.full(shape, trace.prompt.domain, dtype=object),
-        "context": np.broadcast_to(context_N, shape),
-        "generated": np.broadcast_to(generated_N, shape),
-        "token_class": classes_N[token_KN],
-        "entropy": entropy_N[token_KN],
+        BucketKind.position: np.broadcast_to(step_K1.astype(str).astype(object), shape),
+        BucketKind.domain: np.full(shape, trace.prompt.domain, dtype=object),
+        BucketKind.context: np.broadcast_to(context_N, shape),
+        BucketKind.generated: np.broadcast_to(generated_N, shape),
+        BucketKind.token_class: classes_N[token_KN],
+        BucketKind.entropy: entropy_N[token_KN],
     }
 
 
@@ -101,19 +95,24 @@ def bucket_names(edges: Sequence[float]) -> list[str]:
     return [f"below {edges[0]:g}", *inner, f"{edges[-1]:g} and more"]
 
 
-def _bucket_order(draft_length: int, domains: list[str]) -> dict[str, list[str]]:
+def _bucket_order(draft_length: int, domains: list[str]) -> dict[BucketKind, list[str]]:
     return {
-        "position": [str(k) for k in range(1, draft_length + 1)],
-        "domain": list(dict.fromkeys(domains)),
-        "context": bucket_names(CONTEXT_EDGES),
-        "generated": bucket_names(GENERATED_EDGES),
-        "token_class": CLASSES,
-        "entropy": bucket_names(ENTROPY_EDGES),
+        BucketKind.position: [str(k) for k in range(1, draft_length + 1)],
+        BucketKind.domain: list(dict.fromkeys(domains)),
+        BucketKind.context: bucket_names(CONTEXT_EDGES),
+        BucketKind.generated: bucket_names(GENERATED_EDGES),
+        BucketKind.token_class: CLASSES,
+        BucketKind.entropy: bucket_names(ENTROPY_EDGES),
     }
 
 
-def _bucket(label: str, counts_3: np.ndarray, totals_3: np.ndarray) -> dict[str, Any]:
+def _bucket(label: str, counts_3: np.ndarray, totals_3: np.ndarray) -> Bucket:
     reached, accepted, lost = counts_3.tolist()
-    share = lost / float(totals_3[2]) if totals_3[2] > 0 else 0.0
-    counts = {"reached": reached, "accepted": accepted, "lost": lost}
-    return {"bucket": label, **counts, "acceptance": accepted / reached, "lost_share": share}
+    return Bucket(
+        bucket=label,
+        reached=reached,
+        accepted=accepted,
+        lost=lost,
+        acceptance=accepted / reached,
+        lost_share=lost / float(totals_3[2]) if totals_3[2] > 0 else 0.0,
+    )

@@ -11,31 +11,25 @@ need not be the diagonal.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.drafts import TraceDrafts
 from mtptrain.evaluation.expected import acceptance_probability
+from mtptrain.evaluation.head_result import Calibration, CalibrationBin
 from mtptrain.evaluation.replay import trace_chances
 from mtptrain.kernels.acceptance import Verification
 
 NUM_BINS = 10
 
 
-def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> dict[str, Any]:
-    """Reliability of the confidence over the steps that decoding verifies, each weighted with the chance that it is.
+def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> Calibration:
+    """Return the reliability of the confidence over the steps that decoding verifies, weighted with the chance of each.
 
     Args:
         drafts: of the traces.
         policy: how drafts are verified and stopped.
         draft_length: K.
-
-    Returns:
-        `draft_length`; `ece`, the expected calibration error; `confidence` and `acceptance`, the means; and `bins`:
-        of ten equal widths those that hold anything, with `low`, `high`, `count` (expected steps), `confidence` and
-        `acceptance`. The means are None where nothing was verified.
     """
     parts = [_steps(one, policy, draft_length) for one in drafts if len(one.p_N)]
     confidence_X, acceptance_X, weight_X = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0))
@@ -48,9 +42,9 @@ def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> d
             confidence, acceptance = (
                 float((weight_X * values_X)[inside_X].sum() / count) for values_X in (confidence_X, acceptance_X)
             )
-            edges = {"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS}
-            bins.append({**edges, "count": count, "confidence": confidence, "acceptance": acceptance})
-    return {"draft_length": draft_length, **_pooled(bins), "bins": bins}
+            low, high = number / NUM_BINS, (number + 1) / NUM_BINS
+            bins.append(CalibrationBin(low, high, count, confidence, acceptance))
+    return _pooled(draft_length, bins)
 
 
 def _steps(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray:
@@ -61,13 +55,15 @@ def _steps(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray
     return np.stack([drafts.confidence_KN[:draft_length], accept_KN, weight_KN]).reshape(3, -1)
 
 
-def _pooled(bins: list[dict[str, Any]]) -> dict[str, float | None]:
+def _pooled(draft_length: int, bins: list[CalibrationBin]) -> Calibration:
     """Means over all bins, and the expected calibration error: the mean distance of a bin from the diagonal."""
-    total = sum(one["count"] for one in bins)
+    total = sum(one.count for one in bins)
     if total == 0:
-        return {"ece": None, "confidence": None, "acceptance": None}
-    return {
-        "ece": sum(one["count"] * abs(one["confidence"] - one["acceptance"]) for one in bins) / total,
-        "confidence": sum(one["count"] * one["confidence"] for one in bins) / total,
-        "acceptance": sum(one["count"] * one["acceptance"] for one in bins) / total,
-    }
+        return Calibration(draft_length, ece=None, confidence=None, acceptance=None, bins=bins)
+    return Calibration(
+        draft_length,
+        ece=sum(one.count * abs(one.confidence - one.acceptance) for one in bins) / total,
+        confidence=sum(one.count * one.confidence for one in bins) / total,
+        acceptance=sum(one.count * one.acceptance for one in bins) / total,
+        bins=bins,
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mtptrain.decoding.records import Decoded, VerifyPass
+from mtptrain.evaluation.certificate_result import GreedyIdentity, PassDifference, ReplayEqualsLoop, TextDifference
 
 # fp32 logits of one batched verify and of single steps were seen to differ by 1.3e-5; bf16 logits tie exactly.
 TIE_GAP = {"float32": 1e-4, "bfloat16": 0.25}
@@ -42,7 +42,7 @@ def first_difference(run: LoopRun) -> tuple[int, float] | None:
     return position, run.plain.gaps[position] if position < len(run.plain.gaps) else 0.0
 
 
-def certify_greedy(runs: list[LoopRun], dtype: str) -> dict[str, Any]:
+def certify_greedy(runs: list[LoopRun], dtype: str) -> tuple[GreedyIdentity, ReplayEqualsLoop]:
     """Compare every real greedy run with plain decoding and with replay.
 
     A text may part from plain decoding only where the backbone's two largest logits tie numerically, and the tie is
@@ -51,36 +51,30 @@ def certify_greedy(runs: list[LoopRun], dtype: str) -> dict[str, Any]:
     Args:
         runs: the real runs.
         dtype: of the backbone, `float32` or `bfloat16`.
-
-    Returns:
-        `greedy_identity` and `replay_equals_loop` of evaluation.json's certificate.
     """
-    near_ties: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    disagreements: list[dict[str, Any]] = []
+    return _compare_texts(runs, TIE_GAP[dtype]), _compare_passes(runs)
+
+
+def _compare_texts(runs: list[LoopRun], tie_gap: float) -> GreedyIdentity:
+    near_ties: list[TextDifference] = []
+    differences: list[TextDifference] = []
     for run in runs:
-        where = {"head": run.head, "prompt": run.prompt, "draft_length": run.draft_length}
         parting = first_difference(run)
         if parting is not None:
             position, gap = parting
-            row = {**where, "position": position, "gap": gap}
-            (near_ties if gap < TIE_GAP[dtype] else differences).append(row)
-        if run.replayed is not None and run.replayed != run.loop.passes:
-            counts = {"loop_passes": len(run.loop.passes), "replay_passes": len(run.replayed)}
-            disagreements.append({**where, **counts})
-    known = sum(run.replayed is not None for run in runs)
-    return {
-        "greedy_identity": {
-            "passed": not differences,
-            "compared": len(runs),
-            "identical": len(runs) - len(near_ties) - len(differences),
-            "near_ties": near_ties,
-            "differences": differences,
-        },
-        "replay_equals_loop": {
-            "passed": not disagreements,
-            "compared": known,
-            "equal": known - len(disagreements),
-            "differences": disagreements,
-        },
-    }
+            row = TextDifference(run.head, run.prompt, run.draft_length, position, gap)
+            (near_ties if gap < tie_gap else differences).append(row)
+    identical = len(runs) - len(near_ties) - len(differences)
+    return GreedyIdentity(not differences, len(runs), identical, near_ties, differences)
+
+
+def _compare_passes(runs: list[LoopRun]) -> ReplayEqualsLoop:
+    known, differences = 0, []
+    for run in runs:
+        if run.replayed is None:
+            continue
+        known += 1
+        if run.replayed != run.loop.passes:
+            lengths = len(run.loop.passes), len(run.replayed)
+            differences.append(PassDifference(run.head, run.prompt, run.draft_length, *lengths))
+    return ReplayEqualsLoop(not differences, known, known - len(differences), differences)

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
@@ -17,6 +15,7 @@ from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.verify import Draft
+from mtptrain.evaluation.certificate_result import AllAcceptControl, Controls, ShiftedTargetControl
 from mtptrain.evaluation.drafts import trace_batch
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.rollout import rollout
@@ -26,7 +25,7 @@ SPREAD = 4.0  # standard errors: a control that always holds fails by chance in 
 
 
 @torch.inference_mode()
-def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace]) -> dict[str, Any]:
+def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace]) -> ShiftedTargetControl:
     """Agreement of the head's first step with the text it drafts for, and with the text of another prompt.
 
     The second must be chance: the probability that independent draws from the two texts' own token frequencies (the
@@ -37,9 +36,6 @@ def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces
         model: the backbone.
         stack: the head.
         traces: at least two tell something; texts of fewer than three tokens are left out.
-
-    Returns:
-        `agreement`, `shifted`, `chance`, the `interval` of shifted minus chance and `passed`.
     """
     told = [trace for trace in traces if len(trace.tokens) > 2][:32]
     batch = trace_batch(told, model.lm_head.weight.device)
@@ -61,13 +57,13 @@ def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces
     gap = torch.tensor(shifted).double() - torch.tensor(chance).double()
     error = float(gap.std() / len(pairs) ** 0.5) if len(pairs) > 2 else 1.0
     low, high = float(gap.mean()) - SPREAD * error, float(gap.mean()) + SPREAD * error
-    return {
-        "agreement": sum(agreement) / len(pairs),
-        "shifted": sum(shifted) / len(pairs),
-        "chance": sum(chance) / len(pairs),
-        "interval": [low, high],
-        "passed": low <= 0 <= high,
-    }
+    return ShiftedTargetControl(
+        agreement=sum(agreement) / len(pairs),
+        shifted=sum(shifted) / len(pairs),
+        chance=sum(chance) / len(pairs),
+        interval=(low, high),
+        passed=low <= 0 <= high,
+    )
 
 
 class BackboneDrafts:
@@ -108,7 +104,7 @@ class BackboneDrafts:
 @torch.inference_mode()
 def all_accept_control(
     model: DeepseekV4ForCausalLM, prompt: list[int], draft_length: int, num_passes: int = 8
-) -> dict[str, Any]:
+) -> AllAcceptControl:
     """The real decoding loop with the backbone as its own draft: every pass must emit K + 1 tokens.
 
     Args:
@@ -116,11 +112,18 @@ def all_accept_control(
         prompt: token ids.
         draft_length: K.
         num_passes: passes that an always accepted draft needs.
-
-    Returns:
-        `acceptance_length`, the `ceiling` K + 1, and `passed`: they are equal.
     """
     limits = Limits(1 + num_passes * (draft_length + 1))
     passes = decode_speculative(model, BackboneDrafts(model), [prompt], draft_length, limits).rows[0].passes
     length = sum(one.emitted for one in passes) / len(passes)
-    return {"acceptance_length": length, "ceiling": draft_length + 1, "passed": length == draft_length + 1}
+    return AllAcceptControl(length, ceiling=draft_length + 1, passed=length == draft_length + 1)
+
+
+def run_controls(
+    model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], traces: list[Trace], draft_length: int
+) -> Controls:
+    """Return both controls: of the loop at K = `draft_length`, and of every head in `stacks`."""
+    all_accept = all_accept_control(model, traces[0].prompt.tokens, draft_length)
+    shifted = {name: shifted_target_control(model, stack, traces) for name, stack in stacks.items()}
+    passed = all_accept.passed and all(one.passed for one in shifted.values())
+    return Controls(passed, all_accept, shifted)

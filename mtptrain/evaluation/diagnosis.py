@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.compare import Replayed
+from mtptrain.evaluation.doctor_result import Diagnosis, DoctorControls, TensorFaults, WiringResult
 from mtptrain.evaluation.drafts import draft_traces
+from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import paired_gain, summarize
 from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.trace import Trace
@@ -36,68 +36,52 @@ def replay_wiring(
 @torch.inference_mode()
 def measure_wirings(
     model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace], steps: int
-) -> list[dict[str, Any]]:
-    """Acceptance length at `steps` drafts under every wiring, with its paired difference from two others.
-
-    Returns:
-        The right wiring first, each with `wiring`, `feeds`, `acceptance_length`, `interval`, `against_right` and
-        `against_best`, the wiring of `best_wiring`.
-    """
+) -> list[WiringResult]:
+    """Return the acceptance at `steps` drafts under every wiring, the right one first."""
     ordered = sorted(traces, key=lambda trace: len(trace.prompt.tokens))
     groups = [trace.prompt.group for trace in ordered]
     counts = {wiring.name: replay_wiring(model, stack, ordered, steps, wiring)[steps] for wiring in WIRINGS}
+    against_right = {name: paired_gain(counts[RIGHT], counts[name], groups) for name in counts}
+    best = counts[best_wiring(against_right)]
     rows = []
     for wiring in WIRINGS:
         figures = summarize(counts[wiring.name], groups)
         rows.append(
-            {
-                "wiring": wiring.name,
-                "feeds": wiring.feeds,
-                "acceptance_length": figures["acceptance_length"],
-                "interval": figures["interval"],
-                "against_right": paired_gain(counts[RIGHT], counts[wiring.name], groups),
-            }
+            WiringResult(
+                wiring=wiring.name,
+                feeds=wiring.feeds,
+                acceptance_length=figures.acceptance_length,
+                interval=figures.interval,
+                against_right=against_right[wiring.name],
+                against_best=paired_gain(best, counts[wiring.name], groups),
+            )
         )
-    best = counts[best_wiring(rows)]
-    for row in rows:
-        row["against_best"] = paired_gain(best, counts[row["wiring"]], groups)
     return rows
 
 
-def best_wiring(rows: list[dict[str, Any]]) -> str:
-    """The wiring that a head fits best: the largest of the gains over the right one that are beyond doubt, or `right`.
+def best_wiring(against_right: dict[str, Gain]) -> str:
+    """Return the wiring that a head fits best: the largest of the clear gains over the right one, or `right`.
 
     Nine wirings are tried, so a gain must also reach 2.8 standard errors (`detectable`): 2.77 is Bonferroni's bound.
     """
-    gains = {row["wiring"]: row["against_right"] for row in rows}
-    better = {
-        name: gain["gain"]
-        for name, gain in gains.items()
-        if gain["interval"][0] > 0 and gain["gain"] >= gain["detectable"]
-    }
+    better = {name: gain.gain for name, gain in against_right.items() if gain.is_clear and gain.gain >= gain.detectable}
     return max(better, key=lambda name: better[name]) if better else RIGHT
 
 
-def diagnose(tensors: dict[str, Any], wirings: list[dict[str, Any]] | None, controls: dict[str, Any]) -> dict[str, Any]:
-    """The verdict in words.
+def diagnose(tensors: TensorFaults, wirings: list[WiringResult] | None, controls: DoctorControls | None) -> Diagnosis:
+    """Return the verdict in words.
 
     Args:
         tensors: of `examine_tensors`.
-        wirings: of `measure_wirings`; None where the tensors do not make a head.
-        controls: results with `passed`, by name.
-
-    Returns:
-        `healthy`; `best`, the wiring the head fits best, None where none was measured; `alike`, the wirings that these
-        prompts do not tell from it; `verdict`, a sentence; `findings`, what is wrong and what to do.
+        wirings: of `measure_wirings`; None if the tensors do not make a head.
+        controls: None likewise.
     """
-    findings = _tensor_findings(tensors) + [
-        f"The control {name} failed: do not trust these numbers." for name, row in controls.items() if not row["passed"]
-    ]
+    findings = _tensor_findings(tensors) + _control_findings(controls)
     best, alike, told = None, [], ""
     if wirings is not None:
-        best = best_wiring(wirings)
+        best = best_wiring({row.wiring: row.against_right for row in wirings})
         findings += _wiring_findings(wirings, best)
-        alike = [row["wiring"] for row in wirings if row["wiring"] != best and row["against_best"]["interval"][1] >= 0]
+        alike = [row.wiring for row in wirings if row.wiring != best and not row.against_best.is_clear_loss]
         told = f"; no difference between {_joined(alike, best)} on these prompts" if alike else ""
     verdict = (
         f"nothing is wrong with this head: its tensors are sound and no wiring fits it better than the right one{told}"
@@ -105,37 +89,44 @@ def diagnose(tensors: dict[str, Any], wirings: list[dict[str, Any]] | None, cont
     if findings:
         fits = "" if best in (None, RIGHT) else f", which fits the wiring {best} best"
         verdict = f"something is wrong with this head{fits}{told}; what it is and what to do:"
-    return {"healthy": not findings, "best": best, "alike": alike, "verdict": verdict, "findings": findings}
+    return Diagnosis(healthy=not findings, best=best, alike=alike, verdict=verdict, findings=findings)
 
 
-def _tensor_findings(tensors: dict[str, Any]) -> list[str]:
-    remedies = {
-        "missing": "Export or convert the head again; no name may be dropped.",
-        "unexpected": "They belong to another model or naming; servers skip them without a word.",
-        "misshaped": "The head belongs to another backbone, or was converted wrongly.",
-        "non_finite": "Go back to an earlier checkpoint and lower the learning rate; of a release, restore the file.",
-        "zero": "They were never filled.",
-    }
-    findings = [f"They look like {DSPARK}."] if tensors["is_dspark"] else []
-    findings += [
-        f"{len(tensors[kind])} {kind.replace('_', '-')}: {_listed(tensors[kind])}. {remedy}"
-        for kind, remedy in remedies.items()
-        if tensors[kind]
+def _control_findings(controls: DoctorControls | None) -> list[str]:
+    if controls is None:
+        return []
+    passed = {"shifted_target": controls.shifted_target.passed, "all_accept": controls.all_accept.passed}
+    return [f"The control {name} failed: do not trust these numbers." for name, fine in passed.items() if not fine]
+
+
+def _tensor_findings(tensors: TensorFaults) -> list[str]:
+    faults = [
+        ("missing", tensors.missing, "Export or convert the head again; no name may be dropped."),
+        ("unexpected", tensors.unexpected, "They belong to another model or naming; servers skip them without a word."),
+        ("misshaped", tensors.misshaped, "The head belongs to another backbone, or was converted wrongly."),
+        (
+            "non-finite",
+            tensors.non_finite,
+            "Go back to an earlier checkpoint and lower the learning rate; of a release, restore the file.",
+        ),
+        ("zero", tensors.zero, "They were never filled."),
     ]
-    if tensors["same_as_stock"] and len(tensors["same_as_stock"]) == tensors["expected"]:
+    findings = [f"They look like {DSPARK}."] if tensors.is_dspark else []
+    findings += [f"{len(names)} {kind}: {_listed(names)}. {remedy}" for kind, names, remedy in faults if names]
+    if tensors.same_as_stock and len(tensors.same_as_stock) == tensors.expected:
         findings.append("Every tensor equals the stock head's: nothing was trained.")
     return findings
 
 
-def _wiring_findings(rows: list[dict[str, Any]], best: str) -> list[str]:
+def _wiring_findings(rows: list[WiringResult], best: str) -> list[str]:
     """What is wrong with how the head is fed, or with a head that no wiring makes draft."""
-    right = rows[0]["acceptance_length"]
+    right = rows[0].acceptance_length
     if best != RIGHT:
-        row = next(row for row in rows if row["wiring"] == best)
+        row = next(row for row in rows if row.wiring == best)
         remedy = next(wiring.remedy for wiring in WIRINGS if wiring.name == best)
-        (low, high), gain = row["against_right"]["interval"], row["against_right"]["gain"]
+        (low, high), gain = row.against_right.interval, row.against_right.gain
         return [
-            f"The head fits best with {row['feeds']}: fed so it accepts {gain:.2f} more tokens a pass ({low:.2f} to "
+            f"The head fits best with {row.feeds}: fed so it accepts {gain:.2f} more tokens a pass ({low:.2f} to "
             f"{high:.2f}) than as servers feed it. Where training feeds it so: {remedy}"
         ]
     if right < NO_HEAD:

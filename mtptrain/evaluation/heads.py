@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import DeepseekV4ForCausalLM
@@ -11,6 +10,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.config import LossConfig
 from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.evaluation.head_result import TeacherForced
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
 
@@ -33,23 +33,17 @@ class Head:
     mode: str
     stack: MtpStack
 
-    def describe(self) -> dict[str, Any]:
-        """Its entry's first fields in evaluation.json."""
-        parameters = sum(p.numel() for p in self.stack.parameters())
-        return {
-            "name": self.name,
-            "checkpoint": self.checkpoint,
-            "mode": self.mode,
-            "depth": self.stack.depth,
-            "parameters": parameters,
-        }
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all modules."""
+        return sum(p.numel() for p in self.stack.parameters())
 
 
 @torch.no_grad()
 def teacher_forced(
     model: DeepseekV4ForCausalLM, stack: MtpStack, corpus: TokenizedCorpus, row_length: int, max_rows: int, steps: int
-) -> dict[str, list[float]]:
-    """Acceptance sum_v min(p, q) and agreement of the top token on a corpus, by draft step.
+) -> TeacherForced:
+    """Return the acceptance sum_v min(p, q) and agreement of the top token on a corpus, by draft step.
 
     Args:
         model: the backbone.
@@ -69,8 +63,8 @@ def teacher_forced(
         counts_K += objective.counts(batch)
         alpha_K += result.alpha_KT.double().sum(1).cpu()
         hit_K += result.hit_KT.double().sum(1).cpu()
-    return {
-        "alpha": (alpha_K / counts_K).tolist(),
-        "top1": (hit_K / counts_K).tolist(),
-        "tokens": [int(count) for count in counts_K],
-    }
+    return TeacherForced(
+        alpha=(alpha_K / counts_K).tolist(),
+        top1=(hit_K / counts_K).tolist(),
+        tokens=[int(count) for count in counts_K],
+    )

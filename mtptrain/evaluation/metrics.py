@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from mtptrain.evaluation.bootstrap import difference, interval, resampled_totals
 from mtptrain.evaluation.counts import Counts
+from mtptrain.evaluation.head_result import Acceptance, Gain, Totals
 
 
 def acceptance_length(prompts: list[Counts]) -> float:
@@ -17,29 +18,46 @@ def acceptance_length(prompts: list[Counts]) -> float:
     return sum(counts.emitted for counts in prompts) / sum(counts.passes for counts in prompts)
 
 
-def by_position(prompts: list[Counts]) -> dict[str, list[Any]]:
-    """Drafted and accepted tokens at each position, and the two acceptance rates.
+class Positions(NamedTuple):
+    """Drafted tokens by position; see `Acceptance`. `drafted` is None if unknown for any prompt."""
 
-    `conditional`: accepted at k of those whose position k - 1 was accepted; None where that never happened.
-    `unconditional`: accepted at k of all drafts that had a position k; None where that is not known.
-    """
-    reached = _numbers(np.sum([counts.reached_K for counts in prompts], axis=0))
-    accepted = _numbers(np.sum([counts.accepted_K for counts in prompts], axis=0))
+    drafted: list[float] | None
+    reached: list[float]
+    accepted: list[float]
+
+    @property
+    def conditional(self) -> list[float | None]:
+        """Accepted at k of the drafts whose token k - 1 was accepted; None where that never happened."""
+        return [a / r if r else None for a, r in zip(self.accepted, self.reached, strict=True)]
+
+    @property
+    def unconditional(self) -> list[float | None]:
+        """Accepted at k of all drafts that had a position k; None if unknown."""
+        if self.drafted is None:
+            return [None] * len(self.accepted)
+        return [a / d if d else None for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+
+def by_position(prompts: list[Counts]) -> Positions:
+    """Return the drafted, verified and accepted tokens of some prompts at each position."""
     known = [counts.drafted_K for counts in prompts if counts.drafted_K is not None]
-    drafted = _numbers(np.sum(known, axis=0)) if len(known) == len(prompts) else [None] * len(accepted)
-    return {
-        "drafted": drafted,
-        "reached": reached,
-        "accepted": accepted,
-        "conditional": [a / r if r else None for a, r in zip(accepted, reached, strict=True)],
-        "unconditional": [a / d if d else None for a, d in zip(accepted, drafted, strict=True)],
-    }
+    return Positions(
+        drafted=_numbers(np.sum(known, axis=0)) if len(known) == len(prompts) else None,
+        reached=_numbers(np.sum([counts.reached_K for counts in prompts], axis=0)),
+        accepted=_numbers(np.sum([counts.accepted_K for counts in prompts], axis=0)),
+    )
 
 
-def totals(prompts: list[Counts]) -> dict[str, Any]:
-    """`acceptance_length` (None without passes), `passes` and `emitted` of some prompts."""
+def totals(prompts: list[Counts]) -> Totals:
+    """Return passes, emitted tokens and acceptance length of some prompts."""
+    passes, emitted = passes_and_tokens(prompts)
+    return Totals(emitted / passes if passes else None, passes, emitted)
+
+
+def passes_and_tokens(prompts: list[Counts]) -> tuple[float, float]:
+    """Return the passes of some prompts and the tokens that they emitted."""
     passes, emitted = _numbers(np.sum([(counts.passes, counts.emitted) for counts in prompts], axis=0))
-    return {"acceptance_length": emitted / passes if passes else None, "passes": passes, "emitted": emitted}
+    return passes, emitted
 
 
 def _numbers(values: np.ndarray) -> list[float]:
@@ -47,22 +65,30 @@ def _numbers(values: np.ndarray) -> list[float]:
     return [int(value) if value.is_integer() else value for value in values.tolist()]
 
 
-def summarize(prompts: list[Counts], groups: list[int]) -> dict[str, Any]:
-    """Acceptance of one head at one draft length, with a 95 % bootstrap interval over groups of prompts.
+def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
+    """Return the acceptance of one head at one draft length, with a 95 % bootstrap interval over groups of prompts.
 
     Args:
         prompts: counts of each prompt; a prompt without passes (one emitted token) adds nothing.
         groups: the group of each prompt.
     """
-    return {
-        **totals(prompts),
-        "interval": interval(_resampled_lengths(prompts, groups)),
-        **by_position(prompts),
-    }
+    passes, emitted = passes_and_tokens(prompts)
+    positions = by_position(prompts)
+    return Acceptance(
+        acceptance_length=emitted / passes,
+        passes=passes,
+        emitted=emitted,
+        interval=interval(_resampled_lengths(prompts, groups)),
+        drafted=[None] * len(positions.reached) if positions.drafted is None else [*positions.drafted],
+        reached=positions.reached,
+        accepted=positions.accepted,
+        conditional=positions.conditional,
+        unconditional=positions.unconditional,
+    )
 
 
-def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, dict[str, Any]]:
-    """`summarize` for the prompts of each domain, in the order of their first prompts."""
+def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, Acceptance]:
+    """Return `summarize` for the prompts of each domain, in the order of their first prompts."""
     return {
         domain: summarize([prompts[i] for i in rows], [groups[i] for i in rows])
         for domain, rows in domain_rows(domains).items()
@@ -77,19 +103,14 @@ def domain_rows(domains: list[str]) -> dict[str, list[int]]:
     return rows
 
 
-def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> dict[str, Any]:
-    """Difference of acceptance length, `other` minus `base`, over the same prompts.
-
-    Returns:
-        `gain`, its 95 % bootstrap `interval` over groups, and `detectable`: the smallest true difference that these
-        prompts would have shown with 80 % power.
-    """
+def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> Gain:
+    """Return the difference of acceptance length, `other` minus `base`, over the same prompts."""
     resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
     return difference(acceptance_length(other) - acceptance_length(base), resampled_R)
 
 
-def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[dict[str, Any] | None]:
-    """Difference of conditional acceptance at each position, as `paired_gain`; None where one was never reached."""
+def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[Gain | None]:
+    """Return the difference of conditional acceptance at each position; None where a resample never reached it."""
     (old_K, old_RK), (new_K, new_RK) = (_conditional(prompts, groups) for prompts in (base, other))
     known_K = np.isfinite(new_RK - old_RK).all(0)
     return [

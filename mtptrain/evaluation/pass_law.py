@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mtptrain.decoding.policy import Policy
+from mtptrain.evaluation.certificate_result import PassCount, PassCountTest
 from mtptrain.evaluation.drafts import TraceDrafts
 from mtptrain.evaluation.expected import pass_moments
 from mtptrain.evaluation.replay import trace_chances
@@ -52,22 +52,17 @@ def sampled_run(head: str, draft_length: int, passes: int, drafts: TraceDrafts, 
     return SampledRun(head, draft_length, passes, float(mean_L[draft_length - 1]), float(variance_L[draft_length - 1]))
 
 
-def certify_law(runs: list[SampledRun]) -> dict[str, Any]:
-    """Test every head and draft length; passes when none is off at a level of 1e-4 for all together.
-
-    Returns:
-        `passed`, `level`, and `tests`: for each its `head`, `draft_length`, `runs`, `passes`, `expected`,
-        `standard_error`, `z`, `p_value`. Where nothing is random, z is None and the passes must be the expected ones.
-    """
+def certify_law(runs: list[SampledRun]) -> PassCountTest:
+    """Test every head and draft length; passes when none is off at a level of 1e-4 for all together."""
     groups: dict[tuple[str, int], list[SampledRun]] = {}
     for run in runs:
         groups.setdefault((run.head, run.draft_length), []).append(run)
     tests = [_test(*key, group) for key, group in groups.items()]
-    passed = all(test["p_value"] >= LEVEL / len(tests) for test in tests)
-    return {"passed": passed, "level": LEVEL, "tests": tests}
+    passed = all(test.p_value >= LEVEL / len(tests) for test in tests)
+    return PassCountTest(passed, LEVEL, tests)
 
 
-def _test(head: str, draft_length: int, runs: list[SampledRun]) -> dict[str, Any]:
+def _test(head: str, draft_length: int, runs: list[SampledRun]) -> PassCount:
     passes, expected = sum(run.passes for run in runs), sum(run.mean for run in runs)
     error = math.sqrt(sum(run.variance for run in runs))
     # Rounding of sums over a text, not chance: below it the number of passes is certain.
@@ -76,5 +71,13 @@ def _test(head: str, draft_length: int, runs: list[SampledRun]) -> dict[str, Any
     else:
         z = (passes - expected) / error
         p_value = math.erfc(abs(z) / math.sqrt(2))
-    found = {"runs": len(runs), "passes": passes, "expected": expected, "standard_error": error}
-    return {"head": head, "draft_length": draft_length, **found, "z": z, "p_value": p_value}
+    return PassCount(
+        head=head,
+        draft_length=draft_length,
+        runs=len(runs),
+        passes=passes,
+        expected=expected,
+        standard_error=error,
+        z=z,
+        p_value=p_value,
+    )

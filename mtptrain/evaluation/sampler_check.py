@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtptrain.evaluation.certificate_result import ChiSquare, KeptTest, SamplerTest, VerificationTest
 from mtptrain.kernels.acceptance import Sampling, Stream, Verification, sample_logits, uniforms, verify_logits
 from mtptrain.kernels.acceptance.reference import Verified
 
@@ -128,15 +128,12 @@ def _draft(p_VV: Tensor, q_KVV: Tensor, last_R: Tensor, u_RN: Tensor, sample: Sa
     return torch.stack(drafts, dim=1), torch.stack(q_rows, dim=1), torch.stack(p_rows, dim=1)
 
 
-def chi_square(observed_C: Tensor, chance_C: Tensor) -> dict[str, Any]:
+def chi_square(observed_C: Tensor, chance_C: Tensor) -> ChiSquare:
     """Pearson's test of counts against computed chances.
 
     Args:
         observed_C: int64 counts.
         chance_C: float64 chances, summing to 1. A class of chance 0 that was observed fails outright.
-
-    Returns:
-        `observed` and `expected` counts, `statistic`, `dof`, `p_value` and `passed`.
     """
     expected_C = chance_C * observed_C.sum()
     is_rare_C = expected_C < LEAST_EXPECTED
@@ -147,45 +144,65 @@ def chi_square(observed_C: Tensor, chance_C: Tensor) -> dict[str, Any]:
     dof = len(classes) - 1
     p_value = float(torch.special.gammaincc(torch.tensor(dof / 2).double(), statistic / 2))
     is_impossible = bool(observed_C[chance_C == 0].any())
-    return {
-        "observed": observed_C.tolist(),
-        "expected": expected_C.tolist(),
-        "statistic": float(statistic),
-        "dof": dof,
-        "p_value": p_value,
-        "passed": not is_impossible and p_value >= REJECT_BELOW,
-    }
+    return ChiSquare(
+        observed=observed_C.tolist(),
+        expected=expected_C.tolist(),
+        statistic=float(statistic),
+        dof=dof,
+        p_value=p_value,
+        passed=not is_impossible and p_value >= REJECT_BELOW,
+    )
 
 
-def sampler_certificate(sample: Sample = sample_as_decoding, verify: Verify = verify_as_decoding) -> dict[str, Any]:
-    """Whether sampled speculative decoding emits the target's distribution, for both ways of verifying.
+def sampler_certificate(sample: Sample = sample_as_decoding, verify: Verify = verify_as_decoding) -> SamplerTest:
+    """Test whether sampled speculative decoding emits the target's distribution, for both ways of verifying.
 
     The draws are counter-based and fixed, so the result is always the same.
 
     Args:
         sample: draws drafted tokens.
         verify: verifies them.
-
-    Returns:
-        JSON-able: `draws`, `vocabulary`, `draft_length`, `text_length`, `passed`, and for `token` and `block` the
-        `chi_square` of the texts, with that of the number of kept drafts and their means under `kept`.
     """
+    token, block = (_test_verification(one, sample, verify) for one in (Verification.token, Verification.block))
+    return SamplerTest(
+        draws=DRAWS,
+        vocabulary=VOCABULARY,
+        draft_length=DRAFT_LENGTH,
+        text_length=TEXT_LENGTH,
+        token=token,
+        block=block,
+        passed=token.passed and block.passed,
+    )
+
+
+def _test_verification(verification: Verification, sample: Sample, verify: Verify) -> VerificationTest:
+    """Test the texts that one verification emits, and the number of drafts that it keeps."""
     p_VV, q_KVV = random_tables()
-    result: dict[str, Any] = {
-        "draws": DRAWS,
-        "vocabulary": VOCABULARY,
-        "draft_length": DRAFT_LENGTH,
-        "text_length": TEXT_LENGTH,
-    }
-    place_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
-    for verification in Verification:
-        text_RE, kept_R = decode_texts(p_VV, q_KVV, verification, DRAWS, sample, verify)
-        counts = (text_RE * place_E).sum(1).bincount(minlength=VOCABULARY**TEXT_LENGTH)
-        kept_chance_L = kept_probabilities(p_VV, q_KVV, verification)
-        kept = chi_square(kept_R.bincount(minlength=DRAFT_LENGTH + 1), kept_chance_L)
-        kept["mean"] = float(kept_R.double().mean())
-        kept["expected_mean"] = float((kept_chance_L * torch.arange(DRAFT_LENGTH + 1)).sum())
-        texts = chi_square(counts, text_probabilities(p_VV))
-        result[verification.value] = {**texts, "kept": kept, "passed": texts["passed"] and kept["passed"]}
-    result["passed"] = all(result[verification.value]["passed"] for verification in Verification)
-    return result
+    text_RE, kept_R = decode_texts(p_VV, q_KVV, verification, DRAWS, sample, verify)
+    digit_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
+    counts = (text_RE * digit_E).sum(1).bincount(minlength=VOCABULARY**TEXT_LENGTH)
+    texts = chi_square(counts, text_probabilities(p_VV))
+    kept = _test_kept(kept_R, kept_probabilities(p_VV, q_KVV, verification))
+    return VerificationTest(
+        observed=texts.observed,
+        expected=texts.expected,
+        statistic=texts.statistic,
+        dof=texts.dof,
+        p_value=texts.p_value,
+        passed=texts.passed and kept.passed,
+        kept=kept,
+    )
+
+
+def _test_kept(kept_R: Tensor, chance_L: Tensor) -> KeptTest:
+    kept = chi_square(kept_R.bincount(minlength=DRAFT_LENGTH + 1), chance_L)
+    return KeptTest(
+        observed=kept.observed,
+        expected=kept.expected,
+        statistic=kept.statistic,
+        dof=kept.dof,
+        p_value=kept.p_value,
+        passed=kept.passed,
+        mean=float(kept_R.double().mean()),
+        expected_mean=float((chance_L * torch.arange(DRAFT_LENGTH + 1)).sum()),
+    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 from transformers import DeepseekV4ForCausalLM
@@ -15,6 +14,7 @@ from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import DecodedBatch, Limits
 from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.evaluation.result import Speedup, Spread, TimeShares
 from mtptrain.evaluation.trace import Trace
 from mtptrain.mtp.stack import MtpStack
 
@@ -103,31 +103,22 @@ def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
     return plain / speculative if speculative else 1.0
 
 
-def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> dict[str, Any]:
-    """Ratio of tokens a second, speculative over plain, by batch of prompts.
-
-    Returns:
-        `median`, `quartiles` and `per_batch` of the ratio; `after_prefill`, median and quartiles without the time of
-        the prefill; `shares` of the speculative runs' time by phase.
-    """
+def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> Speedup:
+    """Return the ratio of tokens a second, speculative over plain, by batch of prompts."""
     mine = [run.speculative[head, draft_length] for run in runs]
     pairs = list(zip(runs, mine, strict=True))
     ratios = [tokens_per_second([one]) / tokens_per_second(list(run.plain)) for run, one in pairs]
     after = [_after_prefill([one]) / _after_prefill(list(run.plain)) for run, one in pairs]
-    spent = [asdict(run.seconds) for run in mine]
-    total = sum(seconds["total"] for seconds in spent)
-    shares = {
-        phase: sum(seconds[phase] for seconds in spent) / total
-        for phase in spent[0]
-        if phase not in ("total", "record")
-    }
-    return {**spread(ratios), "per_batch": ratios, "after_prefill": spread(after), "shares": shares}
+    total = sum(run.seconds.total for run in mine)
+    shares = {one.name: sum(getattr(run.seconds, one.name) for run in mine) / total for one in fields(TimeShares)}
+    ratio = spread(ratios)
+    return Speedup(ratio.median, ratio.quartiles, ratios, spread(after), TimeShares(**shares))
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Median and quartiles, for a JSON file."""
+def spread(values: list[float]) -> Spread:
+    """Return median and quartiles."""
     lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
-    return {"median": median, "quartiles": [lower, upper]}
+    return Spread(median, (lower, upper))
 
 
 def _after_prefill(runs: list[DecodedBatch]) -> float:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import DeepseekV4ForCausalLM
@@ -24,6 +23,7 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.records import Limits
 from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.decoding.texts import Texts
+from mtptrain.evaluation.result import StepLatency
 from mtptrain.evaluation.speedup import spread
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
@@ -129,23 +129,22 @@ def measure_steps(
     )
 
 
-def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> dict[str, Any]:
-    """Medians and quartiles of the times and of the speed-ups they predict, for a JSON file.
+def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> StepLatency:
+    """Return medians and quartiles of the times and of the speed-ups they predict.
 
     Args:
         times: as measured.
         lengths: by K >= 1, tokens a verify pass: the acceptance length, or a whole batch's `batch_length`.
     """
-    return {
-        "batch": times.batch,
-        "context": times.context,
-        "repetitions": len(times.step[1]),
-        "step_seconds": {str(n): spread(seconds) for n, seconds in times.step.items()},
-        "draft_seconds": {str(k): spread(seconds) for k, seconds in times.draft.items()},
-        "predicted_speedup": {
-            str(k): spread([one.speedup for one in found]) for k, found in times.predictions(lengths).items()
-        },
-    }
+    predictions = times.predictions(lengths)
+    return StepLatency(
+        batch=times.batch,
+        context=times.context,
+        repetitions=len(times.step[1]),
+        step_seconds={n: spread(seconds) for n, seconds in times.step.items()},
+        draft_seconds={k: spread(seconds) for k, seconds in times.draft.items()},
+        predicted_speedup={k: spread([one.speedup for one in rows]) for k, rows in predictions.items()},
+    )
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mtptrain.data.prompts import Prompt
+from mtptrain.data.questions import Source
 from mtptrain.data.rows import check_readable, json_lines
 from mtptrain.errors import UserError
 from mtptrain.evaluation.trace import Trace
@@ -16,23 +16,6 @@ from mtptrain.run.typed_json import MismatchError, from_json
 from mtptrain.storage import write_text
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where prompts came from.
-
-    Attributes:
-        name: a file, a data set, or `heldout`.
-        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
-        rows: how many prompts or conversations it holds.
-        used: how many of them were asked.
-    """
-
-    name: str
-    sha256: str
-    rows: int
-    used: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +64,6 @@ class TraceSet:
 
     header: TraceHeader
     traces: list[Trace]
-
-    def describe(self) -> dict[str, Any]:
-        """The entry `prompts` of evaluation.json."""
-        return {
-            "source": ", ".join(source.name for source in self.header.sources),
-            "sources": [asdict(source) for source in self.header.sources],
-            "count": len(self.traces),
-            "conversations": len({trace.prompt.group for trace in self.traces}),
-            "dropped_turns": self.header.dropped,
-            "prompt_tokens": max(len(trace.prompt.tokens) for trace in self.traces),
-            "new_tokens": self.header.max_new_tokens,
-        }
 
 
 def write_trace_set(path: Path, traces: TraceSet) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mtptrain.config import PlanConfig
 from mtptrain.errors import UserError
+from mtptrain.evaluation.result import read_evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +40,11 @@ def read_profile(plan: PlanConfig) -> Profile:
 
 
 def _from_evaluation(path: Path, name: str | None) -> Profile:
-    file = path / "evaluation.json" if path.is_dir() else path
-    try:
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-        heads = {head["name"]: head for head in evaluation["heads"]}
-        chosen = name or list(heads)[-1]
-        if chosen not in heads:
-            raise UserError(f"plan.head={name}: {file} holds the heads {sorted(heads)}; choose one of them")
-        return Profile(_conditional(heads[chosen]), f"head {chosen} of {file}")
-    except OSError as error:
-        raise UserError(
-            f"plan.evaluation={path}: cannot be read ({error.strerror}); give an evaluation.json or its run's folder"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"plan.evaluation={path}: is no evaluation.json ({error}); give one that `+recipe=evaluate` wrote"
-        ) from None
-
-
-def _conditional(head: dict[str, Any]) -> list[float]:
     """Rates of the longest draft; a position that was never reached counts as never kept."""
-    longest = max(head["replay"], key=int)
-    return [rate or 0.0 for rate in head["replay"][longest]["conditional"]]
+    evaluation = read_evaluation(path, "plan.evaluation")
+    heads = {head.name: head for head in evaluation.heads}
+    chosen = name or evaluation.last_head.name
+    if chosen not in heads:
+        raise UserError(f"plan.head={name}: {path} holds the heads {sorted(heads)}; choose one of them")
+    rates = heads[chosen].replay[evaluation.draft_length].conditional
+    return Profile([rate or 0.0 for rate in rates], f"head {chosen} of {path}")

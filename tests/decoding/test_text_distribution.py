@@ -58,8 +58,8 @@ def follows_the_backbone(policy: Policy, drafter: Drafts) -> bool:
     counts, kept = decoded(policy, drafter)
     assert 0.1 < kept < DRAFT_LENGTH, "drafts must be kept and rejected, or nothing is tested"
     result = chi_square(counts, text_chances(policy))
-    assert result["dof"] > 50
-    return result["passed"]
+    assert result.dof > 50
+    return result.passed
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())

@@ -12,6 +12,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.breakdown import break_down, bucket_names
 from mtptrain.evaluation.calibration import calibrate
 from mtptrain.evaluation.drafts import TraceDrafts
+from mtptrain.evaluation.head_result import BucketKind
 from mtptrain.evaluation.replay import replay_all, trace_chances
 from mtptrain.evaluation.token_class import classify, token_classes
 from mtptrain.evaluation.trace import Trace
@@ -44,25 +45,25 @@ def test_buckets_of_every_kind_add_up_to_the_totals_of_replay(policy: Policy, le
     counts = replay_all(DRAFTS, policy)[length]
     reached, accepted = (sum(getattr(one, name).sum() for one in counts) for name in ("reached_K", "accepted_K"))
     found = break_down(TRACES, DRAFTS, policy, length, TOKENIZER)
-    assert set(found["by"]) == {"position", "domain", "context", "generated", "token_class", "entropy"}
-    for buckets in [*found["by"].values(), [found["totals"]]]:
-        assert sum(one["reached"] for one in buckets) == pytest.approx(reached, rel=1e-12)
-        assert sum(one["accepted"] for one in buckets) == pytest.approx(accepted, rel=1e-12)
-    for buckets in found["by"].values():
-        assert sum(one["lost_share"] for one in buckets) == pytest.approx(1, rel=1e-12)
+    assert set(found.by) == set(BucketKind)
+    for buckets in [*found.by.values(), [found.totals]]:
+        assert sum(one.reached for one in buckets) == pytest.approx(reached, rel=1e-12)
+        assert sum(one.accepted for one in buckets) == pytest.approx(accepted, rel=1e-12)
+    for buckets in found.by.values():
+        assert sum(one.lost_share for one in buckets) == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("policy", POLICIES[:2])
 def test_drafted_tokens_are_accepted_or_lost(policy: Policy) -> None:
     drafted = sum(one.drafted_K.sum() for one in replay_all(DRAFTS, policy)[4] if one.drafted_K is not None)
-    totals = break_down(TRACES, DRAFTS, policy, 4, TOKENIZER)["totals"]
-    assert totals["accepted"] + totals["lost"] == pytest.approx(drafted, rel=1e-12)
+    totals = break_down(TRACES, DRAFTS, policy, 4, TOKENIZER).totals
+    assert totals.accepted + totals.lost == pytest.approx(drafted, rel=1e-12)
 
 
 def test_a_bucket_is_the_plain_sum_over_its_steps_and_anchors() -> None:
     """Entropy between 1 and 2 nats, and inside words, step by step."""
-    found = break_down(TRACES, DRAFTS, SAMPLED, 3, TOKENIZER)["by"]
-    reached = {"entropy": 0.0, "token_class": 0.0, "generated": 0.0}
+    found = break_down(TRACES, DRAFTS, SAMPLED, 3, TOKENIZER).by
+    reached = dict.fromkeys((BucketKind.entropy, BucketKind.token_class, BucketKind.generated), 0.0)
     for trace, drafts in TEXTS:
         chances = trace_chances(drafts, SAMPLED)
         text = trace.prompt.tokens + trace.tokens
@@ -72,12 +73,13 @@ def test_a_bucket_is_the_plain_sum_over_its_steps_and_anchors() -> None:
                 if n + k > len(drafts.p_N):
                     continue
                 weight = chances.visit_LN[2, n] * chances.begun_KN[k - 1, n]
-                reached["entropy"] += weight * (1 <= drafts.entropy_N[n + k - 1] < 2)
-                reached["token_class"] += weight * (classes[len(trace.prompt.tokens) + n + k] == "inside word")
-                reached["generated"] += weight * (16 <= n + 1 < 64)
-    for kind, bucket in [("entropy", "1 to 2"), ("token_class", "inside word"), ("generated", "16 to 64")]:
-        (one,) = [one for one in found[kind] if one["bucket"] == bucket]
-        assert one["reached"] == pytest.approx(reached[kind], rel=1e-9)
+                reached[BucketKind.entropy] += weight * (1 <= drafts.entropy_N[n + k - 1] < 2)
+                reached[BucketKind.token_class] += weight * (classes[len(trace.prompt.tokens) + n + k] == "inside word")
+                reached[BucketKind.generated] += weight * (16 <= n + 1 < 64)
+    buckets = {BucketKind.entropy: "1 to 2", BucketKind.token_class: "inside word", BucketKind.generated: "16 to 64"}
+    for kind, bucket in buckets.items():
+        (one,) = [one for one in found[kind] if one.bucket == bucket]
+        assert one.reached == pytest.approx(reached[kind], rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +133,10 @@ def test_calibration_is_the_plain_mean_over_verified_steps() -> None:
                 confidence = drafts.confidence_KN[k, n]
                 accepted = min(1.0, drafts.q_KN[k, n] / drafts.p_N[n + k])
                 sums[int(confidence * 10)] += weight * np.array([1, confidence, accepted])
-    assert [one["count"] for one in found["bins"]] == pytest.approx(sums[:, 0])
-    assert [one["acceptance"] for one in found["bins"]] == pytest.approx(sums[:, 2] / sums[:, 0])
+    assert [one.count for one in found.bins] == pytest.approx(sums[:, 0])
+    assert [one.acceptance for one in found.bins] == pytest.approx(sums[:, 2] / sums[:, 0])
     ece = np.abs(sums[:, 1] - sums[:, 2]).sum() / sums[:, 0].sum()
-    assert found["ece"] == pytest.approx(ece)
+    assert found.ece == pytest.approx(ece)
 
 
 def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
@@ -144,12 +146,12 @@ def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
     policy = Policy(temperature=1.0, draft=DraftChoice.greedy)
     honest = TraceDrafts(np.ones(40_000), hit_KN, confidence_KN, None, np.zeros(40_000))
     # A bin of 2000 and more steps knows its rate to 1 %.
-    assert calibrate([honest], policy, 1)["ece"] < 0.02
+    assert calibrate([honest], policy, 1).ece < 0.02
     boastful = replace(honest, confidence_KN=np.sqrt(confidence_KN))
-    assert calibrate([boastful], policy, 1)["ece"] == pytest.approx(2 / 3 - 1 / 2, abs=0.03)
+    assert calibrate([boastful], policy, 1).ece == pytest.approx(2 / 3 - 1 / 2, abs=0.03)
 
 
 def test_nothing_verified_has_no_calibration() -> None:
     found = calibrate([DRAFTS[2]], SAMPLED, 3)
-    assert found["ece"] is None
-    assert found["bins"] == []
+    assert found.ece is None
+    assert found.bins == []

@@ -1,7 +1,5 @@
 """Verdicts about heads on the same traces."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,7 @@ from mtptrain.data.prompts import Prompt
 from mtptrain.decoding.records import VerifyPass
 from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.compare import compare_heads as compare
+from mtptrain.evaluation.comparison_result import HeadComparison
 from mtptrain.evaluation.counts import count_passes
 
 
@@ -26,48 +25,48 @@ def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> Replayed:
     return found
 
 
-def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, domain: str = "text") -> dict[str, Any]:
+def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, domain: str = "text") -> HeadComparison:
     prompts = [Prompt([0], domain, number) for number in range(len(next(iter(base.values()))))]
     return compare(names, base, other, prompts)
 
 
 def test_a_clear_gain_is_said_with_its_interval() -> None:
     result = compare_heads(("A", "B"), replayed([0.4, 0.4], 0), replayed([0.7, 0.6], 1))
-    assert result["verdict"].startswith("B accepts 0.")
-    assert "more tokens a pass than A" in result["verdict"]
-    low, high = result["gain"]["2"]["interval"]
-    assert low < result["gain"]["2"]["gain"] < high
+    assert result.verdict.startswith("B accepts 0.")
+    assert "more tokens a pass than A" in result.verdict
+    low, high = result.gain[2].interval
+    assert low < result.gain[2].gain < high
 
 
 def test_a_loss_is_said_as_a_loss() -> None:
     result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
-    assert "fewer tokens a pass than A" in result["verdict"]
+    assert "fewer tokens a pass than A" in result.verdict
 
 
 def test_equal_heads_give_no_evidence_and_say_what_would_have_shown() -> None:
     result = compare_heads(("A", "B"), replayed([0.5, 0.5], 2), replayed([0.5, 0.5], 3))
-    assert result["verdict"].startswith("no evidence that B and A differ")
-    assert f"{result['gain']['2']['detectable']:.2f}" in result["verdict"]
+    assert result.verdict.startswith("no evidence that B and A differ")
+    assert f"{result.gain[2].detectable:.2f}" in result.verdict
 
 
 def test_the_detectable_gain_shrinks_with_the_root_of_the_prompts() -> None:
     base, other = replayed([0.5, 0.5], 4, 25), replayed([0.5, 0.5], 5, 25)
     few = compare_heads(("A", "B"), base, other)
     many = compare_heads(("A", "B"), *({k: head[k] * 16 for k in head} for head in (base, other)))
-    ratio = few["gain"]["1"]["detectable"] / many["gain"]["1"]["detectable"]
+    ratio = few.gain[1].detectable / many.gain[1].detectable
     assert ratio == pytest.approx(4.0, rel=0.1)  # 2000 resamples know a spread to 2 %
 
 
 def test_gains_by_position_are_differences_of_conditional_acceptance() -> None:
     base, other = replayed([0.4, 0.3], 6, 400), replayed([0.6, 0.5], 7, 400)
-    gains = [gain["gain"] for gain in compare_heads(("A", "B"), base, other)["gain_by_position"]]
+    gains = [gain.gain for gain in compare_heads(("A", "B"), base, other).gain_by_position]
     assert gains == pytest.approx([0.2, 0.2], abs=0.05)
 
 
 def test_a_position_that_some_resample_never_reached_has_no_gain() -> None:
     never = {2: [count_passes([VerifyPass(2, 0, 1)], 2)] * 5}
     result = compare_heads(("A", "B"), never, never)
-    assert result["gain_by_position"][1] is None
+    assert result.gain_by_position[1] is None
 
 
 def test_a_domain_that_gets_worse_is_flagged_though_the_pool_gains() -> None:
@@ -75,15 +74,15 @@ def test_a_domain_that_gets_worse_is_flagged_though_the_pool_gains() -> None:
     other = {k: replayed([0.8, 0.8], 10)[k] + replayed([0.3, 0.3], 11, 12)[k] for k in (1, 2)}
     prompts = [Prompt([0], "chat" if number < 60 else "code", number) for number in range(72)]
     result = compare(("A", "B"), base, other, prompts)
-    assert result["worse_on"] == ["code"]
-    assert result["verdict"].startswith("B accepts 0.")
-    assert "more tokens" in result["verdict"]
-    assert result["verdict"].endswith("WORSE on code")
-    assert "fewer tokens" in result["domains"]["code"]["verdict"]
-    assert result["domains"]["chat"]["prompts"] == 60
+    assert result.worse_on == ["code"]
+    assert result.verdict.startswith("B accepts 0.")
+    assert "more tokens" in result.verdict
+    assert result.verdict.endswith("WORSE on code")
+    assert "fewer tokens" in result.domains["code"].verdict
+    assert result.domains["chat"].prompts == 60
 
 
 def test_one_domain_is_not_flagged_beside_the_whole() -> None:
     result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
-    assert result["domains"]["text"]["gain"] == result["gain"]
-    assert "WORSE" not in result["verdict"]
+    assert result.domains["text"].gain == result.gain
+    assert "WORSE" not in result.verdict

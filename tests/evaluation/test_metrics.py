@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from mtptrain.decoding.records import Decoded, VerifyPass
+from mtptrain.evaluation.certificate_result import ReplayEqualsLoop, TextDifference
 from mtptrain.evaluation.certify import LoopRun, certify_greedy
 from mtptrain.evaluation.counts import Counts, count_passes
+from mtptrain.evaluation.head_result import Totals
 from mtptrain.evaluation.metrics import acceptance_length, by_domain, by_position, paired_gain, summarize, totals
 
 
@@ -23,13 +25,13 @@ def test_acceptance_length_is_emitted_tokens_over_passes_of_all_prompts() -> Non
 
 def test_positions_are_conditional_on_the_one_before() -> None:
     figures = by_position([counts(3, 0, 1, 2)])
-    assert figures["accepted"] == [3, 2, 1]
-    assert figures["conditional"] == [3 / 4, 2 / 3, 1 / 2]
-    assert figures["unconditional"] == [3 / 4, 2 / 4, 1 / 4]
+    assert figures.accepted == [3, 2, 1]
+    assert figures.conditional == [3 / 4, 2 / 3, 1 / 2]
+    assert figures.unconditional == [3 / 4, 2 / 4, 1 / 4]
 
 
 def test_a_position_that_was_never_reached_has_no_conditional_rate() -> None:
-    assert by_position([counts(0, 0, draft_length=2)])["conditional"] == [0.0, None]
+    assert by_position([counts(0, 0, draft_length=2)]).conditional == [0.0, None]
 
 
 def test_prompts_that_end_at_their_first_token_are_left_out() -> None:
@@ -45,8 +47,8 @@ def test_the_interval_of_a_gain_is_paired_by_prompt() -> None:
         base.append(counts(*[level] * 10, draft_length=8))
         better.append(counts(*[level + 1] * 10, draft_length=8))
     gain = paired_gain(base, better, list(range(40)))
-    assert gain["gain"] == 1.0
-    assert np.allclose(gain["interval"], 1.0, atol=1e-9)
+    assert gain.gain == 1.0
+    assert np.allclose(gain.interval, 1.0, atol=1e-9)
 
 
 def test_prompts_of_one_group_are_resampled_together() -> None:
@@ -54,9 +56,9 @@ def test_prompts_of_one_group_are_resampled_together() -> None:
     alone = [counts(*[level] * 5) for level in (0, 1, 1, 2, 3, 0, 2, 3)]
     copied = [one for one in alone for _ in range(4)]
     groups = [number // 4 for number in range(len(copied))]
-    assert summarize(copied, groups)["interval"] == pytest.approx(summarize(alone, list(range(8)))["interval"])
-    low, high = summarize(copied, list(range(len(copied))))["interval"]
-    low_grouped, high_grouped = summarize(copied, groups)["interval"]
+    assert summarize(copied, groups).interval == pytest.approx(summarize(alone, list(range(8))).interval)
+    low, high = summarize(copied, list(range(len(copied)))).interval
+    low_grouped, high_grouped = summarize(copied, groups).interval
     assert high - low < 0.7 * (high_grouped - low_grouped)
 
 
@@ -64,13 +66,13 @@ def test_domains_are_summarized_apart() -> None:
     prompts = [counts(3, 3), counts(0, 0), counts(2, 2), counts(1, 0)]
     found = by_domain(prompts, [0, 1, 2, 3], ["code", "chat", "code", "chat"])
     assert list(found) == ["code", "chat"]
-    assert found["code"]["acceptance_length"] == (4 + 4 + 3 + 3) / 4
-    assert sum(one["passes"] for one in found.values()) == totals(prompts)["passes"]
+    assert found["code"].acceptance_length == (4 + 4 + 3 + 3) / 4
+    assert sum(one.passes for one in found.values()) == totals(prompts).passes
 
 
 def test_counts_of_a_loop_are_whole_numbers() -> None:
-    assert totals([counts(3, 0)]) == {"acceptance_length": 2.5, "passes": 2, "emitted": 5}
-    assert type(totals([counts(3, 0)])["passes"]) is int
+    assert totals([counts(3, 0)]) == Totals(acceptance_length=2.5, passes=2, emitted=5)
+    assert type(totals([counts(3, 0)]).passes) is int
 
 
 def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> None:
@@ -89,8 +91,8 @@ def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass
 
 def test_a_certificate_needs_identity_and_equal_counts() -> None:
     def passed(one: LoopRun) -> tuple[bool, bool]:
-        found = certify_greedy([one], "float32")
-        return found["greedy_identity"]["passed"], found["replay_equals_loop"]["passed"]
+        identity, replay = certify_greedy([one], "float32")
+        return identity.passed, replay.passed
 
     assert passed(run([1, 2], [1, 2], 1.0, passes(1))) == (True, True)
     assert passed(run([1, 2], [1, 3], 1.0, passes(1))) == (False, True)
@@ -98,14 +100,12 @@ def test_a_certificate_needs_identity_and_equal_counts() -> None:
 
 
 def test_what_replay_cannot_tell_is_not_counted_as_compared() -> None:
-    result = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
-    assert result["replay_equals_loop"] == {"passed": True, "compared": 0, "equal": 0, "differences": []}
+    _, replay = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
+    assert replay == ReplayEqualsLoop(passed=True, compared=0, equal=0, differences=[])
 
 
 def test_a_numerical_tie_is_reported_and_not_held_against_the_head() -> None:
-    result = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
-    assert result["greedy_identity"]["passed"]
-    assert result["greedy_identity"]["identical"] == 0
-    assert result["greedy_identity"]["near_ties"] == [
-        {"head": "h", "prompt": 0, "draft_length": 2, "position": 1, "gap": 1e-5}
-    ]
+    identity, _ = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
+    assert identity.passed
+    assert identity.identical == 0
+    assert identity.near_ties == [TextDifference(head="h", prompt=0, draft_length=2, position=1, gap=1e-5)]

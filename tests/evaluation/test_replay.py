@@ -17,6 +17,7 @@ from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.evaluation import drafts as drafts_module
 from mtptrain.evaluation.counts import count_passes
 from mtptrain.evaluation.drafts import TraceDrafts, draft_traces
+from mtptrain.evaluation.head_result import Interval
 from mtptrain.evaluation.metrics import acceptance_length, summarize
 from mtptrain.evaluation.pass_law import SampledRun, certify_law, sampled_run
 from mtptrain.evaluation.replay import replay_all, replay_counts, replay_passes
@@ -98,8 +99,8 @@ def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
         pairs = [(expected.drafted_K, counted.drafted_K), (expected.accepted_K, counted.accepted_K)]
         differences.append(np.concatenate([found - mean for mean, found in pairs]))
     result = certify_law(runs)
-    assert result["passed"]
-    assert result["tests"][0]["standard_error"] > 0
+    assert result.passed
+    assert result.tests[0].standard_error > 0
     error = np.std(differences, axis=0) / np.sqrt(len(runs))
     assert (np.abs(np.mean(differences, axis=0)) <= 4 * error + 1e-9).all()
 
@@ -113,7 +114,7 @@ STOPPED = replace(BLOCK, min_confidence=0.4)
 
 
 @cache
-def replayed_interval(policy: Policy) -> list[float]:
+def replayed_interval(policy: Policy) -> Interval:
     """95 % interval of the acceptance length that replay gives from one plain text a prompt."""
     groups = list(range(len(PROMPTS)))
     rows = decode_plain(SMALL, PROMPTS, LIMITS, policy, groups).rows
@@ -122,7 +123,7 @@ def replayed_interval(policy: Policy) -> list[float]:
         for number, (tokens, row) in enumerate(zip(PROMPTS, rows, strict=True))
     ]
     drafts = draft_traces(SMALL, random_stack(SMALL), traces, LENGTH, policy, free_running=True)
-    return summarize([replay_counts(one, policy)[LENGTH] for one in drafts], groups)["interval"]
+    return summarize([replay_counts(one, policy)[LENGTH] for one in drafts], groups).interval
 
 
 @cache
@@ -199,10 +200,10 @@ def test_expected_counts_of_certain_hits_are_those_of_the_passes(seed: int) -> N
 
 def test_a_loop_that_is_off_its_law_is_refused() -> None:
     right = [SampledRun("h", 2, 10, 10.2, 1.0)] * 30
-    assert certify_law(right)["passed"]
-    assert not certify_law([*right, *[SampledRun("h", 3, 12, 10.2, 1.0)] * 30])["passed"]
+    assert certify_law(right).passed
+    assert not certify_law([*right, *[SampledRun("h", 3, 12, 10.2, 1.0)] * 30]).passed
 
 
 def test_certain_passes_must_be_met_exactly() -> None:
-    assert certify_law([SampledRun("h", 2, 10, 10.0, 0.0)])["passed"]
-    assert not certify_law([SampledRun("h", 2, 11, 10.0, 0.0)])["passed"]
+    assert certify_law([SampledRun("h", 2, 10, 10.0, 0.0)]).passed
+    assert not certify_law([SampledRun("h", 2, 11, 10.0, 0.0)]).passed

@@ -7,24 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtptrain.evaluation.certificate_result import SamplerTest
 from mtptrain.evaluation.sampler_check import chi_square, kept_probabilities, random_tables, sampler_certificate
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
+from mtptrain.run.typed_json import from_json, to_json
 
 
 def test_the_real_sampler_passes() -> None:
     result = sampler_certificate()
-    assert result["passed"]
-    for way in ("token", "block"):
-        assert sum(result[way]["observed"]) == result["draws"]
-        assert sum(result[way]["expected"]) == pytest.approx(result["draws"])
+    assert result.passed
+    for way in (result.token, result.block):
+        assert sum(way.observed) == result.draws
+        assert sum(way.expected) == pytest.approx(result.draws)
         # Five standard errors of a mean of draws that lie between 0 and K.
-        spread = 5 * result["draft_length"] / 2 / result["draws"] ** 0.5
-        assert result[way]["kept"]["mean"] == pytest.approx(result[way]["kept"]["expected_mean"], abs=spread)
+        spread = 5 * result.draft_length / 2 / result.draws**0.5
+        assert way.kept.mean == pytest.approx(way.kept.expected_mean, abs=spread)
 
 
 def test_the_certificate_is_deterministic_and_json() -> None:
-    assert json.loads(json.dumps(sampler_certificate())) == sampler_certificate()
+    stored = json.loads(json.dumps(to_json(sampler_certificate())))
+    assert from_json(SamplerTest, stored) == sampler_certificate()
 
 
 def test_block_verification_keeps_more_than_token_verification() -> None:
@@ -85,34 +88,34 @@ def reject_too_often(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verifi
 )
 def test_a_broken_verification_fails(broken: Callable[..., Verified]) -> None:
     result = sampler_certificate(verify=broken)
-    assert not result["token"]["passed"]
-    assert not result["passed"]
+    assert not result.token.passed
+    assert not result.passed
 
 
 def test_greedy_drafts_verified_against_the_heads_softmax_fail() -> None:
     result = sampler_certificate(sample=lambda weight, u: weight.argmax(-1))
-    assert not result["token"]["passed"]
-    assert not result["block"]["passed"]
+    assert not result.token.passed
+    assert not result.block.passed
 
 
 def test_only_the_number_of_kept_drafts_betrays_a_sampler_that_rejects_too_often() -> None:
     result = sampler_certificate(verify=reject_too_often)
-    assert result["token"]["p_value"] > 1e-3
-    assert not result["token"]["kept"]["passed"]
+    assert result.token.p_value > 1e-3
+    assert not result.token.kept.passed
 
 
 def test_a_token_of_probability_zero_fails_however_rare() -> None:
     chance = torch.tensor([0.5, 0.5, 0.0]).double()
-    assert chi_square(torch.tensor([500, 500, 0]), chance)["passed"]
-    assert not chi_square(torch.tensor([500, 499, 1]), chance)["passed"]
+    assert chi_square(torch.tensor([500, 500, 0]), chance).passed
+    assert not chi_square(torch.tensor([500, 499, 1]), chance).passed
 
 
 def test_chi_square_equals_a_tabulated_value() -> None:
     """The 5 % point of one degree of freedom is 3.841."""
     observed = torch.tensor([5310, 4690])
     result = chi_square(observed, torch.tensor([0.5, 0.5]).double())
-    assert result["dof"] == 1
-    assert result["statistic"] == pytest.approx(38.44)
+    assert result.dof == 1
+    assert result.statistic == pytest.approx(38.44)
     near = chi_square(torch.tensor([5098, 4902]), torch.tensor([0.5, 0.5]).double())
-    assert near["statistic"] == pytest.approx(3.8416)
-    assert near["p_value"] == pytest.approx(0.05, abs=1e-4)
+    assert near.statistic == pytest.approx(3.8416)
+    assert near.p_value == pytest.approx(0.05, abs=1e-4)

@@ -45,5 +45,6 @@ def test_a_prediction_uses_the_times_of_one_repetition_only() -> None:
     # The second repetition ran on a machine that was ten times slower: the speed-up is the same.
     times = StepTimes(1, 96, step={1: [4.0, 40.0], 2: [5.0, 50.0]}, draft={1: [1.0, 10.0]})
     described = describe_times(times, {1: 1.8})
-    assert described["predicted_speedup"]["1"] == {"median": pytest.approx(1.2), "quartiles": pytest.approx([1.2, 1.2])}
-    assert described["step_seconds"]["2"]["median"] == 27.5
+    predicted = described.predicted_speedup[1]
+    assert [predicted.median, *predicted.quartiles] == pytest.approx([1.2] * 3)
+    assert described.step_seconds[2].median == 27.5

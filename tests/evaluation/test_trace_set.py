@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtptrain.data.prompts import Prompt
+from mtptrain.data.questions import Source
 from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.records import Limits
@@ -14,7 +15,6 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.trace import Trace, record_traces
 from mtptrain.evaluation.trace_set import (
     BINDING,
-    Source,
     TraceHeader,
     TraceSet,
     check_trace_set,

@@ -18,8 +18,6 @@ from tests.tiny import random_backbone, random_batch, random_stack
 
 MODEL = random_backbone()
 BY_NAME = {wiring.name: wiring for wiring in WIRINGS}
-NO_TENSOR_WRONG = {"expected": 1, **dict.fromkeys(("missing", "unexpected", "misshaped", "non_finite", "zero"), ())}
-NO_TENSOR_WRONG |= {"is_dspark": False, "same_as_stock": []}
 
 
 def traces(count: int) -> list[Trace]:
@@ -96,36 +94,37 @@ def test_a_head_that_learned_one_wiring_is_recognised(name: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    result = diagnose(NO_TENSOR_WRONG, measure_wirings(MODEL, stack.eval(), texts, 1), {})
-    assert result["best"] == name
-    assert result["healthy"] == (name == RIGHT)
+    tensors = examine_tensors(stack.state_dict(), MODEL.config, 1)
+    result = diagnose(tensors, measure_wirings(MODEL, stack.eval(), texts, 1), None)
+    assert result.best == name
+    assert result.healthy == (name == RIGHT)
 
 
 def test_the_shifted_target_control_is_at_chance() -> None:
     result = shifted_target_control(MODEL, random_stack(MODEL), traces(8))
-    assert result["passed"]
-    low, high = result["interval"]
-    assert low <= result["shifted"] - result["chance"] <= high
+    assert result.passed
+    low, high = result.interval
+    assert low <= result.shifted - result.chance <= high
 
 
 def test_the_shifted_target_control_fails_where_prompts_share_their_text() -> None:
     one = traces(1)
     stack = random_stack(MODEL)
     drafts = shifted_target_control(MODEL, stack, one * 6)
-    assert drafts["shifted"] == drafts["agreement"]
-    assert drafts["passed"] == (abs(drafts["agreement"] - drafts["chance"]) < 1e-12)
+    assert drafts.shifted == drafts.agreement
+    assert drafts.passed == (abs(drafts.agreement - drafts.chance) < 1e-12)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3])
 def test_the_backbone_as_its_own_draft_reaches_the_ceiling(draft_length: int) -> None:
     result = all_accept_control(MODEL, list(range(9)), draft_length)
-    assert result["acceptance_length"] == draft_length + 1
-    assert result["passed"]
+    assert result.acceptance_length == draft_length + 1
+    assert result.passed
 
 
 def test_a_sound_head_has_no_error() -> None:
     report = examine_tensors(random_stack(MODEL, 2).state_dict(), MODEL.config, 2, None)
-    assert report["errors"] == 0
+    assert report.errors == 0
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "misshaped", "non_finite", "zero"])
@@ -144,14 +143,14 @@ def test_each_fault_of_a_tensor_is_named(kind: str) -> None:
     else:
         tensors[name].zero_()
     report = examine_tensors(tensors, MODEL.config, 1, None)
-    (line,) = report[kind]
+    (line,) = getattr(report, kind)
     assert line.split()[0] == name
-    assert report["errors"] == 1
-    assert not diagnose(report, None, {})["healthy"]
+    assert report.errors == 1
+    assert not diagnose(report, None, None).healthy
 
 
 def test_tensors_that_were_not_trained_are_told_from_the_stock_heads() -> None:
     stock = random_stack(MODEL).state_dict()
     report = examine_tensors({**stock, "mtp.0.norm.weight": stock["mtp.0.norm.weight"] + 1}, MODEL.config, 1, stock)
-    assert set(report["same_as_stock"]) == set(stock) - {"mtp.0.norm.weight"}
-    assert "nothing was trained" in diagnose(examine_tensors(stock, MODEL.config, 1, stock), None, {})["findings"][0]
+    assert set(report.same_as_stock) == set(stock) - {"mtp.0.norm.weight"}
+    assert "nothing was trained" in diagnose(examine_tensors(stock, MODEL.config, 1, stock), None, None).findings[0]

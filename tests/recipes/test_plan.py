@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mtptrain.evaluation.result import write_evaluation
 from mtptrain.planning.result import read_plan, write_plan
 from tests.command import ROOT, run_main
+from tests.evaluation.recorded import recorded_evaluation
 
 
 def make_plan(folder: Path, *arguments: str) -> dict:
@@ -88,13 +90,14 @@ def test_a_users_own_hardware_row_needs_only_a_file(tmp_path: Path) -> None:
 
 
 def test_acceptance_is_read_from_an_evaluation(tmp_path: Path) -> None:
-    replay = {"1": {"conditional": [0.4]}, "2": {"conditional": [0.5, None]}}
-    heads = [{"name": "stock", "replay": replay}, {"name": "trained", "replay": {"1": {"conditional": [0.7]}}}]
-    (tmp_path / "evaluation.json").write_text(json.dumps({"heads": heads}))
+    evaluation = recorded_evaluation()
+    stock, trained = evaluation.heads
+    stock.replay[3].conditional[:] = [0.5, 0.25, None]
+    write_evaluation(tmp_path / "evaluation.json", evaluation)
     plan = make_plan(tmp_path / "last", f"plan.evaluation={tmp_path}")
-    assert plan["acceptance"]["conditional"] == [0.7]
+    assert plan["acceptance"]["conditional"] == trained.replay[3].conditional
     plan = make_plan(tmp_path / "named", f"plan.evaluation={tmp_path}/evaluation.json", "plan.head=stock")
-    assert plan["acceptance"]["conditional"] == [0.5, 0.0]  # a position never reached counts as never kept
+    assert plan["acceptance"]["conditional"] == [0.5, 0.25, 0.0]  # a position never reached counts as never kept
 
 
 def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Path) -> None:

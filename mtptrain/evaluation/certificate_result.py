@@ -1,0 +1,205 @@
+"""The certificate in evaluation.json as types: the conditions under which the figures of an evaluation count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TextDifference:
+    """A loop whose text parts from plain greedy decoding.
+
+    Attributes:
+        head: name of the head.
+        prompt: number of the prompt.
+        draft_length: K.
+        position: of the first different token.
+        gap: between the backbone's two largest logits there.
+    """
+
+    head: str
+    prompt: int
+    draft_length: int
+    position: int
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassDifference:
+    """A loop whose passes are not those of the replay."""
+
+    head: str
+    prompt: int
+    draft_length: int
+    loop_passes: int
+    replay_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyIdentity:
+    """Texts of greedy loops against plain greedy decoding.
+
+    Attributes:
+        passed: there are no differences.
+        compared: loops.
+        identical: of them.
+        near_ties: texts that part where the two largest logits tie numerically.
+        differences: the other texts that part.
+    """
+
+    passed: bool
+    compared: int
+    identical: int
+    near_ties: list[TextDifference]
+    differences: list[TextDifference]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayEqualsLoop:
+    """Passes of greedy loops against replay; `compared` counts the loops that replay can tell."""
+
+    passed: bool
+    compared: int
+    equal: int
+    differences: list[PassDifference]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCount:
+    """The passes of one head's sampled loops at one draft length, against replay.
+
+    Attributes:
+        head: name of the head.
+        draft_length: K.
+        runs: loops.
+        passes: of the loops.
+        expected: by replay on the loops' own texts.
+        standard_error: of the passes, given these texts.
+        z: difference in standard errors; None if nothing is random.
+        p_value: two-sided; without z, 1 if the passes are the expected ones and 0 otherwise.
+    """
+
+    head: str
+    draft_length: int
+    runs: int
+    passes: int
+    expected: float
+    standard_error: float
+    z: float | None
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassCountTest:
+    """Test of the number of passes of sampled loops; `level` holds for all tests together."""
+
+    passed: bool
+    level: float
+    tests: list[PassCount]
+
+
+@dataclass(frozen=True, slots=True)
+class ChiSquare:
+    """Pearson's test of counts against computed expectations."""
+
+    observed: list[int]
+    expected: list[float]
+    statistic: float
+    dof: int
+    p_value: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTest(ChiSquare):
+    """Test of the number of kept drafts, and its means."""
+
+    mean: float
+    expected_mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationTest(ChiSquare):
+    """Test of the texts that one verification emits; `passed` covers `kept`, the test of its kept drafts, too."""
+
+    kept: KeptTest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerTest:
+    """Texts decoded with the real verification against their enumerated distribution.
+
+    Attributes:
+        draws: texts of each verification.
+        vocabulary: number of tokens.
+        draft_length: K.
+        text_length: tokens of a text.
+        token, block: the two verifications.
+        passed: both passed.
+    """
+
+    draws: int
+    vocabulary: int
+    draft_length: int
+    text_length: int
+    token: VerificationTest
+    block: VerificationTest
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AllAcceptControl:
+    """The loop with the backbone as its own draft; the ceiling is K + 1 tokens a pass."""
+
+    acceptance_length: float
+    ceiling: int
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftedTargetControl:
+    """Drafts compared with another prompt's text.
+
+    Attributes:
+        agreement: with their own text.
+        shifted: with the other text.
+        chance: the agreement of independent draws.
+        interval: of shifted minus chance.
+        passed: the interval holds 0.
+    """
+
+    agreement: float
+    shifted: float
+    chance: float
+    interval: tuple[float, float]
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """Negative controls; `shifted_target` by head."""
+
+    passed: bool
+    all_accept: AllAcceptControl
+    shifted_target: dict[str, ShiftedTargetControl]
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Conditions under which a figure counts.
+
+    Attributes:
+        passed: every part passed.
+        greedy_identity: where a run samples, of two prompts that are decoded greedily besides.
+        replay_equals_loop: of the same loops.
+        pass_count_test: of sampled loops; None in a greedy run.
+        sampler: exact test of drafting and verification.
+        controls: negative controls.
+    """
+
+    passed: bool
+    greedy_identity: GreedyIdentity
+    replay_equals_loop: ReplayEqualsLoop
+    pass_count_test: PassCountTest | None
+    sampler: SamplerTest
+    controls: Controls

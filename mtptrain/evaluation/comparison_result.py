@@ -1,0 +1,80 @@
+"""The content of comparison.json as types: heads against each other on the same traces."""
+
+# K draft length
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.result import BackboneResult, PromptsResult
+from mtptrain.provenance import Provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedHead:
+    """One of the compared heads.
+
+    Attributes:
+        name: a letter and the checkpoint.
+        checkpoint: its folder, or `stock`.
+        mode: `shared` or `stacked`.
+        depth: modules.
+        parameters: of all modules.
+        replay: by draft length.
+        domains: by domain, at the longest draft length.
+    """
+
+    name: str
+    checkpoint: str
+    mode: str
+    depth: int
+    parameters: int
+    replay: dict[int, Acceptance]
+    domains: dict[str, Acceptance]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptGains:
+    """Gain of one head over another on some prompts.
+
+    Attributes:
+        prompts: their number.
+        gain: in acceptance length, by draft length.
+        gain_by_position: in conditional acceptance at the longest K; None where a resample never reached a position.
+        verdict: one sentence about the longest K.
+    """
+
+    prompts: int
+    gain: dict[int, Gain]
+    gain_by_position: list[Gain | None]
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadComparison(PromptGains):
+    """Gain of `other` over `base` on all prompts.
+
+    Attributes:
+        base, other: names of the heads.
+        domains: the gains by domain.
+        worse_on: domains where `other` is worse at the longest K.
+    """
+
+    base: str
+    other: str
+    domains: dict[str, PromptGains]
+    worse_on: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The content of comparison.json; `comparisons` has an entry for every head after the first."""
+
+    schema: int
+    provenance: Provenance
+    backbone: BackboneResult
+    prompts: PromptsResult
+    draft_length: int
+    heads: list[ComparedHead]
+    comparisons: list[HeadComparison]

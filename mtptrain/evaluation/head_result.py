@@ -1,0 +1,244 @@
+"""The figures of one head as types: a head's entry in evaluation.json."""
+
+# K draft length, k position in the draft from 1
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """A paired difference between two heads on the same prompts.
+
+    Attributes:
+        gain: the difference.
+        interval: 95 % bootstrap interval over groups of prompts.
+        detectable: smallest true difference that these prompts would have shown with 80 % power.
+    """
+
+    gain: float
+    interval: Interval
+    detectable: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval lies above 0."""
+        return self.interval[0] > 0
+
+    @property
+    def is_clear_loss(self) -> bool:
+        """Whether the interval lies below 0."""
+        return self.interval[1] < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Verify passes and emitted tokens of some prompts: whole numbers of a loop, expected ones of a replay.
+
+    Attributes:
+        acceptance_length: emitted tokens a pass; None without passes.
+        passes: verify passes.
+        emitted: tokens that the passes emitted.
+    """
+
+    acceptance_length: float | None
+    passes: float
+    emitted: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Acceptance of one head at one draft length; the lists have an entry for every position.
+
+    Attributes:
+        acceptance_length: emitted tokens a verify pass.
+        passes: verify passes.
+        emitted: tokens that the passes emitted.
+        interval: 95 % bootstrap interval of the acceptance length over groups of prompts.
+        drafted: drafts that had a token at position k before the text ended; None if unknown.
+        reached: drafts whose first k - 1 tokens were kept, so that position k was verified.
+        accepted: drafts whose token k was kept, too.
+        conditional: accepted / reached; None where position k was never reached.
+        unconditional: accepted / drafted; None if unknown.
+    """
+
+    acceptance_length: float
+    passes: float
+    emitted: float
+    interval: Interval
+    drafted: list[float | None]
+    reached: list[float]
+    accepted: list[float]
+    conditional: list[float | None]
+    unconditional: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherForced:
+    """Figures on held-out text by draft step.
+
+    Attributes:
+        alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
+        top1: share of tokens where both have the same first choice.
+        tokens: tokens behind these means.
+    """
+
+    alpha: list[float]
+    top1: list[float]
+    tokens: list[int]
+
+
+class BucketKind(Enum):
+    """A way of sorting drafted tokens into buckets."""
+
+    position = "position"
+    domain = "domain"
+    context = "context"
+    generated = "generated"
+    token_class = "token_class"
+    entropy = "entropy"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedTokens:
+    """Expected numbers of drafted tokens.
+
+    Attributes:
+        reached: verified.
+        accepted: kept.
+        lost: cost by misses, the missed token and the rest of its draft.
+    """
+
+    reached: float
+    accepted: float
+    lost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """The drafted tokens of one bucket.
+
+    Attributes:
+        bucket: its name.
+        reached, accepted, lost: see `DraftedTokens`.
+        acceptance: accepted / reached.
+        lost_share: share of all lost tokens.
+    """
+
+    bucket: str
+    reached: float
+    accepted: float
+    lost: float
+    acceptance: float
+    lost_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Drafted tokens by kind at one draft length; `by` lists the buckets that were reached."""
+
+    draft_length: int
+    totals: DraftedTokens
+    by: dict[BucketKind, list[Bucket]]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """Steps whose confidence lies between `low` and `high`: their expected number and their means."""
+
+    low: float
+    high: float
+    count: float
+    confidence: float
+    acceptance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Confidence of a head against the acceptance of the same steps.
+
+    Attributes:
+        draft_length: K.
+        ece: expected calibration error; this and the means are None if nothing was verified.
+        confidence, acceptance: means.
+        bins: the bins that hold anything.
+    """
+
+    draft_length: int
+    ece: float | None
+    confidence: float | None
+    acceptance: float | None
+    bins: list[CalibrationBin]
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Replay with drafts that end below a confidence; `drafted_per_pass` is None if unknown."""
+
+    min_confidence: float
+    acceptance_length: float
+    drafted_per_pass: float | None
+
+
+class PieceKind(Enum):
+    """Origin of a piece of text: a kept draft, the verifier's own token, or a rejected draft (no part of the text)."""
+
+    accepted = "accepted"
+    bonus = "bonus"
+    rejected = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of a sample, as text."""
+
+    text: str
+    kind: PieceKind
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The end of a prompt and its continuation by the loop."""
+
+    prompt: str
+    draft_length: int
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadResult:
+    """The figures of one head.
+
+    Attributes:
+        name: `stock` or `trained`.
+        checkpoint: its folder, or `stock`.
+        mode: `shared` or `stacked`.
+        depth: modules.
+        parameters: of all modules.
+        teacher_forced: on held-out text.
+        replay: by draft length.
+        per_prompt: by draft length, an entry for every prompt in their order.
+        domains: by domain, at the longest draft length.
+        breakdown, calibration, thresholds: at the longest draft length.
+        loop: of the prompts that were really decoded, by draft length, smallest batch.
+        samples: some of the decoded texts.
+    """
+
+    name: str
+    checkpoint: str
+    mode: str
+    depth: int
+    parameters: int
+    teacher_forced: TeacherForced
+    replay: dict[int, Acceptance]
+    per_prompt: dict[int, list[Totals]]
+    domains: dict[str, Acceptance]
+    breakdown: Breakdown
+    calibration: Calibration
+    thresholds: list[Threshold]
+    loop: dict[int, Totals]
+    samples: list[Sample]

@@ -1,0 +1,155 @@
+"""The sentences about an evaluation: its headline, its speed, its backbone and its certificate."""
+
+# K draft length
+
+from __future__ import annotations
+
+from enum import Enum
+
+from mtptrain.evaluation.certificate_result import Certificate, PassDifference, TextDifference
+from mtptrain.evaluation.head_result import Gain, Interval
+from mtptrain.evaluation.result import Evaluation
+
+
+class Headline(Enum):
+    """The kind of the headline."""
+
+    gain = "gain"
+    unclear = "unclear"  # the interval of the gain covers 0
+    loss = "loss"
+    single = "single"  # one head only, nothing to compare
+    failed = "failed"  # the certificate did not pass, so no figure counts
+
+
+def headline(evaluation: Evaluation) -> Headline:
+    """Return the headline's kind, from the longest K: it is fixed before measuring, so no best of several is picked."""
+    gain = evaluation.longest_gain
+    if not evaluation.certificate.passed:
+        return Headline.failed
+    if gain is None:
+        return Headline.single
+    if gain.is_clear:
+        return Headline.gain
+    return Headline.loss if gain.is_clear_loss else Headline.unclear
+
+
+def headline_text(evaluation: Evaluation) -> str:
+    """Return the acceptance length of the last head at the longest K and its gain over stock, as one sentence."""
+    length, head = evaluation.draft_length, evaluation.last_head
+    measured = head.replay[length]
+    is_failed = headline(evaluation) is Headline.failed
+    warning = "CERTIFICATE FAILED, these figures do not count: " if is_failed else ""
+    lead = (
+        f"{warning}{head.name} head: {measured.acceptance_length:.2f} tokens a verify pass at K={length} "
+        f"({span(measured.interval)})"
+    )
+    gain = evaluation.longest_gain
+    return lead + (f", {_gain_text(gain)}" if gain else ", with no other head to compare")
+
+
+def _gain_text(gain: Gain) -> str:
+    interval = f"({span(gain.interval, signed=True)})"
+    if gain.is_clear:
+        return f"{gain.gain:+.2f} over stock {interval}"
+    if gain.is_clear_loss:
+        return f"a loss of {abs(gain.gain):.2f} against stock {interval}"
+    return f"no evidence of a gain over stock: {gain.gain:+.2f} {interval}"
+
+
+def speed_text(evaluation: Evaluation) -> str:
+    """Return the best speed-up of the last head over plain decoding, or that there is none, as one sentence."""
+    batch = evaluation.first_batch
+    timed = evaluation.speedup[batch][evaluation.last_head.name]
+    best = max(timed, key=lambda length: timed[length].median)
+    figure = f"{timed[best].median:.2f}x at K={best} (quartiles {span(timed[best].quartiles)})"
+    plain = f"plain decoding, {evaluation.plain_tokens_per_second[batch]:,.1f} tokens/s at batch {batch}"
+    if timed[best].median > 1:
+        return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
+    return f"on the clock: no K is faster than {plain}; the best is {figure}"
+
+
+def span(interval: Interval, signed: bool = False) -> str:
+    """Return `low to high` with two decimals."""
+    low, high = interval
+    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
+
+
+def backbone_text(evaluation: Evaluation) -> str:
+    """Return the loss of the frozen backbone on held-out text, as one line."""
+    backbone = evaluation.backbone
+    return (
+        f"backbone {backbone.name}: held-out loss {backbone.heldout_nats_per_token:.3f} nats/token, "
+        f"{backbone.heldout_bits_per_byte:.3f} bits/byte"
+    )
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """Return the result of every part of the certificate, as one line."""
+    greedy, replay, counts = certificate.greedy_identity, certificate.replay_equals_loop, certificate.pass_count_test
+    ties = len(greedy.near_ties)
+    tie_text = f" ({ties} near tie{'s' * (ties > 1)})" if ties else ""
+    parts = [
+        f"output identical to plain greedy {greedy.identical}/{greedy.compared}{tie_text}",
+        f"replay = loop {replay.equal}/{replay.compared}",
+    ]
+    if counts is not None:
+        parts.append(f"pass counts of sampled loops {_word(counts.passed)} ({len(counts.tests)} tests)")
+    parts.append(f"sampler {_word(certificate.sampler.passed)}")
+    parts.append(f"controls {_word(certificate.controls.passed)}")
+    return "; ".join(parts)
+
+
+def _word(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def certificate_details(certificate: Certificate) -> list[str]:
+    """Return a line for each difference and failed test, then for each near tie."""
+    greedy, replay = certificate.greedy_identity, certificate.replay_equals_loop
+    return [
+        *(f"{_run(one)}: other token than plain greedy {_gap(one)}" for one in greedy.differences),
+        *(
+            f"{_run(one)}: {one.loop_passes} passes in the loop, {one.replay_passes} in the replay"
+            for one in replay.differences
+        ),
+        *_failed_pass_counts(certificate),
+        *_failed_sampler(certificate),
+        *_failed_controls(certificate),
+        *(f"{_run(one)}: near tie {_gap(one)}" for one in greedy.near_ties),
+    ]
+
+
+def _failed_pass_counts(certificate: Certificate) -> list[str]:
+    counts = certificate.pass_count_test
+    if counts is None or counts.passed:
+        return []
+    return [
+        f"{test.head} head, K={test.draft_length}: {test.passes} passes in the loop, {test.expected:.1f} expected, "
+        f"p={test.p_value:.1e}"
+        for test in counts.tests
+    ]
+
+
+def _failed_sampler(certificate: Certificate) -> list[str]:
+    sampler = certificate.sampler
+    return [
+        f"sampler, {name} verification: chi-square {test.statistic:.1f} at {test.dof} degrees of freedom, "
+        f"p={test.p_value:.1e}"
+        for name, test in (("token", sampler.token), ("block", sampler.block))
+        if not test.passed
+    ]
+
+
+def _failed_controls(certificate: Certificate) -> list[str]:
+    controls = certificate.controls
+    results = {"all accept": controls.all_accept.passed}
+    results |= {f"shifted target of the {head} head": one.passed for head, one in controls.shifted_target.items()}
+    return [f"control failed: {name}" for name, passed in results.items() if not passed]
+
+
+def _run(difference: TextDifference | PassDifference) -> str:
+    return f"{difference.head} head, prompt {difference.prompt}, K={difference.draft_length}"
+
+
+def _gap(difference: TextDifference) -> str:
+    return f"at position {difference.position}, logit gap {difference.gap:.1e}"

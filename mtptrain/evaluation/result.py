@@ -1,0 +1,214 @@
+"""The content of evaluation.json as types: what an evaluation measured, one head after the other.
+
+Keys that are draft lengths or batch sizes are whole numbers here and text in the file.
+"""
+
+# K draft length
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtptrain.config import DraftChoice, Verification
+from mtptrain.data.questions import Source
+from mtptrain.errors import UserError
+from mtptrain.evaluation.certificate_result import Certificate
+from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
+from mtptrain.provenance import Provenance
+from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.storage import write_json
+
+SCHEMA = 3  # of evaluation.json and comparison.json
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    quartiles: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class TimeShares:
+    """Shares of the wall time of speculative decoding by phase; the rest is bookkeeping."""
+
+    prefill: float
+    draft: float
+    verify: float
+    sample: float
+    rewind: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup(Spread):
+    """Tokens a second over those of plain decoding.
+
+    Attributes:
+        per_batch: the ratio of every timed batch.
+        after_prefill: the ratio without the prefill.
+        shares: of the wall time.
+    """
+
+    per_batch: list[float]
+    after_prefill: Spread
+    shares: TimeShares
+
+
+@dataclass(frozen=True, slots=True)
+class StepLatency:
+    """Seconds of single steps and the speed-ups that they predict.
+
+    Attributes:
+        batch: rows decoded together.
+        context: tokens that each row held.
+        repetitions: of every step.
+        step_seconds: of a verify pass, by its tokens.
+        draft_seconds: of drafting K tokens, by K.
+        predicted_speedup: by K.
+    """
+
+    batch: int
+    context: int
+    repetitions: int
+    step_seconds: dict[int, Spread]
+    draft_seconds: dict[int, Spread]
+    predicted_speedup: dict[int, Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneResult:
+    """The frozen backbone and its loss on held-out text."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+    heldout_nats_per_token: float
+    heldout_bits_per_byte: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsResult:
+    """The prompts that heads were measured on.
+
+    Attributes:
+        source: names of the sources.
+        sources: origins of the prompts.
+        count: prompts.
+        conversations: groups of prompts.
+        dropped_turns: turns left out because their conversation had outgrown the context.
+        prompt_tokens: of the longest prompt.
+        new_tokens: most tokens of a continuation.
+    """
+
+    source: str
+    sources: list[Source]
+    count: int
+    conversations: int
+    dropped_turns: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """How tokens were drawn, drafted and verified; see `decoding.policy.Policy`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    draft: DraftChoice
+    verification: Verification
+    min_confidence: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The content of evaluation.json.
+
+    Attributes:
+        schema: `SCHEMA`.
+        provenance: of the run.
+        backbone, prompts, policy: what was measured.
+        draft_length: the longest K.
+        heads: the stock head first if both are there.
+        gain: trained minus stock by K; None with one head.
+        gain_by_domain: the same by domain at the longest K.
+        certificate: conditions under which a figure counts.
+        speedup: by batch size, head and K.
+        steps: by batch size and head.
+        plain_tokens_per_second: of plain decoding, by batch size.
+    """
+
+    schema: int
+    provenance: Provenance
+    backbone: BackboneResult
+    prompts: PromptsResult
+    policy: PolicyResult
+    draft_length: int
+    heads: list[HeadResult]
+    gain: dict[int, Gain] | None
+    gain_by_domain: dict[str, Gain] | None
+    certificate: Certificate
+    speedup: dict[int, dict[str, dict[int, Speedup]]]
+    steps: dict[int, dict[str, StepLatency]]
+    plain_tokens_per_second: dict[int, float]
+
+    @property
+    def draft_lengths(self) -> range:
+        """The measured K, from 1 to the longest."""
+        return range(1, self.draft_length + 1)
+
+    @property
+    def first_batch(self) -> int:
+        """The smallest batch that was timed."""
+        return min(self.speedup)
+
+    @property
+    def last_head(self) -> HeadResult:
+        """The head that the verdict is about: the trained one if there is one."""
+        return self.heads[-1]
+
+    @property
+    def longest_gain(self) -> Gain | None:
+        """Gain of the trained head at the longest K; None with one head."""
+        return self.gain[self.draft_length] if self.gain else None
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation.json."""
+    write_json(path, to_json(evaluation))
+
+
+def read_evaluation(path: Path, setting: str) -> Evaluation:
+    """Return the evaluation of a file or a run's folder.
+
+    Args:
+        path: an evaluation.json, or the folder that holds it.
+        setting: name of the setting that gave the path.
+
+    Raises:
+        UserError: the file cannot be read, or is no evaluation.json of this schema.
+    """
+    file = path / EVALUATION_FILE if path.is_dir() else path
+    try:
+        return _decode(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(
+            f"{setting}={path}: cannot be read ({error.strerror}); give an {EVALUATION_FILE} or its run's folder"
+        ) from None
+    except ValueError as error:  # not UTF-8, no JSON, or of another form
+        raise UserError(
+            f"{setting}={path}: is no {EVALUATION_FILE} of schema {SCHEMA} ({error}); give one that `+recipe=evaluate` "
+            "of this version wrote"
+        ) from None
+
+
+def _decode(stored: object) -> Evaluation:
+    schema = stored.get("schema") if isinstance(stored, dict) else None
+    if schema != SCHEMA:
+        raise MismatchError(f"schema: expected {SCHEMA}, got {schema}")
+    return from_json(Evaluation, stored)

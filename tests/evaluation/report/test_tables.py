@@ -1,0 +1,114 @@
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
+from mtptrain.evaluation.report.tables import MISSING_VALUE, length_table, position_table, print_summary
+from mtptrain.evaluation.result import Evaluation, Spread
+from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
+from tests.evaluation.report.changes import (
+    DIFFERENCE,
+    only,
+    with_acceptance,
+    with_failed_certificate,
+    with_head,
+    with_speedup,
+)
+
+
+def printed(evaluation: Evaluation, width: int = 80) -> str:
+    stream = io.StringIO()
+    print_summary(evaluation, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def table_figures(evaluation: Evaluation) -> set[str]:
+    grids = (length_table(evaluation), position_table(evaluation))
+    cells = [cell for grid in grids for row in grid.rows for cell in row]
+    return {text for cell in cells for text in (cell.value, cell.spread) if text}
+
+
+CASES = {name: recorded_evaluation(name) for name in EVALUATIONS}
+CASES |= {
+    "stock only": only(CASES["greedy"], "stock"),
+    "trained only": only(CASES["greedy"], "trained"),
+    "one draft length": replace(CASES["greedy"], draft_length=1),
+}
+
+
+@pytest.mark.parametrize("evaluation", CASES.values(), ids=CASES)
+def test_summary_fits_80_columns_with_every_figure_whole(evaluation: Evaluation) -> None:
+    text = printed(evaluation)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "\x1b" not in text
+    for figure in table_figures(evaluation):
+        assert re.search(rf"(?<!\S){re.escape(figure)}(?!\S)", text), figure
+    backbone = evaluation.backbone
+    loss = f"{backbone.heldout_nats_per_token:.3f} nats/token, {backbone.heldout_bits_per_byte:.3f} bits/byte"
+    assert loss in text
+    compared = evaluation.certificate.greedy_identity.compared
+    expected = f"certificate passed: output identical to plain greedy {compared}/{compared}; replay = loop "
+    assert expected in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("width", "speed"), [(80, 123.456), (60, 1.234)])
+def test_summary_wraps_rather_than_cuts_figures_that_do_not_fit(width: int, speed: float) -> None:
+    evaluation = with_speedup(recorded_evaluation(), 3, Spread(speed, (speed / 1.01, speed * 1.01)))
+    text = printed(evaluation, width)
+    for word in " ".join(table_figures(evaluation)).split():
+        assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", text), word
+
+
+def test_a_position_that_was_never_reached_is_missing() -> None:
+    evaluation = recorded_evaluation()
+    acceptance = evaluation.last_head.replay[3]
+    conditional = [*acceptance.conditional[:2], None]
+    row = position_table(with_acceptance(evaluation, replace(acceptance, conditional=conditional))).rows[-1]
+    assert [cell.value for cell in row[:3]] == ["3", "0.400", MISSING_VALUE]
+
+
+def test_summary_of_a_failed_certificate_names_the_differences() -> None:
+    text = " ".join(printed(with_failed_certificate(recorded_evaluation())).split())
+    assert text.count("CERTIFICATE FAILED") == 2
+    assert "output identical to plain greedy 53/54; replay = loop 53/54" in text
+    assert "trained head, prompt 3, K=2: other token than plain greedy at position 17, logit gap 1.2e-01" in text
+    assert "stock head, prompt 5, K=1: 21 passes in the loop, 22 in the replay" in text
+
+
+def test_summary_lists_the_first_differences_only() -> None:
+    evaluation = with_failed_certificate(recorded_evaluation())
+    greedy = replace(evaluation.certificate.greedy_identity, differences=[DIFFERENCE] * 15)
+    text = printed(replace(evaluation, certificate=replace(evaluation.certificate, greedy_identity=greedy)))
+    assert text.count("prompt 3, K=2: other token") == 10
+    assert "and 6 more in evaluation.json" in text
+
+
+def test_summary_counts_near_ties_without_failing() -> None:
+    evaluation = recorded_evaluation()
+    greedy = replace(evaluation.certificate.greedy_identity, identical=53, near_ties=[replace(DIFFERENCE, gap=2e-6)])
+    evaluation = replace(evaluation, certificate=replace(evaluation.certificate, greedy_identity=greedy))
+    text = " ".join(printed(evaluation).split())
+    assert "certificate passed: output identical to plain greedy 53/54 (1 near tie); replay" in text
+
+
+def test_every_domain_has_a_row_in_its_order() -> None:
+    evaluation = recorded_evaluation()
+    names = [f"domain {number}" for number in range(12)]
+    for head in evaluation.heads:
+        evaluation = with_head(evaluation, replace(head, domains=dict.fromkeys(names, head.domains["code"])))
+    evaluation = replace(evaluation, gain_by_domain=dict.fromkeys(names, evaluation.longest_gain))
+    grid = domain_table(evaluation)
+    assert grid is not None
+    assert [row[0].value for row in grid.rows] == names
+    assert {len(row) for row in grid.rows} == {len(grid.headers)} == {4}
+    assert domain_table(recorded_evaluation("single")) is None
+
+
+def test_time_table_has_every_batch_and_draft_length_and_every_phase() -> None:
+    grid = time_table(recorded_evaluation())
+    assert [row[0].value for row in grid.rows] == ["1, 1", "1, 2", "1, 3", "2, 1", "2, 2", "2, 3"]
+    assert grid.headers[-5:] == ["prefill", "draft", "verify", "sample", "rewind"]

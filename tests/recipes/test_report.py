@@ -1,0 +1,92 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtptrain.evaluation.result import SCHEMA
+from tests.command import ROOT, run_main
+from tests.evaluation.recorded import EVALUATIONS
+
+HEADLINE = "trained head: 1.67 tokens a verify pass at K=3 (1.50 to 1.86)"
+
+
+def stored_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "evaluation.json").write_bytes(EVALUATIONS["greedy"].read_bytes())
+    (folder / "config.yaml").write_text("task: evaluate\n")
+    return folder
+
+
+def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The only line of a command that must fail."""
+    assert run_main("+recipe=report", *arguments) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    return line.removeprefix("mtptrain: ")
+
+
+@pytest.mark.parametrize("name", ["", "evaluation.json"], ids=["folder", "file"])
+def test_an_old_run_gets_its_report_again_and_nothing_else(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = stored_run(tmp_path / "run")
+    assert run_main("+recipe=report", f"path={run / name}") == 0
+    output, errors = capfd.readouterr()
+    assert HEADLINE in output
+    assert errors == f"wrote {run / 'report.html'}\n"
+    assert "<style>" in (run / "report.html").read_text(encoding="utf-8")
+    assert sorted(os.listdir(run)) == ["config.yaml", "evaluation.json", "report.html"]
+    assert os.listdir(tmp_path) == ["run"]
+    assert (run / "config.yaml").read_text() == "task: evaluate\n"
+
+
+def test_a_report_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, other = stored_run(tmp_path / "run"), tmp_path / "other"
+    (run / "report.html").write_text("mine")
+    line = refusal(capfd, f"path={run}")
+    assert line.startswith(f"path={run}: {run / 'report.html'} exists and is not overwritten; set output_dir ")
+    assert run_main("+recipe=report", f"path={run}", f"output_dir={other}") == 0
+    capfd.readouterr()
+    assert refusal(capfd, f"path={run}", f"output_dir={other}").startswith(f"output_dir={other}: {other / 'report'}")
+    assert (run / "report.html").read_text() == "mine"
+    assert os.listdir(other) == ["report.html"]
+
+
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capfd).startswith("path=null: report needs an evaluation.json or the folder of its run")
+    assert refusal(capfd, f"path={tmp_path}").startswith(f"path={tmp_path}: cannot be read (No such file")
+    older = tmp_path / "evaluation.json"
+    older.write_text(json.dumps({"schema": SCHEMA - 1}))
+    line = refusal(capfd, f"path={older}")
+    assert line.startswith(f"path={older}: is no evaluation.json of schema {SCHEMA} (schema: expected {SCHEMA}, got ")
+    assert os.listdir(tmp_path) == ["evaluation.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run = stored_run(tmp_path / "run")
+    monkeypatch.setattr("mtptrain.recipes.report.write_report", refuse)  # rights do not bind a superuser
+    line = refusal(capfd, f"path={run}")
+    assert line == f"path={run}: {run / 'report.html'} cannot be written (Permission denied); set output_dir to a " + (
+        "folder of yours"
+    )
+
+
+def test_a_report_imports_no_torch(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.argv = ['mtptrain', '+recipe=report', 'path={stored_run(tmp_path / 'run')}']; "
+        "from mtptrain.cli import main; main(); sys.exit('torch' in sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (shown.returncode, HEADLINE in shown.stdout) == (0, True), shown.stderr
