@@ -1,7 +1,7 @@
 """Find the register spills of a compiled kernel that lie in a hot loop, from its assembly; needs no GPU.
 
-A hot loop holds no other loop, short ones that wait for a copy aside: a kernel spends its time there. A spill outside, or
-in a loop around it, runs once for each pass of the hot loop.
+A hot loop holds no other loop, short ones that wait for a copy aside: a kernel spends its time there. A spill outside
+it, or in a loop around it, runs once for each pass of the hot loop.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 LABEL = re.compile(r"^\s*(\.L\w+):")
 # Moves between registers and a thread's own memory, which Triton uses for spills alone.
-SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)|\bbuffer_(?:load|store)\w* .*\boffen\b.*Folded")
+SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)")
 BRANCH = re.compile(r"\b(?:BRA|s_cbranch_\w+|s_branch)\b.*?(\.L\w+)")
 ALWAYS = re.compile(r"^(?:BRA(?:\.\w+)* `|s_branch\b)")  # branches without a condition
 END = re.compile(r"^(?:EXIT|RET|BRX|JMX|s_endpgm|s_setpc)")
-INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s*)?((?:@!?U?P\w+\s+)?[A-Za-z]\w*[^;/]*(?:;.*Folded.*)?)")
+INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s*)?((?:@!?U?P\w+\s+)?[A-Za-z]\w*[^;/]*)")
 WAITING = 16  # instructions at most of a loop that only waits for a copy
 
 
@@ -84,13 +84,13 @@ def _cycles(code: Code, inside: set[int]) -> list[set[int]]:
         seen.add(start)
         while stack:
             number, rest = stack[-1]
-            after = next((a for a in rest if a in inside and a not in seen), None)
-            if after is None:
+            following = next((a for a in rest if a in inside and a not in seen), None)
+            if following is None:
                 order.append(number)
                 stack.pop()
             else:
-                seen.add(after)
-                stack.append((after, iter(code.followers[after])))
+                seen.add(following)
+                stack.append((following, iter(code.followers[following])))
     return _components(code, order, before)
 
 

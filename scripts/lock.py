@@ -20,9 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)  # of requires-python: a newer one may choose versions that the oldest cannot install
-# The CUDA build of a torch release requires one release of triton; the CPU build requires none and would take the newest.
+# The CUDA build of a torch release requires one release of triton; the CPU build requires none, and pip would take the
+# newest.
 CHOSEN = ("torch==2.13.0", "triton==3.7.1")
-OMITTED = re.compile(r"mtptrain|(nvidia|cuda)-.*")  # this project, and packages that the CUDA build of torch pins itself
+OMITTED = re.compile(r"mtptrain|(nvidia|cuda)-.*")  # this project, and what the CUDA build of torch pins itself
 
 
 def normalize(name: str) -> str:
