@@ -7,7 +7,7 @@ from __future__ import annotations
 
 TRIED = ("3.7", "3.8", "3.9")  # Triton versions whose spills are all listed here
 
-_RESIDUAL = "1024 threads leave 64 registers each; values wait in memory during a pass over the vocabulary"
+_RESIDUAL = "kept to 64 registers; values of the text wait in memory during a pass over the vocabulary"
 _KEY_GRADIENT = "values that only the end needs wait in memory during the loop"
 
 REASONS: dict[tuple[str, str, str], str] = {

@@ -47,8 +47,9 @@ FEW_TOKENS, MANY_TOKENS, PROJECT_CHANNELS, PROJECT_PROGRAMS = 16, 64, 64, 512
 # every group of tokens writes its part of dfn.
 BACKWARD_TOKENS, BACKWARD_BYTES, BACKWARD_PROGRAMS = 16, 256, 1024
 PRODUCT_OPTIONS = OPTIONS | {"num_warps": 4}
-# A third stage of the few tokens' projection makes Triton 3.8 spill addresses in its loop on sm_100.
-FEW_STAGES, MANY_STAGES = 2, 3
+# Channels and stages of a program of the projection. With 64 channels, few tokens spill in the loop on sm_100: in two
+# stages with Triton 3.7, in three with 3.8.
+FEW_BLOCKS, MANY_BLOCKS = (32, 4), (PROJECT_CHANNELS, 3)
 # Products of float32 in parts of bfloat16:
 # about as exact as float32, and on every target (not in the interpreter).
 PRECISION = "ieee" if os.environ.get(INTERPRETER) == "1" else "bf16x6"
@@ -139,8 +140,9 @@ def _part_size(size: int, parts: int, block: int, least: int = 1) -> int:
 
 def _project_blocks(tokens: int, num_weights: int) -> dict[str, Any]:
     """Return the constants and options of the projection."""
-    block_t, stages = (FEW_TOKENS, FEW_STAGES) if tokens <= FEW_TOKENS else (MANY_TOKENS, MANY_STAGES)
-    blocks = {"BLOCK_T": block_t, "BLOCK_M": _padded(num_weights), "BLOCK_X": PROJECT_CHANNELS}
+    block_t = FEW_TOKENS if tokens <= FEW_TOKENS else MANY_TOKENS
+    channels, stages = FEW_BLOCKS if tokens <= FEW_TOKENS else MANY_BLOCKS
+    blocks = {"BLOCK_T": block_t, "BLOCK_M": _padded(num_weights), "BLOCK_X": channels}
     return {"M": num_weights, "PRECISION": PRECISION, **blocks, **PRODUCT_OPTIONS, "num_stages": stages}
 
 
