@@ -123,25 +123,25 @@ def main(ops: list[str]) -> int:
     ]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        found = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
+        usages = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
     import triton
 
-    faults = _report(found, triton.__version__)
-    print("\n".join(faults) or f"{len(found)} compiled with Triton {triton.__version__}, no spill without a reason")
+    faults = _report(usages, triton.__version__)
+    print("\n".join(faults) or f"{len(usages)} compiled with Triton {triton.__version__}, no spill without a reason")
     return 1 if faults else 0
 
 
-def _report(found: dict[tuple[str, int, str], Usage | str], version: str) -> list[str]:
+def _report(usages: dict[tuple[str, int, str], Usage | str], version: str) -> list[str]:
     """Print a row for each launch and the accepted spills; return a line for each fault.
 
     Args:
-        found: usage, or why there is none, by op, number of the launch and GPU.
+        usages: usage or error message by op, number of the launch and GPU.
         version: of Triton.
     """
     faults: list[str] = []
     notes: list[str] = []
     rows: dict[str, dict[str, str]] = {}
-    for (op, number, target), usage in found.items():
+    for (op, number, target), usage in usages.items():
         launch = launches(op)[number]
         name = (f"{_kernel_name(op, launch)} {launch.label}").strip()
         cells = rows.setdefault(name, {})
@@ -159,7 +159,7 @@ def _report(found: dict[tuple[str, int, str], Usage | str], version: str) -> lis
 
 
 def _kernel_name(op: str, launch: Launch) -> str:
-    """Return `op.kernel`, without what every kernel's name repeats."""
+    """Return `op.kernel`, without the parts that the names of all kernels share."""
     return f"{op}.{launch.kernel.__name__.strip('_').removesuffix('_kernel').removeprefix(f'{op}_')}"
 
 

@@ -34,8 +34,8 @@ def read_code(assembly: str) -> Code:
     for line in assembly.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(instructions)
-        elif (found := INSTRUCTION.match(line)) is not None:
-            instructions.append(found[1].strip())
+        elif (matched := INSTRUCTION.match(line)) is not None:
+            instructions.append(matched[1].strip())
     last = len(instructions) - 1
     followers = []
     for number, text in enumerate(instructions):
@@ -61,13 +61,13 @@ def spills_in_hot_loops(assembly: str) -> int:
 
 def _innermost(code: Code, inside: set[int]) -> list[set[int]]:
     """Return the hot loops among some instructions."""
-    found = []
+    loops: list[set[int]] = []
     for loop in _cycles(code, inside):
         entered = {after for number in set(range(len(code.followers))) - loop for after in code.followers[number]}
         heads = loop & entered or {min(loop)}
         inner = [part for part in _innermost(code, loop - heads) if len(part) > WAITING]
-        found.extend(inner or [loop])
-    return found
+        loops.extend(inner or [loop])
+    return loops
 
 
 def _cycles(code: Code, inside: set[int]) -> list[set[int]]:
@@ -96,18 +96,19 @@ def _cycles(code: Code, inside: set[int]) -> list[set[int]]:
 
 def _components(code: Code, order: list[int], before: dict[int, list[int]]) -> list[set[int]]:
     """Return the strongly connected components that hold a cycle."""
-    found, placed = [], set()
+    cycles: list[set[int]] = []
+    visited: set[int] = set()
     for start in reversed(order):
-        if start in placed:
+        if start in visited:
             continue
         component, todo = {start}, [start]
-        placed.add(start)
+        visited.add(start)
         while todo:
             for number in before[todo.pop()]:
-                if number not in placed:
-                    placed.add(number)
+                if number not in visited:
+                    visited.add(number)
                     component.add(number)
                     todo.append(number)
         if len(component) > 1 or start in code.followers[start]:
-            found.append(component)
-    return found
+            cycles.append(component)
+    return cycles

@@ -1,4 +1,4 @@
-"""Where a kernel may spill registers, outside its hot loops: by Triton version, launch and GPU, each with its reason.
+"""The accepted spills of registers outside hot loops, by Triton version, launch and GPU, each with its reason.
 
 Reasons were read in the assembly of the version that they are listed under. Another version places registers otherwise.
 """

@@ -85,12 +85,12 @@ def defined(node: ast.AST) -> Iterator[str]:
 
 def sources() -> dict[str, list[ast.AST]]:
     """Every node of every source file, by its path; links are followed."""
-    found = {}
+    nodes = {}
     for top in FOLDERS:
         for folder, _, files in os.walk(top, followlinks=True):
             for path in sorted(Path(folder, file).resolve() for file in files if file.endswith(".py")):
-                found[str(path.relative_to(ROOT))] = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    return found
+                nodes[str(path.relative_to(ROOT))] = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return nodes
 
 
 def test_no_other_private_name_of_a_package_is_used() -> None:
