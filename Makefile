@@ -1,19 +1,22 @@
-# Two commands do all the set-up: `make run` and `make test`. Both build .venv once.
+# Two commands do all the set-up: `make run` and `make test`. Both build .venv once, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test quality kernels clean
+.PHONY: run test quality kernels lock clean
 
-$(VENV)/installed: pyproject.toml
+# The locked pip comes first: it applies the lock also where a package is built from source (--build-constraint).
+$(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) pip
+	$(PIP) --build-constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) --build-constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 run: $(VENV)/installed ## distil the shipped head on the shipped backbone and measure it
@@ -29,6 +32,9 @@ kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need 
 
 test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lock: ## choose the newest versions that pyproject.toml allows, and write them to constraints.txt
+	$(PYTHON) scripts/lock.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs .mypy_cache .pytest_cache .ruff_cache

@@ -2,9 +2,10 @@
 
 python -m mtptrain.kernels.aot [op ...]
 
-Exit code 1 when a kernel does not compile, does not fit, lacks the instruction that it is meant to use, or spills
-registers without giving a reason. Triton keeps what it compiled in its own cache (TRITON_CACHE_DIR), so a second run
-takes seconds. It shows that a kernel fits a GPU, not that it is right or fast.
+Exit code 1 when a kernel does not compile, does not fit, lacks the instruction that it is meant to use, spills
+registers in a hot loop, or spills elsewhere without a reason in `spills.py`. With a Triton version that was not tried,
+a spill outside the hot loops is only a warning. Triton keeps what it compiled in its own cache (TRITON_CACHE_DIR), so a
+second run takes seconds. It shows that a kernel fits a GPU, not that it is right or fast.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 from .dispatch import INTERPRETER
 from .launch import Launch
+from .loops import spills_in_hot_loops
+from .spills import judge
 
 OPS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/kernel.py")))
 TARGETS = {
@@ -40,6 +43,7 @@ class Usage(NamedTuple):
     registers: int  # of a thread; on AMD vector registers
     shared_bytes: int  # of a program
     spill_bytes: int  # of a thread: its stack frame, which Triton uses for nothing else
+    hot_spills: int  # instructions in hot loops that move spilled values
 
 
 def launches(op: str) -> list[Launch]:
@@ -76,10 +80,14 @@ def _nvidia_usage(compiled: Any) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    return Usage(registers, compiled.metadata.shared, stack)
+        text = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        hot = spills_in_hot_loops(_output(knobs.nvidia.nvdisasm.path, "-c", file.name)) if stack else 0
+    return Usage(registers, compiled.metadata.shared, stack, hot)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(compiled: Any) -> Usage:
@@ -88,7 +96,7 @@ def _amd_usage(compiled: Any) -> Usage:
         int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
         for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Usage(registers, compiled.metadata.shared, stack)
+    return Usage(registers, compiled.metadata.shared, stack, spills_in_hot_loops(text) if stack else 0)
 
 
 def _compile_job(job: tuple[str, int, str]) -> Usage | str:
@@ -115,36 +123,65 @@ def main(ops: list[str]) -> int:
     ]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        found = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
-    faults = _report(found)
-    print("\n".join(faults) or f"{len(found)} compiled, no spill without a reason")
+        usages = dict(zip(jobs, pool.map(_compile_job, jobs), strict=True))
+    import triton
+
+    faults = _report(usages, triton.__version__)
+    print("\n".join(faults) or f"{len(usages)} compiled with Triton {triton.__version__}, no spill without a reason")
     return 1 if faults else 0
 
 
-def _report(found: dict[tuple[str, int, str], Usage | str]) -> list[str]:
-    """Print a row a launch; returns a line for everything that is wrong."""
+def _report(usages: dict[tuple[str, int, str], Usage | str], version: str) -> list[str]:
+    """Print a row for each launch and the accepted spills; return a line for each fault.
+
+    Args:
+        usages: usage or error message by op, number of the launch and GPU.
+        version: of Triton.
+    """
     faults: list[str] = []
     notes: list[str] = []
-    print("registers / shared bytes / spilled bytes a thread\n")
-    print(f"{'kernel':<50}" + "".join(f"{target:>18}" for target in TARGETS))
     rows: dict[str, dict[str, str]] = {}
-    for (op, number, target), usage in found.items():
+    for (op, number, target), usage in usages.items():
         launch = launches(op)[number]
-        name = (f"{op}.{launch.kernel.__name__.strip('_')}".removesuffix("_kernel") + f" {launch.label}").strip()
+        name = (f"{_kernel_name(op, launch)} {launch.label}").strip()
         cells = rows.setdefault(name, {})
         if isinstance(usage, str):
             faults.append(f"{name}, {target}: {usage}")
             cells[target] = "failed"
             continue
-        cells[target] = " / ".join(map(str, usage))
-        if usage.shared_bytes > MOST_SHARED_BYTES[target]:
-            faults.append(f"{name}, {target}: more shared memory than the {MOST_SHARED_BYTES[target]} bytes there are")
-        if usage.spill_bytes:
-            (notes if launch.spill else faults).append(f"{name}, {target}: spills; {launch.spill or 'no reason'}")
-    for name, cells in rows.items():
-        print(f"{name:<50}" + "".join(f"{cells.get(target, '-'):>18}" for target in TARGETS))
+        cells[target] = f"{usage.registers} / {usage.shared_bytes} / {usage.spill_bytes}"
+        wrong, accepted = judge_usage(usage, version, name, target)
+        faults += [f"{name}, {target}: {line}" for line in wrong]
+        notes += [f"{name}, {target}: {line}" for line in accepted]
+    _print_table(rows)
     print("\n".join(["", *notes]))
     return faults
+
+
+def _kernel_name(op: str, launch: Launch) -> str:
+    """Return `op.kernel`, without the parts that the names of all kernels share."""
+    return f"{op}.{launch.kernel.__name__.strip('_').removesuffix('_kernel').removeprefix(f'{op}_')}"
+
+
+def judge_usage(usage: Usage, version: str, name: str, target: str) -> tuple[list[str], list[str]]:
+    """Return the faults and the accepted spills of one launch on one GPU."""
+    faults: list[str] = []
+    notes: list[str] = []
+    if usage.shared_bytes > MOST_SHARED_BYTES[target]:
+        faults.append(f"more shared memory than the {MOST_SHARED_BYTES[target]} bytes there are")
+    if usage.hot_spills:
+        faults.append(f"spills in a hot loop ({usage.hot_spills} instructions)")
+    elif usage.spill_bytes:
+        is_fault, reason = judge(version, name, target)
+        (faults if is_fault else notes).append(f"spills outside the hot loops; {reason}")
+    return faults, notes
+
+
+def _print_table(rows: dict[str, dict[str, str]]) -> None:
+    print("registers / shared bytes / spilled bytes a thread\n")
+    print(f"{'kernel':<50}" + "".join(f"{target:>18}" for target in TARGETS))
+    for name, cells in rows.items():
+        print(f"{name:<50}" + "".join(f"{cells.get(target, '-'):>18}" for target in TARGETS))
 
 
 if __name__ == "__main__":

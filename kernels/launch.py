@@ -33,7 +33,6 @@ class Launch:
             when it launches.
         constants: value of every `tl.constexpr`.
         options: `num_warps` and what else is not left at its default.
-        spill: why spilling is accepted; without a reason it is a failure.
         target: the only GPU that it is for, as in `aot.TARGETS`; launches of one kernel and label share a row of the
             table. Empty: for all.
         instruction: what its assembly must hold, such as the tensor cores' fast path; without it, it is a failure.
@@ -44,6 +43,5 @@ class Launch:
     arguments: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    spill: str = ""
     target: str = ""
     instruction: str = ""

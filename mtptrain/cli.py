@@ -13,10 +13,8 @@ from importlib.util import find_spec
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -152,16 +150,18 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
 
 
-def composition_message(text: str) -> str:
-    """Hydra's complaint about a configuration, without its hints about itself, on one line."""
+def composition_message(text: str, cause: BaseException | None) -> str:
+    """Return Hydra's complaint about a configuration, without its hints about itself, on one line.
+
+    Args:
+        text: the lines that Hydra printed.
+        cause: the exception behind them.
+    """
+    if isinstance(cause, OverrideParseException):
+        return f"{cause.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
     lines = [line.strip() for line in text.splitlines()]
     if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be made
         lines = [line for line in lines if re.match(r"\w+Error: ", line)][-1:]
-    for override in get_args_parser().parse_args().overrides if "override_grammar" in text else []:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException:
-            return f"{override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
     dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
     return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
 
@@ -183,7 +183,7 @@ def main() -> None:
     except SystemExit as ending:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
-            stop(composition_message(errors.getvalue()))
+            stop(composition_message(errors.getvalue(), ending.__context__))
         if ending.code == USER_MISTAKE and errors.getvalue():  # argparse has complained, and taken the code for its own
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
             stop(f"{reason}; options such as --config-dir go before the settings; see --help")

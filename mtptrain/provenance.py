@@ -80,14 +80,22 @@ def processor_name() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    found = {"python": platform.python_version(), "mtptrain": mtptrain.__version__}
+    """Return the installed versions of the packages that results depend on.
+
+    A loaded torch names its build as well (2.13.0+cpu), which its metadata may leave out, and its version of CUDA.
+    """
+    versions = {"python": platform.python_version(), "mtptrain": mtptrain.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        versions["torch"] = str(torch.__version__)
+        if torch.version.cuda is not None:
+            versions["cuda"] = torch.version.cuda
+    return versions
 
 
 def hardware() -> dict[str, Any]:

@@ -29,7 +29,7 @@ def _argument_types() -> dict[str, str]:
     return types
 
 
-def _on_each(kernel: Any, blocks: str, label: str = "", spill: str = "", **fixed: Any) -> list[Launch]:
+def _on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[Launch]:
     """One launch on every GPU, at the width of V4's heads."""
     types, found = _argument_types(), []
     for target, chosen in BLOCKS[blocks].items():
@@ -43,7 +43,6 @@ def _on_each(kernel: Any, blocks: str, label: str = "", spill: str = "", **fixed
                 arguments={name: types[name] for name in kernel.arg_names if name not in sized},
                 constants=sized,
                 options=chosen.options(),
-                spill=spill,
                 target=target,
                 instruction=TENSOR_CORES.get(target, "") if rows == 64 else "",
             )
@@ -63,5 +62,5 @@ def launches() -> list[Launch]:
         *_on_each(forward, "forward", "CSA verify", **csa, BLOCK_H=16),
         *_on_each(sink_attention_chain_backward_kernel, "chain_backward", EXTRA=CHAIN.value),
         *_on_each(sink_attention_query_backward_kernel, "query_backward", EXTRA=CHAIN.value),
-        *_on_each(sink_attention_key_backward_kernel, "key_backward", spill="in front of its loop and after it"),
+        *_on_each(sink_attention_key_backward_kernel, "key_backward"),
     ]

@@ -10,8 +10,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -50,6 +50,17 @@ def zero_settings(config: TrainConfig, stage: int, offload: bool) -> dict[str, A
     }
 
 
+class _Held(nn.Module):
+    """The module that DeepSpeed wraps. Its forward computes nothing, because the objective calls the head itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> None:
+        """Return nothing; DeepSpeed starts a micro-batch here."""
+
+
 class ZeroEngine:
     """A stage of ZeRO, among processes that have joined; see `Engine`.
 
@@ -71,19 +82,21 @@ class ZeroEngine:
             raise UserError(f"engine=zero3: {ONE_DTYPE}")
         # DeepSpeed takes the first parameter's dtype for the whole; only as fp32 does it look at the gradient's norm.
         ordered = sorted(self.trained.values(), key=lambda p: p.dtype != torch.float32)
-        optimizer = make_adamw(ordered, config)
-        dist_init: dict[str, Any] = {"model": module, "optimizer": optimizer, "dist_init_required": False}
-        self.engine, *_ = deepspeed.initialize(**dist_init, config=zero_settings(config, stage, offload))
-        self.optimizer = optimizer
+        self.optimizer = make_adamw(ordered, config)
+        groups = [list(group["params"]) for group in self.optimizer.param_groups if group["params"]]
+        self.engine, *_ = deepspeed.initialize(
+            model=_Held(module),
+            optimizer=self.optimizer,
+            dist_init_required=False,
+            config=zero_settings(config, stage, offload),
+        )
         self.micro_batches = 0
-        self._make_states()
+        self._make_states(groups)
         gather_small(self.engine.optimizer)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch; DeepSpeed averages over processes where shares must add up."""
-        # The objective calls the module itself. The engine's own forward would only do this: without it stage 3 takes
-        # every micro-batch for the first, and overwrites the gradients of those before.
-        self.engine.optimizer.clear_backward_seen_flag()
+        self.engine()  # without a forward, stage 3 takes every micro-batch for the first and drops earlier gradients
         self.engine.backward(loss * world_size(), scale_wrt_gas=False)
         self.micro_batches += 1
         if self.micro_batches < self.accumulation:
@@ -104,7 +117,7 @@ class ZeroEngine:
             if name in self.trained:
                 found[name] = _for_first(safe_get_full_fp32_param(parameter))
             elif self.stage == 3:
-                with GatheredParameters([parameter]):
+                with deepspeed.zero.GatheredParameters([parameter]):
                     found[name] = _for_first(parameter.detach())
         gather_small(self.engine.optimizer)
         return found if rank() == 0 else {}
@@ -125,7 +138,7 @@ class ZeroEngine:
                 buffer.copy_(tensors[name])
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
-                with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                     parameter.copy_(tensors[name])
                 if name in self.trained:
                     self._set(parameter, tensors[name])
@@ -153,19 +166,27 @@ class ZeroEngine:
         else:
             safe_set_local_optimizer_state(parameter, share, key)
 
-    def _make_states(self) -> None:
+    def _make_states(self, groups: list[list[Tensor]]) -> None:
         """Give every flat master of this process the state that AdamW would make at its first step.
 
         DeepSpeed ties the state to the parameters once, after the step of the first group of parameters: made later,
         the state of the other groups would never be found.
+
+        Args:
+            groups: the parameters of each group, of which DeepSpeed has made one flat master below stage 3.
         """
-        inner = self.engine.optimizer
-        masters = inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups
+        if self.stage == 3:
+            self._add_states(self.engine.optimizer.fp32_partitioned_groups_flat)
+            return
+        masters = [group["params"][0] for group in self.optimizer.param_groups]
+        self._add_states(masters)
+        for parameters, master in zip(groups, masters, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, master, self.optimizer.state)
+
+    def _add_states(self, masters: list[Tensor]) -> None:
         for master in masters:
             moments = {key: torch.zeros_like(master) for key in MOMENTS}
             self.optimizer.state[master] = {"step": torch.zeros(()), **moments}
-        if self.stage < 3:
-            inner._lazy_init_hp_params_optimizer_state()
 
 
 def _for_first(value: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def check_record(folder: Path, recipe: str) -> None:
     provenance = read_json(folder / "provenance.json")
     assert provenance["command"][:3] == ["python", "-m", "mtptrain"]
     assert f"+recipe={recipe}" in provenance["command"]
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == torch.__version__  # with its build, such as +cpu
+    assert provenance["versions"].get("cuda") == torch.version.cuda
     assert provenance["hardware"]["torch_threads"] == 1
     assert provenance["seed"] == 0
     assert not list(folder.rglob("*.tmp"))
