@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.config import RunConfig, register
 from mtptrain.errors import Preempted, UserError
-from mtptrain.storage import no_room
+from mtptrain.run.storage import no_room
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra takes no flags of ours
@@ -31,7 +31,7 @@ USER_MISTAKE, ASKED_TO_LEAVE = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try aga
 def stop(message: str) -> NoReturn:
     """End with one line, of rank 0 where it fails too, and the exit code of a user's mistake."""
     message += "".join(f"; {old} is now called {new}" for old, new in RENAMED.items() if old in message)
-    distributed = sys.modules.get("mtptrain.distributed")  # it imports torch
+    distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
     if number == "0":
         print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
@@ -100,7 +100,7 @@ def find_recipe(task: str) -> Any:
 def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None) -> None:
     """Open the run's folder and call the program that the recipe names."""
     from mtptrain.recipes.session import Session
-    from mtptrain.run_folder import open_run_folder
+    from mtptrain.run.folder import open_run_folder
 
     recipe = find_recipe(config.task)
     getattr(recipe, "check", lambda _: None)(config)
@@ -110,8 +110,8 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
         with closing(session.folder.lock):
             recipe.run(session)
         return
-    from mtptrain.distributed import join, leave, on_first
     from mtptrain.kernels.dispatch import requested
+    from mtptrain.run.distributed import join, leave, on_first
 
     try:
         requested()

@@ -14,24 +14,23 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import BackboneIdentity, newest_checkpoint
 from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
-from mtptrain.data.encoder import Encoder
-from mtptrain.data.splits import heldout_documents, training_documents
+from mtptrain.data.text import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mtptrain.data.tokens import tokenize_corpus
-from mtptrain.distributed import bound_threads, choose_device
-from mtptrain.engines.replicated import ReplicatedEngine
+from mtptrain.data.tokens import Encoder, tokenize_corpus
 from mtptrain.evaluation.head_result import TeacherForced
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
 from mtptrain.recipes.session import Session, check_reads_documents
-from mtptrain.run_folder import RunFolder
-from mtptrain.storage import atomic_file, atomic_folder, write_text
-from mtptrain.trainer import Trainer
+from mtptrain.run.distributed import bound_threads, choose_device
+from mtptrain.run.folder import RunFolder
+from mtptrain.run.storage import atomic_file, atomic_folder, write_text
+from mtptrain.training.checkpoint import BackboneIdentity, newest_checkpoint
+from mtptrain.training.data_parallel import ReplicatedEngine
+from mtptrain.training.trainer import Trainer
 
 MARKS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
 HEAD_FILE = "mtp.safetensors"

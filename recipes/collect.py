@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from mtptrain.backbone.streams import backbone_streams
+from mtptrain.batch import Batch
 from mtptrain.config import RunConfig, require
-from mtptrain.data.packing import Batch
-from mtptrain.data.streams.format import bytes_a_token
-from mtptrain.data.streams.manifest import STREAM, STREAM_CACHE, StreamIdentity, TextOrigin, hash_tokenizer
-from mtptrain.data.streams.writing import (
+from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.errors import UserError
+from mtptrain.hidden_cache.format import bytes_a_token
+from mtptrain.hidden_cache.manifest import STREAM, STREAM_CACHE, StreamIdentity, TextOrigin, hash_tokenizer
+from mtptrain.hidden_cache.writer import (
     ShardDocuments,
     num_forwards,
     piece_streams,
@@ -25,13 +27,11 @@ from mtptrain.data.streams.writing import (
     shard_file,
     write_shard,
 )
-from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
-from mtptrain.errors import UserError
-from mtptrain.progress import Progress
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
-from mtptrain.run_folder import RunFolder
+from mtptrain.run.distributed import largest_over_processes, on_first, rank, world_size
+from mtptrain.run.folder import RunFolder
+from mtptrain.run.progress import Progress
 
 PROCESSES = "any"
 TEXT_BYTES = 5  # a token's id and whether it may be a target

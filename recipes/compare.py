@@ -9,18 +9,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mtptrain.checkpoint import find_checkpoint
 from mtptrain.config import RunConfig, require
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
+from mtptrain.evaluation.heads import describe_prompts
 from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.evaluation.result import SCHEMA
-from mtptrain.evaluation.subject import describe_prompts
-from mtptrain.provenance import Provenance
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.run.provenance import Provenance
+from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json
-from mtptrain.storage import write_json
+from mtptrain.training.checkpoint import find_checkpoint
 
 
 def check(config: RunConfig) -> None:

@@ -10,32 +10,31 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.backbone.release_config import stored_scheme
-from mtptrain.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, LossName, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
-from mtptrain.data.feed.batches import StreamedBatches
-from mtptrain.data.feed.feed import FeedPlan
-from mtptrain.data.feed.lane import RowShape
-from mtptrain.data.streams.batches import StreamBatches
-from mtptrain.data.streams.manifest import check_origin, check_shards, hash_tokenizer, open_cache
-from mtptrain.distributed import leave, on_first, rank
-from mtptrain.engines.engine import make_engine
+from mtptrain.data.streaming.batches import StreamedBatches
+from mtptrain.data.streaming.dataset import FeedPlan
+from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
+from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
+from mtptrain.hidden_cache.reader import StreamBatches
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import rows_by_tensor
-from mtptrain.mtp.initial import describe_start, has_stock, initial_stack, place, stock_tensors
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.mtp.trainable import freeze_untrained
+from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
 from mtptrain.recipes.evaluate import evaluate_heads
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.release.config import stored_scheme
+from mtptrain.run.distributed import leave, on_first, rank
 from mtptrain.run.tracking import Trackers
-from mtptrain.trainer import Probe, Trainer
+from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
+from mtptrain.training.engine import make_engine
+from mtptrain.training.trainer import Probe, Trainer
 
 PROCESSES = "any"
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps

@@ -13,22 +13,22 @@ from rich.table import Table
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.checkpoint import Checkpoint, find_checkpoint
+from mtptrain.certificate.controls import all_accept_control, shifted_target_control
 from mtptrain.config import RunConfig
+from mtptrain.doctor.diagnosis import diagnose, measure_wirings
+from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
+from mtptrain.doctor.tensors import examine_tensors, expected_shapes
 from mtptrain.errors import UserError
-from mtptrain.evaluation.controls import all_accept_control, shifted_target_control
-from mtptrain.evaluation.diagnosis import diagnose, measure_wirings
-from mtptrain.evaluation.doctor_result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
-from mtptrain.evaluation.head_tensors import examine_tensors, expected_shapes
-from mtptrain.mtp.initial import has_stock, place, read_stock
-from mtptrain.mtp.release import module_numbers
-from mtptrain.mtp.release_problems import Problems
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
-from mtptrain.provenance import Provenance
+from mtptrain.mtp.start import has_stock, place, read_stock
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.release.modules import module_numbers
+from mtptrain.release.problems import Problems
+from mtptrain.run.provenance import Provenance
+from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json
-from mtptrain.storage import write_json
+from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
 UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
 

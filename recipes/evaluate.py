@@ -9,44 +9,42 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mtptrain.checkpoint import find_checkpoint
+from mtptrain.certificate.controls import run_controls
+from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
+from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import UserError
-from mtptrain.evaluation.acceptance import sweep_thresholds
-from mtptrain.evaluation.breakdown import break_down
-from mtptrain.evaluation.calibration import calibrate
+from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.controls import run_controls
-from mtptrain.evaluation.drafts import draft_traces
 from mtptrain.evaluation.head_result import Gain, HeadResult
-from mtptrain.evaluation.heads import Head, teacher_forced
-from mtptrain.evaluation.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
+from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, domain_rows, paired_gain, summarize, totals
-from mtptrain.evaluation.replay import replay_all
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
-from mtptrain.evaluation.sampler_check import sampler_certificate
-from mtptrain.evaluation.speedup import (
+from mtptrain.evaluation.speed import (
     BatchRuns,
     batch_length,
     cut_batches,
+    describe_times,
+    measure_steps,
     run_interleaved,
     summarize_speed,
     tokens_per_second,
 )
-from mtptrain.evaluation.steptime import describe_times, measure_steps
-from mtptrain.evaluation.subject import describe_policy, describe_prompts
-from mtptrain.evaluation.trace import Trace
-from mtptrain.mtp.initial import has_stock
-from mtptrain.progress import Progress
-from mtptrain.provenance import Provenance
+from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.replay.drafts import draft_traces
+from mtptrain.replay.replay import replay_all
+from mtptrain.run.progress import Progress
+from mtptrain.run.provenance import Provenance
 from mtptrain.run.typed_json import from_json
+from mtptrain.traces.file import Trace
+from mtptrain.training.checkpoint import find_checkpoint
 
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate where the run samples

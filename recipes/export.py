@@ -12,16 +12,11 @@ from typing import Any
 from torch import Tensor
 
 import mtptrain
-from mtptrain.backbone.fingerprint import fingerprint
 from mtptrain.backbone.load import Backbone
-from mtptrain.backbone.release_config import stored_scheme
-from mtptrain.backbone.shards import Shards
-from mtptrain.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.evaluation.trace import Trace
 from mtptrain.export.card import EXPORT, Export, model_card, training_provenance
 from mtptrain.export.folder import (
     bytes_needed,
@@ -31,16 +26,21 @@ from mtptrain.export.folder import (
     write_draft,
     write_full,
 )
-from mtptrain.export.rules import check_target, warnings
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
-from mtptrain.mtp.initial import has_stock, place, stock_tensors
-from mtptrain.mtp.release import from_release, is_release_layout, to_release
-from mtptrain.mtp.release_names import Scheme
+from mtptrain.export.servers import check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
+from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.release.config import stored_scheme
+from mtptrain.release.fingerprint import fingerprint
+from mtptrain.release.modules import from_release, is_release_layout, to_release
+from mtptrain.release.names import Scheme
+from mtptrain.release.shards import Shards
 from mtptrain.run.artifact import seal
-from mtptrain.storage import no_room, write_text
+from mtptrain.run.storage import no_room, write_text
+from mtptrain.traces.file import Trace
+from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
 HEAD = "mtp."
 

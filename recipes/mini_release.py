@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.build import build_model
-from mtptrain.backbone.load import load_backbone
-from mtptrain.backbone.source import SHIPPED
+from mtptrain.backbone.load import SHIPPED, load_backbone
+from mtptrain.export.folder import copy_companions, write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
-from mtptrain.export.model_files import copy_companions, write_shards
-from mtptrain.mtp.initial import stock_tensors
 from mtptrain.mtp.stack import fresh_stack, num_modules
+from mtptrain.mtp.start import stock_tensors
 from mtptrain.recipes.session import Session
-from mtptrain.storage import write_json
+from mtptrain.run.storage import write_json
 
 
 def run(session: Session) -> None:

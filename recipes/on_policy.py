@@ -17,19 +17,22 @@ import numpy as np
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
 from mtptrain.data.chat import ChatTemplate
-from mtptrain.data.prompts import Opening, Prompt
-from mtptrain.data.questions import read_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
-from mtptrain.distributed import largest_over_processes, on_first, rank, world_size
 from mtptrain.errors import UserError
-from mtptrain.evaluation.conversation import hold_conversations
-from mtptrain.evaluation.trace import Trace
-from mtptrain.evaluation.trace_folder import (
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import answer_text, question_openings, slice_openings
+from mtptrain.run.artifact import begin, find_parts, finish, total_counts
+from mtptrain.run.distributed import largest_over_processes, on_first, rank, world_size
+from mtptrain.run.progress import Progress
+from mtptrain.traces.conversation import hold_conversations
+from mtptrain.traces.file import Source, Trace, TraceHeader, TraceSet
+from mtptrain.traces.folder import (
     SETTING,
     TEXTS,
     TextContent,
@@ -41,12 +44,7 @@ from mtptrain.evaluation.trace_folder import (
     text_file,
     write_batch,
 )
-from mtptrain.evaluation.trace_set import Source, TraceHeader, TraceSet
-from mtptrain.mtp.stack import MtpStack
-from mtptrain.progress import Progress
-from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import answer_text, question_openings, slice_openings
-from mtptrain.run.artifact import begin, find_parts, finish, total_counts
+from mtptrain.traces.prompts import Opening, Prompt, read_questions
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,9 +22,9 @@ from mtptrain.config import (
     WeightFormat,
 )
 from mtptrain.errors import UserError
+from mtptrain.evaluation.result import read_evaluation
 from mtptrain.planning.decoding import plan_decoding
-from mtptrain.planning.profile import read_profile
-from mtptrain.planning.result import DecodingPlan, TrainingPlan, write_plan
+from mtptrain.planning.result import DecodingPlan, Profile, TrainingPlan, write_plan
 from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
@@ -31,6 +32,32 @@ from mtptrain.recipes.session import Session
 
 PROCESSES = "none"  # a plan is of other machines than this one: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
+
+
+def read_profile(plan: PlanConfig) -> Profile:
+    """Return the acceptance that the settings give or that an evaluation measured.
+
+    Raises:
+        UserError: the settings give neither, or the evaluation cannot be read or has no such head.
+    """
+    if plan.evaluation is not None:
+        return _from_evaluation(Path(plan.evaluation), plan.head)
+    if not plan.acceptance:
+        raise UserError(
+            "plan.acceptance=[]: must hold at least one share; give plan.acceptance=[0.8,0.6] or plan.evaluation=RUN"
+        )
+    return Profile(plan.acceptance, "assumed")
+
+
+def _from_evaluation(path: Path, name: str | None) -> Profile:
+    """Rates of the longest draft; a position that was never reached counts as never kept."""
+    evaluation = read_evaluation(path, "plan.evaluation")
+    heads = {head.name: head for head in evaluation.heads}
+    chosen = name or evaluation.last_head.name
+    if chosen not in heads:
+        raise UserError(f"plan.head={name}: {path} holds the heads {sorted(heads)}; choose one of them")
+    rates = heads[chosen].replay[evaluation.draft_length].conditional
+    return Profile([rate or 0.0 for rate in rates], f"head {chosen} of {path}")
 
 
 def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> TrainingLoad:

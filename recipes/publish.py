@@ -6,8 +6,8 @@ from typing import Any
 
 from mtptrain.evaluation.report import plots
 from mtptrain.evaluation.result import Evaluation
+from mtptrain.run.folder import RunFolder
 from mtptrain.run.tracking import Trackers
-from mtptrain.run_folder import RunFolder
 
 Row = tuple[Any, ...]
 PLOTS = (

@@ -15,7 +15,7 @@ from mtptrain.evaluation.report.page import REPORT_FILE, write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.recipes.session import Session
-from mtptrain.storage import no_room
+from mtptrain.run.storage import no_room
 
 PROCESSES = "none"
 

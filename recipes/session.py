@@ -6,21 +6,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
+from mtptrain.config import SHARED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
 from mtptrain.errors import UserError
-from mtptrain.run_folder import RunFolder
+from mtptrain.run.folder import RunFolder
 
 if TYPE_CHECKING:  # a plan opens nothing of this, and starts without torch
-    from mtptrain.backbone.load import Backbone
-    from mtptrain.backbone.source import BackboneSource
-    from mtptrain.checkpoint import Checkpoint
+    from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.chat import ChatTemplate
-    from mtptrain.data.encoder import Encoder
-    from mtptrain.data.tokens import TokenizedCorpus
+    from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
-    from mtptrain.decoding.records import Limits
+    from mtptrain.decoding.results import Limits
     from mtptrain.evaluation.heads import Head
     from mtptrain.evaluation.result import BackboneResult
+    from mtptrain.training.checkpoint import Checkpoint
 
 
 def check_reads_documents(config: RunConfig) -> None:
@@ -68,8 +66,8 @@ class Session:
         Raises:
             UserError: it cannot be opened, or a draft does not fit in its sliding window.
         """
-        from mtptrain.backbone.source import open_source
-        from mtptrain.distributed import bound_threads
+        from mtptrain.backbone.load import open_source
+        from mtptrain.run.distributed import bound_threads
 
         source = open_source(self.config.backbone)
         bound_threads(self.config.threads, source.config.hidden_size)
@@ -100,7 +98,7 @@ class Session:
     @cached_property
     def encoder(self) -> Encoder:
         """From documents to the backbone's tokens."""
-        from mtptrain.data.encoder import Encoder
+        from mtptrain.data.tokens import Encoder
 
         return Encoder(self.source.tokenizer, self.source.marks, self.chat)
 
@@ -114,7 +112,7 @@ class Session:
     @cached_property
     def training_corpus(self) -> TokenizedCorpus:
         """The training documents as tokens."""
-        from mtptrain.data.splits import training_documents
+        from mtptrain.data.text import training_documents
         from mtptrain.data.tokens import tokenize_corpus
 
         return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
@@ -122,10 +120,18 @@ class Session:
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
         """The held-out documents as tokens."""
-        from mtptrain.data.splits import heldout_documents
+        from mtptrain.data.text import heldout_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(heldout_documents(self.config.data), self.encoder, self.cache)
+        return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
+
+    @property
+    def document_settings(self) -> DataConfig:
+        """Where documents come from; of a cache of hidden states, the settings of the text that it was made of."""
+        from mtptrain.hidden_cache.manifest import open_cache
+
+        data = self.config.data
+        return open_cache(Path(str(data.path))).identity.data.config() if data.source is DataSource.streams else data
 
     @property
     def piece_length(self) -> int:
@@ -146,7 +152,7 @@ class Session:
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
-        from mtptrain.decoding.records import Limits
+        from mtptrain.decoding.results import Limits
 
         return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
 
@@ -206,7 +212,7 @@ class Session:
 
     def _load(self, has_layers: bool) -> Backbone:
         from mtptrain.backbone.load import load_backbone
-        from mtptrain.distributed import choose_device, choose_dtype
+        from mtptrain.run.distributed import choose_device, choose_dtype
 
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
@@ -220,7 +226,7 @@ class Session:
     @property
     def dtype_name(self) -> str:
         """Dtype of the backbone's arithmetic, e.g. `float32`."""
-        from mtptrain.distributed import choose_device, choose_dtype
+        from mtptrain.run.distributed import choose_device, choose_dtype
 
         return str(choose_dtype(self.config.precision, choose_device(self.config.device))).removeprefix("torch.")
 
@@ -236,15 +242,15 @@ class Session:
         Raises:
             UserError: there is none, or it belongs to another backbone.
         """
-        from mtptrain.checkpoint import find_checkpoint
+        from mtptrain.training.checkpoint import find_checkpoint
 
         return self.stock_head() if setting == "stock" else self.trained_head(find_checkpoint(Path(setting)))
 
     def stock_head(self) -> Head:
         """The head that came with the backbone."""
         from mtptrain.evaluation.heads import Head
-        from mtptrain.mtp.initial import place, stock_tensors
         from mtptrain.mtp.stack import num_modules, stack_from_tensors
+        from mtptrain.mtp.start import place, stock_tensors
 
         tensors = stock_tensors(self.backbone)
         depth = num_modules(tensors)
@@ -254,8 +260,8 @@ class Session:
     def trained_head(self, checkpoint: Checkpoint) -> Head:
         """The head of a checkpoint; raises a `UserError` unless it was trained on this backbone."""
         from mtptrain.evaluation.heads import Head
-        from mtptrain.mtp.initial import place
         from mtptrain.mtp.stack import stack_from_tensors
+        from mtptrain.mtp.start import place
 
         identity = checkpoint.head_identity(self.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))

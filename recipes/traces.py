@@ -10,24 +10,33 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mtptrain.config import HELDOUT
-from mtptrain.data.prompts import Opening, Prompt, encode_question, slice_prompts
-from mtptrain.data.questions import QuestionSource, Source, read_questions, spread_questions
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.conversation import hold_conversations
-from mtptrain.evaluation.drafts import draft_traces
-from mtptrain.evaluation.replay import replay_all
-from mtptrain.evaluation.trace import Trace, record_traces
-from mtptrain.evaluation.trace_set import (
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.recipes.session import Session
+from mtptrain.replay.drafts import draft_traces
+from mtptrain.replay.replay import replay_all
+from mtptrain.traces.conversation import hold_conversations
+from mtptrain.traces.file import (
+    Trace,
     TraceHeader,
     TraceSet,
     check_trace_set,
     read_trace_set,
+    record_traces,
     write_trace_set,
 )
-from mtptrain.mtp.stack import MtpStack
-from mtptrain.recipes.session import Session
+from mtptrain.traces.prompts import (
+    Opening,
+    Prompt,
+    QuestionSource,
+    Source,
+    encode_question,
+    read_questions,
+    slice_prompts,
+    spread_questions,
+)
 
 TRACES_FILE = "traces.jsonl"
 

@@ -17,7 +17,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig
 from mtptrain.kernels.bench.measure import observe
-from mtptrain.provenance import git_commit, processor_name
+from mtptrain.run.provenance import git_commit, processor_name
 
 SIZES = [(4, 256), (1, 1024), (1, 2048), (1, 4096)]  # rows, tokens; 4096 is the context of this backbone
 ROUNDS = 3

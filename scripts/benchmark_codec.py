@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 from mtptrain.backbone.build import preset_config
-from mtptrain.backbone.shards import Shards
-from mtptrain.mtp.release import from_release, iterate_release
-from mtptrain.mtp.release_names import Row, release_table
+from mtptrain.release.modules import from_release, iterate_release
+from mtptrain.release.names import Row, release_table
+from mtptrain.release.shards import Shards
 
 
 def random_stored(row: Row, generator: torch.Generator) -> Tensor:

@@ -22,21 +22,19 @@ from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, DataConfig
-from mtptrain.data.encoder import Encoder
-from mtptrain.data.prompts import slice_prompts
-from mtptrain.data.splits import heldout_documents
-from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.data.text import heldout_documents
+from mtptrain.data.tokens import Encoder, cache_folder, tokenize_corpus
 from mtptrain.decoding.draft import Drafter
-from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import GREEDY
-from mtptrain.decoding.records import Limits
-from mtptrain.decoding.speculative import decode_speculative
-from mtptrain.evaluation.drafts import draft_traces
-from mtptrain.evaluation.replay import replay_all
-from mtptrain.evaluation.trace import record_traces
-from mtptrain.mtp.initial import place, stock_tensors
+from mtptrain.decoding.results import Limits
+from mtptrain.decoding.speculative import decode_plain, decode_speculative
 from mtptrain.mtp.stack import stack_from_tensors
-from mtptrain.provenance import git_commit, processor_name
+from mtptrain.mtp.start import place, stock_tensors
+from mtptrain.replay.drafts import draft_traces
+from mtptrain.replay.replay import replay_all
+from mtptrain.run.provenance import git_commit, processor_name
+from mtptrain.traces.file import record_traces
+from mtptrain.traces.prompts import slice_prompts
 
 NEW_TOKENS, LONGEST = 64, 8
 

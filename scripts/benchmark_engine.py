@@ -23,20 +23,20 @@ from torch import Tensor
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import BackboneConfig, DecodingConfig, Device, RunConfig
-from mtptrain.data.prompts import Prompt, slice_prompts
 from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
-from mtptrain.evaluation.speedup import batch_length, cut_batches, run_interleaved, spread, summarize_speed
-from mtptrain.evaluation.speedup import tokens_per_second as rate_of
-from mtptrain.evaluation.trace import Trace
+from mtptrain.evaluation.speed import batch_length, cut_batches, run_interleaved, spread, summarize_speed
+from mtptrain.evaluation.speed import tokens_per_second as rate_of
 from mtptrain.kernels.dispatch import requested
-from mtptrain.provenance import git_commit, hardware, package_versions
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import open_run_folder
+from mtptrain.run.provenance import git_commit, hardware, package_versions
 from mtptrain.run.typed_json import to_json
-from mtptrain.run_folder import open_run_folder
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt, slice_prompts
 
 # B rows, S tokens of a prompt, L tokens of a pass
 

@@ -22,8 +22,8 @@ from mtptrain.config import RunConfig, register
 from mtptrain.recipes import collect
 from mtptrain.recipes.distill import make_trainer, start_stack
 from mtptrain.recipes.session import Session
-from mtptrain.run_folder import open_run_folder
-from mtptrain.trainer import Trainer
+from mtptrain.run.folder import open_run_folder
+from mtptrain.training.trainer import Trainer
 
 
 def distill_config(settings: list[str]) -> RunConfig:

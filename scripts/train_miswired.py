@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from mtptrain.cli import main
-from mtptrain.evaluation.wiring import WIRINGS
+from mtptrain.doctor.wirings import WIRINGS
 from mtptrain.losses import rollout as objective
 
 

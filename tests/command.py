@@ -15,8 +15,8 @@ from unittest.mock import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtptrain.backbone.shards import INDEX
-from mtptrain.storage import sha256_file
+from mtptrain.release.shards import INDEX
+from mtptrain.run.storage import sha256_file
 
 Refused = Callable[..., str]  # the fixture that runs a command that must fail
 ROOT = Path(__file__).resolve().parent.parent

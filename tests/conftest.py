@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 
 from mtptrain.config import ReleaseVariant
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from mtptrain.export.folder import write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
-from mtptrain.export.model_files import write_shards
-from mtptrain.storage import write_json
+from mtptrain.run.storage import write_json
 from tests.command import Refused, run_main
 from tests.tiny import random_backbone, random_stack
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtptrain.checkpoint import checkpoint_folders
 from mtptrain.run.folder_lock import LOCK
+from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import ROOT, read_metrics, run_main
 
 SCRIPTS = ROOT / "scripts"

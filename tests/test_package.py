@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.checkpoint import checkpoint_folders
+from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import ROOT, run_process
 
 NEEDED = {".py", ".yaml", ".html", ".css"}

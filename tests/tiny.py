@@ -7,8 +7,8 @@ from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.backbone.norm import replace_norms
-from mtptrain.data.packing import Batch
+from mtptrain.backbone.modules import replace_norms
+from mtptrain.batch import Batch
 from mtptrain.mtp.stack import MtpStack
 
 LAYER_TYPES = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mtptrain.provenance import git_commit, processor_name
+from mtptrain.run.provenance import git_commit, processor_name
 
 from ..dispatch import INTERPRETER, requested
 from .case import Case, Outputs

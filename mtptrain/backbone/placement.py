@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import Placement
-from mtptrain.distributed import world_size
 from mtptrain.errors import UserError
+from mtptrain.run.distributed import world_size
 
 SHARED = "_is_shared_by_processes"
 
@@ -38,7 +38,7 @@ def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement, device: t
         UserError: this version of transformers cannot place experts, or the processes do not divide them.
     """
     if placement is Placement.zero3:
-        from mtptrain.zero import share_layers  # importing DeepSpeed takes seconds
+        from mtptrain.run.deepspeed import share_layers  # importing DeepSpeed takes seconds
 
         share_layers(model.model.layers)
     elif placement is Placement.expert_parallel:

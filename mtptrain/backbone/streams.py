@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.placement import is_shared
-from mtptrain.data.packing import Batch
-from mtptrain.distributed import largest_over_processes
+from mtptrain.batch import Batch
+from mtptrain.run.distributed import largest_over_processes
 
 
 def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

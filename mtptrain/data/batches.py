@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mtptrain.data.packing import Batch, Piece, fill_rows, pack_corpus
+from mtptrain.batch import Batch
+from mtptrain.data.packing import Piece, fill_rows, pack_corpus
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.distributed import own_rows
 from mtptrain.errors import UserError
+from mtptrain.run.distributed import own_rows
 
 
 class BatchSource:

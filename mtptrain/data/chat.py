@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mtptrain.data.messages import Message
+from mtptrain.data.documents import Message
 from mtptrain.errors import UserError
 
 

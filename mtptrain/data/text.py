@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtptrain.config import DataConfig
-from mtptrain.data.documents import Document, Split, split_of
-from mtptrain.data.messages import check_messages
+from mtptrain.config import DataConfig, DataSource
+from mtptrain.data.documents import Document, Split, check_messages, split_of
 from mtptrain.data.rows import RowStream, check_readable, json_lines, load_rows, local_files
+from mtptrain.data.stdlib import package_documents, stdlib_documents
 from mtptrain.errors import UserError
 
 STREAMED_HELDOUT = 256
@@ -151,3 +151,30 @@ def text_documents(config: DataConfig, split: Split) -> list[Document]:
             f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number"
         )
     return documents
+
+
+def _is_text(config: DataConfig) -> bool:
+    """Whether the documents are the user's own text and not the standard library's."""
+    return config.source is DataSource.text or (config.source is DataSource.on_policy and config.path is not None)
+
+
+def training_documents(config: DataConfig) -> list[Document]:
+    """Documents to train on; of `on_policy`, those that prompts are cut from."""
+    if _is_text(config):
+        return text_documents(config, Split.train)
+    library = stdlib_documents(Split.train, config.heldout_every)
+    if not config.packages:
+        return library
+    return library + package_documents(config.packages, library, heldout_documents(config))
+
+
+def heldout_documents(config: DataConfig) -> list[Document]:
+    """Documents that no training of ours sees.
+
+    Those of a mixture are all its sources', in their order.
+    """
+    if config.mixture:
+        return [document for part in config.sources().values() for document in heldout_documents(part)]
+    if _is_text(config):
+        return text_documents(config, Split.heldout)
+    return stdlib_documents(Split.heldout, config.heldout_every)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mtptrain.errors import UserError
-from mtptrain.storage import write_json
+from mtptrain.run.storage import write_json
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 

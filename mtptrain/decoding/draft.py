@@ -19,8 +19,7 @@ from mtptrain.backbone.cache import SlidingRing
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.decoding.captured import Captured
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft
+from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.kernels.acceptance import sample_logits
 from mtptrain.kernels.sink_attention import masked_attention
 from mtptrain.mtp.block import MtpBlock

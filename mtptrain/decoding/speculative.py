@@ -1,5 +1,6 @@
 """Speculative decoding: draft, verify in one backbone pass, take rejected tokens back, each row for itself."""
 
+
 # B rows, T slots a row can hold, V vocabulary, K drafted tokens, L = K + 1 verified positions, D model width
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
 from mtptrain.decoding.captured import captured_verify
-from mtptrain.decoding.clock import Clock
 from mtptrain.decoding.draft import Drafts
 from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.records import DecodedBatch, Limits
-from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft, verify
+from mtptrain.decoding.results import Clock, DecodedBatch, Limits
+from mtptrain.decoding.texts import Draft, Texts, verify
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Emission
 
@@ -173,3 +172,14 @@ def check_prompts(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits
                 f"prompts: prompt {number} holds token {strange} and the backbone knows 0 to {vocabulary - 1}; use the "
                 "backbone's own tokenizer"
             )
+
+
+def decode_plain(
+    model: DeepseekV4ForCausalLM,
+    prompts: list[list[int]],
+    limits: Limits,
+    policy: Policy = GREEDY,
+    seeds: list[int] | None = None,
+) -> DecodedBatch:
+    """Continuations of some prompts, a token a pass; see `decode_speculative`."""
+    return decode_speculative(model, None, prompts, 0, limits, policy, seeds)

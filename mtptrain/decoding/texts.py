@@ -1,15 +1,20 @@
 """The texts of a batch while they grow, on the host and on the device."""
 
+
 # B rows, T slots a row can hold, L tokens that a pass may emit
 
+# B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary
+
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtptrain.decoding.records import Decoded, Limits, settle_passes
-from mtptrain.decoding.verify import Draft
-from mtptrain.kernels.acceptance import Emission
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import Decoded, Limits, settle_passes
+from mtptrain.kernels.acceptance import Emission, verify_logits
 
 
 class Texts:
@@ -83,3 +88,37 @@ class Texts:
         for record, accepted, drafted in zip(self.records, self._accepted, self._drafted, strict=True):
             record.passes = settle_passes(accepted, drafted, len(record.tokens))
         return self.records
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What was drafted.
+
+    Attributes:
+        tokens_BK: int64; K may be smaller than was asked for, where every row stopped before.
+        logits_BKV: what they were drawn from under the policy; None says that each was certain (a greedy draft).
+        drafted_B: int64 in [0, K], tokens that count in each row; what follows them holds anything.
+    """
+
+    tokens_BK: Tensor
+    logits_BKV: Tensor | None
+    drafted_B: Tensor
+
+    @classmethod
+    def nothing(cls, drafted_B: Tensor) -> Draft:
+        """No tokens in any row; drafted_B is 0 throughout."""
+        return cls(drafted_B.new_empty(len(drafted_B), 0), None, drafted_B)
+
+
+def verify(policy: Policy, draft: Draft, logits_BLV: Tensor, u_BL: Tensor | None) -> Emission:
+    """Keep what the policy's verification keeps, and take its next token.
+
+    Args:
+        policy: of the run.
+        draft: with K = L - 1 tokens a row.
+        logits_BLV: the backbone's, at the last known token and at each drafted one.
+        u_BL: float64 draws, see `Draws.verify`; None for a greedy policy.
+    """
+    return verify_logits(
+        draft.tokens_BK, draft.drafted_B, draft.logits_BKV, logits_BLV, u_BL, policy.sampling, policy.verification
+    )

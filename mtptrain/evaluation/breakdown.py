@@ -6,23 +6,36 @@ position k loses the tokens k, k + 1, ... of the draft that lay inside the text;
 and accepted tokens together are the drafted ones.
 """
 
+
 # K draft steps, N anchors of a trace
+
+# K draft steps, N anchors, X steps of all anchors and traces
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.drafts import TraceDrafts
-from mtptrain.evaluation.expected import inside_text
-from mtptrain.evaluation.head_result import Breakdown, Bucket, BucketKind, DraftedTokens
-from mtptrain.evaluation.replay import trace_chances
-from mtptrain.evaluation.token_class import CLASSES, token_classes
-from mtptrain.evaluation.trace import Trace
+from mtptrain.evaluation.head_result import (
+    Breakdown,
+    Bucket,
+    BucketKind,
+    Calibration,
+    CalibrationBin,
+    DraftedTokens,
+    Threshold,
+)
+from mtptrain.evaluation.metrics import by_position, passes_and_tokens
+from mtptrain.kernels.acceptance import Verification
+from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.markov import acceptance_probability, inside_text
+from mtptrain.replay.replay import replay_all, trace_chances
+from mtptrain.traces.file import Trace
 
 CONTEXT_EDGES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]  # tokens before the anchor's pass
 GENERATED_EDGES = [16, 64, 256, 1024, 4096]  # tokens of the continuation before the pass
@@ -116,3 +129,113 @@ def _bucket(label: str, counts_3: np.ndarray, totals_3: np.ndarray) -> Bucket:
         acceptance=accepted / reached,
         lost_share=lost / float(totals_3[2]) if totals_3[2] > 0 else 0.0,
     )
+
+
+NUM_BINS = 10
+
+
+def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> Calibration:
+    """Return the reliability of the confidence over the steps that decoding verifies, weighted with the chance of each.
+
+    Args:
+        drafts: of the traces.
+        policy: how drafts are verified and stopped.
+        draft_length: K.
+    """
+    parts = [_steps(one, policy, draft_length) for one in drafts if len(one.p_N)]
+    confidence_X, acceptance_X, weight_X = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0))
+    bin_X = np.minimum((confidence_X * NUM_BINS).astype(int), NUM_BINS - 1)
+    bins = []
+    for number in range(NUM_BINS):
+        inside_X = bin_X == number
+        count = float(weight_X[inside_X].sum())
+        if count > 0:
+            confidence, acceptance = (
+                float((weight_X * values_X)[inside_X].sum() / count) for values_X in (confidence_X, acceptance_X)
+            )
+            low, high = number / NUM_BINS, (number + 1) / NUM_BINS
+            bins.append(CalibrationBin(low, high, count, confidence, acceptance))
+    return _pooled(draft_length, bins)
+
+
+def _steps(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray:
+    """Confidence, acceptance and weight of every step of a trace, [3, X]."""
+    chances = trace_chances(drafts, policy)
+    weight_KN = chances.visit_LN[draft_length - 1] * chances.begun_KN[:draft_length]
+    accept_KN = acceptance_probability(drafts.p_N, drafts.q_KN[:draft_length], Verification.token)
+    return np.stack([drafts.confidence_KN[:draft_length], accept_KN, weight_KN]).reshape(3, -1)
+
+
+def _pooled(draft_length: int, bins: list[CalibrationBin]) -> Calibration:
+    """Means over all bins, and the expected calibration error: the mean distance of a bin from the diagonal."""
+    total = sum(one.count for one in bins)
+    if total == 0:
+        return Calibration(draft_length, ece=None, confidence=None, acceptance=None, bins=bins)
+    return Calibration(
+        draft_length,
+        ece=sum(one.count * abs(one.confidence - one.acceptance) for one in bins) / total,
+        confidence=sum(one.count * one.confidence for one in bins) / total,
+        acceptance=sum(one.count * one.acceptance for one in bins) / total,
+        bins=bins,
+    )
+
+
+LOOK_BACK = 8  # tokens before, enough to see the start of a line and the end of a word
+CLASSES = ["word start", "inside word", "digits", "punctuation", "whitespace", "indentation", "part of a character"]
+
+
+def classify(text: str, before: str) -> str:
+    r"""The class of a token's text after some text.
+
+    ("def", "\n") -> word start, ("ine", "def") -> inside word, ("    ", "x:\n") -> indentation
+
+    Args:
+        text: of the token.
+        before: text before it, a few tokens at least.
+    """
+    if not text or "\ufffd" in text:
+        return "part of a character"
+    first = text.strip()[:1]
+    if not first:
+        opens_line = not before or ("\n" in before and not before.rpartition("\n")[2].strip())
+        indents = text.rpartition("\n")[2] if "\n" in text else text * opens_line
+        return "indentation" if indents else "whitespace"
+    if first.isdigit():
+        return "digits"
+    if not (first.isalpha() or first == "_"):
+        return "punctuation"
+    goes_on = not text[0].isspace() and (before[-1:].isalnum() or before.endswith("_"))
+    return "inside word" if goes_on else "word start"
+
+
+def token_classes(tokenizer: Tokenizer, tokens: list[int], first: int) -> list[str]:
+    """The class of every token of a text from place `first` on."""
+    classes = []
+    for place in range(first, len(tokens)):
+        before = tokenizer.decode(tokens[max(0, place - LOOK_BACK) : place], skip_special_tokens=False)
+        whole = tokenizer.decode(tokens[max(0, place - LOOK_BACK) : place + 1], skip_special_tokens=False)
+        # A tokenizer may write a token differently at the start of a text, so the difference is taken.
+        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens[place : place + 1])
+        classes.append(classify(text, before))
+    return classes
+
+
+THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)
+
+
+def sweep_thresholds(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> list[Threshold]:
+    """Return the acceptance at several confidence thresholds.
+
+    Args:
+        drafts: of all traces, following the head's own drafts too.
+        policy: how drafts are made and verified; its threshold is replaced.
+        draft_length: K.
+    """
+    return [_threshold(drafts, replace(policy, min_confidence=below), draft_length) for below in THRESHOLDS]
+
+
+def _threshold(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> Threshold:
+    counts = replay_all(drafts, policy)[draft_length]
+    passes, emitted = passes_and_tokens(counts)
+    drafted = by_position(counts).drafted
+    return Threshold(policy.min_confidence, emitted / passes, None if drafted is None else sum(drafted) / passes)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from mtptrain.data.prompts import Prompt
 from mtptrain.evaluation.comparison_result import HeadComparison, PromptGains
-from mtptrain.evaluation.counts import Counts
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import domain_rows, paired_gain, paired_position_gain
+from mtptrain.replay.replay import Counts
+from mtptrain.traces.prompts import Prompt
 
 Replayed = dict[int, list[Counts]]  # counts of every prompt, by draft length
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mtptrain.evaluation.head_result import Acceptance, Gain
 from mtptrain.evaluation.result import BackboneResult, PromptsResult
-from mtptrain.provenance import Provenance
+from mtptrain.run.provenance import Provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.config import LossConfig
+from mtptrain.config import DraftChoice, LossConfig
 from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.head_result import TeacherForced
+from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.traces.file import TraceSet
 
 ROWS_A_FORWARD = 8
 
@@ -67,4 +70,29 @@ def teacher_forced(
         alpha=(alpha_K / counts_K).tolist(),
         top1=(hit_K / counts_K).tolist(),
         tokens=[int(count) for count in counts_K],
+    )
+
+
+def describe_prompts(traces: TraceSet) -> PromptsResult:
+    """Return the origin and the size of a trace set."""
+    return PromptsResult(
+        source=", ".join(source.name for source in traces.header.sources),
+        sources=traces.header.sources,
+        count=len(traces.traces),
+        conversations=len({trace.prompt.group for trace in traces.traces}),
+        dropped_turns=traces.header.dropped,
+        prompt_tokens=max(len(trace.prompt.tokens) for trace in traces.traces),
+        new_tokens=traces.header.max_new_tokens,
+    )
+
+
+def describe_policy(policy: Policy) -> PolicyResult:
+    """Return a decoding policy as a result stores it; greedy decoding drafts greedily."""
+    return PolicyResult(
+        temperature=policy.temperature,
+        top_k=policy.top_k,
+        top_p=policy.top_p,
+        draft=DraftChoice.greedy if policy.draws_greedily else policy.draft,
+        verification=policy.verification,
+        min_confidence=policy.min_confidence,
     )

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtptrain.config import DraftChoice, Verification
-from mtptrain.data.questions import Source
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
-from mtptrain.provenance import Provenance
+from mtptrain.run.provenance import Provenance
+from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
-from mtptrain.storage import write_json
+from mtptrain.traces.prompts import Source
 
 SCHEMA = 3  # of evaluation.json and comparison.json
 EVALUATION_FILE = "evaluation.json"

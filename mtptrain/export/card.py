@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import mtptrain
-from mtptrain.checkpoint import Checkpoint, HeadIdentity
 from mtptrain.config import ExportForm, ExportTarget
-from mtptrain.mtp.encoding_error import EncodingError
+from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
+from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 RECORD = "mtptrain_export.json"
 WORST = 5  # tensors that the card names

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mtptrain.backbone.release_config import is_release
-from mtptrain.backbone.shards import Shards
-from mtptrain.backbone.source import read_json_config
 from mtptrain.config import ShardCopies
 from mtptrain.errors import UserError
-from mtptrain.export.model_files import copy_companions, save_tensors, shard_name, write_index
-from mtptrain.storage import write_json
+from mtptrain.release.config import is_release, read_config
+from mtptrain.release.shards import INDEX, Shards
+from mtptrain.run.storage import write_json
 
 HEAD = "mtp."
 HEAD_FILE = "mtp.safetensors"  # beside a model without an index
@@ -114,7 +113,7 @@ def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> Non
 
 def write_config(shards: Shards, folder: Path, depth: int, told: dict[str, Any]) -> None:
     """config.json of the source with the new number of modules; `told` is kept under `mtptrain`."""
-    stored = read_json_config(shards.folder, shards.setting)
+    stored = read_config(shards.folder, shards.setting)
     config = {key: value for key, value in stored.items() if not key.startswith("dspark_")}
     config["num_nextn_predict_layers"] = depth
     if isinstance(config.get("compress_ratios"), list):
@@ -138,3 +137,48 @@ def _bring(source: Path, target: Path, copies: ShardCopies) -> None:
                 f"export.shards=hardlink: {source} cannot be linked into the export ({error.strerror}); use "
                 "export.shards=symlink or copy"
             ) from None
+
+
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model folder, beside its weights
+OWN = ("config.json", INDEX)  # written anew
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of shard `number` of `count`, from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
+    """The index of a folder.
+
+    Args:
+        folder: to write to.
+        files: tensor name -> file.
+        total_bytes: of all tensors.
+    """
+    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def write_shards(folder: Path, groups: list[dict[str, Tensor]]) -> None:
+    """A shard a group, and the index."""
+    files: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(groups, start=1):
+        name = shard_name(number, len(groups))
+        save_tensors(tensors, folder / name)
+        files |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_index(folder, files, total)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and whatever else lies beside the weights; config and index are written anew."""
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in OWN and path.is_file():
+                shutil.copyfile(path, folder / path.name)

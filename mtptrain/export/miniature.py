@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.config import ReleaseVariant
-from mtptrain.mtp.release import to_release
-from mtptrain.mtp.release_backbone import iterate_backbone
-from mtptrain.mtp.release_names import Scheme
+from mtptrain.release.backbone import iterate_backbone
+from mtptrain.release.modules import to_release
+from mtptrain.release.names import Scheme
 
 SCHEMES: dict[ReleaseVariant, Scheme] = {
     ReleaseVariant.release: "fp8_fp4",

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
-from mtptrain.backbone.fingerprint import tensor_hash
-from mtptrain.backbone.shards import Shards
 from mtptrain.errors import UserError
-from mtptrain.mtp.codec import decode_fp4, decode_fp8
-from mtptrain.mtp.encoding_error import EncodingError, encoding_error, rounding_error
-from mtptrain.mtp.release import module_numbers, part_of, release_scheme
-from mtptrain.mtp.release_names import Row, Scheme, release_table
-from mtptrain.mtp.scales import FP4_BLOCK, FP8_BLOCK
+from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, decode_fp4, decode_fp8
+from mtptrain.release.encoding_error import EncodingError, encoding_error, rounding_error
+from mtptrain.release.fingerprint import tensor_hash
+from mtptrain.release.modules import module_numbers, part_of, release_scheme
+from mtptrain.release.names import Row, Scheme, release_table
+from mtptrain.release.shards import Shards
 
 BOUNDS = {"fp8": 16.0, "fp4": 1.0}  # half the coarsest step of the grid, in units of a block's scale
 

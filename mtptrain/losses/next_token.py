@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch.nn import functional as F
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
-from mtptrain.data.packing import Batch, fill_rows, pack_corpus, spread_rows
+from mtptrain.batch import Batch
+from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.losses.outcome import Outcome
 
 ROWS_A_FORWARD = 16
 
@@ -64,3 +65,16 @@ class NextTokenObjective:
         """Mean cross-entropy over the targets of the step."""
         nats = next_token_nats(self.model, batch)
         return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Loss and metrics of one micro-batch.
+
+    Attributes:
+        loss: scalar, already divided by the counts of the whole step, so that micro-batches add up.
+        sums_K: float64 [K] per name: sums over valid tokens of each draft step; divided by the counts only when logged.
+    """
+
+    loss: Tensor
+    sums_K: dict[str, Tensor]

@@ -17,8 +17,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtptrain.backbone.connection import HyperConnection, replace_connections
-from mtptrain.backbone.norm import replace_norms
+from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from mtptrain.mtp.codec import decode_fp4, decode_fp8, encode_fp4, encode_fp8
-from mtptrain.mtp.release import part_of
-from mtptrain.mtp.release_names import Row, ScaleKind, Scheme, release_table
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.release.codec import decode_fp4, decode_fp8, encode_fp4, encode_fp8
+from mtptrain.release.modules import part_of
+from mtptrain.release.names import Row, ScaleKind, Scheme, release_table
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mtptrain.data.packing import Batch
+from mtptrain.batch import Batch
 from mtptrain.kernels.sink_attention import document_starts, rollout_attention
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack

@@ -6,8 +6,7 @@ from typing import Any
 
 from mtptrain.config import MAX_DRAFT_LENGTH, BackboneConfig, HardwareConfig, PlanConfig, ShapeConfig
 from mtptrain.planning.parameters import backbone_parts, model_sizes, module_parts, total_weights
-from mtptrain.planning.profile import Profile
-from mtptrain.planning.result import DecodingMemory, DecodingPlan, DraftCost, DraftLengthRow, PassCost
+from mtptrain.planning.result import DecodingMemory, DecodingPlan, DraftCost, DraftLengthRow, PassCost, Profile
 from mtptrain.planning.roofline import pass_cost
 from mtptrain.planning.speedup import predict_speedups, predicted_acceptance_length
 from mtptrain.planning.work import attended_keys, backbone_pass, key_bytes, module_pass

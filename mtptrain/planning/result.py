@@ -11,12 +11,25 @@ from typing import Any
 
 from mtptrain.config import HardwareConfig, PlanConfig, PlanKind
 from mtptrain.errors import UserError
-from mtptrain.planning.profile import Profile
 from mtptrain.planning.training_load import TrainingLoad
+from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json
-from mtptrain.storage import write_json
 
 SCHEMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Conditional acceptance by position.
+
+    Attributes:
+        conditional: share of drafts kept at position k, given that all earlier ones were kept; later positions
+            repeat the last.
+        source: origin of the shares, for people to read.
+    """
+
+    conditional: list[float]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mtptrain.planning.profile import Profile
-from mtptrain.planning.result import DecodingPlan, DraftLengthRow, ModelSizes, PartCost, PassCost, TrainingPlan
+from mtptrain.planning.result import DecodingPlan, DraftLengthRow, ModelSizes, PartCost, PassCost, Profile, TrainingPlan
 
 
 def print_plan(plan: DecodingPlan | TrainingPlan, console: Console) -> None:

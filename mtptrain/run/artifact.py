@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 from mtptrain.errors import UserError
 from mtptrain.run.folder_lock import LOCK
+from mtptrain.run.storage import atomic_folder, sha256_file, write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
-from mtptrain.storage import atomic_folder, sha256_file, write_json
 
 Identity = TypeVar("Identity")
 Content = TypeVar("Content")

@@ -25,8 +25,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from mtptrain.errors import UserError
+from mtptrain.run.storage import clear_leftovers
 from mtptrain.run.typed_json import from_json, to_json
-from mtptrain.storage import clear_leftovers
 
 LOCK = "run.lock"
 TOUCH_SECONDS, STALE_SECONDS = 30.0, 300.0

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from mtptrain.run.storage import write_text
 from mtptrain.run.trackers import TrackedRun, Tracker, begin_tracker
-from mtptrain.storage import write_text
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -5,15 +5,14 @@ import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from mtptrain.backbone.build import preset_config
-from mtptrain.backbone.load import Backbone, load_backbone
-from mtptrain.backbone.source import SHIPPED, backbone_folder
+from mtptrain.backbone.load import SHIPPED, Backbone, backbone_folder, load_backbone
 from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.errors import UserError
-from mtptrain.mtp.codec import decode_fp4, decode_fp8
-from mtptrain.mtp.initial import has_stock, stock_tensors
-from mtptrain.mtp.release import from_release
-from mtptrain.mtp.release_backbone import iterate_backbone
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.start import has_stock, stock_tensors
+from mtptrain.release.backbone import iterate_backbone
+from mtptrain.release.codec import decode_fp4, decode_fp8
+from mtptrain.release.modules import from_release
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from mtptrain.batch import Batch
 from mtptrain.data.batches import PackedBatches
-from mtptrain.data.packing import Batch
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtptrain.data.packing import Batch, cut_document, fill_rows, pack_corpus, pack_pieces
+from mtptrain.batch import Batch
+from mtptrain.data.packing import cut_document, fill_rows, pack_corpus, pack_pieces
 from mtptrain.data.tokens import TokenizedCorpus
 
 # S tokens a row

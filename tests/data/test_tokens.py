@@ -7,9 +7,8 @@ from tokenizers import Tokenizer
 
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
-from mtptrain.data.encoder import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from mtptrain.data.tokenizer import BOS, train_tokenizer
-from mtptrain.data.tokens import cache_folder, tokenize_corpus
+from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder, cache_folder, tokenize_corpus
 from tests.conftest import CHAT_TEMPLATE
 
 MARKS = ([0], [1])

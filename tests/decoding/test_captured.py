@@ -10,14 +10,13 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step
+from mtptrain.certificate.controls import BackboneDrafts
 from mtptrain.decoding.captured import captured_verify, why_not_recorded
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
-from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft
-from mtptrain.evaluation.controls import BackboneDrafts
+from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_stack
 

@@ -15,10 +15,9 @@ from mtptrain.backbone.streams import run_backbone
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.draws import Draws
 from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache
-from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import verify
+from mtptrain.decoding.texts import Texts, verify
 from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_stack
 

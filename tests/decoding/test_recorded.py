@@ -7,7 +7,7 @@ from mtptrain.backbone.decode import decode_step
 from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.kernels.acceptance import Verification
 from tests.decoding.tape import Tape, record_on_a_cpu

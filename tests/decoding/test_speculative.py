@@ -11,15 +11,13 @@ from torch import Tensor
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import Drafter
-from mtptrain.decoding.plain import decode_plain
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.records import Decoded, Limits, settle_passes
-from mtptrain.decoding.speculative import decode_speculative
-from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.verify import Draft
+from mtptrain.decoding.results import Decoded, Limits, settle_passes
+from mtptrain.decoding.speculative import decode_plain, decode_speculative
+from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Verification
-from tests.evaluation.plain_loop import decode_plainly
+from tests.replay.plain_loop import decode_plainly
 from tests.tiny import random_backbone, random_stack
 
 # B rows, K drafted tokens

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtptrain.certificate.sampler import chi_square
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import Drafter, Drafts
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
-from mtptrain.decoding.verify import Draft
-from mtptrain.evaluation.sampler_check import chi_square
+from mtptrain.decoding.texts import Draft
 from mtptrain.kernels.acceptance import Verification, reference
 from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
 from tests.tiny import random_backbone, random_stack

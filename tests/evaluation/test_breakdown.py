@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 
 from mtptrain.config import DraftChoice
-from mtptrain.data.prompts import Prompt
 from mtptrain.data.tokenizer import train_tokenizer
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.breakdown import break_down, bucket_names
-from mtptrain.evaluation.calibration import calibrate
-from mtptrain.evaluation.drafts import TraceDrafts
+from mtptrain.evaluation.breakdown import break_down, bucket_names, calibrate, classify, token_classes
 from mtptrain.evaluation.head_result import BucketKind
-from mtptrain.evaluation.replay import replay_all, trace_chances
-from mtptrain.evaluation.token_class import classify, token_classes
-from mtptrain.evaluation.trace import Trace
 from mtptrain.kernels.acceptance import Verification
+from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.replay import replay_all, trace_chances
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt
 
 # K draft steps, N anchors
 TOKENIZER = train_tokenizer(["def rule(x):\n    return x * 12\n"] * 20, 280)

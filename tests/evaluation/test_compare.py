@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from mtptrain.data.prompts import Prompt
-from mtptrain.decoding.records import VerifyPass
+from mtptrain.decoding.results import VerifyPass
 from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.compare import compare_heads as compare
 from mtptrain.evaluation.comparison_result import HeadComparison
-from mtptrain.evaluation.counts import count_passes
+from mtptrain.replay.replay import count_passes
+from mtptrain.traces.prompts import Prompt
 
 
 def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> Replayed:

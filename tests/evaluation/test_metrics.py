@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from mtptrain.decoding.records import Decoded, VerifyPass
+from mtptrain.certificate.greedy import LoopRun, certify_greedy
+from mtptrain.decoding.results import Decoded, VerifyPass
 from mtptrain.evaluation.certificate_result import ReplayEqualsLoop, TextDifference
-from mtptrain.evaluation.certify import LoopRun, certify_greedy
-from mtptrain.evaluation.counts import Counts, count_passes
 from mtptrain.evaluation.head_result import Totals
 from mtptrain.evaluation.metrics import acceptance_length, by_domain, by_position, paired_gain, summarize, totals
+from mtptrain.replay.replay import Counts, count_passes
 
 
 def passes(*accepted: int, draft_length: int = 3) -> list[VerifyPass]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from mtptrain.doctor.result import DoctorResult
 from mtptrain.errors import UserError
 from mtptrain.evaluation.comparison_result import Comparison
-from mtptrain.evaluation.doctor_result import DoctorResult
 from mtptrain.evaluation.result import SCHEMA, read_evaluation, write_evaluation
 from mtptrain.run.typed_json import from_json, to_json
 from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation, recorded_json

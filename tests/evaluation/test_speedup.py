@@ -1,7 +1,7 @@
 import pytest
 
-from mtptrain.decoding.records import Decoded, DecodedBatch, Seconds, VerifyPass
-from mtptrain.evaluation.speedup import BatchRuns, batch_length, summarize_speed
+from mtptrain.decoding.results import Decoded, DecodedBatch, Seconds, VerifyPass
+from mtptrain.evaluation.speed import BatchRuns, batch_length, summarize_speed
 
 
 def _row(tokens: int, passes: int) -> Decoded:

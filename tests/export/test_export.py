@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from mtptrain.backbone.shards import INDEX, Shards
 from mtptrain.config import ExportConfig, ExportTarget, RunConfig
 from mtptrain.errors import UserError
 from mtptrain.export.card import EXPORT, RECORD
 from mtptrain.export.folder import check_room
-from mtptrain.mtp.release import from_release
-from mtptrain.mtp.release_names import release_table
 from mtptrain.recipes.export import check_drop
+from mtptrain.release.modules import from_release
+from mtptrain.release.names import release_table
+from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
 from tests.command import edit_json, largest_file, run_main, tree
 

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV4Config
 
-from mtptrain.backbone.shards import Shards
 from mtptrain.errors import UserError
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
-from mtptrain.mtp.encoding_error import EncodingError
-from mtptrain.mtp.release import from_release, to_release
-from mtptrain.mtp.release_names import Scheme
+from mtptrain.release.encoding_error import EncodingError
+from mtptrain.release.modules import from_release, to_release
+from mtptrain.release.names import Scheme
+from mtptrain.release.shards import Shards
 from tests.tiny import TINY, random_backbone, random_stack
 
 CONFIG = DeepseekV4Config(**TINY)

@@ -5,9 +5,9 @@ from transformers import DeepseekV4Config
 from mtptrain.config import LossConfig
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import as_stored, rows_by_tensor, stored_value, straight_through
-from mtptrain.mtp.release import from_release, to_release
-from mtptrain.mtp.release_names import Scheme
 from mtptrain.mtp.stack import stack_from_tensors
+from mtptrain.release.modules import from_release, to_release
+from mtptrain.release.names import Scheme
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
 CONFIG = DeepseekV4Config(**TINY)

@@ -7,10 +7,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.backbone.streams import backbone_streams, run_backbone
-from mtptrain.data.packing import Batch
+from mtptrain.batch import Batch
 from mtptrain.decoding.draft import Drafter
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.records import Limits
+from mtptrain.decoding.results import Limits
 from mtptrain.decoding.texts import Texts
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack

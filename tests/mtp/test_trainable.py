@@ -2,7 +2,7 @@ import pytest
 
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.mtp.trainable import freeze_untrained
+from mtptrain.mtp.start import freeze_untrained
 from tests.tiny import random_backbone, random_stack
 
 

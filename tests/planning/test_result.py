@@ -6,8 +6,7 @@ import pytest
 from mtptrain.config import BackboneConfig, HardwareConfig, PlanConfig, PlanKind
 from mtptrain.errors import UserError
 from mtptrain.planning.decoding import plan_decoding
-from mtptrain.planning.profile import Profile
-from mtptrain.planning.result import SCHEMA, DecodingPlan, TrainingPlan, read_plan, write_plan
+from mtptrain.planning.result import SCHEMA, DecodingPlan, Profile, TrainingPlan, read_plan, write_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from tests.planning.presets import preset_shape

@@ -17,13 +17,13 @@ from mtptrain.config import (
     WeightFormat,
 )
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.initial import STRICT_FP32
 from mtptrain.mtp.stack import fresh_stack
-from mtptrain.optim import MasterWeights, make_optimizers
+from mtptrain.mtp.start import STRICT_FP32
 from mtptrain.planning.result import StreamCacheSize
 from mtptrain.planning.training import plan_training, step_communication, step_flops
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import heads_bytes, saved_by_step, training_memory
+from mtptrain.training.optim import MasterWeights, make_optimizers
 from tests.planning.presets import preset_shape
 from tests.tiny import random_batch
 

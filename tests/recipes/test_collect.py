@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig
-from mtptrain.data.streams.manifest import open_cache
+from mtptrain.hidden_cache.manifest import open_cache
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 from tests.test_launchers import finish, start

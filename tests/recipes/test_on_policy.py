@@ -8,14 +8,13 @@ import pytest
 
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
-from mtptrain.data.prompts import Prompt
-from mtptrain.data.splits import training_documents
-from mtptrain.evaluation.trace import Trace
-from mtptrain.evaluation.trace_folder import outcome
-from mtptrain.evaluation.trace_set import read_trace_set
+from mtptrain.data.text import training_documents
 from mtptrain.recipes.on_policy import as_corpus, ask
 from mtptrain.recipes.session import Session
-from mtptrain.run_folder import open_run_folder
+from mtptrain.run.folder import open_run_folder
+from mtptrain.traces.file import Trace, read_trace_set
+from mtptrain.traces.folder import outcome
+from mtptrain.traces.prompts import Prompt
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
 from tests.test_launchers import finish, start

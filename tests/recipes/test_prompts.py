@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtptrain.evaluation.trace_set import TraceSet, read_trace_set
+from mtptrain.traces.file import TraceSet, read_trace_set
 from tests.command import Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, save_backbone
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, LossName, MtpConfig, RunConfig, TrainConfig
-from mtptrain.mtp.initial import stock_tensors
+from mtptrain.mtp.start import stock_tensors
 from mtptrain.recipes.distill import train_head
 from mtptrain.recipes.session import Session
-from mtptrain.run_folder import open_run_folder
+from mtptrain.run.folder import open_run_folder
 from tests.command import ROOT, read_metrics, run_main, tree
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))

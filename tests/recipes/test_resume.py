@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtptrain.checkpoint import checkpoint_folders
 from mtptrain.run.folder_lock import lock_path
+from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import hold_folder, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtptrain.checkpoint import checkpoint_folders
+from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import Refused, read_metrics, run_main, start_process
 from tests.conftest import CHAT_TEMPLATE, corpus_texts
 

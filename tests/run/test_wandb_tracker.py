@@ -8,10 +8,10 @@ import pytest
 
 from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.errors import UserError
+from mtptrain.run.folder import open_run_folder
+from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun
 from mtptrain.run.tracking import MetricsLog, Trackers
-from mtptrain.run_folder import open_run_folder
-from mtptrain.storage import write_json
 from tests.command import read_metrics, run_main
 from tests.run.offline_run import artifacts, history, records
 

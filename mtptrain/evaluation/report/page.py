@@ -23,7 +23,7 @@ from mtptrain.evaluation.report.headline import (
 )
 from mtptrain.evaluation.report.tables import length_table, position_table
 from mtptrain.evaluation.result import Evaluation
-from mtptrain.storage import write_text
+from mtptrain.run.storage import write_text
 
 REPORT_FILE = "report.html"
 SHOWN_DETAILS = 100

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
-from mtptrain.storage import write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

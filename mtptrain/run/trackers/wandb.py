@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
-from mtptrain.storage import write_json
 
 PACKAGES = ("wandb",)
 RUN_FILE = "wandb_run.json"  # the id under which a continued run is the same run in W&B, and the rows it has

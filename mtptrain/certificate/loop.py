@@ -1,0 +1,112 @@
+"""The real decoding loop on some prompts: its counts, and what the certificate compares them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tokenizers import Tokenizer
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.certificate.greedy import LoopRun, certify_greedy
+from mtptrain.certificate.sampled import certify_law, sampled_run
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import Decoded
+from mtptrain.evaluation.certificate_result import GreedyIdentity, PassCountTest, ReplayEqualsLoop
+from mtptrain.evaluation.head_result import Piece, PieceKind, Sample, Totals
+from mtptrain.evaluation.metrics import totals
+from mtptrain.evaluation.speed import BatchRuns
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.replay.drafts import TraceDrafts, draft_traces
+from mtptrain.replay.replay import count_passes, replay_passes
+from mtptrain.traces.file import Trace
+
+
+def loop_totals(runs: list[BatchRuns], head: str, draft_length: int) -> Totals:
+    """Return passes, emitted tokens and acceptance length of one head's real runs."""
+    rows = [row for run in runs for row in run.speculative[head, draft_length].rows]
+    return totals([count_passes(row.passes, draft_length) for row in rows])
+
+
+def loop_drafts(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
+) -> list[TraceDrafts]:
+    """A head's drafts on the texts that its own loop emitted."""
+    texts: list[Trace] = []
+    for run in runs:
+        for trace, row in zip(run.traces, run.speculative[key].rows, strict=True):
+            texts.append(replace(trace, tokens=row.tokens, gaps=row.gaps, probabilities=row.probabilities))
+    return draft_traces(model, stack, texts, key[1], policy, free_running=policy.min_confidence > 0)
+
+
+def certify_greedy_runs(
+    model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
+) -> tuple[GreedyIdentity, ReplayEqualsLoop]:
+    """Compare greedy loops with plain decoding and with replay."""
+    loops = []
+    for name, k in runs[0].speculative:
+        for number, (plain, row, drafts) in enumerate(_rows_and_drafts(model, stacks[name], runs, (name, k), policy)):
+            known = policy.min_confidence == 0 or drafts.free_confidence_KN is not None
+            replayed = replay_passes(drafts, policy, k) if known else None
+            loops.append(LoopRun(name, number, k, plain, row, replayed))
+    return certify_greedy(loops, str(model.lm_head.weight.dtype).removeprefix("torch."))
+
+
+def certify_sampled_runs(
+    model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
+) -> PassCountTest:
+    """Compare the number of passes of sampled loops with replay."""
+    loops = []
+    for name, k in runs[0].speculative:
+        for _, row, drafts in _rows_and_drafts(model, stacks[name], runs, (name, k), policy):
+            loops.append(sampled_run(name, k, len(row.passes), drafts, policy))
+    return certify_law(loops)
+
+
+def _rows_and_drafts(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
+) -> Iterator[tuple[Decoded, Decoded, TraceDrafts]]:
+    """Every prompt's plain and speculative text, and the head's drafts on the latter; `key` is head and K."""
+    drafts = iter(loop_drafts(model, stack, runs, key, policy))
+    for run in runs:
+        for plain, row in zip(run.plain[0].rows, run.speculative[key].rows, strict=True):
+            yield plain, row, next(drafts)
+
+
+def sample_texts(
+    tokenizer: Tokenizer, runs: list[BatchRuns], head: str, draft_length: int, count: int = 3
+) -> list[Sample]:
+    """Return some texts that the loop emitted, cut into pieces by where their tokens came from."""
+    rows = [
+        (trace, row)
+        for run in runs
+        for trace, row in zip(run.traces, run.speculative[head, draft_length].rows, strict=True)
+    ]
+    return [
+        Sample(
+            prompt=tokenizer.decode(trace.prompt.tokens[-40:], skip_special_tokens=False),
+            draft_length=draft_length,
+            pieces=_pieces(tokenizer, row),
+        )
+        for trace, row in rows[:count]
+    ]
+
+
+def _pieces(tokenizer: Tokenizer, row: Decoded) -> list[Piece]:
+    """The text token by token; a rejected draft stands before the verifier's own token."""
+    kinds: list[tuple[PieceKind, int | None]] = [(PieceKind.bonus, None)]
+    for record, rejected in zip(row.passes, row.rejected, strict=True):
+        own = record.emitted - record.accepted  # none where the text ended with a draft
+        kinds += [(PieceKind.accepted, None)] * record.accepted + [(PieceKind.bonus, rejected)] * own
+    pieces: list[Piece] = []
+    done = ""
+    for end, (kind, rejected) in enumerate(kinds, start=1):
+        if rejected is not None:
+            wrong = tokenizer.decode([*row.tokens[: end - 1], rejected], skip_special_tokens=False)
+            pieces.append(Piece(wrong.removeprefix(done).replace("\ufffd", ""), PieceKind.rejected))
+        text = tokenizer.decode(row.tokens[:end], skip_special_tokens=False)
+        if text.endswith("\ufffd"):
+            continue  # the bytes of a character are not complete yet
+        pieces.append(Piece(text[len(done) :], kind))
+        done = text
+    return pieces

@@ -1,1 +1,0 @@
-"""Text that is read, tokenised and mixed while training goes on: `data.streaming` and `data.mixture`."""

@@ -1,0 +1,1 @@
+"""Text read lazily, exact on any number of processes and workers."""

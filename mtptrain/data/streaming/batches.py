@@ -1,0 +1,92 @@
+"""`data.streaming=true` and `data.mixture`: training rows of text that is read and tokenised while training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+
+from mtptrain.batch import Batch
+from mtptrain.data.batches import BatchSource
+from mtptrain.data.packing import fill_rows
+from mtptrain.data.streaming.dataset import FeedPlan, Position, check_position, join_positions, source_of
+from mtptrain.data.streaming.row_stream import Row
+from mtptrain.data.streaming.sharding import Dealer
+from mtptrain.data.streaming.workers import Items, start_feeds
+from mtptrain.errors import UserError
+from mtptrain.run.distributed import own_rows
+
+
+class StreamedBatches(BatchSource):
+    """Micro-batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
+
+    Args:
+        plan: what is read.
+        workers: processes that read and tokenise for this one; 0 = this one itself.
+
+    Raises:
+        UserError: a source cannot be read, or has fewer training documents than a micro-batch has rows.
+    """
+
+    def __init__(self, plan: FeedPlan, workers: int) -> None:
+        self.plan, self.workers = plan, workers
+        self.names = list(plan.sources) if len(plan.sources) > 1 else []
+        for config in plan.sources.values():
+            dealer = Dealer(config, range(plan.num_lanes), plan.num_lanes)
+            first = [dealer.next(lane)[1] for lane in range(plan.num_lanes)]
+            next(plan.encoder.encode(document for document in first if document is not None))
+        self.lanes = list(own_rows(plan.num_lanes))
+        self.seek(0, [])
+
+    def seek(self, index: int, positions: list[Position]) -> None:
+        """Go on with micro-batch `index` where the processes of an earlier run had come to.
+
+        Raises:
+            UserError: they read other data.
+        """
+        if index > 0 and not positions:
+            raise UserError(
+                "data.streaming=True: the interrupted run did not read its data as a stream; set data.streaming and "
+                "data.mixture as they were, or start in another output_dir"
+            )
+        self.index, self._position = index, join_positions(positions) if positions else {}
+        if positions:
+            check_position(self.plan, self._position)
+        self._feeds: list[Items] | None = None
+
+    def batch(self, index: int) -> Batch:
+        """This process's rows of micro-batch `index`; they are given out in order.
+
+        Raises:
+            UserError: the data cannot be read, or a process that reads them is gone.
+        """
+        assert index == self.index, f"micro-batch {index} was asked for and {self.index} is next"
+        if self._feeds is None:
+            self._feeds = start_feeds(self.plan, self.lanes, self.workers, index, self._position)
+        parts = [next(feed) for feed in self._feeds]
+        self.index, self._position = index + 1, join_positions([position for _, position in parts])
+        return self._fill([row for rows, _ in parts for row in rows], index)
+
+    def position(self) -> Position:
+        """Where this process's lanes are after the last micro-batch."""
+        return self._position
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self._feeds = None
+
+    def _fill(self, rows: list[Row], index: int) -> Batch:
+        pieces = [piece for row in rows for piece in row]
+        sizes = [len(tokens) for tokens, _ in pieces]
+        spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
+        masks = [np.ones(len(tokens), bool) if spoken is None else spoken for tokens, spoken in pieces]
+        spoken = None if all(one is None for _, one in pieces) else np.concatenate(masks)
+        tokens = np.concatenate([tokens for tokens, _ in pieces])
+        batch = fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.plan.shape.row_length, spoken)
+        if not self.names:
+            return batch
+        first = index * self.plan.num_lanes
+        chosen = [source_of(first + lane, self.plan.weights) for lane in self.lanes]
+        return replace(batch, source_B=torch.tensor(chosen))

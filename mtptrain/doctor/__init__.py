@@ -1,0 +1,1 @@
+"""What is wrong with a head: its tensors, its wiring."""

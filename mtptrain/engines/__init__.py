@@ -1,1 +1,0 @@
-"""How the parameters of a module are trained by one process or by many: replicated, or shared by ZeRO."""

@@ -1,0 +1,266 @@
+"""Speed on the clock: speculative against plain decoding, paired by batch and interleaved in one run."""
+
+
+# B rows, L tokens of a pass, D model width, K drafted tokens
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.decode import prefill
+from mtptrain.decoding.captured import captured_verify
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draws import row_seed
+from mtptrain.decoding.policy import GREEDY, Policy
+from mtptrain.decoding.results import DecodedBatch, Limits
+from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_speculative
+from mtptrain.decoding.texts import Texts
+from mtptrain.evaluation.result import Speedup, Spread, StepLatency, TimeShares
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.planning.speedup import Prediction, predict_speedups
+from mtptrain.traces.file import Trace
+
+LEAST_BATCHES = 3  # of each size: fewer give no quartiles
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRuns:
+    """One batch of prompts, decoded plainly before and after all speculative runs of it.
+
+    Attributes:
+        traces: whose prompts were decoded, a row each.
+        plain: the two plain runs.
+        speculative: by head and draft length.
+    """
+
+    traces: list[Trace]
+    plain: tuple[DecodedBatch, DecodedBatch]
+    speculative: dict[tuple[str, int], DecodedBatch]
+
+
+def cut_batches(traces: list[Trace], size: int, num_prompts: int) -> list[list[Trace]]:
+    """Batches of `size` prompts, spread over the traces: `num_prompts` in all, and at least three batches.
+
+    Prompts are used again where there are too few.
+    """
+    count = max(LEAST_BATCHES, num_prompts // size)
+    chosen = np.linspace(0, len(traces), count * size, endpoint=False).astype(int)
+    return [[traces[i] for i in chosen[start : start + size]] for start in range(0, count * size, size)]
+
+
+def run_interleaved(
+    model: DeepseekV4ForCausalLM,
+    stacks: dict[str, MtpStack],
+    batches: list[list[Trace]],
+    draft_lengths: list[int],
+    limits: Limits,
+    policy: Policy,
+    seed: int,
+    report: Callable[[int, str], None],
+) -> list[BatchRuns]:
+    """Decode every batch plainly and with every head and K.
+
+    Args:
+        model: the backbone.
+        stacks: heads by name.
+        batches: their prompts are decoded.
+        draft_lengths: every K to run.
+        limits: where a text ends.
+        policy: of all runs.
+        seed: of the run; a row's draws depend on its place among all prompts.
+        report: told the batches done and a word on the current one.
+    """
+    found = []
+    for number, traces in enumerate(batches):
+        prompts = [trace.prompt.tokens for trace in traces]
+        seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
+        first = decode_plain(model, prompts, limits, policy, seeds)
+        runs = {
+            (name, k): decode_speculative(model, Drafter(model, stack), prompts, k, limits, policy, seeds)
+            for name, stack in stacks.items()
+            for k in draft_lengths
+        }
+        found.append(BatchRuns(traces, (first, decode_plain(model, prompts, limits, policy, seeds)), runs))
+        report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
+    return found
+
+
+def tokens_per_second(runs: list[DecodedBatch]) -> float:
+    """Emitted tokens over wall time, the prefill included."""
+    return sum(len(row.tokens) for run in runs for row in run.rows) / sum(run.seconds.total for run in runs)
+
+
+def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
+    """Tokens a verify pass of a whole batch, over those of a plain step.
+
+    A batch decodes until its last row ends, and what a row does not use is lost: with more rows this falls below the
+    acceptance length of the rows. With one row it is the acceptance length.
+    """
+    speculative = plain = 0.0
+    for run in runs:
+        rows, plain_rows = run.speculative[head, draft_length].rows, run.plain[0].rows
+        tokens, plain_tokens = (sum(len(row.tokens) - 1 for row in some) for some in (rows, plain_rows))
+        speculative += max(len(row.passes) for row in rows) / max(tokens, 1)
+        plain += max(len(row.tokens) - 1 for row in plain_rows) / max(plain_tokens, 1)
+    return plain / speculative if speculative else 1.0
+
+
+def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> Speedup:
+    """Return the ratio of tokens a second, speculative over plain, by batch of prompts."""
+    mine = [run.speculative[head, draft_length] for run in runs]
+    pairs = list(zip(runs, mine, strict=True))
+    ratios = [tokens_per_second([one]) / tokens_per_second(list(run.plain)) for run, one in pairs]
+    after = [_after_prefill([one]) / _after_prefill(list(run.plain)) for run, one in pairs]
+    total = sum(run.seconds.total for run in mine)
+    shares = {one.name: sum(getattr(run.seconds, one.name) for run in mine) / total for one in fields(TimeShares)}
+    ratio = spread(ratios)
+    return Speedup(ratio.median, ratio.quartiles, ratios, spread(after), TimeShares(**shares))
+
+
+def spread(values: list[float]) -> Spread:
+    """Return median and quartiles."""
+    lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
+    return Spread(median, (lower, upper))
+
+
+def _after_prefill(runs: list[DecodedBatch]) -> float:
+    """Tokens a second of the passes alone; each row's first token comes from the prefill."""
+    tokens = sum(len(row.tokens) - 1 for run in runs for row in run.rows)
+    return max(tokens, 1) / sum(run.seconds.total - run.seconds.prefill for run in runs)
+
+
+WARM_UP = 2  # repetitions that are not counted
+ADVANCE = 2  # anchors that a draft runs, about what a pass of a fair head emits
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds by repetition.
+
+    Attributes:
+        batch: rows decoded together.
+        context: tokens that each row held.
+        step: by n, of one backbone pass over n new tokens of every row, with logits, choice of tokens and rewind.
+        draft: by K, of drafting K tokens for every row.
+    """
+
+    batch: int
+    context: int
+    step: dict[int, list[float]]
+    draft: dict[int, list[float]]
+
+    def predictions(self, lengths: Mapping[int, float]) -> dict[int, list[Prediction]]:
+        """By K, what the times of each repetition predict at the acceptance lengths `lengths` (by K)."""
+        found: dict[int, list[Prediction]] = {k: [] for k in sorted(lengths)}
+        for number in range(len(self.step[1])):
+            step = {n: seconds[number] for n, seconds in self.step.items()}
+            draft = {k: seconds[number] for k, seconds in self.draft.items()}
+            for one in predict_speedups(step, draft, lengths):
+                found[one.draft_length].append(one)
+        return found
+
+
+class StepBench:
+    """Texts of one length whose next pass can be run again and again, each time taken back.
+
+    Args:
+        model: the backbone.
+        stack: the head that drafts.
+        prompts: token ids, all of one length.
+        longest: most drafted tokens, K.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int) -> None:
+        device = model.lm_head.weight.device
+        self.texts = Texts(prompts, Limits(1), longest, device)
+        self.texts.newest = ADVANCE
+        self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
+        self.passes = {n: captured_verify(model, self.cache) for n in range(1, longest + 2)}
+        # One drafter for each K: a drafter's rings are sized for its own.
+        self.drafters = {k: Drafter(model, stack) for k in range(1, longest + 1)}
+        for k, drafter in self.drafters.items():
+            drafter.start(self.texts, k, GREEDY)
+        for part in prefill(model, self.cache, self.texts.tokens_BT, self.texts.lengths):
+            for drafter in self.drafters.values():
+                drafter.read(part)
+        self.length_B = self.texts.prompt_B
+
+    @torch.inference_mode()
+    def verify(self, num_tokens: int) -> list[list[int]]:
+        """A backbone pass over n new tokens of every row; the tokens it chooses after each."""
+        first = int(self.length_B[0])
+        _, logits_BLV = self.passes[num_tokens](self.texts.tokens_BT[:, first : first + num_tokens])
+        chosen = logits_BLV.argmax(-1).tolist()
+        self.cache.rewind(self.length_B)
+        return chosen
+
+    @torch.inference_mode()
+    def draft(self, draft_length: int) -> list[list[int]]:
+        """Drafts of K tokens after the texts."""
+        return self.drafters[draft_length].draft(None).tokens_BK.tolist()
+
+
+def measure_steps(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int, repetitions: int
+) -> StepTimes:
+    """Time backbone passes of 1 to `longest` + 1 tokens and drafts of 1 to `longest`.
+
+    Args:
+        model: the backbone.
+        stack: the head that drafts.
+        prompts: what the rows hold when a step starts; all of one length.
+        longest: the longest K.
+        repetitions: of every step, interleaved.
+    """
+    device = model.lm_head.weight.device
+    bench = StepBench(model, stack, prompts, longest)
+    step: dict[int, list[float]] = {n: [] for n in range(1, longest + 2)}
+    drafted: dict[int, list[float]] = {k: [] for k in range(1, longest + 1)}
+    for _ in range(WARM_UP + repetitions):
+        for n, seconds in step.items():
+            seconds.append(_seconds(partial(bench.verify, n), device))
+        for k, seconds in drafted.items():
+            seconds.append(_seconds(partial(bench.draft, k), device))
+    return StepTimes(
+        batch=len(prompts),
+        context=len(prompts[0]),
+        step={n: seconds[WARM_UP:] for n, seconds in step.items()},
+        draft={k: seconds[WARM_UP:] for k, seconds in drafted.items()},
+    )
+
+
+def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> StepLatency:
+    """Return medians and quartiles of the times and of the speed-ups they predict.
+
+    Args:
+        times: as measured.
+        lengths: by K >= 1, tokens a verify pass: the acceptance length, or a whole batch's `batch_length`.
+    """
+    predictions = times.predictions(lengths)
+    return StepLatency(
+        batch=times.batch,
+        context=times.context,
+        repetitions=len(times.step[1]),
+        step_seconds={n: spread(seconds) for n, seconds in times.step.items()},
+        draft_seconds={k: spread(seconds) for k, seconds in times.draft.items()},
+        predicted_speedup={k: spread([one.speedup for one in rows]) for k, rows in predictions.items()},
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of `work`, everything it started on the GPU included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,121 @@
+"""The artifact that `+recipe=collect` makes: a folder of `shard_NNNNN.safetensors`; docs/data.md describes it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mtptrain.config import DataConfig, DataSource, StreamFormat
+from mtptrain.run.artifact import Artifact, Kind, check_identity, open_artifact
+from mtptrain.run.distributed import largest_over_processes, rank, world_size
+
+STREAM = "output of the last decoder layer, before hc_head and the final norm"
+
+
+@dataclass(frozen=True, slots=True)
+class TextOrigin:
+    """Where the documents of a cache came from: the `DataConfig` settings that choose them."""
+
+    source: DataSource
+    path: str | None
+    field_name: str
+    packages: list[str]
+    heldout_every: int
+
+    @classmethod
+    def of(cls, config: DataConfig) -> TextOrigin:
+        """The origin of the documents that a configuration chooses."""
+        return cls(**{name: getattr(config, name) for name in cls.__slots__})
+
+    def config(self) -> DataConfig:
+        """A configuration that chooses the same documents."""
+        return DataConfig(**{name: getattr(self, name) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class StreamIdentity:
+    """The identity of a stream cache.
+
+    Attributes:
+        backbone: fingerprint of the model that made the streams.
+        stream: which of its tensors they are.
+        layer: after how many decoder layers.
+        num_streams, width: N and D.
+        stored_as: format on disk.
+        dtype: of the backbone's arithmetic.
+        tokenizer: SHA-256 of the tokenizer.
+        chat_template: SHA-256 of the template that conversations were rendered with.
+        text: SHA-256 of the documents' token ids and of which may be targets.
+        sequence_length: longest piece of a document that went through the backbone at once, tokens.
+        shard_tokens: a shard ends with the document that reaches it.
+        data: where the documents came from, for the held-out documents of the same source.
+    """
+
+    backbone: str
+    stream: str
+    layer: int
+    num_streams: int
+    width: int
+    stored_as: StreamFormat
+    dtype: str
+    tokenizer: str
+    chat_template: str | None
+    text: str
+    sequence_length: int
+    shard_tokens: int
+    data: TextOrigin
+
+
+StreamCache = Artifact[StreamIdentity, dict[str, int]]  # its content: documents, pieces and tokens of all shards
+STREAM_CACHE: Kind[StreamIdentity, dict[str, int]] = Kind(
+    name="stream cache",
+    schema=2,
+    identity=StreamIdentity,
+    content=dict[str, int],
+    settings={
+        **dict.fromkeys(("backbone", "stream", "layer", "num_streams", "width", "tokenizer"), "backbone.path"),
+        "stored_as": "collect.format",
+        "dtype": "precision",
+        "chat_template": "data.chat_template",
+        "text": "data",
+        "sequence_length": "data.sequence_length",
+        "shard_tokens": "collect.shard_tokens",
+        "data": "data",
+    },
+    missing="give the folder of +recipe=collect, and let it finish with resume=auto if it was interrupted",
+    damaged="collect the streams anew",
+    repair="restore it, or delete it and the manifest and collect again with resume=auto",
+)
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """Hex SHA-256 of everything that decides which tokens a text becomes."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def open_cache(folder: Path) -> StreamCache:
+    """The whole cache of `data.path`, its shards unverified.
+
+    Raises:
+        UserError: it is missing, unfinished or damaged.
+    """
+    return open_artifact(STREAM_CACHE, "data.path", folder)
+
+
+def check_origin(cache: StreamCache, backbone: str, tokenizer: str) -> None:
+    """Raise a `UserError` unless a cache was made by this backbone and this tokenizer."""
+    want = {"backbone": backbone, "tokenizer": tokenizer}
+    have = {name: getattr(cache.identity, name) for name in want}
+    check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
+
+
+def check_shards(cache: StreamCache) -> None:
+    """Raise a `UserError` that names a damaged shard: every process verifies its share, and all raise."""
+    names = list(cache.files)
+    damaged = [number for number in range(rank(), len(names), world_size()) if not cache.is_sound(names[number])]
+    named = largest_over_processes(max(damaged, default=-1))
+    if named >= 0:
+        raise cache.damage(names[named])

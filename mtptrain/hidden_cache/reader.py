@@ -1,0 +1,83 @@
+"""`data=streams`: training batches from a stream cache; a row's streams are read from disk when it is asked for."""
+
+# B rows, S tokens a row, N residual streams, D model width
+
+from __future__ import annotations
+
+import bisect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mtptrain.batch import Batch
+from mtptrain.data.batches import BatchSource, RowOrder
+from mtptrain.data.packing import Piece, fill_rows, pack_pieces
+from mtptrain.errors import UserError
+from mtptrain.hidden_cache.format import decode_streams
+from mtptrain.hidden_cache.manifest import StreamCache
+
+
+class StreamBatches(BatchSource):
+    """The batches that the cache's documents would give online, in the same order, with their streams.
+
+    Args:
+        cache: whole, its shards verified.
+        sequence_length: tokens a row, at least the cache's longest piece.
+        batch_size: rows a batch, of all processes together.
+        seed: of the order.
+        dtype: of the backbone's arithmetic.
+    Raises:
+        UserError: rows are too short for the pieces, or a shard cannot be read.
+    """
+
+    def __init__(
+        self, cache: StreamCache, sequence_length: int, batch_size: int, seed: int, dtype: torch.dtype
+    ) -> None:
+        longest = cache.identity.sequence_length
+        if sequence_length < longest:
+            raise UserError(
+                f"data.sequence_length={sequence_length}: the cache {cache.folder} holds pieces of up to {longest} "
+                f"tokens, whose streams cannot be cut; set at least {longest}"
+            )
+        self.sequence_length, self.dtype = sequence_length, dtype
+        self.shape = (cache.identity.num_streams, cache.identity.width)
+        self.files = [_open_shard(cache.folder / name) for name in cache.files]
+        self.stored = {"streams", "scales"}.intersection(self.files[0].keys())
+        self.starts = np.cumsum([0, *(shard.counts["tokens"] for shard in cache.files.values())]).tolist()
+        self.tokens = np.concatenate([file.get_tensor("tokens").numpy() for file in self.files])
+        self.spoken = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
+        sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()
+        pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+        self.order = RowOrder(pack_pieces(pieces, sequence_length), batch_size, seed)
+
+    def batch(self, index: int) -> Batch:
+        """This process's rows of batch `index`, with their streams."""
+        rows = self.order.own(index)
+        batch = fill_rows(self.tokens, rows, self.sequence_length, self.spoken)
+        streams_BSND = torch.zeros(len(rows), self.sequence_length, *self.shape, dtype=self.dtype)
+        for row, pieces in enumerate(rows):
+            begin = 0
+            for piece in pieces:
+                streams_BSND[row, begin : begin + piece[1]] = self._streams(piece)
+                begin += piece[1]
+        return Batch(batch.tokens_BS, batch.segment_BS, batch.position_BS, batch.spoken_BS, streams_BSND)
+
+    def _streams(self, piece: Piece) -> Tensor:
+        """Streams of one piece, [S, N, D]; it lies in one shard."""
+        start, size = piece
+        shard = bisect.bisect_right(self.starts, start) - 1
+        begin, file = start - self.starts[shard], self.files[shard]
+        stored = {name: file.get_slice(name)[begin : begin + size] for name in self.stored}
+        return decode_streams(stored, self.dtype)
+
+
+def _open_shard(path: Path) -> Any:
+    """A shard's tensors, mapped into memory."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"data.path={path.parent}: {path.name} cannot be read ({error}); restore the file") from None

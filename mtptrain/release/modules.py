@@ -1,0 +1,218 @@
+"""MTP modules in the format of DeepSeek-V4's releases: reading and writing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4Config
+
+from mtptrain.errors import UserError
+from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, decode_fp4, decode_fp8, encode_fp4, encode_fp8
+from mtptrain.release.encoding_error import EncodingError, encoding_error, rounding_error
+from mtptrain.release.names import Row, Scheme, our_shapes, release_table
+from mtptrain.release.problems import Problems, is_dspark, mismatch, refuse_dspark
+
+
+def module_numbers(names: Collection[str]) -> list[int]:
+    """The d of the `mtp.{d}.*` present, in order."""
+    found = {name.split(".")[1] for name in names if name.startswith("mtp.")}
+    return sorted(int(number) for number in found if number.isdecimal())
+
+
+def is_release_layout(names: Collection[str]) -> bool:
+    """Whether `mtp.*` names are spelt as a release spells them, and not as here, where most are `mtp.{d}.layer.*`."""
+    return not any(".layer." in name for name in names)
+
+
+def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
+    """How the modules are stored; read from the names and from the dtype of one expert."""
+    if not any(name.endswith(".scale") for name in tensors):
+        return "bf16"
+    name = "mtp.0.ffn.experts.0.w1.weight"
+    return "fp8" if name in tensors and tensors[name].dtype == torch.float8_e4m3fn else "fp8_fp4"
+
+
+def from_release(
+    tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Our state dict `mtp.{d}.*` of released modules, whichever scheme they are stored in.
+
+    Args:
+        tensors: the `mtp.*` of a release and nothing else. Each is asked for once, but one expert, so that a mapping
+            which reads a file on demand never holds more than a tensor and its scale.
+        config: the backbone's.
+        dtype: of the weights, torch.bfloat16 or torch.float32; what a release keeps in fp32 stays fp32.
+
+    Raises:
+        UserError: DSpark blocks, a missing, unexpected or mis-shaped tensor, or one that cannot be decoded.
+    """
+    refuse_dspark(tensors.keys(), config)
+    scheme = release_scheme(tensors)
+    table = release_table(config, scheme)
+    what = f"the released MTP tensors (scheme {scheme})"
+    problems = _name_problems(tensors.keys(), table)
+    problems.raise_any(what)
+    state = _decode(tensors, table, config, dtype, problems)
+    problems.raise_any(what)
+    return state
+
+
+def read_release(
+    tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
+) -> tuple[dict[str, Tensor], Problems]:
+    """What of released modules can be read, and what is wrong with the rest; see `from_release`, which refuses it."""
+    table = release_table(config, release_scheme(tensors))
+    problems = _name_problems(tensors.keys(), table)
+    problems.is_dspark = is_dspark(tensors.keys(), config)
+    return _decode(tensors, table, config, dtype, problems), problems
+
+
+def _modules(names: Collection[str]) -> range:
+    """The d that modules of these names should have."""
+    return range(max(1, len(module_numbers(names))))
+
+
+def _name_problems(names: Collection[str], table: list[Row]) -> Problems:
+    expected = [f"mtp.{d}.{row.released}" for d in _modules(names) for row in table]
+    return Problems(*_name_differences(expected, names), expected=len(expected))
+
+
+def _decode(
+    tensors: Mapping[str, Tensor],
+    table: list[Row],
+    config: DeepseekV4Config,
+    dtype: torch.dtype,
+    problems: Problems,
+) -> dict[str, Tensor]:
+    """Our tensors whose every part is there and sound; what is wrong with other parts is added to `problems`."""
+    state: dict[str, Tensor] = {}
+    broken, missing = set(), set(problems.missing)
+    shapes = our_shapes(config)
+    for d in _modules(tensors.keys()):
+        for row in table:
+            if row.is_scale:
+                continue
+            prefix = f"mtp.{d}."
+            parts = {prefix + row.released, *([] if row.scale == "none" else [prefix + row.scale_name])}
+            value = _read(row, prefix, tensors, dtype, problems) if parts.isdisjoint(missing) else None
+            if value is None:
+                broken.add(prefix + row.ours)
+            else:
+                _place(value, row, prefix, shapes, state)
+    return {name: tensor for name, tensor in state.items() if name not in broken}
+
+
+def iterate_release(
+    state: Mapping[str, Tensor],
+    config: DeepseekV4Config,
+    scheme: Scheme,
+    errors: dict[str, EncodingError] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Released names and tensors of our modules, one by one.
+
+    Args:
+        state: our `mtp.{d}.*`.
+        config: the backbone's.
+        scheme: `fp8_fp4`, `fp8` or `bf16`.
+        errors: filled with the encoding error of every tensor that was rounded, by released name.
+
+    Raises:
+        UserError: a missing, unexpected or mis-shaped tensor, or a value that the scheme cannot store.
+    """
+    numbers = _modules(state.keys())
+    shapes = our_shapes(config)
+    expected = {f"mtp.{d}.{name}": shape for d in numbers for name, shape in shapes.items()}
+    problems = Problems(*_name_differences(list(expected), state.keys()))
+    for name in expected.keys() & state.keys():
+        if tuple(state[name].shape) != expected[name]:
+            problems.misshaped.append(f"{name} {list(state[name].shape)} instead of {list(expected[name])}")
+    problems.raise_any("the MTP tensors")
+    table = release_table(config, scheme)
+    for d in numbers:
+        for row in table:
+            if not row.is_scale:
+                yield from store_row(row, f"mtp.{d}.", part_of(row, state[f"mtp.{d}.{row.ours}"]), errors)
+
+
+def to_release(
+    state: Mapping[str, Tensor],
+    config: DeepseekV4Config,
+    scheme: Scheme,
+    errors: dict[str, EncodingError] | None = None,
+) -> dict[str, Tensor]:
+    """All of `iterate_release` at once."""
+    return dict(iterate_release(state, config, scheme, errors))
+
+
+def _name_differences(expected: list[str], found: Collection[str]) -> tuple[list[str], list[str]]:
+    known, present = set(expected), set(found)
+    return [name for name in expected if name not in present], sorted(present - known)
+
+
+def _place(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> None:
+    """Put a decoded tensor where it belongs among ours."""
+    name = prefix + row.ours
+    if row.expert is None:
+        state[name] = value
+        return
+    if name not in state:
+        state[name] = torch.empty(shapes[row.ours], dtype=value.dtype, device=value.device)
+    part_of(row, state[name]).copy_(value)
+
+
+def part_of(row: Row, whole: Tensor) -> Tensor:
+    """The part of one of our tensors that a released tensor stands for."""
+    if row.expert is None:
+        return whole
+    half = {"w1": slice(0, row.value_shape[0]), "w3": slice(row.value_shape[0], None), "w2": slice(None)}
+    return whole[row.expert][half[row.released.split(".")[-2]]]
+
+
+def _read(
+    row: Row, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: Problems
+) -> Tensor | None:
+    """One decoded tensor; None, and a note among the problems, where it is wrong."""
+    name, scale_name = prefix + row.released, prefix + row.scale_name
+    stored, scale = tensors[name], None if row.scale == "none" else tensors[scale_name]
+    wrong = mismatch(name, stored, row.shape, row.dtype)
+    if scale is not None:
+        wrong += mismatch(scale_name, scale, row.scale_shape, torch.float8_e8m0fnu)
+    if wrong:
+        problems.misshaped += wrong
+        return None
+    if scale is None:
+        value = stored.to(torch.float32 if row.dtype == torch.float32 else dtype)
+        if bool(value.isfinite().all()):
+            return value
+        problems.damaged.append(f"{name}: holds NaN or infinity")
+        return None
+    try:
+        return (decode_fp4 if row.scale == "fp4" else decode_fp8)(stored, scale, dtype, name)
+    except UserError as error:
+        problems.damaged.append(str(error))
+        return None
+
+
+def store_row(
+    row: Row, prefix: str, weight: Tensor, errors: dict[str, EncodingError] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """One of our tensors, or an expert's part of it, as stored; with its scales."""
+    name = prefix + row.released
+    if row.scale == "none":
+        stored = weight.to(row.dtype, copy=True, memory_format=torch.contiguous_format)
+        if not bool(stored.isfinite().all()):
+            raise UserError(f"{name}: a value is NaN, infinite or too large for {row.dtype} and cannot be stored")
+        if errors is not None and row.dtype == torch.bfloat16:
+            errors[name] = rounding_error(weight, stored)
+        yield name, stored
+        return
+    encode, decode, block = (
+        (encode_fp4, decode_fp4, FP4_BLOCK) if row.scale == "fp4" else (encode_fp8, decode_fp8, FP8_BLOCK)
+    )
+    codes, scale = encode(weight, None, name)
+    if errors is not None:
+        errors[name] = encoding_error(weight, decode(codes, scale, torch.float32, name), scale, block)
+    yield name, codes
+    yield prefix + row.scale_name, scale

@@ -1,0 +1,1 @@
+"""What a head would be accepted on given texts, for every draft length, without a decoding loop."""

@@ -1,0 +1,189 @@
+"""What a head drafts at every anchor of a trace, from one rollout: all that replay needs to know of it."""
+
+# B traces, S slots, D model width, V vocabulary, R rows of the lm_head, K draft steps, N anchors of a trace
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.streams import run_backbone
+from mtptrain.batch import Batch
+from mtptrain.decoding.policy import Policy
+from mtptrain.kernels.acceptance import Stream, sample_logits, uniforms
+from mtptrain.mtp.rollout import rollout
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.traces.file import Trace
+
+TRACES_A_BATCH = 16
+LOGITS_A_CHUNK = 2**24  # 64 MiB of float32: a large vocabulary never fills the memory with logits
+
+Rollout = Callable[[MtpStack, nn.Module, Tensor, Batch, int], list[Tensor]]  # `mtp.rollout.rollout`, teacher-forced
+
+
+@dataclass(frozen=True, slots=True)
+class TraceDrafts:
+    """A head's drafts on one trace. Column n is the anchor whose pass first emits token n + 1 of the trace.
+
+    Entries (k - 1, n) past the end of the text are 0.
+
+    Attributes:
+        p_N: what the policy gave each token that passes emit: the trace's own probabilities; 1 in a greedy text.
+        q_KN: what step k, given the text's own tokens before it, gave the text's token; 0 or 1 for greedy drafts.
+        confidence_KN: largest probability of step k at temperature 1, given the text's own tokens.
+        free_confidence_KN: the same, given the tokens that the head itself drafted; None unless it was asked for, and
+            for stacked modules.
+        entropy_N: of the backbone's distribution of each token at temperature 1, nats.
+    """
+
+    p_N: np.ndarray
+    q_KN: np.ndarray
+    confidence_KN: np.ndarray
+    free_confidence_KN: np.ndarray | None
+    entropy_N: np.ndarray
+
+
+def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
+    """Prompt and continuation of every trace as a row, padded at the end."""
+    texts = [trace.prompt.tokens + trace.tokens for trace in traces]
+    length = max(len(text) for text in texts)
+    tokens_BS = torch.tensor([text + [0] * (length - len(text)) for text in texts], device=device)
+    segment_BS = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts], device=device)
+    position_BS = torch.arange(length, device=device).expand_as(tokens_BS)
+    return Batch(tokens_BS, segment_BS, position_BS)
+
+
+@torch.inference_mode()
+def draft_traces(
+    model: DeepseekV4ForCausalLM,
+    stack: MtpStack,
+    traces: list[Trace],
+    steps: int,
+    policy: Policy,
+    draft: Rollout = rollout,
+    free_running: bool = False,
+) -> list[TraceDrafts]:
+    """Run a head over traces, texts of like length together.
+
+    Args:
+        model: the backbone.
+        stack: the modules.
+        traces: texts that the backbone emitted under the policy.
+        steps: draft steps K.
+        policy: its temperature, top-k, top-p and kind of draft.
+        draft: the rollout; another wiring of the head may stand in its place.
+        free_running: also follow the head's own drafts, which a confidence threshold needs; for one module only.
+    """
+    order = sorted(range(len(traces)), key=lambda i: len(traces[i].prompt.tokens) + len(traces[i].tokens))
+    found: dict[int, TraceDrafts] = {}
+    for start in range(0, len(order), TRACES_A_BATCH):
+        numbers = order[start : start + TRACES_A_BATCH]
+        batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
+        q_BKN, confidence_BKN = batch.forced(stack, draft)
+        free_BKN = batch.free(stack) if free_running and stack.depth == 1 else None
+        entropy_BN = batch.entropy()
+        for row, number in enumerate(numbers):
+            size = max(len(traces[number].tokens) - 1, 0)
+            p_N = np.ones(size) if policy.is_greedy else np.array(traces[number].probabilities[1:], dtype=np.float64)
+            found[number] = TraceDrafts(
+                p_N=p_N,
+                q_KN=q_BKN[row, :, :size],
+                confidence_KN=confidence_BKN[row, :, :size],
+                free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
+                entropy_N=entropy_BN[row, :size],
+            )
+    return [found[number] for number in range(len(traces))]
+
+
+class _TraceBatch:
+    """Some traces on the device, their backbone streams, and the anchors of each step that lie in the continuation.
+
+    Rows and columns of the anchors are kept together, so that the lm_head is applied to them alone.
+    """
+
+    def __init__(
+        self, model: DeepseekV4ForCausalLM, traces: list[Trace], numbers: list[int], steps: int, policy: Policy
+    ) -> None:
+        self.model, self.steps, self.policy = model, steps, policy
+        self.device = model.lm_head.weight.device
+        self.batch = trace_batch(traces, self.device)
+        self.streams_BSND, self.hidden_BSD = run_backbone(model, self.batch.tokens_BS)
+        self.first_B = torch.tensor([len(trace.prompt.tokens) - 1 for trace in traces], device=self.device)
+        self.size_B = torch.tensor([len(trace.tokens) - 1 for trace in traces], device=self.device)
+        self.seed_B = torch.tensor(numbers, device=self.device)
+        self.width = int(self.size_B.max())
+
+    def anchors(self, step: int) -> tuple[Tensor, Tensor]:
+        """Row and column n of every anchor whose step `step` drafts a token of the text, int64 [R] each."""
+        column_N = torch.arange(self.width, device=self.device)
+        row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
+        return row_R, column_R
+
+    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """Probability q of the text's token and confidence, of every step given the text, [B, K, N] each."""
+        states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, self.steps)
+        q_BKN, confidence_BKN = self._zeros(self.steps), self._zeros(self.steps)
+        for step, hidden_BSD in enumerate(states, start=1):
+            row_R, column_R = self.anchors(step)
+            slot_R = self.first_B[row_R] + column_R
+            target_R = self.batch.tokens_BS[row_R, slot_R + step + 1]
+            for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
+                place = (row_R[part], step - 1, column_R[part])
+                q_R1 = self.policy.proposal(logits_RV).gather(1, target_R[part].unsqueeze(1))
+                q_BKN[place] = q_R1.squeeze(1).double()
+                confidence_BKN[place] = _confidence(logits_RV)
+        return q_BKN.cpu().numpy(), confidence_BKN.cpu().numpy()
+
+    def free(self, stack: MtpStack) -> np.ndarray:
+        """Confidence of every step given the head's own draft so far, [B, K, N]."""
+        confidence_BKN = self._zeros(self.steps)
+
+        def choose(step: int, hidden_BSD: Tensor) -> Tensor:
+            token_BS = torch.zeros_like(self.batch.tokens_BS)
+            row_R, column_R = self.anchors(1)
+            slot_R = self.first_B[row_R] + column_R
+            u_R = uniforms(self.seed_B[row_R], slot_R, Stream.draft, self.steps)[:, step - 1]
+            for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
+                confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(logits_RV)
+                if self.policy.draws_greedily:
+                    token_R = logits_RV.argmax(-1)
+                else:
+                    token_R = sample_logits(logits_RV, self.policy.sampling, u_R[part])
+                token_BS[row_R[part], slot_R[part]] = token_R
+            return token_BS
+
+        embed = self.model.model.embed_tokens
+        states = rollout(stack, embed, self.streams_BSND, self.batch, self.steps, choose)
+        choose(self.steps, states[-1])  # the last step's confidence; its token is not fed to any step
+        return confidence_BKN.cpu().numpy()
+
+    def entropy(self) -> np.ndarray:
+        """Entropy of the backbone's distribution of every token that passes emit, [B, N]."""
+        entropy_BN = self._zeros(1)[:, 0]
+        row_R, column_R = self.anchors(1)
+        # Token n + 1 of the continuation is predicted one slot past the anchor that column n stands for.
+        for part, logits_RV in self._logits(self.hidden_BSD[row_R, self.first_B[row_R] + column_R + 1]):
+            log_p_RV = logits_RV.float().log_softmax(-1)
+            entropy_BN[row_R[part], column_R[part]] = -(log_p_RV.exp() * log_p_RV).sum(-1).double()
+        return entropy_BN.cpu().numpy()
+
+    def _zeros(self, steps: int) -> Tensor:
+        return torch.zeros(len(self.size_B), steps, self.width, dtype=torch.float64, device=self.device)
+
+    def _logits(self, hidden_RD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of some rows after another, with the place of these rows."""
+        weight_VD = self.model.lm_head.weight
+        size = max(1, LOGITS_A_CHUNK // len(weight_VD))
+        for start in range(0, len(hidden_RD), size):
+            part = slice(start, start + size)
+            yield part, self.model.lm_head(hidden_RD[part].to(weight_VD.dtype))
+
+
+def _confidence(logits_RV: Tensor) -> Tensor:
+    """Largest probability at temperature 1, float64 [R]."""
+    return (logits_RV.float().amax(-1) - logits_RV.float().logsumexp(-1)).exp().double()

@@ -1,0 +1,73 @@
+"""Progress of a long loop: a live line on a terminal, plain lines at a sane rate elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mtptrain.run.distributed import rank
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours and minutes past an hour."""
+    whole = int(seconds)
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
+
+
+class Progress:
+    """Shows step, figures, rate and the time left, on rank 0.
+
+    Args:
+        label: what is running.
+        total: steps of the whole loop.
+        start: steps done by an earlier run.
+        unit: what `rate` counts a second.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, unit: str = "tok") -> None:
+        self.label, self.total, self.start, self.unit = label, total, start, unit
+        self.console = Console(file=sys.stderr)
+        self.is_shown = rank() == 0
+        is_live = self.is_shown and self.console.is_terminal
+        self.live = Live(console=self.console, refresh_per_second=4) if is_live else None
+        self.begun = time.monotonic()
+        self.amount = 0
+        self.last_line = -SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> Progress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def update(self, step: int, figures: str, amount: int) -> None:
+        """Show that `step` steps are done.
+
+        Args:
+            step: steps done, counting those of earlier runs.
+            figures: what to show of them, already formatted.
+            amount: units worked off since the last call.
+        """
+        self.amount += amount
+        elapsed = max(time.monotonic() - self.begun, 1e-9)
+        left = elapsed / max(step - self.start, 1) * (self.total - step)
+        rate = self.amount / elapsed
+        speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
+        line = f"{self.label} {step}/{self.total}  {figures}  {speed}  {clock(left)} left"
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif self.is_shown and (elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total):
+            self.last_line = elapsed
+            print(line, file=sys.stderr, flush=True)

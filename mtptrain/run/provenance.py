@@ -1,0 +1,130 @@
+"""Where a number comes from: command, commit, versions, hardware and seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtptrain
+
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The machine of a run; `torch_threads` is None and `gpus` empty if the run has not loaded torch."""
+
+    processor: str
+    cores: int
+    torch_threads: int | None = None
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Everything needed to repeat a run.
+
+    Attributes:
+        command: as typed.
+        started: local time with its offset.
+        git_commit: see `git_commit`.
+        versions: of Python and packages.
+        hardware: the machine.
+        seed: of the run.
+        continues: provenance of the run that this one resumed.
+    """
+
+    command: list[str]
+    started: str
+    git_commit: str | None
+    versions: dict[str, str]
+    hardware: Hardware
+    seed: int
+    continues: Provenance | None = None
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, `-dirty` when files differ; None outside a checkout."""
+    folder = Path(mtptrain.__file__).resolve().parent
+    try:
+        # The package may be installed inside somebody else's repository: ask only for a checkout of its own.
+        top = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if Path(top) != folder.parent:
+            return None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def processor_name() -> str:
+    """Model name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that results depend on.
+
+    A loaded torch names its build as well (2.13.0+cpu), which its metadata may leave out, and its version of CUDA.
+    """
+    versions = {"python": platform.python_version(), "mtptrain": mtptrain.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        versions["torch"] = str(torch.__version__)
+        if torch.version.cuda is not None:
+            versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, cores and GPUs of this machine; the latter and torch's threads only where the run has loaded torch."""
+    found: dict[str, Any] = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0))}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["torch_threads"] = torch.get_num_threads()
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def describe_run(seed: int) -> dict[str, Any]:
+    """Everything that a reader needs to repeat this run, as a JSON-able dict."""
+    return {
+        "command": ["python", "-m", "mtptrain", *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "hardware": hardware(),
+        "seed": seed,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

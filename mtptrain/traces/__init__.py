@@ -1,0 +1,1 @@
+"""Prompts and the backbone's own continuations, on which every head is measured."""

@@ -1,0 +1,61 @@
+"""Conversations with the backbone: each user turn is asked after the backbone's own answers to those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mtptrain.data.chat import ChatTemplate
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Opening, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """What came of the prompts.
+
+    Attributes:
+        traces: one for each turn that was asked, those of a conversation in a row.
+        dropped: turns that were not asked, because the conversation had outgrown the context.
+    """
+
+    traces: list[Trace]
+    dropped: int
+
+
+def hold_conversations(
+    openings: list[Opening],
+    chat: ChatTemplate | None,
+    record: Callable[[list[Prompt]], list[Trace]],
+    answer: Callable[[list[int]], str],
+    room: int,
+) -> Conversations:
+    """Ask every turn, the first ones of all conversations together, then the second ones.
+
+    Args:
+        openings: where each conversation starts; one without turns is a single prompt.
+        chat: renders a conversation; needed where there are turns.
+        record: continues prompts.
+        answer: the text of emitted tokens, as it is put into the conversation.
+        room: tokens that a prompt may have.
+    """
+    found: list[Trace] = []
+    dropped = 0
+    asked = openings
+    while asked:
+        traces = record([opening.prompt for opening in asked])
+        found += traces
+        following = []
+        for opening, trace in zip(asked, traces, strict=True):
+            if not opening.turns or chat is None:
+                continue
+            said, turn, *later = answer(trace.tokens), *opening.turns
+            replies = [{"role": "assistant", "content": said}, {"role": "user", "content": turn}]
+            messages = opening.messages + replies
+            prompt = Prompt(chat.encode(messages), opening.prompt.domain, opening.prompt.group)
+            if len(prompt.tokens) > room:
+                dropped += len(opening.turns)
+            else:
+                following.append(Opening(prompt, messages, later))
+        asked = following
+    return Conversations(sorted(found, key=lambda trace: trace.prompt.group), dropped)  # sorting keeps turns in order

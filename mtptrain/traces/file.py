@@ -1,0 +1,165 @@
+"""Traces: prompts and the backbone's own continuations, on which every head is measured."""
+
+
+# B prompts, P prompt tokens
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.data.rows import check_readable, json_lines
+from mtptrain.decoding.draws import row_seed
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import Limits
+from mtptrain.decoding.speculative import decode_plain
+from mtptrain.errors import UserError
+from mtptrain.run.artifact import check_identity
+from mtptrain.run.storage import write_text
+from mtptrain.run.typed_json import MismatchError, from_json
+from mtptrain.traces.prompts import Prompt, Source
+
+PROMPTS_A_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A prompt and the text that the backbone continued it with.
+
+    Attributes:
+        prompt: what was continued.
+        tokens: emitted token ids.
+        gaps: top-2 logit gap of the backbone at each of them.
+        probabilities: what the decoding policy gave each of them; 1 in a greedy text.
+    """
+
+    prompt: Prompt
+    tokens: list[int]
+    gaps: list[float]
+    probabilities: list[float]
+
+
+def record_traces(
+    model: DeepseekV4ForCausalLM, prompts: list[Prompt], limits: Limits, policy: Policy, seed: int
+) -> list[Trace]:
+    """Continue every prompt with the backbone alone; traces come in the order of the prompts.
+
+    Args:
+        model: the backbone.
+        prompts: of any lengths; prompts of like length are decoded together.
+        limits: where a text ends.
+        policy: what is drawn from the backbone's logits.
+        seed: of the draws, which depend on it and on a prompt's place in the list alone.
+    """
+    traces: dict[int, Trace] = {}
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
+    for start in range(0, len(order), PROMPTS_A_BATCH):
+        group = order[start : start + PROMPTS_A_BATCH]
+        tokens = [prompts[number].tokens for number in group]
+        run = decode_plain(model, tokens, limits, policy, [row_seed(seed, number) for number in group])
+        for number, record in zip(group, run.rows, strict=True):
+            traces[number] = Trace(prompts[number], record.tokens, record.gaps, record.probabilities)
+    return [traces[number] for number in range(len(prompts))]
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TraceHeader:
+    """How a set of traces came about.
+
+    Attributes:
+        backbone: fingerprint of the model that wrote the texts.
+        dtype: of its arithmetic.
+        temperature, top_k, top_p: what the texts were drawn with.
+        max_new_tokens, stop: where a text ends; `stop` in rising order.
+        seed: of the draws.
+        chat_template: SHA-256 of the template that conversations were rendered with.
+        sources: of the prompts.
+        dropped: turns that were not asked because their conversation had outgrown the context.
+    """
+
+    backbone: str
+    dtype: str
+    temperature: float
+    top_k: int | None
+    top_p: float
+    max_new_tokens: int
+    stop: list[int]
+    seed: int
+    chat_template: str | None
+    sources: list[Source]
+    dropped: int
+
+
+# The fields that a run must share to use traces again, and the setting that each comes from.
+BINDING = {
+    "backbone": "backbone.path",
+    "dtype": "precision",
+    "temperature": "decoding.temperature",
+    "top_k": "decoding.top_k",
+    "top_p": "decoding.top_p",
+    "max_new_tokens": "decoding.max_new_tokens",
+    "stop": "decoding.stop",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSet:
+    """Traces and how they came about."""
+
+    header: TraceHeader
+    traces: list[Trace]
+
+
+def write_trace_set(path: Path, traces: TraceSet) -> None:
+    """Write a trace set; docs/prompts.md describes its lines."""
+    lines = [{"schema": SCHEMA, "traces": len(traces.traces), **asdict(traces.header)}]
+    for trace in traces.traces:
+        prompt = trace.prompt
+        lines.append(
+            {
+                "prompt": prompt.tokens,
+                "tokens": trace.tokens,
+                "gaps": trace.gaps,
+                "probabilities": trace.probabilities,
+                "domain": prompt.domain,
+                "group": prompt.group,
+            }
+        )
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
+    """The traces that `write_trace_set` wrote; `setting` named the file.
+
+    Raises:
+        UserError: it cannot be read, is of another schema, or is damaged.
+    """
+    setting = f"{setting}={path}"
+    check_readable(setting, path)
+    lines = [row for _, row in json_lines(setting, path)]
+    first = lines[0] if lines else {}
+    if first.pop("schema", None) != SCHEMA:
+        raise UserError(f"{setting}: is no trace set of schema {SCHEMA}; give the traces.jsonl of an evaluation")
+    try:
+        count = first.pop("traces")
+        header = from_json(TraceHeader, first)
+        traces = [
+            Trace(Prompt(row["prompt"], row["domain"], row["group"]), row["tokens"], row["gaps"], row["probabilities"])
+            for row in lines[1:]
+        ]
+    except (KeyError, TypeError, MismatchError) as error:
+        raise UserError(f"{setting}: is damaged ({error}); record it anew") from None
+    if len(traces) != count or not count:
+        raise UserError(f"{setting}: holds {len(traces)} traces of {count}; record it anew")
+    return TraceSet(header, traces)
+
+
+def check_trace_set(path: Path, have: TraceHeader, want: TraceHeader) -> None:
+    """Raise a `UserError` unless traces are of the distribution that this run would record."""
+    check_identity(f"evaluation.traces={path}", have, want, BINDING, "record traces of your own")

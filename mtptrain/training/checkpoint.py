@@ -1,0 +1,253 @@
+"""Checkpoints: artifacts that are whole or absent, with a checksum for every file.
+
+A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
+random-number state) and its manifest `checkpoint.json` (identity, step and counters).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mtptrain.config import MtpMode, OptimizerName
+from mtptrain.errors import UserError
+from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.run.storage import no_room
+from mtptrain.training.engine import OptimizerState
+
+TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
+BEST = "best"  # the checkpoint with the best score of the measurements during training
+
+
+@dataclass(frozen=True, slots=True)
+class HeadIdentity:
+    """The training that a head's checkpoint belongs to.
+
+    Attributes:
+        task: `pretrain` or `distill`.
+        backbone: fingerprint of the backbone.
+        mode, depth: how the modules are shared, and their number.
+        steps: draft steps of the rollout.
+        trainable: of `mtp.trainable`.
+        optimizer: whose state the checkpoint holds.
+        start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
+            and their `conversion`.
+        quant_aware: the stored format that training anticipates; None for none.
+    """
+
+    task: str
+    backbone: str
+    mode: MtpMode
+    depth: int
+    steps: int
+    trainable: str
+    optimizer: OptimizerName
+    start: dict[str, str | int]
+    quant_aware: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneIdentity:
+    """The training that a backbone's checkpoint belongs to."""
+
+    task: str
+    seed: int
+
+
+TrainingIdentity = HeadIdentity | BackboneIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """How far a training is: optimiser steps, and the trainer's own counts."""
+
+    step: int
+    counters: dict[str, Any]
+
+
+CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
+    name="checkpoint",
+    schema=3,
+    identity=TrainingIdentity,
+    content=TrainerState,
+    settings={
+        "task": "+recipe",
+        "seed": "seed",
+        "backbone": "backbone.path",
+        "mode": "mtp.mode",
+        "depth": "mtp.depth",
+        "steps": "mtp.steps",
+        "trainable": "mtp.trainable",
+        "optimizer": "train.optimizer",
+        "start": "mtp.init",
+        "quant_aware": "mtp.quant_aware",
+    },
+    manifest=MANIFEST,
+    missing="give a step_* folder or the run's folder",
+    damaged="use an older checkpoint",
+    repair="use an older checkpoint of the run",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified.
+
+    Attributes:
+        folder: of the checkpoint.
+        identity: the training that it belongs to.
+        step: optimiser steps done.
+        counters: the trainer's own counts.
+    """
+
+    folder: Path
+    identity: TrainingIdentity
+    step: int
+    counters: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors, on the CPU."""
+        return load_file(self.folder / TENSORS)
+
+    def training(self) -> dict[str, Any]:
+        """Optimiser and random-number state."""
+        state: dict[str, Any] = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
+        return state
+
+    def head_identity(self, fingerprint: str) -> HeadIdentity:
+        """The identity of a head that was trained on a backbone.
+
+        Args:
+            fingerprint: of the backbone.
+
+        Raises:
+            UserError: the checkpoint holds no head, or one of another backbone.
+        """
+        if not isinstance(self.identity, HeadIdentity):
+            raise UserError(
+                f"checkpoint={self.folder}: holds a backbone, not a head; for the head that was trained with it set "
+                "checkpoint=stock and backbone.path to the run's folder `backbone`"
+            )
+        have, want = {"backbone": self.identity.backbone}, {"backbone": fingerprint}
+        settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
+        check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
+        return self.identity
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    optimizer: OptimizerState,
+    identity: TrainingIdentity,
+    counters: dict[str, Any],
+) -> None:
+    """Write the checkpoint of a step; it appears as `folder` only when it is whole.
+
+    Raises:
+        UserError: there is no room; the checkpoints before it stay as they are.
+    """
+    try:
+        _write_checkpoint(folder, step, tensors, optimizer, identity, counters)
+    except Exception as error:  # each library raises its own
+        reason = no_room(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {step}); the checkpoints before it are "
+            "whole: free some room and continue with resume=auto"
+        ) from error
+
+
+def _write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    optimizer: OptimizerState,
+    identity: TrainingIdentity,
+    counters: dict[str, Any],
+) -> None:
+    with new_artifact(CHECKPOINT, folder, identity, TrainerState(step, counters)) as temporary:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+        training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            training["cuda_rng"] = torch.cuda.get_rng_state()
+        with (temporary / TRAINING).open("wb") as file:  # given a path, torch hides why a write failed
+            torch.save(training, file)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and verify its files.
+
+    Raises:
+        UserError: it is missing, incomplete or damaged.
+    """
+    artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
+    artifact.verify([TENSORS, TRAINING])
+    return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, unchecked."""
+    return sorted(path for path in root.glob("step_*") if path.is_dir()) if root.is_dir() else []
+
+
+def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
+    """The newest undamaged checkpoint of a run; damaged ones are named through `warn` and passed over."""
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            return open_checkpoint(folder)
+        except UserError as error:
+            warn(f"skipping a damaged checkpoint: {error}")
+    return None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a user's path means: a step folder, a run folder, or its `checkpoints` folder.
+
+    Raises:
+        UserError: nothing usable lies there.
+    """
+    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
+        return open_checkpoint(path)
+    for root in (path / "checkpoints", path):
+        folders = checkpoint_folders(root)
+        if folders:
+            return open_checkpoint(folders[-1])
+    raise UserError(f"checkpoint={path}: no checkpoint there; give a run folder, a step_* folder, or `stock`")
+
+
+def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors; every name and shape is the module's, also where ZeRO has shared the module out.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    tensors = checkpoint.tensors()
+    state = module.state_dict(keep_vars=True)
+    wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != found:
+        name = min(dict(wanted.items() ^ found.items()))
+        raise UserError(
+            f"checkpoint={checkpoint.folder}: does not fit the modules of this run: {name} is {found.get(name)} there "
+            f"and {wanted.get(name)} here"
+        )
+    return tensors
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in checkpoint_folders(root)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,297 @@
+"""The training loop: one engine, one objective, batches by step number, checkpoints that resume exactly."""
+
+# K draft steps, J sources
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mtptrain.batch import Batch
+from mtptrain.config import TrainConfig
+from mtptrain.data.batches import BatchSource
+from mtptrain.errors import Preempted, UserError
+from mtptrain.losses.next_token import Outcome
+from mtptrain.run.artifact import check_identity
+from mtptrain.run.distributed import from_first, largest_over_processes, of_all, on_first, rank, sum_over_processes
+from mtptrain.run.preemption import LeaveRequest
+from mtptrain.run.progress import Progress
+from mtptrain.run.provenance import peak_memory_bytes
+from mtptrain.run.tracking import MetricsLog
+from mtptrain.training.checkpoint import (
+    BEST,
+    CHECKPOINT,
+    Checkpoint,
+    TrainingIdentity,
+    checkpoint_name,
+    fitting_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from mtptrain.training.engine import Engine
+from mtptrain.training.optim import learning_rate
+from mtptrain.training.router_balance import RouterBalancer
+
+
+class Objective(Protocol):
+    """What a module is trained on."""
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Valid target tokens of each draft step, float64 [K]."""
+        ...
+
+    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+        """Loss and metric sums of a micro-batch, given the counts of the whole step."""
+        ...
+
+
+POSITIONS = "data_positions"  # of all processes, among a checkpoint's counters
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an optimiser step saw, over all its micro-batches and processes.
+
+    Attributes:
+        counts_K: valid target tokens of each draft step, float64.
+        sums_K: float64 sums over them by name; empty when the step was skipped.
+        norm: of the gradient before clipping.
+        must_leave: whether a process has been asked to leave.
+    """
+
+    counts_K: Tensor
+    sums_K: dict[str, Tensor]
+    norm: float
+    must_leave: bool
+
+
+@dataclass(slots=True)
+class Totals:
+    """Metric sums since the last log line."""
+
+    counts_K: Tensor | None = None
+    sums_K: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, step: Step) -> None:
+        """Add an optimiser step, unless it was skipped."""
+        if not step.sums_K:
+            return
+        self.counts_K = step.counts_K if self.counts_K is None else self.counts_K + step.counts_K
+        for name, value_K in step.sums_K.items():
+            self.sums_K[name] = self.sums_K.get(name, torch.zeros_like(value_K)) + value_K
+
+    def means(self) -> dict[str, float]:
+        """`name/step_k`: mean over the valid tokens of draft step k."""
+        if self.counts_K is None:
+            return {}
+        found = {}
+        for name, sum_K in self.sums_K.items():
+            mean_K = sum_K / self.counts_K.clamp(min=1)
+            found.update({f"{name}/step_{k}": value for k, value in enumerate(mean_K.tolist(), start=1)})
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A measurement during training; the checkpoint with the best score is kept as `best`.
+
+    Attributes:
+        every: steps between measurements; the last step is measured too.
+        measure: returns the metrics to log.
+        score: which of them is better when larger.
+    """
+
+    every: int
+    measure: Callable[[], dict[str, float]]
+    score: str
+
+
+class Trainer:
+    """Trains a module, together with the other processes of the run.
+
+    Args:
+        engine: holds the module; what it trains is checkpointed, with the rest of the module and its buffers.
+        objective: turns a batch into a loss.
+        batches: micro-batches by number.
+        config: numbers of the loop.
+        checkpoints: folder of the checkpoints.
+        identity: of the training; a checkpoint of another one is not continued.
+        label: shown in the progress line.
+        probe: measures the module while it trains.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        batches: BatchSource,
+        config: TrainConfig,
+        checkpoints: Path,
+        identity: TrainingIdentity,
+        label: str = "train",
+        probe: Probe | None = None,
+    ) -> None:
+        self.engine, self.objective, self.batches, self.config = engine, objective, batches, config
+        self.checkpoints, self.identity, self.label, self.probe = checkpoints, identity, label, probe
+        self.device = next(engine.module.parameters()).device
+        self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
+        self.leave = LeaveRequest()
+        self.step = 0
+        self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of any engine: module, optimiser, random numbers, counts and data position.
+
+        Raises:
+            UserError: the checkpoint belongs to another task, backbone or shape of heads.
+        """
+        where, way_out = f"resume=auto: {checkpoint.folder}", "choose another output_dir"
+        check_identity(where, checkpoint.identity, self.identity, CHECKPOINT.settings, way_out)
+        training = checkpoint.training()
+        self.engine.load(fitting_tensors(checkpoint, self.engine.module), training["optimizer"])
+        torch.set_rng_state(training["torch_rng"])
+        if "cuda_rng" in training and torch.cuda.is_available():
+            torch.cuda.set_rng_state(training["cuda_rng"])
+        self.step = checkpoint.step
+        self.counters = dict(checkpoint.counters)
+        self.batches.seek(self.step * self.config.accumulation, self.counters.pop(POSITIONS, []))
+
+    def save(self, name: str | None = None) -> Path:
+        """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
+        folder = self.checkpoints / (name or checkpoint_name(self.step))
+        tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
+        positions, counters = of_all(self.batches.position()), dict(self.counters)
+        if any(positions):
+            counters[POSITIONS] = positions
+
+        def write() -> None:
+            save_checkpoint(folder, self.step, tensors, state, self.identity, counters)
+            prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
+
+        on_first(write)
+        return folder
+
+    def train_step(self) -> Step:
+        """One optimiser step; a non-finite loss or gradient skips the update, on all processes, and is counted.
+
+        Raises:
+            UserError: `train.max_bad_steps` steps in a row were not finite.
+        """
+        first = self.step * self.config.accumulation
+        batches = [self.batches.batch(first + i).to(self.device) for i in range(self.config.accumulation)]
+        num_sources = max(1, len(self.batches.names))
+        tokens_J = torch.stack([batch.source_tokens(num_sources) for batch in batches]).sum(0)
+        counts_K = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
+        counts_K, tokens_J = sum_over_processes(torch.cat([counts_K, tokens_J])).split([len(counts_K), num_sources])
+        sums_K: dict[str, Tensor] = {}
+        for batch in batches:
+            outcome = self.objective(batch, counts_K)
+            self.engine.backward(_poisoned(outcome.loss))
+            for name, value_K in outcome.sums_K.items():
+                sums_K[name] = sums_K.get(name, torch.zeros_like(value_K)) + value_K
+        norm = self.engine.step(learning_rate(self.step, self.config))
+        self.balancer.step()
+        self.step += 1
+        self._count_tokens(tokens_J)
+        sums_K, must_leave = self._over_processes(sums_K)
+        if not math.isfinite(norm):
+            self._count_bad_step()
+            return Step(counts_K, {}, norm, must_leave)
+        self.counters["bad_steps_in_a_row"] = 0
+        return Step(counts_K, sums_K, norm, must_leave)
+
+    def _count_tokens(self, tokens_J: Tensor) -> None:
+        """Count the tokens of a step, those of each source of a mixture on their own too."""
+        self.counters["tokens"] += int(tokens_J.sum())
+        for name, tokens in zip(self.batches.names, tokens_J.tolist(), strict=False):
+            self.counters[f"tokens/{name}"] = self.counters.get(f"tokens/{name}", 0) + int(tokens)
+
+    def _shares(self) -> dict[str, float]:
+        """`share/NAME`: what part of all tokens so far came from each source of a mixture."""
+        total = max(self.counters["tokens"], 1)
+        return {f"share/{name}": self.counters.get(f"tokens/{name}", 0) / total for name in self.batches.names}
+
+    def _over_processes(self, sums_K: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """Sums over all processes, and whether one of them was asked to leave."""
+        request = torch.tensor([float(self.leave.is_made)], dtype=torch.float64, device=self.device)
+        *rows, requests = sum_over_processes(torch.cat([*sums_K.values(), request])).split(
+            [value_K.numel() for value_K in sums_K.values()] + [1]
+        )
+        return dict(zip(sums_K, rows, strict=True)), bool(requests > 0)
+
+    def _count_bad_step(self) -> None:
+        self.counters["skipped_steps"] += 1
+        self.counters["bad_steps_in_a_row"] += 1
+        if self.counters["bad_steps_in_a_row"] >= self.config.max_bad_steps:
+            raise UserError(
+                f"train.max_bad_steps={self.config.max_bad_steps}: loss or gradient was not finite that many steps in "
+                f"a row, up to step {self.step}; lower train.learning_rate (now {self.config.learning_rate}) or check "
+                "the data, and resume from the last checkpoint with resume=auto"
+            )
+
+    def run(self, log: MetricsLog) -> None:
+        """Train until `train.steps`, with progress, metrics and checkpoints.
+
+        Raises:
+            Preempted: a signal asked to leave; the state is saved.
+        """
+        self.engine.module.train()
+        totals, logged_at, tokens_at = Totals(), time.monotonic(), self.counters["tokens"]
+        with closing(self.batches), self.leave, Progress(self.label, self.config.steps, self.step) as progress:
+            while self.step < self.config.steps:
+                before = self.counters["tokens"]
+                step = self.train_step()
+                totals.add(step)
+                progress.update(self.step, _figures(totals), self.counters["tokens"] - before)
+                if self._is_due(self.config.log_every):
+                    now = time.monotonic()
+                    speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
+                    rate = learning_rate(self.step - 1, self.config)
+                    extra = {"gradient_norm": step.norm, "learning_rate": rate, "tokens_per_second": speed}
+                    extra["peak_memory_gb"] = largest_over_processes(peak_memory_bytes(self.device)) / 1e9
+                    extra.update(**self.balancer.figures(), **self._shares())
+                    log.write(self.step, {**totals.means(), **extra, **self.counters})
+                    totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
+                if self.probe is not None and self._is_due(self.probe.every):
+                    self._measure(self.probe, log)
+                if self._is_due(self.config.checkpoint_every) or step.must_leave:
+                    self.save()
+                if step.must_leave and self.step < self.config.steps:
+                    raise Preempted(f"step {self.step} of {self.config.steps} is saved")
+        self.engine.module.eval()
+        if self.counters["skipped_steps"] and rank() == 0:
+            print(f"{self.counters['skipped_steps']} steps were skipped: not finite", file=sys.stderr)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _measure(self, probe: Probe, log: MetricsLog) -> None:
+        metrics = from_first(probe.measure())  # every process measures: its share of the head may be needed
+        log.write(self.step, metrics)
+        if metrics[probe.score] > self.counters.get("best_score", -math.inf):
+            self.counters.update(best_score=metrics[probe.score], best_step=self.step)
+            self.save(BEST)
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite gets a gradient that is not either, which every process and engine notices."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def _figures(totals: Totals) -> str:
+    """Loss of the first step, and acceptance of every step where it is measured."""
+    means = totals.means()
+    parts = [f"loss {means['loss/step_1']:.3f}"] if "loss/step_1" in means else []
+    alphas = [f"{value:.3f}" for name, value in means.items() if name.startswith("alpha/")]
+    if alphas:
+        parts.append("acceptance " + "/".join(alphas))
+    return "  ".join(parts)

@@ -1,0 +1,340 @@
+"""Documents read as streams: nothing twice, nothing lost, whoever reads them and wherever reading was interrupted."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice, pairwise
+from math import log2
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtptrain.batch import Batch
+from mtptrain.config import DataConfig, DataSource, MixtureConfig
+from mtptrain.data.chat import ChatTemplate
+from mtptrain.data.documents import Split, split_of
+from mtptrain.data.streaming.batches import StreamedBatches
+from mtptrain.data.streaming.dataset import Feed, FeedPlan, Position, join_positions, source_of
+from mtptrain.data.streaming.row_stream import BUFFER_ROWS, Lane, LanePlace, Row, RowShape
+from mtptrain.data.streaming.sharding import Dealer
+from mtptrain.data.text import text_documents
+from mtptrain.data.tokenizer import BOS, train_tokenizer
+from mtptrain.data.tokens import Encoder, tokenize_corpus
+from mtptrain.errors import UserError
+from tests.conftest import CHAT_TEMPLATE
+
+S = 9  # tokens a row: a buffer holds some forty documents
+TOKENIZER = train_tokenizer(["0 1 2 3 4 5 6 7 8 9 one two"], 280)
+ENCODER = Encoder(
+    TOKENIZER, ([0], [1]), ChatTemplate(CHAT_TEMPLATE, Path("chat.jinja"), {"bos_token": BOS}, TOKENIZER, [0])
+)
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source in files of every kind, and one of conversations; every text tells its document."""
+    root = tmp_path_factory.mktemp("sources")
+    texts = [f"{number} " + "x" * (number * 7 % 31) for number in range(230)]
+    (root / "text").mkdir()
+    write_lines(root / "text" / "a.jsonl", [{"text": text} for text in texts[:90]])
+    Dataset.from_dict({"text": texts[90:200]}).to_parquet(root / "text" / "b.parquet")
+    for number in range(200, 230):
+        (root / "text" / f"c{number}.txt").write_text(texts[number], encoding="utf-8")
+    turns = [("user", "one"), ("assistant", "two")]
+    talk = [[{"role": role, "content": f"{text} {number}"} for role, text in turns] for number in range(40)]
+    write_lines(root / "talk.jsonl", [{"messages": messages} for messages in talk])
+    return root
+
+
+def text_config(folder: Path) -> DataConfig:
+    return DataConfig(
+        source=DataSource.text, path=str(folder / "text"), streaming=True, sequence_length=S, heldout_every=8
+    )
+
+
+def mixed_config(folder: Path) -> DataConfig:
+    talk = MixtureConfig(path=str(folder / "talk.jsonl"), field_name="messages", weight=1)
+    text = MixtureConfig(path=str(folder / "text"), weight=2.5)
+    return DataConfig(mixture=[text, talk], sequence_length=S, heldout_every=8)
+
+
+def plan_of(config: DataConfig, num_lanes: int, seed: int = 0) -> FeedPlan:
+    return FeedPlan(config.sources(), config.weights(), ENCODER, RowShape(S, S), num_lanes, seed)
+
+
+def plain(row: Row) -> list[tuple[list[int], list[bool] | None]]:
+    """A row as values that can be compared."""
+    return [(tokens.tolist(), None if spoken is None else spoken.tolist()) for tokens, spoken in row]
+
+
+def micro_batches(
+    plan: FeedPlan, parts: list[list[int]], first: int = 0, position: Position | None = None
+) -> Iterator[tuple[list[object], Position]]:
+    """Rows of all lanes, read by feeds of some lanes each, and the position after them."""
+    feeds = [iter(Feed(plan, part, first, position)) for part in parts]
+    while True:
+        found = [next(feed) for feed in feeds]
+        for one in found:
+            if isinstance(one, UserError):
+                raise one
+        rows = [plain(row) for rows, _ in found for row in rows]
+        yield rows, join_positions([position for _, position in found])
+
+
+def cut(num_lanes: int, borders: list[int]) -> list[list[int]]:
+    """Lanes in a row, cut before each border."""
+    limits = sorted({0, num_lanes, *(border % num_lanes for border in borders)})
+    return [list(range(begin, end)) for begin, end in pairwise(limits)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_lanes=st.integers(1, 7),
+    borders=st.lists(st.integers(0, 6), max_size=6),
+    mixed=st.booleans(),
+    seed=st.integers(0),
+)
+def test_any_sharing_of_the_lanes_gives_the_same_batches(
+    folder: Path, num_lanes: int, borders: list[int], mixed: bool, seed: int
+) -> None:
+    """Ranks and workers are nothing but such a sharing."""
+    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_lanes, seed)
+    together, shared = (micro_batches(plan, parts) for parts in ([list(range(num_lanes))], cut(num_lanes, borders)))
+    for (left, _), (right, _) in islice(zip(together, shared, strict=True), 90):
+        assert left == right
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_lanes=st.integers(1, 7),
+    borders=st.lists(st.integers(0, 6), max_size=6),
+    mixed=st.booleans(),
+    done=st.integers(1, 200),
+)
+def test_a_position_continues_with_the_batches_that_reading_on_gives(
+    folder: Path, num_lanes: int, borders: list[int], mixed: bool, done: int
+) -> None:
+    """Also where the lanes are shared in another way than before, and through the JSON of a checkpoint."""
+    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_lanes)
+    whole = micro_batches(plan, cut(num_lanes, borders))
+    *_, (_, position) = islice(whole, done)
+    resumed = micro_batches(plan, [list(range(num_lanes))], done, json.loads(json.dumps(position)))
+    for (left, _), (right, _) in islice(zip(whole, resumed, strict=True), 40):
+        assert left == right
+
+
+def epoch_rows(plan: FeedPlan, epoch: int) -> list[Row]:
+    """Every row that an epoch of the only source has, over all lanes."""
+    (config,) = plan.sources.values()
+    rows = []
+    for number in range(plan.num_lanes):
+        lane = Lane(number, Dealer(config, [number], plan.num_lanes), ENCODER, plan.shape, plan.seed, LanePlace())
+        row = lane.row()
+        while lane.place.epoch <= epoch:
+            if lane.place.epoch == epoch:
+                rows.append(row)
+            row = lane.row()
+    return rows
+
+
+def pairs(rows: list[Row]) -> Counter[tuple[int, int]]:
+    """Every token that is a target, with the one before it."""
+    return Counter(pair for row in rows for tokens, _ in row for pair in pairwise(tokens.tolist()))
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 8])
+def test_an_epoch_gives_every_target_of_the_training_split_once(folder: Path, num_lanes: int, tmp_path: Path) -> None:
+    config = text_config(folder)
+    corpus = tokenize_corpus(text_documents(config, Split.train), ENCODER, tmp_path)
+    documents = [corpus.document(number).tolist() for number in range(corpus.num_documents)]
+    expected = Counter(pair for tokens in documents for pair in pairwise(tokens))
+    first, second = (epoch_rows(plan_of(config, num_lanes), epoch) for epoch in (0, 1))
+    assert pairs(first) == pairs(second) == expected
+    assert list(map(plain, first)) != list(map(plain, second))
+    assert all(sum(len(tokens) for tokens, _ in row) <= S for row in first)
+
+
+def test_rows_are_full_but_for_a_few(folder: Path) -> None:
+    rows = epoch_rows(plan_of(text_config(folder), 1), 0)
+    assert len(rows) > 3 * BUFFER_ROWS
+    assert sum(len(tokens) for row in rows for tokens, _ in row) > 0.97 * S * len(rows)
+
+
+def test_pieces_may_be_shorter_than_rows(folder: Path) -> None:
+    plan = replace(plan_of(text_config(folder), 1), shape=RowShape(3 * S, 5))
+    rows = epoch_rows(plan, 0)
+    assert {len(tokens) for row in rows for tokens, _ in row} == {2, 3, 4, 5}
+    assert pairs(rows) == pairs(epoch_rows(plan_of(text_config(folder), 1), 0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 1), min_size=1, max_size=5),
+    num_rows=st.integers(1, 3000),
+    every=st.integers(1, 12),
+    place=st.integers(0, 11),
+)
+def test_a_source_has_its_share_of_the_rows_everywhere_in_the_batch(
+    weights: list[float], num_rows: int, every: int, place: int
+) -> None:
+    """Within a few rows, for all rows and for those of one place in batches of `every`."""
+    for rows, slack in ((range(num_rows), 2.0), (range(place % every, num_rows * every, every), 2.0 * every)):
+        counts = Counter(source_of(row, weights) for row in rows)
+        for source, weight in enumerate(weights):
+            # the discrepancy of a Kronecker sequence grows with the logarithm of its length
+            assert abs(counts[source] - num_rows * weight / sum(weights)) <= slack * (1 + log2(num_rows))
+
+
+def test_a_source_that_ends_starts_over_while_the_other_goes_on(folder: Path) -> None:
+    """At three rows of talk to one of text, talk is read many times before text ends; its mask comes along."""
+    config = mixed_config(folder)
+    config.mixture[1].weight = 7.5
+    rows = [row for found, _ in islice(micro_batches(plan_of(config, 2), [[0, 1]]), 200) for row in found]
+    talk = [row for row in rows if any(spoken is not None for _, spoken in row)]
+    assert 0.7 < len(talk) / len(rows) < 0.8
+    begun = Counter(TOKENIZER.decode(tokens) for row in talk for tokens, _ in row if tokens[0] == 0)
+    assert min(begun.values()) >= 2
+    for tokens, spoken in (piece for row in talk for piece in row):
+        said = TOKENIZER.decode([token for token, one in zip(tokens, spoken, strict=True) if one])
+        assert "one" not in said
+        assert "user" not in said
+
+
+def test_a_stream_leaves_what_it_does_not_need_yet_unread(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "many words that fill rows " * 9}] * 600)
+    (tmp_path / "b.jsonl").write_text('{"text": "cut', encoding="utf-8")
+    config = replace(text_config(tmp_path), path=str(tmp_path))
+    found = micro_batches(plan_of(config, 2), [[0, 1]])
+    assert len(next(found)[0]) == 2
+    with pytest.raises(UserError, match=r"b\.jsonl: line 1 is not JSON"):
+        *_, _ = islice(found, 60_000)
+
+
+def test_a_source_of_fewer_documents_than_rows_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"has \d+ training documents.*train\.batch_size=300 rows.*lower train"):
+        StreamedBatches(plan_of(text_config(folder), 300), 0)
+
+
+def test_data_without_a_training_document_is_refused(tmp_path: Path) -> None:
+    name = next(f"{n}.txt" for n in range(999) if split_of(f"{n}.txt", 2) is Split.heldout)
+    (tmp_path / name).write_text("held out", encoding="utf-8")
+    config = replace(text_config(tmp_path), path=str(tmp_path), heldout_every=2)
+    with pytest.raises(UserError, match=r"data\.path=.*data\.heldout_every=2"):
+        StreamedBatches(plan_of(config, 2), 0)
+
+
+def test_documents_of_one_token_are_no_data(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "0"}] * 50)
+    encoder = replace(ENCODER, marks=([], []))
+    plan = replace(plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2), encoder=encoder)
+    with pytest.raises(UserError, match="no training document with two tokens or more"):
+        next(micro_batches(plan, [[0, 1]]))
+
+
+@pytest.mark.parametrize("change", ["grown", "gone"])
+def test_a_position_in_other_files_is_refused(change: str, tmp_path: Path) -> None:
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}"} for number in range(40)])
+    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
+    _, position = next(micro_batches(plan, [[0, 1]]))
+    path = tmp_path / "b.jsonl"
+    path.unlink() if change == "gone" else path.write_text(path.read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is not what the interrupted run read"):
+        next(micro_batches(plan, [[0, 1]], 1, position))
+
+
+def same(left: Batch, right: Batch) -> bool:
+    values = [(getattr(left, name), getattr(right, name)) for name in Batch.__slots__]
+    return all(one is other if one is None or other is None else torch.equal(one, other) for one, other in values)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_processes_of_their_own_give_the_batches_of_this_one(folder: Path, workers: int) -> None:
+    plan = plan_of(mixed_config(folder), 3)
+    here, there = StreamedBatches(plan, 0), StreamedBatches(plan, workers)
+    drawn = torch.get_rng_state()
+    for index in range(30):
+        left, right = here.batch(index), there.batch(index)
+        assert same(left, right)
+        assert left.source_B is not None
+    assert torch.equal(torch.get_rng_state(), drawn)  # nor do they draw from what training draws from
+    assert here.position() == there.position()
+    resumed = StreamedBatches(plan, 1)
+    resumed.seek(30, [json.loads(json.dumps(there.position()))])
+    assert same(resumed.batch(30), here.batch(30))
+
+
+def test_a_mistake_in_the_data_keeps_its_line_across_processes(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
+    path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
+    batches = StreamedBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 1)
+    with pytest.raises(UserError, match=r"^data\.field_name=text: .*row 601 has no text of that name"):
+        read_on(batches, 600)
+
+
+def background_process(batches: StreamedBatches) -> psutil.Process:
+    """The process that reads for `batches`, once it has given a batch."""
+    before = set(psutil.Process().children())
+    batches.batch(0)
+    (worker,) = set(psutil.Process().children()) - before
+    return worker
+
+
+def read_on(batches: StreamedBatches, count: int) -> None:
+    for index in range(batches.index, batches.index + count):
+        batches.batch(index)
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_line(folder: Path) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = StreamedBatches(plan_of(text_config(folder), 2), 1)
+    background_process(batches).send_signal(signal.SIGKILL)
+    with pytest.raises(
+        UserError, match=r"^data\.workers=1: a process that reads and tokenises was killed.*resume=auto"
+    ):
+        read_on(batches, 10**6)  # a few batches were prepared before
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_process_ends_when_it_is_not_needed_but_not_by_the_signals_that_a_run_leaves_on(folder: Path) -> None:
+    batches = StreamedBatches(plan_of(text_config(folder), 2), 1)
+    worker = background_process(batches)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        worker.send_signal(number)
+    read_on(batches, 30)
+    assert worker.is_running()
+    batches.close()
+    assert worker not in psutil.Process().children()
+
+
+def test_no_process_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
+    """Though the rows that it has prepared are larger than what a pipe holds, and nobody fetches them."""
+    write_lines(tmp_path / "a.jsonl", [{"text": f"{number}" * 20_000} for number in range(20)])
+    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
+    plan = replace(plan, shape=RowShape(2**16, 2**16))
+    reading, writing = os.pipe()
+    run = os.fork()
+    if run == 0:
+        batches = StreamedBatches(plan, 1)
+        os.write(writing, str(background_process(batches).pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker = psutil.Process(int(os.read(reading, 99)))
+    os.waitpid(run, 0)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(worker.pid) and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

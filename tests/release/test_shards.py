@@ -1,0 +1,129 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtptrain.errors import UserError
+from mtptrain.release.config import check_config, is_release, stored_scheme
+from mtptrain.release.fingerprint import fingerprint, tensor_hash
+from mtptrain.release.shards import INDEX, Shards
+from tests.command import edit_json
+
+
+def test_a_tensor_is_read_by_name_from_the_file_that_holds_it(release_folder: Path) -> None:
+    shards = Shards(release_folder, "here")
+    for file in shards.files():
+        for name, tensor in load_file(release_folder / file).items():
+            assert torch.equal(shards[name].view(torch.uint8), tensor.view(torch.uint8))
+    assert len(shards) == sum(len(load_file(release_folder / file)) for file in shards.files())
+    assert set(shards.only("mtp.")) == {name for name in shards if name.startswith("mtp.")}
+
+
+def test_a_head_beside_an_indexed_model_counts(release_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    save_file({"mtp.1.norm.weight": torch.ones(3)}, folder / "mtp.safetensors")
+    assert Shards(folder, "here")["mtp.1.norm.weight"].tolist() == [1, 1, 1]
+
+
+LAST = "model-00007-of-00007.safetensors"
+
+
+def rename_in_index(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"layers.9.attn.attn_sink": LAST}))
+
+
+def drop_from_index(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].pop("mtp.0.norm.weight"))
+
+
+def cut(folder: Path) -> None:
+    (folder / LAST).write_bytes((folder / LAST).read_bytes()[:-5])
+
+
+def double(folder: Path) -> None:
+    save_file({"embed.weight": torch.ones(3)}, folder / "mtp.safetensors")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (lambda folder: (folder / LAST).unlink(), rf"1 of 7 shards named by {INDEX} are missing: {LAST}"),
+    "truncated shard": (cut, rf"{LAST} cannot be read .*restore the file"),
+    "index names absent": (rename_in_index, r"names 1 tensors that its files do not hold, e\.g\. layers\.9\.attn"),
+    "index lacks one": (drop_from_index, r"1 tensors are not in .*, e\.g\. mtp\.0\.norm\.weight"),
+    "broken index": (lambda folder: (folder / INDEX).write_text("{"), rf"{INDEX} is damaged"),
+    "index of lists": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1}}'), "must map names to"),
+    "twice": (double, r"embed\.weight lies in model-00001-of-00007\.safetensors and in mtp\.safetensors; keep one"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_named(damage: str, release_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    act, line = DAMAGE[damage]
+    act(folder)
+    with pytest.raises(UserError, match=rf"^backbone\.path=R: .*{line}"):
+        Shards(folder, "backbone.path=R")
+
+
+def test_the_fingerprint_passes_over_heads_and_the_spread_over_files(release_folder: Path, tmp_path: Path) -> None:
+    expected = fingerprint(Shards(release_folder, "here"))
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    (folder / INDEX).unlink()
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+        file.unlink()
+        half = len(kept) // 2
+        for number, names in enumerate((list(kept)[:half], list(kept)[half:])):
+            save_file({name: kept[name] for name in names}, folder / f"{file.stem}-{number}.safetensors")
+    edit_json(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=3))
+    edit_json(folder / "config.json", lambda config: config["compress_ratios"].extend([0, 0]))
+    assert fingerprint(Shards(folder, "here")) == expected
+
+
+@pytest.mark.parametrize("changed", ["byte", "config", "name"])
+def test_the_fingerprint_tells_every_other_change(changed: str, release_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    if changed == "config":
+        edit_json(folder / "config.json", lambda config: config.update(swiglu_limit=9.0))
+    else:
+        (folder / INDEX).unlink()
+        path = folder / "model-00002-of-00007.safetensors"
+        tensors = load_file(path)
+        if changed == "byte":
+            tensors["layers.0.attn.wq_a.weight"].view(torch.uint8)[0, 0] ^= 1
+        else:
+            tensors["layers.0.attn.wq_c.weight"] = tensors.pop("layers.0.attn.wq_a.weight")
+        save_file(tensors, path)
+    assert fingerprint(Shards(folder, "here")) != fingerprint(Shards(release_folder, "here"))
+
+
+def test_a_tensor_hash_reads_the_bytes_of_that_tensor_only(release_folder: Path, tmp_path: Path) -> None:
+    shards = Shards(release_folder, "here")
+    name = "layers.0.ffn.experts.0.w1.weight"
+    save_file({name: shards[name]}, tmp_path / "alone.safetensors")
+    alone = Shards(tmp_path, "there")
+    assert tensor_hash(tmp_path, alone.entries[name]) == tensor_hash(release_folder, shards.entries[name])
+
+
+def test_how_weights_are_stored_is_read_from_the_tensors(release_folder: Path, backbone_folder: Path) -> None:
+    assert stored_scheme(Shards(release_folder, "here")) == "fp8_fp4"
+    assert stored_scheme(Shards(backbone_folder, "here")) == "bf16"
+    assert is_release(Shards(release_folder, "here"))
+    assert not is_release(Shards(backbone_folder, "here"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"), [("expert_dtype", "fp8", "fp8"), ("quantization_config", None, "bf16")]
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(
+    key: str, value: str | None, told: str, release_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError, match=f"experts are stored as {told} and the tensors are fp8_fp4"):
+        check_config(Shards(folder, "here"))

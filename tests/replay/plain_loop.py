@@ -1,0 +1,71 @@
+"""Speculative decoding without a cache, a batch or a shortcut: what replay and every faster loop must agree with."""
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from mtptrain.backbone.streams import run_backbone
+from mtptrain.batch import Batch
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import VerifyPass
+from mtptrain.kernels.acceptance import Stream, uniforms
+from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
+from mtptrain.mtp.rollout import rollout
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt
+
+# R = 1 row, S slots, K drafted tokens, V vocabulary
+
+
+def single_row(tokens: list[int]) -> Batch:
+    row_RS = torch.tensor([tokens])
+    return Batch(row_RS, torch.ones_like(row_RS), torch.arange(len(tokens)).unsqueeze(0))
+
+
+def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], anchor: int, steps: int) -> Tensor:
+    """Logits [V] of step `steps` at an anchor, from a fresh rollout over the tokens."""
+    batch = single_row(tokens)
+    streams_RSND, _ = run_backbone(model, batch.tokens_BS)
+    states = rollout(stack, model.model.embed_tokens, streams_RSND, batch, steps)
+    return model.lm_head(states[-1][0, anchor])
+
+
+@torch.inference_mode()
+def decode_plainly(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, prompt: list[int], length: int, policy: Policy, new: int, seed: int
+) -> tuple[Trace, list[VerifyPass]]:
+    """One text of `new` tokens and the passes that made it; drafts of `length` tokens unless confidence is low."""
+    seed_R = torch.tensor([seed])
+
+    def draws(stream: Stream, count: int) -> Tensor:
+        return uniforms(seed_R, torch.tensor([len(tokens) - 1]), stream, count)
+
+    tokens, passes, probabilities = list(prompt), [], []
+    first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]))
+    token = int(sample_tokens_reference(first_RV, draws(Stream.verify, length + 1)[:, -1]))
+    tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
+    while len(tokens) - len(prompt) < new:
+        anchor, draft, q = len(tokens) - 2, [], []
+        for step in range(1, length + 1):
+            logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
+            if float(logits_V.softmax(-1).max()) < policy.min_confidence:
+                break
+            q.append(policy.proposal(logits_V))
+            draft.append(int(sample_tokens_reference(q[-1][None], draws(Stream.draft, step)[:, -1])))
+        _, hidden_RSD = run_backbone(model, torch.tensor([tokens + draft]))
+        p_RLV = policy.target(model.lm_head(hidden_RSD[:, len(tokens) - 1 :]))
+        q_RKV = torch.stack(q)[None] if q else p_RLV[:, :0]
+        u_RL = draws(Stream.verify, length + 1)
+        u_RL = torch.cat([u_RL[:, : len(draft)], u_RL[:, -1:]], dim=1)
+        ended = verify_draft_reference(
+            torch.tensor([draft], dtype=torch.int64), q_RKV, p_RLV, u_RL, policy.verification
+        )
+        accepted = int(ended.accepted_B)
+        emitted = [*draft[:accepted], int(ended.token_B)]
+        room = new - (len(tokens) - len(prompt))
+        probabilities += [float(p_RLV[0, place, token]) for place, token in enumerate(emitted)][:room]
+        passes.append(VerifyPass(min(len(draft), room), min(accepted, room), min(accepted + 1, room)))
+        tokens += emitted[:room]
+    new_tokens = tokens[len(prompt) :]
+    return Trace(Prompt(prompt, "text", seed), new_tokens, [1.0] * new, probabilities), passes

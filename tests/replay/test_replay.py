@@ -1,0 +1,207 @@
+"""Replay of a text equals the loop that made it: exactly where all is greedy, in law where tokens are drawn."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from mtptrain.certificate.sampled import SampledRun, certify_law, sampled_run
+from mtptrain.config import DraftChoice
+from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import Limits
+from mtptrain.decoding.speculative import decode_plain, decode_speculative
+from mtptrain.evaluation.head_result import Interval
+from mtptrain.evaluation.metrics import acceptance_length, summarize
+from mtptrain.kernels.acceptance import Verification
+from mtptrain.replay import drafts as drafts_module
+from mtptrain.replay.drafts import TraceDrafts, draft_traces
+from mtptrain.replay.replay import count_passes, replay_all, replay_counts, replay_passes
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt
+from tests.replay.plain_loop import decode_plainly, draft_logits
+from tests.tiny import random_backbone, random_stack
+
+# K draft steps, N anchors
+MODEL = random_backbone()
+SAMPLED = Policy(temperature=0.8, top_k=12, top_p=0.95)
+
+
+def random_trace(prompt: int, new: int, seed: int) -> Trace:
+    tokens = torch.randint(97, (prompt + new,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Trace(Prompt(tokens[:prompt], "text", seed), tokens[prompt:], [1.0] * new, [0.5] * new)
+
+
+@pytest.mark.parametrize("policy", [Policy(), SAMPLED, replace(SAMPLED, draft=DraftChoice.greedy)])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_of_a_padded_batch_equal_single_rollouts(
+    policy: Policy, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every q, confidence and entropy against its plain definition, at texts of different length."""
+    monkeypatch.setattr(drafts_module, "LOGITS_A_CHUNK", 5 * 97)  # several chunks of the lm_head
+    stack, steps = random_stack(MODEL, depth), 3
+    traces = [random_trace(5, 9, 0), random_trace(11, 1, 1), random_trace(2, 4, 2)]
+    for trace, found in zip(traces, draft_traces(MODEL, stack, traces, steps, policy), strict=True):
+        size, text = len(trace.tokens) - 1, trace.prompt.tokens + trace.tokens
+        assert found.q_KN.shape == found.confidence_KN.shape == (steps, size)
+        for n in range(size):
+            anchor = len(trace.prompt.tokens) - 1 + n
+            for step in range(1, steps + 1):
+                if n + step > size:
+                    assert found.q_KN[step - 1, n] == 0
+                    continue
+                with torch.inference_mode():
+                    logits_V = draft_logits(MODEL, stack, text, anchor, step)
+                q = policy.proposal(logits_V)[text[anchor + step + 1]]
+                # fp32 rounding of logits of order 10, through a softmax at temperature 0.8.
+                assert found.q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
+                confidence = float(logits_V.softmax(-1).max())
+                assert found.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
+            p_V = MODEL(input_ids=torch.tensor([text])).logits[0, anchor + 1].softmax(-1)
+            assert found.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "min_confidence"), [(1, 0.0), (2, 0.0), (1, 0.12)])
+def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: float) -> None:
+    policy, stack, length = Policy(min_confidence=min_confidence), random_stack(MODEL, depth), 3
+    trace, passes = decode_plainly(MODEL, stack, [5, 17, 40, 3, 8, 8, 21], length, policy, new=24, seed=0)
+    (drafts,) = draft_traces(MODEL, stack, [trace], length + 1, policy, free_running=min_confidence > 0)
+    assert replay_passes(drafts, policy, length) == passes
+    expected, counted = replay_counts(drafts, policy)[length], count_passes(passes, length)
+    assert expected.passes == counted.passes
+    assert expected.emitted == counted.emitted
+    for name in ("drafted_K", "reached_K", "accepted_K"):
+        assert getattr(expected, name).tolist() == getattr(counted, name).tolist()
+    if min_confidence:
+        assert {record.drafted for record in passes[:-3]} > {length}, "the threshold must stop some drafts, not all"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [SAMPLED, replace(SAMPLED, verification=Verification.block, min_confidence=0.1)],
+    ids=["token", "block, stopped"],
+)
+def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
+    """Over many texts: passes, drafted and accepted tokens lie where replay expects them."""
+    stack, length, new = random_stack(MODEL), 2, 6
+    runs, differences = [], []
+    for seed in range(12):
+        trace, passes = decode_plainly(MODEL, stack, [seed, 3, 8], length, policy, new, seed)
+        (drafts,) = draft_traces(MODEL, stack, [trace], length, policy, free_running=True)
+        runs.append(sampled_run("h", length, len(passes), drafts, policy))
+        expected, counted = replay_counts(drafts, policy)[length], count_passes(passes, length)
+        assert expected.drafted_K is not None
+        assert counted.drafted_K is not None
+        pairs = [(expected.drafted_K, counted.drafted_K), (expected.accepted_K, counted.accepted_K)]
+        differences.append(np.concatenate([found - mean for mean, found in pairs]))
+    result = certify_law(runs)
+    assert result.passed
+    assert result.tests[0].standard_error > 0
+    error = np.std(differences, axis=0) / np.sqrt(len(runs))
+    assert (np.abs(np.mean(differences, axis=0)) <= 4 * error + 1e-9).all()
+
+
+SMALL = random_backbone(vocab_size=7)
+PROMPTS = torch.randint(7, (40, 4), generator=torch.Generator().manual_seed(0)).tolist()
+LIMITS, LENGTH = Limits(16), 4
+TOKEN = Policy(temperature=2.0)
+BLOCK = replace(TOKEN, verification=Verification.block)
+STOPPED = replace(BLOCK, min_confidence=0.4)
+
+
+@cache
+def replayed_interval(policy: Policy) -> Interval:
+    """95 % interval of the acceptance length that replay gives from one plain text a prompt."""
+    groups = list(range(len(PROMPTS)))
+    rows = decode_plain(SMALL, PROMPTS, LIMITS, policy, groups).rows
+    traces = [
+        Trace(Prompt(tokens, "text", number), row.tokens, row.gaps, row.probabilities)
+        for number, (tokens, row) in enumerate(zip(PROMPTS, rows, strict=True))
+    ]
+    drafts = draft_traces(SMALL, random_stack(SMALL), traces, LENGTH, policy, free_running=True)
+    return summarize([replay_counts(one, policy)[LENGTH] for one in drafts], groups).interval
+
+
+@cache
+def looped_length(policy: Policy) -> float:
+    """Acceptance length of the real loop over other seeds, six for each prompt, all in one batch."""
+    seeds = list(range(1000, 1000 + 6 * len(PROMPTS)))
+    drafter = Drafter(SMALL, random_stack(SMALL))
+    rows = decode_speculative(SMALL, drafter, 6 * PROMPTS, LENGTH, LIMITS, policy, seeds).rows
+    return acceptance_length([count_passes(row.passes, LENGTH) for row in rows])
+
+
+@pytest.mark.parametrize("policy", [TOKEN, BLOCK, STOPPED], ids=["token", "block", "block, stopped"])
+def test_the_mean_of_the_sampling_loop_lies_in_the_interval_of_replay(policy: Policy) -> None:
+    low, high = replayed_interval(policy)
+    assert low <= looped_length(policy) <= high
+
+
+@pytest.mark.parametrize(("policy", "other"), [(TOKEN, BLOCK), (BLOCK, TOKEN), (BLOCK, STOPPED)])
+def test_the_loop_of_another_policy_lies_outside_the_interval(policy: Policy, other: Policy) -> None:
+    low, high = replayed_interval(policy)
+    assert not low <= looped_length(other) <= high
+
+
+def test_thresholds_are_replayed_from_one_rollout() -> None:
+    stack, traces = random_stack(MODEL), [random_trace(6, 20, seed) for seed in range(3)]
+    drafts = draft_traces(MODEL, stack, traces, 4, Policy(), free_running=True)
+    for threshold in (0.0, 0.05, 0.2, 1.0):
+        policy = Policy(min_confidence=threshold)
+        alone = draft_traces(MODEL, stack, traces, 4, policy, free_running=True)
+        for together, apart in zip(replay_all(drafts, policy)[4], replay_all(alone, policy)[4], strict=True):
+            assert together.passes == apart.passes
+            assert together.drafted_K is not None
+            assert apart.drafted_K is not None
+            assert together.drafted_K.tolist() == apart.drafted_K.tolist()
+    nothing = replay_all(drafts, Policy(min_confidence=1.0))[4][0]
+    assert nothing.passes == 19
+    assert not np.any(nothing.drafted_K)
+
+
+def test_stacked_modules_do_not_tell_what_a_threshold_drafts() -> None:
+    (drafts,) = draft_traces(MODEL, random_stack(MODEL, 2), [random_trace(4, 9, 0)], 3, Policy(), free_running=True)
+    counts = replay_counts(drafts, Policy(min_confidence=0.1))[3]
+    assert counts.drafted_K is None
+    assert counts.reached_K.shape == (3,)
+    with pytest.raises(ValueError, match="drafts along the head's own tokens known"):
+        replay_passes(drafts, Policy(min_confidence=0.1), 3)
+
+
+def test_a_text_of_one_token_has_no_passes() -> None:
+    (drafts,) = draft_traces(MODEL, random_stack(MODEL), [random_trace(4, 1, 0)], 3, Policy())
+    assert replay_passes(drafts, Policy(), 3) == []
+    assert replay_counts(drafts, Policy())[3].passes == 0
+
+
+def test_replay_walks_from_anchor_to_anchor() -> None:
+    """Text of 6: at anchor 0 two hits, then a miss at 3, then at 4 a hit, the last token."""
+    hit_KN = np.zeros((2, 5))
+    hit_KN[:, 0] = hit_KN[0, 4] = 1
+    drafts = TraceDrafts(np.ones(5), hit_KN, np.ones((2, 5)), None, np.zeros(5))
+    counts = [(p.drafted, p.accepted, p.emitted) for p in replay_passes(drafts, Policy(), 2)]
+    assert counts == [(2, 2, 3), (2, 0, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_counts_of_certain_hits_are_those_of_the_passes(seed: int) -> None:
+    hit_KN = (np.random.default_rng(seed).random((8, 30)) < 0.7).astype(np.float64)
+    drafts = TraceDrafts(np.ones(30), hit_KN, np.ones((8, 30)), None, np.zeros(30))
+    for length, expected in replay_counts(drafts, Policy()).items():
+        counted = count_passes(replay_passes(drafts, Policy(), length), length)
+        assert (expected.passes, expected.emitted) == (counted.passes, counted.emitted)
+        for name in ("drafted_K", "reached_K", "accepted_K"):
+            assert getattr(expected, name).tolist() == getattr(counted, name).tolist()
+
+
+def test_a_loop_that_is_off_its_law_is_refused() -> None:
+    right = [SampledRun("h", 2, 10, 10.2, 1.0)] * 30
+    assert certify_law(right).passed
+    assert not certify_law([*right, *[SampledRun("h", 3, 12, 10.2, 1.0)] * 30]).passed
+
+
+def test_certain_passes_must_be_met_exactly() -> None:
+    assert certify_law([SampledRun("h", 2, 10, 10.0, 0.0)]).passed
+    assert not certify_law([SampledRun("h", 2, 11, 10.0, 0.0)]).passed

@@ -1,0 +1,61 @@
+"""Turns are asked after the answers before them."""
+
+from pathlib import Path
+
+from mtptrain.data.chat import ChatTemplate
+from mtptrain.data.tokenizer import train_tokenizer
+from mtptrain.traces.conversation import Conversations, hold_conversations
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Opening, Prompt
+from tests.conftest import CHAT_TEMPLATE, corpus_texts
+
+TOKENIZER = train_tokenizer(corpus_texts(), 300)
+CHAT = ChatTemplate(CHAT_TEMPLATE, Path("template"), {"bos_token": "^"}, TOKENIZER, [0])
+
+
+def opening(group: int, *turns: str) -> Opening:
+    messages = [{"role": "user", "content": turns[0]}]
+    return Opening(Prompt(CHAT.encode(messages), "talk", group), messages, list(turns[1:]))
+
+
+def answer_in_rounds(openings: list[Opening], room: int = 10_000) -> Conversations:
+    """The answer to every prompt is how many tokens it has."""
+
+    def record(prompts: list[Prompt]) -> list[Trace]:
+        words = [TOKENIZER.encode(str(len(prompt.tokens)), add_special_tokens=False).ids for prompt in prompts]
+        return [Trace(prompt, ids, [1.0], [1.0]) for prompt, ids in zip(prompts, words, strict=True)]
+
+    return hold_conversations(openings, CHAT, record, TOKENIZER.decode, room)
+
+
+def text_of(trace: Trace) -> str:
+    return TOKENIZER.decode(trace.prompt.tokens)
+
+
+def test_a_turn_is_asked_after_the_answers_to_those_before_it() -> None:
+    traces = answer_in_rounds([opening(0, "a", "b", "c")]).traces
+    said = [TOKENIZER.decode(trace.tokens) for trace in traces]
+    assert text_of(traces[2]).endswith(
+        f"<user>a</user><assistant>{said[0]}</assistant><user>b</user><assistant>{said[1]}</assistant>"
+        "<user>c</user><assistant>"
+    )
+
+
+def test_the_turns_of_a_conversation_come_in_a_row_and_share_a_group() -> None:
+    openings = [opening(0, "a", "b"), Opening(Prompt([5, 6], "text", 1)), opening(2, "c", "d")]
+    traces = answer_in_rounds(openings).traces
+    assert [trace.prompt.group for trace in traces] == [0, 0, 1, 2, 2]
+    assert [len(trace.prompt.tokens) < len(traces[4].prompt.tokens) for trace in traces[:4]] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_turns_after_the_context_is_full_are_dropped_and_counted() -> None:
+    openings = [opening(0, "a", "b", "c", "d"), opening(1, "a")]
+    second = answer_in_rounds(openings).traces[1]
+    held = answer_in_rounds(openings, room=len(second.prompt.tokens))
+    assert [trace.prompt.group for trace in held.traces] == [0, 0, 1]
+    assert held.dropped == 2

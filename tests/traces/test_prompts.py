@@ -1,0 +1,112 @@
+"""Rows of prompt files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtptrain.errors import UserError
+from mtptrain.run.storage import sha256_file
+from mtptrain.traces.prompts import Question, even_shares, read_dataset, read_questions, spread_questions
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def questions_of(path: Path) -> list[Question]:
+    return [question for source in read_questions([str(path)]) for question in source.questions]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "messages", "turns"),
+    [
+        ({"prompt": " def f("}, " def f(", [], []),
+        ({"turns": ["a"]}, "", [user("a")], []),
+        ({"turns": ["a", "b", "c"]}, "", [user("a")], ["b", "c"]),
+        ({"messages": [user("a"), assistant("b"), user("c")]}, "", [user("a"), assistant("b"), user("c")], []),
+        ({"messages": [user("a"), assistant("b")]}, "", [user("a")], []),
+        ({"prompt": "x", "turns": ["a"], "messages": None}, "", [user("a")], []),
+    ],
+)
+def test_a_row_asks_by_its_key(
+    row: dict[str, Any], text: str, messages: list[dict[str, str]], turns: list[str], tmp_path: Path
+) -> None:
+    (found,) = questions_of(write(tmp_path / "a.jsonl", row))
+    assert (found.text, found.messages, found.turns) == (text, messages, turns)
+
+
+def test_the_domain_is_the_rows_own_or_the_files_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "code.jsonl", {"prompt": "a"}, {"prompt": "b", "domain": "prose"})
+    assert [question.domain for question in questions_of(path)] == ["code", "prose"]
+
+
+def test_a_folder_is_a_source_a_file(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", {"prompt": "a"})
+    Dataset.from_dict({"prompt": ["b", "c"], "turns": [None, None]}).to_parquet(tmp_path / "b.parquet")
+    sources = read_questions([str(tmp_path)])
+    assert [[question.text for question in source.questions] for source in sources] == [["a"], ["b", "c"]]
+    assert [source.questions[0].domain for source in sources] == ["a", "b"]
+    assert (sources[0].name, sources[0].sha256) == (str(first), sha256_file(first))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 100))
+def test_shares_are_as_even_as_the_sizes_allow(sizes: list[int], count: int) -> None:
+    shares = even_shares(sizes, count)
+    assert sum(shares) == min(count, sum(sizes))
+    assert all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    short = [share for share, size in zip(shares, sizes, strict=True) if share < size]
+    assert all(max(shares) - share <= 1 for share in short)
+
+
+def test_questions_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> None:
+    for name, size in [("a", 9), ("b", 2)]:
+        write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{number}"} for number in range(size)))
+    chosen = spread_questions(read_questions([str(tmp_path)]), 7)
+    assert [[question.text for question in questions] for questions in chosen] == [
+        ["a0", "a2", "a4", "a6", "a8"],
+        ["b0", "b1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "a"}, r"has none of turns, messages, prompt; it has \['question'\]; rename"),
+        ({"prompt": ""}, "`prompt` is empty; write a text or drop"),
+        ({"prompt": [1]}, "`prompt` must hold text, not list"),
+        ({"turns": []}, "`turns` must be a list that is not empty"),
+        ({"turns": "a"}, "`turns` must be a list that is not empty"),
+        ({"turns": ["a", " \n"]}, "`turns` is empty"),
+        ({"messages": ["a"]}, "each of `messages` must have a role and a content"),
+        ({"messages": [assistant("a")]}, "`messages` asks nothing; it needs"),
+        ({"messages": [{"role": "user", "content": None}]}, "`messages` must hold text, not NoneType"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_named_with_its_line(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "whole"}, row)
+    with pytest.raises(UserError, match=rf"^prompts={path}: line 2:? {reason}"):
+        questions_of(path)
+
+
+@pytest.mark.parametrize(("files", "text"), [(["train", "test"], "test"), (["train"], "train")])
+def test_of_a_data_set_the_test_split_is_asked_where_there_is_one(files: list[str], text: str, tmp_path: Path) -> None:
+    for name in files:
+        write(tmp_path / f"{name}.jsonl", {"prompt": name})
+    source = read_dataset(str(tmp_path))  # `datasets` loads a folder as it loads a name
+    assert [question.text for question in source.questions] == [text]
+    assert source.questions[0].domain == tmp_path.name
+    assert len(source.sha256) == 64

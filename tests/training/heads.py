@@ -1,0 +1,147 @@
+"""Training a random head on batches whose rows hold very different numbers of tokens; also run in several processes.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtptrain.batch import Batch
+from mtptrain.config import EngineName, LossConfig, RunConfig, TrainConfig
+from mtptrain.data.batches import BatchSource
+from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.start import freeze_untrained, place
+from mtptrain.run.distributed import join, own_rows, rank
+from mtptrain.run.tracking import MetricsLog, Trackers
+from mtptrain.training.checkpoint import BackboneIdentity, checkpoint_name, open_checkpoint
+from mtptrain.training.engine import make_engine
+from mtptrain.training.trainer import Step, Trainer
+from tests.tiny import TINY, random_backbone, random_batch, random_stack
+
+STEPS, MIDDLE, BAD = 4, 2, 2
+CONFIG = TrainConfig(
+    steps=STEPS,
+    batch_size=4,
+    accumulation=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    router_bias_rate=0.01,
+    checkpoint_every=1,
+    keep_checkpoints=99,
+)
+ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens, the last has no target at step 3
+
+HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
+VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
+    ("offloaded", EngineName.zero2, {"offload": True}),
+    ("recomputed", EngineName.zero3, {"config": replace(CONFIG, recompute=True)}),
+    ("no_experts_zero2", EngineName.zero2, NO_EXPERTS),
+    ("no_experts_zero3", EngineName.zero3, NO_EXPERTS),
+    ("half_single", EngineName.single, HALF),
+    ("half_zero1", EngineName.zero1, HALF),
+    ("half_zero2", EngineName.zero2, HALF),
+]
+
+
+class UnevenBatches(BatchSource):
+    """Random rows, the same whatever the number of processes."""
+
+    def batch(self, index: int) -> Batch:
+        whole = random_batch(TINY["vocab_size"], ROWS, 16, seed=index)
+        span = slice(own_rows(4).start, own_rows(4).stop)
+        return Batch(whole.tokens_BS[span], whole.segment_BS[span], whole.position_BS[span])
+
+
+class BadObjective(RolloutObjective):
+    """Its loss is not a number in the last process from step `BAD` on."""
+
+    calls = 0
+
+    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+        outcome = super().__call__(batch, counts_K)
+        self.calls += 1
+        is_bad = own_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
+        return Outcome(outcome.loss * torch.nan, outcome.sums_K) if is_bad else outcome
+
+
+class Silent(MetricsLog):
+    def __init__(self) -> None:
+        super().__init__(None, Trackers())
+
+
+def head_trainer(
+    engine: EngineName,
+    folder: Path,
+    objective: type[RolloutObjective] = RolloutObjective,
+    config: TrainConfig = CONFIG,
+    offload: bool = False,
+    trainable: str = "all",
+    dtype: torch.dtype = torch.float32,
+) -> Trainer:
+    """A trainer of a random head."""
+    backbone = random_backbone().to(dtype)
+    stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
+    freeze_untrained(stack, trainable)
+    made = make_engine(engine, stack, config, offload)
+    loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
+    return Trainer(made, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
+
+
+def train(trainer: Trainer) -> dict[str, Any]:
+    """Train to the end; per step the mean losses and the gradient norm, and at the end the state on rank 0."""
+    steps: list[Step] = []
+    take = trainer.train_step
+    trainer.train_step = lambda: steps.append(take()) or steps[-1]  # type: ignore[method-assign, func-returns-value]
+    trainer.run(Silent())
+    return {
+        "losses": [(step.sums_K["loss"] / step.counts_K).tolist() for step in steps if step.sums_K],
+        "norms": [step.norm for step in steps],
+        "tokens": trainer.counters["tokens"],
+        "skipped": trainer.counters["skipped_steps"],
+        "tensors": {name: value.clone() for name, value in trainer.engine.tensors().items()},
+        "optimizer": trainer.engine.optimizer_state(),
+    }
+
+
+def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    """What a run comes to that continues from another's checkpoint of the middle."""
+    trainer = head_trainer(engine, folder, **options)
+    trainer.restore(open_checkpoint(source / checkpoint_name(MIDDLE)))
+    return train(trainer)
+
+
+def main(folder: Path) -> None:
+    """Every engine in this process's group: whole, resumed, continued from one process, and with a bad gradient."""
+    join(RunConfig(task="distill", train=CONFIG), is_shared=True)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for engine in EngineName:
+        name = engine.value
+        own = folder / name
+        results[name] = {
+            "whole": train(head_trainer(engine, own)),
+            "resumed": resumed(engine, own, folder / "resumed" / name),
+            "from_one": resumed(engine, folder / "one", folder / "from_one" / name),
+            "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective)),
+        }
+    for name, engine, options in VARIANTS:
+        own = folder / name
+        results[name] = {
+            "whole": train(head_trainer(engine, own, **options)),
+            "resumed": resumed(engine, own, folder / "resumed" / name, **options),
+        }
+    if rank() == 0:
+        torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""Streams of a shared backbone beside those of a whole one, in several processes.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.training.placements BACKBONE FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mtptrain.backbone.load import load_backbone
+from mtptrain.backbone.streams import backbone_streams
+from mtptrain.config import SHARED_PLACEMENTS, BackboneConfig, RunConfig, TrainConfig
+from mtptrain.run.distributed import join, rank
+from tests.tiny import random_batch
+
+# Numbers of pieces, and so of forwards, differ; so do the compressors whose windows fill.
+ROWS = [[[24], [24]], [[1, 2, 5, 9], [24]], [[3], [2]]]
+
+
+def main(backbone: Path, folder: Path) -> None:
+    """Save the largest difference and the elements held, by placement and dtype."""
+    join(RunConfig(task="distill", train=TrainConfig(batch_size=2)), is_shared=True)
+    torch.set_num_threads(1)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = load_backbone(BackboneConfig(path=str(backbone)), torch.device("cpu"), dtype).model
+        for placement in SHARED_PLACEMENTS:
+            config = BackboneConfig(path=str(backbone), placement=placement)
+            shared = load_backbone(config, torch.device("cpu"), dtype).model
+            differences = []
+            for turn in range(len(ROWS)):
+                batch = random_batch(whole.config.vocab_size, ROWS[(turn + rank()) % len(ROWS)], 24, seed=turn)
+                with torch.no_grad():
+                    pairs = zip(backbone_streams(shared, batch), backbone_streams(whole, batch), strict=True)
+                differences.extend(((left - right).norm() / right.norm()).item() for left, right in pairs)
+            experts = shared.model.layers[1].mlp.experts.gate_up_proj
+            held = (experts.ds_tensor if hasattr(experts, "ds_tensor") else experts.to_local()).numel()
+            share = held / whole.model.layers[1].mlp.experts.gate_up_proj.numel()
+            results[placement.value, str(dtype)] = (max(differences), share)
+    torch.save(results, folder / f"placements_{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

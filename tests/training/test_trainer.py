@@ -1,0 +1,310 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtptrain.batch import Batch
+from mtptrain.config import MtpMode, OptimizerName, TrainConfig
+from mtptrain.data.batches import BatchSource
+from mtptrain.errors import UserError
+from mtptrain.losses.next_token import Outcome
+from mtptrain.run.tracking import MetricsLog, Trackers
+from mtptrain.run.typed_json import to_json
+from mtptrain.training.checkpoint import (
+    BEST,
+    HeadIdentity,
+    checkpoint_folders,
+    checkpoint_name,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from mtptrain.training.data_parallel import ReplicatedEngine
+from mtptrain.training.trainer import Probe, Step, Totals, Trainer
+
+# B rows, S tokens a row, V vocabulary, K draft steps
+
+V, S = 11, 7
+IDENTITY = HeadIdentity(
+    task="distill",
+    backbone="ab" * 32,
+    mode=MtpMode.shared,
+    depth=1,
+    steps=3,
+    trainable="all",
+    optimizer=OptimizerName.adamw,
+    start={"init": "stock", "sha256": "cd" * 32},
+    quant_aware=None,
+)
+CONFIG = TrainConfig(
+    steps=9, batch_size=2, learning_rate=0.05, warmup_steps=3, log_every=3, checkpoint_every=1, keep_checkpoints=99
+)
+
+
+class ToyModel(nn.Module):
+    """Next-token scores from the token alone, with dropout so that the random state matters."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, 13)
+        self.norm = nn.LayerNorm(13)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(13, V)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        return self.head(self.dropout(self.norm(self.embed(tokens_BS))))
+
+
+class ToyObjective:
+    """Cross-entropy; `bad_batches` have a loss that is not finite."""
+
+    def __init__(self, model: nn.Module, bad_batches: frozenset[int] = frozenset()) -> None:
+        self.model, self.bad_batches = model, bad_batches
+
+    def counts(self, batch: Batch) -> Tensor:
+        return batch.target_mask(0).sum().double().unsqueeze(0)
+
+    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+        mask_BS = batch.target_mask(0)
+        targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
+        nats = nn.functional.cross_entropy(self.model(batch.tokens_BS)[mask_BS].float(), targets, reduction="none")
+        if int(batch.position_BS[0, -1]) in self.bad_batches:
+            nats = nats * torch.nan
+        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
+
+
+class ToyBatches(BatchSource):
+    """Rows of different lengths by number, t -> 3t + 2 mod V; the last position, in padding, holds the number."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def batch(self, index: int) -> Batch:
+        """Rows `index * rows` onward, so that a source of fewer rows cuts the same stream finer."""
+        tokens, segments = [], []
+        for row in range(index * self.rows, (index + 1) * self.rows):
+            numbers = [row % V]
+            while len(numbers) < S:
+                numbers.append((3 * numbers[-1] + 2) % V)
+            tokens.append(torch.tensor(numbers))
+            segments.append((torch.arange(S) < 2 + row % (S - 2)).long())
+        position_BS = torch.arange(S).repeat(self.rows, 1)
+        position_BS[:, -1] = index
+        return Batch(torch.stack(tokens), torch.stack(segments), position_BS)
+
+
+def toy_trainer(
+    folder: Path,
+    config: TrainConfig = CONFIG,
+    bad_batches: frozenset[int] = frozenset(),
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.1,
+) -> Trainer:
+    torch.manual_seed(0)
+    model = ToyModel(dropout).to(dtype)
+    objective, batches = ToyObjective(model, bad_batches), ToyBatches(config.batch_size)
+    return Trainer(ReplicatedEngine(model, config), objective, batches, config, folder / "checkpoints", IDENTITY)
+
+
+def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
+    assert isinstance(trainer.engine, ReplicatedEngine)
+    return trainer.engine.optimizers[0]
+
+
+class Rows(MetricsLog):
+    """Keeps the rows in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(None, Trackers())
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append({"step": step, **metrics})
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
+
+
+def equal_states(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
+
+
+@pytest.mark.parametrize("optimizer", OptimizerName)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_at_any_step_ends_with_the_same_bits(
+    dtype: torch.dtype, optimizer: OptimizerName, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, optimizer=optimizer)
+    whole = toy_trainer(tmp_path, config, dtype=dtype)
+    whole.run(Rows())
+    for step in range(1, CONFIG.steps):
+        resumed = toy_trainer(tmp_path / f"from_{step}", config, dtype=dtype)
+        torch.manual_seed(1234)  # whatever ran before
+        resumed.restore(open_checkpoint(whole.checkpoints / checkpoint_name(step)))
+        assert resumed.step == step
+        resumed.run(Rows())
+        assert equal_states(state(resumed), state(whole))
+        assert resumed.counters == whole.counters
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    log = Rows()
+    toy_trainer(tmp_path, replace(CONFIG, steps=60)).run(log)
+    assert log.rows[-1]["loss/step_1"] < log.rows[0]["loss/step_1"]
+
+
+def test_the_last_step_writes_a_checkpoint_whatever_the_interval(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, replace(CONFIG, checkpoint_every=4))
+    trainer.run(Rows())
+    assert [folder.name for folder in checkpoint_folders(trainer.checkpoints)] == [
+        checkpoint_name(step) for step in (4, 8, 9)
+    ]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, replace(CONFIG, keep_checkpoints=2))
+    trainer.run(Rows())
+    newest = newest_checkpoint(trainer.checkpoints)
+    assert newest is not None
+    assert newest.step == 9
+    assert len(checkpoint_folders(trainer.checkpoints)) == 2
+
+
+def test_a_run_that_is_done_trains_no_further(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.run(Rows())
+    done = state(trainer)
+    log = Rows()
+    trainer.run(log)
+    assert log.rows == []
+    assert equal_states(state(trainer), done)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, bad_batches=frozenset([1]))
+    trainer.train_step()
+    before, moment_before = state(trainer), trainer.engine.optimizer_state()["head.weight"]["exp_avg"].clone()
+    assert trainer.train_step().sums_K == {}
+    assert equal_states(state(trainer), before)
+    assert torch.equal(trainer.engine.optimizer_state()["head.weight"]["exp_avg"], moment_before)
+    assert trainer.step == 2
+    assert (trainer.counters["skipped_steps"], trainer.counters["bad_steps_in_a_row"]) == (1, 1)
+
+
+def test_a_finite_step_ends_the_row_of_bad_ones_and_trains_on(tmp_path: Path) -> None:
+    log = Rows()
+    trainer = toy_trainer(tmp_path, replace(CONFIG, max_bad_steps=2), bad_batches=frozenset([1, 3, 5, 7]))
+    trainer.run(log)
+    assert (trainer.counters["skipped_steps"], trainer.counters["bad_steps_in_a_row"]) == (4, 0)
+    assert all(torch.isfinite(value).all() for value in state(trainer).values())
+    assert all(row["loss/step_1"] == row["loss/step_1"] for row in log.rows)  # no NaN in a mean
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, replace(CONFIG, max_bad_steps=3), bad_batches=frozenset(range(4, 99)))
+    with pytest.raises(UserError, match=r"train\.max_bad_steps=3: .*lower train\.learning_rate \(now 0\.05\)"):
+        trainer.run(Rows())
+    assert trainer.counters["skipped_steps"] == 3
+    assert all(torch.isfinite(value).all() for value in state(trainer).values())
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
+    config, bad = replace(CONFIG, max_bad_steps=3), frozenset(range(4, 99))
+    with pytest.raises(UserError):
+        toy_trainer(tmp_path, config, bad).run(Rows())
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    resumed = toy_trainer(tmp_path, config, bad)
+    resumed.restore(newest)
+    assert resumed.counters["bad_steps_in_a_row"] == 2
+    with pytest.raises(UserError):
+        resumed.train_step()
+
+
+def test_micro_batches_together_give_the_gradient_of_one_big_batch(tmp_path: Path) -> None:
+    # Gradients, not parameters: AdamW's first step depends on little more than their signs.
+    gradients = []
+    for batch_size, accumulation in [(6, 1), (3, 2), (1, 6)]:
+        config = replace(CONFIG, batch_size=batch_size, accumulation=accumulation)
+        trainer = toy_trainer(tmp_path, config, dropout=0.0)
+        found: list[Tensor] = []
+        optimizer_of(trainer).register_step_pre_hook(
+            lambda optimizer, *_, found=found: found.extend(
+                p.grad.clone() for group in optimizer.param_groups for p in group["params"]
+            )
+        )
+        trainer.train_step()
+        gradients.append(found)
+    for other in gradients[1:]:
+        for left, right in zip(gradients[0], other, strict=True):
+            # fp32 sums of at most 36 terms below 1 in another order: 36 * 2^-24
+            torch.testing.assert_close(left, right, rtol=0, atol=36 * 2**-24)
+
+
+def test_the_gradient_is_clipped_to_its_global_norm(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, replace(CONFIG, clip_norm=1e-3))
+    norms: list[float] = []
+    optimizer_of(trainer).register_step_pre_hook(
+        lambda optimizer, *_: norms.append(
+            torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm().item()
+        )
+    )
+    assert trainer.train_step().norm > 1e-2
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_a_mean_is_the_sum_over_all_steps_divided_by_the_count_once() -> None:
+    totals = Totals()
+    for counts_K, sums_K in [([3, 1], [6.0, 8.0]), ([1, 0], [10.0, 0.0])]:
+        totals.add(Step(torch.tensor(counts_K).double(), {"loss": torch.tensor(sums_K).double()}, 1.0, False))
+    assert totals.means() == {"loss/step_1": 16 / 4, "loss/step_2": 8.0}
+
+
+def test_logged_means_cover_every_step_since_the_last_row(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=3, learning_rate=1e-30, accumulation=2)  # the model stays as it is
+    trainer, log = toy_trainer(tmp_path, config, dropout=0.0), Rows()
+    objective, total, count = ToyObjective(trainer.engine.module), 0.0, 0.0
+    for index in range(6):
+        batch = trainer.batches.batch(index)
+        total += objective(batch, torch.ones(1)).sums_K["loss"].item()
+        count += objective.counts(batch).item()
+    trainer.run(log)
+    assert [row["step"] for row in log.rows] == [3]
+    assert log.rows[0]["loss/step_1"] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.train_step()
+    assert trainer.counters["tokens"] == int((trainer.batches.batch(0).segment_BS > 0).sum())
+
+
+@pytest.mark.parametrize(("key", "value"), [("task", "pretrain"), ("depth", 2), ("quant_aware", "fp8")])
+def test_a_checkpoint_of_another_identity_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.train_step()
+    checkpoint = open_checkpoint(trainer.save())
+    stranger = toy_trainer(tmp_path)
+    stranger.identity = replace(IDENTITY, **{key: value})
+    have, want = (to_json(getattr(trainer.identity, key)) for trainer in (trainer, stranger))
+    before = state(stranger)
+    with pytest.raises(
+        UserError, match=rf"resume=auto: .* holds {key}={have} and this run has {key}={want}; .* choose another outpu"
+    ):
+        stranger.restore(checkpoint)
+    assert equal_states(state(stranger), before)
+
+
+def test_the_checkpoint_with_the_best_score_is_kept(tmp_path: Path) -> None:
+    """Scores 1, 3, 2 at steps 3, 6, 9: `best` is that of step 6."""
+    scores = iter([1.0, 3.0, 2.0])
+    trainer = toy_trainer(tmp_path)
+    trainer.probe = Probe(3, lambda: {"score": next(scores)}, "score")
+    rows = Rows()
+    trainer.run(rows)
+    best = open_checkpoint(tmp_path / "checkpoints" / BEST)
+    assert (best.step, best.counters["best_score"]) == (6, 3.0)
+    assert [row["score"] for row in rows.rows if "score" in row] == [1.0, 3.0, 2.0]
