@@ -18,7 +18,7 @@ class Batch:
         tokens_BS: int64 token ids; 0 in padding.
         segment_BS: int64, 1, 2, ... for the pieces of a row, 0 in padding.
         position_BS: int64 position inside the piece.
-        spoken_BS: bool, which tokens may be targets; None where all may.
+        loss_mask_BS: bool, which tokens may be targets; None where all may.
         streams_BSND: the backbone's streams of N times D channels, zeros in padding, where they come from a cache.
         source_B: int64, which source of a mixture a row comes from; None where there is one.
     """
@@ -26,7 +26,7 @@ class Batch:
     tokens_BS: Tensor
     segment_BS: Tensor
     position_BS: Tensor
-    spoken_BS: Tensor | None = None
+    loss_mask_BS: Tensor | None = None
     streams_BSND: Tensor | None = None
     source_B: Tensor | None = None
 
@@ -51,7 +51,7 @@ class Batch:
         mask_BS = torch.zeros_like(self.segment_BS, dtype=torch.bool)
         same = self.segment_BS[:, shift:] == self.segment_BS[:, :-shift]
         mask_BS[:, :-shift] = same & (self.segment_BS[:, :-shift] > 0)
-        if self.spoken_BS is not None:
+        if self.loss_mask_BS is not None:
             for ahead in range(min(2, shift), shift + 1):
-                mask_BS &= self.spoken_BS.roll(-ahead, dims=1)
+                mask_BS &= self.loss_mask_BS.roll(-ahead, dims=1)
         return mask_BS

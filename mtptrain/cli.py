@@ -37,7 +37,7 @@ def stop(message: str) -> NoReturn:
         print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
         if distributed is not None:
             distributed.announce_failure()
-    elif distributed is not None and not distributed.first_failed_too():
+    elif distributed is not None and not distributed.rank0_failed_too():
         print(f"mtptrain: process {number}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(USER_MISTAKE)
 
@@ -70,9 +70,9 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
         raise UserError("no recipe is chosen; add +recipe=distill (or another recipe that --help lists); see --help")
-    strangers = unknown_keys(settings, RunConfig)
-    if strangers:
-        raise UserError(f"{strangers[0]}: there is no such setting; `--cfg job` lists all of them")
+    unknown = unknown_keys(settings, RunConfig)
+    if unknown:
+        raise UserError(f"{unknown[0]}: there is no such setting; `--cfg job` lists all of them")
     schema = OmegaConf.structured(RunConfig)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
@@ -111,14 +111,14 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
             recipe.run(session)
         return
     from mtptrain.kernels.dispatch import requested
-    from mtptrain.run.distributed import join, leave, on_first
+    from mtptrain.run.distributed import join, leave, on_rank0
 
     try:
         requested()
     except ValueError as error:  # kernels know nothing of ours, UserError included
         raise UserError(str(error)) from None
     join(config, is_shared=processes == "any")
-    session = Session(config, on_first(lambda: open_run_folder(config, settings, job_number)))
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
     with closing(session.folder.lock):
         recipe.run(session)
     leave()

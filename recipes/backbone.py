@@ -32,7 +32,7 @@ from mtptrain.training.checkpoint import BackboneIdentity, newest_checkpoint
 from mtptrain.training.data_parallel import ReplicatedEngine
 from mtptrain.training.trainer import Trainer
 
-MARKS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
+BOS_EOS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
 HEAD_FILE = "mtp.safetensors"
 
 
@@ -46,24 +46,24 @@ def train_backbone(session: Session) -> Path:
         with atomic_folder(tokenizer_folder) as temporary:
             save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
-    chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, MARKS[0])
-    corpus = tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), session.cache)
-    run_folder.say(
+    chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, BOS_EOS[0])
+    corpus = tokenize_corpus(documents, Encoder(tokenizer, BOS_EOS, chat), session.cache)
+    run_folder.print_status(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"
     )
     model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
-    run_folder.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    run_folder.print_status(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     length, size = config.data.sequence_length, config.train.batch_size
     batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
     checkpoints = run_folder.path / "checkpoints"
     identity = BackboneIdentity("backbone", config.seed)
     engine = ReplicatedEngine(model, config.train)
     trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, identity, "backbone")
-    checkpoint = newest_checkpoint(checkpoints, run_folder.say) if config.resume == "auto" else None
+    checkpoint = newest_checkpoint(checkpoints, run_folder.print_status) if config.resume == "auto" else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        run_folder.say(f"continuing from step {trainer.step}")
+        run_folder.print_status(f"continuing from step {trainer.step}")
     with run_folder.open_trackers() as trackers:
         log = run_folder.open_log(trackers, trainer.step)
         trainer.run(log)
@@ -95,7 +95,7 @@ def train_stock_head(session: Session, folder: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in stack.state_dict().items()}, temporary)
     corpus, length = head_session.heldout_corpus, head_session.piece_length
     nats, bits = bits_per_byte(backbone.model, corpus, length)
-    run_folder.say(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
+    run_folder.print_status(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
     write_text(folder / "MODEL_CARD.md", model_card(run_folder, backbone, (nats, bits), figures))
 
@@ -153,4 +153,4 @@ def run(session: Session) -> None:
     bound_threads(config.threads, config.backbone.shape.hidden_size)
     folder = train_backbone(session)
     train_stock_head(session, folder)
-    session.folder.say(f"backbone and stock head written to {folder}; use them with backbone.path={folder}")
+    session.folder.print_status(f"backbone and stock head written to {folder}; use them with backbone.path={folder}")

@@ -29,7 +29,7 @@ from mtptrain.hidden_cache.writer import (
 )
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
-from mtptrain.run.distributed import largest_over_processes, on_first, rank, world_size
+from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.folder import RunFolder
 from mtptrain.run.progress import Progress
 
@@ -55,12 +55,12 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     held = sum(file.stat().st_size for file in path.glob("shard_*.safetensors"))
     free = shutil.disk_usage(nearest).free + held
-    run_folder.say(
+    run_folder.print_status(
         f"{tokens:,} tokens in {sum(map(len, shards)):,} documents and {len(shards)} shards; "
         f"{model.hc_mult} streams of {model.hidden_size} channels as {stored_as.value}: "
         f"{a_token / 1024:.2f} KiB a token"
     )
-    run_folder.say(f"disk: {need / 1e9:.3f} GB needed, {free / 1e9:.1f} GB free at {nearest}")
+    run_folder.print_status(f"disk: {need / 1e9:.3f} GB needed, {free / 1e9:.1f} GB free at {nearest}")
     if need > free and not config.collect.plan_only:
         raise UserError(
             f"output_dir={run_folder.path}: the cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
@@ -72,7 +72,7 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
     """What this run's cache will hold."""
     config, backbone, chat = session.config, session.backbone, session.chat
     text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
-    text.update(corpus.spoken.tobytes() if corpus.spoken is not None else b"")
+    text.update(corpus.loss_mask.tobytes() if corpus.loss_mask is not None else b"")
     return StreamIdentity(
         backbone=backbone.fingerprint,
         stream=STREAM,
@@ -82,7 +82,7 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
         stored_as=config.collect.format,
         dtype=session.dtype_name,
         tokenizer=hash_tokenizer(backbone.tokenizer),
-        chat_template=chat.sha256 if chat is not None and corpus.spoken is not None else None,
+        chat_template=chat.sha256 if chat is not None and corpus.loss_mask is not None else None,
         text=text.hexdigest(),
         sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
@@ -107,13 +107,13 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     """Write the shards that are not there yet, every process its share of them."""
     folder, length, model = session.folder.path, session.piece_length, session.backbone.model
     names = [shard_file(number) for number in range(len(shards))]
-    written = on_first(lambda: set(find_parts(folder, names)))
+    written = on_rank0(lambda: set(find_parts(folder, names)))
     missing = [number for number, name in enumerate(names) if name not in written]
     if len(missing) < len(shards):
-        session.folder.say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
+        session.folder.print_status(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
     own = missing[rank() :: world_size()]
     forwards = sum(num_forwards(shards[number], length) for number in own)
-    idle = largest_over_processes(forwards) - forwards  # asked before the first: every forward asks the others as well
+    idle = max_over_processes(forwards) - forwards  # asked before the first: every forward asks the others as well
     with Progress("collect", len(own)) as progress:
         for done, number in enumerate(own, start=1):
             pieces = [piece for parts in shards[number] for piece in parts]
@@ -123,7 +123,7 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
     for _ in range(idle):  # a shared backbone needs every process
         backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
-    largest_over_processes(0)  # all shards are written
+    max_over_processes(0)  # all shards are written
 
 
 def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
@@ -136,18 +136,18 @@ def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> Non
 def run(session: Session) -> None:
     """Plan, check the disk, collect, and write the manifest last."""
     config, run_folder = session.config, session.folder
-    corpus = on_first(lambda: session.training_corpus)
+    corpus = on_rank0(lambda: session.training_corpus)
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")
-    on_first(lambda: check_disk(session, shards))
+    on_rank0(lambda: check_disk(session, shards))
     if config.collect.plan_only:
         return
     identity = describe_streams(session, corpus)
-    on_first(lambda: open_cache_folder(run_folder, identity))
+    on_rank0(lambda: open_cache_folder(run_folder, identity))
     run_folder.record()
     with torch.inference_mode():
         collect_shards(session, corpus, shards)
 
-    on_first(lambda: finish_cache(run_folder.path, identity, len(shards)))
-    run_folder.say(f"wrote {run_folder.path}; train from it with data=streams data.path={run_folder.path}")
+    on_rank0(lambda: finish_cache(run_folder.path, identity, len(shards)))
+    run_folder.print_status(f"wrote {run_folder.path}; train from it with data=streams data.path={run_folder.path}")

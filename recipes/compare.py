@@ -78,4 +78,4 @@ def run(session: Session) -> None:
     write_json(folder.path / "comparison.json", to_json(result))
     for comparison in comparisons:
         print_comparison(comparison, Console())
-    folder.say(f"wrote {folder.path / 'comparison.json'}")
+    folder.print_status(f"wrote {folder.path / 'comparison.json'}")

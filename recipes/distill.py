@@ -12,14 +12,14 @@ from torch import Tensor
 
 from mtptrain.config import SHARED_PLACEMENTS, DataSource, LossName, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
-from mtptrain.data.streaming.batches import StreamedBatches
-from mtptrain.data.streaming.dataset import FeedPlan
+from mtptrain.data.streaming.batches import StreamingBatches
+from mtptrain.data.streaming.dataset import StreamingPlan
 from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
-from mtptrain.hidden_cache.reader import StreamBatches
+from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
@@ -30,7 +30,7 @@ from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
-from mtptrain.run.distributed import leave, on_first, rank
+from mtptrain.run.distributed import leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
 from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.training.engine import make_engine
@@ -59,14 +59,14 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
         check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
         check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
-        return StreamBatches(cache, data.sequence_length, size, config.seed, dtype)
+        return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
     longest = session.piece_length
     if data.source is DataSource.on_policy:
         return PackedBatches(on_policy_corpus(session, stack), data.sequence_length, size, config.seed, longest)
     if data.is_streamed:
         shape = RowShape(data.sequence_length, longest)
-        plan = FeedPlan(data.sources(), data.weights(), session.encoder, shape, size, config.seed)
-        return StreamedBatches(plan, data.workers)
+        plan = StreamingPlan(data.sources(), data.weights(), session.encoder, shape, size, config.seed)
+        return StreamingBatches(plan, data.workers)
     return PackedBatches(session.training_corpus, data.sequence_length, size, config.seed, longest)
 
 
@@ -132,10 +132,12 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     probe = make_probe(session, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
     trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
-    checkpoint = on_first(lambda: newest_checkpoint(folder, session.folder.say)) if config.resume == "auto" else None
+    checkpoint = (
+        on_rank0(lambda: newest_checkpoint(folder, session.folder.print_status)) if config.resume == "auto" else None
+    )
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        session.folder.say(f"continuing from step {trainer.step}")
+        session.folder.print_status(f"continuing from step {trainer.step}")
     return trainer
 
 
@@ -144,7 +146,7 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     config, backbone = session.config, session.training_backbone
     stack, start = start_stack(session)
     if "conversion" in start:
-        session.folder.say(f"mtp.init={config.mtp.init}: {start['conversion']}")
+        session.folder.print_status(f"mtp.init={config.mtp.init}: {start['conversion']}")
     trainer = make_trainer(session, stack, start)
     log = session.folder.open_log(trackers, trainer.step)
     try:
@@ -166,9 +168,9 @@ def run(session: Session) -> None:
     """Train a head, then measure it beside the stock head."""
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
-        is_first = rank() == 0
+        is_rank0 = rank() == 0
         leave()  # the measuring is done by rank 0 alone
-        if is_first and is_measured(session.config):
+        if is_rank0 and is_measured(session.config):
             measure(session, stack, trackers)
 
 
@@ -185,10 +187,12 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
     model = session.training_backbone.model
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # whole, if shared
     held = ", its decoder layers left on disk" if config.data.source is DataSource.streams else ""
-    session.folder.say(f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{held}")
+    session.folder.print_status(
+        f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{held}"
+    )
     stack = train_head(session, trackers)
     if config.backbone.placement in SHARED_PLACEMENTS:
-        session.folder.say(
+        session.folder.print_status(
             f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
             f"own: python -m mtptrain +recipe=evaluate checkpoint={session.folder.path}"
         )

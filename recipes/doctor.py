@@ -34,7 +34,7 @@ UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class HeadUnderTest:
     """A head as it is stored.
 
     Attributes:
@@ -48,29 +48,29 @@ class Patient:
     report: TensorFaults
 
 
-def examine_stock(backbone: Backbone) -> Patient:
+def examine_stock(backbone: Backbone) -> HeadUnderTest:
     """The head that came with the backbone, whatever is wrong with it."""
     tensors, problems = read_stock(backbone)
     depth = max(1, len(module_numbers(tensors)))
-    return Patient(tensors, depth, examine_tensors(tensors, backbone.config, depth, stored=problems))
+    return HeadUnderTest(tensors, depth, examine_tensors(tensors, backbone.config, depth, stored=problems))
 
 
-def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> Patient:
+def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> HeadUnderTest:
     """A trained head, beside the backbone's own where that is sound."""
     backbone = session.backbone
     tensors, depth = checkpoint.tensors(), checkpoint.head_identity(backbone.fingerprint).depth
     stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
     report = examine_tensors(tensors, backbone.config, depth, None if problems.any() else stock)
-    return Patient(tensors, depth, report)
+    return HeadUnderTest(tensors, depth, report)
 
 
-def usable_stack(backbone: Backbone, patient: Patient) -> MtpStack | None:
+def usable_stack(backbone: Backbone, head: HeadUnderTest) -> MtpStack | None:
     """The modules, unexpected tensors left out; None where the others do not make a head."""
-    if patient.report.missing or patient.report.misshaped or patient.report.non_finite:
+    if head.report.missing or head.report.misshaped or head.report.non_finite:
         return None
-    known = expected_shapes(backbone.config, patient.depth)
-    kept = {name: tensor for name, tensor in patient.tensors.items() if name in known}
-    return place(stack_from_tensors(backbone.config, patient.depth, kept, str(backbone.folder)), backbone).eval()
+    known = expected_shapes(backbone.config, head.depth)
+    kept = {name: tensor for name, tensor in head.tensors.items() if name in known}
+    return place(stack_from_tensors(backbone.config, head.depth, kept, str(backbone.folder)), backbone).eval()
 
 
 def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], DoctorControls]:
@@ -127,10 +127,10 @@ def run(session: Session) -> None:
     checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
     check_prompts(session)
     backbone = session.backbone
-    patient = examine_stock(backbone) if checkpoint is None else examine_checkpoint(session, checkpoint)
-    stack = usable_stack(backbone, patient)
+    head = examine_stock(backbone) if checkpoint is None else examine_checkpoint(session, checkpoint)
+    stack = usable_stack(backbone, head)
     wirings, controls = (None, None) if stack is None else measure(session, stack)
-    diagnosis = diagnose(patient.report, wirings, controls)
+    diagnosis = diagnose(head.report, wirings, controls)
     run_folder.record()
     result = DoctorResult(
         schema=DOCTOR_SCHEMA,
@@ -138,12 +138,12 @@ def run(session: Session) -> None:
         checkpoint=setting,
         draft_length=config.decoding.draft_length,
         diagnosis=diagnosis,
-        tensors=patient.report,
+        tensors=head.report,
         wirings=wirings,
         controls=controls,
     )
     write_json(run_folder.path / "doctor.json", to_json(result))
     print_diagnosis(result, Console())
-    run_folder.say(f"wrote {run_folder.path / 'doctor.json'}")
+    run_folder.print_status(f"wrote {run_folder.path / 'doctor.json'}")
     if not diagnosis.healthy:
         raise SystemExit(UNHEALTHY)

@@ -183,7 +183,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     write_evaluation(folder / EVALUATION_FILE, evaluation)
     write_report(evaluation, folder / "report.html")
     print_summary(evaluation, Console())
-    session.folder.say(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
+    session.folder.print_status(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
     return evaluation
 
 

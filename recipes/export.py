@@ -201,4 +201,4 @@ def run(session: Session) -> None:
             raise
         raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error
     for line in summary(export, folder):
-        run_folder.say(line)
+        run_folder.print_status(line)

@@ -38,4 +38,6 @@ def run(session: Session) -> None:
         write_json(temporary / "config.json", miniature_config(model.config, config.release.variant, num_modules(head)))
         copy_companions(companions, temporary)
     count = sum(len(tensors) for tensors in groups)
-    run_folder.say(f"wrote {count} tensors in {len(groups)} shards to {folder}; use it with backbone.path={folder}")
+    run_folder.print_status(
+        f"wrote {count} tensors in {len(groups)} shards to {folder}; use it with backbone.path={folder}"
+    )

@@ -125,4 +125,4 @@ def run(session: Session) -> None:
     file = run_folder.path / "plan.json"
     write_plan(file, plan)
     print_plan(plan, Console())
-    run_folder.say(f"wrote {file}")
+    run_folder.print_status(f"wrote {file}")

@@ -59,4 +59,4 @@ def run(session: Session) -> None:
             "yours"
         ) from None
     print_summary(evaluation, Console())
-    session.folder.say(f"wrote {report}")
+    session.folder.print_status(f"wrote {report}")

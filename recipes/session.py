@@ -93,14 +93,14 @@ class Session:
         from mtptrain.data.chat import open_chat_template
 
         source = self.source
-        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.marks[0])
+        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.bos_eos[0])
 
     @cached_property
     def encoder(self) -> Encoder:
         """From documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
 
-        return Encoder(self.source.tokenizer, self.source.marks, self.chat)
+        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat)
 
     @property
     def cache(self) -> Path:
@@ -165,7 +165,7 @@ class Session:
         """
         tokenizer = self.source.tokenizer
         size = tokenizer.get_vocab_size()
-        stop = set(self.source.marks[1])
+        stop = set(self.source.bos_eos[1])
         for entry in self.config.decoding.stop:
             if isinstance(entry, int):
                 ids = [entry] if 0 <= entry < size else []

@@ -28,14 +28,14 @@ from mtptrain.traces.file import (
     write_trace_set,
 )
 from mtptrain.traces.prompts import (
-    Opening,
+    Conversation,
     Prompt,
-    QuestionSource,
+    PromptSource,
     Source,
-    encode_question,
-    read_questions,
+    encode_prompt_row,
+    read_prompt_rows,
     slice_prompts,
-    spread_questions,
+    spread_prompt_rows,
 )
 
 TRACES_FILE = "traces.jsonl"
@@ -49,32 +49,32 @@ def _check_room(where: str, tokens: list[int], room: int) -> None:
         )
 
 
-def slice_openings(
+def slice_conversations(
     corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
-) -> tuple[list[Opening], Source]:
+) -> tuple[list[Conversation], Source]:
     """Prompts cut from a corpus, see `slice_prompts`, and where they came from."""
     prompts = slice_prompts(corpus, count, length, name, section)
     digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
     rows = int((np.diff(corpus.offsets) // length).sum())
-    return [Opening(prompt) for prompt in prompts], Source(name, digest, rows, count)
+    return [Conversation(prompt) for prompt in prompts], Source(name, digest, rows, count)
 
 
-def question_openings(
-    session: Session, found: list[QuestionSource], count: int
-) -> tuple[list[tuple[str, Opening]], list[Source]]:
+def prompt_row_conversations(
+    session: Session, found: list[PromptSource], count: int
+) -> tuple[list[tuple[str, Conversation]], list[Source]]:
     """At most `count` of the questions as prompts, evenly spread, each with its file and line, and their sources."""
     source, chat = session.source, session.chat
-    openings: list[tuple[str, Opening]] = []
+    conversations: list[tuple[str, Conversation]] = []
     sources = []
-    for one, questions in zip(found, spread_questions(found, count), strict=True):
+    for one, questions in zip(found, spread_prompt_rows(found, count), strict=True):
         for question in questions:
-            opening = encode_question(question, len(openings), source.tokenizer, source.marks[0], chat)
-            openings.append((question.where, opening))
+            conversation = encode_prompt_row(question, len(conversations), source.tokenizer, source.bos_eos[0], chat)
+            conversations.append((question.where, conversation))
         sources.append(Source(one.name, one.sha256, len(one.questions), len(questions)))
-    return openings, sources
+    return conversations, sources
 
 
-def open_prompts(session: Session, count: int) -> tuple[list[Opening], list[Source]]:
+def open_prompts(session: Session, count: int) -> tuple[list[Conversation], list[Source]]:
     """At most `count` prompts or conversations of `prompts`, evenly spread, and where they came from.
 
     Raises:
@@ -82,13 +82,13 @@ def open_prompts(session: Session, count: int) -> tuple[list[Opening], list[Sour
     """
     config, room = session.config, session.prompt_room
     if config.prompts == [HELDOUT]:
-        openings, source = slice_openings(session.heldout_corpus, count, config.evaluation.prompt_tokens)
-        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", openings[0].prompt.tokens, room)
-        return openings, [source]
-    named, sources = question_openings(session, read_questions(config.prompts), count)
-    for where, opening in named:
-        _check_room(where, opening.prompt.tokens, room)
-    return [opening for _, opening in named], sources
+        conversations, source = slice_conversations(session.heldout_corpus, count, config.evaluation.prompt_tokens)
+        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", conversations[0].prompt.tokens, room)
+        return conversations, [source]
+    named, sources = prompt_row_conversations(session, read_prompt_rows(config.prompts), count)
+    for where, conversation in named:
+        _check_room(where, conversation.prompt.tokens, room)
+    return [conversation for _, conversation in named], sources
 
 
 def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeader:
@@ -146,20 +146,22 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     config = session.config
     if config.evaluation.traces is not None:
         traces = _read_traces(session)
-        session.folder.say(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
+        session.folder.print_status(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
         return traces
-    openings, sources = open_prompts(session, count)
+    conversations, sources = open_prompts(session, count)
     limits = session.limits
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
-    session.folder.say(f"continuing {len(openings)} prompts with the backbone ({used})")
+    session.folder.print_status(f"continuing {len(conversations)} prompts with the backbone ({used})")
 
     def record(prompts: list[Prompt]) -> list[Trace]:
         return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
 
     answer = answer_text(session.source.tokenizer, limits.stop)
-    held = hold_conversations(openings, session.chat, record, answer, session.prompt_room)
+    held = hold_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
-        session.folder.say(f"{held.dropped} later turns were not asked: the conversation had outgrown the context")
+        session.folder.print_status(
+            f"{held.dropped} later turns were not asked: the conversation had outgrown the context"
+        )
     return TraceSet(_header(session, sources, held.dropped), held.traces)
 
 

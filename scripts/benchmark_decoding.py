@@ -24,7 +24,7 @@ from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, DataConfig
 from mtptrain.data.text import heldout_documents
 from mtptrain.data.tokens import Encoder, cache_folder, tokenize_corpus
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -70,9 +70,9 @@ def main() -> None:
     make_indexers_causal(eager)
     stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
     documents = heldout_documents(DataConfig())
-    corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.marks), cache_folder(None))
+    corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.bos_eos), cache_folder(None))
     prompts = slice_prompts(corpus, count, 96)
-    limits = Limits(NEW_TOKENS, frozenset(backbone.marks[1]))
+    limits = Limits(NEW_TOKENS, frozenset(backbone.bos_eos[1]))
     traces = record_traces(model, prompts, limits, GREEDY, 0)
     rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}
     loops, same = 0.0, {"generate": 0, "engine": 0}
@@ -91,7 +91,7 @@ def main() -> None:
             same[name] += is_own_text(model, prompt.tokens, text)
         for k in range(1, LONGEST + 1):
             spent = seconds(
-                lambda p=prompt, k=k: decode_speculative(model, Drafter(model, stack), [p.tokens], k, limits)
+                lambda p=prompt, k=k: decode_speculative(model, MtpProposer(model, stack), [p.tokens], k, limits)
             )
             loops += spent
             if f"k{k}" in rows:

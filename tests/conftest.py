@@ -35,7 +35,7 @@ from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
 
-VOCAB_SIZE = 300  # 256 bytes, two marks and a few merges
+VOCAB_SIZE = 300  # 256 bytes, two bos_eos and a few merges
 SUBJECTS = ["The river", "A small engine", "Every reader", "The old library", "Our teacher", "This proof"]
 VERBS = ["follows", "carries", "answers", "measures", "repeats"]
 OBJECTS = ["the long road", "a simple rule", "what was written", "nothing at all", "two equal parts"]
@@ -62,8 +62,8 @@ def corpus_texts() -> list[str]:
 
 def save_backbone(folder: Path, **overrides: object) -> None:
     """A random backbone with a byte-level tokenizer and a stock head, as `backbone.path` wants it."""
-    marks = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
-    model = random_backbone(**{**marks, **overrides})
+    bos_eos = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
+    model = random_backbone(**{**bos_eos, **overrides})
     model.save_pretrained(folder)
     save_tokenizer(train_tokenizer(corpus_texts(), VOCAB_SIZE), folder)
     save_file(random_stack(model).state_dict(), folder / "mtp.safetensors")

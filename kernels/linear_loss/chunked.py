@@ -42,7 +42,7 @@ class Rows(Protocol):
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss [N], alpha [N], hit [N] and, where it is needed, the unit gradient [N, D]."""
+        """Loss [N], alpha [N], top1_match [N] and, where it is needed, the unit gradient [N, D]."""
 
 
 class MakeRows(Protocol):

@@ -86,7 +86,7 @@ def _student_kernel(
     target_ptr,
     loss_ptr,
     alpha_ptr,
-    hit_ptr,
+    top1_match_ptr,
     rows,
     vocabulary,
     inverse_temperature,
@@ -158,7 +158,7 @@ def _student_kernel(
         loss = mix * first + (1 - mix) * second
     tl.store(loss_ptr + row, loss)
     tl.store(alpha_ptr + row, alpha)
-    tl.store(hit_ptr + row, top == tl.load(teacher_top_ptr + row))
+    tl.store(top1_match_ptr + row, top == tl.load(teacher_top_ptr + row))
 
     if GRADIENT and not ONE_PASS:
         for start in range(0, vocabulary, BLOCK):
@@ -206,12 +206,12 @@ class TritonRows:
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss, alpha and hit [N], unit gradient [N, D]."""
+        """Loss, alpha and top1_match [N], unit gradient [N, D]."""
         student_NV, teacher_NV, dlogits_NV = (
             buffer[: len(hidden_ND)] for buffer in (self.student_NV, self.teacher_NV, self.dlogits_NV)
         )
         matmul(hidden_ND, self.weight_VD.T, out=student_NV)
-        loss_N, alpha_N, hit_N = student_rows(
+        loss_N, alpha_N, top1_match_N = student_rows(
             student_NV,
             teacher_NV,
             self.statistics,
@@ -222,7 +222,7 @@ class TritonRows:
             self.temperature,
         )
         grad_ND = matmul(dlogits_NV, self.weight_VD).div_(self.temperature) if needs_grad else None
-        return loss_N, alpha_N, hit_N, grad_ND
+        return loss_N, alpha_N, top1_match_N, grad_ND
 
 
 def teacher_rows(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,10 +246,10 @@ def student_rows(
     divergence: Divergence,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, alpha and hit [N] of fp32 logits in one launch; fills dloss/dz, which may be the student's own memory."""
+    """Loss, alpha and top-1 match [N] of fp32 logits in one launch; fills dloss/dz, which may alias the logits."""
     rows, vocabulary = student_NV.shape
     loss_N, alpha_N = student_NV.new_empty(rows), student_NV.new_empty(rows)
-    hit_N = student_NV.new_empty(rows, dtype=torch.bool)
+    top1_match_N = student_NV.new_empty(rows, dtype=torch.bool)
     _student_kernel[(rows,)](
         student_NV,
         teacher_NV,
@@ -259,7 +259,7 @@ def student_rows(
         target_N.contiguous(),
         loss_N,
         alpha_N,
-        hit_N,
+        top1_match_N,
         rows,
         vocabulary,
         1 / temperature,
@@ -270,7 +270,7 @@ def student_rows(
         BLOCK=BLOCK,
         **OPTIONS,
     )
-    return loss_N, alpha_N, hit_N
+    return loss_N, alpha_N, top1_match_N
 
 
 def launches() -> list[Launch]:
@@ -290,7 +290,7 @@ def launches() -> list[Launch]:
         )
     ]
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "loss_ptr", "alpha_ptr"), "*fp32:16")
-    pointers |= {"teacher_top_ptr": "*i64:16", "target_ptr": "*i64:16", "hit_ptr": "*i1:16"}
+    pointers |= {"teacher_top_ptr": "*i64:16", "target_ptr": "*i64:16", "top1_match_ptr": "*i1:16"}
     for divergence in Divergence:
         found.append(
             Launch(

@@ -19,7 +19,7 @@ class LinearLoss(NamedTuple):
 
     loss_KT: Tensor  # float32 nats, differentiable with respect to the student's hidden states only
     alpha_KT: Tensor  # float32 in [0, 1], sum_v min(p, q) at temperature 1: the chance that a sampled draft is accepted
-    hit_KT: Tensor  # bool, argmax q == argmax p (the first of equals): a greedy draft is accepted
+    top1_match_KT: Tensor  # bool, argmax q == argmax p (the first of equals): a greedy draft is accepted
     entropy_T: Tensor  # float32 nats, entropy of p at temperature 1; zero where every step is masked
 
 
@@ -44,7 +44,7 @@ def linear_loss_reference(
         target_T: int64 token that row t predicts, in [0, V) wherever a step is valid; read by `ce` alone.
         divergence: which loss.
         temperature: above 0; divides teacher and student logits alike in the loss (the loss is not rescaled by its
-            square), except in `ce`. Alpha, hit and entropy are always those of temperature 1.
+            square), except in `ce`. Alpha, top1_match and entropy are always those of temperature 1.
         mask_KT: bool, False where step k has no valid row t; such rows may hold anything. None means all valid.
 
     Returns:
@@ -65,12 +65,12 @@ def linear_loss_reference(
     loss_KT = token_loss_reference(student_KTV, teacher_TV, target_KT, divergence, temperature)
     log_p_TV, log_q_KTV = teacher_TV.log_softmax(-1), student_KTV.detach().log_softmax(-1)
     alpha_KT = torch.minimum(log_p_TV.exp(), log_q_KTV.exp()).sum(-1)
-    hit_KT = student_KTV.argmax(-1) == teacher_TV.argmax(-1)
+    top1_match_KT = student_KTV.argmax(-1) == teacher_TV.argmax(-1)
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(-1)
     return LinearLoss(
         loss_KT.masked_fill(~mask_KT, 0),
         alpha_KT.masked_fill(~mask_KT, 0),
-        hit_KT & mask_KT,
+        top1_match_KT & mask_KT,
         entropy_T.masked_fill(~mask_T, 0),
     )
 

@@ -69,7 +69,7 @@ class TorchRows:
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss, alpha and hit [N], unit gradient [N, D]."""
+        """Loss, alpha and top1_match [N], unit gradient [N, D]."""
         rows = len(hidden_ND)
         log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV = (buffer[:rows] for buffer in self.buffers)
         matmul(hidden_ND, self.weight_VD.T, out=log_q_NV)

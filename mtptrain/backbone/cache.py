@@ -56,7 +56,7 @@ class SlidingRing:
         self.values_BRC.view(-1, channels).index_copy_(0, slots, kept_BSC.reshape(-1, channels))
 
     def positions(self, length_B: Tensor) -> Tensor:
-        """Position held by each slot once all positions below `length_B` are written; negative marks an empty slot.
+        """Position held by each slot once all positions below `length_B` are written; negative bos_eos an empty slot.
 
         Returns:
             int64 [B, R]: the largest p < length with p % R == slot. Length 5, R 4 -> [[4, 1, 2, 3]].

@@ -175,7 +175,7 @@ class BackboneSource:
     tokenizer: Tokenizer
 
     @property
-    def marks(self) -> tuple[list[int], list[int]]:
+    def bos_eos(self) -> tuple[list[int], list[int]]:
         """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
         size = self.tokenizer.get_vocab_size()
         begin, end = self.config.bos_token_id, self.config.eos_token_id

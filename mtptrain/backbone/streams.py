@@ -14,7 +14,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.placement import is_shared
 from mtptrain.batch import Batch
-from mtptrain.run.distributed import largest_over_processes
+from mtptrain.run.distributed import max_over_processes
 
 
 def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def _piece_index(segment_BS: Tensor) -> list[Tensor]:
 def _keep_in_step(model: DeepseekV4ForCausalLM, forwards: int) -> None:
     """Run forwards for nothing until this process has as many as the one with most: a shared backbone needs all."""
     if is_shared(model):
-        for _ in range(largest_over_processes(forwards) - forwards):
+        for _ in range(max_over_processes(forwards) - forwards):
             run_backbone(model, torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device))
 
 

@@ -65,7 +65,7 @@ def shifted_target_control(model: DeepseekV4ForCausalLM, stack: MtpStack, traces
     )
 
 
-class BackboneDrafts:
+class BackboneProposer:
     """The backbone as its own greedy draft.
 
     Args:
@@ -76,7 +76,7 @@ class BackboneDrafts:
         self.model = model
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
-        """See `Drafts`; one row, a greedy policy."""
+        """See `Proposer`; one row, a greedy policy."""
         self.texts, self.draft_length = texts, draft_length
         self.cache = allocate_cache(self.model, 1, texts.max_length, draft_length + 1)
         self.known = 0
@@ -88,7 +88,7 @@ class BackboneDrafts:
         """Nothing: the drafts come from a cache of their own."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
-        """The backbone's own next tokens; see `Drafts`."""
+        """The backbone's own next tokens; see `Proposer`."""
         length = int(self.texts.length_B)
         _, hidden_1SD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, self.known : length])
         self.known = length - 1  # the last token is read again, for there is always one to read
@@ -113,7 +113,7 @@ def all_accept_control(
         num_passes: passes that an always accepted draft needs.
     """
     limits = Limits(1 + num_passes * (draft_length + 1))
-    passes = decode_speculative(model, BackboneDrafts(model), [prompt], draft_length, limits).rows[0].passes
+    passes = decode_speculative(model, BackboneProposer(model), [prompt], draft_length, limits).rows[0].passes
     length = sum(one.emitted for one in passes) / len(passes)
     return AllAcceptControl(length, ceiling=draft_length + 1, passed=length == draft_length + 1)
 

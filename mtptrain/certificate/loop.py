@@ -17,7 +17,7 @@ from mtptrain.evaluation.head_result import Piece, PieceKind, Sample, Totals
 from mtptrain.evaluation.metrics import totals
 from mtptrain.evaluation.speed import BatchRuns
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.replay.drafts import TraceDrafts, draft_traces
+from mtptrain.replay.drafts import ReplayDrafts, draft_traces
 from mtptrain.replay.replay import count_passes, replay_passes
 from mtptrain.traces.file import Trace
 
@@ -30,7 +30,7 @@ def loop_totals(runs: list[BatchRuns], head: str, draft_length: int) -> Totals:
 
 def loop_drafts(
     model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
-) -> list[TraceDrafts]:
+) -> list[ReplayDrafts]:
     """A head's drafts on the texts that its own loop emitted."""
     texts: list[Trace] = []
     for run in runs:
@@ -65,7 +65,7 @@ def certify_sampled_runs(
 
 def _rows_and_drafts(
     model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
-) -> Iterator[tuple[Decoded, Decoded, TraceDrafts]]:
+) -> Iterator[tuple[Decoded, Decoded, ReplayDrafts]]:
     """Every prompt's plain and speculative text, and the head's drafts on the latter; `key` is head and K."""
     drafts = iter(loop_drafts(model, stack, runs, key, policy))
     for run in runs:

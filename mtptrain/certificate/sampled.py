@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.certificate_result import PassCount, PassCountTest
-from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.markov import pass_moments
 from mtptrain.replay.replay import trace_chances
 
@@ -38,7 +38,7 @@ class SampledRun:
     variance: float
 
 
-def sampled_run(head: str, draft_length: int, passes: int, drafts: TraceDrafts, policy: Policy) -> SampledRun:
+def sampled_run(head: str, draft_length: int, passes: int, drafts: ReplayDrafts, policy: Policy) -> SampledRun:
     """A loop's passes beside their law.
 
     Args:

@@ -11,7 +11,7 @@ from mtptrain.batch import Batch
 from mtptrain.data.packing import Piece, fill_rows, pack_corpus
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import own_rows
+from mtptrain.run.distributed import rank_rows
 
 
 class BatchSource:
@@ -24,7 +24,7 @@ class BatchSource:
     names: Sequence[str] = ()
 
     def batch(self, index: int) -> Batch:
-        """The rows of micro-batch `index` that fall to this process; see `distributed.own_rows`."""
+        """The rows of micro-batch `index` that fall to this process; see `distributed.rank_rows`."""
         raise NotImplementedError
 
     def position(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class RowOrder:
     def own(self, index: int) -> list[list[Piece]]:
         """This process's rows of batch `index`; epochs follow each other without a gap, and a batch may span two."""
         found = []
-        for row in own_rows(self.batch_size):
+        for row in rank_rows(self.batch_size):
             epoch, place = divmod(index * self.batch_size + row, len(self.rows))
             if epoch != self._epoch:
                 self._epoch = epoch
@@ -104,4 +104,4 @@ class PackedBatches(BatchSource):
 
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`."""
-        return fill_rows(self.corpus.tokens, self.order.own(index), self.sequence_length, self.corpus.spoken)
+        return fill_rows(self.corpus.tokens, self.order.own(index), self.sequence_length, self.corpus.loss_mask)

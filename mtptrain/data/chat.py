@@ -64,10 +64,10 @@ class ChatTemplate:
         """Token ids of a conversation up to where the assistant begins to speak."""
         return self._open(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
 
-    def encode_marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def encode_with_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and of each whether the assistant speaks it.
 
-        A message is spoken from the end of its opening, where decoding would begin, through its closing mark.
+        A message is loss_mask from the end of its opening, where decoding would begin, through its closing mark.
 
         Raises:
             UserError: the template writes an earlier part differently once more follows, so that it cannot be told.
@@ -75,9 +75,9 @@ class ChatTemplate:
         text = self.render(messages, asks=False)
         spans = [self._span(messages, i, text) for i, one in enumerate(messages) if one["role"] == "assistant"]
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        spoken = [any(begin <= start < end for begin, end in spans) for start, _ in encoding.offsets]
+        loss_mask = [any(begin <= start < end for begin, end in spans) for start, _ in encoding.offsets]
         ids = self._open(encoding.ids)
-        return ids, [False] * (len(ids) - len(spoken)) + spoken
+        return ids, [False] * (len(ids) - len(loss_mask)) + loss_mask
 
     def _span(self, messages: list[Message], index: int, text: str) -> tuple[int, int]:
         """Characters of `text` that message `index` speaks."""

@@ -71,7 +71,9 @@ def spread_rows(rows: list[list[Piece]], count: int | None) -> list[list[Piece]]
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int, spoken: np.ndarray | None = None) -> Batch:
+def fill_rows(
+    tokens: np.ndarray, rows: list[list[Piece]], row_length: int, loss_mask: np.ndarray | None = None
+) -> Batch:
     """A batch from rows of pieces.
 
     Two pieces "ab" and "c" in a row of 4: tokens [a, b, c, 0], segments [1, 1, 2, 0], positions [0, 1, 0, 0].
@@ -80,11 +82,11 @@ def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int, spok
         tokens: int32, what the pieces are pieces of.
         rows: of pieces.
         row_length: tokens a row.
-        spoken: bool, which of `tokens` may be targets; None where all may.
+        loss_mask: bool, which of `tokens` may be targets; None where all may.
     """
     shape = (len(rows), row_length)
     tokens_BS, segment_BS, position_BS = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-    spoken_BS = None if spoken is None else torch.zeros(shape, dtype=torch.bool)
+    loss_mask_BS = None if loss_mask is None else torch.zeros(shape, dtype=torch.bool)
     for index, pieces in enumerate(rows):
         begin = 0
         for number, (start, size) in enumerate(pieces, start=1):
@@ -92,7 +94,7 @@ def fill_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int, spok
             tokens_BS[index, span] = torch.from_numpy(tokens[start : start + size].astype(np.int64))
             segment_BS[index, span] = number
             position_BS[index, span] = torch.arange(size)
-            if spoken is not None and spoken_BS is not None:
-                spoken_BS[index, span] = torch.from_numpy(spoken[start : start + size])
+            if loss_mask is not None and loss_mask_BS is not None:
+                loss_mask_BS[index, span] = torch.from_numpy(loss_mask[start : start + size])
             begin += size
-    return Batch(tokens_BS, segment_BS, position_BS, spoken_BS)
+    return Batch(tokens_BS, segment_BS, position_BS, loss_mask_BS)

@@ -102,7 +102,7 @@ def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str,
         yield from found
 
 
-class RowStream:
+class DatasetRows:
     """Rows of the training split, read as they are needed, and where reading has come to.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.documents import Document, Split, check_messages, split_of
-from mtptrain.data.rows import RowStream, check_readable, json_lines, load_rows, local_files
+from mtptrain.data.rows import DatasetRows, check_readable, json_lines, load_rows, local_files
 from mtptrain.data.stdlib import package_documents, stdlib_documents
 from mtptrain.errors import UserError
 
@@ -108,15 +108,15 @@ class TextReader:
             done = list(self._begin or [0, 0])
             self._state = lambda: list(done)
             return (row for _, row in json_lines(f"data.path={path}", path, done))
-        return self._stream(RowStream(f"data.path={path}", "parquet", self._begin, data_files=str(path)))
+        return self._stream(DatasetRows(f"data.path={path}", "parquet", self._begin, data_files=str(path)))
 
     def _dataset_rows(self) -> Iterable[dict[str, Any]]:
         setting, name = f"data.path={self.config.path}", str(self.config.path)
         if self.config.streaming:
-            return self._stream(RowStream(setting, name, self._begin))
+            return self._stream(DatasetRows(setting, name, self._begin))
         return load_rows(setting, name, split="train")
 
-    def _stream(self, rows: RowStream) -> RowStream:
+    def _stream(self, rows: DatasetRows) -> DatasetRows:
         self._state = rows.state
         return rows
 

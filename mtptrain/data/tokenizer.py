@@ -25,10 +25,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return read_marks_as_text(tokenizer)
+    return read_special_tokens_as_text(tokenizer)
 
 
-def read_marks_as_text(tokenizer: Tokenizer) -> Tokenizer:
+def read_special_tokens_as_text(tokenizer: Tokenizer) -> Tokenizer:
     """Let a document that spells out a mark hold its characters, not a boundary; tokenizer.json does not store this."""
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -64,4 +64,4 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             f"backbone.path={folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the backbone's "
             f"embedding {vocab_size}; use the tokenizer that the backbone was trained with"
         )
-    return read_marks_as_text(tokenizer)
+    return read_special_tokens_as_text(tokenizer)

@@ -25,16 +25,16 @@ class TokenizedCorpus:
     """All documents of a split.
 
     Attributes:
-        tokens: int32 [total], every document one after another, texts with their marks.
+        tokens: int32 [total], every document one after another, texts with their bos_eos.
         offsets: int64 [documents + 1], document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: UTF-8 bytes of the text that they stand for, for bits per byte.
-        spoken: bool [total], which tokens may be targets; None where all may.
+        loss_mask: bool [total], which tokens may be targets; None where all may.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
-    spoken: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
 
     @property
     def num_documents(self) -> int:
@@ -56,7 +56,7 @@ def cache_folder(configured: str | None) -> Path:
 
 def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:
     digest = hashlib.sha256(encoder.tokenizer.to_str().encode())
-    digest.update(repr(encoder.marks).encode())
+    digest.update(repr(encoder.bos_eos).encode())
     if encoder.chat is not None and any(document.messages for document in documents):
         digest.update(encoder.chat.sha256.encode())
     for document in documents:
@@ -66,12 +66,12 @@ def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:
 
 
 def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path) -> TokenizedCorpus:
-    """Tokenise documents, or read what an earlier run made of the same text, tokenizer, marks and template.
+    """Tokenise documents, or read what an earlier run made of the same text, tokenizer, bos_eos and template.
 
     Raises:
         UserError: the cache folder cannot be written, or a conversation cannot be rendered.
     """
-    path = cache / f"tokens-{_fingerprint(documents, encoder)}.npz"
+    path = cache / f"corpus-{_fingerprint(documents, encoder)}.npz"
     if path.is_file():
         try:
             return _read_cache(path)
@@ -83,8 +83,8 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
         "offsets": corpus.offsets,
         "num_bytes": np.int64(corpus.num_bytes),
     }
-    if corpus.spoken is not None:
-        arrays["spoken"] = corpus.spoken
+    if corpus.loss_mask is not None:
+        arrays["loss_mask"] = corpus.loss_mask
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
@@ -97,18 +97,18 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
 
 def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
     """Encoded documents one after another; where one has tokens that may not be targets, all of the others' may."""
-    spoken = None
-    if any(one.spoken is not None for one in documents):
-        masks = [np.ones(len(one.tokens), bool) if one.spoken is None else one.spoken for one in documents]
-        spoken = np.concatenate(masks)
+    loss_mask = None
+    if any(one.loss_mask is not None for one in documents):
+        masks = [np.ones(len(one.tokens), bool) if one.loss_mask is None else one.loss_mask for one in documents]
+        loss_mask = np.concatenate(masks)
     tokens = np.concatenate([np.empty(0, np.int32), *(one.tokens for one in documents)])
     offsets = np.cumsum([0, *(len(one.tokens) for one in documents)], dtype=np.int64)
-    return TokenizedCorpus(tokens, offsets, sum(one.num_bytes for one in documents), spoken)
+    return TokenizedCorpus(tokens, offsets, sum(one.num_bytes for one in documents), loss_mask)
 
 
 def _read_cache(path: Path) -> TokenizedCorpus:
     with np.load(path) as stored:
-        return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("spoken"))
+        return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("loss_mask"))
 
 
 BATCH_DOCUMENTS = 256  # documents the tokenizer is given at once, fewer where they are long
@@ -121,12 +121,12 @@ class EncodedDocument:
 
     Attributes:
         tokens: int32.
-        spoken: bool, which of them may be targets; None where all may.
-        num_bytes: UTF-8 bytes of the text they stand for, marks around it left out.
+        loss_mask: bool, which of them may be targets; None where all may.
+        num_bytes: UTF-8 bytes of the text they stand for, bos_eos around it left out.
     """
 
     tokens: np.ndarray
-    spoken: np.ndarray | None
+    loss_mask: np.ndarray | None
     num_bytes: int
 
 
@@ -136,12 +136,12 @@ class Encoder:
 
     Attributes:
         tokenizer: of the backbone.
-        marks: ids before and after a text.
+        bos_eos: ids before and after a text.
         chat: renders conversations; None where the tokenizer has no template.
     """
 
     tokenizer: Tokenizer
-    marks: tuple[list[int], list[int]]
+    bos_eos: tuple[list[int], list[int]]
     chat: ChatTemplate | None = None
 
     def encode(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
@@ -150,7 +150,7 @@ class Encoder:
         Raises:
             UserError: one is a conversation and there is no chat template.
         """
-        before, after = self.marks
+        before, after = self.bos_eos
         for batch in _batches(documents):
             texts = [document.text for document in batch if not document.messages]
             encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
@@ -167,9 +167,9 @@ class Encoder:
                 f"data.path: {document.name} is a conversation and the backbone's tokenizer has no chat template; set "
                 "data.chat_template to a jinja file, or data.field_name to a column that holds text"
             )
-        tokens, spoken = self.chat.encode_marked(document.messages)
+        tokens, loss_mask = self.chat.encode_with_mask(document.messages)
         rendered = self.chat.render(document.messages, asks=False)
-        return EncodedDocument(np.asarray(tokens, np.int32), np.asarray(spoken, bool), _num_bytes(rendered))
+        return EncodedDocument(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool), _num_bytes(rendered))
 
 
 def _num_bytes(text: str) -> int:

@@ -26,8 +26,8 @@ from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
 
-class Drafts(Protocol):
-    """Anything that proposes tokens: an MTP stack (`Drafter`), or a control of known quality."""
+class Proposer(Protocol):
+    """Anything that proposes tokens: an MTP stack (`MtpProposer`), or a control of known quality."""
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """Begin with new texts, which grow while they are decoded; drafts have at most `draft_length` tokens."""
@@ -86,7 +86,7 @@ class _ModuleCache:
         return (age_BAX >= 0) & (age_BAX < self.window - num_chain) & (key_BX >= 0).unsqueeze(1)
 
 
-class Drafter:
+class MtpProposer:
     """Drafts the continuations of a batch of texts.
 
     Step k <= depth is module k's base step: it runs over every anchor whose base-step key is not final yet. Module d's
@@ -106,7 +106,7 @@ class Drafter:
         self.model, self.stack = model, stack
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
-        """See `Drafts`."""
+        """See `Proposer`."""
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
         self.captured = Captured(self.propose, self.model)
         weight, config = self.model.lm_head.weight, self.model.config
@@ -120,7 +120,7 @@ class Drafter:
         self.shape_ND = (config.hc_mult, config.hidden_size)
 
     def read(self, part: PrefilledPart) -> None:
-        """See `Drafts`. Keys of the last anchors, whose tokens are not known yet, are made again by the first draft."""
+        """See `Proposer`. Keys of the last anchors, whose tokens are unknown yet, are recomputed by the first draft."""
         state_BSND = part.streams_BSND
         batch, count = state_BSND.shape[:2]
         slot_S = torch.arange(part.first, part.first + count, device=state_BSND.device)
@@ -130,12 +130,12 @@ class Drafter:
             state_BSND = self._base_step(step, part.rows, anchor_BS, state_BSND)
 
     def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
-        """See `Drafts`."""
+        """See `Proposer`."""
         slot_S = torch.arange(streams_BSND.shape[1], device=first_B.device)
         self._store(slice(None), first_B.unsqueeze(1) + slot_S, streams_BSND)
 
     def draft(self, u_BK: Tensor | None) -> Draft:
-        """See `Drafts`."""
+        """See `Proposer`."""
         texts = self.texts
         going_B = torch.tensor(texts.is_open, device=texts.length_B.device)
         if self.captured.records:

@@ -71,7 +71,7 @@ class Seconds:
     """
 
     total: float = 0.0
-    prefill: float = 0.0  # backbone and drafter over the prompts
+    prefill: float = 0.0  # backbone and proposer over the prompts
     draft: float = 0.0
     verify: float = 0.0  # the backbone's pass and its lm_head
     sample: float = 0.0  # acceptance, the verifier's own token, and their way to the host

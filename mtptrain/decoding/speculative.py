@@ -12,7 +12,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
 from mtptrain.decoding.captured import captured_verify
-from mtptrain.decoding.draft import Drafts
+from mtptrain.decoding.draft import Proposer
 from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Clock, DecodedBatch, Limits
@@ -30,7 +30,7 @@ def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, ma
 @torch.inference_mode()
 def decode_speculative(
     model: DeepseekV4ForCausalLM,
-    drafter: Drafts | None,
+    proposer: Proposer | None,
     prompts: list[list[int]],
     draft_length: int,
     limits: Limits,
@@ -45,9 +45,9 @@ def decode_speculative(
 
     Args:
         model: the backbone, which verifies.
-        drafter: drafts; None decodes plainly.
+        proposer: drafts; None decodes plainly.
         prompts: token ids, at least one each; lengths may differ.
-        draft_length: most tokens of a draft, K; 0 without a drafter.
+        draft_length: most tokens of a draft, K; 0 without a proposer.
         limits: where a text ends.
         policy: what is drawn, and how drafts are made, verified and stopped.
         seeds: of each row, for a policy that samples; by default those of a run of seed 0.
@@ -56,10 +56,10 @@ def decode_speculative(
         UserError: a prompt is empty, too long or of another vocabulary.
     """
     check_prompts(model, prompts, limits)
-    assert (drafter is None) == (draft_length == 0), "a head drafts at least one token, nothing drafts none"
+    assert (proposer is None) == (draft_length == 0), "a head drafts at least one token, nothing drafts none"
     texts = Texts(prompts, limits, draft_length, model.lm_head.weight.device)
     seeds = seeds or [row_seed(0, number) for number in range(len(prompts))]
-    run = _Run(model, drafter, texts, draft_length, policy, seeds)
+    run = _Run(model, proposer, texts, draft_length, policy, seeds)
     run.read_prompts()
     run.record()
     while any(texts.is_open):
@@ -72,7 +72,7 @@ class _Run:
 
     Args:
         model: the backbone.
-        drafter: drafts; None decodes plainly.
+        proposer: drafts; None decodes plainly.
         texts: the prompts, which grow.
         draft_length: K.
         policy: of every row.
@@ -82,7 +82,7 @@ class _Run:
     def __init__(
         self,
         model: DeepseekV4ForCausalLM,
-        drafter: Drafts | None,
+        proposer: Proposer | None,
         texts: Texts,
         draft_length: int,
         policy: Policy,
@@ -90,22 +90,22 @@ class _Run:
     ) -> None:
         device = texts.tokens_BT.device
         self.clock = Clock(device)
-        self.model, self.drafter, self.texts, self.policy = model, drafter, texts, policy
+        self.model, self.proposer, self.texts, self.policy = model, proposer, texts, policy
         self.draws: Draws | None = None
         if not policy.is_greedy:
             self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
         self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
         self.pass_over = captured_verify(model, self.cache)
         self.nothing = Draft.nothing(torch.zeros_like(texts.length_B))
-        if drafter is not None:
-            drafter.start(texts, draft_length, policy)
+        if proposer is not None:
+            proposer.start(texts, draft_length, policy)
 
     def read_prompts(self) -> None:
-        """Prefill backbone and drafter, and emit each row's first token."""
+        """Prefill backbone and proposer, and emit each row's first token."""
         hidden: list[Tensor | None] = [None] * len(self.texts.lengths)
         for part in prefill(self.model, self.cache, self.texts.tokens_BT, self.texts.lengths):
-            if self.drafter is not None:
-                self.drafter.read(part)
+            if self.proposer is not None:
+                self.proposer.read(part)
             end = part.first + part.hidden_BSD.shape[1]
             for place, row in enumerate(range(len(hidden))[part.rows]):
                 if end == self.texts.lengths[row]:
@@ -118,7 +118,7 @@ class _Run:
     def record(self) -> None:
         """Where steps are recorded in CUDA graphs, run the first pass for nothing: then no pass is timed with that.
 
-        So a drafter must stand being asked for the same draft twice.
+        So a proposer must stand being asked for the same draft twice.
         """
         if not self.pass_over.records or not any(self.texts.is_open):
             return
@@ -135,17 +135,17 @@ class _Run:
         tokens_BL = torch.cat([texts.last_B1, draft.tokens_BK], dim=1)
         streams_BLND, logits_BLV = self.pass_over(tokens_BL)
         clock.lap("verify")
-        texts.emit(self._verify(draft, logits_BLV), None if self.drafter is None else draft)
+        texts.emit(self._verify(draft, logits_BLV), None if self.proposer is None else draft)
         clock.lap("sample")
         self.cache.rewind(texts.length_B - 1)
-        if self.drafter is not None:
-            self.drafter.keep(first_B, streams_BLND)
+        if self.proposer is not None:
+            self.proposer.keep(first_B, streams_BLND)
         clock.lap("rewind")
 
     def _draft(self) -> Draft:
-        if self.drafter is None:
+        if self.proposer is None:
             return self.nothing
-        return self.drafter.draft(None if self.draws is None else self.draws.draft(self.texts.emitted_B))
+        return self.proposer.draft(None if self.draws is None else self.draws.draft(self.texts.emitted_B))
 
     def _verify(self, draft: Draft, logits_BLV: Tensor) -> Emission:
         draws = self.draws

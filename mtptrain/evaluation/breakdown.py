@@ -32,7 +32,7 @@ from mtptrain.evaluation.head_result import (
 )
 from mtptrain.evaluation.metrics import by_position, passes_and_tokens
 from mtptrain.kernels.acceptance import Verification
-from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.markov import acceptance_probability, inside_text
 from mtptrain.replay.replay import replay_all, trace_chances
 from mtptrain.traces.file import Trace
@@ -43,7 +43,7 @@ ENTROPY_EDGES = [0.1, 0.5, 1.0, 2.0, 4.0]  # nats
 
 
 def break_down(
-    traces: list[Trace], drafts: list[TraceDrafts], policy: Policy, draft_length: int, tokenizer: Tokenizer
+    traces: list[Trace], drafts: list[ReplayDrafts], policy: Policy, draft_length: int, tokenizer: Tokenizer
 ) -> Breakdown:
     """Return verified, accepted and lost drafted tokens by kind, at one draft length.
 
@@ -71,7 +71,7 @@ def break_down(
     return Breakdown(draft_length, DraftedTokens(*totals.tolist()), by)
 
 
-def _counts(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray:
+def _counts(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarray:
     """Expected verified, accepted and lost tokens of every step and anchor, [3, K, N]."""
     chances = trace_chances(drafts, policy)
     visit_N = chances.visit_LN[draft_length - 1]
@@ -81,7 +81,9 @@ def _counts(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarra
     return visit_N * np.stack([begun_KN, reach_KN, (begun_KN - reach_KN) * left_KN])
 
 
-def _labels(trace: Trace, drafts: TraceDrafts, draft_length: int, tokenizer: Tokenizer) -> dict[BucketKind, np.ndarray]:
+def _labels(
+    trace: Trace, drafts: ReplayDrafts, draft_length: int, tokenizer: Tokenizer
+) -> dict[BucketKind, np.ndarray]:
     """The bucket of every step and anchor, by kind, str [K, N]; past the end of the text they mean nothing."""
     num_anchors = len(drafts.p_N)
     shape = (draft_length, num_anchors)
@@ -134,7 +136,7 @@ def _bucket(label: str, counts_3: np.ndarray, totals_3: np.ndarray) -> Bucket:
 NUM_BINS = 10
 
 
-def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> Calibration:
+def calibrate(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> Calibration:
     """Return the reliability of the confidence over the steps that decoding verifies, weighted with the chance of each.
 
     Args:
@@ -158,7 +160,7 @@ def calibrate(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> C
     return _pooled(draft_length, bins)
 
 
-def _steps(drafts: TraceDrafts, policy: Policy, draft_length: int) -> np.ndarray:
+def _steps(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarray:
     """Confidence, acceptance and weight of every step of a trace, [3, X]."""
     chances = trace_chances(drafts, policy)
     weight_KN = chances.visit_LN[draft_length - 1] * chances.begun_KN[:draft_length]
@@ -223,7 +225,7 @@ def token_classes(tokenizer: Tokenizer, tokens: list[int], first: int) -> list[s
 THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
-def sweep_thresholds(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> list[Threshold]:
+def sweep_thresholds(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> list[Threshold]:
     """Return the acceptance at several confidence thresholds.
 
     Args:
@@ -234,7 +236,7 @@ def sweep_thresholds(drafts: list[TraceDrafts], policy: Policy, draft_length: in
     return [_threshold(drafts, replace(policy, min_confidence=below), draft_length) for below in THRESHOLDS]
 
 
-def _threshold(drafts: list[TraceDrafts], policy: Policy, draft_length: int) -> Threshold:
+def _threshold(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> Threshold:
     counts = replay_all(drafts, policy)[draft_length]
     passes, emitted = passes_and_tokens(counts)
     drafted = by_position(counts).drafted

@@ -59,16 +59,16 @@ def teacher_forced(
     rows = spread_rows(pack_corpus(corpus, row_length), max_rows)
     objective = RolloutObjective(model, stack, LossConfig(), steps)
     counts_K = torch.zeros(steps, dtype=torch.float64)
-    alpha_K, hit_K = counts_K.clone(), counts_K.clone()
+    alpha_K, top1_match_K = counts_K.clone(), counts_K.clone()
     for start in range(0, len(rows), ROWS_A_FORWARD):
         batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length)
         result, _ = objective.per_token(batch.to(model.lm_head.weight.device))
         counts_K += objective.counts(batch)
         alpha_K += result.alpha_KT.double().sum(1).cpu()
-        hit_K += result.hit_KT.double().sum(1).cpu()
+        top1_match_K += result.top1_match_KT.double().sum(1).cpu()
     return TeacherForced(
         alpha=(alpha_K / counts_K).tolist(),
-        top1=(hit_K / counts_K).tolist(),
+        top1=(top1_match_K / counts_K).tolist(),
         tokens=[int(count) for count in counts_K],
     )
 

@@ -16,7 +16,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import prefill
 from mtptrain.decoding.captured import captured_verify
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
@@ -83,7 +83,7 @@ def run_interleaved(
         seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
         first = decode_plain(model, prompts, limits, policy, seeds)
         runs = {
-            (name, k): decode_speculative(model, Drafter(model, stack), prompts, k, limits, policy, seeds)
+            (name, k): decode_speculative(model, MtpProposer(model, stack), prompts, k, limits, policy, seeds)
             for name, stack in stacks.items()
             for k in draft_lengths
         }
@@ -184,13 +184,13 @@ class StepBench:
         self.texts.newest = ADVANCE
         self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
         self.passes = {n: captured_verify(model, self.cache) for n in range(1, longest + 2)}
-        # One drafter for each K: a drafter's rings are sized for its own.
-        self.drafters = {k: Drafter(model, stack) for k in range(1, longest + 1)}
-        for k, drafter in self.drafters.items():
-            drafter.start(self.texts, k, GREEDY)
+        # One proposer for each K: a proposer's rings are sized for its own.
+        self.proposers = {k: MtpProposer(model, stack) for k in range(1, longest + 1)}
+        for k, proposer in self.proposers.items():
+            proposer.start(self.texts, k, GREEDY)
         for part in prefill(model, self.cache, self.texts.tokens_BT, self.texts.lengths):
-            for drafter in self.drafters.values():
-                drafter.read(part)
+            for proposer in self.proposers.values():
+                proposer.read(part)
         self.length_B = self.texts.prompt_B
 
     @torch.inference_mode()
@@ -205,7 +205,7 @@ class StepBench:
     @torch.inference_mode()
     def draft(self, draft_length: int) -> list[list[int]]:
         """Drafts of K tokens after the texts."""
-        return self.drafters[draft_length].draft(None).tokens_BK.tolist()
+        return self.proposers[draft_length].draft(None).tokens_BK.tolist()
 
 
 def measure_steps(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from mtptrain.config import DataConfig, DataSource, StreamFormat
 from mtptrain.run.artifact import Artifact, Kind, check_identity, open_artifact
-from mtptrain.run.distributed import largest_over_processes, rank, world_size
+from mtptrain.run.distributed import max_over_processes, rank, world_size
 
 STREAM = "output of the last decoder layer, before hc_head and the final norm"
 
@@ -116,6 +116,6 @@ def check_shards(cache: StreamCache) -> None:
     """Raise a `UserError` that names a damaged shard: every process verifies its share, and all raise."""
     names = list(cache.files)
     damaged = [number for number in range(rank(), len(names), world_size()) if not cache.is_sound(names[number])]
-    named = largest_over_processes(max(damaged, default=-1))
+    named = max_over_processes(max(damaged, default=-1))
     if named >= 0:
         raise cache.damage(names[named])

@@ -21,7 +21,7 @@ from mtptrain.hidden_cache.format import decode_streams
 from mtptrain.hidden_cache.manifest import StreamCache
 
 
-class StreamBatches(BatchSource):
+class HiddenStateBatches(BatchSource):
     """The batches that the cache's documents would give online, in the same order, with their streams.
 
     Args:
@@ -49,7 +49,7 @@ class StreamBatches(BatchSource):
         self.stored = {"streams", "scales"}.intersection(self.files[0].keys())
         self.starts = np.cumsum([0, *(shard.counts["tokens"] for shard in cache.files.values())]).tolist()
         self.tokens = np.concatenate([file.get_tensor("tokens").numpy() for file in self.files])
-        self.spoken = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
+        self.loss_mask = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
         sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()
         pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
         self.order = RowOrder(pack_pieces(pieces, sequence_length), batch_size, seed)
@@ -57,14 +57,14 @@ class StreamBatches(BatchSource):
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`, with their streams."""
         rows = self.order.own(index)
-        batch = fill_rows(self.tokens, rows, self.sequence_length, self.spoken)
+        batch = fill_rows(self.tokens, rows, self.sequence_length, self.loss_mask)
         streams_BSND = torch.zeros(len(rows), self.sequence_length, *self.shape, dtype=self.dtype)
         for row, pieces in enumerate(rows):
             begin = 0
             for piece in pieces:
                 streams_BSND[row, begin : begin + piece[1]] = self._streams(piece)
                 begin += piece[1]
-        return Batch(batch.tokens_BS, batch.segment_BS, batch.position_BS, batch.spoken_BS, streams_BSND)
+        return Batch(batch.tokens_BS, batch.segment_BS, batch.position_BS, batch.loss_mask_BS, streams_BSND)
 
     def _streams(self, piece: Piece) -> Tensor:
         """Streams of one piece, [S, N, D]; it lies in one shard."""

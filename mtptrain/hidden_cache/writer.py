@@ -90,7 +90,9 @@ def write_shard(
     spans = np.concatenate([np.arange(start, start + size) for start, size in pieces])
     tensors = {
         "tokens": torch.from_numpy(corpus.tokens[spans]),
-        "loss_mask": torch.from_numpy(corpus.spoken[spans] if corpus.spoken is not None else np.ones(len(spans), bool)),
+        "loss_mask": torch.from_numpy(
+            corpus.loss_mask[spans] if corpus.loss_mask is not None else np.ones(len(spans), bool)
+        ),
         "piece_sizes": torch.tensor([size for _, size in pieces]),
         "document_pieces": torch.tensor([len(parts) for parts in documents]),
         **encode_streams(streams_TND, stored_as),

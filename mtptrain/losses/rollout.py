@@ -95,7 +95,7 @@ class RolloutObjective:
         return torch.stack([batch.target_mask(k).sum().double() for k in range(1, self.steps + 1)])
 
     def per_token(self, batch: Batch) -> tuple[LinearLoss, SlotRows]:
-        """Loss, acceptance and top-1 hit of every step and slot."""
+        """Loss, acceptance and top-1 top1_match of every step and slot."""
         with torch.no_grad():
             streams_BSND, hidden_BSD = backbone_streams(self.model, batch)
         embedding = self.model.model.embed_tokens
@@ -123,7 +123,7 @@ class RolloutObjective:
         sums_K = {
             "loss": result.loss_KT.detach().double().sum(1),
             "alpha": result.alpha_KT.double().sum(1),
-            "hit": result.hit_KT.double().sum(1),
+            "top1_match": result.top1_match_KT.double().sum(1),
         }
         return Outcome(self.config.scale * loss, sums_K)
 

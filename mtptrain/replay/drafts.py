@@ -27,7 +27,7 @@ Rollout = Callable[[MtpStack, nn.Module, Tensor, Batch, int], list[Tensor]]  # `
 
 
 @dataclass(frozen=True, slots=True)
-class TraceDrafts:
+class ReplayDrafts:
     """A head's drafts on one trace. Column n is the anchor whose pass first emits token n + 1 of the trace.
 
     Entries (k - 1, n) past the end of the text are 0.
@@ -67,7 +67,7 @@ def draft_traces(
     policy: Policy,
     draft: Rollout = rollout,
     free_running: bool = False,
-) -> list[TraceDrafts]:
+) -> list[ReplayDrafts]:
     """Run a head over traces, texts of like length together.
 
     Args:
@@ -80,7 +80,7 @@ def draft_traces(
         free_running: also follow the head's own drafts, which a confidence threshold needs; for one module only.
     """
     order = sorted(range(len(traces)), key=lambda i: len(traces[i].prompt.tokens) + len(traces[i].tokens))
-    found: dict[int, TraceDrafts] = {}
+    found: dict[int, ReplayDrafts] = {}
     for start in range(0, len(order), TRACES_A_BATCH):
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
@@ -90,7 +90,7 @@ def draft_traces(
         for row, number in enumerate(numbers):
             size = max(len(traces[number].tokens) - 1, 0)
             p_N = np.ones(size) if policy.is_greedy else np.array(traces[number].probabilities[1:], dtype=np.float64)
-            found[number] = TraceDrafts(
+            found[number] = ReplayDrafts(
                 p_N=p_N,
                 q_KN=q_BKN[row, :, :size],
                 confidence_KN=confidence_BKN[row, :, :size],

@@ -29,11 +29,11 @@ import numpy as np
 
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.markov import ExpectedPasses, acceptance_probability, expected_passes, inside_text
 
 
-def trace_chances(drafts: TraceDrafts, policy: Policy) -> ExpectedPasses:
+def trace_chances(drafts: ReplayDrafts, policy: Policy) -> ExpectedPasses:
     """Where passes begin on a trace and how far their drafts are kept, for every draft length.
 
     Args:
@@ -46,7 +46,7 @@ def trace_chances(drafts: TraceDrafts, policy: Policy) -> ExpectedPasses:
     return expected_passes(accept_KN, drafts.confidence_KN >= policy.min_confidence)
 
 
-def drafted_free(drafts: TraceDrafts, policy: Policy) -> np.ndarray | None:
+def drafted_free(drafts: ReplayDrafts, policy: Policy) -> np.ndarray | None:
     """Whether the head's own draft at anchor n has a token k before the text ends, bool [K, N]; None if not known."""
     inside_KN = inside_text(*drafts.q_KN.shape)
     if policy.min_confidence == 0:
@@ -56,7 +56,7 @@ def drafted_free(drafts: TraceDrafts, policy: Policy) -> np.ndarray | None:
     return inside_KN & np.logical_and.accumulate(drafts.free_confidence_KN >= policy.min_confidence, axis=0)
 
 
-def replay_counts(drafts: TraceDrafts, policy: Policy) -> dict[int, Counts]:
+def replay_counts(drafts: ReplayDrafts, policy: Policy) -> dict[int, Counts]:
     """Counts of one trace by draft length, 1 to K: expected ones, given the text; the loop's own where all is greedy.
 
     Args:
@@ -79,13 +79,13 @@ def replay_counts(drafts: TraceDrafts, policy: Policy) -> dict[int, Counts]:
     }
 
 
-def replay_all(drafts: list[TraceDrafts], policy: Policy) -> dict[int, list[Counts]]:
+def replay_all(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Counts]]:
     """`replay_counts` of every trace, in their order, by draft length."""
     by_trace = [replay_counts(one, policy) for one in drafts]
     return {length: [counts[length] for counts in by_trace] for length in by_trace[0]}
 
 
-def replay_passes(drafts: TraceDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
+def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
     """The verify passes, one by one, that greedy speculative decoding makes on a greedy trace.
 
     Args:

@@ -164,7 +164,7 @@ def leave() -> None:
         _met.clear()
 
 
-def own_rows(batch_size: int) -> range:
+def rank_rows(batch_size: int) -> range:
     """Rows of a micro-batch of `batch_size` sequences that fall to this process."""
     share = batch_size // world_size()
     return range(rank() * share, (rank() + 1) * share)
@@ -180,7 +180,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def largest_over_processes(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The largest of the numbers that the processes hold."""
     if world_size() == 1:
         return number
@@ -192,7 +192,7 @@ def largest_over_processes(number: int) -> int:
     return int(box)
 
 
-def from_first(value: T) -> T:
+def broadcast(value: T) -> T:
     """The value that rank 0 holds, on every process."""
     if world_size() == 1:
         return value
@@ -203,7 +203,7 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def of_all(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """The values that the processes hold, by rank."""
     if world_size() == 1:
         return [value]
@@ -214,7 +214,7 @@ def of_all(value: T) -> list[T]:
     return found
 
 
-def on_first(work: Callable[[], T]) -> T:
+def on_rank0(work: Callable[[], T]) -> T:
     """Let rank 0 alone do something; every process gets what it returns, or its `UserError`."""
     result: Any = None
     error: UserError | None = None
@@ -223,7 +223,7 @@ def on_first(work: Callable[[], T]) -> T:
             result = work()
         except UserError as mistake:
             error = mistake
-    result, error = from_first((result, error))
+    result, error = broadcast((result, error))
     if error is not None:
         raise error
     return result
@@ -235,7 +235,7 @@ def announce_failure() -> None:
         group.store.set(FAILED, "yes")
 
 
-def first_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
+def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
     """Whether rank 0 ends on a user's mistake as well, and so says it for all."""
     from torch import distributed as dist
 

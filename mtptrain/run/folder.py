@@ -41,9 +41,9 @@ class RunFolder:
     provenance: dict[str, Any]
     lock: FolderLock = field(default_factory=FolderLock)
 
-    def say(self, line: str) -> None:
+    def print_status(self, line: str) -> None:
         """One line for the person who watches, from rank 0."""
-        if is_first():
+        if is_rank0():
             print(line, file=sys.stderr, flush=True)
 
     def take(self) -> None:
@@ -81,9 +81,9 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made.
         """
-        from mtptrain.run.distributed import on_first  # loads torch, which a plan does without
+        from mtptrain.run.distributed import on_rank0  # loads torch, which a plan does without
 
-        on_first(self.write)
+        on_rank0(self.write)
 
     def write(self) -> None:
         """What `record` lets rank 0 do."""
@@ -94,16 +94,16 @@ class RunFolder:
 
     def open_trackers(self) -> Trackers:
         """Return the run's trackers, of which ranks other than 0 have none; use them in a `with` statement."""
-        return Trackers(TrackedRun(self.config.tracking, self.path, self.settings) if is_first() else None)
+        return Trackers(TrackedRun(self.config.tracking, self.path, self.settings) if is_rank0() else None)
 
     def open_log(self, trackers: Trackers, start_step: int = 0) -> MetricsLog:
         """Record the run and return its metrics log, without rows after `start_step`."""
         self.record()
-        has_file = self.config.tracking.metrics_file and is_first()
+        has_file = self.config.tracking.metrics_file and is_rank0()
         return MetricsLog(self.path if has_file else None, trackers, start_step)
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this process is the one that speaks and writes, by the launcher's variable; the only one always is."""
     return os.environ.get("RANK", "0") == "0"
 

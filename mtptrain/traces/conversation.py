@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.traces.file import Trace
-from mtptrain.traces.prompts import Opening, Prompt
+from mtptrain.traces.prompts import Conversation, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Conversations:
+class ConversationTraces:
     """What came of the prompts.
 
     Attributes:
@@ -24,16 +24,16 @@ class Conversations:
 
 
 def hold_conversations(
-    openings: list[Opening],
+    conversations: list[Conversation],
     chat: ChatTemplate | None,
     record: Callable[[list[Prompt]], list[Trace]],
     answer: Callable[[list[int]], str],
     room: int,
-) -> Conversations:
+) -> ConversationTraces:
     """Ask every turn, the first ones of all conversations together, then the second ones.
 
     Args:
-        openings: where each conversation starts; one without turns is a single prompt.
+        conversations: where each conversation starts; one without turns is a single prompt.
         chat: renders a conversation; needed where there are turns.
         record: continues prompts.
         answer: the text of emitted tokens, as it is put into the conversation.
@@ -41,21 +41,23 @@ def hold_conversations(
     """
     found: list[Trace] = []
     dropped = 0
-    asked = openings
+    asked = conversations
     while asked:
-        traces = record([opening.prompt for opening in asked])
+        traces = record([conversation.prompt for conversation in asked])
         found += traces
         following = []
-        for opening, trace in zip(asked, traces, strict=True):
-            if not opening.turns or chat is None:
+        for conversation, trace in zip(asked, traces, strict=True):
+            if not conversation.turns or chat is None:
                 continue
-            said, turn, *later = answer(trace.tokens), *opening.turns
+            said, turn, *later = answer(trace.tokens), *conversation.turns
             replies = [{"role": "assistant", "content": said}, {"role": "user", "content": turn}]
-            messages = opening.messages + replies
-            prompt = Prompt(chat.encode(messages), opening.prompt.domain, opening.prompt.group)
+            messages = conversation.messages + replies
+            prompt = Prompt(chat.encode(messages), conversation.prompt.domain, conversation.prompt.group)
             if len(prompt.tokens) > room:
-                dropped += len(opening.turns)
+                dropped += len(conversation.turns)
             else:
-                following.append(Opening(prompt, messages, later))
+                following.append(Conversation(prompt, messages, later))
         asked = following
-    return Conversations(sorted(found, key=lambda trace: trace.prompt.group), dropped)  # sorting keeps turns in order
+    return ConversationTraces(
+        sorted(found, key=lambda trace: trace.prompt.group), dropped
+    )  # sorting keeps turns in order

@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class Conversation:
     """A prompt, and how its conversation goes on.
 
     Attributes:
@@ -79,10 +79,10 @@ def slice_prompts(
     return [Prompt(ids, name, number) for number, ids in enumerate(tokens)]
 
 
-def encode_question(
-    question: Question, group: int, tokenizer: Tokenizer, begin: list[int], chat: ChatTemplate | None
-) -> Opening:
-    """The prompt that a question begins with; a text gets the marks that open every training document.
+def encode_prompt_row(
+    question: PromptRow, group: int, tokenizer: Tokenizer, begin: list[int], chat: ChatTemplate | None
+) -> Conversation:
+    """The prompt that a question begins with; a text gets the bos_eos that open every training document.
 
     Raises:
         UserError: it is a conversation and there is no chat template.
@@ -96,7 +96,7 @@ def encode_question(
             f"{question.where} is a conversation and the backbone's tokenizer has no chat template; set "
             "data.chat_template to a jinja file, or write the text itself as `prompt`"
         )
-    return Opening(Prompt(tokens, question.domain, group), question.messages, question.turns)
+    return Conversation(Prompt(tokens, question.domain, group), question.messages, question.turns)
 
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -104,7 +104,7 @@ KEYS = ("turns", "messages", "prompt")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PromptRow:
     """A row of a prompt file.
 
     Attributes:
@@ -123,7 +123,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionSource:
+class PromptSource:
     """The rows of one file or data set.
 
     Attributes:
@@ -134,7 +134,7 @@ class QuestionSource:
 
     name: str
     sha256: str
-    questions: list[Question]
+    questions: list[PromptRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Source:
     used: int
 
 
-def read_questions(names: list[str], setting: str = "prompts", split: str | None = None) -> list[QuestionSource]:
+def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | None = None) -> list[PromptSource]:
     """Every source that a setting means; a folder is one a file.
 
     Args:
@@ -176,7 +176,7 @@ def read_questions(names: list[str], setting: str = "prompts", split: str | None
     return sources
 
 
-def spread_questions(sources: list[QuestionSource], count: int) -> list[list[Question]]:
+def spread_prompt_rows(sources: list[PromptSource], count: int) -> list[list[PromptRow]]:
     """At most `count` questions, as even over the sources as these allow, and evenly over the rows of each."""
     chosen = []
     for source, used in zip(sources, even_shares([len(source.questions) for source in sources], count), strict=True):
@@ -194,32 +194,32 @@ def even_shares(sizes: list[int], count: int) -> list[int]:
     return shares
 
 
-def _read_file(path: Path, setting: str) -> QuestionSource:
+def _read_file(path: Path, setting: str) -> PromptSource:
     check_readable(setting, path)
     if path.suffix == ".jsonl":
         rows = json_lines(setting, path)
     else:
         rows = enumerate(load_rows(setting, "parquet", split="train", data_files=str(path)), start=1)
-    return QuestionSource(str(path), sha256_file(path), _questions(setting, path.stem, rows))
+    return PromptSource(str(path), sha256_file(path), _questions(setting, path.stem, rows))
 
 
-def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> QuestionSource:
-    """A data set of `datasets.load_dataset`; see `read_questions`."""
+def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> PromptSource:
+    """A data set of `datasets.load_dataset`; see `read_prompt_rows`."""
     setting = f"{setting}={name}"
     rows = list(load_rows(setting, name, **({} if split is None else {"split": split})))
     lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
     sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return QuestionSource(name, sha256, _questions(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
+    return PromptSource(name, sha256, _questions(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
 
 
-def _questions(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[Question]:
+def _questions(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[PromptRow]:
     found = [_question(f"{setting}: line {number}", domain, row) for number, row in rows]
     if not found:
         raise UserError(f"{setting}: holds no prompt; write a row with {', '.join(KEYS[:2])} or prompt")
     return found
 
 
-def _question(where: str, domain: str, row: dict[str, Any]) -> Question:
+def _question(where: str, domain: str, row: dict[str, Any]) -> PromptRow:
     """The question of a row. Of `turns`, `messages` and `prompt` the first that it has counts.
 
     Raises:
@@ -232,13 +232,13 @@ def _question(where: str, domain: str, row: dict[str, Any]) -> Question:
         raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
     value = row[key]
     if key == "prompt":
-        return Question(where, domain, check_text(where, key, value), [], [])
+        return PromptRow(where, domain, check_text(where, key, value), [], [])
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{key}` must be a list that is not empty; see docs/prompts.md")
     if key == "turns":
         first, *later = [check_text(where, key, turn) for turn in value]
-        return Question(where, domain, "", [{"role": "user", "content": first}], later)
-    return Question(where, domain, "", _messages(where, value), [])
+        return PromptRow(where, domain, "", [{"role": "user", "content": first}], later)
+    return PromptRow(where, domain, "", _messages(where, value), [])
 
 
 def _messages(where: str, value: list[Any]) -> list[Message]:

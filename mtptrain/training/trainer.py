@@ -22,7 +22,7 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.next_token import Outcome
 from mtptrain.run.artifact import check_identity
-from mtptrain.run.distributed import from_first, largest_over_processes, of_all, on_first, rank, sum_over_processes
+from mtptrain.run.distributed import broadcast, gather, max_over_processes, on_rank0, rank, sum_over_processes
 from mtptrain.run.preemption import LeaveRequest
 from mtptrain.run.progress import Progress
 from mtptrain.run.provenance import peak_memory_bytes
@@ -169,7 +169,7 @@ class Trainer:
         """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
-        positions, counters = of_all(self.batches.position()), dict(self.counters)
+        positions, counters = gather(self.batches.position()), dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
 
@@ -177,7 +177,7 @@ class Trainer:
             save_checkpoint(folder, self.step, tensors, state, self.identity, counters)
             prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
 
-        on_first(write)
+        on_rank0(write)
         return folder
 
     def train_step(self) -> Step:
@@ -257,7 +257,7 @@ class Trainer:
                     speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
                     rate = learning_rate(self.step - 1, self.config)
                     extra = {"gradient_norm": step.norm, "learning_rate": rate, "tokens_per_second": speed}
-                    extra["peak_memory_gb"] = largest_over_processes(peak_memory_bytes(self.device)) / 1e9
+                    extra["peak_memory_gb"] = max_over_processes(peak_memory_bytes(self.device)) / 1e9
                     extra.update(**self.balancer.figures(), **self._shares())
                     log.write(self.step, {**totals.means(), **extra, **self.counters})
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
@@ -275,7 +275,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = from_first(probe.measure())  # every process measures: its share of the head may be needed
+        metrics = broadcast(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)

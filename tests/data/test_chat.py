@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from mtptrain.data.chat import ChatTemplate, open_chat_template
-from mtptrain.data.tokenizer import BOS, EOS, read_marks_as_text, save_tokenizer, train_tokenizer
+from mtptrain.data.tokenizer import BOS, EOS, read_special_tokens_as_text, save_tokenizer, train_tokenizer
 from mtptrain.errors import UserError
 from tests.conftest import CHAT_TEMPLATE, corpus_texts
 
@@ -39,29 +39,29 @@ def test_a_conversation_is_rendered_up_to_where_the_assistant_speaks(tmp_path: P
 
 
 def test_the_tokens_that_the_assistant_speaks_are_its_words_and_closing_marks(tmp_path: Path) -> None:
-    tokens, spoken = template_of(tmp_path).encode_marked(CHAT)
-    said = TOKENIZER.decode([token for token, one in zip(tokens, spoken, strict=True) if one])
+    tokens, loss_mask = template_of(tmp_path).encode_with_mask(CHAT)
+    said = TOKENIZER.decode([token for token, one in zip(tokens, loss_mask, strict=True) if one])
     assert said == "Because.</assistant>Nothing at all.</assistant>"
 
 
 def test_a_conversation_begins_with_the_tokens_it_is_asked_with(tmp_path: Path) -> None:
     chat = template_of(tmp_path)
     asked = chat.encode(CHAT[:3])
-    assert chat.encode_marked(CHAT)[0][: len(asked)] == asked
+    assert chat.encode_with_mask(CHAT)[0][: len(asked)] == asked
 
 
 @pytest.mark.parametrize("opens", [True, False])
 def test_a_conversation_has_the_begin_mark_once(opens: bool, tmp_path: Path) -> None:
     text = CHAT_TEMPLATE if opens else CHAT_TEMPLATE.replace("{{- bos_token -}}", "")
     chat = template_of(tmp_path, text)
-    tokens, spoken = chat.encode_marked(CHAT)
+    tokens, loss_mask = chat.encode_with_mask(CHAT)
     for found in (tokens, chat.encode(CHAT[:1])):
         assert (found[0], found.count(0)) == (0, 1)
-    assert (len(spoken), spoken[0]) == (len(tokens), False)
+    assert (len(loss_mask), loss_mask[0]) == (len(tokens), False)
 
 
 def test_reading_marks_of_a_template_leaves_documents_their_characters(tmp_path: Path) -> None:
-    tokenizer = read_marks_as_text(Tokenizer.from_str(TOKENIZER.to_str()))
+    tokenizer = read_special_tokens_as_text(Tokenizer.from_str(TOKENIZER.to_str()))
     chat = open_chat_template(None, write_folder(tmp_path, chat_template=f"a{EOS}"), tokenizer, [])
     assert chat is not None
     assert chat.encode(CHAT)[-1] == 1
@@ -97,4 +97,4 @@ def test_a_template_that_cannot_render_is_named(text: str, tmp_path: Path) -> No
 def test_a_template_that_rewrites_earlier_turns_does_not_tell_who_speaks(tmp_path: Path) -> None:
     chat = template_of(tmp_path, "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}")
     with pytest.raises(UserError, match="writes a turn differently once others follow"):
-        chat.encode_marked(CHAT)
+        chat.encode_with_mask(CHAT)

@@ -128,10 +128,10 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
 
 
 def test_drafts_are_charged_only_where_all_they_draft_may_be_a_target() -> None:
-    spoken = np.array([0, 0, 1, 1, 0, 1, 1, 1, 1], bool)
-    batch = fill_rows(np.arange(9, dtype=np.int32), [[(0, 6), (6, 3)]], 10, spoken)
+    loss_mask = np.array([0, 0, 1, 1, 0, 1, 1, 1, 1], bool)
+    batch = fill_rows(np.arange(9, dtype=np.int32), [[(0, 6), (6, 3)]], 10, loss_mask)
     for step in range(4):
         ahead = range(1, 2) if step == 0 else range(2, step + 2)
         ends = [6] * 6 + [9] * 3
-        expected = [i + step + 1 < end and all(spoken[i + j] for j in ahead) for i, end in enumerate(ends)]
+        expected = [i + step + 1 < end and all(loss_mask[i + j] for j in ahead) for i, end in enumerate(ends)]
         assert batch.target_mask(step)[0].tolist() == [*expected, False]

@@ -28,12 +28,12 @@ def test_every_document_comes_back_whole(tokenizer: Tokenizer, tmp_path: Path) -
         assert tokenizer.decode(tokens[1:-1]) == document.text
 
 
-@pytest.mark.parametrize("marks", [([], []), ([0], [1]), ([0, 7], [1, 1, 1])])
+@pytest.mark.parametrize("bos_eos", [([], []), ([0], [1]), ([0, 7], [1, 1, 1])])
 def test_marks_stand_around_every_document(
-    marks: tuple[list[int], list[int]], tokenizer: Tokenizer, tmp_path: Path
+    bos_eos: tuple[list[int], list[int]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    before, after = marks
-    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, marks), tmp_path)
+    before, after = bos_eos
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, bos_eos), tmp_path)
     for index, document in enumerate(DOCUMENTS):
         plain = tokenizer.encode(document.text, add_special_tokens=False).ids
         assert corpus.document(index).tolist() == [*before, *plain, *after]
@@ -112,10 +112,10 @@ def test_a_conversation_keeps_its_mask_through_the_cache(tmp_path: Path) -> None
     messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
     documents = [Document("text", "three"), Document("talk", "one?\ntwo.", messages)]
     made, read = (tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), tmp_path) for _ in range(2))
-    assert made.spoken is not None
-    assert read.spoken is not None
-    assert np.array_equal(made.spoken, read.spoken)
-    text, said = np.split(made.tokens[made.spoken], [len(made.document(0))])
+    assert made.loss_mask is not None
+    assert read.loss_mask is not None
+    assert np.array_equal(made.loss_mask, read.loss_mask)
+    text, said = np.split(made.tokens[made.loss_mask], [len(made.document(0))])
     assert text.tolist() == made.document(0).tolist()  # of a text, all tokens
     assert tokenizer.decode(said.tolist()) == "two.</assistant>"
     assert made.num_bytes == len("three") + len(chat.render(messages, asks=False))

@@ -10,9 +10,9 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step
-from mtptrain.certificate.controls import BackboneDrafts
+from mtptrain.certificate.controls import BackboneProposer
 from mtptrain.decoding.captured import captured_verify, why_not_recorded
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
@@ -73,12 +73,12 @@ def test_a_step_that_looks_at_a_value_is_caught() -> None:
 @pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(min_confidence=0.3)])
 def test_a_draft_waits_for_nothing(depth: int, policy: Policy) -> None:
     model = bfloat16_model()
-    drafter = Drafter(model, random_stack(model, depth).to(torch.bfloat16))
+    proposer = MtpProposer(model, random_stack(model, depth).to(torch.bfloat16))
     texts = Texts(PROMPTS, Limits(9), 3, torch.device("cpu"))
-    drafter.start(texts, 3, policy)
+    proposer.start(texts, 3, policy)
     going_B = torch.ones(2, dtype=torch.bool)
     draws = () if policy.is_greedy else (torch.rand(2, 3, dtype=torch.float64),)
-    without_values(lambda: drafter.propose(texts.length_B, going_B, *draws))
+    without_values(lambda: proposer.propose(texts.length_B, going_B, *draws))
 
 
 def test_experts_that_make_torch_wait_are_not_recorded() -> None:
@@ -88,7 +88,7 @@ def test_experts_that_make_torch_wait_are_not_recorded() -> None:
     assert "torch.float32" in str(why_not_recorded(random_backbone(), (9, 0)))
 
 
-class TwiceDrafter(Drafter):
+class TwiceDrafter(MtpProposer):
     """Is asked for each draft twice, as the first one is where steps are recorded."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
@@ -96,7 +96,7 @@ class TwiceDrafter(Drafter):
         return super().draft(u_BK)
 
 
-class TwiceBackbone(BackboneDrafts):
+class TwiceBackbone(BackboneProposer):
     """The same of the control."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
@@ -110,7 +110,7 @@ def test_a_draft_made_twice_changes_nothing(policy: Policy) -> None:
     stack = random_stack(model, 2)
     found, expected = (
         decode_speculative(model, kind(model, stack), PROMPTS, 3, Limits(14), policy).rows
-        for kind in (TwiceDrafter, Drafter)
+        for kind in (TwiceDrafter, MtpProposer)
     )
     assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
 
@@ -121,7 +121,7 @@ def test_the_backbone_as_its_own_draft_may_be_asked_twice() -> None:
     assert [one.accepted for one in row.passes] == [3, 3, 3]
 
 
-class FullDrafter(Drafter):
+class FullDrafter(MtpProposer):
     """Drafts as it is recorded: over as many anchors as there may be."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
@@ -137,8 +137,8 @@ def test_drafting_from_all_anchors_gives_the_same_text_in_the_same_passes(
     model, stack = placed(depth)
     limits = Limits(14)
     expected, found = (
-        decode_speculative(model, drafter, PROMPTS, drafted, limits, policy).rows
-        for drafter in (Drafter(model, stack), FullDrafter(model, stack))
+        decode_speculative(model, proposer, PROMPTS, drafted, limits, policy).rows
+        for proposer in (MtpProposer(model, stack), FullDrafter(model, stack))
     )
     assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
 

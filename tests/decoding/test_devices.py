@@ -12,7 +12,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.attention import use_linear_attention
 from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.streams import run_backbone
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import Draws
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
@@ -69,13 +69,13 @@ def test_drafts_are_made_and_verified_on_the_backbones_device(
     model: DeepseekV4ForCausalLM, stack: MtpStack, policy: Policy
 ) -> None:
     texts = Texts([[1, 2, 3], [4, 5, 6, 7]], Limits(9), 3, ELSEWHERE)
-    drafter = Drafter(model, stack)
-    drafter.start(texts, 3, policy)
+    proposer = MtpProposer(model, stack)
+    proposer.start(texts, 3, policy)
     draws = Draws([1, 2], texts.lengths, 9, 3, ELSEWHERE)
     going_B = torch.ones(2, dtype=torch.bool, device=ELSEWHERE)
     u_BK = None if policy.is_greedy else draws.draft(texts.emitted_B)
-    draft = drafter.propose(texts.length_B, going_B, u_BK)
-    drafter.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
+    draft = proposer.propose(texts.length_B, going_B, u_BK)
+    proposer.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
     logits_BLV = torch.zeros(2, 4, 97, dtype=torch.bfloat16, device=ELSEWHERE)
     emission = verify(policy, draft, logits_BLV, draws.verify(texts.emitted_B, 3))
     assert emission.tokens_BL.device == ELSEWHERE

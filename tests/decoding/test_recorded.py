@@ -5,7 +5,7 @@ import torch
 
 from mtptrain.backbone.decode import decode_step
 from mtptrain.decoding.captured import captured_verify
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
@@ -29,9 +29,9 @@ def test_recorded_steps_give_the_same_texts_in_the_same_passes(
 ) -> None:
     model = random_backbone()
     stack, limits = random_stack(model, depth), Limits(14)
-    expected = decode_speculative(model, Drafter(model, stack), PROMPTS, drafted, limits, policy).rows
+    expected = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
     tapes = record_on_a_cpu(monkeypatch)
-    found = decode_speculative(model, Drafter(model, stack), PROMPTS, drafted, limits, policy).rows
+    found = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
     assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
     assert len(tapes) == 2  # the verify pass and the draft, each once
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.config import DraftChoice
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -122,7 +122,7 @@ POLICIES = [
 def test_the_engine_decodes_what_a_loop_without_cache_or_batch_decodes(depth: int, policy: Policy) -> None:
     stack = random_stack(MODEL, depth)
     prompts, seeds, length = [prompt_of(11, 1), prompt_of(3, 2)], [7, 2**40 + 3], 3
-    run = decode_speculative(MODEL, Drafter(MODEL, stack), prompts, length, Limits(14), policy, seeds)
+    run = decode_speculative(MODEL, MtpProposer(MODEL, stack), prompts, length, Limits(14), policy, seeds)
     for prompt, seed, row in zip(prompts, seeds, run.rows, strict=True):
         trace, passes = decode_plainly(MODEL, stack, prompt, length, policy, new=14, seed=seed)
         assert row.tokens == trace.tokens
@@ -135,9 +135,9 @@ def test_the_engine_decodes_what_a_loop_without_cache_or_batch_decodes(depth: in
 def test_a_row_does_not_depend_on_its_batch(depth: int, policy: Policy) -> None:
     stack = random_stack(MODEL, depth)
     prompts, seeds = [prompt_of(length, length) for length in (5, 1, 13, 2)], [11, 12, 13, 14]
-    together = decode_speculative(MODEL, Drafter(MODEL, stack), prompts, 4, LIMITS, policy, seeds).rows
+    together = decode_speculative(MODEL, MtpProposer(MODEL, stack), prompts, 4, LIMITS, policy, seeds).rows
     for row, prompt in enumerate(prompts):
-        alone = decode_speculative(MODEL, Drafter(MODEL, stack), [prompt], 4, LIMITS, policy, [seeds[row]]).rows[0]
+        alone = decode_speculative(MODEL, MtpProposer(MODEL, stack), [prompt], 4, LIMITS, policy, [seeds[row]]).rows[0]
         assert (together[row].tokens, together[row].passes) == (alone.tokens, alone.passes)
 
 
@@ -145,7 +145,7 @@ def test_a_row_does_not_depend_on_its_batch(depth: int, policy: Policy) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_head_leaves_greedy_output_unchanged_at_any_draft_length(depth: int, draft_length: int) -> None:
     prompts = [prompt_of(length, length) for length in (5, 1, 13)]
-    loop = decode_speculative(MODEL, Drafter(MODEL, random_stack(MODEL, depth)), prompts, draft_length, LIMITS).rows
+    loop = decode_speculative(MODEL, MtpProposer(MODEL, random_stack(MODEL, depth)), prompts, draft_length, LIMITS).rows
     assert [row.tokens for row in loop] == [row.tokens for row in plain(prompts)]
 
 
@@ -180,7 +180,7 @@ def test_the_stop_token_ends_both_ways_of_decoding_alike(place: int) -> None:
 
 
 def test_seconds_of_the_phases_add_up_to_no_more_than_the_total() -> None:
-    run = decode_speculative(MODEL, Drafter(MODEL, random_stack(MODEL)), [prompt_of(4)], 2, LIMITS)
+    run = decode_speculative(MODEL, MtpProposer(MODEL, random_stack(MODEL)), [prompt_of(4)], 2, LIMITS)
     phases = (run.seconds.prefill, run.seconds.draft, run.seconds.verify, run.seconds.sample, run.seconds.rewind)
     assert min(phases) > 0
     assert sum(phases) <= run.seconds.total

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtptrain.certificate.sampler import chi_square
 from mtptrain.config import DraftChoice
-from mtptrain.decoding.draft import Drafter, Drafts
+from mtptrain.decoding.draft import MtpProposer, Proposer
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
@@ -43,19 +43,19 @@ def text_chances(policy: Policy) -> Tensor:
     return p_REV.gather(2, texts_RE.unsqueeze(2)).double().prod(1).squeeze(1)
 
 
-def decoded(policy: Policy, drafter: Drafts) -> tuple[Tensor, float]:
+def decoded(policy: Policy, proposer: Proposer) -> tuple[Tensor, float]:
     """How often each text was decoded, int64 [V^E], and the kept drafts a pass."""
     limits, seeds = Limits(TEXT_LENGTH), list(range(ROWS))
-    rows = decode_speculative(MODEL, drafter, [PROMPT] * ROWS, DRAFT_LENGTH, limits, policy, seeds).rows
+    rows = decode_speculative(MODEL, proposer, [PROMPT] * ROWS, DRAFT_LENGTH, limits, policy, seeds).rows
     place_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
     texts_R = (torch.tensor([row.tokens for row in rows]) * place_E).sum(1)
     passes = [one for row in rows for one in row.passes]
     return texts_R.bincount(minlength=VOCABULARY**TEXT_LENGTH), sum(one.accepted for one in passes) / len(passes)
 
 
-def follows_the_backbone(policy: Policy, drafter: Drafts) -> bool:
+def follows_the_backbone(policy: Policy, proposer: Proposer) -> bool:
     """Whether the chi-square test of all texts passes; the draws are fixed, so the answer is always the same."""
-    counts, kept = decoded(policy, drafter)
+    counts, kept = decoded(policy, proposer)
     assert 0.1 < kept < DRAFT_LENGTH, "drafts must be kept and rejected, or nothing is tested"
     result = chi_square(counts, text_chances(policy))
     assert result.dof > 50
@@ -64,14 +64,14 @@ def follows_the_backbone(policy: Policy, drafter: Drafts) -> bool:
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_decoded_texts_follow_the_distribution_of_the_backbone(policy: Policy) -> None:
-    assert follows_the_backbone(policy, Drafter(MODEL, STACK))
+    assert follows_the_backbone(policy, MtpProposer(MODEL, STACK))
 
 
-class FlatteredDrafter(Drafter):
+class FlatteredDrafter(MtpProposer):
     """Says of its drafts that they came from a flatter distribution than they did."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
-        """See `Drafts`."""
+        """See `Proposer`."""
         draft = super().draft(u_BK)
         assert draft.logits_BKV is not None
         return Draft(draft.tokens_BK, draft.logits_BKV / 2, draft.drafted_B)
@@ -89,4 +89,4 @@ def test_a_draft_that_misstates_its_distribution_is_noticed() -> None:
 
 def test_a_wrong_token_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "verify_draft_reference", no_residual)
-    assert not follows_the_backbone(BLOCK, Drafter(MODEL, STACK))
+    assert not follows_the_backbone(BLOCK, MtpProposer(MODEL, STACK))

@@ -11,7 +11,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.breakdown import break_down, bucket_names, calibrate, classify, token_classes
 from mtptrain.evaluation.head_result import BucketKind
 from mtptrain.kernels.acceptance import Verification
-from mtptrain.replay.drafts import TraceDrafts
+from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.replay import replay_all, trace_chances
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
@@ -22,7 +22,7 @@ SAMPLED = Policy(temperature=1.0)
 POLICIES = [SAMPLED, replace(SAMPLED, verification=Verification.block), replace(SAMPLED, min_confidence=0.3)]
 
 
-def some_text(domain: str, prompt: int, new: int, steps: int, seed: int) -> tuple[Trace, TraceDrafts]:
+def some_text(domain: str, prompt: int, new: int, steps: int, seed: int) -> tuple[Trace, ReplayDrafts]:
     """Random tokens, and random drafts on them."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 270, prompt + new).tolist()
@@ -30,7 +30,7 @@ def some_text(domain: str, prompt: int, new: int, steps: int, seed: int) -> tupl
     p_N, entropy_N = rng.random(new - 1) * 0.9 + 0.1, rng.random(new - 1) * 5
     q_KN, confidence_KN = rng.random((2, steps, new - 1))
     inside_KN = np.arange(steps)[:, None] + np.arange(new - 1) < new - 1
-    return trace, TraceDrafts(p_N, q_KN * inside_KN, confidence_KN * inside_KN, None, entropy_N)
+    return trace, ReplayDrafts(p_N, q_KN * inside_KN, confidence_KN * inside_KN, None, entropy_N)
 
 
 TEXTS = [some_text("code", 5, 30, 4, 0), some_text("chat", 70, 90, 4, 1), some_text("code", 40, 1, 4, 2)]
@@ -140,9 +140,9 @@ def test_calibration_is_the_plain_mean_over_verified_steps() -> None:
 def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
     rng = np.random.default_rng(6)
     confidence_KN = rng.random((1, 40_000))
-    hit_KN = (rng.random((1, 40_000)) < confidence_KN).astype(np.float64)
+    top1_match_KN = (rng.random((1, 40_000)) < confidence_KN).astype(np.float64)
     policy = Policy(temperature=1.0, draft=DraftChoice.greedy)
-    honest = TraceDrafts(np.ones(40_000), hit_KN, confidence_KN, None, np.zeros(40_000))
+    honest = ReplayDrafts(np.ones(40_000), top1_match_KN, confidence_KN, None, np.zeros(40_000))
     # A bin of 2000 and more steps knows its rate to 1 %.
     assert calibrate([honest], policy, 1).ece < 0.02
     boastful = replace(honest, confidence_KN=np.sqrt(confidence_KN))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.evaluation.speed import StepBench, StepTimes, describe_times, measure_steps
@@ -20,17 +20,17 @@ def test_a_timed_pass_starts_from_the_same_state_every_time() -> None:
 
 
 def test_timed_drafts_are_those_of_the_loop() -> None:
-    class Recording(Drafter):
+    class Recording(MtpProposer):
         def draft(self, u_BK: torch.Tensor | None):  # noqa: ANN202
             self.first = super().draft(u_BK)
             return self.first
 
-    drafter = Recording(MODEL, STACK)
+    proposer = Recording(MODEL, STACK)
     # The loop drafts after the token that the prefill emits: bench the text with that token.
-    prompt, emitted = TEXT, decode_speculative(MODEL, drafter, [TEXT], 3, Limits(2)).rows[0].tokens[0]
+    prompt, emitted = TEXT, decode_speculative(MODEL, proposer, [TEXT], 3, Limits(2)).rows[0].tokens[0]
     bench = StepBench(MODEL, STACK, [[*prompt, emitted]], longest=3)
-    assert bench.draft(3) == drafter.first.tokens_BK.tolist()
-    assert bench.draft(1) == drafter.first.tokens_BK[:, :1].tolist()
+    assert bench.draft(3) == proposer.first.tokens_BK.tolist()
+    assert bench.draft(1) == proposer.first.tokens_BK[:, :1].tolist()
 
 
 def test_every_step_is_timed_as_often_as_was_asked_for() -> None:

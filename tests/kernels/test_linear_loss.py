@@ -46,7 +46,7 @@ def assert_matches(actual: LinearLoss, expected: LinearLoss, **tolerance: float)
     torch.testing.assert_close(actual.loss_KT, expected.loss_KT, **tolerance)
     torch.testing.assert_close(actual.alpha_KT, expected.alpha_KT, **tolerance)
     torch.testing.assert_close(actual.entropy_T, expected.entropy_T, **tolerance)
-    assert torch.equal(actual.hit_KT, expected.hit_KT)
+    assert torch.equal(actual.top1_match_KT, expected.top1_match_KT)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -129,7 +129,7 @@ def test_outputs_of_a_tiny_case_equal_the_hand_computed_ones(op, divergence: Div
     assert outputs.loss_KT.item() == pytest.approx(expected, abs=2e-6)
     assert outputs.alpha_KT.item() == pytest.approx(0.7, abs=1e-6)  # .2 + .3 + .2
     assert outputs.entropy_T.item() == pytest.approx(1.029653, abs=1e-6)
-    assert outputs.hit_KT.tolist() == [[False]]
+    assert outputs.top1_match_KT.tolist() == [[False]]
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))
@@ -137,7 +137,7 @@ def test_alpha_hit_and_entropy_ignore_the_temperature_of_the_loss(divergence: Di
     inputs = random_inputs(3, 63, 17)
     plain, tempered = (linear_loss(*inputs, divergence=divergence, temperature=t) for t in (1.0, 2.5))
     assert torch.equal(plain.alpha_KT, tempered.alpha_KT)
-    assert torch.equal(plain.hit_KT, tempered.hit_KT)
+    assert torch.equal(plain.top1_match_KT, tempered.top1_match_KT)
     assert torch.equal(plain.entropy_T, tempered.entropy_T)
     assert torch.equal(plain.loss_KT, tempered.loss_KT) == (divergence is Divergence.ce)
 
@@ -169,7 +169,7 @@ def test_masked_rows_leak_nothing(divergence: Divergence) -> None:
         grad_KTD = grad_of(outputs, dirty_KTD)
         assert (outputs.loss_KT[~mask_KT] == 0).all()
         assert (outputs.alpha_KT[~mask_KT] == 0).all()
-        assert not outputs.hit_KT[~mask_KT].any()
+        assert not outputs.top1_match_KT[~mask_KT].any()
         assert (outputs.entropy_T[dead_T] == 0).all()
         assert (grad_KTD[~mask_KT] == 0).all()
         torch.testing.assert_close(outputs.loss_KT[mask_KT], clean.loss_KT[mask_KT], **TOLERANCE)
@@ -213,7 +213,7 @@ def test_a_perfect_head_has_no_loss_and_no_gradient(divergence: Divergence) -> N
     outputs = linear_loss(student_KTD, teacher_TD, weight_VD, target_T, divergence=divergence)
     torch.testing.assert_close(outputs.loss_KT, torch.zeros(3, 63), rtol=0, atol=2e-6)
     torch.testing.assert_close(outputs.alpha_KT, torch.ones(3, 63), rtol=0, atol=2e-6)
-    assert outputs.hit_KT.all()
+    assert outputs.top1_match_KT.all()
     torch.testing.assert_close(grad_of(outputs, student_KTD), torch.zeros(3, 63, WIDTH), rtol=0, atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_tied_logits_hit_only_at_the_first_of_the_largest(op, vocabulary: int) -
     student_KTD[..., [3, 16]] = 2.0
     teacher_TD[0, 3] = teacher_TD[1, 16] = 1.0
     outputs = op(student_KTD, teacher_TD, torch.eye(vocabulary), torch.zeros(2).long(), divergence=Divergence.kl)
-    assert outputs.hit_KT.tolist() == [[True, False]]
+    assert outputs.top1_match_KT.tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 17, 128, 1024, 1031])

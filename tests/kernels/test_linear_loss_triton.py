@@ -42,7 +42,7 @@ def grad_of(loss_KT: Tensor, student_KTD: Tensor) -> Tensor:
 def assert_matches(actual: LinearLoss, expected: LinearLoss) -> None:
     for place in (0, 1, 3):
         torch.testing.assert_close(actual[place], expected[place], **TOLERANCE)
-    assert torch.equal(actual.hit_KT, expected.hit_KT)
+    assert torch.equal(actual.top1_match_KT, expected.top1_match_KT)
 
 
 @pytest.mark.parametrize(("steps", "tokens", "vocabulary"), [(1, 1, 17), (2, 5, 600)])
@@ -72,7 +72,7 @@ def test_many_rows_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(
     student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, out_dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Loss, alpha, hit, entropy and dloss/dz of logits, the last into a buffer that was full of NaN."""
+    """Loss, alpha, top1_match, entropy and dloss/dz of logits, the last into a buffer that was full of NaN."""
     target_N = torch.arange(len(student_NV), device=DEVICE)
     statistics, top_N, entropy_N = kernel.teacher_rows(teacher_NV, 1.0)
     dlogits_NV = torch.full_like(student_NV, torch.nan, dtype=out_dtype)
@@ -127,7 +127,7 @@ def test_tokens_impossible_for_both_count_nothing(divergence: Divergence) -> Non
     keep_V[:300] = keep_V[400:420] = False
     student_NV, teacher_NV = (3 * torch.randn(2, 3, 700, generator=torch.Generator().manual_seed(3))).to(DEVICE)
     banned = [x.masked_fill(~keep_V.to(DEVICE), -torch.inf) for x in (student_NV, teacher_NV)]
-    loss_N, alpha_N, hit_N, entropy_N, dlogits_NV = rows_of(*banned, divergence, torch.float32)
+    loss_N, alpha_N, top1_match_N, entropy_N, dlogits_NV = rows_of(*banned, divergence, torch.float32)
     short = [x[:, keep_V.to(DEVICE)].contiguous() for x in banned]
     if divergence is Divergence.ce:  # its targets are the first tokens, which are banned here
         assert (loss_N == torch.inf).all()
@@ -135,7 +135,7 @@ def test_tokens_impossible_for_both_count_nothing(divergence: Divergence) -> Non
     short_loss_N, short_alpha_N, short_hit_N, short_entropy_N, short_NV = rows_of(*short, divergence, torch.float32)
     for found, wanted in ((loss_N, short_loss_N), (alpha_N, short_alpha_N), (entropy_N, short_entropy_N)):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
-    assert torch.equal(hit_N, short_hit_N)
+    assert torch.equal(top1_match_N, short_hit_N)
     assert (dlogits_NV[:, ~keep_V.to(DEVICE)] == 0).all()
     torch.testing.assert_close(dlogits_NV[:, keep_V.to(DEVICE)], short_NV, **TOLERANCE)
 

@@ -8,7 +8,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.backbone.streams import backbone_streams, run_backbone
 from mtptrain.batch import Batch
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.texts import Texts
@@ -35,24 +35,24 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
         streams, _ = run_backbone(model, torch.tensor([tokens]))
         expected = rollout(stack, model.model.embed_tokens, streams, single_row(tokens), steps)
         texts = Texts([tokens[:7]], Limits(len(tokens)), steps, torch.device("cpu"))
-        drafter = RecordingDrafter(model, stack, tokens)
-        drafter.start(texts, steps, Policy())
-        drafter.read(PrefilledPart(slice(0, 1), 0, streams[:, :7], streams[:, :7, 0]))
+        proposer = RecordingDrafter(model, stack, tokens)
+        proposer.start(texts, steps, Policy())
+        proposer.read(PrefilledPart(slice(0, 1), 0, streams[:, :7], streams[:, :7, 0]))
         known = 7
         # Irregular advances, as accepted drafts of different length make them.
         for anchor in (6, 7, 9, 12, 13, 17, 18, 19, 22):
-            drafter.keep(torch.tensor([known - 1]), streams[:, known - 1 : anchor + 1])
+            proposer.keep(torch.tensor([known - 1]), streams[:, known - 1 : anchor + 1])
             texts.newest, known = anchor + 2 - known, anchor + 2
             texts.tokens_BT[0, :known] = torch.tensor(tokens[:known])
             texts.length_B = torch.tensor([known])
-            drafter.states = []
-            drafter.draft(None)
+            proposer.states = []
+            proposer.draft(None)
             for step in range(1, steps + 1):
-                hidden_D = stack.block(step).hidden(drafter.states[step - 1])[0, 0]
+                hidden_D = stack.block(step).hidden(proposer.states[step - 1])[0, 0]
                 torch.testing.assert_close(hidden_D, expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-class RecordingDrafter(Drafter):
+class RecordingDrafter(MtpProposer):
     """Keeps the last anchor's state of each step, and drafts the text's own tokens instead of the likeliest."""
 
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int]) -> None:

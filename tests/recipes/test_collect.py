@@ -101,7 +101,7 @@ def test_a_shard_holds_whole_documents_in_their_order(cache: Path) -> None:
         )
         begins = [sum(sizes[: sum(pieces[:number])]) for number in range(len(pieces) + 1)]
         for begin, end in pairwise(begins):
-            assert (tokens[begin], tokens[end - 1]) == (0, 1)  # the marks of begin and end
+            assert (tokens[begin], tokens[end - 1]) == (0, 1)  # the bos_eos of begin and end
 
 
 def test_a_killed_collection_continues_to_the_same_bytes(cache: Path, small: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.text import training_documents
-from mtptrain.recipes.on_policy import as_corpus, ask
+from mtptrain.recipes.on_policy import as_corpus, open_on_policy_prompts
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder
 from mtptrain.traces.file import Trace, read_trace_set
@@ -89,8 +89,11 @@ def test_prompts_are_cut_from_training_documents(backbone_folder: Path, tmp_path
     source, on_policy = BackboneConfig(path=str(backbone_folder)), OnPolicyConfig(num_prompts=60)
     config = RunConfig(task="distill", backbone=source, data=data, on_policy=on_policy)
     session = Session(config, open_run_folder(config, {}))
-    asked = ask(session)
-    seen = {session.source.tokenizer.decode(opening.prompt.tokens).split(",")[1] for opening in asked.openings}
+    asked = open_on_policy_prompts(session)
+    seen = {
+        session.source.tokenizer.decode(conversation.prompt.tokens).split(",")[1]
+        for conversation in asked.conversations
+    }
     training = {document.text.split(",")[1] for document in training_documents(data)}
     assert len(training) < 40
     assert seen == training

@@ -9,7 +9,7 @@ import torch
 
 from mtptrain.certificate.sampled import SampledRun, certify_law, sampled_run
 from mtptrain.config import DraftChoice
-from mtptrain.decoding.draft import Drafter
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -17,7 +17,7 @@ from mtptrain.evaluation.head_result import Interval
 from mtptrain.evaluation.metrics import acceptance_length, summarize
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.replay import drafts as drafts_module
-from mtptrain.replay.drafts import TraceDrafts, draft_traces
+from mtptrain.replay.drafts import ReplayDrafts, draft_traces
 from mtptrain.replay.replay import count_passes, replay_all, replay_counts, replay_passes
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
@@ -128,8 +128,8 @@ def replayed_interval(policy: Policy) -> Interval:
 def looped_length(policy: Policy) -> float:
     """Acceptance length of the real loop over other seeds, six for each prompt, all in one batch."""
     seeds = list(range(1000, 1000 + 6 * len(PROMPTS)))
-    drafter = Drafter(SMALL, random_stack(SMALL))
-    rows = decode_speculative(SMALL, drafter, 6 * PROMPTS, LENGTH, LIMITS, policy, seeds).rows
+    proposer = MtpProposer(SMALL, random_stack(SMALL))
+    rows = decode_speculative(SMALL, proposer, 6 * PROMPTS, LENGTH, LIMITS, policy, seeds).rows
     return acceptance_length([count_passes(row.passes, LENGTH) for row in rows])
 
 
@@ -178,17 +178,17 @@ def test_a_text_of_one_token_has_no_passes() -> None:
 
 def test_replay_walks_from_anchor_to_anchor() -> None:
     """Text of 6: at anchor 0 two hits, then a miss at 3, then at 4 a hit, the last token."""
-    hit_KN = np.zeros((2, 5))
-    hit_KN[:, 0] = hit_KN[0, 4] = 1
-    drafts = TraceDrafts(np.ones(5), hit_KN, np.ones((2, 5)), None, np.zeros(5))
+    top1_match_KN = np.zeros((2, 5))
+    top1_match_KN[:, 0] = top1_match_KN[0, 4] = 1
+    drafts = ReplayDrafts(np.ones(5), top1_match_KN, np.ones((2, 5)), None, np.zeros(5))
     counts = [(p.drafted, p.accepted, p.emitted) for p in replay_passes(drafts, Policy(), 2)]
     assert counts == [(2, 2, 3), (2, 0, 1), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_expected_counts_of_certain_hits_are_those_of_the_passes(seed: int) -> None:
-    hit_KN = (np.random.default_rng(seed).random((8, 30)) < 0.7).astype(np.float64)
-    drafts = TraceDrafts(np.ones(30), hit_KN, np.ones((8, 30)), None, np.zeros(30))
+    top1_match_KN = (np.random.default_rng(seed).random((8, 30)) < 0.7).astype(np.float64)
+    drafts = ReplayDrafts(np.ones(30), top1_match_KN, np.ones((8, 30)), None, np.zeros(30))
     for length, expected in replay_counts(drafts, Policy()).items():
         counted = count_passes(replay_passes(drafts, Policy(), length), length)
         assert (expected.passes, expected.emitted) == (counted.passes, counted.emitted)

@@ -121,7 +121,7 @@ def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: lis
     found = records(tmp_path)
     rows = history(found)
     sent = {name for row in rows for name in row}
-    assert {f"{name}/step_{k}" for name in ("loss", "alpha", "hit") for k in (1, 2, 3)} <= sent
+    assert {f"{name}/step_{k}" for name in ("loss", "alpha", "top1_match") for k in (1, 2, 3)} <= sent
     assert {"gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= sent
     assert {"replay/acceptance_length_2", "experts/largest_load_0"} <= sent
     tables = {name.split("/_type")[0] for name in sent if name.endswith("/_type")}

@@ -4,28 +4,28 @@ from pathlib import Path
 
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.tokenizer import train_tokenizer
-from mtptrain.traces.conversation import Conversations, hold_conversations
+from mtptrain.traces.conversation import ConversationTraces, hold_conversations
 from mtptrain.traces.file import Trace
-from mtptrain.traces.prompts import Opening, Prompt
+from mtptrain.traces.prompts import Conversation, Prompt
 from tests.conftest import CHAT_TEMPLATE, corpus_texts
 
 TOKENIZER = train_tokenizer(corpus_texts(), 300)
 CHAT = ChatTemplate(CHAT_TEMPLATE, Path("template"), {"bos_token": "^"}, TOKENIZER, [0])
 
 
-def opening(group: int, *turns: str) -> Opening:
+def conversation(group: int, *turns: str) -> Conversation:
     messages = [{"role": "user", "content": turns[0]}]
-    return Opening(Prompt(CHAT.encode(messages), "talk", group), messages, list(turns[1:]))
+    return Conversation(Prompt(CHAT.encode(messages), "talk", group), messages, list(turns[1:]))
 
 
-def answer_in_rounds(openings: list[Opening], room: int = 10_000) -> Conversations:
+def answer_in_rounds(conversations: list[Conversation], room: int = 10_000) -> ConversationTraces:
     """The answer to every prompt is how many tokens it has."""
 
     def record(prompts: list[Prompt]) -> list[Trace]:
         words = [TOKENIZER.encode(str(len(prompt.tokens)), add_special_tokens=False).ids for prompt in prompts]
         return [Trace(prompt, ids, [1.0], [1.0]) for prompt, ids in zip(prompts, words, strict=True)]
 
-    return hold_conversations(openings, CHAT, record, TOKENIZER.decode, room)
+    return hold_conversations(conversations, CHAT, record, TOKENIZER.decode, room)
 
 
 def text_of(trace: Trace) -> str:
@@ -33,7 +33,7 @@ def text_of(trace: Trace) -> str:
 
 
 def test_a_turn_is_asked_after_the_answers_to_those_before_it() -> None:
-    traces = answer_in_rounds([opening(0, "a", "b", "c")]).traces
+    traces = answer_in_rounds([conversation(0, "a", "b", "c")]).traces
     said = [TOKENIZER.decode(trace.tokens) for trace in traces]
     assert text_of(traces[2]).endswith(
         f"<user>a</user><assistant>{said[0]}</assistant><user>b</user><assistant>{said[1]}</assistant>"
@@ -42,8 +42,8 @@ def test_a_turn_is_asked_after_the_answers_to_those_before_it() -> None:
 
 
 def test_the_turns_of_a_conversation_come_in_a_row_and_share_a_group() -> None:
-    openings = [opening(0, "a", "b"), Opening(Prompt([5, 6], "text", 1)), opening(2, "c", "d")]
-    traces = answer_in_rounds(openings).traces
+    conversations = [conversation(0, "a", "b"), Conversation(Prompt([5, 6], "text", 1)), conversation(2, "c", "d")]
+    traces = answer_in_rounds(conversations).traces
     assert [trace.prompt.group for trace in traces] == [0, 0, 1, 2, 2]
     assert [len(trace.prompt.tokens) < len(traces[4].prompt.tokens) for trace in traces[:4]] == [
         True,
@@ -54,8 +54,8 @@ def test_the_turns_of_a_conversation_come_in_a_row_and_share_a_group() -> None:
 
 
 def test_turns_after_the_context_is_full_are_dropped_and_counted() -> None:
-    openings = [opening(0, "a", "b", "c", "d"), opening(1, "a")]
-    second = answer_in_rounds(openings).traces[1]
-    held = answer_in_rounds(openings, room=len(second.prompt.tokens))
+    conversations = [conversation(0, "a", "b", "c", "d"), conversation(1, "a")]
+    second = answer_in_rounds(conversations).traces[1]
+    held = answer_in_rounds(conversations, room=len(second.prompt.tokens))
     assert [trace.prompt.group for trace in held.traces] == [0, 0, 1]
     assert held.dropped == 2

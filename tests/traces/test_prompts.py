@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
-from mtptrain.traces.prompts import Question, even_shares, read_dataset, read_questions, spread_questions
+from mtptrain.traces.prompts import PromptRow, even_shares, read_dataset, read_prompt_rows, spread_prompt_rows
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -19,8 +19,8 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def questions_of(path: Path) -> list[Question]:
-    return [question for source in read_questions([str(path)]) for question in source.questions]
+def questions_of(path: Path) -> list[PromptRow]:
+    return [question for source in read_prompt_rows([str(path)]) for question in source.questions]
 
 
 def user(text: str) -> dict[str, str]:
@@ -57,7 +57,7 @@ def test_the_domain_is_the_rows_own_or_the_files_name(tmp_path: Path) -> None:
 def test_a_folder_is_a_source_a_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"prompt": "a"})
     Dataset.from_dict({"prompt": ["b", "c"], "turns": [None, None]}).to_parquet(tmp_path / "b.parquet")
-    sources = read_questions([str(tmp_path)])
+    sources = read_prompt_rows([str(tmp_path)])
     assert [[question.text for question in source.questions] for source in sources] == [["a"], ["b", "c"]]
     assert [source.questions[0].domain for source in sources] == ["a", "b"]
     assert (sources[0].name, sources[0].sha256) == (str(first), sha256_file(first))
@@ -75,7 +75,7 @@ def test_shares_are_as_even_as_the_sizes_allow(sizes: list[int], count: int) -> 
 def test_questions_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> None:
     for name, size in [("a", 9), ("b", 2)]:
         write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{number}"} for number in range(size)))
-    chosen = spread_questions(read_questions([str(tmp_path)]), 7)
+    chosen = spread_prompt_rows(read_prompt_rows([str(tmp_path)]), 7)
     assert [[question.text for question in questions] for questions in chosen] == [
         ["a0", "a2", "a4", "a6", "a8"],
         ["b0", "b1"],

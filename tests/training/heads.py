@@ -20,7 +20,7 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.losses.next_token import Outcome
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.start import freeze_untrained, place
-from mtptrain.run.distributed import join, own_rows, rank
+from mtptrain.run.distributed import join, rank, rank_rows
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.training.checkpoint import BackboneIdentity, checkpoint_name, open_checkpoint
 from mtptrain.training.engine import make_engine
@@ -57,7 +57,7 @@ class UnevenBatches(BatchSource):
 
     def batch(self, index: int) -> Batch:
         whole = random_batch(TINY["vocab_size"], ROWS, 16, seed=index)
-        span = slice(own_rows(4).start, own_rows(4).stop)
+        span = slice(rank_rows(4).start, rank_rows(4).stop)
         return Batch(whole.tokens_BS[span], whole.segment_BS[span], whole.position_BS[span])
 
 
@@ -69,7 +69,7 @@ class BadObjective(RolloutObjective):
     def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
         outcome = super().__call__(batch, counts_K)
         self.calls += 1
-        is_bad = own_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
+        is_bad = rank_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
         return Outcome(outcome.loss * torch.nan, outcome.sums_K) if is_bad else outcome
 
 

@@ -11,15 +11,15 @@ import torch
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import fill_rows
-from mtptrain.data.streaming.dataset import FeedPlan, Position, check_position, join_positions, source_of
+from mtptrain.data.streaming.dataset import Position, StreamingPlan, check_position, join_positions, source_of
 from mtptrain.data.streaming.row_stream import Row
-from mtptrain.data.streaming.sharding import Dealer
+from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.streaming.workers import Items, start_feeds
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import own_rows
+from mtptrain.run.distributed import rank_rows
 
 
-class StreamedBatches(BatchSource):
+class StreamingBatches(BatchSource):
     """Micro-batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
 
     Args:
@@ -30,14 +30,14 @@ class StreamedBatches(BatchSource):
         UserError: a source cannot be read, or has fewer training documents than a micro-batch has rows.
     """
 
-    def __init__(self, plan: FeedPlan, workers: int) -> None:
+    def __init__(self, plan: StreamingPlan, workers: int) -> None:
         self.plan, self.workers = plan, workers
         self.names = list(plan.sources) if len(plan.sources) > 1 else []
         for config in plan.sources.values():
-            dealer = Dealer(config, range(plan.num_lanes), plan.num_lanes)
-            first = [dealer.next(lane)[1] for lane in range(plan.num_lanes)]
+            dealer = DocumentShardReader(config, range(plan.num_rows), plan.num_rows)
+            first = [dealer.next(lane)[1] for lane in range(plan.num_rows)]
             next(plan.encoder.encode(document for document in first if document is not None))
-        self.lanes = list(own_rows(plan.num_lanes))
+        self.lanes = list(rank_rows(plan.num_rows))
         self.seek(0, [])
 
     def seek(self, index: int, positions: list[Position]) -> None:
@@ -81,12 +81,14 @@ class StreamedBatches(BatchSource):
         pieces = [piece for row in rows for piece in row]
         sizes = [len(tokens) for tokens, _ in pieces]
         spans = zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
-        masks = [np.ones(len(tokens), bool) if spoken is None else spoken for tokens, spoken in pieces]
-        spoken = None if all(one is None for _, one in pieces) else np.concatenate(masks)
+        masks = [np.ones(len(tokens), bool) if loss_mask is None else loss_mask for tokens, loss_mask in pieces]
+        loss_mask = None if all(one is None for _, one in pieces) else np.concatenate(masks)
         tokens = np.concatenate([tokens for tokens, _ in pieces])
-        batch = fill_rows(tokens, [list(islice(spans, len(row))) for row in rows], self.plan.shape.row_length, spoken)
+        batch = fill_rows(
+            tokens, [list(islice(spans, len(row))) for row in rows], self.plan.shape.row_length, loss_mask
+        )
         if not self.names:
             return batch
-        first = index * self.plan.num_lanes
+        first = index * self.plan.num_rows
         chosen = [source_of(first + lane, self.plan.weights) for lane in self.lanes]
         return replace(batch, source_B=torch.tensor(chosen))

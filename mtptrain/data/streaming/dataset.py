@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from mtptrain.config import DataConfig
-from mtptrain.data.streaming.row_stream import Lane, LanePlace, Row, RowShape
-from mtptrain.data.streaming.sharding import Dealer
+from mtptrain.data.streaming.row_stream import Row, RowShape, RowStream, RowStreamPosition
+from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.tokens import Encoder
 from mtptrain.errors import UserError
 
@@ -20,7 +20,7 @@ Position = dict[str, Any]  # plain values, for a checkpoint; {} = the beginning
 
 
 @dataclass(frozen=True, slots=True)
-class FeedPlan:
+class StreamingPlan:
     """What a training reads as a stream.
 
     Attributes:
@@ -28,7 +28,7 @@ class FeedPlan:
         weights: of the sources, in their order.
         encoder: the backbone's.
         shape: of the rows.
-        num_lanes: rows a micro-batch, of all processes together; each is a lane with documents of its own.
+        num_rows: rows a micro-batch, of all processes together; each is a lane with documents of its own.
         seed: of the order.
     """
 
@@ -36,11 +36,11 @@ class FeedPlan:
     weights: list[float]
     encoder: Encoder
     shape: RowShape
-    num_lanes: int
+    num_rows: int
     seed: int
 
 
-class Feed(IterableDataset[tuple[list[Row], Position] | UserError]):
+class StreamingDataset(IterableDataset[tuple[list[Row], Position] | UserError]):
     """Endless: of each micro-batch the rows of some lanes, with the position after them.
 
     A lane's rows do not depend on who else reads: any partition of the lanes gives the same batches.
@@ -52,7 +52,7 @@ class Feed(IterableDataset[tuple[list[Row], Position] | UserError]):
         position: before it.
     """
 
-    def __init__(self, plan: FeedPlan, lanes: list[int], first: int = 0, position: Position | None = None) -> None:
+    def __init__(self, plan: StreamingPlan, lanes: list[int], first: int = 0, position: Position | None = None) -> None:
         super().__init__()
         self.plan, self.lanes, self.first, self.position = plan, lanes, first, position or {}
 
@@ -69,25 +69,27 @@ class Feed(IterableDataset[tuple[list[Row], Position] | UserError]):
         for index in count(self.first):
             rows = []
             for lane in self.lanes:
-                chosen = source_of(index * plan.num_lanes + lane, plan.weights)
+                chosen = source_of(index * plan.num_rows + lane, plan.weights)
                 rows.append(sources[chosen][1][lane].row())
             yield (
                 rows,
-                {"num_lanes": plan.num_lanes, "sources": dict(zip(plan.sources, map(_place, sources), strict=True))},
+                {"num_rows": plan.num_rows, "sources": dict(zip(plan.sources, map(_place, sources), strict=True))},
             )
 
-    def _open(self, name: str) -> tuple[Dealer, dict[int, Lane]]:
+    def _open(self, name: str) -> tuple[DocumentShardReader, dict[int, RowStream]]:
         """A source at its position."""
         plan, found = self.plan, self.position.get("sources", {}).get(name, {})
-        places = {lane: LanePlace(*found["lanes"][str(lane)]) if found else LanePlace() for lane in self.lanes}
+        places = {
+            lane: RowStreamPosition(*found["lanes"][str(lane)]) if found else RowStreamPosition() for lane in self.lanes
+        }
         starts = {lane: (place.epoch, place.number) for lane, place in places.items()}
-        dealer = Dealer(plan.sources[name], self.lanes, plan.num_lanes, found.get("place"), starts)
+        dealer = DocumentShardReader(plan.sources[name], self.lanes, plan.num_rows, found.get("place"), starts)
         return dealer, {
-            lane: Lane(lane, dealer, plan.encoder, plan.shape, plan.seed, place) for lane, place in places.items()
+            lane: RowStream(lane, dealer, plan.encoder, plan.shape, plan.seed, place) for lane, place in places.items()
         }
 
 
-def _place(source: tuple[Dealer, dict[int, Lane]]) -> dict[str, Any]:
+def _place(source: tuple[DocumentShardReader, dict[int, RowStream]]) -> dict[str, Any]:
     dealer, lanes = source
     earliest = min((lane.place.epoch, lane.place.number) for lane in lanes.values())
     return {
@@ -98,7 +100,7 @@ def _place(source: tuple[Dealer, dict[int, Lane]]) -> dict[str, Any]:
 
 def join_positions(parts: list[Position]) -> Position:
     """The position of all lanes together, from those of feeds that share them."""
-    joined: Position = {"num_lanes": parts[0]["num_lanes"], "sources": {}}
+    joined: Position = {"num_rows": parts[0]["num_rows"], "sources": {}}
     for name in parts[0]["sources"]:
         found = [part["sources"][name] for part in parts]
         place = min((one["place"] for one in found), key=lambda place: (place["epoch"], place["number"]))
@@ -107,10 +109,10 @@ def join_positions(parts: list[Position]) -> Position:
     return joined
 
 
-def check_position(plan: FeedPlan, position: Position) -> None:
+def check_position(plan: StreamingPlan, position: Position) -> None:
     """Raise a `UserError` unless a position belongs to a training that reads as this one does."""
-    was = {"train.batch_size": position.get("num_lanes"), "data.mixture": sorted(position.get("sources", {}))}
-    now = {"train.batch_size": plan.num_lanes, "data.mixture": sorted(plan.sources)}
+    was = {"train.batch_size": position.get("num_rows"), "data.mixture": sorted(position.get("sources", {}))}
+    now = {"train.batch_size": plan.num_rows, "data.mixture": sorted(plan.sources)}
     for setting, value in now.items():
         if was[setting] != value:
             raise UserError(

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtptrain.data.packing import cut_document, pack_pieces
-from mtptrain.data.streaming.sharding import Dealer, Order, check_enough
+from mtptrain.data.streaming.sharding import DocumentShardReader, Order, check_enough
 from mtptrain.data.tokens import EncodedDocument, Encoder
 
 BUFFER_ROWS = 64  # rows' worth of tokens that are packed and shuffled together
 
-MarkedPiece = tuple[np.ndarray, np.ndarray | None]  # token ids, and which of them may be targets
-Row = list[MarkedPiece]
+MaskedPiece = tuple[np.ndarray, np.ndarray | None]  # token ids, and which of them may be targets
+Row = list[MaskedPiece]
 
 
 @dataclass(slots=True)
-class LanePlace:
+class RowStreamPosition:
     """How far a lane has come.
 
     Attributes:
@@ -46,7 +46,7 @@ class RowShape:
     piece_length: int
 
 
-class Lane:
+class RowStream:
     """Rows without end. They depend on its documents, the encoder, the shape and the seed alone.
 
     Args:
@@ -59,7 +59,13 @@ class Lane:
     """
 
     def __init__(
-        self, lane: int, dealer: Dealer, encoder: Encoder, shape: RowShape, seed: int, place: LanePlace
+        self,
+        lane: int,
+        dealer: DocumentShardReader,
+        encoder: Encoder,
+        shape: RowShape,
+        seed: int,
+        place: RowStreamPosition,
     ) -> None:
         self.lane, self.dealer, self.encoder, self.shape, self.seed = lane, dealer, encoder, shape, seed
         self.place = place
@@ -81,7 +87,7 @@ class Lane:
 
     def _fill(self) -> list[Row]:
         """The rows of the next buffer, in the order they are trained on; an epoch's last buffer may be smaller."""
-        pieces: list[MarkedPiece] = []
+        pieces: list[MaskedPiece] = []
         begin: Order | None = None
         num_tokens = num_ends = 0
         while num_tokens < BUFFER_ROWS * self.shape.row_length:
@@ -91,7 +97,7 @@ class Lane:
                 if pieces:
                     break
                 if num_ends == 2:
-                    check_enough(self.dealer.config, 0, self.dealer.num_lanes)
+                    check_enough(self.dealer.config, 0, self.dealer.num_rows)
                 continue
             begin = begin or order
             for piece in _pieces(next(self.encoder.encode([document])), self.shape.piece_length):
@@ -104,9 +110,9 @@ class Lane:
         return [[pieces[number] for number, _ in packed[row]] for row in order_R]
 
 
-def _pieces(document: EncodedDocument, piece_length: int) -> Iterator[MarkedPiece]:
+def _pieces(document: EncodedDocument, piece_length: int) -> Iterator[MaskedPiece]:
     """Pieces of a document that have a target."""
     for start, size in cut_document(0, len(document.tokens), piece_length):
         if size > 1:
             part = slice(start, start + size)
-            yield document.tokens[part], None if document.spoken is None else document.spoken[part]
+            yield document.tokens[part], None if document.loss_mask is None else document.loss_mask[part]

@@ -17,15 +17,15 @@ PLACE_EVERY = 64  # documents between the places that reading can be continued f
 Order = tuple[int, int]  # epoch, and number of a document among the training documents of the source
 
 
-class Dealer:
-    """Reads a source over and over; document d of every epoch belongs to lane d mod `num_lanes`, and to no other.
+class DocumentShardReader:
+    """Reads a source over and over; document d of every epoch belongs to lane d mod `num_rows`, and to no other.
 
     Lanes ask at their own pace: what belongs to one that has not asked yet waits for it.
 
     Args:
         config: of the source.
         lanes: those that are dealt to; documents of others are passed over without being tokenised.
-        num_lanes: of all processes together.
+        num_rows: of all processes together.
         place: of an earlier dealer, at or before every start; None = the beginning.
         starts: the first document that a lane wants.
     """
@@ -34,11 +34,11 @@ class Dealer:
         self,
         config: DataConfig,
         lanes: Iterable[int],
-        num_lanes: int,
+        num_rows: int,
         place: dict[str, Any] | None = None,
         starts: dict[int, Order] | None = None,
     ) -> None:
-        self.config, self.num_lanes = config, num_lanes
+        self.config, self.num_rows = config, num_rows
         self.starts = starts or {}
         self.waiting: dict[int, deque[tuple[Order, Document | None]]] = {lane: deque() for lane in lanes}
         place = place or {"epoch": 0, "number": 0, "text": None}
@@ -83,12 +83,12 @@ class Dealer:
         """Read one more document, or meet the end."""
         document = next(self.documents, None)
         if document is None:
-            check_enough(self.config, self.number, self.num_lanes)
+            check_enough(self.config, self.number, self.num_rows)
             for lane in self.waiting:
                 self._deal(lane, None)
             self._begin(self.epoch + 1, 0, None)
             return
-        lane = self.number % self.num_lanes
+        lane = self.number % self.num_rows
         if lane in self.waiting:
             self._deal(lane, document)
         self.number += 1
@@ -100,16 +100,16 @@ class Dealer:
             self.waiting[lane].append(((self.epoch, self.number), document))
 
 
-def check_enough(config: DataConfig, found: int, num_lanes: int) -> None:
+def check_enough(config: DataConfig, found: int, num_rows: int) -> None:
     """Raise a `UserError` where a source has fewer training documents than a batch has rows."""
     if found == 0:
         raise UserError(
             f"data.path={config.path}: no training document with two tokens or more; one in data.heldout_every="
             f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number"
         )
-    if found < num_lanes:
+    if found < num_rows:
         raise UserError(
             f"data.path={config.path}: has {found} training documents, and read as a stream each of "
-            f"train.batch_size={num_lanes} rows needs documents of its own; lower train.batch_size, or leave "
+            f"train.batch_size={num_rows} rows needs documents of its own; lower train.batch_size, or leave "
             "data.streaming false"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mtptrain.data.streaming.dataset import Feed, FeedPlan, Position
+from mtptrain.data.streaming.dataset import Position, StreamingDataset, StreamingPlan
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.errors import UserError
 from mtptrain.run.preemption import SIGNALS
@@ -25,19 +25,19 @@ PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when the
 Items = Iterator[tuple[list[Row], Position]]
 
 
-def start_feeds(plan: FeedPlan, lanes: list[int], workers: int, first: int, position: Position) -> list[Items]:
+def start_feeds(plan: StreamingPlan, lanes: list[int], workers: int, first: int, position: Position) -> list[Items]:
     """Feeds that share lanes in their order, each in a process of its own; with `workers=0` one feed in this process.
 
     Each is a `DataLoader` with one worker: with several, `datasets` would share its files out over them by itself.
     """
     if workers == 0:
-        return [_sound(iter(Feed(plan, lanes, first, position)), workers)]
+        return [_sound(iter(StreamingDataset(plan, lanes, first, position)), workers)]
     parts = [part.tolist() for part in np.array_split(lanes, min(workers, len(lanes)))]
     with _quiet_fork():
-        return [_sound(_start(Feed(plan, part, first, position)), workers) for part in parts]
+        return [_sound(_start(StreamingDataset(plan, part, first, position)), workers) for part in parts]
 
 
-def _start(feed: Feed) -> Iterator[Any]:
+def _start(feed: StreamingDataset) -> Iterator[Any]:
     return iter(
         DataLoader(
             feed,

@@ -22,10 +22,10 @@ from mtptrain.batch import Batch
 from mtptrain.config import DataConfig, DataSource, MixtureConfig
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Split, split_of
-from mtptrain.data.streaming.batches import StreamedBatches
-from mtptrain.data.streaming.dataset import Feed, FeedPlan, Position, join_positions, source_of
-from mtptrain.data.streaming.row_stream import BUFFER_ROWS, Lane, LanePlace, Row, RowShape
-from mtptrain.data.streaming.sharding import Dealer
+from mtptrain.data.streaming.batches import StreamingBatches
+from mtptrain.data.streaming.dataset import Position, StreamingDataset, StreamingPlan, join_positions, source_of
+from mtptrain.data.streaming.row_stream import BUFFER_ROWS, Row, RowShape, RowStream, RowStreamPosition
+from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.text import text_documents
 from mtptrain.data.tokenizer import BOS, train_tokenizer
 from mtptrain.data.tokens import Encoder, tokenize_corpus
@@ -72,20 +72,20 @@ def mixed_config(folder: Path) -> DataConfig:
     return DataConfig(mixture=[text, talk], sequence_length=S, heldout_every=8)
 
 
-def plan_of(config: DataConfig, num_lanes: int, seed: int = 0) -> FeedPlan:
-    return FeedPlan(config.sources(), config.weights(), ENCODER, RowShape(S, S), num_lanes, seed)
+def plan_of(config: DataConfig, num_rows: int, seed: int = 0) -> StreamingPlan:
+    return StreamingPlan(config.sources(), config.weights(), ENCODER, RowShape(S, S), num_rows, seed)
 
 
 def plain(row: Row) -> list[tuple[list[int], list[bool] | None]]:
     """A row as values that can be compared."""
-    return [(tokens.tolist(), None if spoken is None else spoken.tolist()) for tokens, spoken in row]
+    return [(tokens.tolist(), None if loss_mask is None else loss_mask.tolist()) for tokens, loss_mask in row]
 
 
 def micro_batches(
-    plan: FeedPlan, parts: list[list[int]], first: int = 0, position: Position | None = None
+    plan: StreamingPlan, parts: list[list[int]], first: int = 0, position: Position | None = None
 ) -> Iterator[tuple[list[object], Position]]:
     """Rows of all lanes, read by feeds of some lanes each, and the position after them."""
-    feeds = [iter(Feed(plan, part, first, position)) for part in parts]
+    feeds = [iter(StreamingDataset(plan, part, first, position)) for part in parts]
     while True:
         found = [next(feed) for feed in feeds]
         for one in found:
@@ -95,54 +95,61 @@ def micro_batches(
         yield rows, join_positions([position for _, position in found])
 
 
-def cut(num_lanes: int, borders: list[int]) -> list[list[int]]:
+def cut(num_rows: int, borders: list[int]) -> list[list[int]]:
     """Lanes in a row, cut before each border."""
-    limits = sorted({0, num_lanes, *(border % num_lanes for border in borders)})
+    limits = sorted({0, num_rows, *(border % num_rows for border in borders)})
     return [list(range(begin, end)) for begin, end in pairwise(limits)]
 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    num_lanes=st.integers(1, 7),
+    num_rows=st.integers(1, 7),
     borders=st.lists(st.integers(0, 6), max_size=6),
     mixed=st.booleans(),
     seed=st.integers(0),
 )
 def test_any_sharing_of_the_lanes_gives_the_same_batches(
-    folder: Path, num_lanes: int, borders: list[int], mixed: bool, seed: int
+    folder: Path, num_rows: int, borders: list[int], mixed: bool, seed: int
 ) -> None:
     """Ranks and workers are nothing but such a sharing."""
-    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_lanes, seed)
-    together, shared = (micro_batches(plan, parts) for parts in ([list(range(num_lanes))], cut(num_lanes, borders)))
+    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_rows, seed)
+    together, shared = (micro_batches(plan, parts) for parts in ([list(range(num_rows))], cut(num_rows, borders)))
     for (left, _), (right, _) in islice(zip(together, shared, strict=True), 90):
         assert left == right
 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    num_lanes=st.integers(1, 7),
+    num_rows=st.integers(1, 7),
     borders=st.lists(st.integers(0, 6), max_size=6),
     mixed=st.booleans(),
     done=st.integers(1, 200),
 )
 def test_a_position_continues_with_the_batches_that_reading_on_gives(
-    folder: Path, num_lanes: int, borders: list[int], mixed: bool, done: int
+    folder: Path, num_rows: int, borders: list[int], mixed: bool, done: int
 ) -> None:
     """Also where the lanes are shared in another way than before, and through the JSON of a checkpoint."""
-    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_lanes)
-    whole = micro_batches(plan, cut(num_lanes, borders))
+    plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_rows)
+    whole = micro_batches(plan, cut(num_rows, borders))
     *_, (_, position) = islice(whole, done)
-    resumed = micro_batches(plan, [list(range(num_lanes))], done, json.loads(json.dumps(position)))
+    resumed = micro_batches(plan, [list(range(num_rows))], done, json.loads(json.dumps(position)))
     for (left, _), (right, _) in islice(zip(whole, resumed, strict=True), 40):
         assert left == right
 
 
-def epoch_rows(plan: FeedPlan, epoch: int) -> list[Row]:
+def epoch_rows(plan: StreamingPlan, epoch: int) -> list[Row]:
     """Every row that an epoch of the only source has, over all lanes."""
     (config,) = plan.sources.values()
     rows = []
-    for number in range(plan.num_lanes):
-        lane = Lane(number, Dealer(config, [number], plan.num_lanes), ENCODER, plan.shape, plan.seed, LanePlace())
+    for number in range(plan.num_rows):
+        lane = RowStream(
+            number,
+            DocumentShardReader(config, [number], plan.num_rows),
+            ENCODER,
+            plan.shape,
+            plan.seed,
+            RowStreamPosition(),
+        )
         row = lane.row()
         while lane.place.epoch <= epoch:
             if lane.place.epoch == epoch:
@@ -156,13 +163,13 @@ def pairs(rows: list[Row]) -> Counter[tuple[int, int]]:
     return Counter(pair for row in rows for tokens, _ in row for pair in pairwise(tokens.tolist()))
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 8])
-def test_an_epoch_gives_every_target_of_the_training_split_once(folder: Path, num_lanes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_an_epoch_gives_every_target_of_the_training_split_once(folder: Path, num_rows: int, tmp_path: Path) -> None:
     config = text_config(folder)
     corpus = tokenize_corpus(text_documents(config, Split.train), ENCODER, tmp_path)
     documents = [corpus.document(number).tolist() for number in range(corpus.num_documents)]
     expected = Counter(pair for tokens in documents for pair in pairwise(tokens))
-    first, second = (epoch_rows(plan_of(config, num_lanes), epoch) for epoch in (0, 1))
+    first, second = (epoch_rows(plan_of(config, num_rows), epoch) for epoch in (0, 1))
     assert pairs(first) == pairs(second) == expected
     assert list(map(plain, first)) != list(map(plain, second))
     assert all(sum(len(tokens) for tokens, _ in row) <= S for row in first)
@@ -204,12 +211,12 @@ def test_a_source_that_ends_starts_over_while_the_other_goes_on(folder: Path) ->
     config = mixed_config(folder)
     config.mixture[1].weight = 7.5
     rows = [row for found, _ in islice(micro_batches(plan_of(config, 2), [[0, 1]]), 200) for row in found]
-    talk = [row for row in rows if any(spoken is not None for _, spoken in row)]
+    talk = [row for row in rows if any(loss_mask is not None for _, loss_mask in row)]
     assert 0.7 < len(talk) / len(rows) < 0.8
     begun = Counter(TOKENIZER.decode(tokens) for row in talk for tokens, _ in row if tokens[0] == 0)
     assert min(begun.values()) >= 2
-    for tokens, spoken in (piece for row in talk for piece in row):
-        said = TOKENIZER.decode([token for token, one in zip(tokens, spoken, strict=True) if one])
+    for tokens, loss_mask in (piece for row in talk for piece in row):
+        said = TOKENIZER.decode([token for token, one in zip(tokens, loss_mask, strict=True) if one])
         assert "one" not in said
         assert "user" not in said
 
@@ -226,7 +233,7 @@ def test_a_stream_leaves_what_it_does_not_need_yet_unread(tmp_path: Path) -> Non
 
 def test_a_source_of_fewer_documents_than_rows_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has \d+ training documents.*train\.batch_size=300 rows.*lower train"):
-        StreamedBatches(plan_of(text_config(folder), 300), 0)
+        StreamingBatches(plan_of(text_config(folder), 300), 0)
 
 
 def test_data_without_a_training_document_is_refused(tmp_path: Path) -> None:
@@ -234,12 +241,12 @@ def test_data_without_a_training_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / name).write_text("held out", encoding="utf-8")
     config = replace(text_config(tmp_path), path=str(tmp_path), heldout_every=2)
     with pytest.raises(UserError, match=r"data\.path=.*data\.heldout_every=2"):
-        StreamedBatches(plan_of(config, 2), 0)
+        StreamingBatches(plan_of(config, 2), 0)
 
 
 def test_documents_of_one_token_are_no_data(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "0"}] * 50)
-    encoder = replace(ENCODER, marks=([], []))
+    encoder = replace(ENCODER, bos_eos=([], []))
     plan = replace(plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2), encoder=encoder)
     with pytest.raises(UserError, match="no training document with two tokens or more"):
         next(micro_batches(plan, [[0, 1]]))
@@ -265,7 +272,7 @@ def same(left: Batch, right: Batch) -> bool:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_processes_of_their_own_give_the_batches_of_this_one(folder: Path, workers: int) -> None:
     plan = plan_of(mixed_config(folder), 3)
-    here, there = StreamedBatches(plan, 0), StreamedBatches(plan, workers)
+    here, there = StreamingBatches(plan, 0), StreamingBatches(plan, workers)
     drawn = torch.get_rng_state()
     for index in range(30):
         left, right = here.batch(index), there.batch(index)
@@ -273,7 +280,7 @@ def test_processes_of_their_own_give_the_batches_of_this_one(folder: Path, worke
         assert left.source_B is not None
     assert torch.equal(torch.get_rng_state(), drawn)  # nor do they draw from what training draws from
     assert here.position() == there.position()
-    resumed = StreamedBatches(plan, 1)
+    resumed = StreamingBatches(plan, 1)
     resumed.seek(30, [json.loads(json.dumps(there.position()))])
     assert same(resumed.batch(30), here.batch(30))
 
@@ -281,12 +288,12 @@ def test_processes_of_their_own_give_the_batches_of_this_one(folder: Path, worke
 def test_a_mistake_in_the_data_keeps_its_line_across_processes(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
     path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
-    batches = StreamedBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 1)
+    batches = StreamingBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 1)
     with pytest.raises(UserError, match=r"^data\.field_name=text: .*row 601 has no text of that name"):
         read_on(batches, 600)
 
 
-def background_process(batches: StreamedBatches) -> psutil.Process:
+def background_process(batches: StreamingBatches) -> psutil.Process:
     """The process that reads for `batches`, once it has given a batch."""
     before = set(psutil.Process().children())
     batches.batch(0)
@@ -294,14 +301,14 @@ def background_process(batches: StreamedBatches) -> psutil.Process:
     return worker
 
 
-def read_on(batches: StreamedBatches, count: int) -> None:
+def read_on(batches: StreamingBatches, count: int) -> None:
     for index in range(batches.index, batches.index + count):
         batches.batch(index)
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_line(folder: Path) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = StreamedBatches(plan_of(text_config(folder), 2), 1)
+    batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
     background_process(batches).send_signal(signal.SIGKILL)
     with pytest.raises(
         UserError, match=r"^data\.workers=1: a process that reads and tokenises was killed.*resume=auto"
@@ -311,7 +318,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_line(folder: Path) -> None
 
 
 def test_a_process_ends_when_it_is_not_needed_but_not_by_the_signals_that_a_run_leaves_on(folder: Path) -> None:
-    batches = StreamedBatches(plan_of(text_config(folder), 2), 1)
+    batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
     worker = background_process(batches)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         worker.send_signal(number)
@@ -329,7 +336,7 @@ def test_no_process_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     run = os.fork()
     if run == 0:
-        batches = StreamedBatches(plan, 1)
+        batches = StreamingBatches(plan, 1)
         os.write(writing, str(background_process(batches).pid).encode())
         os.kill(os.getpid(), signal.SIGKILL)
     worker = psutil.Process(int(os.read(reading, 99)))
