@@ -10,7 +10,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mtptrain.data.documents import Message
 from mtptrain.errors import UserError
@@ -49,6 +48,8 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages or is broken.
         """
+        from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
+
         named: dict[str, Any] = dict(self.special_tokens)
         try:
             rendered: Any = render_jinja_template(

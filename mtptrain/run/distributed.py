@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -247,3 +248,12 @@ def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
     except RuntimeError:  # rank 0 held the store and has gone
         return True
     return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

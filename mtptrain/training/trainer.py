@@ -22,10 +22,17 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.next_token import Outcome
 from mtptrain.run.artifact import check_identity
-from mtptrain.run.distributed import broadcast, gather, max_over_processes, on_rank0, rank, sum_over_processes
+from mtptrain.run.distributed import (
+    broadcast,
+    gather,
+    max_over_processes,
+    on_rank0,
+    peak_memory_bytes,
+    rank,
+    sum_over_processes,
+)
 from mtptrain.run.preemption import LeaveRequest
 from mtptrain.run.progress import Progress
-from mtptrain.run.provenance import peak_memory_bytes
 from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,

@@ -14,6 +14,7 @@ from torch import Tensor
 from mtptrain.config import EngineName
 from mtptrain.training.checkpoint import checkpoint_name
 from tests.command import ROOT
+from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
 from tests.training.heads import BAD, CONFIG, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
 
@@ -37,21 +38,27 @@ def run_in_two(module: str, *arguments: str) -> None:
     assert ended.returncode == 0, ended.stderr[-4000:]
 
 
+def train_all(folder: Path) -> None:
+    """Train in one process, with checkpoints in `folder`/one, then in two with every engine."""
+    torch.save(train(head_trainer(EngineName.single, folder / "one")), folder / "one.pt")
+    run_in_two("tests.training.heads", str(folder))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engines")
+    return shared_folder(tmp_path_factory, "engines", train_all)
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    """The run of one process; its checkpoints lie in `folder`/one."""
-    return train(head_trainer(EngineName.single, folder / "one"))
+    """The run of one process."""
+    results: dict[str, Any] = torch.load(folder / "one.pt", weights_only=True)
+    return results
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, one: dict[str, Any]) -> dict[str, Any]:
+def two(folder: Path) -> dict[str, Any]:
     """The runs of two processes, by engine."""
-    run_in_two("tests.training.heads", str(folder))
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
 
@@ -100,9 +107,9 @@ def test_a_run_of_one_process_continues_on_two(engine: str, one: dict[str, Any],
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_of_two_processes_continues_on_one(
-    engine: str, one: dict[str, Any], two: dict[str, Any], folder: Path
+    engine: str, one: dict[str, Any], two: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    continued = resumed(EngineName.single, folder / engine, folder / "from_two" / engine)
+    continued = resumed(EngineName.single, folder / engine, tmp_path)
     close(continued["losses"], one["losses"][MIDDLE:])
 
 
@@ -119,8 +126,8 @@ def test_all_processes_skip_a_step_that_is_not_finite_on_one(
 
 
 @pytest.mark.parametrize("engine", ["no_experts_zero2", "no_experts_zero3"])
-def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dict[str, Any], folder: Path) -> None:
-    alone = train(head_trainer(EngineName.single, folder / "no_experts", trainable="no_experts"))
+def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dict[str, Any], tmp_path: Path) -> None:
+    alone = train(head_trainer(EngineName.single, tmp_path, trainable="no_experts"))
     whole = two[engine]["whole"]
     close(whole["losses"], alone["losses"])
     assert not any(".experts." in name for name in [*whole["optimizer"], *alone["optimizer"]])
@@ -147,11 +154,11 @@ def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any
         assert {entry["step"].item() for entry in state.values()} == {float(CONFIG.steps)}
 
 
-def test_a_shared_backbone_has_the_streams_of_a_whole_one(backbone_folder: Path, folder: Path) -> None:
+def test_a_shared_backbone_has_the_streams_of_a_whole_one(backbone_folder: Path, tmp_path: Path) -> None:
     """Also where the processes hold different numbers of documents, of different lengths."""
-    run_in_two("tests.training.placements", str(backbone_folder), str(folder))
+    run_in_two("tests.training.placements", str(backbone_folder), str(tmp_path))
     for number in range(2):
-        for (placement, dtype), (difference, share) in torch.load(folder / f"placements_{number}.pt").items():
+        for (placement, dtype), (difference, share) in torch.load(tmp_path / f"placements_{number}.pt").items():
             # Experts that run on another number of rows sum in another order: a few roundings a layer, four layers.
             assert difference < (2**-5 if dtype == "torch.bfloat16" else 2**-18), (placement, dtype)
             assert share == 0.5
