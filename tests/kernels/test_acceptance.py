@@ -176,7 +176,7 @@ class TestDraws:
     @pytest.mark.parametrize(
         ("seed_B", "position_B", "num_draws", "message"),
         [
-            (int64(1, 2), int64(1), 1, "one a row"),
+            (int64(1, 2), int64(1), 1, "one for each row"),
             (torch.tensor([1.0]), int64(1), 1, "torch.int64"),
             (int64(1), int64(1), -1, "num_draws=-1"),
         ],

@@ -52,8 +52,8 @@ def test_at_temperature_0_nothing_is_drawn() -> None:
     [
         ({0: torch.zeros(2, 3)}, "draft_BK must be"),
         ({1: torch.tensor([3])}, "drafted_B must be"),
-        ({2: torch.ones(2, 2, 5)}, "one row a drafted token"),
-        ({2: torch.ones(2, 3, 5).double()}, "as the target's"),
+        ({2: torch.ones(2, 2, 5)}, "one row for each drafted token"),
+        ({2: torch.ones(2, 3, 5).double()}, "dtype of the target's"),
         ({3: torch.ones(2, 4, 5, dtype=torch.int64)}, "must be floating"),
         ({3: torch.ones(2, 3, 5)}, "one position more"),
         ({4: torch.rand(2, 4)}, "draws are"),
