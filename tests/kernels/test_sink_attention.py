@@ -188,8 +188,8 @@ def test_a_layer_of_the_backbone_in_bfloat16_equals_its_definition() -> None:
 def test_wrong_shapes_are_named() -> None:
     inputs = random_rollout(1, 5, 2, 8, 2)
     for name, value, message in [
-        ("context_BSC", torch.zeros(1, 4, 8), "one key a slot"),
-        ("chain_BSLC", torch.zeros(1, 4, 2, 8), "L keys a slot"),
+        ("context_BSC", torch.zeros(1, 4, 8), "one key per slot"),
+        ("chain_BSLC", torch.zeros(1, 4, 2, 8), "L keys per slot"),
         ("start_BS", torch.zeros(1, 4), "see document_starts"),
     ]:
         with pytest.raises(ValueError, match=message):
