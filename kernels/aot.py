@@ -1,4 +1,4 @@
-"""Compiles every kernel ahead of time, without a GPU, and prints what it takes of one.
+"""Compile every kernel ahead of time, without a GPU, and print its use of registers and shared memory.
 
 python -m mtptrain.kernels.aot [op ...]
 
@@ -38,7 +38,7 @@ MOST_SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel takes."""
+    """Resources of one compiled kernel."""
 
     registers: int  # of a thread; on AMD vector registers
     shared_bytes: int  # of a program
@@ -47,13 +47,21 @@ class Usage(NamedTuple):
 
 
 def launches(op: str) -> list[Launch]:
-    """All launches that an op lists."""
-    found: list[Launch] = import_module(f".{op}.kernel", __package__).launches()
-    return found
+    """Return all launches that an op lists."""
+    listed: list[Launch] = import_module(f".{op}.kernel", __package__).launches()
+    return listed
 
 
 def compile_launch(launch: Launch, target: str) -> Usage:
-    """Compile one launch for one GPU."""
+    """Compile one launch for one GPU, and return its use of resources.
+
+    Args:
+        launch: the launch.
+        target: a key of `TARGETS`.
+
+    Raises:
+        ValueError: the arguments do not match the kernel's, or the assembly lacks the launch's instruction.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -108,7 +116,7 @@ def _compile_job(job: tuple[str, int, str]) -> Usage | str:
 
 
 def main(ops: list[str]) -> int:
-    """Compile, print the table, and say whether all is well."""
+    """Compile, print the table, and return the exit code: 0, 1 for a fault, 2 for an unknown op."""
     os.environ.pop(INTERPRETER, None)  # an interpreted function cannot be compiled
     unknown = [op for op in ops if op not in OPS]
     if unknown:
@@ -127,7 +135,7 @@ def main(ops: list[str]) -> int:
     import triton
 
     faults = _report(usages, triton.__version__)
-    print("\n".join(faults) or f"{len(usages)} compiled with Triton {triton.__version__}, no spill without a reason")
+    print("\n".join(faults) or f"{len(usages)} compiled with Triton {triton.__version__}, no unexplained spill")
     return 1 if faults else 0
 
 

@@ -1,10 +1,10 @@
-"""Named choices that an op takes; imports no torch, so that settings can use the same names."""
+"""Enums that ops and settings share; this module imports no torch."""
 
 from enum import StrEnum
 
 
 class Divergence(StrEnum):
-    """How far the draft distribution q is from the teacher's p; formulas in `linear_loss/reference.py`.
+    """Measure of the distance from the draft distribution q to the teacher's p; formulas in `linear_loss/reference.py`.
 
     Source: ce is DeepSeek-V3 section 2.2 (arXiv:2412.19437); neg_log_alpha and hybrid are arXiv:2602.23881.
     """
@@ -19,7 +19,7 @@ class Divergence(StrEnum):
 
 
 class Verification(StrEnum):
-    """How a draft is verified; both leave the output distributed as the target's own."""
+    """Verification of a draft; with both, the output has the target's distribution."""
 
     token = "token"  # token by token, as servers do: arXiv:2211.17192, Algorithm 1
     block = "block"  # arXiv:2403.10444, Algorithm 2: never fewer tokens in expectation; the same at K = 1

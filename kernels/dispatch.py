@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: PyTorch or Triton. Neither torch nor Triton is imported here."""
+"""Choice of an op's implementation: PyTorch or Triton. This module imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ INTERPRETER = "TRITON_INTERPRET"
 
 
 class Kernels(StrEnum):
-    """Values of the variable `MTPTRAIN_KERNELS`; without it tensors on a GPU go to Triton, others to PyTorch."""
+    """Values of the variable `MTPTRAIN_KERNELS`; if it is unset, tensors on a GPU go to Triton, others to PyTorch."""
 
-    reference = "reference"  # PyTorch, on any device
-    triton = "triton"  # Triton wherever it can run
+    reference = "reference"  # PyTorch on any device
+    triton = "triton"  # Triton on every device that can run it
 
 
 def requested() -> Kernels | None:
-    """What the environment asks for.
+    """Return the implementation that the environment requests, or None.
 
     Raises:
-        ValueError: it asks for something that does not exist.
+        ValueError: the requested implementation does not exist.
     """
     value = os.environ.get(VARIABLE, "")
     if value and value not in list(Kernels):
@@ -36,12 +36,15 @@ def requested() -> Kernels | None:
 
 
 def use_triton(op: str, tensor: Tensor, unfit: str | None = None) -> bool:
-    """Whether an op launches Triton for these arguments. A slower path than one could expect is logged once.
+    """Return whether an op launches Triton for these arguments, and log once if it takes an unexpectedly slow path.
 
     Args:
-        op: its name.
-        tensor: any of its tensor arguments; all share one device.
-        unfit: why the kernel cannot take these arguments, None where it can.
+        op: name of the op.
+        tensor: any tensor argument of the op; all share one device.
+        unfit: the reason why the kernel cannot take these arguments; None if it can.
+
+    Raises:
+        ValueError: the requested implementation does not exist.
     """
     choice = requested()
     if choice is None and not tensor.is_cuda:
@@ -50,13 +53,14 @@ def use_triton(op: str, tensor: Tensor, unfit: str | None = None) -> bool:
         if tensor.is_cuda:
             _log_once(f"{op}: PyTorch instead of Triton, because {VARIABLE}={choice}")
         return False
-    reason = unfit or _why_not_here(tensor)
+    reason = unfit or _obstacle(tensor)
     if reason is not None:
         _log_once(f"{op}: PyTorch instead of Triton, because {reason}")
     return reason is None
 
 
-def _why_not_here(tensor: Tensor) -> str | None:
+def _obstacle(tensor: Tensor) -> str | None:
+    """Return why Triton cannot run on the tensor's device, or None."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if not tensor.is_cuda and os.environ.get(INTERPRETER) != "1":

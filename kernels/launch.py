@@ -1,4 +1,4 @@
-"""How kernels are launched, in words that the ahead-of-time compiler understands; needs no Triton."""
+"""Descriptions of kernel launches for the ahead-of-time compiler; this module needs no Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """What the kernels need to know of a model. Source: the released config.json."""
+    """Dimensions of a model that the kernels use. Source: the released config.json."""
 
     width: int  # D
     heads: int
@@ -23,19 +23,19 @@ MODELS = {"V4-Flash": Shapes(width=4096, heads=64), "V4-Pro": Shapes(width=7168,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """One way to launch a kernel. Each `kernel.py` lists its own in a function `launches`.
+    """One launch of a kernel. The function `launches` of each `kernel.py` lists those of its op.
 
     Attributes:
         kernel: the function under `triton.jit`.
-        label: what sets this launch apart, such as a dtype or a model.
-        arguments: type of every argument that is not a constant, in any order, as Triton writes them: `*bf16`, `i32`,
-            `fp32`. `:16` after it says that the pointer or number is divisible by 16, which Triton finds out by itself
-            when it launches.
+        label: distinguishes this launch from others of the kernel, for example by dtype or model.
+        arguments: type of every non-constant argument, in any order, in Triton's notation: `*bf16`, `i32`, `fp32`. The
+            suffix `:16` means that the pointer or number is divisible by 16; at run time Triton detects this itself.
         constants: value of every `tl.constexpr`.
-        options: `num_warps` and what else is not left at its default.
-        target: the only GPU that it is for, as in `aot.TARGETS`; launches of one kernel and label share a row of the
-            table. Empty: for all.
-        instruction: what its assembly must hold, such as the tensor cores' fast path; without it, it is a failure.
+        options: `num_warps` and other options that differ from their defaults.
+        target: the only GPU for this launch, a key of `aot.TARGETS`; launches of one kernel and label share a row of
+            the table. Empty for all GPUs.
+        instruction: an instruction that the assembly must contain, such as the fast path of the tensor cores; a missing
+            one is a failure.
     """
 
     kernel: Any

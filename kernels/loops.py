@@ -1,7 +1,7 @@
-"""Find the register spills of a compiled kernel that lie in a hot loop, from its assembly; needs no GPU.
+"""Find the register spills in the hot loops of a compiled kernel, from its assembly; needs no GPU.
 
-A hot loop holds no other loop, short ones that wait for a copy aside: a kernel spends its time there. A spill outside
-it, or in a loop around it, runs once for each pass of the hot loop.
+A hot loop holds no other loop, apart from short ones that wait for a copy: a kernel spends its time there. A spill
+outside it, or in a loop around it, runs once for each pass of the hot loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WAITING = 16  # instructions at most of a loop that only waits for a copy
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The instructions of a kernel, and the numbers of those that may run after each."""
+    """The instructions of a kernel, and the numbers of the possible followers of each."""
 
     instructions: list[str]
     followers: list[list[int]]
@@ -53,7 +53,7 @@ def hot_loops(code: Code) -> list[set[int]]:
 
 
 def spills_in_hot_loops(assembly: str) -> int:
-    """Return the number of instructions in hot loops that spill or take a spilled value back."""
+    """Return the number of instructions in hot loops that spill a value or reload one."""
     code = read_code(assembly)
     hot = set().union(*hot_loops(code))
     return sum(bool(SPILL.search(code.instructions[number])) for number in hot)

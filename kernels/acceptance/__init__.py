@@ -1,4 +1,4 @@
-"""Logits of draft and target -> what a sampling policy draws, keeps of a draft and emits after it, losslessly."""
+"""From logits of draft and target to the tokens that a sampling policy draws, keeps and emits, losslessly."""
 
 import math
 
@@ -29,10 +29,10 @@ __all__ = [
 
 
 def policy_probabilities(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
-    """`policy_probabilities_reference`.
+    """Return `policy_probabilities_reference`.
 
     Raises:
-        ValueError: the logits are no floating tensor with a vocabulary, or a setting is out of its range.
+        ValueError: the logits are not a floating tensor with a vocabulary, or a setting is out of range.
 
     """
     _check_logits("logits_BKV", logits_BKV)
@@ -44,16 +44,16 @@ def policy_probabilities(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
     return policy_probabilities_reference(logits_BKV, sampling)
 
 
-def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int) -> Tensor:
-    """`uniforms_reference`.
+def uniforms(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+    """Return `uniforms_reference`.
 
     Raises:
-        ValueError: seeds and positions are not int64 [B] alike, or num_draws is negative.
+        ValueError: seeds and positions are not both int64 [B], or num_draws is negative.
 
     """
     if seed_B.ndim != 1 or seed_B.shape != position_B.shape:
         raise ValueError(
-            f"seed_B {tuple(seed_B.shape)} and position_B {tuple(position_B.shape)} must both be [B]: one a row"
+            f"seed_B {tuple(seed_B.shape)} and position_B {tuple(position_B.shape)} must both be [B]: one for each row"
         )
     if seed_B.dtype != torch.int64 or position_B.dtype != torch.int64:
         raise ValueError(f"seed_B {seed_B.dtype} and position_B {position_B.dtype} must be torch.int64")
@@ -62,12 +62,12 @@ def uniforms(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int)
     if use_triton("uniforms", seed_B):
         from .draws_kernel import uniforms_triton
 
-        return uniforms_triton(seed_B, position_B, Stream(stream), num_draws)
-    return uniforms_reference(seed_B, position_B, Stream(stream), num_draws)
+        return uniforms_triton(seed_B, position_B, Stream(kind), num_draws)
+    return uniforms_reference(seed_B, position_B, Stream(kind), num_draws)
 
 
 def sample_logits(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
-    """One token a row, drawn under the policy: what `verify_logits` emits where nothing was drafted.
+    """Return one token for each row, drawn under the policy, as `verify_logits` does without a draft.
 
     Args:
         logits_BV: floating.
@@ -78,11 +78,11 @@ def sample_logits(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
         int64 [B].
 
     Raises:
-        ValueError: logits and draws do not fit each other, or a setting is out of its range.
+        ValueError: the shapes or dtypes of logits and draws disagree, or a setting is out of range.
 
     """
-    nothing_B0 = torch.empty(len(logits_BV), 0, dtype=torch.int64, device=logits_BV.device)
-    emission = verify_logits(nothing_B0, nothing_B0.sum(1), None, logits_BV[:, None], u_B[:, None], sampling)
+    draft_B0 = torch.empty(len(logits_BV), 0, dtype=torch.int64, device=logits_BV.device)
+    emission = verify_logits(draft_B0, draft_B0.sum(1), None, logits_BV[:, None], u_B[:, None], sampling)
     return emission.tokens_BL[:, 0]
 
 
@@ -95,21 +95,21 @@ def verify_logits(
     sampling: Sampling,
     verification: Verification = Verification.token,
 ) -> Emission:
-    """`verify_logits_reference`.
+    """Return `verify_logits_reference`.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or a setting is out of its range.
+        ValueError: shapes or dtypes disagree, or a setting is out of range.
 
     """
     _check_sampling(sampling)
     _check_drafts(draft_BK, drafted_B, draft_logits_BKV, logits_BLV)
     if u_BL is not None and (u_BL.shape != logits_BLV.shape[:2] or u_BL.dtype != torch.float64):
         raise ValueError(
-            f"draws are {u_BL.dtype} {tuple(u_BL.shape)} but must be torch.float64 {tuple(logits_BLV.shape[:2])}, as"
-            " uniforms gives"
+            f"draws are {u_BL.dtype} {tuple(u_BL.shape)} but must be torch.float64 {tuple(logits_BLV.shape[:2])}: use"
+            " uniforms"
         )
     if u_BL is None and sampling.temperature > 0:
-        raise ValueError(f"temperature={sampling.temperature} needs draws; only 0 does without")
+        raise ValueError(f"temperature={sampling.temperature} needs draws; only 0 works without them")
     verification = Verification(verification)
     if not use_triton("verify_logits", logits_BLV, _unfit(logits_BLV)):
         return verify_logits_reference(draft_BK, drafted_B, draft_logits_BKV, logits_BLV, u_BL, sampling, verification)
@@ -132,7 +132,9 @@ def _check_logits(name: str, logits: Tensor) -> None:
 def _check_sampling(sampling: Sampling) -> None:
     temperature, top_k, top_p = sampling
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 always takes the likeliest token")
+        raise ValueError(
+            f"temperature={temperature} must be finite and at least 0; 0 always chooses the likeliest token"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1; leave it out to keep the whole vocabulary")
     if not 0 < top_p <= 1:
@@ -149,7 +151,7 @@ def _check_drafts(draft_BK: Tensor, drafted_B: Tensor, draft_logits_BKV: Tensor 
     if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != (rows, drafted + 1):
         raise ValueError(
             f"logits_BLV is {tuple(logits_BLV.shape)} but must be ({rows}, {drafted + 1}, V): one position more than"
-            " was drafted"
+            " drafted tokens"
         )
     needed = (rows, drafted, logits_BLV.shape[2])
     if draft_logits_BKV is None:
@@ -157,5 +159,5 @@ def _check_drafts(draft_BK: Tensor, drafted_B: Tensor, draft_logits_BKV: Tensor 
     if draft_logits_BKV.shape != needed or draft_logits_BKV.dtype != logits_BLV.dtype:
         raise ValueError(
             f"draft_logits_BKV is {draft_logits_BKV.dtype} {tuple(draft_logits_BKV.shape)} but must be"
-            f" {logits_BLV.dtype} {needed}, as the target's: one row a drafted token"
+            f" {logits_BLV.dtype} {needed}: dtype of the target's, one row for each drafted token"
         )

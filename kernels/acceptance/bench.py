@@ -1,4 +1,4 @@
-"""`acceptance` beside its definition: what is kept of a draft and the token after it, from both's logits.
+"""`acceptance` beside its definition: verification of drafts from the logits of draft and target.
 
 B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
 """
@@ -22,7 +22,7 @@ POLICIES = [
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Four drafted tokens over the vocabulary of DeepSeek-V4, by plain softmax and cut."""
+    """Yield cases of four drafted tokens over the vocabulary of DeepSeek-V4, with and without top-k and top-p."""
     for verification, sampling in POLICIES:
         yield _case(device, ROWS[device.type], 4, 129_280, verification, sampling)
 
@@ -36,7 +36,7 @@ def _case(device: torch.device, B: int, K: int, V: int, verification: Verificati
     draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_BL[:, :K].flip(0).flatten()).view(B, K)
     drafted_B = torch.full_like(draft_BK[:, 0], K)
 
-    def by(verify: Callable[..., Emission]) -> Callable[[], Outputs]:
+    def run_of(verify: Callable[..., Emission]) -> Callable[[], Outputs]:
         def run() -> Outputs:
             emission = verify(draft_BK, drafted_B, draft_logits_BKV, logits_BLV, u_BL, sampling, verification)
             accepted_B1 = emission.accepted_B.unsqueeze(1)
@@ -47,9 +47,9 @@ def _case(device: torch.device, B: int, K: int, V: int, verification: Verificati
     settings = ", ".join(f"{name} {value}" for name, value in sampling._asdict().items())
     return Case(
         label=f"{B} rows, K {K}, V {V}, fp32 logits, {settings}, {verification} verification",
-        ours=by(verify_logits),
-        definition=by(verify_logits_reference),
+        ours=run_of(verify_logits),
+        definition=run_of(verify_logits_reference),
         missing={"servers' samplers": "they cannot be called without the server"},
         bytes=4 * (logits_BLV.numel() + draft_logits_BKV.numel()),
-        off=0.02,  # a draw that lies on the border of two of 129,280 tokens, to the last bits of a softmax
+        off=0.02,  # a draw may lie on the border of two of 129,280 tokens, to the last bits of a softmax
     )

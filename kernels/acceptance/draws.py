@@ -1,4 +1,4 @@
-"""Counter-based uniform draws: every draw is a pure function of what it is for, so no batch or launch can change it.
+"""Counter-based uniform draws: each draw is a pure function of its row, position and purpose, whatever the batch.
 
 B rows, N draws a row.
 """
@@ -16,18 +16,21 @@ MASK = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """What a draw is for; streams are independent of each other."""
+    """The purpose of a draw; draws of different kinds are independent of each other."""
 
     draft = 0  # draw k chooses drafted token k + 1
     verify = 1  # draw k < K keeps or drops drafted token k + 1, draw K chooses the token after the kept ones
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Four random words of 32 bits for every counter, exact on every device.
+    """Return four random words of 32 bits for every counter, exact on every device.
 
     Args:
         counter: four int64 tensors with values in [0, 2^32), of shapes that broadcast.
         key: two such tensors.
+
+    Returns:
+        Four int64 tensors with values in [0, 2^32).
 
     Source: Philox 4x32-10 of Random123.
     """
@@ -42,23 +45,23 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def uniforms_reference(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int) -> Tensor:
-    """Uniform draws in [0, 1) that depend on their own row's seed and position, the stream and the draw's index alone.
+def uniforms_reference(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+    """Return uniform draws in [0, 1) that depend only on the row's seed and position, their kind and their index.
 
-    The position must be one that no two passes of a row share: the slot of the last known token. The slot of the
-    drafted token would not do, because a slot is drafted again after a rejection and must then get fresh draws.
+    No two passes of a row may share a position: pass the slot of the last known token. The slot of the drafted token
+    will not do, because a slot is drafted again after a rejection and must then get fresh draws.
 
     Args:
-        seed_B: int64, one seed a row; any value.
+        seed_B: int64, one seed for each row; any value.
         position_B: int64, at least 0.
-        stream: what the draws are for.
-        num_draws: N, draws a row.
+        kind: the purpose of the draws.
+        num_draws: N, draws for each row, at least 0.
 
     Returns:
         float64 [B, N], multiples of 2^-53: fine enough for the rarest token of a large vocabulary.
     """
     seed_B1, position_B1 = seed_B.unsqueeze(-1), position_B.unsqueeze(-1)
     index_N = torch.arange(num_draws, device=seed_B.device)
-    counter = (position_B1 & MASK, position_B1 >> 32 & MASK, index_N, torch.full_like(index_N, int(stream)))
+    counter = (position_B1 & MASK, position_B1 >> 32 & MASK, index_N, torch.full_like(index_N, int(kind)))
     high_BN, low_BN, _, _ = philox(counter, (seed_B1 & MASK, seed_B1 >> 32 & MASK))
     return ((high_BN >> 5) * 2**26 + (low_BN >> 6)).double() * 2.0**-53

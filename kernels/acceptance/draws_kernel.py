@@ -1,4 +1,4 @@
-"""Triton for the draws: Philox in 32-bit integers, equal to the reference bit by bit.
+"""Triton for the draws: Philox in 32-bit integers, bit by bit equal to the reference.
 
 B rows, N draws a row.
 """
@@ -27,7 +27,7 @@ def _uniforms_kernel(
     seed_ptr,
     position_ptr,
     out_ptr,
-    stream,
+    kind,
     num_draws,
     total,
     M0: tl.constexpr,
@@ -37,14 +37,14 @@ def _uniforms_kernel(
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Draw number `place % num_draws` of row `place // num_draws`, BLOCK of them a program."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < total
-    row = place // num_draws
+    """Write draw `index % num_draws` of row `index // num_draws`; a program takes BLOCK indices."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    row = index // num_draws
     seed = tl.load(seed_ptr + row, mask=inside, other=0)
     position = tl.load(position_ptr + row, mask=inside, other=0)
     c0, c1 = position.to(tl.uint32), (position >> 32).to(tl.uint32)
-    c2, c3 = (place % num_draws).to(tl.uint32), tl.full([BLOCK], stream, tl.uint32)
+    c2, c3 = (index % num_draws).to(tl.uint32), tl.full([BLOCK], kind, tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     m0, m1 = tl.full([BLOCK], M0, tl.uint32), tl.full([BLOCK], M1, tl.uint32)
     step0, step1 = tl.full([BLOCK], STEP0, tl.uint32), tl.full([BLOCK], STEP1, tl.uint32)
@@ -54,18 +54,18 @@ def _uniforms_kernel(
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + step0, k1 + step1
     words = (c0 >> 5).to(tl.int64) * 67108864 + (c1 >> 6).to(tl.int64)
-    tl.store(out_ptr + place, words.to(tl.float64) * 1.1102230246251565e-16, mask=inside)
+    tl.store(out_ptr + index, words.to(tl.float64) * 1.1102230246251565e-16, mask=inside)
 
 
-def uniforms_triton(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draws: int) -> Tensor:
-    """`uniforms_reference`, bit for bit, in one launch."""
+def uniforms_triton(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+    """Return `uniforms_reference`, bit by bit, in one launch."""
     out_BN = torch.empty(len(seed_B), num_draws, dtype=torch.float64, device=seed_B.device)
     if out_BN.numel():
         _uniforms_kernel[(triton.cdiv(out_BN.numel(), BLOCK),)](
             seed_B.contiguous(),
             position_B.contiguous(),
             out_BN,
-            int(stream),
+            int(kind),
             num_draws,
             out_BN.numel(),
             BLOCK=BLOCK,
@@ -76,8 +76,8 @@ def uniforms_triton(seed_B: Tensor, position_B: Tensor, stream: Stream, num_draw
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time."""
+    """Return the launches to compile ahead of time."""
     arguments = {"seed_ptr": "*i64:16", "position_ptr": "*i64:16", "out_ptr": "*fp64:16"}
-    arguments |= {"stream": "i32", "num_draws": "i32", "total": "i32"}
+    arguments |= {"kind": "i32", "num_draws": "i32", "total": "i32"}
     constants = {"BLOCK": BLOCK, **_CIPHER}
     return [Launch(kernel=_uniforms_kernel, label="", arguments=arguments, constants=constants, options=OPTIONS)]

@@ -1,9 +1,10 @@
 """Triton for `acceptance`: verification, sampling and the distributions of policies, from logits.
 
-All are two launches. In the first a program takes a row of logits, of the draft or the target, and writes its law
-(`law_kernel.py`). In the second of a verification a program takes a text (`verify_kernel.py`).
+Each takes two launches. In the first, a program takes one row of logits of the draft or the target and writes its
+distribution as eight numbers (`distribution_kernel.py`). In the second launch of a verification, a program takes one
+text (`verify_kernel.py`).
 
-B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary, R laws of a row.
+B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary, R row distributions of a text.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor
 from ..choices import Verification
 from ..launch import MODELS, Launch
 from . import draws_kernel
-from .law_kernel import GROUP, NUMBERS, OPTIONS, probability, write_law
+from .distribution_kernel import GROUP, NUMBERS, OPTIONS, probability, write_distribution
 from .reference import GRID, Emission, Sampling
 from .verify_kernel import verify_kernel
 
 
 @triton.jit
-def _laws_kernel(
-    draft_logits_ptr,  # [B, K, V]; None where every draft was certain
+def _row_distributions_kernel(
+    draft_logits_ptr,  # [B, K, V]; None if every draft was certain
     logits_ptr,  # [B, L, V]
-    law_ptr,  # [B, R, NUMBERS]: of the K drafts, if they have logits, then of the L targets
-    scratch_ptr,  # [B, R, V]; None where nothing is cut
+    distribution_ptr,  # [B, R, NUMBERS]: of the K drafts, if they have logits, then of the L targets
+    scratch_ptr,  # [B, R, V]; None without top-k and top-p
     top_ptr,  # [B, L]
     gap_ptr,  # [B, L]
     length,
@@ -43,19 +44,19 @@ def _laws_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The law of one row; of a target's also its likeliest token, and how far its logit is above the next one."""
-    row, law = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = law - tl.num_programs(1) + length  # of the target; negative for a draft
-    row_ptr = logits_ptr + (row * length + place) * vocabulary
-    if draft_logits_ptr is not None:  # noqa: SIM102  # known when compiling, what follows is not
-        if place < 0:
-            row_ptr = draft_logits_ptr + (row * (length - 1) + law) * vocabulary
-    law += row * tl.num_programs(1)
+    """Write the distribution of one row; for a target also its likeliest token and this one's lead over the next."""
+    row, distribution = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = distribution - tl.num_programs(1) + length  # of the target; negative for a draft
+    row_ptr = logits_ptr + (row * length + position) * vocabulary
+    if draft_logits_ptr is not None:  # noqa: SIM102  # known when compiling; the next condition is not
+        if position < 0:
+            row_ptr = draft_logits_ptr + (row * (length - 1) + distribution) * vocabulary
+    distribution += row * tl.num_programs(1)
     if TOP_K or TOP_P:
-        scratch_ptr += law * vocabulary
-    top, gap = write_law(
+        scratch_ptr += distribution * vocabulary
+    top, gap = write_distribution(
         row_ptr,
-        law_ptr + law * NUMBERS,
+        distribution_ptr + distribution * NUMBERS,
         scratch_ptr,
         vocabulary,
         temperature,
@@ -67,14 +68,14 @@ def _laws_kernel(
         BLOCK,
         GROUP,
     )
-    tl.store(top_ptr + row * length + place, top, mask=place >= 0)
-    tl.store(gap_ptr + row * length + place, gap, mask=place >= 0)
+    tl.store(top_ptr + row * length + position, top, mask=position >= 0)
+    tl.store(gap_ptr + row * length + position, gap, mask=position >= 0)
 
 
 @triton.jit
 def _probabilities_kernel(
     logits_ptr,  # [rows, V]
-    law_ptr,  # [rows, NUMBERS]
+    distribution_ptr,  # [rows, NUMBERS]
     out_ptr,  # [rows, V]
     vocabulary,
     temperature,
@@ -82,44 +83,44 @@ def _probabilities_kernel(
     TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of one row."""
+    """Write the probabilities of one block of a row."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    law_ptr += row * NUMBERS
-    p = probability(logits_ptr + row * vocabulary, law_ptr, place, vocabulary, temperature, TOP_K, TOP_P)
-    tl.store(out_ptr + row * vocabulary + place, p, mask=place < vocabulary)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    distribution_ptr += row * NUMBERS
+    p = probability(logits_ptr + row * vocabulary, distribution_ptr, ids, vocabulary, temperature, TOP_K, TOP_P)
+    tl.store(out_ptr + row * vocabulary + ids, p, mask=ids < vocabulary)
 
 
-# Tokens of a row at once; not measured on a GPU. A verification has few programs, one a text: large blocks keep much
-# under way in each.
+# Tokens of a row at once; not measured on a GPU. A verification has few programs, one for each text: large blocks keep
+# more loads in flight in each.
 BLOCK = 2048
 VERIFY_BLOCK, VERIFY_OPTIONS = 4096, OPTIONS | {"num_warps": 16}
 
 
-class _Laws(NamedTuple):
-    """What the first launch leaves, and the constants of the second."""
+class _RowDistributions(NamedTuple):
+    """Results of the first launch, and the constants of the second."""
 
-    law: Tensor  # int32 [B, R, NUMBERS]
+    distribution: Tensor  # int32 [B, R, NUMBERS]
     top_BL: Tensor  # int64
     gap_BL: Tensor  # float32
     constants: dict[str, Any]
 
 
-def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Sampling) -> _Laws:
+def _row_distributions(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Sampling) -> _RowDistributions:
     rows, length, vocabulary = logits_BLV.shape
-    num_laws = length + (0 if draft_logits_BKV is None else length - 1)
+    num_distributions = length + (0 if draft_logits_BKV is None else length - 1)
     top_k, top_p = sampling.top_k or vocabulary, sampling.top_p
     constants = {"TOP_K": top_k < vocabulary, "TOP_P": top_p < 1}
     new = logits_BLV.new_empty
-    law = new(rows, num_laws, NUMBERS.value, dtype=torch.int32)
+    distribution = new(rows, num_distributions, NUMBERS.value, dtype=torch.int32)
     top_BL, gap_BL = new(rows, length, dtype=torch.int64), new(rows, length, dtype=torch.float32)
     is_cut = any(constants.values())
-    if law.numel():
-        _laws_kernel[(rows, num_laws)](
+    if distribution.numel():
+        _row_distributions_kernel[(rows, num_distributions)](
             draft_logits_BKV,
             logits_BLV,
-            law,
-            new(rows, num_laws, vocabulary, dtype=torch.float32) if is_cut else None,
+            distribution,
+            new(rows, num_distributions, vocabulary, dtype=torch.float32) if is_cut else None,
             top_BL,
             gap_BL,
             length,
@@ -133,24 +134,31 @@ def _laws(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Samplin
             **constants,
             **OPTIONS,
         )
-    return _Laws(law, top_BL, gap_BL, constants)
+    return _RowDistributions(distribution, top_BL, gap_BL, constants)
 
 
 def top_tokens_triton(logits_BLV: Tensor) -> tuple[Tensor, Tensor]:
-    """`top_tokens_reference` in one launch."""
-    _, top_BL, gap_BL, _ = _laws(None, logits_BLV.contiguous(), Sampling(1.0))
+    """Return `top_tokens_reference`, in one launch."""
+    _, top_BL, gap_BL, _ = _row_distributions(None, logits_BLV.contiguous(), Sampling(1.0))
     return top_BL, gap_BL
 
 
 def policy_probabilities_triton(logits_BLV: Tensor, sampling: Sampling) -> Tensor:
-    """`policy_probabilities_reference` of fp32, bf16 or fp16 logits at a temperature above 0, in two launches."""
+    """Return `policy_probabilities_reference`, in two launches: fp32, bf16 or fp16 logits, a temperature above 0."""
     logits_BLV = logits_BLV.contiguous()
     vocabulary = logits_BLV.shape[-1]
-    law, _, _, constants = _laws(None, logits_BLV.view(1, -1, vocabulary), sampling)
+    distribution, _, _, constants = _row_distributions(None, logits_BLV.view(1, -1, vocabulary), sampling)
     out_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
     if out_BLV.numel():
         _probabilities_kernel[(out_BLV.numel() // vocabulary, triton.cdiv(vocabulary, BLOCK))](
-            logits_BLV, law, out_BLV, vocabulary, float(sampling.temperature), BLOCK=BLOCK, **constants, **OPTIONS
+            logits_BLV,
+            distribution,
+            out_BLV,
+            vocabulary,
+            float(sampling.temperature),
+            BLOCK=BLOCK,
+            **constants,
+            **OPTIONS,
         )
     return out_BLV
 
@@ -164,11 +172,11 @@ def verify_logits_triton(
     sampling: Sampling,
     verification: Verification,
 ) -> Emission:
-    """`verify_logits_reference` at a temperature above 0, in two launches."""
+    """Return `verify_logits_reference` at a temperature above 0, in two launches."""
     draft_BK, drafted_B, logits_BLV, u_BL = (x.contiguous() for x in (draft_BK, drafted_B, logits_BLV, u_BL))
     draft_logits_BKV = None if draft_logits_BKV is None else draft_logits_BKV.contiguous()
     rows, length, vocabulary = logits_BLV.shape
-    law, _, gap_BL, constants = _laws(draft_logits_BKV, logits_BLV, sampling)
+    distribution, _, gap_BL, constants = _row_distributions(draft_logits_BKV, logits_BLV, sampling)
     accepted_B, tokens_BL = torch.empty_like(drafted_B), draft_BK.new_empty(rows, length)
     probability_BL = torch.empty_like(gap_BL)
     if rows:
@@ -177,7 +185,7 @@ def verify_logits_triton(
             drafted_B,
             draft_logits_BKV,
             logits_BLV,
-            law,
+            distribution,
             u_BL,
             accepted_B,
             tokens_BL,
@@ -195,9 +203,14 @@ def verify_logits_triton(
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time: at the vocabulary that V4-Flash and V4-Pro share."""
+    """Return the launches to compile ahead of time, at the vocabulary that V4-Flash and V4-Pro share."""
     (vocabulary,) = {shapes.vocabulary for shapes in MODELS.values()}
-    types = {"draft_logits_ptr": "*bf16:16", "logits_ptr": "*bf16:16", "law_ptr": "*i32:16", "scratch_ptr": "*fp32:16"}
+    types = {
+        "draft_logits_ptr": "*bf16:16",
+        "logits_ptr": "*bf16:16",
+        "distribution_ptr": "*i32:16",
+        "scratch_ptr": "*fp32:16",
+    }
     types |= dict.fromkeys(["top_ptr", "draft_ptr", "drafted_ptr", "accepted_ptr", "tokens_ptr"], "*i64:16")
     types |= dict.fromkeys(["gap_ptr", "probability_ptr", "out_ptr"], "*fp32:16") | {"u_ptr": "*fp64:16"}
     types |= {"length": "i32", "vocabulary": "i32:16" if vocabulary % 16 == 0 else "i32", "temperature": "fp32"}
@@ -210,14 +223,16 @@ def launches() -> list[Launch]:
         arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
         return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=options)
 
-    found = draws_kernel.launches()
+    listed = draws_kernel.launches()
     for label, is_cut in (("softmax", False), ("top-k and top-p", True)):
         no_scratch: dict[str, Any] = {} if is_cut else {"scratch_ptr": None}
-        found.append(launch(_laws_kernel, label, is_cut, **no_scratch))
-        found.append(launch(_probabilities_kernel, label, is_cut))
-        for way in Verification:
-            by_block = {"BY_BLOCK": way is Verification.block}
-            found.append(launch(verify_kernel, f"{way} {label}", is_cut, VERIFY_OPTIONS, **blocks, **by_block))
+        listed.append(launch(_row_distributions_kernel, label, is_cut, **no_scratch))
+        listed.append(launch(_probabilities_kernel, label, is_cut))
+        for verification in Verification:
+            by_block = {"BY_BLOCK": verification is Verification.block}
+            listed.append(
+                launch(verify_kernel, f"{verification} {label}", is_cut, VERIFY_OPTIONS, **blocks, **by_block)
+            )
     # An argument of 1 is compiled as a constant.
-    found.append(launch(_laws_kernel, "top-k of 1 and top-p", True, top_k=1))
-    return found
+    listed.append(launch(_row_distributions_kernel, "top-k of 1 and top-p", True, top_k=1))
+    return listed

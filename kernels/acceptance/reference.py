@@ -1,22 +1,23 @@
 """The definition of sampling policies and of lossless verification, as plain as the papers.
 
-A draft x_1..x_K was drawn from q. Either way of verifying it keeps a prefix by independent draws, x_k with probability
-h_k, and then emits one more token from norm(max(w_a p - q, 0)), where a tokens were kept and p, q are the
-distributions after them. The two ways differ in
+A draft x_1..x_K was drawn from q. Both verifications make an independent draw for every x_k, which succeeds with
+probability h_k, keep a prefix of length a, and then emit one more token from norm(max(w_a p - q, 0)), with p and q the
+distributions after the kept tokens. They differ in
 
-              keeps                    w_k                               h_k
-    token     up to the first miss     1                                 min(1, p(x_k) / q(x_k))
-    block     up to the last hit       min(1, w_{k-1} p(x_k) / q(x_k))   R_k / (R_k + 1 - w_k)
+              keeps tokens             w_k                               h_k
+    token     to the first failure     1                                 min(1, p(x_k) / q(x_k))
+    block     to the last success      min(1, w_{k-1} p(x_k) / q(x_k))   R_k / (R_k + 1 - w_k)
 
-with w_0 = 1 and R_k = sum_v max(w_k p_v - q_v, 0), of the distributions after x_k. Nothing is drafted after x_K; with
-q = 0 there, the same formulas give the token after a whole draft, drawn from p, and block's h_K = w_K.
+with w_0 = 1 and R_k = sum_v max(w_k p_v - q_v, 0) of the distributions after x_k. The first failure is not kept, the
+last success is. Nothing is drafted after x_K; with q = 0 there, the same formulas give the token after a whole draft,
+drawn from p, and h_K = w_K for block.
 
-In block verification the chance of keeping x_1..x_k or more is w_k: R_k from ending there, and from going on
-sum_v q_v min(1, w_k p_v / q_v) = w_k - R_k. In token-wise verification it is the product of min(1, p(x_j) / q(x_j)),
-which is never more.
+In block verification the chance of keeping x_1..x_k or more is w_k: R_k for stopping there, and
+sum_v q_v min(1, w_k p_v / q_v) = w_k - R_k for continuing. In token-wise verification it is the product of
+min(1, p(x_j) / q(x_j)), which is never larger.
 
-All of it is float64, and what is summed lies on a grid (`on_grid`): sums are then exact, so that a token depends on
-neither the order in which a device adds nor the shape of a launch.
+All computations are in float64, and all summands lie on a grid (`on_grid`). Sums are therefore exact, and a token
+depends neither on the order in which a device adds nor on the shape of a launch.
 
 B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary.
 """
@@ -30,24 +31,24 @@ from ..choices import Verification
 
 
 class Sampling(NamedTuple):
-    """What a sampling policy makes of logits."""
+    """Settings of a sampling policy."""
 
-    temperature: float  # at least 0; 0 puts everything on the largest logit, the lowest id of equals
+    temperature: float  # at least 0; 0 puts all mass on the largest logit, the lowest id of equals
     top_k: int | None = None  # at least 1, keeps that many tokens; None keeps all
     top_p: float = 1.0  # in (0, 1], keeps the fewest likeliest tokens whose mass reaches it
 
 
 class Emission(NamedTuple):
-    """What a pass emits in each row: the first `accepted_B + 1` of `tokens_BL`."""
+    """Tokens that a pass emits in each row: the first `accepted_B + 1` of `tokens_BL`."""
 
-    accepted_B: Tensor  # int64 in [0, K], kept drafts
-    tokens_BL: Tensor  # int64, the kept drafts and the target's own token after them; then anything
+    accepted_B: Tensor  # int64 in [0, K], number of kept drafted tokens
+    tokens_BL: Tensor  # int64, the kept drafted tokens and the target's token after them; the rest is arbitrary
     gap_BL: Tensor  # float32, difference of the target's two largest logits
-    probability_BL: Tensor  # float32, what the policy gave each
+    probability_BL: Tensor  # float32, probability of each token under the policy
 
 
 class Verified(NamedTuple):
-    """What one verification emits: the first `accepted_B` drafted tokens, then `token_B`."""
+    """Result of one verification: the first `accepted_B` drafted tokens are emitted, then `token_B`."""
 
     accepted_B: Tensor  # int64 in [0, K]
     token_B: Tensor  # int64 in [0, V)
@@ -57,17 +58,17 @@ GRID = 2.0**-52  # float64 is exact on its multiples up to 2
 
 
 def on_grid(x: Tensor) -> Tensor:
-    """Float64, rounded down to multiples of 2^-52: the sum of a distribution is exact whatever is added first."""
+    """Return x in float64, rounded down to multiples of 2^-52; sums of a distribution are then exact in any order."""
     return (x.double() / GRID).floor() * GRID
 
 
 def policy_probabilities_reference(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that a sampling policy draws from.
+    """Return the distribution from which a sampling policy draws.
 
-    Temperature first, then top-k, then top-p of what top-k left; of equal logits the lower ids are kept.
+    Temperature applies first, then top-k, then top-p to the result of top-k; of equal logits the lower ids are kept.
 
     Args:
-        logits_BKV: floating, without NaN, at least one finite in each row; any leading dimensions.
+        logits_BKV: floating, no NaN, at least one finite logit in each row; any leading dimensions.
         sampling: the policy.
 
     Returns:
@@ -94,10 +95,12 @@ def policy_probabilities_reference(logits_BKV: Tensor, sampling: Sampling) -> Te
 
 
 def sample_tokens_reference(weight_BV: Tensor, u_B: Tensor) -> Tensor:
-    """One token a row, drawn in proportion to the weights: the first whose cumulated weight exceeds u of the total.
+    """Return one token for each row, drawn in proportion to the weights.
+
+    It is the first token whose cumulative weight exceeds u times the total.
 
     Args:
-        weight_BV: floating, at least 0, in units of 2^-52 below which nothing counts; not all 0 in a row.
+        weight_BV: floating, at least 0; rounded down to multiples of 2^-52; not all 0 in a row.
         u_B: float64 uniform draws in [0, 1), the only randomness.
 
     Returns:
@@ -109,23 +112,23 @@ def sample_tokens_reference(weight_BV: Tensor, u_B: Tensor) -> Tensor:
 
 
 def residual(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor) -> Tensor:
-    """max(w p - q, 0): in proportion to it the token after a kept prefix is drawn; not normalised, on the grid."""
+    """Return max(w p - q, 0), the unnormalised distribution of the token after a kept prefix, on the grid."""
     return on_grid((weight_BL.unsqueeze(-1) * p_BLV - q_BLV).clamp(min=0))
 
 
 def keep_probabilities(
     draft_BK: Tensor, q_BLV: Tensor, p_BLV: Tensor, verification: Verification
 ) -> tuple[Tensor, Tensor]:
-    """The table of the module docstring.
+    """Return h and w of the module docstring's table.
 
     Args:
         draft_BK: int64 drafted tokens.
-        q_BLV: float64 draft probabilities, 0 throughout a position where nothing was drafted, the last at least.
+        q_BLV: float64 draft probabilities; all 0 at positions without a drafted token, of which the last is one.
         p_BLV: float64 target probabilities.
-        verification: which of the two ways.
+        verification: token-wise or by block.
 
     Returns:
-        h [B, K] and w [B, L]. A token with q = 0 is never kept.
+        h [B, K] and w [B, L], float64. A token with q = 0 is never kept.
     """
     token_BK1 = draft_BK.unsqueeze(-1)
     q_BK, p_BK = (x[:, :-1].gather(-1, token_BK1).squeeze(-1) for x in (q_BLV, p_BLV))
@@ -136,20 +139,25 @@ def keep_probabilities(
     for k in range(draft_BK.shape[1]):
         weight_BL[:, k + 1] = (weight_BL[:, k] * ratio_BK[:, k]).clamp(max=1)
     mass_BL = residual(q_BLV, p_BLV, weight_BL).sum(-1)
-    # 0 / 0, p = q at w = 1, cannot be where verification ends; 0 also says so to rounding.
+    # 0 / 0 means p = q at w = 1, where a verification cannot end; h = 0 keeps that true despite rounding.
     keep_BL = torch.where(mass_BL > 0, mass_BL / (mass_BL + 1 - weight_BL), 0)
     return keep_BL[:, 1:], weight_BL
 
 
 def accepted_length(kept_BK: Tensor, verification: Verification) -> Tensor:
-    """Length of the kept prefix, int64 [B] in [0, K]: up to the first miss (token) or the last hit (block)."""
+    """Return the length of the kept prefix, int64 [B] in [0, K]: to the first failure (token) or last success (block).
+
+    Args:
+        kept_BK: bool, whether the draw of each drafted token succeeded.
+        verification: token-wise or by block.
+    """
     if verification is Verification.token:
         return kept_BK.long().cumprod(-1).sum(-1)
     return (kept_BK.flip(-1).cumsum(-1) > 0).sum(-1)
 
 
 def next_token_weights(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor, accepted_B: Tensor) -> Tensor:
-    """Unnormalised distribution [B, V] of the token after the kept prefix."""
+    """Return the unnormalised distribution [B, V] of the token after the kept prefix."""
     row_B = torch.arange(len(accepted_B), device=accepted_B.device)
     q_B1V, p_B1V, weight_B1 = (x[row_B, accepted_B].unsqueeze(1) for x in (q_BLV, p_BLV, weight_BL))
     left_BV = residual(q_B1V, p_B1V, weight_B1).squeeze(1)
@@ -160,16 +168,16 @@ def next_token_weights(q_BLV: Tensor, p_BLV: Tensor, weight_BL: Tensor, accepted
 def verify_draft_reference(
     draft_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor, verification: Verification
 ) -> Verified:
-    """How much of each draft is kept, and the token after it: together distributed as the target's own text.
+    """Return the length of each draft's kept prefix and the token after it; the text is distributed as the target's.
 
     Args:
         draft_BK: int64 drafted tokens, each in [0, V) and drawn from its row of q; K may be 0.
-        q_BKV: floating draft probabilities; rows sum to 1. A greedy draft has a one-hot row, a row drafted shorter
-            than K has zeros in every position it does not use.
-        p_BLV: target probabilities, dtype of q; row k is the distribution of drafted token k + 1, the last that of the
-            token after a whole draft.
-        u_BL: float64 uniform draws in [0, 1), the only randomness; the last chooses the token.
-        verification: which of the two ways.
+        q_BKV: floating draft probabilities; rows sum to 1. The rows of a greedy draft are one-hot; a draft shorter than
+            K has zeros at every position that it does not use.
+        p_BLV: target probabilities, dtype of q; row k is the distribution of drafted token k + 1, the last row that of
+            the token after a whole draft.
+        u_BL: float64 uniform draws in [0, 1), the only randomness; the last one chooses the token.
+        verification: token-wise or by block.
 
     Source: arXiv:2211.17192, Algorithm 1; arXiv:2403.10444, Algorithm 2.
     """
@@ -181,9 +189,9 @@ def verify_draft_reference(
 
 
 def top_tokens_reference(logits_BLV: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, int64 [B, L], and how far their logits are above the next ones, float32 [B, L].
+    """Return the likeliest tokens, int64 [B, L], and the gaps from their logits to the next ones, float32 [B, L].
 
-    Of equals the lowest id is taken; a vocabulary of one token is infinitely far above nothing.
+    Of equal logits the lowest id wins. In a vocabulary of one token the gap is infinite.
     """
     top_BL = logits_BLV.argmax(-1)
     if logits_BLV.shape[-1] == 1:
@@ -201,16 +209,16 @@ def verify_logits_reference(
     sampling: Sampling,
     verification: Verification,
 ) -> Emission:
-    """`verify_draft_reference` of the policy's distributions, with what a decoding loop keeps of them.
+    """Return `verify_draft_reference` of the policy's distributions, and the numbers that a decoding loop records.
 
     Args:
         draft_BK: int64 drafted tokens, each in [0, V); K may be 0.
-        drafted_B: int64 in [0, K], how many of them count.
-        draft_logits_BKV: what they were drawn from under the policy; None where each was certain.
-        logits_BLV: the target's, at the last known token and at each drafted one.
+        drafted_B: int64 in [0, K], the number of drafted tokens that count in each row.
+        draft_logits_BKV: floating logits from which the policy drew the draft; None if every drafted token was certain.
+        logits_BLV: floating logits of the target at the last known token and at each drafted one, dtype of the draft's.
         u_BL: float64 uniform draws in [0, 1), the only randomness; not read at temperature 0.
         sampling: the policy.
-        verification: how a draft is verified; at temperature 0 both ways keep what the target would have chosen.
+        verification: token-wise or by block; at temperature 0 both keep the tokens that the target would have chosen.
     """
     top_BL, gap_BL = top_tokens_reference(logits_BLV)
     if sampling.temperature == 0 or u_BL is None:
@@ -229,18 +237,18 @@ def verify_logits_reference(
 
 
 def emit_greedily(draft_BK: Tensor, drafted_B: Tensor, top_BL: Tensor, gap_BL: Tensor) -> Emission:
-    """A draft is kept while it is the target's own first choice.
+    """Keep each draft as long as it equals the target's first choices, and return the emission.
 
     Args:
         draft_BK: int64 drafted tokens.
-        drafted_B: int64, how many of them count.
+        drafted_B: int64 in [0, K], the number of drafted tokens that count in each row.
         top_BL: int64, the target's first choices.
-        gap_BL: float32, how far they are above the next ones.
+        gap_BL: float32, the gaps from their logits to the next ones.
     """
     kept_BK = (draft_BK == top_BL[:, :-1]) & _counts(draft_BK, drafted_B)
     return Emission(kept_BK.long().cumprod(1).sum(1), top_BL, gap_BL, torch.ones_like(gap_BL))
 
 
 def _counts(draft_BK: Tensor, drafted_B: Tensor) -> Tensor:
-    """Bool [B, K], which drafted tokens count."""
+    """Return which drafted tokens count, bool [B, K]."""
     return torch.arange(draft_BK.shape[1], device=draft_BK.device) < drafted_B.unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Times every op beside its peers, after checking that it is right: `python -m mtptrain.kernels.bench`."""
+"""Timing of every op beside its peers, after a check of its results: `python -m mtptrain.kernels.bench`."""

@@ -1,4 +1,4 @@
-"""The bench: correctness first, then time and memory beside the peers and the roofline."""
+"""Check every op for correctness, then compare its time and memory with its peers and the roofline."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from mtptrain.run.provenance import git_commit, processor_name
 from ..dispatch import INTERPRETER, requested
 from .case import Case, Outputs
 from .ceilings import Ceilings, measure_ceilings
-from .measure import Observed, interleaved_seconds, observe, spread
+from .measure import Observed, interleaved_seconds, observe, quartiles
 
 OPS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/bench.py")))
 
 
 def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[str, str]]:
-    """One watched call of every candidate that is right, and what is wrong with the others."""
+    """Observe one call of every candidate; return the correct ones, and the faults of the others."""
     passed, wrong = {}, {}
     expected = _expected(case, device)
     if isinstance(expected, Observed):
         passed["definition"], expected = expected, expected.outputs
     else:
-        wrong["definition"] = "it does not fit the memory; the others were checked against it in pieces"
+        wrong["definition"] = "it does not fit into memory; the others were checked against it in pieces"
     for name, run in {"ours": case.ours, **case.peers}.items():
         try:
             if device.type == "cuda" or name != "ours":
                 run()  # it may compile
-            seen = observe(run, device)
-            fault = case.difference(seen.outputs, expected)
+            observed = observe(run, device)
+            fault = case.difference(observed.outputs, expected)
         except Exception as error:
             if name == "ours":
                 raise
             fault = f"it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if fault is None:
-            passed[name] = seen
+            passed[name] = observed
         else:
             wrong[name] = fault
     return passed, wrong
 
 
 def _expected(case: Case, device: torch.device) -> Observed | Outputs:
-    """The definition, watched; only what it returns, where it had to be computed in pieces."""
+    """Observe the definition; return only its outputs if it had to be computed in pieces."""
     try:
         if device.type == "cuda":
-            case.definition()  # libraries set themselves up
+            case.definition()  # initialises libraries
         return observe(case.definition, device)
     except torch.OutOfMemoryError:
         if case.in_pieces is None:
@@ -60,7 +60,7 @@ def _expected(case: Case, device: torch.device) -> Observed | Outputs:
 
 
 def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Check a case, and time what is right. Where ours is wrong nothing is timed."""
+    """Check a case, and time the correct candidates; time nothing if ours is wrong."""
     print(f"\n{case.label}", flush=True)
     passed, wrong = check(case, device)
     for name, fault in wrong.items():
@@ -72,8 +72,8 @@ def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) 
         runs = {name: run for name, run in runs.items() if name in passed}
         first = {name: passed[name].seconds for name in runs}
         seconds = interleaved_seconds(runs, first, rounds, device)
-        held = {name: passed[name].extra_bytes for name in runs}
-        result["measured"] = {name: _row(seconds[name], seconds["ours"], held[name], floor) for name in runs}
+        extra = {name: passed[name].extra_bytes for name in runs}
+        result["measured"] = {name: _row(seconds[name], seconds["ours"], extra[name], floor) for name in runs}
     _print_case(result)
     print(
         f"  {'roofline':<28}{floor * 1e3:>10.2f}  {case.bytes / 1e6:.1f} MB, {case.flops / 1e9:.2f} GFLOP", flush=True
@@ -83,10 +83,10 @@ def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) 
 
 def _row(seconds: list[float], ours: list[float], extra_bytes: int | None, floor: float) -> dict[str, Any]:
     return {
-        "seconds": spread(seconds),
-        "times_ours": spread([a / b for a, b in zip(seconds, ours, strict=True)])[1],
+        "seconds": quartiles(seconds),
+        "times_ours": quartiles([a / b for a, b in zip(seconds, ours, strict=True)])[1],
         "extra_bytes": extra_bytes,
-        "share_of_roofline": floor / spread(seconds)[1],
+        "share_of_roofline": floor / quartiles(seconds)[1],
     }
 
 
@@ -94,9 +94,9 @@ def _print_case(result: dict[str, Any]) -> None:
     print(f"  {'':<28}{'ms':>10}  {'quartiles':<19}{'x ours':>8}{'extra MB':>10}{'of roofline':>13}")
     for name, row in result["measured"].items():
         low, middle, high = (1e3 * x for x in row["seconds"])
-        held = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
+        extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
         print(
-            f"  {name:<28}{middle:>10.2f}  {f'{low:.2f} to {high:.2f}':<19}{row['times_ours']:>8.2f}{held:>10}"
+            f"  {name:<28}{middle:>10.2f}  {f'{low:.2f} to {high:.2f}':<19}{row['times_ours']:>8.2f}{extra:>10}"
             f"{row['share_of_roofline']:>13.0%}"
         )
     for name, reason in result["missing"].items():
@@ -104,14 +104,14 @@ def _print_case(result: dict[str, Any]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(prog="python -m mtptrain.kernels.bench", description=__doc__)
-    parser.add_argument("op", nargs="*", help=f"which ops; all without it: {', '.join(OPS)}")
+    parser.add_argument("op", nargs="*", help=f"ops to measure (default all: {', '.join(OPS)})")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved measurements of each candidate (default 7)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if unknown := [op for op in options.op if op not in OPS]:
-        parser.error(f"op={unknown[0]} does not exist; there are {', '.join(OPS)}")
+        parser.error(f"op={unknown[0]} does not exist; use {', '.join(OPS)}")
     if options.rounds < 1:
         parser.error(f"--rounds={options.rounds} must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -122,9 +122,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Entry point of `python -m mtptrain.kernels.bench`."""
+    """Run `python -m mtptrain.kernels.bench`, and return its exit code: 1 if any of our ops is wrong."""
     options = parse()
-    torch.set_num_threads(1)  # what `measure` counts on
+    torch.set_num_threads(1)  # `measure` relies on it
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
@@ -138,7 +138,7 @@ def main() -> int:
         "bytes_per_second": ceilings.bytes_per_second,
         "ops": {},
     }
-    print(f"{name}, torch {torch.__version__}, commit {report['commit']}; on a CPU one thread and processor time")
+    print(f"{name}, torch {torch.__version__}, commit {report['commit']}; on a CPU: one thread, processor time")
     print(
         f"measured ceilings: {ceilings.flops_per_second / 1e12:.3g} TFLOP/s in {dtype} products,"
         f" {ceilings.bytes_per_second / 1e9:.3g} GB/s in copies"

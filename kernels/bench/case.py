@@ -1,4 +1,4 @@
-"""What is measured: one op at one shape, its definition, ours and the peers."""
+"""A case of the bench: one op at one shape, with its definition, our implementation and its peers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(kw_only=True, slots=True)
 class Case:
-    """One comparison. Everything a candidate needs lies in its closure; it returns values and gradients alike.
+    """One comparison. A candidate is a closure over its inputs and returns values and gradients alike.
 
     Attributes:
         label: shape and dtype, for people.
-        ours: what the op does here.
-        definition: what it must equal; `reference.py`. It is timed too.
-        in_pieces: the definition a piece at a time, for a device whose memory the whole does not fit.
-        peers: other implementations by name. One that returns fewer outputs is compared with the first of ours.
-        missing: peers that cannot run here, and why.
-        bytes: least number of bytes that must be read and written, inputs and outputs once.
+        ours: our implementation of the op.
+        definition: `reference.py`, which every candidate must equal. It is timed too.
+        in_pieces: the definition, computed in pieces, for a device without the memory for the whole.
+        peers: other implementations by name. If one returns fewer outputs, these are compared with our first ones.
+        missing: peers that cannot run here, with the reasons.
+        bytes: lower bound on the bytes read and written: inputs and outputs once.
         flops: floating-point operations of the matrix products.
-        rtol, atol: how far a floating output may be from the definition's, relative and as a share of its largest
-            magnitude. Others must be equal.
-        off: share of the entries of such another output that may differ all the same, where rounding decides them.
+        rtol, atol: allowed distance of a floating output from the definition's, relative and as a share of its largest
+            magnitude. Other outputs must be equal.
+        off: share of the entries of a non-floating output that may differ nevertheless, because rounding decides them.
     """
 
     label: str
@@ -41,18 +41,18 @@ class Case:
     off: float = 0.0
 
     def difference(self, outputs: Outputs, expected: Outputs) -> str | None:
-        """What is wrong with some outputs; None when nothing is."""
-        for place, (found, wanted) in enumerate(zip(outputs, expected, strict=False)):
-            if found.shape != wanted.shape:
-                return f"output {place} is {tuple(found.shape)}, not {tuple(wanted.shape)}"
+        """Return the first fault of some outputs, or None if there is none."""
+        for number, (actual, wanted) in enumerate(zip(outputs, expected, strict=False)):
+            if actual.shape != wanted.shape:
+                return f"output {number} is {tuple(actual.shape)}, not {tuple(wanted.shape)}"
             if not wanted.is_floating_point():
-                differing = int((found != wanted).sum())
+                differing = int((actual != wanted).sum())
                 if differing <= self.off * wanted.numel():
                     continue
-                return f"output {place} differs in {differing} of {wanted.numel()} entries"
+                return f"output {number} differs in {differing} of {wanted.numel()} entries"
             wanted = wanted.double()
             allowed = self.rtol * wanted.abs() + self.atol * wanted.abs().amax().clamp(min=1e-30)
-            off = (found.double() - wanted).abs()
-            if not (off <= allowed).all():
-                return f"output {place} is off by {off.max():.3g}, where {allowed.max():.3g} is allowed"
+            error = (actual.double() - wanted).abs()
+            if not (error <= allowed).all():
+                return f"output {number} is off by {error.max():.3g}, but at most {allowed.max():.3g} is allowed"
         return None

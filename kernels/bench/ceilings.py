@@ -1,4 +1,4 @@
-"""What this device reaches at best, measured: the roofline that times are held against."""
+"""Measured peak rates of a device: the roofline for the times of the bench."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Ceilings(NamedTuple):
     bytes_per_second: float  # read and written by a large copy
 
     def seconds(self, num_bytes: int, flops: int) -> float:
-        """Least time for some work, if reading, writing and computing overlapped perfectly."""
+        """Return the least time for some work, if reading, writing and computing overlap perfectly."""
         return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of a few large products and copies."""
+    """Return the best rates of a few large products and copies."""
     gpu = device.type == "cuda"
     size = 8192 if gpu else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

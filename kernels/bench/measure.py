@@ -1,7 +1,7 @@
 """Time and extra memory of a call.
 
-On a CPU seconds are those that the processor spent on this process, which runs one thread: on a machine that does other
-work too the clock on the wall says little.
+On a CPU, seconds are processor time of this process, which runs one thread: on a machine that also does other work,
+wall-clock time says little.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-SHORTEST_SECONDS = 0.02  # shorter calls are repeated until a measurement takes that long
+SHORTEST_SECONDS = 0.02  # shorter calls are repeated until a measurement takes this long
 PROCESS = Path("/proc/self")
 
 
@@ -40,46 +40,46 @@ def _seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
 
 
 class Observed(NamedTuple):
-    """One call, watched."""
+    """Outputs, time and memory of one call."""
 
     outputs: Any
     seconds: float
-    extra_bytes: int | None  # most memory held beyond what was there before, outputs included; None: nobody can tell
+    extra_bytes: int | None  # peak memory above the level before the call, outputs included; None if not measurable
 
 
 def observe(run: Callable[[], Any], device: torch.device) -> Observed:
-    """Call once."""
+    """Call once, and return its outputs, time and extra memory."""
     gc.collect()
     clock = _clock(device)
     outputs: list[Any] = []
     begun = clock()
-    held = _extra_bytes(lambda: outputs.append(run()), device)
-    return Observed(outputs[0], clock() - begun, held)
+    extra_bytes = _extra_bytes(lambda: outputs.append(run()), device)
+    return Observed(outputs[0], clock() - begun, extra_bytes)
 
 
 def interleaved_seconds(
     runs: Mapping[str, Callable[[], Any]], first: Mapping[str, float], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round; in a round all run once, each time in another order.
+    """Return the seconds of every call in every round; all run once in a round, in a different order each time.
 
     Args:
-        runs: what to call.
-        first: seconds that one call took; short ones are repeated.
-        rounds: measurements of each.
-        device: where they run.
+        runs: functions to call, by name.
+        first: seconds of one earlier call of each; short calls are repeated.
+        rounds: number of measurements of each, at least 1.
+        device: the device on which they run.
     """
     names = list(runs)
     counts = {name: 1 + int(SHORTEST_SECONDS / max(first[name], 1e-6)) for name in names}
-    found: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            found[name].append(_seconds(runs[name], counts[name], device))
-    return found
+            seconds[name].append(_seconds(runs[name], counts[name], device))
+    return seconds
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return lower quartile, median and upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -96,7 +96,7 @@ def _extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = _status_bytes("VmRSS")
-        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the peak starts again: man 5 proc
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # resets the peak: man 5 proc
     except OSError:
         run()
         return None

@@ -1,4 +1,4 @@
-"""Hyper-connections around a sublayer: `connect` on the way in, `expand_and_mix` on the way out."""
+"""Hyper-connections around a sublayer: `connect` before it, `expand_and_mix` after it."""
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ def connect(
     eps: float,
     iterations: int,
 ) -> Connection:
-    """`connect_reference`.
+    """Return `connect_reference`.
 
     Raises:
-        ValueError: shapes disagree, or there is no Sinkhorn iteration.
+        ValueError: shapes disagree, or iterations is below 1.
     """
     num_streams, width = streams_BSND.shape[-2:]
     num_weights = num_streams * (num_streams + 2)
@@ -44,16 +44,16 @@ def connect(
 
 
 def expand_and_mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
-    """`expand_and_mix_reference`; Triton sums in float32 also where the definition rounds its parts to bfloat16.
+    """Return `expand_and_mix_reference`; Triton sums in float32 even where the definition rounds parts to bfloat16.
 
     Raises:
         ValueError: shapes disagree.
     """
     *shape, num_streams, width = streams_BSND.shape
-    found = [tuple(x.shape) for x in (post_BSN, comb_BSNN, output_BSD)]
+    shapes = [tuple(x.shape) for x in (post_BSN, comb_BSNN, output_BSD)]
     needed = [(*shape, *rest) for rest in ((num_streams,), (num_streams, num_streams), (width,))]
-    if found != needed:
-        raise ValueError(f"post, comb and output are {found} but these streams need {needed}")
+    if shapes != needed:
+        raise ValueError(f"post, comb and output are {shapes} but these streams need {needed}")
     if use_triton("hyper_connection", streams_BSND, _unfit(streams_BSND)):
         from .expand_kernel import expand_and_mix_triton  # needs Triton, which a machine without a GPU may lack
 

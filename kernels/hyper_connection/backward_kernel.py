@@ -34,9 +34,9 @@ def hyper_connection_map_backward_kernel(
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of the projections of one token.
+    """Write the gradients of the projections of one token.
 
-    Sinkhorn is run again for the sums that its steps divide by: on the way back a matrix is the next one times them.
+    Sinkhorn runs again for the sums by which its steps divide: going backwards, each matrix is the next one times them.
     """
     M: tl.constexpr = N * (N + 2)
     token = tl.program_id(0).to(tl.int64)
@@ -97,7 +97,7 @@ def hyper_connection_streams_backward_kernel(
     grad_collapsed_ptr,  # [T, D]
     grad_passed_ptr,  # [T, N, D]
     grad_streams_ptr,  # [T, N, D]
-    grad_fn_ptr,  # [G, M, N, D], a part from every group of tokens; or None
+    grad_fn_ptr,  # [G, M, N, D], one part for every group of tokens; or None
     T,
     D,
     group_size,  # tokens, a multiple of BLOCK_T
@@ -108,15 +108,15 @@ def hyper_connection_streams_backward_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the streams and of the projection: some channels of all streams, a group of tokens."""
+    """Write the gradients of the streams and of the projection, for some channels of all streams and a token group."""
     M: tl.constexpr = N * (N + 2)
     n, channel = tl.arange(0, P), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     column, weight = tl.arange(0, P * BLOCK_D), tl.arange(0, BLOCK_M)
     stream, channel_of_column = column // BLOCK_D, tl.program_id(0) * BLOCK_D + column % BLOCK_D
     at = (stream * D + channel_of_column)[None, :]
     is_column, is_weight = ((stream < N) & (channel_of_column < D))[None, :], weight < M
-    fn_place, fn_mask = weight[:, None] * N * D + at, is_weight[:, None] & is_column
-    fn = tl.load(fn_ptr + fn_place, mask=fn_mask, other=0.0).to(tl.float32)
+    fn_offset, fn_mask = weight[:, None] * N * D + at, is_weight[:, None] & is_column
+    fn = tl.load(fn_ptr + fn_offset, mask=fn_mask, other=0.0).to(tl.float32)
     grad_fn = tl.zeros((BLOCK_M, P * BLOCK_D), tl.float32)
     group = tl.program_id(1)
     for begin in range(group * group_size, tl.minimum((group + 1) * group_size, T), BLOCK_T):
@@ -137,4 +137,4 @@ def hyper_connection_streams_backward_kernel(
         if grad_fn_ptr is not None:
             grad_fn = tl.dot(tl.trans(grad_sums), streams, grad_fn, input_precision=PRECISION)
     if grad_fn_ptr is not None:
-        tl.store(grad_fn_ptr + group.to(tl.int64) * M * N * D + fn_place, grad_fn, mask=fn_mask)
+        tl.store(grad_fn_ptr + group.to(tl.int64) * M * N * D + fn_offset, grad_fn, mask=fn_mask)

@@ -1,6 +1,6 @@
 """`hyper_connection` around an empty sublayer, forward and every gradient, beside torch.compile of the definition.
 
-The definition is what transformers computes eagerly. T tokens, N streams, D model width, M = N * (N + 2).
+The definition computes as transformers does eagerly. T tokens, N streams, D model width, M = N * (N + 2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZES = {"cpu": [(1024, 2, 128, 4)], "cuda": [(8192, 4, 4096, 20), (8192, 4, 716
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The comparisons of this device; those of the CPU are of the tiny backbone's size."""
+    """Yield the comparisons of this device; on a CPU they have the tiny backbone's size."""
     for size in SIZES[device.type]:
         yield _case(device, *size)
 
@@ -57,10 +57,10 @@ def _case(device: torch.device, T: int, N: int, D: int, iterations: int) -> Case
         ours=with_gradient(_around(connect, expand_and_mix, iterations)),
         definition=with_gradient(definition),
         peers={"torch.compile of definition": with_gradient(torch.compile(definition, dynamic=False))},
-        # In use a sublayer stands between the two, so that each reads the streams for itself. In units of the streams,
-        # forward: 2 reads, 1 write. Backward: `expand` also reads a gradient and writes one, which `connect` reads and
-        # adds, so 4 reads, 2 writes. The sublayer's side is 1/N of a unit: its input and output once forward, its
-        # output and both gradients once backward.
+        # In a model a sublayer runs between the two, so each must read the streams. In units of the streams, forward: 2
+        # reads, 1 write. Backward: `expand` also reads a gradient and writes one, which `connect` reads and adds, so 4
+        # reads, 2 writes. The sublayer's tensors are 1/N of a unit each: its input and output once forward, its output
+        # and both gradients once backward.
         bytes=9 * streams_bytes + 5 * streams_bytes // N,
         flops=3 * 2 * T * M * N * D,
         rtol=1e-4 if dtype is torch.float32 else 2**-6,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A program is one warp with one token: nothing is exchanged but the sums at the end, and few tokens are many programs.
+# A program is one warp with one token: it exchanges only the sums at the end, and even few tokens make many programs.
 # Not measured on a GPU.
 OPTIONS = {"num_warps": 1, "num_stages": 2, "enable_fp_fusion": True}
 EXPAND_CHANNELS, EXPAND_BACKWARD_CHANNELS = 512, 128  # at once; backward keeps N * (N + 1) sums of each
@@ -38,19 +38,19 @@ def hyper_connection_expand_kernel(
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """New streams of one token, a block of their channels."""
+    """Write the new streams of one token, for a block of their channels."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask, place = at < D, token * N * D + at
+    mask, offset = at < D, token * N * D + at
     output = tl.load(output_ptr + token * D + at, mask=mask, other=0.0).to(tl.float32)
     streams = ()
     for j in tl.static_range(N):
-        streams += (tl.load(streams_ptr + place + j * D, mask=mask, other=0.0).to(tl.float32),)
+        streams += (tl.load(streams_ptr + offset + j * D, mask=mask, other=0.0).to(tl.float32),)
     for k in tl.static_range(N):
         new = tl.load(post_ptr + token * N + k) * output
         for j in tl.static_range(N):
             new += tl.load(comb_ptr + (token * N + j) * N + k) * streams[j]
-        tl.store(new_ptr + place + k * D, new.to(new_ptr.dtype.element_ty), mask=mask)
+        tl.store(new_ptr + offset + k * D, new.to(new_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def hyper_connection_expand_backward_kernel(
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All gradients of one token."""
+    """Write all gradients of one token."""
     token = tl.program_id(0).to(tl.int64)
     weights, sums = (), ()  # N of post, then N * N of comb
     for k in tl.static_range(N):
@@ -77,25 +77,25 @@ def hyper_connection_expand_backward_kernel(
         weights += (tl.load(comb_ptr + token * N * N + jk),)
     for _ in tl.static_range(N * (N + 1)):
         sums += (tl.zeros((BLOCK_D,), tl.float32),)
-    for begin in tl.range(0, D, BLOCK_D, num_stages=3):  # so that loads are asynchronous without a product as well
+    for begin in tl.range(0, D, BLOCK_D, num_stages=3):  # makes loads asynchronous although there is no product
         at = begin + tl.arange(0, BLOCK_D)
-        mask, place = at < D, token * N * D + at
+        mask, offset = at < D, token * N * D + at
         output = tl.load(output_ptr + token * D + at, mask=mask, other=0.0).to(tl.float32)
         grad_output = tl.zeros((BLOCK_D,), tl.float32)
         grad_new, added = (), ()
         for k in tl.static_range(N):
-            grad = tl.load(grad_new_ptr + place + k * D, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grad_new_ptr + offset + k * D, mask=mask, other=0.0).to(tl.float32)
             grad_output += weights[k] * grad
             grad_new += (grad,)
             added += (sums[k] + grad * output,)
         tl.store(grad_output_ptr + token * D + at, grad_output.to(grad_output_ptr.dtype.element_ty), mask=mask)
         for j in tl.static_range(N):
-            streams = tl.load(streams_ptr + place + j * D, mask=mask, other=0.0).to(tl.float32)
+            streams = tl.load(streams_ptr + offset + j * D, mask=mask, other=0.0).to(tl.float32)
             grad = tl.zeros((BLOCK_D,), tl.float32)
             for k in tl.static_range(N):
                 grad += weights[N + j * N + k] * grad_new[k]
                 added += (sums[N + j * N + k] + streams * grad_new[k],)
-            tl.store(grad_streams_ptr + place + j * D, grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_streams_ptr + offset + j * D, grad.to(grad_streams_ptr.dtype.element_ty), mask=mask)
         sums = added
     for k in tl.static_range(N):
         tl.store(grad_post_ptr + token * N + k, tl.sum(sums[k]))
@@ -133,11 +133,11 @@ class _ExpandAndMix(torch.autograd.Function):
 
 
 def expand_and_mix_triton(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
-    """`expand_and_mix_reference`, summed in float32."""
+    """Return `expand_and_mix_reference`, summed in float32."""
     new_BSND: Tensor = _ExpandAndMix.apply(post_BSN, comb_BSNN, output_BSD, streams_BSND)
     return new_BSND
 
 
 def row_blocks(width: int, channels: int) -> dict[str, Any]:
-    """Constants of a kernel whose programs take one token."""
+    """Return the constants and options of a kernel whose programs take one token each."""
     return {"BLOCK_D": min(channels, triton.next_power_of_2(width))} | OPTIONS

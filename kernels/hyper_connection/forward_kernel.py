@@ -10,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def _add_product(streams, weights, total, PRECISION: tl.constexpr):
-    """`total + streams @ weights`, about as exact as in float32.
+    """Return `total + streams @ weights`, about as exact as in float32.
 
-    Streams of bfloat16 are exact as they are: with three parts of the float32 weights that makes three products.
+    Streams of bfloat16 need no splitting: with three parts of the float32 weights they take three products.
     """
     if streams.dtype == tl.bfloat16:
         high = weights.to(tl.bfloat16)
@@ -44,7 +44,7 @@ def hyper_connection_project_kernel(
     BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Parts of y, and of the sum of squares that r is made of."""
+    """Write parts of y, and of the sum of squares for r."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part, weight = tl.program_id(1), tl.arange(0, BLOCK_M)
     row = token.to(tl.int64)[:, None]
@@ -65,9 +65,9 @@ def hyper_connection_project_kernel(
 
 @triton.jit
 def softmax_of_entries(comb, is_entry, eps):
-    """Rows of the softmax plus eps; 0 in the padding."""
+    """Return the softmax of each row plus eps; 0 in the padding."""
     comb = tl.where(is_entry, comb, float("-inf"))
-    comb = tl.exp(comb - tl.maximum(tl.max(comb, 1), -3.0e38)[:, None])  # a padded row holds -inf alone
+    comb = tl.exp(comb - tl.maximum(tl.max(comb, 1), -3.0e38)[:, None])  # a padded row holds only -inf
     return tl.where(is_entry, comb / tl.maximum(tl.sum(comb, 1), 1.0)[:, None] + eps, 0.0)
 
 
@@ -93,7 +93,7 @@ def hyper_connection_map_kernel(
     P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The weights of one token, and a part of its streams collapsed."""
+    """Write the weights of one token, and a part of its collapsed streams."""
     M: tl.constexpr = N * (N + 2)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.arange(0, P)

@@ -1,14 +1,14 @@
-"""Triton for `connect`: two launches forward; two, and some sums, backward.
+"""Triton for `connect`: two launches forward; two launches and some sums backward.
 
-With y = streams @ fn^T, r = 1 / rms(streams), mix = r y, dlin the gradient of `scale mix + base`, and dpassed that of
-the streams that go on to `expand_and_mix`, the gradients are
+With y = streams @ fn^T, r = 1 / rms(streams), mix = r y, dlin the gradient of `scale mix + base`, and dpassed the
+gradient of the streams passed on to `expand_and_mix`, the gradients are
 
-    dmix = scale dlin       dfn = (r dmix)^T @ streams, a part from every group of tokens
+    dmix = scale dlin       dfn = (r dmix)^T @ streams, one part for every group of tokens
     dstreams = dpassed + pre dcollapsed + (r dmix) @ fn - (r^2 / X) (dmix . mix) streams
     dpre_n = dcollapsed . streams_n
     a division by sums, c' = c / s with s = sum c + eps:    dc = (dc' - sum dc' c') / s
 
-Nothing is added atomically.
+There are no atomic additions.
 """
 
 # T tokens, N streams (padded to P), D model width, X = N * D, M = N * (N + 2), Q parts of X
@@ -40,18 +40,18 @@ from .forward_kernel import hyper_connection_map_kernel, hyper_connection_projec
 from .reference import Connection
 
 # None of these was measured on a GPU.
-MAP_CHANNELS, MAP_PROGRAMS = 512, 512  # few tokens share their channels out among more programs
-# Tokens share what a program of the projection reads of fn; few tokens leave most of a larger block empty.
+MAP_CHANNELS, MAP_PROGRAMS = 512, 512  # with few tokens, more programs share the channels of each
+# The tokens of a projection program share its reads of fn; few tokens would leave most of a larger block empty.
 FEW_TOKENS, MANY_TOKENS, PROJECT_CHANNELS, PROJECT_PROGRAMS = 16, 64, 64, 512
-# What a program of the streams' backward takes of a token, and how many programs there are: more hide more latency, but
-# every group of tokens writes its part of dfn.
+# Tokens, bytes of each token, and number of programs in the streams' backward: more programs hide more latency, but
+# every group of tokens writes a part of dfn.
 BACKWARD_TOKENS, BACKWARD_BYTES, BACKWARD_PROGRAMS = 16, 256, 1024
 PRODUCT_OPTIONS = OPTIONS | {"num_warps": 4}
-# Channels and stages of a program of the projection. With 64 channels, few tokens spill in the loop on sm_100: in two
-# stages with Triton 3.7, in three with 3.8.
+# Channels and stages of a projection program. With 64 channels, few tokens spill in the loop on sm_100: in two stages
+# with Triton 3.7, in three with 3.8.
 FEW_BLOCKS, MANY_BLOCKS = (32, 4), (PROJECT_CHANNELS, 3)
-# Products of float32 in parts of bfloat16:
-# about as exact as float32, and on every target (not in the interpreter).
+# Products of float32 split into parts of bfloat16: about as exact as float32, and available on every target (not in
+# the interpreter).
 PRECISION = "ieee" if os.environ.get(INTERPRETER) == "1" else "bf16x6"
 
 
@@ -97,10 +97,10 @@ class _Connect(torch.autograd.Function):
         grad_post, grad_comb, grad_collapsed, grad_passed = (grad.contiguous() for grad in grads)
         grad_lin, grad_sums = torch.empty_like(mix), torch.empty_like(mix)
         pre, pull = mix.new_empty(tokens, num_streams), torch.empty_like(inverse)
-        saved, given = (base_M, scale_3, mix, inverse), (grad_post, grad_comb, grad_collapsed)
+        saved, upstream = (base_M, scale_3, mix, inverse), (grad_post, grad_comb, grad_collapsed)
         results = (grad_lin, grad_sums, pre, pull)
         hyper_connection_map_backward_kernel[(tokens,)](
-            streams, *saved, *given, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
+            streams, *saved, *upstream, *results, width, ctx.eps, **_map_blocks(num_streams, width, ctx.iterations)
         )
         grad_streams = torch.empty_like(streams)
         blocks = _column_blocks(num_streams, width, streams.dtype)
@@ -129,12 +129,12 @@ def connect_triton(
     eps: float,
     iterations: int,
 ) -> Connection:
-    """`connect_reference`."""
+    """Return `connect_reference`."""
     return Connection(*_Connect.apply(streams_BSND, fn_MX, base_M, scale_3, norm_eps, eps, iterations))
 
 
 def _part_size(size: int, parts: int, block: int, least: int = 1) -> int:
-    """Size of at most so many equal parts; each is a multiple of `block`, and of at least so many of them."""
+    """Return the size of at most `parts` equal parts, a multiple of `block` and at least `least` blocks."""
     return max(triton.cdiv(triton.cdiv(size, max(parts, 1)), block), least) * block
 
 
@@ -154,8 +154,8 @@ def _map_blocks(num_streams: int, width: int, iterations: int) -> dict[str, Any]
 def _column_blocks(num_streams: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     padded = triton.next_power_of_2(num_streams)
     block_d = max(16, min(BACKWARD_BYTES // dtype.itemsize // padded, triton.next_power_of_2(width)))
-    # TF32 holds bfloat16 exactly and errs by 2^-10 in what it is multiplied with: less than the 2^-9 by which bfloat16
-    # streams were rounded, as their gradient will be.
+    # TF32 holds bfloat16 exactly and rounds the other factor by 2^-10: less than the 2^-9 by which the bfloat16 streams
+    # were rounded, as their gradient will be.
     precision = "tf32" if dtype is torch.bfloat16 and PRECISION != "ieee" else PRECISION
     blocks = {"BLOCK_T": BACKWARD_TOKENS, "BLOCK_M": _padded(num_streams * (num_streams + 2)), "BLOCK_D": block_d}
     return {"N": num_streams, "P": padded, "PRECISION": precision, **blocks}
@@ -166,7 +166,7 @@ def _padded(num_weights: int) -> int:
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time; the width is an argument, so one serves V4-Flash and V4-Pro."""
+    """Return the launches to compile ahead of time; the width is an argument, so one serves V4-Flash and V4-Pro."""
     shapes = MODELS["V4-Flash"]
     num_streams, width, num_weights = shapes.streams, shapes.width, shapes.streams * (shapes.streams + 2)
     types = dict.fromkeys(["T", "Q"], "i32") | dict.fromkeys(["D", "X", "part_size", "group_size"], "i32:16")
@@ -175,10 +175,10 @@ def launches() -> list[Launch]:
     types |= {f"{grad}{name}_ptr": "*bf16:16" for name in wide for grad in ("", "grad_")}
 
     def launch(kernel: Any, constants: dict[str, Any], label: str = "", **others: Any) -> Launch:
-        known = {**constants, **others}
-        fixed = {name: value for name, value in known.items() if name in kernel.arg_names}
+        settings = {**constants, **others}
+        fixed = {name: value for name, value in settings.items() if name in kernel.arg_names}
         arguments = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in fixed}
-        options = {name: known[name] for name in OPTIONS}
+        options = {name: settings[name] for name in OPTIONS}
         return Launch(kernel=kernel, label=label, arguments=arguments, constants=fixed, options=options)
 
     rows = _map_blocks(num_streams, width, iterations=20)

@@ -1,4 +1,4 @@
-"""Definition of a hyper-connection: how residual streams become a sublayer's input, and how its output re-enters them.
+"""Definition of a hyper-connection: from residual streams to a sublayer's input, and from its output back to them.
 
 Source: DeepSeek-V4 paper, section 2.2; `DeepseekV4HyperConnection` and `DeepseekV4DecoderLayer` of transformers.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class Connection(NamedTuple):
-    """What a sublayer gets, and how what it gives is taken back."""
+    """A sublayer's input, and the weights that take its output back into the streams."""
 
     post_BSN: Tensor  # float32 in (0, 2), weight of the output in each stream
     comb_BSNN: Tensor  # float32 [from, to], columns sum to 1, rows too once Sinkhorn has converged
     collapsed_BSD: Tensor  # the sublayer's input, in the streams' dtype
-    streams_BSND: Tensor  # the same; where they go to `expand_and_mix`, one launch adds both their gradients
+    streams_BSND: Tensor  # unchanged; pass these to `expand_and_mix`, so that one launch adds both their gradients
 
 
 def connect_reference(
@@ -32,17 +32,17 @@ def connect_reference(
     eps: float,
     iterations: int,
 ) -> Connection:
-    """The weights of every token's hyper-connection, and its streams collapsed by them.
+    """Return the weights of every token's hyper-connection, and its streams collapsed by them.
 
     Args:
         streams_BSND: residual streams, floating.
         fn_MX: projection of the normed, flattened streams: N rows for `pre`, N for `post`, N * N for `comb`.
         base_M: added to the projections.
         scale_3: factors of the three kinds of projections.
-        norm_eps: of the RMS norm.
+        norm_eps: epsilon of the RMS norm.
         eps: keeps `pre` and the sums of `comb` above 0.
-        iterations: Sinkhorn iterations, at least 1; each divides by the sums of rows, then of columns, the first by
-            those of columns only.
+        iterations: Sinkhorn iterations, at least 1; each divides by the row sums, then by the column sums, except the
+            first, which divides by the column sums only.
     """
     num_streams = streams_BSND.shape[2]
     flat_BSX = streams_BSND.flatten(2).float()
@@ -60,7 +60,7 @@ def connect_reference(
 
 
 def expand_and_mix_reference(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
-    """Streams after a sublayer: its output expanded by `post`, plus the streams mixed by `comb` transposed.
+    """Return the streams after a sublayer: its output expanded by `post`, plus the streams mixed by `comb` transposed.
 
     Args:
         post_BSN: float32 weight of the output in each stream.

@@ -1,4 +1,4 @@
-"""Hidden states of K draft steps and of the teacher -> one frozen lm_head -> a divergence for every token."""
+"""Hidden states of K draft steps and of the teacher go through one frozen lm_head to a divergence for every token."""
 
 import math
 
@@ -24,7 +24,7 @@ def linear_loss(
     temperature: float = 1.0,
     mask_KT: Tensor | None = None,
 ) -> LinearLoss:
-    """`linear_loss_reference` without ever holding [T, V] logits.
+    """Return `linear_loss_reference` without ever holding [T, V] logits.
 
     Args, Returns: see `linear_loss_reference`.
 
@@ -54,7 +54,7 @@ def linear_loss(
 
 
 def _unfit(dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot take a dtype."""
+    """Return why the kernel cannot take a dtype, or None."""
     return None if dtype in (torch.float32, torch.bfloat16) else f"it takes float32 and bfloat16, not {dtype}"
 
 
@@ -72,9 +72,9 @@ def _check_shapes(student: Tensor, teacher: Tensor, weight: Tensor, target: Tens
             f"weight_VD is {tuple(weight.shape)} but must be [V, {width}]: pass lm_head.weight untransposed"
         )
     if target.shape != (tokens,):
-        raise ValueError(f"target_T is {tuple(target.shape)} but must be ({tokens},): one token id a row")
+        raise ValueError(f"target_T is {tuple(target.shape)} but must be ({tokens},): one token id for each row")
     if mask is not None and mask.shape != (steps, tokens):
-        raise ValueError(f"mask_KT is {tuple(mask.shape)} but must be ({steps}, {tokens}): one flag a step and token")
+        raise ValueError(f"mask_KT is {tuple(mask.shape)} but must be ({steps}, {tokens}): one flag per step and token")
 
 
 def _check_dtypes(student: Tensor, teacher: Tensor, weight: Tensor, target: Tensor, mask: Tensor | None) -> None:

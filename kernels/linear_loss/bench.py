@@ -15,7 +15,7 @@ from ..bench.case import Case, Outputs
 from . import Divergence, linear_loss
 from .reference import linear_loss_reference
 
-# What is asked: divergence, K, T, D, V. The last two of the CPU are those of the tiny backbone.
+# Divergence, K, T, D, V. D and V of the CPU's last size are those of the tiny backbone.
 SIZES = {
     "cpu": [(Divergence.kl, 1, 512, 1024, 129_280), (Divergence.kl, 3, 1024, 128, 2048)],
     "cuda": [
@@ -29,7 +29,7 @@ PIECE = 1024  # tokens
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The comparisons of this device, one after the other, because the inputs of one fill a good part of it."""
+    """Yield the comparisons of this device one at a time, because the inputs of each fill much of its memory."""
     for size in SIZES[device.type]:
         yield _case(device, *size)
 
@@ -52,14 +52,14 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
         return run
 
     def in_pieces() -> Outputs:
-        found = []
+        pieces = []
         for begin in range(0, T, PIECE):
             rows = slice(begin, begin + PIECE)
             part_KTD = student_KTD.detach()[:, rows].requires_grad_()
             teacher_target = teacher_TD[rows], weight_VD, target_T[rows]
             loss_KT = linear_loss_reference(part_KTD, *teacher_target, divergence=divergence)[0]
-            found.append((torch.autograd.grad(loss_KT.sum(), part_KTD)[0], loss_KT.detach()))
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+            pieces.append((torch.autograd.grad(loss_KT.sum(), part_KTD)[0], loss_KT.detach()))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
 
     products = (0 if divergence is Divergence.ce else 1) + 2 * K
     peers, missing = _liger(divergence, student_KTD, teacher_TD, weight_VD, target_T)
@@ -84,7 +84,7 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
 
 
 def _speculators(student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor) -> Callable[[], Outputs]:
-    """Its forward KL of whole logits, once a step: fused on a GPU, eager elsewhere."""
+    """Return a run of speculators' forward KL on whole logits, once per step: fused on a GPU, eager elsewhere."""
     if student_KTD.is_cuda:
         from speculators.losses.fused import fused_kl_div_loss as kl_loss
     else:
@@ -101,7 +101,10 @@ def _speculators(student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor) -> 
 def _liger(
     divergence: Divergence, student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, target_T: Tensor
 ) -> tuple[dict[str, Callable[[], Outputs]], dict[str, str]]:
-    """Liger's losses, once a step. They return a mean, so their gradient is compared and multiplied back."""
+    """Return runs of Liger's losses, once per step, and the losses that cannot run here.
+
+    They return a mean, so their gradient alone is compared, multiplied by the number of tokens.
+    """
     if find_spec("liger_kernel") is None:
         return {}, {"Liger": "not installed; pip install -e '.[bench]'"}
 

@@ -1,7 +1,7 @@
 """`linear_loss_reference` over chunks of tokens: [chunk, V] logits live one chunk at a time, gradients are analytic.
 
-The forward also stores the gradient of each token's loss with respect to its own hidden row ("unit gradient"), so the
-backward is one multiplication and the logits are never computed twice. With z the student's logits divided by the
+The forward also stores the gradient of each token's loss with respect to the token's hidden row ("unit gradient"), so
+the backward is one multiplication and the logits are never computed twice. With z the student's logits divided by the
 temperature tau, and S = sum_v q_v [q_v < p_v], the unit gradient is (dloss/dz @ weight) / tau where dloss/dz_v is
 
     ce             q_v - [v = target]                                     (tau = 1)
@@ -28,7 +28,7 @@ from .reference import LinearLoss
 
 
 class Rows(Protocol):
-    """What computes the rows of a chunk: `teacher` once, then `student` for every draft step against it.
+    """Computes the rows of a chunk: `teacher` once, then `student` for every draft step against it.
 
     Attributes:
         capacity: rows of the largest chunk.
@@ -37,19 +37,26 @@ class Rows(Protocol):
     capacity: int
 
     def teacher(self, hidden_ND: Tensor) -> Tensor:
-        """Entropy [N] at temperature 1. What the students are compared with is remembered."""
+        """Return the entropy [N] at temperature 1, and keep the teacher's distributions for `student`."""
 
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss [N], alpha [N], top1_match [N] and, where it is needed, the unit gradient [N, D]."""
+        """Return loss [N], alpha [N], top1_match [N] and, if needed, the unit gradient [N, D]."""
 
 
 class MakeRows(Protocol):
-    """Constructor of a `Rows`: frozen lm_head, most tokens at once, what to compute."""
+    """Constructor of `Rows`."""
 
     def __call__(self, weight_VD: Tensor, tokens: int, divergence: Divergence, temperature: float) -> Rows:
-        """Buffers and settings of one call."""
+        """Return the rows of one call, with their buffers.
+
+        Args:
+            weight_VD: frozen lm_head, floating.
+            tokens: upper bound on the rows of a chunk.
+            divergence: the loss.
+            temperature: above 0, of the loss.
+        """
 
 
 def linear_loss_in_chunks(
@@ -63,7 +70,7 @@ def linear_loss_in_chunks(
     temperature: float = 1.0,
     mask_KT: Tensor | None = None,
 ) -> LinearLoss:
-    """`linear_loss_reference`, one chunk of tokens at a time and one teacher pass for all steps."""
+    """Return `linear_loss_reference`, one chunk of tokens at a time, with one teacher pass for all steps."""
     if divergence is Divergence.ce:
         temperature = 1.0
     needs_grad = torch.is_grad_enabled() and student_KTD.requires_grad
@@ -105,25 +112,25 @@ def _walk_chunks(
     rows: Rows,
     unit_grad_KTD: Tensor | None,
 ) -> LinearLoss:
-    """All outputs; fills unit_grad_KTD, zero on entry, where it is given."""
+    """Return all outputs; fill unit_grad_KTD, zero on entry, unless it is None."""
     outputs = _zero_outputs(student_KTD)
     valid_T = torch.arange(len(target_T), device=target_T.device) if mask_KT is None else mask_KT.any(0).nonzero()[:, 0]
-    for chunk_N in valid_T.split(rows.capacity) if len(valid_T) else ():  # nothing splits into one chunk of nothing
+    for chunk_N in valid_T.split(rows.capacity) if len(valid_T) else ():  # an empty tensor splits into one empty chunk
         outputs.entropy_T[chunk_N] = rows.teacher(teacher_TD[chunk_N])
         for k, student_TD in enumerate(student_KTD):
             keep_N = None if mask_KT is None else mask_KT[k, chunk_N]
-            # Few rows are masked in some steps only, and picking the others would copy [N, V] of the teacher: they are
-            # computed, whatever they hold, and dropped.
+            # Only few rows are masked in some steps but not in all, and selecting the others would copy [N, V] of the
+            # teacher. So these rows are computed, whatever they hold, and dropped.
             target_N = target_T[chunk_N] if keep_N is None else target_T[chunk_N].masked_fill(~keep_N, 0)
-            found = rows.student(student_TD[chunk_N], target_N, unit_grad_KTD is not None)
-            for output_KT, value in zip((*outputs[:3], unit_grad_KTD), found, strict=True):
+            values = rows.student(student_TD[chunk_N], target_N, unit_grad_KTD is not None)
+            for output_KT, value in zip((*outputs[:3], unit_grad_KTD), values, strict=True):
                 if output_KT is not None and value is not None:
                     output_KT[k, chunk_N] = _kept(value, keep_N).to(output_KT.dtype)
     return outputs
 
 
 def _kept(value_N: Tensor, keep_N: Tensor | None) -> Tensor:
-    """A row's value [N, ...], zero where it is not kept."""
+    """Return the values [N, ...], zero in rows that are not kept."""
     return value_N if keep_N is None else value_N.masked_fill(~keep_N.view(-1, *[1] * (value_N.ndim - 1)), 0)
 
 
@@ -135,7 +142,7 @@ def _zero_outputs(student_KTD: Tensor) -> LinearLoss:
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Left @ right in at least fp32, with left cast to the dtype of right."""
+    """Return left @ right in at least fp32, with left cast to the dtype of right."""
     left = left.to(right.dtype)
     if right.dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)

@@ -1,14 +1,15 @@
 """Triton for the rows of a chunk: online softmax, divergence and gradient over the logits of teacher and student.
 
-The matrix products stay with the vendor's library and write fp32 logits. A row is one program. The teacher's is read
-once for its statistics, whatever the number of draft steps; the student's is read once for its own, then both are read
-for the sums of the loss and, for kl and ce in the same pass, for dloss/dz, which replaces the student's logits (from
-fp32 weights) or goes into a bf16 buffer as the next product wants it. The formulas are those of `chunked.py`.
+The matrix products stay with the vendor's library and write fp32 logits. A program takes one row. The teacher's row is
+read once for its statistics, whatever the number of draft steps. The student's row is read once for its statistics;
+then both are read for the sums of the loss and, for kl and ce in the same pass, for dloss/dz. This gradient replaces
+the student's logits (fp32 weights) or goes into a bf16 buffer, the dtype of the next product. The formulas are those
+of `chunked.py`.
 
     log p_v = (z_v - max z) / tau - log sum_u exp((z_u - max z) / tau)
 
-is kept apart in its two terms, because their sum would round at the size of the logits. A term of probability 0 counts
-nothing.
+stays split into its two terms, because their sum would be rounded at the magnitude of the logits. Terms of probability
+0 contribute 0.
 
 N rows of a chunk, D model width, V vocabulary.
 """
@@ -28,22 +29,22 @@ BLOCK = 2048  # entries of a row at once; not measured on a GPU
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 ETA = tl.constexpr(HYBRID_ETA)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-ONE_PASS = ("ce", "kl")  # dloss/dz needs no sum over the row but the softmax's own
+ONE_PASS = ("ce", "kl")  # dloss/dz needs no sum over the row beyond that of the softmax
 
 
 @triton.jit
 def _row_statistics(logits_ptr, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
-    """Of one row: max, the first place of it, log-sums at temperature 1 and tau above it, entropy at temperature 1."""
+    """Return of one row: max, its first id, log-sums at temperature 1 and tau above it, entropy at temperature 1."""
     peak, top = float("-inf"), 0
     total, tempered, weighted = 0.0, 0.0, 0.0  # sums of e^x, e^(x / tau) and x e^x, with x = z - peak
     for start in range(0, vocabulary, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + place, mask=place < vocabulary, other=float("-inf"))
+        ids = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + ids, mask=ids < vocabulary, other=float("-inf"))
         block_peak, block_top = tl.max(z, 0, return_indices=True)
         higher = block_peak > peak
         top = tl.where(higher, start + block_top, top)
         new_peak = tl.where(higher, block_peak, peak)
-        x = tl.where(z > float("-inf"), z - new_peak, float("-inf"))  # also where all was -inf so far
+        x = tl.where(z > float("-inf"), z - new_peak, float("-inf"))  # also if every entry so far was -inf
         lift = tl.where(peak > float("-inf"), peak - new_peak, 0.0)  # nothing was summed before the first finite one
         e = tl.exp(x)
         shrink = tl.exp(lift)
@@ -106,14 +107,14 @@ def _student_kernel(
     target = tl.load(target_ptr + row)
     q_peak, top, q_log_sum, q_log_sum_tau, _ = _row_statistics(student_ptr, vocabulary, inverse_temperature, BLOCK)
 
-    # Which sums `first`, `second` and `third` are, and of what, is decided by the divergence.
+    # The divergence decides the meaning of the sums `first`, `second` and `third`.
     alpha, first, second, third = 0.0, 0.0, 0.0, 0.0
     share_peak = float("-inf")
     for start in range(0, vocabulary, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < vocabulary
-        q_x = tl.load(student_ptr + place, mask=inside, other=float("-inf")) - q_peak
-        p_x = tl.load(teacher_ptr + place, mask=inside, other=float("-inf")) - p_peak
+        ids = start + tl.arange(0, BLOCK)
+        inside = ids < vocabulary
+        q_x = tl.load(student_ptr + ids, mask=inside, other=float("-inf")) - q_peak
+        p_x = tl.load(teacher_ptr + ids, mask=inside, other=float("-inf")) - p_peak
         log_q, log_p = q_x - q_log_sum, p_x - p_log_sum
         q, p = tl.exp(log_q), tl.exp(log_p)
         alpha += tl.sum(tl.minimum(q, p))
@@ -121,7 +122,7 @@ def _student_kernel(
             log_q, log_p = q_x * inverse_temperature - q_log_sum_tau, p_x * inverse_temperature - p_log_sum_tau
             q, p = tl.exp(log_q), tl.exp(log_p)
         if DIVERGENCE == "ce":
-            first -= tl.sum(tl.where(place == target, log_q, 0.0))
+            first -= tl.sum(tl.where(ids == target, log_q, 0.0))
         if DIVERGENCE == "kl" or DIVERGENCE == "hybrid":
             first += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0))
         if DIVERGENCE == "reverse_kl":
@@ -142,8 +143,8 @@ def _student_kernel(
             second = second * shrink + tl.sum(tl.where(log_q < log_p, tl.exp(x), 0.0))
             share_peak = new_peak
         if GRADIENT and ONE_PASS:
-            away = tl.where(place == target, 1.0, 0.0) if DIVERGENCE == "ce" else p
-            tl.store(dlogits_ptr + place, (q - away).to(dlogits_ptr.dtype.element_ty), mask=inside)
+            goal = tl.where(ids == target, 1.0, 0.0) if DIVERGENCE == "ce" else p
+            tl.store(dlogits_ptr + ids, (q - goal).to(dlogits_ptr.dtype.element_ty), mask=inside)
 
     loss = first
     mix = 1.0
@@ -162,10 +163,10 @@ def _student_kernel(
 
     if GRADIENT and not ONE_PASS:
         for start in range(0, vocabulary, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            inside = place < vocabulary
-            q_x = tl.load(student_ptr + place, mask=inside, other=float("-inf")) - q_peak
-            p_x = tl.load(teacher_ptr + place, mask=inside, other=float("-inf")) - p_peak
+            ids = start + tl.arange(0, BLOCK)
+            inside = ids < vocabulary
+            q_x = tl.load(student_ptr + ids, mask=inside, other=float("-inf")) - q_peak
+            p_x = tl.load(teacher_ptr + ids, mask=inside, other=float("-inf")) - p_peak
             log_q, log_p = q_x * inverse_temperature - q_log_sum_tau, p_x * inverse_temperature - p_log_sum_tau
             q, p = tl.exp(log_q), tl.exp(log_p)
             if DIVERGENCE == "reverse_kl":
@@ -180,11 +181,11 @@ def _student_kernel(
             if DIVERGENCE == "neg_log_alpha":
                 r = tl.where(log_q < log_p, tl.exp(tl.minimum(log_p, log_q) + loss), 0.0)
                 grad = q * (second / first) - r
-            tl.store(dlogits_ptr + place, grad.to(dlogits_ptr.dtype.element_ty), mask=inside)
+            tl.store(dlogits_ptr + ids, grad.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 class TritonRows:
-    """`Rows` of fp32 or bf16 on a GPU; see `TorchRows` for the arguments."""
+    """`Rows` for fp32 or bf16 on a GPU; see `TorchRows` for the arguments."""
 
     def __init__(self, weight_VD: Tensor, tokens: int, divergence: Divergence, temperature: float) -> None:
         self.weight_VD, self.divergence, self.temperature = weight_VD, divergence, temperature
@@ -198,7 +199,7 @@ class TritonRows:
         self.top_N = self.teacher_NV.new_empty(0, dtype=torch.int64)
 
     def teacher(self, hidden_ND: Tensor) -> Tensor:
-        """Entropy [N] at temperature 1."""
+        """Return the entropy [N] at temperature 1."""
         matmul(hidden_ND, self.weight_VD.T, out=self.teacher_NV[: len(hidden_ND)])
         self.statistics, self.top_N, entropy_N = teacher_rows(self.teacher_NV[: len(hidden_ND)], self.temperature)
         return entropy_N
@@ -206,7 +207,7 @@ class TritonRows:
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss, alpha and top1_match [N], unit gradient [N, D]."""
+        """Return loss, alpha and top1_match [N], and the unit gradient [N, D] or None."""
         student_NV, teacher_NV, dlogits_NV = (
             buffer[: len(hidden_ND)] for buffer in (self.student_NV, self.teacher_NV, self.dlogits_NV)
         )
@@ -226,7 +227,7 @@ class TritonRows:
 
 
 def teacher_rows(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics [3, N], first largest entry [N] and entropy [N] of fp32 logits, in one launch."""
+    """Return the statistics [3, N], first largest entry [N] and entropy [N] of fp32 logits, in one launch."""
     rows, vocabulary = logits_NV.shape
     statistics_3N, entropy_N = logits_NV.new_empty(3, rows), logits_NV.new_empty(rows)
     top_N = logits_NV.new_empty(rows, dtype=torch.int64)
@@ -246,7 +247,18 @@ def student_rows(
     divergence: Divergence,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, alpha and top-1 match [N] of fp32 logits in one launch; fills dloss/dz, which may alias the logits."""
+    """Return loss, alpha and top-1 match [N] of fp32 logits, in one launch; fill dloss/dz, which may alias the logits.
+
+    Args:
+        student_NV: float32 logits of the student, contiguous.
+        teacher_NV: float32 logits of the teacher, contiguous.
+        statistics_3N: float32, from `teacher_rows`.
+        teacher_top_N: int64, the teacher's first largest entries, from `teacher_rows`.
+        target_N: int64 data tokens; read by `ce` alone.
+        dlogits_NV: buffer for dloss/dz, float32 or bfloat16; None to skip the gradient.
+        divergence: the loss.
+        temperature: above 0, of the loss.
+    """
     rows, vocabulary = student_NV.shape
     loss_N, alpha_N = student_NV.new_empty(rows), student_NV.new_empty(rows)
     top1_match_N = student_NV.new_empty(rows, dtype=torch.bool)
@@ -274,13 +286,13 @@ def student_rows(
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time: every divergence at the vocabulary that V4-Flash and V4-Pro share."""
+    """Return the launches to compile ahead of time: every divergence, at the vocabulary shared by the V4 models."""
     (vocabulary,) = {shapes.vocabulary for shapes in MODELS.values()}
     aligned = ":16" if vocabulary % 16 == 0 else ""
     common = {"statistics_ptr": "*fp32:16", "rows": "i32:16", "vocabulary": f"i32{aligned}"}
     common |= {"inverse_temperature": "fp32"}
     pointers = {"logits_ptr": "*fp32:16", "top_ptr": "*i64:16", "entropy_ptr": "*fp32:16"}
-    found = [
+    listed = [
         Launch(
             kernel=_teacher_kernel,
             label="",
@@ -292,7 +304,7 @@ def launches() -> list[Launch]:
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "loss_ptr", "alpha_ptr"), "*fp32:16")
     pointers |= {"teacher_top_ptr": "*i64:16", "target_ptr": "*i64:16", "top1_match_ptr": "*i1:16"}
     for divergence in Divergence:
-        found.append(
+        listed.append(
             Launch(
                 kernel=_student_kernel,
                 label=f"{divergence} bf16",
@@ -307,4 +319,4 @@ def launches() -> list[Launch]:
                 options=OPTIONS,
             )
         )
-    return found
+    return listed

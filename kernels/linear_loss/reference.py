@@ -15,12 +15,12 @@ HYBRID_ETA = 3.0  # lambda = exp(-3 * alpha), arXiv:2602.23881
 
 
 class LinearLoss(NamedTuple):
-    """Per-token outputs of `linear_loss`; zero (False) wherever the mask is False."""
+    """Per-token outputs of `linear_loss`; zero (False) at masked entries."""
 
     loss_KT: Tensor  # float32 nats, differentiable with respect to the student's hidden states only
     alpha_KT: Tensor  # float32 in [0, 1], sum_v min(p, q) at temperature 1: the chance that a sampled draft is accepted
-    top1_match_KT: Tensor  # bool, argmax q == argmax p (the first of equals): a greedy draft is accepted
-    entropy_T: Tensor  # float32 nats, entropy of p at temperature 1; zero where every step is masked
+    top1_match_KT: Tensor  # bool, argmax q == argmax p (the first of equals): a greedy draft would be accepted
+    entropy_T: Tensor  # float32 nats, entropy of p at temperature 1; zero if every step is masked
 
 
 def linear_loss_reference(
@@ -33,19 +33,19 @@ def linear_loss_reference(
     temperature: float = 1.0,
     mask_KT: Tensor | None = None,
 ) -> LinearLoss:
-    """Divergence of K draft distributions from the teacher's, token by token, through one frozen lm_head.
+    """Return the divergence of K draft distributions from the teacher's, token by token, through one frozen lm_head.
 
     Row t holds, for every step, the student state that predicts the same next token as teacher row t.
 
     Args:
-        student_KTD: draft hidden states after the final norm, floating; the only input that gets a gradient.
+        student_KTD: draft hidden states after the final norm, floating; the only input with a gradient.
         teacher_TD: backbone hidden states after the final norm, dtype of the student.
         weight_VD: lm_head weight shared by both, dtype of the student.
-        target_T: int64 token that row t predicts, in [0, V) wherever a step is valid; read by `ce` alone.
-        divergence: which loss.
+        target_T: int64 token that row t predicts, in [0, V) if any step is valid there; read by `ce` alone.
+        divergence: the loss.
         temperature: above 0; divides teacher and student logits alike in the loss (the loss is not rescaled by its
-            square), except in `ce`. Alpha, top1_match and entropy are always those of temperature 1.
-        mask_KT: bool, False where step k has no valid row t; such rows may hold anything. None means all valid.
+            square), except in `ce`. Alpha, top1_match and entropy are always taken at temperature 1.
+        mask_KT: bool, False if step k has no valid row t; such rows may hold anything. None means all valid.
 
     Returns:
         `LinearLoss`, computed in float32 (in float64 from float64 inputs).
@@ -78,7 +78,18 @@ def linear_loss_reference(
 def token_loss_reference(
     student_KTV: Tensor, teacher_TV: Tensor, target_KT: Tensor, divergence: Divergence, temperature: float
 ) -> Tensor:
-    """Loss of every draft distribution, [K, T], from logits; differentiable with respect to the student's."""
+    """Return the loss of every draft distribution, [K, T], from logits; differentiable in the student's logits.
+
+    Args:
+        student_KTV: floating logits.
+        teacher_TV: logits, dtype of the student.
+        target_KT: int64 data tokens in [0, V); read by `ce` alone.
+        divergence: the loss.
+        temperature: above 0; ignored by `ce`.
+
+    Raises:
+        ValueError: the divergence is unknown.
+    """
     if divergence is Divergence.ce:
         return -student_KTV.log_softmax(-1).gather(-1, target_KT[..., None]).squeeze(-1)
     log_q = (student_KTV / temperature).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The rows of a chunk in PyTorch: passes over [N, V] buffers that are allocated once.
+"""Losses of the rows of a chunk in PyTorch: passes over [N, V] buffers that are allocated once.
 
 N rows of a chunk, D model width, V vocabulary.
 """
@@ -13,14 +13,15 @@ from ..choices import Divergence
 from .chunked import matmul
 from .reference import HYBRID_ETA
 
-MIN_CHUNK_ROWS = 256  # fewer waste a product with a large head: V = 129,280, D = 1024, AMD EPYC, 2026-11: 128 rows take
-# 2050 ms for 512 tokens, 256 take 1600, 512 take 1531
+# Fewer rows waste a product with a large head. V = 129,280, D = 1024, AMD EPYC, 2026-11: 512 tokens take 2050 ms in
+# chunks of 128 rows, 1600 ms in chunks of 256, 1531 ms in one of 512.
+MIN_CHUNK_ROWS = 256
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}  # one [rows, V] fp32 buffer; CUDA: not measured
 ARGMAX_BLOCK = 128  # V = 2048, AMD EPYC, 2026-11: 0.2 us a row against 1.8 for torch.argmax
 
 
 class _Pair(NamedTuple):
-    """What a loss reads. It may overwrite log_q, q and scratch, but not log_p and p: the next step reads those."""
+    """Inputs of a loss. It may overwrite log_q, q and scratch, but not log_p and p: the next step reads them."""
 
     target_N: Tensor
     log_p_NV: Tensor
@@ -31,13 +32,13 @@ class _Pair(NamedTuple):
 
 
 class TorchRows:
-    """`Rows` of any device and dtype.
+    """`Rows` for any device and dtype.
 
     Args:
-        weight_VD: frozen lm_head.
-        tokens: most rows that will ever come.
-        divergence: which loss.
-        temperature: of the loss.
+        weight_VD: frozen lm_head, floating.
+        tokens: upper bound on the rows of a chunk.
+        divergence: the loss.
+        temperature: above 0, of the loss.
     """
 
     def __init__(self, weight_VD: Tensor, tokens: int, divergence: Divergence, temperature: float) -> None:
@@ -54,7 +55,7 @@ class TorchRows:
         self.top_N = weight_VD.new_empty(0, dtype=torch.int64)
 
     def teacher(self, hidden_ND: Tensor) -> Tensor:
-        """Entropy [N] at temperature 1."""
+        """Return the entropy [N] at temperature 1."""
         rows = len(hidden_ND)
         log_p_NV, p_NV, _, _, scratch_NV = (buffer[:rows] for buffer in self.buffers)
         plain_p_NV = self.plain_p[:rows]
@@ -69,7 +70,7 @@ class TorchRows:
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Loss, alpha and top1_match [N], unit gradient [N, D]."""
+        """Return loss, alpha and top1_match [N], and the unit gradient [N, D] or None."""
         rows = len(hidden_ND)
         log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV = (buffer[:rows] for buffer in self.buffers)
         matmul(hidden_ND, self.weight_VD.T, out=log_q_NV)
@@ -86,16 +87,21 @@ class TorchRows:
 def log_softmax_(x_NV: Tensor, top_N: Tensor, probabilities_NV: Tensor) -> None:
     """Turn logits into their log_softmax in place, and fill in the softmax.
 
-    One exponential instead of the two of torch.log_softmax and torch.exp: the log-sum-exp is that of the largest entry,
-    whose probability is at least 1 / V.
+    This takes one exponential instead of the two of torch.log_softmax and torch.exp: the log-sum-exp follows from the
+    largest entry, whose probability is at least 1 / V.
+
+    Args:
+        x_NV: logits, overwritten.
+        top_N: int64, the largest entry of each row.
+        probabilities_NV: buffer for the softmax.
     """
     torch.softmax(x_NV, -1, out=probabilities_NV)
     top_N1 = top_N[:, None]
     x_NV.sub_(x_NV.gather(-1, top_N1) - probabilities_NV.gather(-1, top_N1).log_())
 
 
-# Every loss returns its value [N] and dloss/dz [N, V]. Comparisons go through float buffers because mixing bool with
-# float is five times slower on CPU.
+# Every loss returns its value [N] and dloss/dz [N, V]. Comparisons go through float buffers because mixing bool and
+# float is five times slower on a CPU.
 
 
 def _ce(x: _Pair) -> tuple[Tensor, Tensor]:
@@ -115,7 +121,7 @@ def _reverse_kl(x: _Pair) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(x: _Pair) -> tuple[Tensor, Tensor]:
-    # Where p and q both underflow their terms are 0 whatever log m is, so long as it is finite.
+    # Where p and q both underflow, their terms are 0 for any finite log m.
     tiny = torch.finfo(x.q_NV.dtype).tiny
     log_m_NV = torch.add(x.p_NV, x.q_NV, out=x.scratch_NV).mul_(0.5).clamp_(min=tiny).log_()
     q_term_NV = x.log_q_NV.sub_(log_m_NV).mul_(x.q_NV)
@@ -156,7 +162,7 @@ _TOKEN_LOSS: dict[Divergence, Callable[[_Pair], tuple[Tensor, Tensor]]] = {
 
 
 def _operand(weight_VD: Tensor) -> Tensor:
-    """The weight as it enters matrix products: CUDA can accumulate bf16 products in fp32, CPU needs fp32 operands.
+    """Return the weight for matrix products: CUDA accumulates bf16 products in fp32, a CPU needs fp32 operands.
 
     On CUDA dloss/dz is rounded to bf16 for its product with a bf16 weight.
     """
@@ -166,7 +172,7 @@ def _operand(weight_VD: Tensor) -> Tensor:
 
 
 def row_argmax(x_NV: Tensor) -> Tensor:
-    """torch.argmax(x, -1), the first of equals, by way of the best block: torch's own is not vectorised on CPU."""
+    """Return torch.argmax(x, -1), the first of equals, through the best block: torch does not vectorise it on a CPU."""
     rows, columns = x_NV.shape
     if columns % ARGMAX_BLOCK:
         return x_NV.max(-1).indices

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's attention: shared keys and values, a sink a head, a sliding window and further keys."""
+"""DeepSeek-V4's attention: shared keys and values, a sink for each head, a sliding window and further keys."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def rollout_attention(
     window: int,
     scale: float,
 ) -> Tensor:
-    """`rollout_attention_reference` in memory linear in S.
+    """Return `rollout_attention_reference`, in memory linear in S.
 
     Args, Returns: see `rollout_attention_reference`.
 
@@ -31,11 +31,13 @@ def rollout_attention(
     num_chain = 0 if chain_BSLC is None else chain_BSLC.shape[2]
     if context_BSC.shape != (batch, num_slots, channels):
         raise ValueError(
-            f"context_BSC is {tuple(context_BSC.shape)} but must be ({batch}, {num_slots}, {channels}): one key a slot"
+            f"context_BSC is {tuple(context_BSC.shape)} but must be ({batch}, {num_slots}, {channels}):"
+            " one key per slot"
         )
     if chain_BSLC is not None and chain_BSLC.shape != (batch, num_slots, num_chain, channels):
         raise ValueError(
-            f"chain_BSLC is {tuple(chain_BSLC.shape)} but must be ({batch}, {num_slots}, L, {channels}): L keys a slot"
+            f"chain_BSLC is {tuple(chain_BSLC.shape)} but must be ({batch}, {num_slots}, L, {channels}):"
+            " L keys per slot"
         )
     if start_BS.shape != (batch, num_slots):
         raise ValueError(f"start_BS is {tuple(start_BS.shape)} but must be ({batch}, {num_slots}): see document_starts")
@@ -52,7 +54,7 @@ def rollout_attention(
 def cached_attention(
     query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
 ) -> Tensor:
-    """`cached_attention_reference`, without a gradient in Triton.
+    """Return `cached_attention_reference`; Triton gives it no gradient.
 
     Raises:
         ValueError: shapes disagree.
@@ -77,7 +79,7 @@ def cached_attention(
 
 
 def unfit(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these queries."""
+    """Return why the Triton kernels cannot take these queries, or None."""
     if query.dtype is torch.float64:
         return "its queries are float64"
     return f"its heads are {query.shape[-1]} channels wide, more than 512" if query.shape[-1] > 512 else None

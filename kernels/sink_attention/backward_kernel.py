@@ -14,7 +14,7 @@ from .forward_kernel import CHAIN, dot, load_keys, load_rows, store_rows
 def _load_pairs(
     query_ptr, grad_out_ptr, token, group, H, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """[2 heads, C]: the query of each head, then its grad_out. One product serves both, and has twice the rows."""
+    """Return [2 heads, C]: the query of each head, then its grad_out. One product with twice the rows serves both."""
     row, channel = tl.arange(0, 2 * BLOCK_H)[:, None], tl.arange(0, BLOCK_C)[None, :]
     head = group * BLOCK_H + row // 2
     offset = head * C + channel
@@ -24,7 +24,7 @@ def _load_pairs(
 
 @triton.jit
 def _load_sums(lse_ptr, delta_ptr, group, H, BLOCK_H: tl.constexpr):
-    """Log-sum-exp and delta of each head; a head that does not exist gives no weight to any key."""
+    """Return log-sum-exp and delta of each head; a padded head gives no weight to any key."""
     head = group * BLOCK_H + tl.arange(0, BLOCK_H)
     lse = tl.load(lse_ptr + head, mask=head < H, other=float("inf"))
     return lse, tl.load(delta_ptr + head, mask=head < H, other=0.0)
@@ -32,7 +32,7 @@ def _load_sums(lse_ptr, delta_ptr, group, H, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _key_weights(key, pairs, lse, delta, seen, scale, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[keys, 2 heads]: dz times `scale` and p of each head, whose product with `pairs` is the gradient of the keys."""
+    """Return dz * scale and p of each head, [keys, 2 heads]; their product with `pairs` is the gradient of the keys."""
     score, grad_weight = tl.split(tl.reshape(dot(key, tl.trans(pairs)), (BLOCK_N, BLOCK_H, 2)))
     weight = tl.where(seen[:, None], tl.exp(score * scale - lse[None, :]), 0.0)
     grad_score = weight * (grad_weight - delta[None, :]) * scale
@@ -57,7 +57,7 @@ def sink_attention_chain_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Delta of every query and head, and the gradient of the chain where there is one."""
+    """Write delta of every query and head, and the gradient of the chain, if any."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = group * BLOCK_H + tl.arange(0, BLOCK_H)
     grad_out = load_rows(grad_out_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
@@ -96,7 +96,7 @@ def sink_attention_query_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of one query, a block of its heads."""
+    """Write the gradient of one query for a block of its heads."""
     token = tl.program_id(0).to(tl.int64)
     row, anchor = token // S, (token % S).to(tl.int32)
     group = tl.program_id(1)
@@ -136,31 +136,31 @@ def sink_attention_key_backward_kernel(
     scale,
     H,
     S,
-    own_window,
+    local_window,
     C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of a block of base-step keys."""
+    """Write the gradient of a block of base-step keys."""
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     key = load_rows(context_ptr + row * S * C, at, C, at < S, C, BLOCK_C)
     grad_key = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     begin = tl.program_id(0) * BLOCK_N
     groups = tl.cdiv(H, BLOCK_H)
-    end = tl.minimum(begin + BLOCK_N - 1 + own_window, S) * groups
+    end = tl.minimum(begin + BLOCK_N - 1 + local_window, S) * groups
     tl.assume(begin * groups < end)  # as above
     for step in range(begin * groups, end):
         anchor = step // groups
         token = row * S + anchor
-        first = tl.maximum(anchor - own_window + 1, tl.load(start_ptr + token).to(tl.int32))
+        first = tl.maximum(anchor - local_window + 1, tl.load(start_ptr + token).to(tl.int32))
         seen = (at >= first) & (at <= anchor)
         group = step % groups
         pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
         lse, delta = _load_sums(lse_ptr + token * H, delta_ptr + token * H, group, H, BLOCK_H)
         weight = tl.zeros((BLOCK_N, 2 * BLOCK_H), key.dtype)
-        if step < end:  # always true, see the forward
+        if step < end:  # always true, see the forward kernel
             weight = _key_weights(key, pairs, lse, delta, seen, scale, BLOCK_H, BLOCK_N)
         grad_key = dot(weight, pairs, grad_key)
     store_rows(grad_context_ptr + row * S * C, at, C, at < S, grad_key, C, BLOCK_C)

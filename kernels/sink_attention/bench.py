@@ -1,4 +1,4 @@
-"""`sink_attention` beside its dense definition, which is what transformers computes eagerly, and torch.compile of it.
+"""`sink_attention` beside its dense definition, as transformers computes it eagerly, and torch.compile of it.
 
 B rows, S queries, H heads, C head width, L chain keys, W compressed entries, T entries chosen for a query.
 """
@@ -14,23 +14,23 @@ from ..bench.case import Case, Outputs
 from . import Cached, cached_attention, rollout_attention
 from .reference import cached_attention_reference, rollout_attention_reference
 
-# B, S, H, C, L, window: of the tiny backbone's head, of V4-Flash's. At K steps, L is 0 to K - 1.
+# B, S, H, C, L, window of the tiny backbone's head and of V4-Flash's. At K steps, L is 0 to K - 1.
 SIZES = {
     "cpu": [(4, 256, 4, 32, 0, 64), (4, 256, 4, 32, 2, 64), (1, 4096, 4, 32, 2, 64)],
     "cuda": [(1, 8192, 64, 512, 0, 128), (1, 8192, 64, 512, 2, 128)],
 }
-# S, H, C, rate, T, window: prefills of HCA (no T) and CSA layers. At 32,768 the definition fits a GPU in pieces only.
+# S, H, C, rate, T, window of prefills of HCA (no T) and CSA layers. At 32,768 a GPU computes the definition in pieces.
 LAYERS = {
     "cpu": [(2048, 4, 32, 16, None, 64), (2048, 4, 32, 4, 16, 64)],
     "cuda": [(S, 64, 512, *layer, 128) for S in (8192, 32_768) for layer in ((128, None), (4, 512))],
 }
 
-PIECE = 2**29  # scores of a definition's piece, 2 GB in fp32
-LONGEST_WHOLE = 8192  # slots; beyond, no GPU holds the scores of all heads
+PIECE = 2**29  # scores in a piece of the definition, 2 GB in fp32
+LONGEST_WHOLE = 8192  # slots; with more, no GPU holds the scores of all heads
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The comparisons of this device."""
+    """Yield the comparisons of this device."""
     for size in SIZES[device.type]:
         yield _rollout(device, *size)
     for layer in LAYERS[device.type]:
@@ -45,10 +45,10 @@ def _prefill(device: torch.device, S: int, H: int, C: int, rate: int, T: int | N
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     chosen_1ST = None
-    if T is not None:  # spread over the entries that are complete
+    if T is not None:  # spread over the complete entries
         closed_S1 = (torch.arange(S, device=device) + 1).unsqueeze(1) // rate
-        place_ST = torch.arange(T, device=device) * closed_S1.clamp(min=T) // T
-        chosen_1ST = torch.where(place_ST < closed_S1, place_ST, -1).unsqueeze(0)
+        entry_ST = torch.arange(T, device=device) * closed_S1.clamp(min=T) // T
+        chosen_1ST = torch.where(entry_ST < closed_S1, entry_ST, -1).unsqueeze(0)
     query = values(1, S, H, C).transpose(1, 2)
     cached = Cached(values(1, S, C), values(1, W, C), chosen_1ST, torch.zeros(1, dtype=torch.int64, device=device))
     sinks_H = values(H).float()
@@ -99,15 +99,16 @@ def _rollout(device: torch.device, B: int, S: int, H: int, C: int, L: int, windo
         return run
 
     def in_pieces() -> Outputs:
-        own = [x.detach().float().requires_grad_() for x in differentiated]  # heads add up in fp32
-        queries, *keys, own_sinks = own
+        copies = [x.detach().float().requires_grad_() for x in differentiated]  # the sum over heads is in fp32
+        queries, *keys, all_sinks = copies
         out = []
         size = max(1, PIECE // S**2)
         for heads in (slice(begin, begin + size) for begin in range(0, H, size)):
-            seen = queries[:, heads].to(dtype), keys[0], keys[1] if L else None, own_sinks[heads], start_BS
-            out.append(rollout_attention_reference(*seen, window=window, scale=C**-0.5))
+            inputs = queries[:, heads].to(dtype), keys[0], keys[1] if L else None, all_sinks[heads], start_BS
+            out.append(rollout_attention_reference(*inputs, window=window, scale=C**-0.5))
             out[-1].backward(grad[:, heads])
-        gradients = [x.grad.to(like.dtype) for x, like in zip(own, differentiated, strict=True) if x.grad is not None]
+        pairs = zip(copies, differentiated, strict=True)
+        gradients = [copy.grad.to(x.dtype) for copy, x in pairs if copy.grad is not None]
         return torch.cat(out, 1).detach(), *gradients
 
     element = grad.element_size()

@@ -1,4 +1,4 @@
-"""`sink_attention` in blocks of queries: each block is given only the keys in its reach, so memory is linear in S."""
+"""`sink_attention` in blocks of queries: each block reads only the keys in its reach, so memory is linear in S."""
 
 # B rows, S queries, Q queries of a block, H heads, C head width, L chain keys of an anchor, W compressed entries
 
@@ -24,7 +24,7 @@ def rollout_attention_blocked(
     window: int,
     scale: float,
 ) -> Tensor:
-    """`rollout_attention_reference`, block by block."""
+    """Return `rollout_attention_reference`, block by block."""
     num_slots, num_chain = context_BSC.shape[1], 0 if chain_BSLC is None else chain_BSLC.shape[2]
     slot_S = torch.arange(num_slots, device=query_BHSC.device)
     first_BS = torch.maximum(start_BS, slot_S - (window - num_chain) + 1)
@@ -44,7 +44,7 @@ def rollout_attention_blocked(
 def cached_attention_blocked(
     query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
 ) -> Tensor:
-    """`cached_attention_reference`, block by block; without a ring, a block is given only the new keys in its reach."""
+    """Return `cached_attention_reference`, block by block; without a ring, a block reads only new keys in its reach."""
     local_BXC, entries_BWC, chosen_BST, length_B = cached
     num_slots = query_BHSC.shape[2]
     position_BS = length_B.unsqueeze(1) + torch.arange(num_slots, device=query_BHSC.device)

@@ -1,4 +1,4 @@
-"""How much of its work a program of `sink_attention` takes at a time, on each GPU."""
+"""Block sizes of the `sink_attention` kernels on each GPU."""
 
 # B rows, S queries, H heads, C head width
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """Of one kernel on one GPU."""
+    """Block sizes and options of one kernel on one GPU."""
 
-    heads: int  # of a query; models with fewer take 16, the fewest that a product can have
-    keys: int
+    heads: int  # of a query; models with fewer take 16, the least that a product can have
+    keys: int  # at once
     num_warps: int
     num_stages: int
 
     def options(self) -> dict[str, Any]:
-        """What Triton is told when it compiles."""
+        """Return the compile options for Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-SMALL = Blocks(16, 16, 8, 1)  # for float32, and for the interpreter, whose few keys shall be several blocks
-# The largest that fit registers and shared memory for 512 channels in bf16; kernels/README.md has what they take.
-# Found with the ahead-of-time compiler of Triton 3.9, 2026-11; not measured on a GPU.
+SMALL = Blocks(16, 16, 8, 1)  # for float32, and for the interpreter, so that few keys make several blocks
+# The largest that fit into registers and shared memory with 512 channels in bf16; kernels/README.md lists their usage.
+# Chosen with the ahead-of-time compiler of Triton 3.9, 2026-11; not measured on a GPU.
 BLOCKS = {
     "forward": {
         "sm_80": Blocks(32, 32, 8, 2),
@@ -53,25 +53,30 @@ FEW_PROGRAMS = 64  # half of the multiprocessors of an H100 or H200
 
 
 def choose(kernel: str, query_BHSC: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
-    """The constants that size a kernel for these queries, and its options."""
+    """Return the size constants of a kernel for these queries, and its compile options.
+
+    Args:
+        kernel: a key of `BLOCKS`.
+        query_BHSC: the queries.
+    """
     batch, num_heads, num_slots, channels = query_BHSC.shape
     target = _target(query_BHSC.device)
     blocks = SMALL if target is None or query_BHSC.element_size() > 2 else BLOCKS[kernel][target]
-    # A verify pass has a few queries, and each walks along all its keys: more programs of fewer heads.
+    # A verify pass has few queries, each of which reads all its keys: use more programs with fewer heads.
     are_few = kernel == "forward" and batch * num_slots * num_heads <= FEW_PROGRAMS * blocks.heads
     heads = 16 if are_few or num_heads < blocks.heads else blocks.heads
     return constants(blocks._replace(heads=heads), channels), blocks.options()
 
 
 def constants(blocks: Blocks, channels: int) -> dict[str, int]:
-    """The constants that size a kernel."""
+    """Return the size constants of a kernel."""
     block_c = max(16, triton.next_power_of_2(channels))
     return {"C": channels, "BLOCK_H": blocks.heads, "BLOCK_N": blocks.keys, "BLOCK_C": block_c}
 
 
 @cache
 def _target(device: torch.device) -> str | None:
-    """Whose blocks a device takes; none where Triton is interpreted."""
+    """Return the key of `BLOCKS` for a device; None on a CPU, where Triton is interpreted."""
     if device.type == "cpu":
         return None
     if torch.version.hip:

@@ -1,4 +1,4 @@
-"""The Triton function of the forward, and what the backward shares with it; see `kernel.py`."""
+"""The Triton function of the forward, and the functions that the backward shares with it; see `kernel.py`."""
 
 # B rows, S queries, X local keys, W compressed entries, H heads, C head width, E further keys
 
@@ -9,8 +9,8 @@ import os
 import triton
 import triton.language as tl
 
-# The further keys of a query, after those of its window: none, its own chain, the entries whose windows are closed
-# (HCA), or those entries that were chosen for it (CSA).
+# The further keys of a query, after those of its window: none, its chain, the compressed entries that are complete
+# (HCA), or the complete entries chosen for it (CSA).
 NONE, CHAIN, CLOSED, CHOSEN = (tl.constexpr(number) for number in range(4))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def dot(left, right, added=None):
-    """Their product, summed in float32, plus `added`."""
+    """Return left @ right, summed in float32, plus `added`."""
     if INTERPRETED:  # the interpreter of Triton 3.9 multiplies the bits of bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, added, input_precision="ieee")
@@ -26,7 +26,7 @@ def dot(left, right, added=None):
 
 @triton.jit
 def load_rows(pointer, row, row_stride, mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[rows, C] where the last dimension is contiguous; zero where masked."""
+    """Load [rows, C] from a tensor with a contiguous last dimension; zero where masked."""
     channel = tl.arange(0, BLOCK_C)
     offset = row.to(tl.int64)[:, None] * row_stride + channel[None, :]
     return tl.load(pointer + offset, mask=mask[:, None] & (channel < C)[None, :], other=0.0)
@@ -34,7 +34,7 @@ def load_rows(pointer, row, row_stride, mask, C: tl.constexpr, BLOCK_C: tl.const
 
 @triton.jit
 def store_rows(pointer, row, row_stride, mask, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Counterpart of `load_rows`."""
+    """Store [rows, C]; the counterpart of `load_rows`."""
     channel = tl.arange(0, BLOCK_C)
     offset = row.to(tl.int64)[:, None] * row_stride + channel[None, :]
     tl.store(pointer + offset, values.to(pointer.dtype.element_ty), mask=mask[:, None] & (channel < C)[None, :])
@@ -43,20 +43,20 @@ def store_rows(pointer, row, row_stride, mask, values, C: tl.constexpr, BLOCK_C:
 @triton.jit
 def load_keys(
     local_ptr,  # of the query's row
-    place,  # [keys], of the local ones
+    slot,  # [keys], index of each local key
     num_local,
-    extra_ptr,  # of the query's row, or of the query itself: CHAIN
-    extra,  # [keys], of the further ones
+    extra_ptr,  # of the query's row; CHAIN: of the query itself
+    extra,  # [keys], index of each further key
     is_extra,  # [keys]
-    at,  # [keys]: the local ones are 0..num_local - 1
+    at,  # [keys]: local keys are 0..num_local - 1
     C: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """[keys, C], and which of them exist: local and further keys in one block, so that few lie idle."""
+    """Load [keys, C], and return which of them exist: one block takes local and further keys, so few lie idle."""
     channel = tl.arange(0, BLOCK_C)[None, :]
     seen = at < num_local
-    pointer = local_ptr + (place[:, None] * C + channel)
+    pointer = local_ptr + (slot[:, None] * C + channel)
     if EXTRA != NONE:
         pointer = tl.where(seen[:, None], pointer, extra_ptr + (extra[:, None] * C + channel))
         seen |= is_extra
@@ -66,12 +66,12 @@ def load_keys(
 @triton.jit
 def sink_attention_forward_kernel(
     query_ptr,  # [B, S, H, C] with strides
-    local_ptr,  # [B, X, C]: slots 0..X - 1, or, CACHED, a ring of X - S slots and the S new keys
+    local_ptr,  # [B, X, C]: slots 0..X - 1; CACHED: a ring of X - S slots, then the S new keys
     extra_ptr,  # CHAIN: [B, S, E, C]; else [B, W, C] with a batch stride
-    chosen_ptr,  # CHOSEN: int [B, S, E], negative where fewer than E are seen
+    chosen_ptr,  # CHOSEN: int [B, S, E], negative past the number of chosen entries
     sinks_ptr,  # [H]
-    start_ptr,  # [B, S], first slot of the query's document; unless CACHED
-    length_ptr,  # [B], positions before the new keys; CACHED
+    start_ptr,  # unless CACHED: [B, S], first slot of the query's document
+    length_ptr,  # CACHED: [B], number of positions before the new keys
     out_ptr,  # [B, S, H, C]
     lse_ptr,  # [B, S, H]
     scale,
@@ -92,7 +92,7 @@ def sink_attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Output and log-sum-exp of one query, a block of its heads."""
+    """Write output and log-sum-exp of one query for a block of its heads."""
     token = tl.program_id(0).to(tl.int64)
     row, position = token // S, (token % S).to(tl.int32)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -120,23 +120,23 @@ def sink_attention_forward_kernel(
 
     for begin in range(0, num_local + num_extra, BLOCK_N):
         at = begin + tl.arange(0, BLOCK_N)
-        place, extra = first + at, at - num_local
+        slot, extra = first + at, at - num_local
         if CACHED:
             held = first_held + at
             held = tl.where(held < ring, held, held - ring)
-            place = tl.where(place < length, held, ring + place - length)
+            slot = tl.where(slot < length, held, ring + slot - length)
         is_extra = (extra >= 0) & (extra < num_extra)
         if EXTRA == CHOSEN:
             extra = tl.load(chosen_ptr + token * E + extra, mask=is_extra, other=-1).to(tl.int32)
             is_extra = (extra >= 0) & (extra < num_closed)
-        key, seen = load_keys(local_ptr, place, num_local, extra_ptr, extra, is_extra, at, C, EXTRA, BLOCK_C)
+        key, seen = load_keys(local_ptr, slot, num_local, extra_ptr, extra, is_extra, at, C, EXTRA, BLOCK_C)
         weight, shrink = tl.zeros((BLOCK_H, BLOCK_N), key.dtype), tl.full((BLOCK_H,), 1.0, tl.float32)
-        # Always true. Where one product feeds another in plain sight, Triton 3.9 lets each of the two warp groups of
+        # Always true. If it can see that one product feeds another, Triton 3.9 lets each of the two warp groups of
         # sm_90 compute all scores instead of half of them.
         if begin < num_local + num_extra:
             score = tl.where(seen[None, :], dot(query, tl.trans(key)) * scale, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(score, 1))
-            level = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # -inf - -inf would be no number
+            level = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # -inf - -inf would be NaN
             exact = tl.exp(score - level[:, None])
             shrink = tl.exp(largest - level)
             total, largest = total * shrink + tl.sum(exact, 1), new_largest

@@ -1,4 +1,4 @@
-"""Triton for `sink_attention`. A program takes one query and a block of its heads, which share all their keys.
+"""Triton for `sink_attention`. A program takes one query and a block of its heads, which share all keys.
 
 With z the scores times `scale`, p their softmax over keys and sink, o = p @ keys, and delta = do . o (the sink has the
 value zero, so this is the sum of p dp over all keys), the gradients are
@@ -7,8 +7,8 @@ value zero, so this is the sum of p dp over all keys), the gradients are
     dkey = sum over queries and heads of scale dz query + p do                  (a key is its own value)
     dsink = - sum over queries of p_sink delta
 
-The backward computes p again from the scores and their log-sum-exp. Every output has one owner: no atomics, and the
-result does not depend on the order of programs.
+The backward computes p again from the scores and their log-sum-exp. Every output is written by one program: there are
+no atomics, and the result does not depend on the order of programs.
 """
 
 # B rows, S queries, X local keys, H heads, C head width, E further keys, G blocks of heads
@@ -36,7 +36,7 @@ __all__ = ["cached_attention_triton", "launches", "rollout_attention_triton"]
 
 
 def _strides(query_BHSC: Tensor) -> tuple[int, int, int]:
-    """Of rows, slots and heads; channels must be contiguous."""
+    """Return the strides of rows, slots and heads; channels must be contiguous."""
     assert query_BHSC.stride(3) == 1
     return query_BHSC.stride(0), query_BHSC.stride(2), query_BHSC.stride(1)
 
@@ -54,7 +54,7 @@ def _forward(
     rate: int = 1,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, H, C] and log-sum-exp [B, S, H]; the arguments are those of the kernel."""
+    """Return output [B, S, H, C] and log-sum-exp [B, S, H]; the arguments are those of the kernel."""
     batch, num_heads, num_slots, channels = query_BHSC.shape
     out_BSHC = query_BHSC.new_empty(batch, num_slots, num_heads, channels)
     lse_BSH = query_BHSC.new_empty(out_BSHC.shape[:3], dtype=torch.float32)
@@ -103,14 +103,14 @@ def rollout_attention_triton(
     window: int,
     scale: float,
 ) -> Tensor:
-    """`rollout_attention_reference`: one launch forward, three backward; memory linear in S."""
+    """Return `rollout_attention_reference`: one launch forward, three backward; memory linear in S."""
     return _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, window, scale)
 
 
 def cached_attention_triton(
     query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
 ) -> Tensor:
-    """`cached_attention_reference` in one launch; no gradient."""
+    """Return `cached_attention_reference`, in one launch; no gradient."""
     out_BSHC, _ = _forward(
         query_BHSC,
         cached.local_BXC.contiguous(),
@@ -150,7 +150,7 @@ class _RolloutAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
         query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, out_BSHC, lse_BSH = ctx.saved_tensors
-        # A copy of queries whose heads lie outermost; offsets that the kernels know save them the registers.
+        # A contiguous copy of the queries: offsets known at compile time save registers.
         query_BSHC, grad_out_BSHC = (x.transpose(1, 2).contiguous() for x in (query_BHSC, grad_out_BHSC))
         saved = _Saved(query_BSHC, context_BSC, chain_BSLC, start_BS, lse_BSH, grad_out_BSHC, ctx.window, ctx.scale)
         delta_BSH, grad_chain_BSLC = _chain_backward(saved, out_BSHC)
@@ -161,7 +161,7 @@ class _RolloutAttention(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """What the launches of the backward read, contiguous."""
+    """Inputs of the backward's launches, contiguous."""
 
     query_BSHC: Tensor
     context_BSC: Tensor
@@ -180,7 +180,7 @@ class _Saved(NamedTuple):
 
 
 def _chain_backward(saved: _Saved, out_BSHC: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Delta [B, S, H], and the gradient of the chain."""
+    """Return delta [B, S, H], and the gradient of the chain or None."""
     batch, num_slots, num_heads, channels = out_BSHC.shape
     blocks, options = saved.choose("chain_backward")
     groups = triton.cdiv(num_heads, blocks["BLOCK_H"])
@@ -208,7 +208,7 @@ def _chain_backward(saved: _Saved, out_BSHC: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def _query_backward(saved: _Saved, delta_BSH: Tensor) -> Tensor:
-    """Gradient of the queries, [B, S, H, C]."""
+    """Return the gradient of the queries, [B, S, H, C]."""
     batch, num_slots, num_heads, _ = saved.query_BSHC.shape
     grad_query_BSHC = torch.empty_like(saved.query_BSHC)
     blocks, options = saved.choose("query_backward")
@@ -234,7 +234,7 @@ def _query_backward(saved: _Saved, delta_BSH: Tensor) -> Tensor:
 
 
 def _key_backward(saved: _Saved, delta_BSH: Tensor) -> Tensor:
-    """Gradient of the base-step keys, [B, S, C]."""
+    """Return the gradient of the base-step keys, [B, S, C]."""
     batch, num_slots, num_heads, _ = saved.query_BSHC.shape
     grad_context_BSC = torch.empty_like(saved.context_BSC)
     blocks, options = saved.choose("key_backward")

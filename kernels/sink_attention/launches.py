@@ -1,4 +1,4 @@
-"""What of `sink_attention` is compiled ahead of time."""
+"""Launches of `sink_attention` to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .backward_kernel import (
 from .blocks import BLOCKS, constants
 from .forward_kernel import CHAIN, CHOSEN, CLOSED, sink_attention_forward_kernel
 
-TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}  # what takes products of 64 rows
+TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}  # instructions for products of 64 rows
 
 
 def _argument_types() -> dict[str, str]:
-    """Of every argument of the kernels that is no constant."""
+    """Return the type of every non-constant argument of the kernels."""
     pointers = dict.fromkeys(
         ["query", "local", "extra", "context", "chain", "out", "grad_out", "grad_query", "grad_context"], "*bf16:16"
     )
     pointers |= dict.fromkeys(["sinks", "lse", "delta", "grad_chain"], "*fp32:16")
     pointers |= {"start": "*i64:16", "length": "*i64:16", "chosen": "*i64:16"}
     types = {f"{name}_ptr": kind for name, kind in pointers.items()}
-    types |= dict.fromkeys(["S", "X", "E", "rate", "own_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
+    types |= dict.fromkeys(["S", "X", "E", "rate", "local_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
     types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
     return types
 
 
 def _on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[Launch]:
-    """One launch on every GPU, at the width of V4's heads."""
-    types, found = _argument_types(), []
+    """Return one launch for every GPU, at the width of V4's heads."""
+    types, listed = _argument_types(), []
     for target, chosen in BLOCKS[blocks].items():
         sized = constants(chosen, MODELS["V4-Flash"].head_width) | fixed
         sized = {name: value for name, value in sized.items() if name in kernel.arg_names}
         rows = sized["BLOCK_N" if kernel is sink_attention_key_backward_kernel else "BLOCK_H"]
-        found.append(
+        listed.append(
             Launch(
                 kernel=kernel,
                 label=label,
@@ -47,11 +47,11 @@ def _on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[La
                 instruction=TENSOR_CORES.get(target, "") if rows == 64 else "",
             )
         )
-    return found
+    return listed
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time; the number of heads is an argument, so one serves V4-Flash and V4-Pro."""
+    """Return all launches; the number of heads is an argument, so one launch serves V4-Flash and V4-Pro."""
     forward = sink_attention_forward_kernel
     hca = {"EXTRA": CLOSED.value, "CACHED": True, "chosen_ptr": None, "start_ptr": None}
     csa = {"EXTRA": CHOSEN.value, "CACHED": True, "start_ptr": None}

@@ -1,7 +1,7 @@
-"""Definition of DeepSeek-V4's attention: a draft step as it is served, and a layer of the backbone.
+"""Definition of DeepSeek-V4's attention: of a draft step, as in serving, and of a backbone layer.
 
-Shared keys and values, one KV head, RoPE already applied, and a learned sink a head: a logit that takes weight and
-gives nothing.
+Keys and values are shared, there is one KV head, and RoPE is already applied. Each head has a learned sink: a logit
+that takes weight and contributes no value.
 """
 
 # B rows, S queries (anchors), X keys, H heads, C head width, L chain keys of an anchor, W compressed entries, T entries
@@ -18,14 +18,14 @@ from torch import Tensor
 def masked_attention(
     query_BHSC: Tensor, key_BXC: Tensor, chain_BSLC: Tensor | None, sinks_H: Tensor, mask_BSX: Tensor, scale: float
 ) -> Tensor:
-    """Attention with sinks over the keys that a mask allows, and over each query's own chain.
+    """Return attention with sinks over the keys that a mask allows, and over the chain of each query.
 
     Args:
-        query_BHSC: queries.
-        key_BXC: keys, which are the values too.
-        chain_BSLC: further keys that one query alone sees; None without.
+        query_BHSC: queries, floating.
+        key_BXC: keys, which are also the values.
+        chain_BSLC: further keys that only one query sees; None for no chain.
         sinks_H: logit of each head's sink.
-        mask_BSX: bool, which keys a query sees.
+        mask_BSX: bool, True for each key that a query sees.
         scale: factor on the scores.
 
     Returns:
@@ -56,19 +56,18 @@ def rollout_attention_reference(
     window: int,
     scale: float,
 ) -> Tensor:
-    """Attention of one rollout step at every anchor.
+    """Return the attention of one rollout step at every anchor.
 
-    The query of a step that is L steps past its module's base step, at anchor i, sees the base-step keys of slots
-    i + L - window < j <= i of its own document, then its chain's own L keys: `window` keys in all, the sliding window
-    of the decoder layer.
+    L steps past its module's base step, the query at anchor i sees the base-step keys of slots i + L - window < j <= i
+    of its document, then the L keys of its chain: `window` keys in all, the sliding window of the decoder layer.
 
     Args:
-        query_BHSC: queries.
+        query_BHSC: queries, floating.
         context_BSC: base-step keys (= values).
-        chain_BSLC: keys of each anchor's own later steps, the query's own last; None at the base step.
+        chain_BSLC: keys of each anchor's later steps, that of the query last; None at the base step.
         sinks_H: logit of each head's sink.
         start_BS: int64, the first slot of each anchor's document, see `document_starts`.
-        window: keys a query sees at most, at least L.
+        window: upper bound on the keys that a query sees, at least L.
         scale: factor on the scores.
 
     Returns:
@@ -84,25 +83,25 @@ def rollout_attention_reference(
 
 
 class Cached(NamedTuple):
-    """The keys of a backbone layer; queries stand at positions length..length + S - 1 of their row."""
+    """The keys of a backbone layer; the queries are at positions length..length + S - 1 of their row."""
 
-    local_BXC: Tensor  # a ring of X - S slots, position p below the length in slot p % (X - S), then the S new keys
+    local_BXC: Tensor  # a ring of X - S slots, position p < length in slot p % (X - S), then the S new keys
     entries_BWC: Tensor | None  # entry w summarises the positions below (w + 1) * rate; None in a sliding layer
-    chosen_BST: Tensor | None  # int64 entries that a query may see, -1 for none; None where it may see all
-    length_B: Tensor  # int64 positions before the new ones
+    chosen_BST: Tensor | None  # int64 entries that a query may see, -1 for none; None if it may see all
+    length_B: Tensor  # int64, number of positions before the new ones
 
 
 def cached_attention_reference(
     query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
 ) -> Tensor:
-    """Attention of one backbone layer: over the sliding window, and over the compressed entries that are complete.
+    """Return the attention of one backbone layer over the sliding window and the complete compressed entries.
 
     Args:
-        query_BHSC: queries.
+        query_BHSC: queries, floating.
         cached: the keys.
         sinks_H: logit of each head's sink.
-        window: positions that a query sees through the local keys, its own included.
-        rate: positions that an entry summarises.
+        window: number of positions that a query sees through the local keys, including itself.
+        rate: number of positions that an entry summarises.
         scale: factor on the scores.
 
     Returns:
@@ -119,7 +118,7 @@ def cached_attention_reference(
 
 
 def local_mask(cached: Cached, position_BQ: Tensor, new_BS: Tensor, window: int) -> Tensor:
-    """Which local keys the queries at some positions see, bool [B, Q, X]; `new_BS`: positions of the new keys."""
+    """Return which local keys the queries at some positions see, bool [B, Q, X]; `new_BS`: positions of new keys."""
     ring = cached.local_BXC.shape[1] - new_BS.shape[1]
     last_B1 = cached.length_B.unsqueeze(1) - 1
     slot_R = torch.arange(ring, device=new_BS.device)
@@ -130,18 +129,18 @@ def local_mask(cached: Cached, position_BQ: Tensor, new_BS: Tensor, window: int)
 
 
 def entry_mask(num_entries: int, chosen_BQT: Tensor | None, position_BQ: Tensor, rate: int) -> Tensor:
-    """Which compressed entries the queries at some positions see, bool [B, Q, W]."""
+    """Return which compressed entries the queries at some positions see, bool [B, Q, W]."""
     entry_W = torch.arange(num_entries, device=position_BQ.device)
     closed_BQW = entry_W < ((position_BQ + 1) // rate).unsqueeze(2)
     if chosen_BQT is None:
         return closed_BQW
-    place_BQT = torch.where(chosen_BQT < 0, num_entries, chosen_BQT)
+    index_BQT = torch.where(chosen_BQT < 0, num_entries, chosen_BQT)
     picked = torch.zeros(*position_BQ.shape, num_entries + 1, dtype=torch.bool, device=position_BQ.device)
-    return closed_BQW & picked.scatter_(2, place_BQT, True)[..., :-1]
+    return closed_BQW & picked.scatter_(2, index_BQT, True)[..., :-1]
 
 
 def document_starts(segment_BS: Tensor) -> Tensor:
-    """First slot of the run of equal numbers that each slot lies in, int64 [B, S].
+    """Return the first slot of each slot's run of equal numbers, int64 [B, S].
 
     [[1, 1, 2, 2, 2, 0]] -> [[0, 0, 2, 2, 2, 5]]
     """

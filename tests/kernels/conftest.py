@@ -1,4 +1,4 @@
-"""What the tests of kernels share."""
+"""Fixtures of the kernels' tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def _poisoned_memory() -> Iterator[None]:
-    """Whatever is allocated and not written holds NaN, or the largest integer."""
+    """Fill newly allocated memory with NaN, or with the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield

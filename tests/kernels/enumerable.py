@@ -1,4 +1,4 @@
-"""A world small enough to enumerate: every draft, every way its verification can end, every text that comes out."""
+"""A world small enough to enumerate every draft, every outcome of its verification and every text."""
 
 from functools import cache
 from itertools import product
@@ -38,24 +38,24 @@ class World(NamedTuple):
         return (state * self.vocabulary + token + 1) % NUM_STATES
 
     def states(self, tokens_BE: Tensor, start: int = 0) -> Tensor:
-        """States before each token and after the last, [B, E + 1]."""
+        """Return the states before each token and after the last, [B, E + 1]."""
         states = [torch.full_like(tokens_BE[:, 0], start)] if tokens_BE.shape[1] else []
         for token_B in tokens_BE.T:
             states.append(self.follow(states[-1], token_B))
         return torch.stack(states, dim=1)
 
     def texts(self, length: int) -> Tensor:
-        """Every text, int64 [V^E, E] in lexicographic order."""
+        """Return every text, int64 [V^E, E] in lexicographic order."""
         return torch.tensor(list(product(range(self.vocabulary), repeat=length)))
 
     def text_probability(self, length: int) -> Tensor:
-        """What a lossless sampler must emit: the product of p along each text, [V^E]."""
+        """Return the distribution of a lossless sampler: the product of p along each text, [V^E]."""
         texts_BE = self.texts(length)
         return self.p_SV[self.states(texts_BE)[:, :-1], texts_BE].prod(-1)
 
 
 def random_world(vocabulary: int, steps: int, greedy: bool = False, seed: int = 0) -> World:
-    """Random p and q with zeros in both; q is p itself in some states, one-hot everywhere for greedy drafts."""
+    """Return random p and q with zeros in both; q equals p in some states, and is one-hot for greedy drafts."""
     generator = torch.Generator().manual_seed(seed)
     p_SV = _random_rows(generator, NUM_STATES, vocabulary)
     q_KSV = _random_rows(generator, steps, NUM_STATES, vocabulary)
@@ -75,9 +75,9 @@ def _random_rows(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def pass_outcomes(world: World, state: int, steps: int, verification: Verification) -> list[np.ndarray]:
-    """Chances of all ends of one pass: entry a is [V^a, V], the kept prefix and the token after it.
+    """Return the chances of all outcomes of one pass: entry a is [V^a, V], the kept prefix and the token after it.
 
-    Sums the implementation's own formulas over every draft and over every pattern of its keep draws.
+    Sum the formulas of the implementation over every draft and over every pattern of its keep draws.
     """
     drafts_BK = world.texts(steps)
     states_BL = world.states(drafts_BK, state)
@@ -88,7 +88,7 @@ def pass_outcomes(world: World, state: int, steps: int, verification: Verificati
     else:
         going_BK = (~world.stops_KS[torch.arange(steps), states_BL[:, :-1]]).cumprod(-1).bool()
     q_BLV[:, :-1] *= going_BK.unsqueeze(-1)
-    # A step that is not drafted stands in the enumeration with every token: together they weigh 1.
+    # A step without a drafted token is enumerated with every token: together they weigh 1.
     token_q_BK = q_BLV[:, :-1].gather(-1, drafts_BK.unsqueeze(-1)).squeeze(-1)
     drafted_B = torch.where(going_BK, token_q_BK, 1 / world.vocabulary).prod(1)
     keep_BK, weight_BL = keep_probabilities(drafts_BK, q_BLV, p_BLV, verification)
@@ -108,7 +108,7 @@ def pass_outcomes(world: World, state: int, steps: int, verification: Verificati
 
 
 def decoded_texts(world: World, steps: int, verification: Verification, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact result of speculative decoding, stopped after `length` tokens.
+    """Return the exact result of speculative decoding, stopped after `length` tokens.
 
     Returns:
         Chance of each text [V^E], and the chance times the mean, given the text, of the counts [V^E, 1 + K]: passes,
@@ -123,11 +123,11 @@ def decoded_texts(world: World, steps: int, verification: Verification, length: 
             return np.ones(1), np.zeros((1, 1 + steps))
         mass, counts = np.zeros(vocabulary**room), np.zeros((vocabulary**room, 1 + steps))
         for accepted, joint in enumerate(outcomes(state)):
-            own = np.arange(1 + steps) <= min(accepted, room)
+            counted = np.arange(1 + steps) <= min(accepted, room)
             if accepted >= room:
                 ended = joint.reshape(vocabulary**room, -1).sum(1)
                 mass += ended
-                counts += ended[:, None] * own
+                counts += ended[:, None] * counted
                 continue
             span = vocabulary ** (room - accepted - 1)
             for node, tokens in enumerate(product(range(vocabulary), repeat=accepted + 1)):
@@ -135,9 +135,9 @@ def decoded_texts(world: World, steps: int, verification: Verification, length: 
                 for token in tokens:
                     after = (after * vocabulary + token + 1) % NUM_STATES
                 later_mass, later_counts = texts(after, room - accepted - 1)
-                chance, place = joint.reshape(-1)[node], slice(node * span, (node + 1) * span)
-                mass[place] += chance * later_mass
-                counts[place] += chance * (later_counts + later_mass[:, None] * own)
+                chance, rows = joint.reshape(-1)[node], slice(node * span, (node + 1) * span)
+                mass[rows] += chance * later_mass
+                counts[rows] += chance * (later_counts + later_mass[:, None] * counted)
         return mass, counts
 
     return texts(0, length)

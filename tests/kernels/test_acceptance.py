@@ -24,7 +24,7 @@ def int64(*values: int) -> Tensor:
 
 
 def random_case(rows: int, steps: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Draft, q, p and draws of rows whose seeds are their numbers; drafts sampled from q."""
+    """Return draft, q, p and draws of rows with their numbers as seeds; drafts are sampled from q."""
     generator = torch.Generator().manual_seed(rows + steps + vocabulary)
     q_BKV, p_BLV = (
         policy_probabilities(
@@ -95,7 +95,7 @@ class TestPolicy:
         p_V = policy_probabilities(torch.zeros(1031), Sampling(1.0, **setting))  # type: ignore[arg-type]
         assert p_V.nonzero()[:, 0].tolist() == list(range(7))
 
-    def test_top_p_counts_what_top_k_left(self) -> None:
+    def test_top_p_applies_to_the_result_of_top_k(self) -> None:
         logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
         p_V = policy_probabilities(logits_V, Sampling(1.0, top_k=2, top_p=0.55))  # 0.4 of 0.7 reaches it
         assert p_V.tolist() == [1, 0, 0, 0]
@@ -143,7 +143,7 @@ class TestDraws:
         result = philox(tuple(int64(x) for x in counter), tuple(int64(x) for x in key))
         assert " ".join(f"{int(word):08x}" for word in result) == words
 
-    def test_a_draw_depends_on_its_own_row_and_index_alone(self) -> None:
+    def test_a_draw_depends_only_on_its_row_and_index(self) -> None:
         seed_B, position_B = int64(5, -1, 2**62, 5), int64(0, 9, 2**33, 1)
         together_BN = uniforms(seed_B, position_B, Stream.verify, 9)
         for row in range(4):
@@ -153,12 +153,12 @@ class TestDraws:
     def test_every_part_of_the_counter_changes_the_draw(self) -> None:
         cases = [(0, 0, Stream.verify), (0, 0, Stream.draft), (0, 1, Stream.draft), (0, 2**32, Stream.draft)]
         cases += [(1, 0, Stream.draft), (2**32, 0, Stream.draft), (-1, 0, Stream.draft)]
-        draws = [u for seed, place, stream in cases for u in uniforms(int64(seed), int64(place), stream, 5)[0].tolist()]
+        draws = [u for seed, slot, kind in cases for u in uniforms(int64(seed), int64(slot), kind, 5)[0].tolist()]
         assert len(set(draws)) == 5 * len(cases)
 
     @pytest.mark.parametrize("shape", [(1, 1, 40_000), (40_000, 1, 1), (1, 40_000, 1), (20, 500, 4)])
     def test_draws_are_uniform_and_uncorrelated(self, shape: tuple[int, int, int]) -> None:
-        """Whichever of seed, position and index counts up."""
+        """True whether seed, position or index counts up."""
         seeds, positions, num_draws = shape
         seed_B = torch.arange(seeds).repeat_interleave(positions)
         u = uniforms(seed_B, torch.arange(positions).repeat(seeds), Stream.draft, num_draws).flatten()
@@ -176,7 +176,7 @@ class TestDraws:
     @pytest.mark.parametrize(
         ("seed_B", "position_B", "num_draws", "message"),
         [
-            (int64(1, 2), int64(1), 1, "one a row"),
+            (int64(1, 2), int64(1), 1, "one for each row"),
             (torch.tensor([1.0]), int64(1), 1, "torch.int64"),
             (int64(1), int64(1), -1, "num_draws=-1"),
         ],
@@ -187,7 +187,7 @@ class TestDraws:
 
 
 class TestSampling:
-    def test_each_token_owns_its_share_of_the_unit_interval(self) -> None:
+    def test_each_token_gets_its_share_of_the_unit_interval(self) -> None:
         weight_V = torch.tensor([0.0, 2.0, 0.0, 1.0, 1.0, 0.0])
         u_B = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
         assert sample_tokens_reference(weight_V.expand(6, 6), u_B).tolist() == [1, 1, 3, 3, 4, 4]
@@ -304,8 +304,8 @@ def test_the_target_as_its_own_draft_is_kept_whole(verification: Verification) -
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
-def test_greedy_decoding_keeps_what_the_target_would_choose(verification: Verification) -> None:
-    """Draft and target at temperature 0: the accepted prefix and the target's own token, whatever is drawn."""
+def test_greedy_decoding_keeps_the_choices_of_the_target(verification: Verification) -> None:
+    """Draft and target at temperature 0: the accepted prefix and the target's token, for any draws."""
     generator = torch.Generator().manual_seed(4)
     p_BLV = policy_probabilities(torch.randn(63, 4, 3, generator=generator), Sampling(0))
     q_BKV = policy_probabilities(torch.randn(63, 3, 3, generator=generator), Sampling(0))

@@ -1,4 +1,4 @@
-"""The Triton functions of `acceptance` themselves: compiled where a GPU is, interpreted elsewhere."""
+"""The Triton functions of `acceptance`: compiled on a GPU, interpreted elsewhere."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def random_draws(*shape: int) -> Tensor:
 
 
 class Case:
-    """Draft and target close enough to keep and drop; some rows drafted shorter, some with q = p."""
+    """Draft and target close enough for both outcomes; some rows have shorter drafts, some have q = p."""
 
     def __init__(self, rows: int, steps: int, vocabulary: int, sampling: Sampling, is_certain: bool = False) -> None:
         self.sampling, self.u_BL = sampling, random_draws(rows, steps + 1).flip(0)
@@ -56,7 +56,7 @@ class Case:
             q_BKV = torch.zeros_like(q_BKV).scatter_(-1, self.draft_BK.unsqueeze(-1), 1.0)
         counts_BK1 = torch.arange(steps, device=DEVICE) < self.drafted_B[:, None]
         self.q_BKV = q_BKV * counts_BK1.unsqueeze(-1)
-        if steps and not is_certain:  # what is drafted beyond the count is not read
+        if steps and not is_certain:  # logits beyond the count are not read
             draft_logits_BKV[~counts_BK1] = 1e30
 
     def verify(self, verification: Verification) -> Emission:
@@ -64,28 +64,28 @@ class Case:
         return verify_logits_triton(*draft, self.logits_BLV, self.u_BL, self.sampling, verification)
 
     def check(self, verification: Verification) -> Tensor:
-        """Compare with the definition, of the kernel's own probabilities; the kept lengths."""
-        found = self.verify(verification)
+        """Compare with the definition on the kernel's probabilities, and return the kept lengths."""
+        actual = self.verify(verification)
         p_BLV = policy_probabilities_triton(self.logits_BLV, self.sampling)
         expected = verify_draft_reference(self.draft_BK, self.q_BKV, p_BLV, self.u_BL, verification)
-        assert torch.equal(found.accepted_B, expected.accepted_B)
-        assert torch.equal(found.gap_BL, top_tokens_reference(self.logits_BLV)[1])
-        for row, kept in enumerate(found.accepted_B.tolist()):
+        assert torch.equal(actual.accepted_B, expected.accepted_B)
+        assert torch.equal(actual.gap_BL, top_tokens_reference(self.logits_BLV)[1])
+        for row, kept in enumerate(actual.accepted_B.tolist()):
             emitted = [*self.draft_BK[row, :kept].tolist(), int(expected.token_B[row])]
-            assert found.tokens_BL[row, : kept + 1].tolist() == emitted
-            assert found.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
-        assert ((found.tokens_BL >= 0) & (found.tokens_BL < p_BLV.shape[-1])).all()
-        return found.accepted_B
+            assert actual.tokens_BL[row, : kept + 1].tolist() == emitted
+            assert actual.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
+        assert ((actual.tokens_BL >= 0) & (actual.tokens_BL < p_BLV.shape[-1])).all()
+        return actual.accepted_B
 
 
-@pytest.mark.parametrize("stream", list(Stream))
+@pytest.mark.parametrize("kind", list(Stream))
 @pytest.mark.parametrize(("rows", "num_draws"), [(1, 1), (63, 5), (3, 129), (3, 0), (0, 4)])
-def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, stream: Stream) -> None:
+def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, kind: Stream) -> None:
     generator = torch.Generator().manual_seed(rows)
     seed_B = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     position_B = torch.randint(2**40, (rows,), generator=generator)
-    found_BN = uniforms_triton(seed_B.to(DEVICE), position_B.to(DEVICE), stream, num_draws)
-    assert torch.equal(found_BN.cpu(), uniforms_reference(seed_B, position_B, stream, num_draws))
+    actual_BN = uniforms_triton(seed_B.to(DEVICE), position_B.to(DEVICE), kind, num_draws)
+    assert torch.equal(actual_BN.cpu(), uniforms_reference(seed_B, position_B, kind, num_draws))
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_a_policy_gives_the_probabilities_of_the_reference(
     sampling: Sampling, vocabulary: int, dtype: torch.dtype
 ) -> None:
     logits_BKV = random_logits(1, 2, vocabulary, dtype=dtype)
-    found_BKV = policy_probabilities_triton(logits_BKV, sampling)
+    actual_BKV = policy_probabilities_triton(logits_BKV, sampling)
     expected_BKV = policy_probabilities_reference(logits_BKV, sampling)
-    assert torch.equal(found_BKV > 0, expected_BKV > 0)
+    assert torch.equal(actual_BKV > 0, expected_BKV > 0)
     # exp at arguments of size about 20, and sums in another order: some ulps of fp32.
-    torch.testing.assert_close(found_BKV, expected_BKV, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual_BKV, expected_BKV, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_of_many_equals_the_lowest_ids_are_kept(top_k: int | None, top_p: float)
     assert torch.equal(p_BV > 0, expected_BV > 0)
 
 
-def test_ties_at_the_edge_are_told_apart_by_their_ids() -> None:
+def test_ties_at_the_edge_are_broken_by_their_ids() -> None:
     """Two tokens above, five equal ones of which three are kept, in three blocks and not in the order of ids."""
     logits_BV = torch.zeros(1, 300, device=DEVICE)
     logits_BV[0, [250, 10]] = 9.0
@@ -128,8 +128,8 @@ def test_a_flat_distribution_has_more_candidates_than_its_bound_lets_through() -
     """No token reaches the bound of top-p when the softmax's sum rounds below it: then all are candidates."""
     logits_BV = 1e-3 * random_logits(1, 300)
     sampling = Sampling(1.0, None, 1 - 2**-26)
-    found_BV, expected_BV = policy_probabilities_triton(logits_BV, sampling), logits_BV.softmax(-1)
-    torch.testing.assert_close(found_BV, expected_BV, rtol=1e-5, atol=0)
+    actual_BV, expected_BV = policy_probabilities_triton(logits_BV, sampling), logits_BV.softmax(-1)
+    torch.testing.assert_close(actual_BV, expected_BV, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40])
@@ -161,7 +161,7 @@ def test_verification_equals_the_reference_bit_by_bit(
     verification: Verification, rows: int, steps: int, vocabulary: int
 ) -> None:
     accepted_B = Case(rows, steps, vocabulary, Sampling(0.7)).check(verification)
-    if rows == 6:  # the case is worth something: some drafts are kept, some are not
+    if rows == 6:  # the case covers both outcomes: some drafts are kept, some are not
         assert 0 < float(accepted_B.float().mean()) < steps
 
 
@@ -181,9 +181,9 @@ def test_a_residual_of_nothing_falls_back_to_the_target() -> None:
     case.logits_BLV[:] = -torch.inf
     case.logits_BLV[:, :, 200] = 0
     case.draft_logits_BKV, case.draft_BK[:], case.drafted_B[:] = case.logits_BLV[:, :1], 7, 1
-    found = case.verify(Verification.token)
-    assert found.accepted_B.tolist() == [0, 0]
-    assert found.tokens_BL[:, 0].tolist() == [200, 200]
+    actual = case.verify(Verification.token)
+    assert actual.accepted_B.tolist() == [0, 0]
+    assert actual.tokens_BL[:, 0].tolist() == [200, 200]
 
 
 def test_the_first_and_the_last_draw_give_possible_tokens() -> None:

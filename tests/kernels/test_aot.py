@@ -1,4 +1,4 @@
-"""Spills are found where they lie, and judged by Triton version; nothing is compiled here."""
+"""Spills are located in the assembly and judged by Triton version; nothing is compiled here."""
 
 import pytest
 
@@ -10,7 +10,7 @@ BEFORE, INNER, BETWEEN, AFTER = range(4)
 
 
 def sass(*spilled: int) -> str:
-    """A loop around a loop that waits for a copy, as `nvdisasm` prints them, with spills in some parts."""
+    """Return nested loops, of which the innermost waits for a copy, as `nvdisasm` prints them, with some spills."""
     parts = ["        /*0010*/                   STL [R1+0x4], R178 ;" if n in spilled else "" for n in range(4)]
     work = "\n".join("        /*0020*/                   IMAD.X R8, R3, R4, R2 ;" for _ in range(30))
     return f"""
@@ -92,6 +92,6 @@ def test_a_spill_without_a_reason_only_warns_with_another_version() -> None:
     assert "Triton 99.1.0 was not tried" in note
 
 
-def test_reasons_are_of_versions_that_were_tried_and_gpus_that_there_are() -> None:
+def test_every_reason_names_a_tried_version_and_a_known_gpu() -> None:
     assert {version for version, _, _ in REASONS} <= set(TRIED)
     assert {target for _, _, target in REASONS} <= set(TARGETS)

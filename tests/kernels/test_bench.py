@@ -13,16 +13,16 @@ CPU = torch.device("cpu")
 CEILINGS = Ceilings(flops_per_second=1e12, bytes_per_second=1e10)
 
 
-def test_what_is_wrong_is_named_and_not_timed() -> None:
-    values, places = torch.linspace(0, 1, 9), torch.arange(9)
+def test_a_wrong_candidate_is_named_and_not_timed() -> None:
+    values, counts = torch.linspace(0, 1, 9), torch.arange(9)
     case = Case(
         label="nine values",
-        ours=lambda: (values, places),
-        definition=lambda: (values, places),
+        ours=lambda: (values, counts),
+        definition=lambda: (values, counts),
         peers={
             "partial": lambda: (values,),
-            "off": lambda: (values + 1e-3, places),
-            "shifted": lambda: (values, places + 1),
+            "off": lambda: (values + 1e-3, counts),
+            "shifted": lambda: (values, counts + 1),
             "broken": lambda: (values[10],),
         },
         bytes=36,
@@ -30,12 +30,12 @@ def test_what_is_wrong_is_named_and_not_timed() -> None:
     result = run_case(case, CEILINGS, CPU, rounds=2)
     assert list(result["measured"]) == ["ours", "definition", "partial"]
     assert list(result["wrong"]) == ["off", "shifted", "broken"]
-    case.off = 1.0  # every entry of an output that is not floating may differ
+    case.off = 1.0  # every entry of a non-floating output may differ
     assert list(run_case(case, CEILINGS, CPU, rounds=1)["wrong"]) == ["off", "broken"]
     assert "IndexError" in result["wrong"]["broken"]
 
 
-def test_nothing_is_timed_where_ours_is_wrong() -> None:
+def test_nothing_is_timed_if_ours_is_wrong() -> None:
     case = Case(label="", ours=lambda: (torch.ones(2),), definition=lambda: (torch.zeros(2),), bytes=8)
     result = run_case(case, CEILINGS, CPU, rounds=1)
     assert list(result["wrong"]) == ["ours"]
@@ -50,7 +50,7 @@ def test_the_vocabulary_loss_and_its_peers_agree() -> None:
     assert case.difference(case.ours(), expected) is None
 
 
-def test_what_does_not_fit_the_memory_is_checked_in_pieces() -> None:
+def test_a_definition_that_does_not_fit_into_memory_is_checked_in_pieces() -> None:
     def too_large() -> tuple[torch.Tensor]:
         raise torch.OutOfMemoryError
 

@@ -36,7 +36,7 @@ def test_a_cpu_needs_no_triton() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted where a GPU is")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted on a GPU")
 def test_triton_on_a_cpu_means_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")
     assert use_triton("op", ROW_B)
@@ -46,12 +46,12 @@ def test_triton_on_a_cpu_means_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(uniforms(ROW_B, ROW_B, Stream.draft, 2), interpreted)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted where a GPU is")
-def test_ops_give_the_same_whichever_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted on a GPU")
+def test_ops_give_the_same_with_both_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     rows_KTD, weight_VD = torch.randn(2, 3, 8, generator=generator), torch.randn(17, 8, generator=generator)
     u_BL = uniforms(ROW_B, ROW_B, Stream.verify, 2)
-    found = {}
+    results = {}
     for choice in Kernels:
         monkeypatch.setenv("MTPTRAIN_KERNELS", choice)
         losses = linear_loss(rows_KTD, rows_KTD[0], weight_VD, ROW_B, divergence=Divergence.tv)
@@ -59,11 +59,11 @@ def test_ops_give_the_same_whichever_is_chosen(monkeypatch: pytest.MonkeyPatch) 
         p_BLV, drawn_B = policy_probabilities(logits_BLV, POLICY), sample_logits(logits_BLV[:, 0], POLICY, u_BL[:, 0])
         draft = (drawn_B[:, None], torch.ones_like(ROW_B), logits_BLV[:, :1])
         verified = verify_logits(*draft, logits_BLV, u_BL, POLICY, Verification.block)
-        found[choice] = (*losses, p_BLV, drawn_B, *verified)
-    torch.testing.assert_close(*found.values())
+        results[choice] = (*losses, p_BLV, drawn_B, *verified)
+    torch.testing.assert_close(*results.values())
 
 
-def test_a_path_slower_than_asked_for_is_logged_once_with_its_reason(
+def test_a_path_slower_than_requested_is_logged_once_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")

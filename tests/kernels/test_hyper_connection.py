@@ -39,23 +39,23 @@ def expand_inputs(B: int, S: int, N: int, D: int, dtype: torch.dtype = torch.flo
 
 
 def run(op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], **settings: float) -> list[Tensor]:
-    """All outputs, and every gradient of a random scalar of them."""
+    """Return all outputs, and every gradient of a random scalar of them."""
     leaves = [value.detach().requires_grad_() for value in inputs]
-    found = op(*leaves, **settings)
-    outputs = [found] if isinstance(found, Tensor) else list(found)
+    results = op(*leaves, **settings)
+    outputs = [results] if isinstance(results, Tensor) else list(results)
     generator = torch.Generator().manual_seed(9)
     total = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum().float() for out in outputs)
     return [*(out.detach() for out in outputs), *torch.autograd.grad(total, leaves)]
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], eps: float) -> None:
-    """Equal to so many of each tensor's largest value."""
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor], eps: float) -> None:
+    """Compare up to `eps` times each tensor's largest value, at least 1."""
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, atol=eps * max(1.0, theirs.abs().max().item()), rtol=0)
 
 
-def test_the_definition_is_that_of_transformers() -> None:
+def test_the_definition_equals_transformers() -> None:
     model = random_backbone()
     module = model.model.layers[1].ffn_hc
     (streams,) = random_values((2, 7, model.config.hc_mult, model.config.hidden_size))
@@ -68,8 +68,8 @@ def test_the_definition_is_that_of_transformers() -> None:
         eps=module.hc_eps,
         iterations=module.hc_sinkhorn_iters,
     )
-    for found, expected in zip(ours, (*module(streams.cpu()), streams.cpu()), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(ours, (*module(streams.cpu()), streams.cpu()), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(("B", "S", "N", "D", "iterations"), SHAPES)
@@ -112,18 +112,18 @@ def test_streams_get_the_same_gradient_when_the_projection_is_frozen() -> None:
 @pytest.mark.parametrize("size", [0.0, 1e4])
 def test_streams_of_any_size_are_connected(size: float) -> None:
     inputs, settings = connect_inputs(1, 3, 2, 16, size=size), {**SETTINGS, "iterations": 4}
-    found, expected = run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings)
+    actual, expected = run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings)
     # At 0 the gradient of the streams is that of 1 / rms = 1000.
-    assert_close(found, expected, 256 * 2**-23)
+    assert_close(actual, expected, 256 * 2**-23)
 
 
 def test_weights_that_saturate_stay_finite() -> None:
     inputs = connect_inputs(1, 3, 4, 16)
     inputs[3] = torch.full((3,), 1e4, device=DEVICE)  # logits of 1e4: softmax and sigmoid are 0 or 1
     settings = {**SETTINGS, "iterations": 20}
-    found, expected = run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings)
-    assert all(value.isfinite().all() for value in found)
-    assert_close(found[:3], expected[:3], 2**-10)  # one ulp of a logit is 1e-3
+    actual, expected = run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings)
+    assert all(value.isfinite().all() for value in actual)
+    assert_close(actual[:3], expected[:3], 2**-10)  # one ulp of a logit is 1e-3
 
 
 @pytest.mark.parametrize(("B", "S", "N", "D", "_iterations"), SHAPES)
@@ -137,10 +137,10 @@ def test_triton_expands_and_mixes_like_the_definition(B: int, S: int, N: int, D:
 def test_triton_expands_bfloat16_like_the_definition_in_float32() -> None:
     inputs = expand_inputs(1, 5, 4, 600, dtype=torch.bfloat16)
     expected = run(expand_and_mix_reference, [value.float() for value in inputs])
-    found = [value.float() for value in run(expand_and_mix_triton, inputs)]
-    assert_close(found, expected, 2 * 2**-8)  # one rounding to bf16 of outputs and of the scalar's weights
+    actual = [value.float() for value in run(expand_and_mix_triton, inputs)]
+    assert_close(actual, expected, 2 * 2**-8)  # one rounding to bf16 of outputs and of the scalar's weights
 
 
-def test_what_the_bench_measures_agrees() -> None:
+def test_the_cases_of_the_bench_agree() -> None:
     for case in bench.cases(torch.device("cpu")):
         assert case.difference(case.ours(), case.definition()) is None

@@ -31,7 +31,7 @@ def random_inputs(
 
 
 def prefix_mask(steps: int, tokens: int) -> Tensor:
-    """Step k loses its last 2k + 1 rows and every fifth one."""
+    """Return a mask in which step k loses its last 2k + 1 rows and every fifth one."""
     row_T = torch.arange(tokens)
     return torch.stack([(row_T < tokens - 2 * k - 1) & (row_T % 5 != 3) for k in range(steps)])
 
@@ -104,7 +104,7 @@ def test_hybrid_gradient_is_the_fixed_mix_of_kl_and_tv_gradients() -> None:
 
 
 def tiny_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states that are log-probabilities under an identity head: p = (.5, .3, .2), q = (.2, .6, .2)."""
+    """Return hidden states that an identity head turns into log-probabilities: p = (.5, .3, .2), q = (.2, .6, .2)."""
     teacher_TD = torch.tensor([[0.5, 0.3, 0.2]]).log()
     student_KTD = torch.tensor([[[0.2, 0.6, 0.2]]]).log().requires_grad_()
     return student_KTD, teacher_TD, torch.eye(3), torch.tensor([1])
@@ -133,7 +133,7 @@ def test_outputs_of_a_tiny_case_equal_the_hand_computed_ones(op, divergence: Div
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))
-def test_alpha_hit_and_entropy_ignore_the_temperature_of_the_loss(divergence: Divergence) -> None:
+def test_alpha_match_and_entropy_ignore_the_temperature_of_the_loss(divergence: Divergence) -> None:
     inputs = random_inputs(3, 63, 17)
     plain, tempered = (linear_loss(*inputs, divergence=divergence, temperature=t) for t in (1.0, 2.5))
     assert torch.equal(plain.alpha_KT, tempered.alpha_KT)
@@ -219,7 +219,7 @@ def test_a_perfect_head_has_no_loss_and_no_gradient(divergence: Divergence) -> N
 
 @pytest.mark.parametrize("vocabulary", [17, 256])
 @pytest.mark.parametrize("op", [linear_loss, linear_loss_reference])
-def test_tied_logits_hit_only_at_the_first_of_the_largest(op, vocabulary: int) -> None:  # noqa: ANN001
+def test_tied_logits_match_only_at_the_first_of_the_largest(op, vocabulary: int) -> None:  # noqa: ANN001
     # The student ties tokens 3 and 16; the teacher's best is 3 in row 0 and 16 in row 1.
     student_KTD, teacher_TD = torch.zeros(1, 2, vocabulary), torch.zeros(2, vocabulary)
     student_KTD[..., [3, 16]] = 2.0
@@ -229,7 +229,7 @@ def test_tied_logits_hit_only_at_the_first_of_the_largest(op, vocabulary: int) -
 
 
 @pytest.mark.parametrize("vocabulary", [1, 17, 128, 1024, 1031])
-def testrow_argmax_is_the_first_of_equals(vocabulary: int) -> None:
+def test_row_argmax_is_the_first_of_equals(vocabulary: int) -> None:
     x_NV = torch.randint(3, (63, vocabulary), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(row_argmax(x_NV), x_NV.argmax(-1))
 

@@ -1,4 +1,4 @@
-"""The Triton functions of `linear_loss` themselves: compiled where a GPU is, interpreted elsewhere."""
+"""The Triton functions of `linear_loss`: compiled on a GPU, interpreted elsewhere."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def grad_of(loss_KT: Tensor, student_KTD: Tensor) -> Tensor:
 
 
 def assert_matches(actual: LinearLoss, expected: LinearLoss) -> None:
-    for place in (0, 1, 3):
-        torch.testing.assert_close(actual[place], expected[place], **TOLERANCE)
+    for number in (0, 1, 3):
+        torch.testing.assert_close(actual[number], expected[number], **TOLERANCE)
     assert torch.equal(actual.top1_match_KT, expected.top1_match_KT)
 
 
@@ -72,16 +72,16 @@ def test_many_rows_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(
     student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, out_dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Loss, alpha, top1_match, entropy and dloss/dz of logits, the last into a buffer that was full of NaN."""
+    """Return loss, alpha, top1_match, entropy and dloss/dz of logits, the last in a buffer initialised with NaN."""
     target_N = torch.arange(len(student_NV), device=DEVICE)
     statistics, top_N, entropy_N = kernel.teacher_rows(teacher_NV, 1.0)
     dlogits_NV = torch.full_like(student_NV, torch.nan, dtype=out_dtype)
-    found = kernel.student_rows(student_NV, teacher_NV, statistics, top_N, target_N, dlogits_NV, divergence, 1.0)
-    return *found, entropy_N, dlogits_NV
+    results = kernel.student_rows(student_NV, teacher_NV, statistics, top_N, target_N, dlogits_NV, divergence, 1.0)
+    return *results, entropy_N, dlogits_NV
 
 
 def definition_of(student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Loss and dloss/dz in float64."""
+    """Return loss and dloss/dz in float64."""
     z_NV = student_NV.double().requires_grad_()
     target_N = torch.arange(len(student_NV), device=DEVICE)
     loss_N = token_loss_reference(z_NV, teacher_NV.double(), target_N, divergence, 1.0)
@@ -121,7 +121,7 @@ def test_logits_near_a_thousand_lose_nothing(divergence: Divergence) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_tokens_impossible_for_both_count_nothing(divergence: Divergence) -> None:
+def test_tokens_impossible_for_both_contribute_nothing(divergence: Divergence) -> None:
     # The first block and a stretch of the second are impossible: sums must start late and go on after a gap.
     keep_V = torch.ones(700, dtype=torch.bool)
     keep_V[:300] = keep_V[400:420] = False
@@ -132,10 +132,10 @@ def test_tokens_impossible_for_both_count_nothing(divergence: Divergence) -> Non
     if divergence is Divergence.ce:  # its targets are the first tokens, which are banned here
         assert (loss_N == torch.inf).all()
         return
-    short_loss_N, short_alpha_N, short_hit_N, short_entropy_N, short_NV = rows_of(*short, divergence, torch.float32)
-    for found, wanted in ((loss_N, short_loss_N), (alpha_N, short_alpha_N), (entropy_N, short_entropy_N)):
-        torch.testing.assert_close(found, wanted, **TOLERANCE)
-    assert torch.equal(top1_match_N, short_hit_N)
+    short_loss_N, short_alpha_N, short_match_N, short_entropy_N, short_NV = rows_of(*short, divergence, torch.float32)
+    for actual, wanted in ((loss_N, short_loss_N), (alpha_N, short_alpha_N), (entropy_N, short_entropy_N)):
+        torch.testing.assert_close(actual, wanted, **TOLERANCE)
+    assert torch.equal(top1_match_N, short_match_N)
     assert (dlogits_NV[:, ~keep_V.to(DEVICE)] == 0).all()
     torch.testing.assert_close(dlogits_NV[:, keep_V.to(DEVICE)], short_NV, **TOLERANCE)
 

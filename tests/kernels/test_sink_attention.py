@@ -25,7 +25,7 @@ Inputs = dict[str, Tensor | None]
 def random_rollout(
     B: int, S: int, H: int, C: int, L: int, dtype: torch.dtype = torch.float32, size: float = 1.0, seed: int = 0
 ) -> Inputs:
-    """Inputs of `rollout_attention`; a row holds three documents where it is long enough."""
+    """Return inputs of `rollout_attention`; a row holds three documents if it is long enough."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
@@ -42,7 +42,7 @@ def random_rollout(
 
 
 def run(op: Callable[..., Tensor], inputs: Inputs, window: int) -> list[Tensor]:
-    """The output, and every gradient of a random scalar of it."""
+    """Return the output, and every gradient of a random scalar of it."""
     leaves = [
         value.detach().requires_grad_(value.is_floating_point()) if value is not None else None
         for value in inputs.values()
@@ -54,11 +54,11 @@ def run(op: Callable[..., Tensor], inputs: Inputs, window: int) -> list[Tensor]:
     return [out_BHSC.detach(), *(torch.zeros(()) if grad is None else grad for grad in grads)]
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], ulps: int) -> None:
-    """Equal to so many units of the output's rounding, relative to each tensor's largest value."""
-    assert len(found) == len(expected)
+def assert_close(actual: list[Tensor], expected: list[Tensor], ulps: int) -> None:
+    """Compare up to `ulps` roundings of the output's dtype, relative to each tensor's largest value."""
+    assert len(actual) == len(expected)
     eps = torch.finfo(expected[0].dtype).eps
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype
         atol = ulps * eps * max(1.0, theirs.abs().max().item())
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
@@ -101,10 +101,10 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish() -> None:
     inputs = random_rollout(1, 11, 2, 16, 2, size=30.0)
     expected = run(rollout_attention_reference, inputs, 6)
     for op in (rollout_attention_blocked, rollout_attention_triton):
-        found = run(op, inputs, 6)
-        assert all(value.isfinite().all() for value in found)
+        actual = run(op, inputs, 6)
+        assert all(value.isfinite().all() for value in actual)
         # The scores reach 1e4, where one ulp of a score already moves a weight by 1e-3.
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3 * theirs.abs().max().item())
 
 
@@ -139,7 +139,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
 
 
 def random_layer(B: int, S: int, R: int, W: int, T: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Cached]:
-    """Queries of two heads after a ring of R keys, and of W entries T chosen ones; W = 0 and T = 0 say none."""
+    """Return queries of two heads after a ring of R keys, and T chosen ones of W entries; 0 means none."""
     generator = torch.Generator().manual_seed(S)
 
     def values(*shape: int) -> Tensor:
@@ -148,7 +148,7 @@ def random_layer(B: int, S: int, R: int, W: int, T: int, dtype: torch.dtype = to
     length_B = torch.randint(3 * R + 1, (B,), generator=generator) if R else torch.zeros(B, dtype=torch.int64)
     chosen_BST = torch.rand(B, S, max(W, 1), generator=generator).topk(max(T, 1)).indices
     chosen_BST[:, ::2, -1] = -1
-    # Entries lie in a larger buffer, whose last is scratch.
+    # Entries lie in a larger buffer; its last one is scratch.
     entries_BWC = values(B, W + 1, 16)[:, :-1] if W else None
     cached = Cached(values(B, R + S, 16), entries_BWC, chosen_BST.to(DEVICE) if T else None, length_B.to(DEVICE))
     return values(B, S, 2, 16).transpose(1, 2), cached
@@ -188,8 +188,8 @@ def test_a_layer_of_the_backbone_in_bfloat16_equals_its_definition() -> None:
 def test_wrong_shapes_are_named() -> None:
     inputs = random_rollout(1, 5, 2, 8, 2)
     for name, value, message in [
-        ("context_BSC", torch.zeros(1, 4, 8), "one key a slot"),
-        ("chain_BSLC", torch.zeros(1, 4, 2, 8), "L keys a slot"),
+        ("context_BSC", torch.zeros(1, 4, 8), "one key per slot"),
+        ("chain_BSLC", torch.zeros(1, 4, 2, 8), "L keys per slot"),
         ("start_BS", torch.zeros(1, 4), "see document_starts"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Verification from logits: that of their distributions, and what a decoding loop keeps besides."""
+"""Verification from logits equals that of their distributions; also the numbers that a decoding loop records."""
 
 import pytest
 import torch
@@ -27,24 +27,24 @@ def test_logits_are_verified_as_their_distributions(verification: Verification, 
     q_BKV *= (torch.arange(3) < drafted_B[:, None])[..., None]
     expected = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
     logits = None if is_certain else draft_logits_BKV
-    found = verify_logits(draft_BK, drafted_B, logits, logits_BLV, u_BL, sampling, verification)
-    assert torch.equal(found.accepted_B, expected.accepted_B)
-    assert 0 < int(found.accepted_B.sum()) < int(drafted_B.sum())
-    for row, kept in enumerate(found.accepted_B.tolist()):
+    actual = verify_logits(draft_BK, drafted_B, logits, logits_BLV, u_BL, sampling, verification)
+    assert torch.equal(actual.accepted_B, expected.accepted_B)
+    assert 0 < int(actual.accepted_B.sum()) < int(drafted_B.sum())
+    for row, kept in enumerate(actual.accepted_B.tolist()):
         emitted = [*draft_BK[row, :kept].tolist(), int(expected.token_B[row])]
-        assert found.tokens_BL[row, : kept + 1].tolist() == emitted
-        assert found.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
+        assert actual.tokens_BL[row, : kept + 1].tolist() == emitted
+        assert actual.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
     largest_BL2 = logits_BLV.sort(-1).values[..., -2:]
-    assert torch.equal(found.gap_BL, largest_BL2[..., 1] - largest_BL2[..., 0])
+    assert torch.equal(actual.gap_BL, largest_BL2[..., 1] - largest_BL2[..., 0])
 
 
 def test_at_temperature_0_nothing_is_drawn() -> None:
     logits_BLV = torch.randn(63, 4, 5, generator=torch.Generator().manual_seed(4))
     draft_BK, drafted_B = logits_BLV[:, :3].argmax(-1), torch.arange(63) % 4
     draft_BK[:, 2] += 1
-    found = verify_logits(draft_BK % 5, drafted_B, None, logits_BLV, None, Sampling(0))
-    assert torch.equal(found.accepted_B, drafted_B.clamp(max=2))
-    assert torch.equal(found.tokens_BL, logits_BLV.argmax(-1))
+    actual = verify_logits(draft_BK % 5, drafted_B, None, logits_BLV, None, Sampling(0))
+    assert torch.equal(actual.accepted_B, drafted_B.clamp(max=2))
+    assert torch.equal(actual.tokens_BL, logits_BLV.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_at_temperature_0_nothing_is_drawn() -> None:
     [
         ({0: torch.zeros(2, 3)}, "draft_BK must be"),
         ({1: torch.tensor([3])}, "drafted_B must be"),
-        ({2: torch.ones(2, 2, 5)}, "one row a drafted token"),
-        ({2: torch.ones(2, 3, 5).double()}, "as the target's"),
+        ({2: torch.ones(2, 2, 5)}, "one row for each drafted token"),
+        ({2: torch.ones(2, 3, 5).double()}, "dtype of the target's"),
         ({3: torch.ones(2, 4, 5, dtype=torch.int64)}, "must be floating"),
         ({3: torch.ones(2, 3, 5)}, "one position more"),
         ({4: torch.rand(2, 4)}, "draws are"),
@@ -64,4 +64,4 @@ def test_at_temperature_0_nothing_is_drawn() -> None:
 def test_unfit_inputs_are_refused(replaced: dict[int, object], message: str) -> None:
     case = [*LOGITS, DRAWS, Sampling(0.5)]
     with pytest.raises(ValueError, match=message):
-        verify_logits(*(replaced.get(place, x) for place, x in enumerate(case)))  # type: ignore[arg-type]
+        verify_logits(*(replaced.get(index, x) for index, x in enumerate(case)))  # type: ignore[arg-type]
