@@ -20,7 +20,7 @@ from mtptrain.batch import Batch
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.errors import Preempted, UserError
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.distributed import broadcast, gather, max_over_processes, on_rank0, rank, sum_over_processes
 from mtptrain.run.preemption import LeaveRequest
@@ -49,7 +49,7 @@ class Objective(Protocol):
         """Valid target tokens of each draft step, float64 [K]."""
         ...
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         """Loss and metric sums of a micro-batch, given the counts of the whole step."""
         ...
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtptrain.batch import Batch
 from mtptrain.config import EngineName, LossConfig, RunConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.start import freeze_untrained, place
 from mtptrain.run.distributed import join, rank, rank_rows
@@ -66,11 +66,11 @@ class BadObjective(RolloutObjective):
 
     calls = 0
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         outcome = super().__call__(batch, counts_K)
         self.calls += 1
         is_bad = rank_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
-        return Outcome(outcome.loss * torch.nan, outcome.sums_K) if is_bad else outcome
+        return LossOutput(outcome.loss * torch.nan, outcome.sums_K) if is_bad else outcome
 
 
 class Silent(MetricsLog):

@@ -10,7 +10,7 @@ from mtptrain.batch import Batch
 from mtptrain.config import MtpMode, OptimizerName, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.errors import UserError
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import (
@@ -66,13 +66,13 @@ class ToyObjective:
     def counts(self, batch: Batch) -> Tensor:
         return batch.target_mask(0).sum().double().unsqueeze(0)
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         mask_BS = batch.target_mask(0)
         targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
         nats = nn.functional.cross_entropy(self.model(batch.tokens_BS)[mask_BS].float(), targets, reduction="none")
         if int(batch.position_BS[0, -1]) in self.bad_batches:
             nats = nats * torch.nan
-        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
+        return LossOutput(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
 
 
 class ToyBatches(BatchSource):
