@@ -1,4 +1,4 @@
-"""Two processes train as one does, whatever they share out; a run continues on another number of them."""
+"""Two processes train like one with every engine, and a run continues on another number of processes."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ from tests.tiny import random_backbone, random_stack
 from tests.training.heads import BAD, CONFIG, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
 
 ENGINES = [engine.value for engine in EngineName]
-# Losses are sums of at most 60 fp32 terms in another order, and four steps carry the difference on: 256 roundings.
+# Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
 
 
 def run_in_two(module: str, *arguments: str) -> None:
-    """A module's main, in two processes."""
+    """Run a module in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
+    result = subprocess.run(
         [*launcher, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
@@ -34,7 +34,7 @@ def run_in_two(module: str, *arguments: str) -> None:
         timeout=300,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    """The run of one process; its checkpoints lie in `folder`/one."""
+    """The results of one process; its checkpoints are in `folder`/one."""
     return train(head_trainer(EngineName.single, folder / "one"))
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[str, Any]) -> dict[str, Any]:
-    """The runs of two processes, by engine."""
+    """The results of two processes, by engine."""
     run_in_two("tests.training.heads", str(folder))
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
@@ -132,7 +132,7 @@ def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dic
 
 @pytest.mark.parametrize("engine", ["half_zero1", "half_zero2"])
 def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]) -> None:
-    """The stages sum the processes' bf16 gradients where a single process sums its own: roundings of 2^-8."""
+    """ZeRO sums bf16 gradients over processes, `single` sums fp32 masters' gradients: roundings of 2^-8."""
     whole, single = two[engine]["whole"], two["half_single"]["whole"]
     assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)
@@ -148,10 +148,10 @@ def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any
 
 
 def test_a_shared_backbone_has_the_streams_of_a_whole_one(backbone_folder: Path, folder: Path) -> None:
-    """Also where the processes hold different numbers of documents, of different lengths."""
+    """The processes hold different numbers of documents, of different lengths."""
     run_in_two("tests.training.placements", str(backbone_folder), str(folder))
     for number in range(2):
         for (placement, dtype), (difference, share) in torch.load(folder / f"placements_{number}.pt").items():
-            # Experts that run on another number of rows sum in another order: a few roundings a layer, four layers.
+            # Experts sum in another order for another number of rows: a few roundings per layer, four layers.
             assert difference < (2**-5 if dtype == "torch.bfloat16" else 2**-18), (placement, dtype)
             assert share == 0.5
