@@ -132,7 +132,7 @@ def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dic
 
 @pytest.mark.parametrize("engine", ["half_zero1", "half_zero2"])
 def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]) -> None:
-    """ZeRO sums bf16 gradients over processes, `single` sums fp32 masters' gradients: roundings of 2^-8."""
+    """The ZeRO stages sum bf16 gradients of all processes, `single` those of one process: roundings of 2^-8."""
     whole, single = two[engine]["whole"], two["half_single"]["whole"]
     assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)

@@ -76,7 +76,7 @@ class ToyObjective:
 
 
 class ToyBatches(BatchSource):
-    """Numbered rows of different lengths, t -> 3t + 2 mod V; the position of the last, padded slot is the batch number."""
+    """Numbered rows of different lengths, t -> 3t + 2 mod V; the last position, in padding, is the batch number."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
