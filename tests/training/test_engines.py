@@ -25,7 +25,7 @@ TOLERANCE = 256 * 2**-24
 def run_in_two(module: str, *arguments: str) -> None:
     """Run a module in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
+    ended = subprocess.run(
         [*launcher, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
@@ -34,7 +34,7 @@ def run_in_two(module: str, *arguments: str) -> None:
         timeout=300,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    """The results of one process; its checkpoints are in `folder`/one."""
+    """The run of one process; its checkpoints lie in `folder`/one."""
     return train(head_trainer(EngineName.single, folder / "one"))
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[str, Any]) -> dict[str, Any]:
-    """The results of two processes, by engine."""
+    """The runs of two processes, by engine."""
     run_in_two("tests.training.heads", str(folder))
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
@@ -148,10 +148,10 @@ def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any
 
 
 def test_a_shared_backbone_has_the_streams_of_a_whole_one(backbone_folder: Path, folder: Path) -> None:
-    """The processes hold different numbers of documents, of different lengths."""
+    """Also where the processes hold different numbers of documents, of different lengths."""
     run_in_two("tests.training.placements", str(backbone_folder), str(folder))
     for number in range(2):
         for (placement, dtype), (difference, share) in torch.load(folder / f"placements_{number}.pt").items():
-            # Experts sum in another order for another number of rows: a few roundings per layer, four layers.
+            # Experts that run on another number of rows sum in another order: a few roundings a layer, four layers.
             assert difference < (2**-5 if dtype == "torch.bfloat16" else 2**-18), (placement, dtype)
             assert share == 0.5
