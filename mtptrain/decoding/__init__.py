@@ -1,1 +1,1 @@
-
+"""Plain and speculative decoding of batches of prompts."""

@@ -1,4 +1,6 @@
-"""Steps of a decoding run recorded in CUDA graphs: one launch instead of the hundreds of a small model's step."""
+"""Decoding steps recorded in CUDA graphs: one launch instead of the hundreds that a small model's step takes."""
+
+# B rows, L verified positions, N residual streams, D model width, V vocabulary
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.placement import is_shared
 
-WARM_UPS = 2  # libraries and kernels set themselves up in the first runs, which a graph cannot record
+WARM_UPS = 2  # libraries and kernels initialise in their first runs, and a graph cannot record that
 
 
 class Recording(NamedTuple):
-    """A graph with the tensors that it reads its inputs from and writes its outputs to."""
+    """A CUDA graph with its static input and output tensors."""
 
     inputs: list[Tensor]
     graph: torch.cuda.CUDAGraph
@@ -27,21 +29,25 @@ class Recording(NamedTuple):
 
 
 def can_record(model: DeepseekV4ForCausalLM) -> bool:
-    """Whether steps of a backbone can be recorded; why not, on a GPU, is logged once."""
+    """Return whether steps of the backbone can be recorded; on a GPU, log once the reason if not."""
     weight = model.lm_head.weight
     if not weight.is_cuda:
         return False
-    reason = why_not_recorded(model, torch.cuda.get_device_capability(weight.device))
+    reason = recording_obstacle(model, torch.cuda.get_device_capability(weight.device))
     if reason is not None:
         _log_once(f"decoding without CUDA graphs, because {reason}")
     return reason is None
 
 
-def why_not_recorded(model: DeepseekV4ForCausalLM, capability: tuple[int, int]) -> str | None:
-    """Why a graph cannot hold a step of this backbone on a GPU of this compute capability; None where it can.
+def recording_obstacle(model: DeepseekV4ForCausalLM, capability: tuple[int, int]) -> str | None:
+    """Return the reason why a CUDA graph cannot hold a step of the backbone, or None if it can.
 
-    Source: torch's products of experts, `GroupedBlas.cpp` of 2.10: bf16 on compute capability 9 and 10 stays on the
-    device, everything else asks the device for the sizes of its groups.
+    Args:
+        model: the backbone.
+        capability: compute capability of the GPU, (major, minor).
+
+    Source: torch's grouped matrix products of the experts, `GroupedBlas.cpp` of 2.10: with bf16 on compute capability 9
+    and 10 they stay on the device; otherwise the host waits for the group sizes.
     """
     if is_shared(model) or len({parameter.device for parameter in model.parameters()}) > 1:
         return "the backbone is spread over devices or processes"
@@ -49,9 +55,7 @@ def why_not_recorded(model: DeepseekV4ForCausalLM, capability: tuple[int, int]) 
     if dtypes != {torch.bfloat16}:
         return f"experts in {', '.join(sorted(map(str, dtypes)))} make torch wait for the device; set precision=bf16"
     if capability[0] not in (9, 10):
-        return (
-            f"torch has no products of experts for compute capability {capability[0]}.{capability[1]} that never wait"
-        )
+        return f"torch's expert products wait for the device on compute capability {capability[0]}.{capability[1]}"
     return None
 
 
@@ -61,16 +65,16 @@ def _log_once(message: str) -> None:
 
 
 class Captured:
-    """A function of tensors that is recorded when it is first called on a GPU, and replayed; elsewhere it just runs.
+    """A function of tensors that is recorded by its first call on a GPU and then replayed; elsewhere it simply runs.
 
-    What it returns stays valid until the next call with inputs of the same shapes. Apart from its inputs, the function
-    may only read and write tensors that live as long as this, and must not wait for the device.
+    A result stays valid until the next call with inputs of the same shapes. Apart from its inputs, the function may
+    only read and write tensors that live as long as this object, and must not wait for the device.
 
     Args:
-        function: from tensors to anything made of tensors.
-        model: the backbone it calls, which `can_record` judges.
-        counters: tensors that a call advances. They are put back after each run that only warms up; whatever else such
-            a run writes must be written again by the next one, as a rejected draft's slots in a cache are.
+        function: maps tensors to any structure of tensors.
+        model: the backbone that the function calls; `can_record` decides whether it is recorded.
+        counters: tensors that a call advances. They are restored after each warm-up run. Anything else that a warm-up
+            run writes must be written again by the next run, as the cache slots of a rejected draft are.
     """
 
     def __init__(
@@ -81,43 +85,43 @@ class Captured:
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the function returns."""
+        """Return the function's result."""
         if not self.records:
             return self.function(*inputs)
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self.recordings:
             self.recordings[shapes] = self._record(inputs)
         recording = self.recordings[shapes]
-        for recorded, new in zip(recording.inputs, inputs, strict=True):
-            recorded.copy_(new)
+        for static, new in zip(recording.inputs, inputs, strict=True):
+            static.copy_(new)
         recording.graph.replay()
         return recording.outputs
 
     def warm_up(self, *inputs: Tensor) -> None:
-        """Run and take the counters back."""
+        """Run the function and restore the counters."""
         before = [counter.clone() for counter in self.counters]
         self.function(*inputs)
         for counter, value in zip(self.counters, before, strict=True):
             counter.copy_(value)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
-        own = [value.clone() for value in inputs]
+        static_inputs = [value.clone() for value in inputs]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self.warm_up(*own)
+                self.warm_up(*static_inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self.function(*own)
-        return Recording(own, graph, outputs)
+            outputs = self.function(*static_inputs)
+        return Recording(static_inputs, graph, outputs)
 
 
 def captured_verify(model: DeepseekV4ForCausalLM, cache: BackboneCache) -> Captured:
-    """A verify pass: from int64 tokens [B, L] to streams [B, L, N, D] and logits [B, L, V].
+    """Return a verify pass, from int64 tokens [B, L] to streams [B, L, N, D] and logits [B, L, V].
 
-    The cache must have room for the tokens: nothing checks it.
+    The caller must make sure that the cache has room for the tokens; a recorded step cannot check it.
     """
 
     def verify(tokens_BL: Tensor) -> tuple[Tensor, Tensor]:

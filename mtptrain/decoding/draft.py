@@ -1,10 +1,10 @@
-"""Drafting with an MTP stack, row by row independent, through rings of base-step keys.
+"""Incremental drafting with an MTP stack, independent in every row, with base-step keys in ring buffers.
 
-Everything is addressed by slot: what a rejected draft has written is written again when the slot is decoded again.
+All state is addressed by slot: the values of a rejected draft are overwritten when their slots are decoded again.
 """
 
-# B rows, A anchors of a pass, N residual streams, D model width, C head width, X cached and new keys, K draft steps,
-# V vocabulary
+# B rows, S slots of a prompt or pass, A anchors of a pass, N residual streams, D model width, H heads, C head width,
+# X cached and new keys, K draft steps, V vocabulary
 
 from __future__ import annotations
 
@@ -27,33 +27,40 @@ from mtptrain.mtp.stack import MtpStack
 
 
 class Proposer(Protocol):
-    """Anything that proposes tokens: an MTP stack (`MtpProposer`), or a control of known quality."""
+    """Proposes tokens for verification: an MTP stack (`MtpProposer`) or a control of known quality."""
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
-        """Begin with new texts, which grow while they are decoded; drafts have at most `draft_length` tokens."""
+        """Prepare for new texts, which grow during decoding; drafts have at most `draft_length` tokens."""
         ...
 
     def read(self, part: PrefilledPart) -> None:
-        """See a part of the prompts and its streams."""
+        """Take in a part of the prompts with its streams."""
         ...
 
     def keep(self, first_B: Tensor, streams_BSND: Tensor) -> None:
-        """See the streams of slots first_B.. after a verify pass; those past the new texts are of rejected tokens."""
+        """Take in the streams of slots first_B onward after a verify pass.
+
+        Slots past the end of the texts hold the streams of rejected tokens.
+        """
         ...
 
     def draft(self, u_BK: Tensor | None) -> Draft:
-        """Propose a continuation of every text; u_BK are float64 draws, None for a greedy policy."""
+        """Propose a continuation of every text. Must be idempotent: recording steps makes the first draft twice.
+
+        Args:
+            u_BK: float64 uniform draws; None for a greedy policy.
+        """
         ...
 
 
 class _ModuleCache:
-    """Base-step keys of one module, by anchor, and the keys of the draft's own later steps.
+    """Base-step keys of one module, by anchor, and the keys of the later steps of the current draft.
 
     Args:
         block: the module.
         batch: B.
-        slack: slots beyond the window: how far behind the highest anchor ever written a pass may start.
-        like: tells dtype and device.
+        slack: slots beyond the window: the largest distance of a pass's first anchor behind the highest anchor written.
+        like: a tensor of the keys' dtype and device.
     """
 
     def __init__(self, block: MtpBlock, batch: int, slack: int, like: Tensor) -> None:
@@ -63,7 +70,7 @@ class _ModuleCache:
         self.chain: list[Tensor] = []
 
     def attend_base(self, rows: slice, anchor_BA: Tensor, query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
-        """Attention of a base step over earlier anchors' keys and each other's; stores the new keys."""
+        """Return a base step's attention over the keys of earlier anchors and of this pass; store the new keys."""
         self.chain = []
         ring = self.ring.rows(rows)
         known_BX = torch.cat([ring.positions(anchor_BA[:, 0]), anchor_BA], dim=1)
@@ -74,7 +81,7 @@ class _ModuleCache:
         return out
 
     def attend_chain(self, anchor_B1: Tensor, query_BH1C: Tensor, key_B1C: Tensor) -> Tensor:
-        """Attention of a later step at the last anchor over base-step keys and its own chain."""
+        """Return a later step's attention at the last anchor, over the base-step keys and the draft's own chain."""
         self.chain.append(key_B1C)
         mask_B1X = self._mask(self.ring.positions(anchor_B1[:, 0] + 1), anchor_B1, num_chain=len(self.chain))
         chain_B1LC = torch.stack(self.chain, dim=2)
@@ -87,15 +94,15 @@ class _ModuleCache:
 
 
 class MtpProposer:
-    """Drafts the continuations of a batch of texts.
+    """Drafts the continuations of a batch of texts with an MTP stack.
 
     Step k <= depth is module k's base step: it runs over every anchor whose base-step key is not final yet. Module d's
-    key of anchor j needs token t_{j+d}, so after a draft at anchor i the last depth - 1 anchors run again, with true
+    key of anchor j needs token t_{j+d}, so after a draft at anchor i the last depth - 1 anchors run again, with emitted
     tokens instead of drafted ones. Steps beyond the depth run at the last anchor only.
 
-    Rows emit different numbers of tokens; a pass runs as many anchors in every row as the row that got most needs, the
-    last one being the row's newest. Anchors that need it not are computed again, to the same keys. Slots before the
-    text, where a text is short, are masked.
+    Rows emit different numbers of tokens. A pass runs the same number of anchors in every row, enough for the row with
+    the most new tokens, and ends at each row's newest anchor. In the other rows it recomputes the same keys for anchors
+    that were already final. Slots before the start of a short text are masked.
 
     Args:
         model: the frozen backbone, for its embedding and lm_head.
@@ -120,7 +127,7 @@ class MtpProposer:
         self.shape_ND = (config.hc_mult, config.hidden_size)
 
     def read(self, part: PrefilledPart) -> None:
-        """See `Proposer`. Keys of the last anchors, whose tokens are unknown yet, are recomputed by the first draft."""
+        """See `Proposer`. The first draft recomputes the keys of the last anchors, whose tokens are not known yet."""
         state_BSND = part.streams_BSND
         batch, count = state_BSND.shape[:2]
         slot_S = torch.arange(part.first, part.first + count, device=state_BSND.device)
@@ -137,12 +144,12 @@ class MtpProposer:
     def draft(self, u_BK: Tensor | None) -> Draft:
         """See `Proposer`."""
         texts = self.texts
-        going_B = torch.tensor(texts.is_open, device=texts.length_B.device)
+        active_B = torch.tensor(texts.is_open, device=texts.length_B.device)
         if self.captured.records:
             draws = () if u_BK is None else (u_BK,)
-            recorded: Draft = self.captured(texts.length_B, going_B, *draws)
+            recorded: Draft = self.captured(texts.length_B, active_B, *draws)
             return recorded
-        draft = self.propose(texts.length_B, going_B, u_BK, texts.newest)
+        draft = self.propose(texts.length_B, active_B, u_BK, texts.newest)
         if self.policy.min_confidence == 0:
             return draft
         longest = int(draft.drafted_B.max())
@@ -150,16 +157,16 @@ class MtpProposer:
         return Draft(draft.tokens_BK[:, :longest], logits_BKV, draft.drafted_B)
 
     def propose(
-        self, length_B: Tensor, going_B: Tensor, u_BK: Tensor | None = None, newest: int | None = None
+        self, length_B: Tensor, active_B: Tensor, u_BK: Tensor | None = None, newest: int | None = None
     ) -> Draft:
-        """The draft with all its K tokens.
+        """Return the draft, with all K tokens unless every row has stopped by confidence before.
 
         Args:
             length_B: int64, known tokens of each text.
-            going_B: bool, which rows draft.
-            u_BK: float64 draws, None for a greedy policy.
-            newest: most tokens that a row got in the last pass. None takes as many as there may be, for a CUDA graph:
-                then the shapes do not depend on it, and nothing waits for the device.
+            active_B: bool, True for rows that draft.
+            u_BK: float64 draws; None for a greedy policy.
+            newest: most tokens that a row gained in the last pass. None assumes the largest possible number and drafts
+                all K tokens, as a CUDA graph needs: no shape depends on the texts, and nothing waits for the device.
         """
         anchor_B1 = (length_B - 2).unsqueeze(1)
         num_anchors = (self.draft_length + 1 if newest is None else newest) + self.num_base - 1
@@ -176,16 +183,16 @@ class MtpProposer:
                 state = self._chain_step(step, anchor_B1, state[:, -1:])
             logits_BV = self.logits(step, state)
             if self.policy.min_confidence > 0:
-                going_B = going_B & (logits_BV.float().softmax(-1).amax(-1) >= self.policy.min_confidence)
-                # Base steps run on: the keys of their anchors are needed later.
-                if newest is not None and step >= self.num_base and not bool(going_B.any()):
+                active_B = active_B & (logits_BV.float().softmax(-1).amax(-1) >= self.policy.min_confidence)
+                # Base steps run to the end, because later drafts need the keys of their anchors.
+                if newest is not None and step >= self.num_base and not bool(active_B.any()):
                     break
             if u_BK is None or is_certain:
                 token_B = logits_BV.argmax(-1)
             else:
                 token_B = sample_logits(logits_BV, self.policy.sampling, u_BK[:, step - 1])
             self.texts.tokens_BT.scatter_(1, (length_B + step - 1).unsqueeze(1), token_B.unsqueeze(1))
-            drafted_B = drafted_B + going_B
+            drafted_B = drafted_B + active_B
             tokens.append(token_B)
             logits.append(logits_BV)
         if not tokens:
@@ -193,7 +200,7 @@ class MtpProposer:
         return Draft(torch.stack(tokens, 1), None if is_certain else torch.stack(logits, 1), drafted_B)
 
     def logits(self, step: int, state_BAND: Tensor) -> Tensor:
-        """Logits [B, V] of the last anchor's step."""
+        """Return the logits [B, V] of a step at the last anchor."""
         hidden_BD = self.stack.block(step).hidden(state_BAND[:, -1:])[:, 0]
         return self.model.lm_head(hidden_BD.to(self.model.lm_head.weight.dtype))
 
@@ -208,7 +215,7 @@ class MtpProposer:
         return self.stack.block(step)(embedding_B1D, state_B1ND, anchor_B1 + (step - 1), attend)
 
     def _embed(self, rows: slice, slot_BA: Tensor) -> Tensor:
-        """Embeddings of the tokens at some slots; slots outside the texts give anything."""
+        """Return the embeddings of the tokens at some slots; arbitrary for slots outside the texts."""
         tokens_BT = self.texts.tokens_BT[rows]
         return self.model.model.embed_tokens(tokens_BT.gather(1, slot_BA.clamp(0, tokens_BT.shape[1] - 1)))
 

@@ -1,4 +1,4 @@
-"""What is drawn from logits, and how drafts are made and verified."""
+"""Decoding policies: the sampling distribution, and how drafts are made and verified."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mtptrain.kernels.acceptance import Sampling, Verification, policy_probabili
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A decoding policy; the output is distributed as the backbone's own under temperature, top-k and top-p.
+    """A decoding policy. The output has the backbone's own distribution under temperature, top-k and top-p.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: likeliest tokens kept; None keeps all.
-        top_p: in (0, 1], the smallest mass of likeliest tokens kept.
-        draft: draft tokens drawn from the head's own distribution under the same policy, or its likeliest. At
-            temperature 0 both are the likeliest.
+        top_p: in (0, 1]; keeps the fewest likeliest tokens whose mass reaches it.
+        draft: how tokens are drafted: drawn from the head's own distribution under the same policy, or its likeliest.
+            At temperature 0 both choices give the likeliest.
         verification: token by token, or by block.
         min_confidence: a draft ends before the first step whose largest head probability, at temperature 1, lies below
-            this. It is decided before the step's token is drawn, so the output distribution is unaffected.
+            this. The stop is decided before the step's token is drawn, so the output distribution is unaffected.
     """
 
     temperature: float = 0.0
@@ -34,7 +34,7 @@ class Policy:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the backbone's likeliest token is always taken."""
+        """Whether every emitted token is the backbone's likeliest."""
         return self.temperature == 0
 
     @property
@@ -44,15 +44,15 @@ class Policy:
 
     @property
     def sampling(self) -> Sampling:
-        """What it makes of the backbone's logits."""
+        """Temperature, top-k and top-p, for the kernels."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
     def target(self, logits: Tensor) -> Tensor:
-        """Distribution that the output follows, from the backbone's logits [..., V]; float32, one-hot when greedy."""
+        """Return the output distribution, from the backbone's logits [..., V]; float32, one-hot when greedy."""
         return policy_probabilities(logits, self.sampling)
 
     def proposal(self, logits: Tensor) -> Tensor:
-        """Distribution that drafts are drawn from, from the head's logits [..., V]; one-hot for greedy drafts."""
+        """Return the draft distribution, from the head's logits [..., V]; float32, one-hot for greedy drafts."""
         if self.draws_greedily:
             return policy_probabilities(logits, Sampling(0.0))
         return self.target(logits)
@@ -62,7 +62,7 @@ GREEDY = Policy()
 
 
 def decoding_policy(config: DecodingConfig) -> Policy:
-    """The policy that a run is configured with."""
+    """Return the policy of a run's settings."""
     return Policy(
         temperature=config.temperature,
         top_k=config.top_k,

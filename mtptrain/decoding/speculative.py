@@ -1,7 +1,10 @@
-"""Speculative decoding: draft, verify in one backbone pass, take rejected tokens back, each row for itself."""
+"""Plain and speculative decoding: draft, verify in one backbone pass and rewind rejected tokens, row by row.
 
+Plain decoding is the same loop with an empty draft.
+"""
 
-# B rows, T slots a row can hold, V vocabulary, K drafted tokens, L = K + 1 verified positions, D model width
+# B rows, T slots per row, V vocabulary, K drafted tokens, L = K + 1 verified positions, N residual streams,
+# D model width
 
 from __future__ import annotations
 
@@ -21,10 +24,15 @@ from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Emission
 
 
-def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
-    """An empty cache in the model's dtype and on its device."""
-    weight = model.lm_head.weight
-    return BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+def decode_plain(
+    model: DeepseekV4ForCausalLM,
+    prompts: list[list[int]],
+    limits: Limits,
+    policy: Policy = GREEDY,
+    seeds: list[int] | None = None,
+) -> DecodedBatch:
+    """Return continuations of the prompts, decoded one token per pass; see `decode_speculative`."""
+    return decode_speculative(model, None, prompts, 0, limits, policy, seeds)
 
 
 @torch.inference_mode()
@@ -37,26 +45,26 @@ def decode_speculative(
     policy: Policy = GREEDY,
     seeds: list[int] | None = None,
 ) -> DecodedBatch:
-    """Continuations of some prompts, distributed as the backbone's own under the policy.
+    """Return continuations of the prompts, distributed as the backbone's own under the policy.
 
-    A greedy text is the one that plain decoding emits, up to numerical ties. Of a sampled text only the distribution is
-    that of plain decoding: the draws are used otherwise. They belong to the row alone, so a row's text does not depend
-    on the rows decoded beside it.
+    A greedy text equals that of plain decoding, up to numerical ties. A sampled text has the distribution of plain
+    decoding but not its tokens, because the random draws are consumed in a different order. Each row has draws of its
+    own, so its text does not depend on the rows decoded beside it.
 
     Args:
         model: the backbone, which verifies.
-        proposer: drafts; None decodes plainly.
+        proposer: makes the drafts; None decodes plainly.
         prompts: token ids, at least one each; lengths may differ.
         draft_length: most tokens of a draft, K; 0 without a proposer.
-        limits: where a text ends.
-        policy: what is drawn, and how drafts are made, verified and stopped.
-        seeds: of each row, for a policy that samples; by default those of a run of seed 0.
+        limits: the end of each text.
+        policy: sampling, drafting, verification and confidence stop.
+        seeds: one per row, for a policy that samples; by default those of a run of seed 0.
 
     Raises:
         UserError: a prompt is empty, too long or of another vocabulary.
     """
-    check_prompts(model, prompts, limits)
-    assert (proposer is None) == (draft_length == 0), "a head drafts at least one token, nothing drafts none"
+    _check_token_ids(model, prompts, limits)
+    assert (proposer is None) == (draft_length == 0), "draft_length must be 0 exactly when there is no proposer"
     texts = Texts(prompts, limits, draft_length, model.lm_head.weight.device)
     seeds = seeds or [row_seed(0, number) for number in range(len(prompts))]
     run = _Run(model, proposer, texts, draft_length, policy, seeds)
@@ -67,16 +75,50 @@ def decode_speculative(
     return DecodedBatch(texts.finish(), run.clock.stop())
 
 
-class _Run:
-    """A batch of texts while it is decoded.
+def _check_token_ids(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits: Limits) -> None:
+    """Raise a `UserError` unless the backbone can continue the prompts."""
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompts:
+        raise UserError("prompts=[]: there is nothing to continue; give at least one prompt")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompts: prompt {number} is empty; give it at least one token")
+        if len(prompt) + limits.max_new_tokens > context:
+            raise UserError(
+                f"decoding.max_new_tokens={limits.max_new_tokens}: prompt {number} has {len(prompt)} tokens and the "
+                f"backbone was built for {context}; shorten the prompt or lower decoding.max_new_tokens"
+            )
+        unknown = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        if unknown is not None:
+            raise UserError(
+                f"prompts: prompt {number} holds token {unknown} and the backbone knows 0 to {vocabulary - 1}; use the "
+                "backbone's own tokenizer"
+            )
+
+
+def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
+    """Return an empty cache in the model's dtype and on its device.
 
     Args:
         model: the backbone.
-        proposer: drafts; None decodes plainly.
+        batch: rows.
+        max_length: slots per row.
+        max_step: most tokens of one verify step, K + 1 for K drafts.
+    """
+    weight = model.lm_head.weight
+    return BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+
+
+class _Run:
+    """State of a batch during decoding.
+
+    Args:
+        model: the backbone.
+        proposer: makes the drafts; None decodes plainly.
         texts: the prompts, which grow.
         draft_length: K.
-        policy: of every row.
-        seeds: one a row; not read by a greedy policy.
+        policy: shared by all rows.
+        seeds: one per row; unused by a greedy policy.
     """
 
     def __init__(
@@ -95,8 +137,8 @@ class _Run:
         if not policy.is_greedy:
             self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
         self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
-        self.pass_over = captured_verify(model, self.cache)
-        self.nothing = Draft.nothing(torch.zeros_like(texts.length_B))
+        self.verify_pass = captured_verify(model, self.cache)
+        self.empty_draft = Draft.nothing(torch.zeros_like(texts.length_B))
         if proposer is not None:
             proposer.start(texts, draft_length, policy)
 
@@ -107,33 +149,33 @@ class _Run:
             if self.proposer is not None:
                 self.proposer.read(part)
             end = part.first + part.hidden_BSD.shape[1]
-            for place, row in enumerate(range(len(hidden))[part.rows]):
+            for index, row in enumerate(range(len(hidden))[part.rows]):
                 if end == self.texts.lengths[row]:
-                    hidden[row] = part.hidden_BSD[place, -1:]
+                    hidden[row] = part.hidden_BSD[index, -1:]
         self.clock.lap("prefill")
-        hidden_B1D = torch.stack([one for one in hidden if one is not None])
-        self.texts.emit(self._verify(self.nothing, self.model.lm_head(hidden_B1D)), None)
+        hidden_B1D = torch.stack([last_1D for last_1D in hidden if last_1D is not None])
+        self.texts.emit(self._verify(self.empty_draft, self.model.lm_head(hidden_B1D)), None)
         self.clock.lap("sample")
 
     def record(self) -> None:
-        """Where steps are recorded in CUDA graphs, run the first pass for nothing: then no pass is timed with that.
+        """Record draft and verify pass in CUDA graphs before the first timed pass, if they can be recorded.
 
-        So a proposer must stand being asked for the same draft twice.
+        The draft made here is made again by the first pass, so `Proposer.draft` must be idempotent.
         """
-        if not self.pass_over.records or not any(self.texts.is_open):
+        if not self.verify_pass.records or not any(self.texts.is_open):
             return
-        self.pass_over(torch.cat([self.texts.last_B1, self._draft().tokens_BK], dim=1))
+        self.verify_pass(torch.cat([self.texts.last_B1, self._draft().tokens_BK], dim=1))
         self.cache.rewind(self.texts.length_B - 1)
         self.clock.lap("record")
 
     def advance(self) -> None:
-        """One pass: draft, verify, emit, and take back what was rejected."""
+        """Run one pass: draft, verify, emit, and rewind rejected tokens."""
         texts, clock = self.texts, self.clock
         draft = self._draft()
         clock.lap("draft")
         first_B = texts.length_B - 1
         tokens_BL = torch.cat([texts.last_B1, draft.tokens_BK], dim=1)
-        streams_BLND, logits_BLV = self.pass_over(tokens_BL)
+        streams_BLND, logits_BLV = self.verify_pass(tokens_BL)
         clock.lap("verify")
         texts.emit(self._verify(draft, logits_BLV), None if self.proposer is None else draft)
         clock.lap("sample")
@@ -144,42 +186,10 @@ class _Run:
 
     def _draft(self) -> Draft:
         if self.proposer is None:
-            return self.nothing
+            return self.empty_draft
         return self.proposer.draft(None if self.draws is None else self.draws.draft(self.texts.emitted_B))
 
     def _verify(self, draft: Draft, logits_BLV: Tensor) -> Emission:
         draws = self.draws
         u_BL = None if draws is None else draws.verify(self.texts.emitted_B, draft.tokens_BK.shape[1])
         return verify(self.policy, draft, logits_BLV, u_BL)
-
-
-def check_prompts(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits: Limits) -> None:
-    """Raise a `UserError` unless the backbone can continue the prompts."""
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
-    if not prompts:
-        raise UserError("prompts=[]: there is nothing to continue; give at least one prompt")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise UserError(f"prompts: prompt {number} is empty; give it at least one token")
-        if len(prompt) + limits.max_new_tokens > context:
-            raise UserError(
-                f"decoding.max_new_tokens={limits.max_new_tokens}: prompt {number} has {len(prompt)} tokens and the "
-                f"backbone was built for {context}; shorten the prompt or lower decoding.max_new_tokens"
-            )
-        strange = next((token for token in prompt if not 0 <= token < vocabulary), None)
-        if strange is not None:
-            raise UserError(
-                f"prompts: prompt {number} holds token {strange} and the backbone knows 0 to {vocabulary - 1}; use the "
-                "backbone's own tokenizer"
-            )
-
-
-def decode_plain(
-    model: DeepseekV4ForCausalLM,
-    prompts: list[list[int]],
-    limits: Limits,
-    policy: Policy = GREEDY,
-    seeds: list[int] | None = None,
-) -> DecodedBatch:
-    """Continuations of some prompts, a token a pass; see `decode_speculative`."""
-    return decode_speculative(model, None, prompts, 0, limits, policy, seeds)

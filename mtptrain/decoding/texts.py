@@ -1,9 +1,6 @@
-"""The texts of a batch while they grow, on the host and on the device."""
+"""The texts of a batch while they grow: the tokens on the device, the records on the host, and verified drafts."""
 
-
-# B rows, T slots a row can hold, L tokens that a pass may emit
-
-# B rows, K drafted tokens, L = K + 1 verified positions, V vocabulary
+# B rows, T slots per row, K drafted tokens, L = K + 1 verified positions, V vocabulary
 
 from __future__ import annotations
 
@@ -17,15 +14,56 @@ from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.kernels.acceptance import Emission, verify_logits
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Drafted tokens of a batch.
+
+    Attributes:
+        tokens_BK: int64; K may be smaller than the draft length if every row stopped earlier.
+        logits_BKV: logits that the tokens were drawn from under the policy; None if each token was certain (a greedy
+            draft).
+        drafted_B: int64 in [0, K], valid tokens of each row; the values after them are arbitrary.
+    """
+
+    tokens_BK: Tensor
+    logits_BKV: Tensor | None
+    drafted_B: Tensor
+
+    @classmethod
+    def nothing(cls, drafted_B: Tensor) -> Draft:
+        """Return a draft without tokens in any row; drafted_B is 0 throughout."""
+        return cls(drafted_B.new_empty(len(drafted_B), 0), None, drafted_B)
+
+
+def verify(policy: Policy, draft: Draft, logits_BLV: Tensor, u_BL: Tensor | None) -> Emission:
+    """Return the accepted tokens of a draft and the verifier's next token.
+
+    Args:
+        policy: decoding policy of the run.
+        draft: K = L - 1 tokens per row.
+        logits_BLV: the backbone's, at the last known token and at each drafted one.
+        u_BL: float64 draws, see `Draws.verify`; None for a greedy policy.
+    """
+    return verify_logits(
+        draft.tokens_BK, draft.drafted_B, draft.logits_BKV, logits_BLV, u_BL, policy.sampling, policy.verification
+    )
+
+
 class Texts:
-    """Prompts and what was emitted after them.
+    """Prompts and the tokens emitted after them.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        limits: the end of each text.
+        draft_length: most tokens of a draft, K; 0 for plain decoding.
+        device: device of the run.
 
     Attributes:
         records: tokens, gaps and probabilities of each row so far.
-        tokens_BT: int64, known tokens by slot; what follows a row's length holds anything.
+        tokens_BT: int64, known tokens by slot; the values after a row's length are arbitrary.
         length_B: int64, known tokens of each row.
-        is_open: of each row, whether it goes on.
-        newest: most tokens that a row got in the last pass.
+        is_open: for each row, whether it continues.
+        newest: most tokens that a row gained in the last pass.
     """
 
     def __init__(self, prompts: list[list[int]], limits: Limits, draft_length: int, device: torch.device) -> None:
@@ -53,7 +91,12 @@ class Texts:
         return self.tokens_BT.gather(1, self.length_B.unsqueeze(1) - 1)
 
     def emit(self, emission: Emission, draft: Draft | None) -> None:
-        """Append what a pass emits, up to the end of each text; the prefill drafted nothing and is no pass."""
+        """Append the tokens of a pass, up to the end of each text.
+
+        Args:
+            emission: accepted tokens and the verifier's own.
+            draft: the verified draft; None for the prefill, which is no verify pass, and for plain decoding.
+        """
         slot_BL = self.length_B.unsqueeze(1) + self._offset_L[: emission.tokens_BL.shape[1]]
         self.tokens_BT.scatter_(1, slot_BL, emission.tokens_BL)
         accepted, tokens = emission.accepted_B.tolist(), emission.tokens_BL.tolist()
@@ -76,49 +119,15 @@ class Texts:
         self.length_B = torch.tensor(lengths, device=self.tokens_BT.device)
 
     def _cut(self, row: int, new: list[int]) -> list[int]:
-        """`new` up to the end of the text, which closes the row."""
+        """Return `new` up to the end of the text, and close the row if the text ends there."""
         room = self.limits.max_new_tokens - len(self.records[row].tokens)
-        ends = [place + 1 for place, token in enumerate(new) if token in self.limits.stop]
+        ends = [index + 1 for index, token in enumerate(new) if token in self.limits.stop]
         end = min([room, *ends])
         self.is_open[row] = len(new) < end
         return new[:end]
 
     def finish(self) -> list[Decoded]:
-        """The records with their passes."""
+        """Return the records with their passes."""
         for record, accepted, drafted in zip(self.records, self._accepted, self._drafted, strict=True):
             record.passes = settle_passes(accepted, drafted, len(record.tokens))
         return self.records
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """What was drafted.
-
-    Attributes:
-        tokens_BK: int64; K may be smaller than was asked for, where every row stopped before.
-        logits_BKV: what they were drawn from under the policy; None says that each was certain (a greedy draft).
-        drafted_B: int64 in [0, K], tokens that count in each row; what follows them holds anything.
-    """
-
-    tokens_BK: Tensor
-    logits_BKV: Tensor | None
-    drafted_B: Tensor
-
-    @classmethod
-    def nothing(cls, drafted_B: Tensor) -> Draft:
-        """No tokens in any row; drafted_B is 0 throughout."""
-        return cls(drafted_B.new_empty(len(drafted_B), 0), None, drafted_B)
-
-
-def verify(policy: Policy, draft: Draft, logits_BLV: Tensor, u_BL: Tensor | None) -> Emission:
-    """Keep what the policy's verification keeps, and take its next token.
-
-    Args:
-        policy: of the run.
-        draft: with K = L - 1 tokens a row.
-        logits_BLV: the backbone's, at the last known token and at each drafted one.
-        u_BL: float64 draws, see `Draws.verify`; None for a greedy policy.
-    """
-    return verify_logits(
-        draft.tokens_BK, draft.drafted_B, draft.logits_BKV, logits_BLV, u_BL, policy.sampling, policy.verification
-    )

@@ -1,4 +1,4 @@
-"""The backbone's own objective: cross-entropy of the next token."""
+"""Next-token cross-entropy of the backbone, and the output type that all objectives share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,25 @@ from mtptrain.batch import Batch
 from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
 
-ROWS_A_FORWARD = 16
+ROWS_PER_FORWARD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """Loss and metric sums of one micro-batch.
+
+    Attributes:
+        loss: scalar, already divided by the counts of the whole step, so that micro-batches add up.
+        sums_K: float64 [K] per metric: sums over the valid tokens of each draft step. They are divided by the counts
+            only when logged.
+    """
+
+    loss: Tensor
+    sums_K: dict[str, Tensor]
 
 
 def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every target token of a batch, float32 [targets]."""
+    """Return the negative log-likelihood of every target token of a batch, float32 [targets]."""
     mask_BS = batch.target_mask(0)
     _, hidden_BSD = backbone_streams(model, batch)
     targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
@@ -30,51 +44,42 @@ def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
 def bits_per_byte(
     model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int, max_rows: int | None = None
 ) -> tuple[float, float]:
-    """Loss on a corpus in nats a token and in bits a byte of text; the model sees at most `row_length` tokens.
+    """Return the loss on a corpus in nats per token and in bits per byte of text.
 
     Args:
         model: the backbone.
         corpus: the documents.
-        row_length: tokens a row.
-        max_rows: measure this many rows, spread over the corpus; bits a byte then takes the tokens a byte of the whole
-            corpus. None measures all of it.
+        row_length: tokens per row, the longest context that the model sees.
+        max_rows: measure this many rows, spread over the corpus; bits per byte then uses the tokens per byte of the
+            whole corpus. None measures the whole corpus.
     """
     device = model.lm_head.weight.device
     rows = pack_corpus(corpus, row_length)
     num_targets = sum(size - 1 for row in rows for _, size in row)
     rows = spread_rows(rows, max_rows)
     nats, count = 0.0, 0
-    for start in range(0, len(rows), ROWS_A_FORWARD):
-        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length).to(device)
+    for start in range(0, len(rows), ROWS_PER_FORWARD):
+        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_PER_FORWARD], row_length).to(device)
         losses = next_token_nats(model, batch)
         nats, count = nats + losses.double().sum().item(), count + losses.numel()
     return nats / count, nats / count * num_targets / math.log(2) / corpus.num_bytes
 
 
 class NextTokenObjective:
-    """Cross-entropy of the backbone's next token; the only metric is the loss, in nats."""
+    """Cross-entropy of the backbone's next token; the only metric is the loss, in nats.
+
+    Args:
+        model: the backbone, which is trained.
+    """
 
     def __init__(self, model: DeepseekV4ForCausalLM) -> None:
         self.model = model
 
     def counts(self, batch: Batch) -> Tensor:
-        """Targets in the batch, float64 [1]."""
+        """Return the number of targets in the batch, float64 [1]."""
         return batch.target_mask(0).sum().double().unsqueeze(0)
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
-        """Mean cross-entropy over the targets of the step."""
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
+        """Return this micro-batch's share of the mean cross-entropy over the targets of the step."""
         nats = next_token_nats(self.model, batch)
-        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Loss and metrics of one micro-batch.
-
-    Attributes:
-        loss: scalar, already divided by the counts of the whole step, so that micro-batches add up.
-        sums_K: float64 [K] per name: sums over valid tokens of each draft step; divided by the counts only when logged.
-    """
-
-    loss: Tensor
-    sums_K: dict[str, Tensor]
+        return LossOutput(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})

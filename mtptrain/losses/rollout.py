@@ -1,7 +1,6 @@
-"""The objective of a head: a K-step rollout on frozen streams, charged by a divergence from the backbone."""
+"""The training objective of a head: a loss on every step of a K-step rollout from the backbone's frozen streams."""
 
-
-# B rows, S slots, K draft steps, T slots that predict at least one target, D model width
+# B rows, S slots, K draft steps, T slots with at least one target, A anchors, D model width
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
 from mtptrain.config import LossConfig, LossName
 from mtptrain.kernels.linear_loss import LinearLoss, linear_loss
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.mtp.fake_quantization import as_stored
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
@@ -24,17 +23,17 @@ from mtptrain.release.names import Row
 
 
 class SlotRows(NamedTuple):
-    """Draft states lined up with their teachers.
+    """Draft states aligned with the teacher's hidden states.
 
-    Step k at anchor i drafts token t_{i+k+1}, which the backbone predicts at slot j = i + k: all steps that share slot
-    j share one teacher row and one target.
+    Step k at anchor i drafts token t_{i+k+1}, which the backbone predicts at slot j = i + k. All steps of slot j
+    therefore share one teacher row and one target.
 
     Attributes:
-        student_KTD: draft states of each slot.
+        student_KTD: the draft state of each step at each slot.
         teacher_TD: the backbone's final hidden states.
         target_T: int64 token t_{j+1}.
-        mask_KT: bool, whether step k reaches the slot from an anchor of the same document.
-        index_T: int64, b * S + j.
+        mask_KT: bool, True if step k reaches the slot from an anchor of the same document.
+        index_T: int64, the flat slot index b * S + j.
     """
 
     student_KTD: Tensor
@@ -44,8 +43,14 @@ class SlotRows(NamedTuple):
     index_T: Tensor
 
 
-def line_up(hidden: list[Tensor], teacher_BSD: Tensor, batch: Batch) -> SlotRows:
-    """Shift the draft states of every step from their anchors to the slots of their teachers."""
+def align_slots(hidden: list[Tensor], teacher_BSD: Tensor, batch: Batch) -> SlotRows:
+    """Shift the draft states of every step from their anchors to the slots that predict the same token.
+
+    Args:
+        hidden: K draft states [B, S, D], by anchor.
+        teacher_BSD: the backbone's final hidden states.
+        batch: packed documents.
+    """
     masks = [batch.target_mask(k).roll(k, dims=1).flatten() for k in range(1, len(hidden) + 1)]
     mask_KX = torch.stack(masks)
     index_T = mask_KX.any(0).nonzero().squeeze(1)
@@ -55,7 +60,7 @@ def line_up(hidden: list[Tensor], teacher_BSD: Tensor, batch: Batch) -> SlotRows
 
 
 def anchor_alpha(loss_KT: Tensor, rows: SlotRows, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Acceptance 1 - TV of every step at its anchor, and which are valid: [K, B * S] each."""
+    """Return the acceptance 1 - TV of every step by anchor, and its bool validity mask, each [K, B * S]."""
     num_steps = loss_KT.shape[0]
     alphas, masks = [], []
     for k in range(1, num_steps + 1):
@@ -71,10 +76,11 @@ class RolloutObjective:
     Args:
         model: the frozen backbone.
         stack: the modules.
-        config: divergence, temperature, weights of the steps.
+        config: divergence, temperature and step weights.
         steps: draft steps K.
-        recompute: run each step again in the backward instead of keeping what it computed.
-        stored: of `rows_by_tensor`, where the modules train with the values that an export would store.
+        recompute: run each step again in the backward instead of keeping its activations.
+        stored: the result of `rows_by_tensor`, to train with the values that an export would store; None trains with
+            unrounded values.
     """
 
     def __init__(
@@ -91,17 +97,17 @@ class RolloutObjective:
         self.weights_K = step_weights(steps, config.step_decay)
 
     def counts(self, batch: Batch) -> Tensor:
-        """Targets of each draft step, float64 [K]."""
+        """Return the number of targets of each draft step, float64 [K]."""
         return torch.stack([batch.target_mask(k).sum().double() for k in range(1, self.steps + 1)])
 
     def per_token(self, batch: Batch) -> tuple[LinearLoss, SlotRows]:
-        """Loss, acceptance and top-1 top1_match of every step and slot."""
+        """Return loss, acceptance and top-1 match of every step and slot, with the slots."""
         with torch.no_grad():
             streams_BSND, hidden_BSD = backbone_streams(self.model, batch)
         embedding = self.model.model.embed_tokens
         with as_stored(self.stack, self.stored) if self.stored else nullcontext():
             drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
-        rows = line_up(drafts, hidden_BSD, batch)
+        rows = align_slots(drafts, hidden_BSD, batch)
         result = linear_loss(
             rows.student_KTD,
             rows.teacher_TD,
@@ -113,8 +119,8 @@ class RolloutObjective:
         )
         return result, rows
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
-        """Share of this micro-batch in the loss of the step, and the sums that are logged."""
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
+        """Return this micro-batch's share of the step's loss, and the metric sums to log."""
         result, rows = self.per_token(batch)
         if self.config.divergence is LossName.chain:
             loss = chain_loss(*anchor_alpha(result.loss_KT, rows, batch)).sum() / counts_K[0].float()
@@ -125,26 +131,25 @@ class RolloutObjective:
             "alpha": result.alpha_KT.double().sum(1),
             "top1_match": result.top1_match_KT.double().sum(1),
         }
-        return Outcome(self.config.scale * loss, sums_K)
+        return LossOutput(self.config.scale * loss, sums_K)
 
 
 def weighted_loss(loss_KT: Tensor, counts_K: Tensor, weights_K: Tensor) -> Tensor:
-    """Share of this micro-batch in sum_k w_k * (mean loss of step k over the global batch).
+    """Return this micro-batch's share of sum_k w_k * (mean loss of step k over the global batch).
 
-    Shares of all micro-batches and ranks ADD UP to the loss, so none is divided again: a trainer that averages
+    The shares of all micro-batches and ranks ADD UP to the loss, so no share is divided again: a trainer that averages
     gradients over R ranks multiplies by R. A step without a valid token contributes 0.
 
     Args:
-        loss_KT: floating, 0 at masked tokens, as `linear_loss` returns it.
+        loss_KT: floating, 0 at masked tokens, as returned by `linear_loss`.
         counts_K: int64 or float64, valid tokens of each step in the whole global batch.
-        weights_K: floating, see `step_weights`.
+        weights_K: floating; see `step_weights`.
 
     Returns:
         Scalar of loss_KT's dtype.
 
     Raises:
-        ValueError: the three disagree on the number of steps.
-
+        ValueError: the arguments disagree on the number of steps.
     """
     steps = loss_KT.shape[0]
     if counts_K.shape != (steps,) or weights_K.shape != (steps,):
@@ -157,22 +162,21 @@ def weighted_loss(loss_KT: Tensor, counts_K: Tensor, weights_K: Tensor) -> Tenso
 
 
 def chain_loss(alpha_KA: Tensor, mask_KA: Tensor) -> Tensor:
-    """Shortfall of each anchor's expected accepted length: sum over valid k of 1 - prod_{j<=k} alpha_j.
+    """Return the shortfall of each anchor's expected accepted length: sum over valid k of 1 - prod_{j<=k} alpha_j.
 
     Minimising it maximises the expected number of accepted draft tokens; it is 0 for a perfect head.
 
     Args:
-        alpha_KA: floating acceptance of step k at anchor a, in [0, 1], differentiable (1 - the tv loss).
+        alpha_KA: floating acceptance of step k at anchor a, in [0, 1], differentiable (1 - the `tv` loss).
         mask_KA: bool, True on the first steps of an anchor up to its last valid one. Masked values may be anything.
 
     Returns:
         [A] of alpha_KA's dtype, 0 for an anchor without a valid step.
 
     Raises:
-        ValueError: shapes differ, or a step is valid after one that is not.
+        ValueError: the shapes differ, or a valid step follows a masked one.
 
     Source: arXiv:2606.12370.
-
     """
     if alpha_KA.shape != mask_KA.shape:
         raise ValueError(f"alpha_KA {tuple(alpha_KA.shape)} and mask_KA {tuple(mask_KA.shape)} must have one shape")
@@ -183,20 +187,19 @@ def chain_loss(alpha_KA: Tensor, mask_KA: Tensor) -> Tensor:
 
 
 def step_weights(steps: int, decay: float) -> Tensor:
-    """Weight of each draft step in the loss, decay^(k-1) normalised to sum 1.
+    """Return the weight of each draft step in the loss: decay^(k-1), normalised to sum 1.
 
     Args:
         steps: number of draft steps K, at least 1.
         decay: beta in (0, 1]; 1 weighs every step alike.
 
     Returns:
-        float32 [K], not increasing.
+        float32 [K], non-increasing.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: an argument is out of range.
 
     Source: FastMTP, arXiv:2509.18362, equation 2.
-
     """
     if steps < 1:
         raise ValueError(f"steps={steps} leaves no draft step to weigh; use at least 1")

@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and the engines that hold a head's parameters."""
+"""The training loop, its checkpoints, and the engines that hold the parameters of a head."""

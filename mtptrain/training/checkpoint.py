@@ -1,7 +1,7 @@
-"""Checkpoints: artifacts that are whole or absent, with a checksum for every file.
+"""Checkpoints: artifacts that are complete or absent, with a checksum for every file.
 
 A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
-random-number state) and its manifest `checkpoint.json` (identity, step and counters).
+random-number state) and the manifest `checkpoint.json` (identity, step and counters).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtptrain.run.storage import no_room
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
-BEST = "best"  # the checkpoint with the best score of the measurements during training
+BEST = "best"  # name of the checkpoint with the best score during training
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class HeadIdentity:
         backbone: fingerprint of the backbone.
         mode, depth: how the modules are shared, and their number.
         steps: draft steps of the rollout.
-        trainable: of `mtp.trainable`.
-        optimizer: whose state the checkpoint holds.
+        trainable: the setting `mtp.trainable`.
+        optimizer: the optimiser whose state the checkpoint holds.
         start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
             and their `conversion`.
-        quant_aware: the stored format that training anticipates; None for none.
+        quant_aware: the export format that training simulates; None trains with unrounded values.
     """
 
     task: str
@@ -65,7 +65,7 @@ TrainingIdentity = HeadIdentity | BackboneIdentity
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """How far a training is: optimiser steps, and the trainer's own counts."""
+    """Progress of a training: optimiser steps done, and the trainer's counters."""
 
     step: int
     counters: dict[str, Any]
@@ -100,10 +100,10 @@ class Checkpoint:
     """A checkpoint on disk whose files have been verified.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         identity: the training that it belongs to.
         step: optimiser steps done.
-        counters: the trainer's own counts.
+        counters: the trainer's counters, such as tokens and skipped steps.
     """
 
     folder: Path
@@ -112,22 +112,22 @@ class Checkpoint:
     counters: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors, on the CPU."""
+        """Return the trained tensors, on the CPU."""
         return load_file(self.folder / TENSORS)
 
     def training(self) -> dict[str, Any]:
-        """Optimiser and random-number state."""
+        """Return the optimiser and random-number state."""
         state: dict[str, Any] = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
         return state
 
     def head_identity(self, fingerprint: str) -> HeadIdentity:
-        """The identity of a head that was trained on a backbone.
+        """Return the identity of the stored head, checked against the backbone.
 
         Args:
-            fingerprint: of the backbone.
+            fingerprint: fingerprint of the backbone.
 
         Raises:
-            UserError: the checkpoint holds no head, or one of another backbone.
+            UserError: the checkpoint holds no head, or a head of another backbone.
         """
         if not isinstance(self.identity, HeadIdentity):
             raise UserError(
@@ -141,7 +141,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
@@ -153,14 +153,14 @@ def save_checkpoint(
     identity: TrainingIdentity,
     counters: dict[str, Any],
 ) -> None:
-    """Write the checkpoint of a step; it appears as `folder` only when it is whole.
+    """Write the checkpoint of a step; it appears as `folder` only when it is complete.
 
     Raises:
-        UserError: there is no room; the checkpoints before it stay as they are.
+        UserError: the disk is full; earlier checkpoints are unchanged.
     """
     try:
         _write_checkpoint(folder, step, tensors, optimizer, identity, counters)
-    except Exception as error:  # each library raises its own
+    except Exception as error:  # every library raises a type of its own
         reason = no_room(error)
         if reason is None:
             raise
@@ -183,15 +183,15 @@ def _write_checkpoint(
         training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
-        with (temporary / TRAINING).open("wb") as file:  # given a path, torch hides why a write failed
+        with (temporary / TRAINING).open("wb") as file:  # with a path, torch hides the cause of a failed write
             torch.save(training, file)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and verify its files.
+    """Return a checkpoint after verifying its manifest and files.
 
     Raises:
-        UserError: it is missing, incomplete or damaged.
+        UserError: the checkpoint is missing, incomplete or damaged.
     """
     artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
     artifact.verify([TENSORS, TRAINING])
@@ -199,12 +199,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, unchecked."""
+    """Return the checkpoint folders of a run, oldest first, unverified."""
     return sorted(path for path in root.glob("step_*") if path.is_dir()) if root.is_dir() else []
 
 
 def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a run; damaged ones are named through `warn` and passed over."""
+    """Return the newest undamaged checkpoint of a run, or None; report damaged ones through `warn` and skip them."""
     for folder in reversed(checkpoint_folders(root)):
         try:
             return open_checkpoint(folder)
@@ -214,10 +214,10 @@ def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that a user's path means: a step folder, a run folder, or its `checkpoints` folder.
+    """Return the checkpoint at a user's path: a step folder, a run folder, or its `checkpoints` folder.
 
     Raises:
-        UserError: nothing usable lies there.
+        UserError: the path holds no usable checkpoint.
     """
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return open_checkpoint(path)
@@ -229,7 +229,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's tensors; every name and shape is the module's, also where ZeRO has shared the module out.
+    """Return a checkpoint's tensors after comparing names and shapes with a module, which ZeRO may have partitioned.
 
     Raises:
         UserError: names or shapes differ.
@@ -237,11 +237,11 @@ def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tens
     tensors = checkpoint.tensors()
     state = module.state_dict(keep_vars=True)
     wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in state.items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if wanted != found:
-        name = min(dict(wanted.items() ^ found.items()))
+    stored = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != stored:
+        name = min(dict(wanted.items() ^ stored.items()))
         raise UserError(
-            f"checkpoint={checkpoint.folder}: does not fit the modules of this run: {name} is {found.get(name)} there "
+            f"checkpoint={checkpoint.folder}: does not fit the modules of this run: {name} is {stored.get(name)} there "
             f"and {wanted.get(name)} here"
         )
     return tensors

@@ -14,7 +14,7 @@ from mtptrain.training.optim import MasterWeights, make_optimizers
 
 
 class ReplicatedEngine:
-    """Plain data parallelism on fp32 masters; see `Engine`.
+    """Plain data parallelism with fp32 masters; see `Engine`.
 
     Args:
         module: its parameters that require gradients are trained.
@@ -31,7 +31,7 @@ class ReplicatedEngine:
         loss.backward()
 
     def step(self, rate: float) -> float:
-        """Sum, clip and update."""
+        """Sum, clip and update; return the gradient norm before clipping."""
         self.masters.pull_gradients()
         if world_size() > 1:
             self._sum_gradients()
@@ -47,7 +47,7 @@ class ReplicatedEngine:
         return norm
 
     def _sum_gradients(self) -> None:
-        """Sum the gradients of all processes in one message."""
+        """Sum the gradients of all processes in one all-reduce."""
         parameters = self.masters.parameters
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         parts = sum_over_processes(flat).split([p.numel() for p in parameters])
@@ -55,11 +55,11 @@ class ReplicatedEngine:
             parameter.grad = part.view_as(parameter)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The module's state with masters in place of rounded parameters."""
+        """Return the module's state with masters in place of rounded parameters."""
         return self.masters.tensors()
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's state by the tensor's name."""
+        """Return the optimiser's state by tensor name."""
         states = {id(master): state for optimizer in self.optimizers for master, state in optimizer.state.items()}
         return {name: dict(states[id(p)]) for name, p in self.masters.masters.items() if id(p) in states}
 
@@ -68,12 +68,12 @@ class ReplicatedEngine:
         self.module.load_state_dict(tensors)
         self.masters.load(tensors)
         for optimizer in self.optimizers:
-            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, master in self.masters.masters.items():
-                if id(master) in mine and name in state:
-                    optimizer.state[master] = {key: _beside(value, master) for key, value in state[name].items()}
+                if id(master) in updated and name in state:
+                    optimizer.state[master] = {key: _on_device_of(value, master) for key, value in state[name].items()}
 
 
-def _beside(value: Tensor, master: Tensor) -> Tensor:
-    """A tensor of the optimiser's state on its master's device; AdamW keeps its count of steps on the CPU."""
+def _on_device_of(value: Tensor, master: Tensor) -> Tensor:
+    """Return a tensor of the optimiser's state on the device of its master; AdamW keeps its step count on the CPU."""
     return value.to(master.device) if value.ndim else value.clone()

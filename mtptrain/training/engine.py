@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine."""
+"""The interface between the training loop and the engines that hold the parameters."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from mtptrain.config import EngineName, TrainConfig
 
-# The optimiser's state of every trained tensor by the tensor's name, each entry as the optimiser names it.
+# The optimiser's state by the name of the trained tensor, then by the optimiser's own key.
 OptimizerState = dict[str, dict[str, Tensor]]
 
 
 class Engine(Protocol):
-    """Trains the parameters of a module that require gradients, on every process alike.
+    """Trains the parameters of a module that require gradients, with the same result on every process.
 
     Attributes:
-        module: computes with the parameters; they may be rounded or, outside a forward, elsewhere.
+        module: the module in training. Its parameters may be rounded and, outside a forward, held by other processes.
     """
 
     module: nn.Module
@@ -26,7 +26,7 @@ class Engine(Protocol):
         ...
 
     def step(self, rate: float) -> float:
-        """Sum the gradients of all processes, clip them and update; a gradient that is not finite changes nothing.
+        """Sum the gradients of all processes, clip them and update; skip the update if the gradient is not finite.
 
         Args:
             rate: the learning rate.
@@ -37,26 +37,29 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The module's state with fp32 masters in place of rounded parameters, whole on rank 0; all processes call."""
+        """Return the module's state with fp32 masters in place of rounded parameters, complete on rank 0.
+
+        Every process must call it.
+        """
         ...
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's state, whole on rank 0; all processes call."""
+        """Return the optimiser's state, complete on rank 0. Every process must call it."""
         ...
 
     def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
-        """Take what `tensors` and `optimizer_state` of any engine returned."""
+        """Restore the results of `tensors` and `optimizer_state`, of this or any other engine."""
         ...
 
 
 def make_engine(name: EngineName, module: nn.Module, config: TrainConfig, offload: bool = False) -> Engine:
-    """The engine of a run.
+    """Return the engine of a run.
 
     Args:
         name: the engine.
         module: its parameters that require gradients are trained.
         config: optimiser and clipping.
-        offload: keep the optimiser's state in the CPU's memory.
+        offload: keep the optimiser's state in CPU memory.
     """
     if name is EngineName.single:
         from mtptrain.training.data_parallel import ReplicatedEngine

@@ -1,4 +1,4 @@
-"""The optimisers, the fp32 masters they update, and their learning-rate schedule."""
+"""The optimisers, the fp32 masters that they update, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MasterWeights:
         self.masters: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                is_own = parameter.dtype == torch.float32
-                self.masters[name] = parameter if is_own else parameter.detach().float().requires_grad_()
+                is_master = parameter.dtype == torch.float32
+                self.masters[name] = parameter if is_master else parameter.detach().float().requires_grad_()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -45,7 +45,7 @@ class MasterWeights:
             parameter.copy_(self.masters[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The module's state with masters in place of rounded parameters."""
+        """Return the module's state with masters in place of rounded parameters."""
         return {name: self.masters.get(name, value).detach() for name, value in self.module.state_dict().items()}
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ class MasterWeights:
 
 
 def make_adamw(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a group a dtype and kind; only tensors of two dimensions or more are decayed."""
+    """Return AdamW with one group per dtype and decay; only tensors of two or more dimensions are decayed."""
     groups = []
     for dtype in dict.fromkeys(p.dtype for p in parameters):
         same = [p for p in parameters if p.dtype == dtype]
@@ -74,10 +74,10 @@ def make_adamw(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim
 
 
 def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers of `train.optimizer`, which share the parameters out among them.
+    """Return the optimisers of `train.optimizer`; each parameter belongs to one of them.
 
-    `muon` is torch's own: it takes the matrices, at steps scaled to the root mean square of AdamW's, so that both share
-    one learning rate. Vectors, and the experts' three-dimensional stacks, which it refuses, stay with AdamW.
+    `muon` is torch's own. It updates the matrices, with steps scaled to the root mean square of AdamW's so that both
+    use one learning rate. AdamW updates vectors and the experts' three-dimensional stacks, which Muon refuses.
     """
     matrices = [p for p in parameters if p.ndim == 2] if config.optimizer is OptimizerName.muon else []
     if not matrices:
@@ -90,7 +90,7 @@ def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of optimiser step `step` (0-based): linear warm-up, then a cosine to the final ratio."""
+    """Return the learning rate of optimiser step `step` (0-based): linear warm-up, then a cosine to the final ratio."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -1,6 +1,6 @@
-"""The balancing of routed experts, and how evenly they are loaded."""
+"""Load balancing of routed experts, and metrics of their load."""
 
-# E experts, L routers
+# E experts
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mtptrain.run.distributed import sum_over_processes
 class RouterBalancer:
     """Auxiliary-loss-free load balancing: an expert's selection bias rises when it is chosen too rarely.
 
-    b_e += rate * sign(mean load - load_e), after every optimiser step, by the loads of all processes together.
+    b_e += rate * sign(mean load - load_e) after every optimiser step, with loads summed over all processes.
     Source: arXiv 2412.19437, section 2.1.2.
 
     Args:
-        module: holds top-k routers (anything with `e_score_correction_bias`, whose forward returns (_, _, indices)).
-        rate: size of one correction; 0 leaves the biases alone and only measures.
+        module: contains top-k routers: modules with `e_score_correction_bias` whose forward returns (_, _, indices).
+        rate: size of one correction; 0 leaves the biases unchanged and only measures the loads.
     """
 
     def __init__(self, module: nn.Module, rate: float) -> None:
@@ -43,7 +43,7 @@ class RouterBalancer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Correct every bias once by the loads since the last call."""
+        """Correct every bias once, using the loads since the last call."""
         if not self.routers:
             return
         parts = sum_over_processes(torch.cat(self.loads)).split([load_E.numel() for load_E in self.loads])
@@ -55,11 +55,14 @@ class RouterBalancer:
             load_E.zero_()
 
     def figures(self) -> dict[str, float]:
-        """Since the last call: the busiest expert's load over the mean, and how many experts no token went to."""
-        found: dict[str, float] = {}
+        """Return, for every router, the busiest expert's load over the mean and the number of dead experts.
+
+        Both cover the time since the last call; a dead expert received no token in it.
+        """
+        figures: dict[str, float] = {}
         for number, seen_E in enumerate(self.seen):
             if seen_E.any():
-                found[f"experts/largest_load_{number}"] = (seen_E.max() / seen_E.double().mean()).item()
-                found[f"experts/dead_{number}"] = float((seen_E == 0).sum())
+                figures[f"experts/largest_load_{number}"] = (seen_E.max() / seen_E.double().mean()).item()
+                figures[f"experts/dead_{number}"] = float((seen_E == 0).sum())
             seen_E.zero_()
-        return found
+        return figures

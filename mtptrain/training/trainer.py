@@ -1,4 +1,4 @@
-"""The training loop: one engine, one objective, batches by step number, checkpoints that resume exactly."""
+"""The training loop: one engine, one objective, batches by step number, and checkpoints for an exact resume."""
 
 # K draft steps, J sources
 
@@ -20,7 +20,7 @@ from mtptrain.batch import Batch
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.errors import Preempted, UserError
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.distributed import (
     broadcast,
@@ -50,35 +50,35 @@ from mtptrain.training.router_balance import RouterBalancer
 
 
 class Objective(Protocol):
-    """What a module is trained on."""
+    """Training objective of a module."""
 
     def counts(self, batch: Batch) -> Tensor:
-        """Valid target tokens of each draft step, float64 [K]."""
+        """Return the number of valid target tokens of each draft step, float64 [K]."""
         ...
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
-        """Loss and metric sums of a micro-batch, given the counts of the whole step."""
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
+        """Return loss and metric sums of a micro-batch, given the counts of the whole step."""
         ...
 
 
-POSITIONS = "data_positions"  # of all processes, among a checkpoint's counters
+POSITIONS = "data_positions"  # counter in a checkpoint: the data position of every process
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimiser step saw, over all its micro-batches and processes.
+    """Counts and metric sums of an optimiser step, over all its micro-batches and processes.
 
     Attributes:
         counts_K: valid target tokens of each draft step, float64.
-        sums_K: float64 sums over them by name; empty when the step was skipped.
-        norm: of the gradient before clipping.
-        must_leave: whether a process has been asked to leave.
+        sums_K: metric sums over these tokens by name, float64; empty if the step was skipped.
+        norm: norm of the gradient before clipping.
+        stop_requested: whether a signal has asked any process to stop.
     """
 
     counts_K: Tensor
     sums_K: dict[str, Tensor]
     norm: float
-    must_leave: bool
+    stop_requested: bool
 
 
 @dataclass(slots=True)
@@ -97,14 +97,14 @@ class Totals:
             self.sums_K[name] = self.sums_K.get(name, torch.zeros_like(value_K)) + value_K
 
     def means(self) -> dict[str, float]:
-        """`name/step_k`: mean over the valid tokens of draft step k."""
+        """Return `name/step_k`: the mean over the valid tokens of draft step k."""
         if self.counts_K is None:
             return {}
-        found = {}
+        means = {}
         for name, sum_K in self.sums_K.items():
             mean_K = sum_K / self.counts_K.clamp(min=1)
-            found.update({f"{name}/step_{k}": value for k, value in enumerate(mean_K.tolist(), start=1)})
-        return found
+            means.update({f"{name}/step_{k}": value for k, value in enumerate(mean_K.tolist(), start=1)})
+        return means
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Probe:
     Attributes:
         every: steps between measurements; the last step is measured too.
         measure: returns the metrics to log.
-        score: which of them is better when larger.
+        score: name of the metric that selects the best checkpoint; larger is better.
     """
 
     every: int
@@ -126,14 +126,14 @@ class Trainer:
     """Trains a module, together with the other processes of the run.
 
     Args:
-        engine: holds the module; what it trains is checkpointed, with the rest of the module and its buffers.
+        engine: holds the module. The whole module is checkpointed, buffers and frozen parameters included.
         objective: turns a batch into a loss.
         batches: micro-batches by number.
-        config: numbers of the loop.
+        config: steps, accumulation, schedule and intervals of the loop.
         checkpoints: folder of the checkpoints.
-        identity: of the training; a checkpoint of another one is not continued.
+        identity: identity of the training; checkpoints of another training are refused.
         label: shown in the progress line.
-        probe: measures the module while it trains.
+        probe: measures the module during training.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Trainer:
         self.checkpoints, self.identity, self.label, self.probe = checkpoints, identity, label, probe
         self.device = next(engine.module.parameters()).device
         self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
-        self.leave = LeaveRequest()
+        self.stop_request = LeaveRequest()
         self.step = 0
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
@@ -173,7 +173,7 @@ class Trainer:
         self.batches.seek(self.step * self.config.accumulation, self.counters.pop(POSITIONS, []))
 
     def save(self, name: str | None = None) -> Path:
-        """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
+        """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
         positions, counters = gather(self.batches.position()), dict(self.counters)
@@ -188,7 +188,7 @@ class Trainer:
         return folder
 
     def train_step(self) -> Step:
-        """One optimiser step; a non-finite loss or gradient skips the update, on all processes, and is counted.
+        """Run one optimiser step; a non-finite loss or gradient skips the update on all processes and is counted.
 
         Raises:
             UserError: `train.max_bad_steps` steps in a row were not finite.
@@ -201,35 +201,35 @@ class Trainer:
         counts_K, tokens_J = sum_over_processes(torch.cat([counts_K, tokens_J])).split([len(counts_K), num_sources])
         sums_K: dict[str, Tensor] = {}
         for batch in batches:
-            outcome = self.objective(batch, counts_K)
-            self.engine.backward(_poisoned(outcome.loss))
-            for name, value_K in outcome.sums_K.items():
+            output = self.objective(batch, counts_K)
+            self.engine.backward(_poisoned(output.loss))
+            for name, value_K in output.sums_K.items():
                 sums_K[name] = sums_K.get(name, torch.zeros_like(value_K)) + value_K
         norm = self.engine.step(learning_rate(self.step, self.config))
         self.balancer.step()
         self.step += 1
         self._count_tokens(tokens_J)
-        sums_K, must_leave = self._over_processes(sums_K)
+        sums_K, stop_requested = self._over_processes(sums_K)
         if not math.isfinite(norm):
             self._count_bad_step()
-            return Step(counts_K, {}, norm, must_leave)
+            return Step(counts_K, {}, norm, stop_requested)
         self.counters["bad_steps_in_a_row"] = 0
-        return Step(counts_K, sums_K, norm, must_leave)
+        return Step(counts_K, sums_K, norm, stop_requested)
 
     def _count_tokens(self, tokens_J: Tensor) -> None:
-        """Count the tokens of a step, those of each source of a mixture on their own too."""
+        """Count the tokens of a step, in total and by source of a mixture."""
         self.counters["tokens"] += int(tokens_J.sum())
         for name, tokens in zip(self.batches.names, tokens_J.tolist(), strict=False):
             self.counters[f"tokens/{name}"] = self.counters.get(f"tokens/{name}", 0) + int(tokens)
 
     def _shares(self) -> dict[str, float]:
-        """`share/NAME`: what part of all tokens so far came from each source of a mixture."""
+        """Return `share/NAME`: the share of each source of a mixture in all tokens so far."""
         total = max(self.counters["tokens"], 1)
         return {f"share/{name}": self.counters.get(f"tokens/{name}", 0) / total for name in self.batches.names}
 
     def _over_processes(self, sums_K: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        """Sums over all processes, and whether one of them was asked to leave."""
-        request = torch.tensor([float(self.leave.is_made)], dtype=torch.float64, device=self.device)
+        """Return the sums over all processes, and whether a signal has asked any of them to stop."""
+        request = torch.tensor([float(self.stop_request.is_made)], dtype=torch.float64, device=self.device)
         *rows, requests = sum_over_processes(torch.cat([*sums_K.values(), request])).split(
             [value_K.numel() for value_K in sums_K.values()] + [1]
         )
@@ -249,11 +249,11 @@ class Trainer:
         """Train until `train.steps`, with progress, metrics and checkpoints.
 
         Raises:
-            Preempted: a signal asked to leave; the state is saved.
+            Preempted: a signal asked the run to stop; the state is saved.
         """
         self.engine.module.train()
         totals, logged_at, tokens_at = Totals(), time.monotonic(), self.counters["tokens"]
-        with closing(self.batches), self.leave, Progress(self.label, self.config.steps, self.step) as progress:
+        with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:
             while self.step < self.config.steps:
                 before = self.counters["tokens"]
                 step = self.train_step()
@@ -270,9 +270,9 @@ class Trainer:
                     totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
                 if self.probe is not None and self._is_due(self.probe.every):
                     self._measure(self.probe, log)
-                if self._is_due(self.config.checkpoint_every) or step.must_leave:
+                if self._is_due(self.config.checkpoint_every) or step.stop_requested:
                     self.save()
-                if step.must_leave and self.step < self.config.steps:
+                if step.stop_requested and self.step < self.config.steps:
                     raise Preempted(f"step {self.step} of {self.config.steps} is saved")
         self.engine.module.eval()
         if self.counters["skipped_steps"] and rank() == 0:
@@ -282,7 +282,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = broadcast(probe.measure())  # every process measures: its share of the head may be needed
+        metrics = broadcast(probe.measure())  # every process must measure, because it may hold a share of the head
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
@@ -290,12 +290,12 @@ class Trainer:
 
 
 def _poisoned(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite gets a gradient that is not either, which every process and engine notices."""
+    """Return the loss; a non-finite loss gets a non-finite gradient, which every process and engine detects."""
     return loss * (1 + 0 * loss.detach())
 
 
 def _figures(totals: Totals) -> str:
-    """Loss of the first step, and acceptance of every step where it is measured."""
+    """Return the loss of the first step and, if measured, the acceptance of every step, for the progress line."""
     means = totals.means()
     parts = [f"loss {means['loss/step_1']:.3f}"] if "loss/step_1" in means else []
     alphas = [f"{value:.3f}" for name, value in means.items() if name.startswith("alpha/")]

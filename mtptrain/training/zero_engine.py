@@ -1,7 +1,9 @@
-"""`engine=zero1|zero2|zero3`: DeepSpeed ZeRO shares the optimiser's state, gradients or parameters out.
+"""`engine=zero1|zero2|zero3`: DeepSpeed ZeRO partitions the training state over processes.
 
-DeepSpeed keeps fp32 masters of lower-precision parameters itself. It is given no `bf16` section: that would round the
-tensors that DeepSeek-V4 keeps in fp32 as well.
+Stage 1 partitions the optimiser's state, stage 2 the gradients too, stage 3 the parameters as well.
+
+DeepSpeed itself keeps fp32 masters of lower-precision parameters. Its `bf16` section is not used, because it would also
+round the tensors that DeepSeek-V4 keeps in fp32.
 """
 
 from __future__ import annotations
@@ -33,24 +35,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def zero_settings(config: TrainConfig, stage: int, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration of a stage."""
+    """Return DeepSpeed's configuration for a stage."""
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": WHOLE_BELOW}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # of no effect but on DeepSpeed's own counters
+        "train_micro_batch_size_per_gpu": 1,  # affects only DeepSpeed's own counters
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its CPU AdamW differs from torch's in bits, and builds for minutes
+        "zero_force_ds_cpu_optimizer": False,  # its CPU AdamW differs from torch's in bits and takes minutes to build
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**62,
     }
 
 
-class _Held(nn.Module):
+class _EmptyForward(nn.Module):
     """The module that DeepSpeed wraps. Its forward computes nothing, because the objective calls the head itself."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,16 +64,16 @@ class _Held(nn.Module):
 
 
 class ZeroEngine:
-    """A stage of ZeRO, among processes that have joined; see `Engine`.
+    """A stage of ZeRO, for processes that have joined the group; see `Engine`.
 
     Args:
         module: its parameters that require gradients are trained.
         config: optimiser, clipping and accumulation.
         stage: 1, 2 or 3.
-        offload: keep the optimiser's state in the CPU's memory.
+        offload: keep the optimiser's state in CPU memory.
 
     Raises:
-        UserError: stage 3, and the parameters are of several dtypes.
+        UserError: at stage 3 the trained parameters have several dtypes.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, stage: int, offload: bool) -> None:
@@ -80,12 +82,12 @@ class ZeroEngine:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if stage == 3 and len({p.dtype for p in self.trained.values()}) > 1:
             raise UserError(f"engine=zero3: {ONE_DTYPE}")
-        # DeepSpeed takes the first parameter's dtype for the whole; only as fp32 does it look at the gradient's norm.
+        # DeepSpeed takes the first parameter's dtype for all; it checks the gradient's norm only if that is fp32.
         ordered = sorted(self.trained.values(), key=lambda p: p.dtype != torch.float32)
         self.optimizer = make_adamw(ordered, config)
         groups = [list(group["params"]) for group in self.optimizer.param_groups if group["params"]]
         self.engine, *_ = deepspeed.initialize(
-            model=_Held(module),
+            model=_EmptyForward(module),
             optimizer=self.optimizer,
             dist_init_required=False,
             config=zero_settings(config, stage, offload),
@@ -95,15 +97,15 @@ class ZeroEngine:
         gather_small(self.engine.optimizer)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch; DeepSpeed averages over processes where shares must add up."""
-        self.engine()  # without a forward, stage 3 takes every micro-batch for the first and drops earlier gradients
+        """Add the gradient of a micro-batch; the factor undoes DeepSpeed's average over processes."""
+        self.engine()  # without a forward, stage 3 treats every micro-batch as the first and drops earlier gradients
         self.engine.backward(loss * world_size(), scale_wrt_gas=False)
         self.micro_batches += 1
         if self.micro_batches < self.accumulation:
-            self.engine.step()  # only counts
+            self.engine.step()  # only advances DeepSpeed's counter
 
     def step(self, rate: float) -> float:
-        """Clip and update; DeepSpeed has summed, and skips an update that is not finite."""
+        """Clip and update; DeepSpeed has summed the gradients, and skips a non-finite update."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
@@ -111,28 +113,28 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The module's state, gathered a tensor at a time."""
-        found = {name: value.detach() for name, value in self.module.state_dict().items()}
+        """Return the module's state on rank 0, gathered one tensor at a time."""
+        tensors = {name: value.detach() for name, value in self.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
             if name in self.trained:
-                found[name] = _for_first(safe_get_full_fp32_param(parameter))
+                tensors[name] = _on_rank0(safe_get_full_fp32_param(parameter))
             elif self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    found[name] = _for_first(parameter.detach())
+                    tensors[name] = _on_rank0(parameter.detach())
         gather_small(self.engine.optimizer)
-        return found if rank() == 0 else {}
+        return tensors if rank() == 0 else {}
 
     def optimizer_state(self) -> OptimizerState:
-        """AdamW's state by the tensor's name, gathered a tensor at a time."""
+        """Return AdamW's state by tensor name on rank 0, gathered one tensor at a time."""
         step = next(iter(self.optimizer.state.values()))["step"]
-        found = {}
+        states = {}
         for name, parameter in self.trained.items():
-            moments = {key: _for_first(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-            found[name] = {"step": step.clone(), **moments}
-        return found if rank() == 0 else {}
+            moments = {key: _on_rank0(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            states[name] = {"step": step.clone(), **moments}
+        return states if rank() == 0 else {}
 
     def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
-        """Continue from stored tensors and state: each process keeps its share."""
+        """Continue from stored tensors and state; each process keeps its share."""
         for name, buffer in self.module.named_buffers():
             if name in tensors:
                 buffer.copy_(tensors[name])
@@ -143,8 +145,8 @@ class ZeroEngine:
                 if name in self.trained:
                     self._set(parameter, tensors[name])
         gather_small(self.engine.optimizer)
-        for held in self.optimizer.state.values():
-            held["step"].copy_(next(iter(state.values()))["step"])
+        for entry in self.optimizer.state.values():
+            entry["step"].copy_(next(iter(state.values()))["step"])
         for name, parameter in self.trained.items():
             for key in MOMENTS:
                 self._set(parameter, state[name][key], key)
@@ -167,13 +169,13 @@ class ZeroEngine:
             safe_set_local_optimizer_state(parameter, share, key)
 
     def _make_states(self, groups: list[list[Tensor]]) -> None:
-        """Give every flat master of this process the state that AdamW would make at its first step.
+        """Give every flat master of this process the state that AdamW would create at its first step.
 
-        DeepSpeed ties the state to the parameters once, after the step of the first group of parameters: made later,
-        the state of the other groups would never be found.
+        DeepSpeed links the state to the parameters only once, after the step of the first parameter group. It would
+        miss the state of the other groups if AdamW created it later.
 
         Args:
-            groups: the parameters of each group, of which DeepSpeed has made one flat master below stage 3.
+            groups: the parameters of each group; below stage 3, DeepSpeed has flattened each group into one master.
         """
         if self.stage == 3:
             self._add_states(self.engine.optimizer.fp32_partitioned_groups_flat)
@@ -189,6 +191,6 @@ class ZeroEngine:
             self.optimizer.state[master] = {"step": torch.zeros(()), **moments}
 
 
-def _for_first(value: Tensor) -> Tensor:
-    """A copy in the CPU's memory on rank 0, nothing elsewhere: only rank 0 writes."""
+def _on_rank0(value: Tensor) -> Tensor:
+    """Return a copy in CPU memory on rank 0 and an empty tensor elsewhere, because only rank 0 writes."""
     return value.detach().cpu().clone() if rank() == 0 else value.new_empty(0)

@@ -1,5 +1,5 @@
-"""Everything is made on the backbone's device. Tensors without values stand for those of a GPU: mixing them with the
-CPU's fails."""
+"""All tensors are created on the backbone's device. Tensors without values stand in for GPU tensors, and mixing them
+with CPU tensors fails."""
 
 from collections.abc import Iterator
 
@@ -56,12 +56,12 @@ def test_a_step_runs_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> No
     cache = allocate_cache(model, 2, 64, 4)
     cache.advance(21)
     tokens_BL = torch.zeros(2, 4, dtype=torch.int64, device=ELSEWHERE)
-    assert {one.device for one in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
+    assert {output.device for output in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
 
 
 def test_whole_sequences_run_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> None:
     tokens_BS = torch.zeros(2, 40, dtype=torch.int64, device=ELSEWHERE)
-    assert {one.device for one in run_backbone(model, tokens_BS)} == {ELSEWHERE}
+    assert {output.device for output in run_backbone(model, tokens_BS)} == {ELSEWHERE}
 
 
 @pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3)])
@@ -72,9 +72,9 @@ def test_drafts_are_made_and_verified_on_the_backbones_device(
     proposer = MtpProposer(model, stack)
     proposer.start(texts, 3, policy)
     draws = Draws([1, 2], texts.lengths, 9, 3, ELSEWHERE)
-    going_B = torch.ones(2, dtype=torch.bool, device=ELSEWHERE)
+    active_B = torch.ones(2, dtype=torch.bool, device=ELSEWHERE)
     u_BK = None if policy.is_greedy else draws.draft(texts.emitted_B)
-    draft = proposer.propose(texts.length_B, going_B, u_BK)
+    draft = proposer.propose(texts.length_B, active_B, u_BK)
     proposer.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
     logits_BLV = torch.zeros(2, 4, 97, dtype=torch.bfloat16, device=ELSEWHERE)
     emission = verify(policy, draft, logits_BLV, draws.verify(texts.emitted_B, 3))

@@ -1,4 +1,4 @@
-"""Decoding with recorded steps, of which a CPU plays tapes: static shapes, nothing of Python, outputs used again."""
+"""Decoding with recorded steps, replayed op by op on a CPU: static shapes, no Python code, reused output tensors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.kernels.acceptance import Verification
-from tests.decoding.tape import Tape, record_on_a_cpu
+from tests.decoding.recorded_ops import RecordedOps, record_on_cpu
 from tests.tiny import random_backbone, random_stack
 
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
@@ -30,42 +30,42 @@ def test_recorded_steps_give_the_same_texts_in_the_same_passes(
     model = random_backbone()
     stack, limits = random_stack(model, depth), Limits(14)
     expected = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
-    tapes = record_on_a_cpu(monkeypatch)
-    found = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
-    assert [(row.tokens, row.passes) for row in found] == [(row.tokens, row.passes) for row in expected]
-    assert len(tapes) == 2  # the verify pass and the draft, each once
+    recordings = record_on_cpu(monkeypatch)
+    recorded = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
+    assert [(row.tokens, row.passes) for row in recorded] == [(row.tokens, row.passes) for row in expected]
+    assert len(recordings) == 2  # the verify pass and the draft, each once
 
 
-def test_a_recorded_pass_reads_the_lengths_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every place of the compression windows and of the ring, over more positions than the window holds."""
+def test_a_recorded_pass_reads_the_current_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every offset in the compression windows and in the ring, over more positions than the window holds."""
     model = random_backbone()
-    record_on_a_cpu(monkeypatch)
+    record_on_cpu(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     recorded, plain = (allocate_cache(model, 2, 96, 3) for _ in range(2))
     verify = captured_verify(model, recorded)
     with torch.inference_mode():
         for _ in range(24):
             tokens_BL = torch.randint(97, (2, 3), generator=generator)
-            found = verify(tokens_BL)
+            outputs = verify(tokens_BL)
             streams_BLND, hidden_BLD = decode_step(model, plain, tokens_BL)
             expected = (streams_BLND, model.lm_head(hidden_BLD))
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=0)
+            for output, reference in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(output, reference, rtol=0, atol=0)
             kept_B = plain.length_B - torch.randint(0, 3, (2,), generator=generator)
             for cache in (recorded, plain):
                 cache.rewind(kept_B)
 
 
-def test_a_tape_plays_operations_and_no_python() -> None:
-    offset, held = 1, torch.zeros(3)
-    given = torch.zeros(3)
-    with Tape() as tape:
-        result = (given + offset).view(3, 1)
-        held.add_(1)
+def test_replaying_recorded_ops_runs_no_python() -> None:
+    offset, counter = 1, torch.zeros(3)
+    inputs = torch.zeros(3)
+    with RecordedOps() as ops:
+        result = (inputs + offset).view(3, 1)
+        counter.add_(1)
     offset = 5
-    given.fill_(7)
-    tape.replay()
+    inputs.fill_(7)
+    ops.replay()
     assert result.flatten().tolist() == [8, 8, 8]
-    assert held.tolist() == [2, 2, 2]
-    with pytest.raises(RuntimeError, match="waits for the device"), Tape():
-        given.sum().item()
+    assert counter.tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="waits for the device"), RecordedOps():
+        inputs.sum().item()

@@ -1,4 +1,4 @@
-"""Speculative decoding emits what plain decoding emits, whatever is drafted, and each row for itself."""
+"""Speculative decoding emits the texts of plain decoding for any draft, and each row is independent."""
 
 from dataclasses import replace
 
@@ -36,8 +36,8 @@ def plain(prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[Decode
     return decode_plain(MODEL, prompts, Limits(new_tokens)).rows
 
 
-class ScriptedDrafts:
-    """Drafts each text's own tokens, except that draft number n goes wrong after `script[n]` of them."""
+class ScriptedProposer:
+    """Drafts each text's own tokens, except that draft n goes wrong after `script[n]` of them."""
 
     def __init__(self, texts: list[list[int]], scripts: list[list[int]]) -> None:
         self.truth, self.scripts, self.calls = texts, scripts, 0
@@ -61,7 +61,7 @@ class ScriptedDrafts:
         right = script[self.calls % len(script)]
         truth = (self.truth[row] + [0] * self.draft_length)[known : known + self.draft_length]
         truth += [0] * (self.draft_length - len(truth))
-        return [token if place < right else (token + 1) % 97 for place, token in enumerate(truth)]
+        return [token if index < right else (token + 1) % 97 for index, token in enumerate(truth)]
 
 
 def accepted_by_script(script: list[int], draft_length: int) -> list[int]:
@@ -82,27 +82,29 @@ def test_any_draft_leaves_the_output_unchanged(lengths: list[int], draft_length:
     """Every pattern of rejections rewinds each row across window and compression boundaries."""
     prompts = [prompt_of(length, seed=10 * row + length) for row, length in enumerate(lengths)]
     expected = plain(prompts)
-    # More tokens than are emitted, so that the script also knows the last token of the verifier.
+    # Longer than the emitted texts, so that the script also knows the last token of the verifier.
     texts = [prompt + row.tokens for prompt, row in zip(prompts, plain(prompts, NEW_TOKENS + 8), strict=True)]
-    loop = decode_speculative(MODEL, ScriptedDrafts(texts, scripts), prompts, draft_length, LIMITS).rows
+    loop = decode_speculative(MODEL, ScriptedProposer(texts, scripts), prompts, draft_length, LIMITS).rows
     for row, script in enumerate(scripts):
         pairs = zip(expected[row].tokens, loop[row].tokens, strict=True)
-        parted = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
-        assert parted is None or expected[row].gaps[parted] < TIE_GAP
-        if parted is None:
-            assert [one.accepted for one in loop[row].passes] == accepted_by_script(script, draft_length)
+        mismatch = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
+        assert mismatch is None or expected[row].gaps[mismatch] < TIE_GAP
+        if mismatch is None:
+            assert [verify_pass.accepted for verify_pass in loop[row].passes] == accepted_by_script(
+                script, draft_length
+            )
 
 
 def test_the_drafted_token_that_a_pass_rejects_is_recorded() -> None:
     """A script's wrong token is the right one's successor; a pass that keeps its whole draft rejects nothing."""
     prompt = prompt_of(7)
     text = prompt + plain([prompt], NEW_TOKENS + 8)[0].tokens
-    row = decode_speculative(MODEL, ScriptedDrafts([text], [[0, 3, 1]]), [prompt], 3, Limits(20)).rows[0]
+    row = decode_speculative(MODEL, ScriptedProposer([text], [[0, 3, 1]]), [prompt], 3, Limits(20)).rows[0]
     emitted, expected = 1, []
-    for one in row.passes:
-        place = len(prompt) + emitted + one.accepted
-        expected.append(None if one.accepted == 3 else (text[place] + 1) % 97)
-        emitted += one.emitted
+    for verify_pass in row.passes:
+        slot = len(prompt) + emitted + verify_pass.accepted
+        expected.append(None if verify_pass.accepted == 3 else (text[slot] + 1) % 97)
+        emitted += verify_pass.emitted
     assert row.rejected[:-1] == expected[:-1]  # the last draft is cut by the end of the text
     assert len(row.rejected) == len(row.passes)
 
@@ -119,7 +121,7 @@ POLICIES = [
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_engine_decodes_what_a_loop_without_cache_or_batch_decodes(depth: int, policy: Policy) -> None:
+def test_decoding_equals_a_loop_without_cache_or_batch(depth: int, policy: Policy) -> None:
     stack = random_stack(MODEL, depth)
     prompts, seeds, length = [prompt_of(11, 1), prompt_of(3, 2)], [7, 2**40 + 3], 3
     run = decode_speculative(MODEL, MtpProposer(MODEL, stack), prompts, length, Limits(14), policy, seeds)
@@ -153,7 +155,8 @@ def test_plain_sampling_follows_the_draws_of_its_row_alone() -> None:
     policy, prompts = Policy(temperature=1.0), [prompt_of(4, 1), prompt_of(9, 2)]
     together = decode_plain(MODEL, prompts, LIMITS, policy, [3, 4]).rows
     alone = [
-        decode_plain(MODEL, [one], LIMITS, policy, [seed]).rows[0] for one, seed in zip(prompts, (3, 4), strict=True)
+        decode_plain(MODEL, [prompt], LIMITS, policy, [seed]).rows[0]
+        for prompt, seed in zip(prompts, (3, 4), strict=True)
     ]
     assert [row.tokens for row in together] == [row.tokens for row in alone]
     assert together[0].tokens != decode_plain(MODEL, prompts, LIMITS, policy, [5, 4]).rows[0].tokens
@@ -162,21 +165,21 @@ def test_plain_sampling_follows_the_draws_of_its_row_alone() -> None:
 def test_a_perfect_draft_reaches_the_ceiling() -> None:
     prompt = prompt_of(9)
     text = prompt + plain([prompt], 60)[0].tokens
-    loop = decode_speculative(MODEL, ScriptedDrafts([text], [[99]]), [prompt], 4, Limits(51)).rows[0]
-    assert [record.emitted for record in loop.passes] == [5] * 10
+    loop = decode_speculative(MODEL, ScriptedProposer([text], [[99]]), [prompt], 4, Limits(51)).rows[0]
+    assert [verify_pass.emitted for verify_pass in loop.passes] == [5] * 10
 
 
-@pytest.mark.parametrize("place", [0, 1, 7, 20])
-def test_the_stop_token_ends_both_ways_of_decoding_alike(place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 7, 20])
+def test_the_stop_token_ends_both_ways_of_decoding_alike(index: int) -> None:
     prompts = [prompt_of(13, seed=5), prompt_of(6, seed=6)]
     tokens = plain(prompts)[0].tokens
-    limits = replace(LIMITS, stop=frozenset([tokens[place]]))
+    limits = replace(LIMITS, stop=frozenset([tokens[index]]))
     stopped = decode_plain(MODEL, prompts, limits).rows
-    assert stopped[0].tokens == tokens[: tokens.index(tokens[place]) + 1]
+    assert stopped[0].tokens == tokens[: tokens.index(tokens[index]) + 1]
     texts = [prompt + row.tokens for prompt, row in zip(prompts, plain(prompts, NEW_TOKENS + 8), strict=True)]
-    loop = decode_speculative(MODEL, ScriptedDrafts(texts, [[3, 0, 2], [1]]), prompts, 3, limits).rows
+    loop = decode_speculative(MODEL, ScriptedProposer(texts, [[3, 0, 2], [1]]), prompts, 3, limits).rows
     assert [row.tokens for row in loop] == [row.tokens for row in stopped]
-    assert sum(record.emitted for record in loop[0].passes) == len(loop[0].tokens) - 1
+    assert sum(verify_pass.emitted for verify_pass in loop[0].passes) == len(loop[0].tokens) - 1
 
 
 def test_seconds_of_the_phases_add_up_to_no_more_than_the_total() -> None:

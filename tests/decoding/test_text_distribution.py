@@ -33,8 +33,8 @@ POLICIES = {
 }
 
 
-def text_chances(policy: Policy) -> Tensor:
-    """Chance of every text, float64 [V^E] in lexicographic order, from transformers' own forward over each."""
+def text_probabilities(policy: Policy) -> Tensor:
+    """Probability of every text, float64 [V^E] in lexicographic order, from transformers' own forward over each."""
     texts_RE = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * TEXT_LENGTH)
     prompts_RP = torch.tensor(PROMPT).expand(len(texts_RE), -1)
     with torch.inference_mode():
@@ -44,20 +44,21 @@ def text_chances(policy: Policy) -> Tensor:
 
 
 def decoded(policy: Policy, proposer: Proposer) -> tuple[Tensor, float]:
-    """How often each text was decoded, int64 [V^E], and the kept drafts a pass."""
+    """Return how often each text was decoded, int64 [V^E], and the mean number of kept drafts per pass."""
     limits, seeds = Limits(TEXT_LENGTH), list(range(ROWS))
     rows = decode_speculative(MODEL, proposer, [PROMPT] * ROWS, DRAFT_LENGTH, limits, policy, seeds).rows
-    place_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
-    texts_R = (torch.tensor([row.tokens for row in rows]) * place_E).sum(1)
-    passes = [one for row in rows for one in row.passes]
-    return texts_R.bincount(minlength=VOCABULARY**TEXT_LENGTH), sum(one.accepted for one in passes) / len(passes)
+    place_value_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
+    texts_R = (torch.tensor([row.tokens for row in rows]) * place_value_E).sum(1)
+    passes = [verify_pass for row in rows for verify_pass in row.passes]
+    kept = sum(verify_pass.accepted for verify_pass in passes) / len(passes)
+    return texts_R.bincount(minlength=VOCABULARY**TEXT_LENGTH), kept
 
 
 def follows_the_backbone(policy: Policy, proposer: Proposer) -> bool:
-    """Whether the chi-square test of all texts passes; the draws are fixed, so the answer is always the same."""
+    """Return whether the chi-square test of all texts passes; the draws are fixed, so the result is too."""
     counts, kept = decoded(policy, proposer)
     assert 0.1 < kept < DRAFT_LENGTH, "drafts must be kept and rejected, or nothing is tested"
-    result = chi_square(counts, text_chances(policy))
+    result = chi_square(counts, text_probabilities(policy))
     assert result.dof > 50
     return result.passed
 
@@ -67,8 +68,8 @@ def test_decoded_texts_follow_the_distribution_of_the_backbone(policy: Policy) -
     assert follows_the_backbone(policy, MtpProposer(MODEL, STACK))
 
 
-class FlatteredDrafter(MtpProposer):
-    """Says of its drafts that they came from a flatter distribution than they did."""
+class MisreportingProposer(MtpProposer):
+    """Reports a flatter distribution of its drafts than their true one."""
 
     def draft(self, u_BK: Tensor | None) -> Draft:
         """See `Proposer`."""
@@ -78,13 +79,13 @@ class FlatteredDrafter(MtpProposer):
 
 
 def no_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
-    """After a rejection the token is drawn from p instead of max(p - q, 0)."""
+    """After a rejection, draw the token from p instead of max(p - q, 0)."""
     kept, _ = verify_draft_reference(draft, q, p, u, way)
     return Verified(kept, sample_tokens_reference(p[torch.arange(len(kept)), kept], u[:, -1]))
 
 
-def test_a_draft_that_misstates_its_distribution_is_noticed() -> None:
-    assert not follows_the_backbone(TOKEN, FlatteredDrafter(MODEL, STACK))
+def test_a_draft_that_misreports_its_distribution_is_noticed() -> None:
+    assert not follows_the_backbone(TOKEN, MisreportingProposer(MODEL, STACK))
 
 
 def test_a_wrong_token_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Training a random head on batches whose rows hold very different numbers of tokens; also run in several processes.
+"""Train a random head on rows with very different numbers of tokens, in one process or several.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDER
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from mtptrain.batch import Batch
 from mtptrain.config import EngineName, LossConfig, RunConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.start import freeze_untrained, place
 from mtptrain.run.distributed import join, rank, rank_rows
@@ -38,7 +38,7 @@ CONFIG = TrainConfig(
     checkpoint_every=1,
     keep_checkpoints=99,
 )
-ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens, the last has no target at step 3
+ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the last has no target at step 3
 
 HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
 VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
@@ -53,7 +53,7 @@ VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
 
 
 class UnevenBatches(BatchSource):
-    """Random rows, the same whatever the number of processes."""
+    """Random rows that do not depend on the number of processes."""
 
     def batch(self, index: int) -> Batch:
         whole = random_batch(TINY["vocab_size"], ROWS, 16, seed=index)
@@ -62,18 +62,20 @@ class UnevenBatches(BatchSource):
 
 
 class BadObjective(RolloutObjective):
-    """Its loss is not a number in the last process from step `BAD` on."""
+    """Objective whose loss is NaN in the last process after step `BAD`."""
 
     calls = 0
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
-        outcome = super().__call__(batch, counts_K)
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
+        output = super().__call__(batch, counts_K)
         self.calls += 1
         is_bad = rank_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
-        return Outcome(outcome.loss * torch.nan, outcome.sums_K) if is_bad else outcome
+        return LossOutput(output.loss * torch.nan, output.sums_K) if is_bad else output
 
 
-class Silent(MetricsLog):
+class SilentLog(MetricsLog):
+    """Writes nothing."""
+
     def __init__(self) -> None:
         super().__init__(None, Trackers())
 
@@ -87,21 +89,21 @@ def head_trainer(
     trainable: str = "all",
     dtype: torch.dtype = torch.float32,
 ) -> Trainer:
-    """A trainer of a random head."""
+    """Return a trainer of a random head."""
     backbone = random_backbone().to(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
     freeze_untrained(stack, trainable)
-    made = make_engine(engine, stack, config, offload)
+    trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
-    return Trainer(made, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
+    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
-    """Train to the end; per step the mean losses and the gradient norm, and at the end the state on rank 0."""
+    """Train to the end; return mean losses and gradient norm of every step, and the final state (on rank 0)."""
     steps: list[Step] = []
     take = trainer.train_step
     trainer.train_step = lambda: steps.append(take()) or steps[-1]  # type: ignore[method-assign, func-returns-value]
-    trainer.run(Silent())
+    trainer.run(SilentLog())
     return {
         "losses": [(step.sums_K["loss"] / step.counts_K).tolist() for step in steps if step.sums_K],
         "norms": [step.norm for step in steps],
@@ -113,31 +115,31 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
 
 def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    """What a run comes to that continues from another's checkpoint of the middle."""
+    """Continue from another run's checkpoint of step `MIDDLE`; return the results of `train`."""
     trainer = head_trainer(engine, folder, **options)
     trainer.restore(open_checkpoint(source / checkpoint_name(MIDDLE)))
     return train(trainer)
 
 
 def main(folder: Path) -> None:
-    """Every engine in this process's group: whole, resumed, continued from one process, and with a bad gradient."""
+    """Train with every engine: uninterrupted, resumed, continued from one process, and with a bad gradient."""
     join(RunConfig(task="distill", train=CONFIG), is_shared=True)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for engine in EngineName:
         name = engine.value
-        own = folder / name
+        run_folder = folder / name
         results[name] = {
-            "whole": train(head_trainer(engine, own)),
-            "resumed": resumed(engine, own, folder / "resumed" / name),
+            "whole": train(head_trainer(engine, run_folder)),
+            "resumed": resumed(engine, run_folder, folder / "resumed" / name),
             "from_one": resumed(engine, folder / "one", folder / "from_one" / name),
             "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective)),
         }
     for name, engine, options in VARIANTS:
-        own = folder / name
+        run_folder = folder / name
         results[name] = {
-            "whole": train(head_trainer(engine, own, **options)),
-            "resumed": resumed(engine, own, folder / "resumed" / name, **options),
+            "whole": train(head_trainer(engine, run_folder, **options)),
+            "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
     if rank() == 0:
         torch.save(results, folder / "results.pt")

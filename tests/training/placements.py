@@ -1,4 +1,4 @@
-"""Streams of a shared backbone beside those of a whole one, in several processes.
+"""Compare the streams of a backbone that several processes share with those of a whole backbone.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.training.placements BACKBONE FOLDER
 """
@@ -16,12 +16,12 @@ from mtptrain.config import SHARED_PLACEMENTS, BackboneConfig, RunConfig, TrainC
 from mtptrain.run.distributed import join, rank
 from tests.tiny import random_batch
 
-# Numbers of pieces, and so of forwards, differ; so do the compressors whose windows fill.
+# The processes differ in their number of pieces, hence of forwards, and in the compressors whose windows fill.
 ROWS = [[[24], [24]], [[1, 2, 5, 9], [24]], [[3], [2]]]
 
 
 def main(backbone: Path, folder: Path) -> None:
-    """Save the largest difference and the elements held, by placement and dtype."""
+    """Save the largest difference, and the share of an expert tensor in this process, by placement and dtype."""
     join(RunConfig(task="distill", train=TrainConfig(batch_size=2)), is_shared=True)
     torch.set_num_threads(1)
     results = {}
@@ -37,8 +37,8 @@ def main(backbone: Path, folder: Path) -> None:
                     pairs = zip(backbone_streams(shared, batch), backbone_streams(whole, batch), strict=True)
                 differences.extend(((left - right).norm() / right.norm()).item() for left, right in pairs)
             experts = shared.model.layers[1].mlp.experts.gate_up_proj
-            held = (experts.ds_tensor if hasattr(experts, "ds_tensor") else experts.to_local()).numel()
-            share = held / whole.model.layers[1].mlp.experts.gate_up_proj.numel()
+            local = (experts.ds_tensor if hasattr(experts, "ds_tensor") else experts.to_local()).numel()
+            share = local / whole.model.layers[1].mlp.experts.gate_up_proj.numel()
             results[placement.value, str(dtype)] = (max(differences), share)
     torch.save(results, folder / f"placements_{rank()}.pt")
 

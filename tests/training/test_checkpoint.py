@@ -61,7 +61,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
     folder = tmp_path / checkpoint_name(30)
     save_checkpoint(folder, 30, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
@@ -116,7 +116,7 @@ def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
         ("kind", "stream cache", "is of the kind .stream cache. and not"),
     ],
 )
-def test_a_manifest_that_vouches_for_nothing_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
+def test_a_manifest_that_does_not_match_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, key: value}))

@@ -1,4 +1,4 @@
-"""Two processes train as one does, whatever they share out; a run continues on another number of them."""
+"""Two processes train like one with every engine, and a run continues on another number of processes."""
 
 import os
 import subprocess
@@ -19,12 +19,12 @@ from tests.tiny import random_backbone, random_stack
 from tests.training.heads import BAD, CONFIG, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
 
 ENGINES = [engine.value for engine in EngineName]
-# Losses are sums of at most 60 fp32 terms in another order, and four steps carry the difference on: 256 roundings.
+# Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
 
 
 def run_in_two(module: str, *arguments: str) -> None:
-    """A module's main, in two processes."""
+    """Run a module in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*launcher, "-m", module, *arguments],
@@ -139,7 +139,7 @@ def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dic
 
 @pytest.mark.parametrize("engine", ["half_zero1", "half_zero2"])
 def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]) -> None:
-    """The stages sum the processes' bf16 gradients where a single process sums its own: roundings of 2^-8."""
+    """The ZeRO stages sum bf16 gradients of all processes, `single` those of one process: roundings of 2^-8."""
     whole, single = two[engine]["whole"], two["half_single"]["whole"]
     assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)

@@ -75,7 +75,9 @@ def test_a_frozen_parameter_has_no_master() -> None:
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
-    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Conv1d(5, 2, 3))  # a convolution's weight has three
+    module = nn.Sequential(
+        nn.Linear(3, 5), nn.LayerNorm(5), nn.Conv1d(5, 2, 3)
+    )  # a convolution's weight has three dimensions
     muon, adamw = make_optimizers(list(module.parameters()), TrainConfig(optimizer=OptimizerName.muon))
     taken = [[p.ndim for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
     assert isinstance(muon, torch.optim.Muon)

@@ -9,7 +9,7 @@ from mtptrain.training.router_balance import RouterBalancer
 
 
 class Router(nn.Module):
-    """Sends tokens where it is told to."""
+    """Sends every token to the expert given as its input."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_a_rate_of_zero_leaves_the_biases_alone() -> None:
     assert router.e_score_correction_bias.tolist() == [0.0, 0.0]
 
 
-def test_the_largest_load_and_the_dead_experts_are_counted_since_the_last_question() -> None:
+def test_the_largest_load_and_the_dead_experts_are_counted_since_the_last_call() -> None:
     router = Router(4)
     balancer = RouterBalancer(router, 0.0)
     for tokens in ([0, 0, 1], [0, 0, 2, 1, 0]):

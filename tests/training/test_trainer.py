@@ -10,7 +10,7 @@ from mtptrain.batch import Batch
 from mtptrain.config import MtpMode, OptimizerName, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.errors import UserError
-from mtptrain.losses.next_token import Outcome
+from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import (
@@ -58,7 +58,7 @@ class ToyModel(nn.Module):
 
 
 class ToyObjective:
-    """Cross-entropy; `bad_batches` have a loss that is not finite."""
+    """Cross-entropy whose loss is NaN for the batches in `bad_batches`."""
 
     def __init__(self, model: nn.Module, bad_batches: frozenset[int] = frozenset()) -> None:
         self.model, self.bad_batches = model, bad_batches
@@ -66,23 +66,23 @@ class ToyObjective:
     def counts(self, batch: Batch) -> Tensor:
         return batch.target_mask(0).sum().double().unsqueeze(0)
 
-    def __call__(self, batch: Batch, counts_K: Tensor) -> Outcome:
+    def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         mask_BS = batch.target_mask(0)
         targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
         nats = nn.functional.cross_entropy(self.model(batch.tokens_BS)[mask_BS].float(), targets, reduction="none")
         if int(batch.position_BS[0, -1]) in self.bad_batches:
             nats = nats * torch.nan
-        return Outcome(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
+        return LossOutput(nats.sum() / counts_K[0].float(), {"loss": nats.detach().sum().double().unsqueeze(0)})
 
 
 class ToyBatches(BatchSource):
-    """Rows of different lengths by number, t -> 3t + 2 mod V; the last position, in padding, holds the number."""
+    """Numbered rows of different lengths, t -> 3t + 2 mod V; the last position, in padding, is the batch number."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
     def batch(self, index: int) -> Batch:
-        """Rows `index * rows` onward, so that a source of fewer rows cuts the same stream finer."""
+        """Return rows `index * rows` onward, so that a smaller batch size splits the same rows more finely."""
         tokens, segments = [], []
         for row in range(index * self.rows, (index + 1) * self.rows):
             numbers = [row % V]
@@ -113,8 +113,8 @@ def optimizer_of(trainer: Trainer) -> torch.optim.Optimizer:
     return trainer.engine.optimizers[0]
 
 
-class Rows(MetricsLog):
-    """Keeps the rows in memory."""
+class MemoryLog(MetricsLog):
+    """Keeps the metrics rows in memory."""
 
     def __init__(self) -> None:
         super().__init__(None, Trackers())
@@ -139,26 +139,26 @@ def test_resuming_at_any_step_ends_with_the_same_bits(
 ) -> None:
     config = replace(CONFIG, optimizer=optimizer)
     whole = toy_trainer(tmp_path, config, dtype=dtype)
-    whole.run(Rows())
+    whole.run(MemoryLog())
     for step in range(1, CONFIG.steps):
         resumed = toy_trainer(tmp_path / f"from_{step}", config, dtype=dtype)
-        torch.manual_seed(1234)  # whatever ran before
+        torch.manual_seed(1234)  # the random state before a resume does not matter
         resumed.restore(open_checkpoint(whole.checkpoints / checkpoint_name(step)))
         assert resumed.step == step
-        resumed.run(Rows())
+        resumed.run(MemoryLog())
         assert equal_states(state(resumed), state(whole))
         assert resumed.counters == whole.counters
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    log = Rows()
+    log = MemoryLog()
     toy_trainer(tmp_path, replace(CONFIG, steps=60)).run(log)
     assert log.rows[-1]["loss/step_1"] < log.rows[0]["loss/step_1"]
 
 
 def test_the_last_step_writes_a_checkpoint_whatever_the_interval(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, replace(CONFIG, checkpoint_every=4))
-    trainer.run(Rows())
+    trainer.run(MemoryLog())
     assert [folder.name for folder in checkpoint_folders(trainer.checkpoints)] == [
         checkpoint_name(step) for step in (4, 8, 9)
     ]
@@ -166,7 +166,7 @@ def test_the_last_step_writes_a_checkpoint_whatever_the_interval(tmp_path: Path)
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, replace(CONFIG, keep_checkpoints=2))
-    trainer.run(Rows())
+    trainer.run(MemoryLog())
     newest = newest_checkpoint(trainer.checkpoints)
     assert newest is not None
     assert newest.step == 9
@@ -175,9 +175,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_a_run_that_is_done_trains_no_further(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path)
-    trainer.run(Rows())
+    trainer.run(MemoryLog())
     done = state(trainer)
-    log = Rows()
+    log = MemoryLog()
     trainer.run(log)
     assert log.rows == []
     assert equal_states(state(trainer), done)
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
 
 
 def test_a_finite_step_ends_the_row_of_bad_ones_and_trains_on(tmp_path: Path) -> None:
-    log = Rows()
+    log = MemoryLog()
     trainer = toy_trainer(tmp_path, replace(CONFIG, max_bad_steps=2), bad_batches=frozenset([1, 3, 5, 7]))
     trainer.run(log)
     assert (trainer.counters["skipped_steps"], trainer.counters["bad_steps_in_a_row"]) == (4, 0)
@@ -206,7 +206,7 @@ def test_a_finite_step_ends_the_row_of_bad_ones_and_trains_on(tmp_path: Path) ->
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, replace(CONFIG, max_bad_steps=3), bad_batches=frozenset(range(4, 99)))
     with pytest.raises(UserError, match=r"train\.max_bad_steps=3: .*lower train\.learning_rate \(now 0\.05\)"):
-        trainer.run(Rows())
+        trainer.run(MemoryLog())
     assert trainer.counters["skipped_steps"] == 3
     assert all(torch.isfinite(value).all() for value in state(trainer).values())
 
@@ -214,7 +214,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     config, bad = replace(CONFIG, max_bad_steps=3), frozenset(range(4, 99))
     with pytest.raises(UserError):
-        toy_trainer(tmp_path, config, bad).run(Rows())
+        toy_trainer(tmp_path, config, bad).run(MemoryLog())
     newest = newest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     resumed = toy_trainer(tmp_path, config, bad)
@@ -230,14 +230,14 @@ def test_micro_batches_together_give_the_gradient_of_one_big_batch(tmp_path: Pat
     for batch_size, accumulation in [(6, 1), (3, 2), (1, 6)]:
         config = replace(CONFIG, batch_size=batch_size, accumulation=accumulation)
         trainer = toy_trainer(tmp_path, config, dropout=0.0)
-        found: list[Tensor] = []
+        captured: list[Tensor] = []
         optimizer_of(trainer).register_step_pre_hook(
-            lambda optimizer, *_, found=found: found.extend(
+            lambda optimizer, *_, captured=captured: captured.extend(
                 p.grad.clone() for group in optimizer.param_groups for p in group["params"]
             )
         )
         trainer.train_step()
-        gradients.append(found)
+        gradients.append(captured)
     for other in gradients[1:]:
         for left, right in zip(gradients[0], other, strict=True):
             # fp32 sums of at most 36 terms below 1 in another order: 36 * 2^-24
@@ -264,8 +264,8 @@ def test_a_mean_is_the_sum_over_all_steps_divided_by_the_count_once() -> None:
 
 
 def test_logged_means_cover_every_step_since_the_last_row(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=3, learning_rate=1e-30, accumulation=2)  # the model stays as it is
-    trainer, log = toy_trainer(tmp_path, config, dropout=0.0), Rows()
+    config = replace(CONFIG, steps=3, learning_rate=1e-30, accumulation=2)  # too small to change the model
+    trainer, log = toy_trainer(tmp_path, config, dropout=0.0), MemoryLog()
     objective, total, count = ToyObjective(trainer.engine.module), 0.0, 0.0
     for index in range(6):
         batch = trainer.batches.batch(index)
@@ -287,23 +287,23 @@ def test_a_checkpoint_of_another_identity_is_refused(key: str, value: object, tm
     trainer = toy_trainer(tmp_path)
     trainer.train_step()
     checkpoint = open_checkpoint(trainer.save())
-    stranger = toy_trainer(tmp_path)
-    stranger.identity = replace(IDENTITY, **{key: value})
-    have, want = (to_json(getattr(trainer.identity, key)) for trainer in (trainer, stranger))
-    before = state(stranger)
+    other = toy_trainer(tmp_path)
+    other.identity = replace(IDENTITY, **{key: value})
+    have, want = (to_json(getattr(trainer.identity, key)) for trainer in (trainer, other))
+    before = state(other)
     with pytest.raises(
         UserError, match=rf"resume=auto: .* holds {key}={have} and this run has {key}={want}; .* choose another outpu"
     ):
-        stranger.restore(checkpoint)
-    assert equal_states(state(stranger), before)
+        other.restore(checkpoint)
+    assert equal_states(state(other), before)
 
 
 def test_the_checkpoint_with_the_best_score_is_kept(tmp_path: Path) -> None:
-    """Scores 1, 3, 2 at steps 3, 6, 9: `best` is that of step 6."""
+    """Scores 1, 3, 2 at steps 3, 6, 9: `best` is the checkpoint of step 6."""
     scores = iter([1.0, 3.0, 2.0])
     trainer = toy_trainer(tmp_path)
     trainer.probe = Probe(3, lambda: {"score": next(scores)}, "score")
-    rows = Rows()
+    rows = MemoryLog()
     trainer.run(rows)
     best = open_checkpoint(tmp_path / "checkpoints" / BEST)
     assert (best.step, best.counters["best_score"]) == (6, 3.0)
