@@ -285,6 +285,13 @@ def test_workers_give_the_batches_of_this_process(folder: Path, workers: int) ->
     assert same(resumed.batch(30), here.batch(30))
 
 
+def test_workers_encode_special_tokens_spelt_out_in_a_text_as_characters(tmp_path: Path) -> None:
+    """A pickled tokenizer loses `encode_special_tokens`; a forked worker must not."""
+    write_lines(tmp_path / "a.jsonl", [{"text": f"{number} {BOS}"} for number in range(40)])
+    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
+    assert same(StreamingBatches(plan, 1).batch(0), StreamingBatches(plan, 0).batch(0))
+
+
 def test_a_mistake_in_the_data_keeps_its_line_number_across_processes(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
     path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
