@@ -1,4 +1,4 @@
-"""Which rows make the batch of a training step; where all are at hand, a function of seed and step alone."""
+"""The batch of a training step; for a tokenised corpus, a function of the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class BatchSource:
     """Micro-batches by number.
 
     Attributes:
-        names: of the sources that rows come from, where there are several; tokens are counted by source.
+        names: names of the sources if there are several, else empty; tokens are counted by source.
     """
 
     names: Sequence[str] = ()
 
     def batch(self, index: int) -> Batch:
-        """The rows of micro-batch `index` that fall to this process; see `distributed.rank_rows`."""
+        """Return this process's rows of micro-batch `index`; see `distributed.rank_rows`."""
         raise NotImplementedError
 
     def position(self) -> dict[str, Any]:
-        """Where this process is in the data, as plain values; {} where a number says it all."""
+        """Return this process's position in the data, as plain values; {} if the micro-batch number is enough."""
         return {}
 
     def close(self) -> None:
-        """Let go of what was opened to read ahead; there is no batch after this."""
+        """Stop background workers; no batch may be requested afterwards."""
 
     def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
-        """Go on with micro-batch `index`, from the positions of all processes of the run that came to it.
+        """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
 
         Raises:
-            UserError: they are not positions in this data.
+            UserError: the positions belong to other data.
         """
         if positions:
             raise UserError(
@@ -48,14 +48,15 @@ class BatchSource:
 
 
 class RowOrder:
-    """Which rows make a batch: all of them in every epoch, in an order of its own.
+    """The rows of every batch: each epoch holds all rows, in a new order.
 
     Args:
-        rows: of pieces.
-        batch_size: rows a batch, of all processes together.
-        seed: of the order.
+        rows: the pieces of each row.
+        batch_size: rows per batch, over all processes.
+        seed: seed of the order.
+
     Raises:
-        UserError: there is no row.
+        UserError: there are no rows.
     """
 
     def __init__(self, rows: list[list[Piece]], batch_size: int, seed: int) -> None:
@@ -65,16 +66,16 @@ class RowOrder:
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def own(self, index: int) -> list[list[Piece]]:
-        """This process's rows of batch `index`; epochs follow each other without a gap, and a batch may span two."""
-        found = []
+    def rank_rows(self, index: int) -> list[list[Piece]]:
+        """Return this process's rows of batch `index`; epochs follow without a gap, and a batch may span two."""
+        rows = []
         for row in rank_rows(self.batch_size):
-            epoch, place = divmod(index * self.batch_size + row, len(self.rows))
+            epoch, number = divmod(index * self.batch_size + row, len(self.rows))
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            found.append(self.rows[self._order[place]])
-        return found
+            rows.append(self.rows[self._order[number]])
+        return rows
 
 
 class PackedBatches(BatchSource):
@@ -82,10 +83,11 @@ class PackedBatches(BatchSource):
 
     Args:
         corpus: the documents.
-        sequence_length: tokens a row.
-        batch_size: rows a batch, of all processes together.
-        seed: of the order.
-        piece_length: most tokens of a document in a row; None = a row's.
+        sequence_length: tokens per row.
+        batch_size: rows per batch, over all processes.
+        seed: seed of the order.
+        piece_length: maximum tokens of one document in a row; None = sequence_length.
+
     Raises:
         UserError: the corpus has no piece of two tokens or more.
     """
@@ -103,5 +105,5 @@ class PackedBatches(BatchSource):
         self.order = RowOrder(pack_corpus(corpus, sequence_length, piece_length), batch_size, seed)
 
     def batch(self, index: int) -> Batch:
-        """This process's rows of batch `index`."""
-        return fill_rows(self.corpus.tokens, self.order.own(index), self.sequence_length, self.corpus.loss_mask)
+        """Return this process's rows of batch `index`."""
+        return fill_rows(self.corpus.tokens, self.order.rank_rows(index), self.sequence_length, self.corpus.loss_mask)

@@ -1,4 +1,4 @@
-"""Conversations as text and tokens, through the chat template of a tokenizer, and which tokens are the assistant's."""
+"""Conversations as text and tokens, through a chat template, with a mask of the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ChatTemplate:
 
     Attributes:
         text: the jinja template.
-        source: the file it came from.
-        special_tokens: what the template may name, e.g. `bos_token`.
-        tokenizer: reads the marks that the template writes as marks. A mark spelt out in a message is one too.
-        begin: ids that open every training document; put before a text that the template does not open with them.
+        source: the template's file.
+        special_tokens: special tokens by the name that the template uses, e.g. `bos_token`.
+        tokenizer: encodes special tokens in rendered text as such, also those spelt out in a message.
+        begin: ids that open every training document; prepended unless the template writes them.
     """
 
     text: str
@@ -35,25 +35,25 @@ class ChatTemplate:
 
     @property
     def sha256(self) -> str:
-        """Hash of the template's text."""
+        """SHA-256 of the template's text, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def render(self, messages: list[Message], asks: bool = True) -> str:
-        """The text of a conversation.
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """Return the text of a conversation.
 
         Args:
-            messages: from the first on.
-            asks: end where the assistant begins to speak, instead of after the last message.
+            messages: all messages so far.
+            add_generation_prompt: end with the opening of an assistant message instead of after the last message.
 
         Raises:
-            UserError: the template refuses the messages or is broken.
+            UserError: the template rejects the messages or is broken.
         """
         from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
 
         named: dict[str, Any] = dict(self.special_tokens)
         try:
             rendered: Any = render_jinja_template(
-                [messages], chat_template=self.text, add_generation_prompt=asks, **named
+                [messages], chat_template=self.text, add_generation_prompt=add_generation_prompt, **named
             )
         except (TemplateError, TypeError) as error:
             reason = " ".join(str(error).split())
@@ -62,18 +62,18 @@ class ChatTemplate:
         return str(texts[0])
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to speak."""
+        """Return the token ids of a conversation that ends with the opening of an assistant message."""
         return self._open(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
 
     def encode_with_mask(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole conversation, and of each whether the assistant speaks it.
+        """Return the token ids of a whole conversation and its loss mask: True for the assistant's tokens.
 
-        A message is loss_mask from the end of its opening, where decoding would begin, through its closing mark.
+        An assistant message counts from the end of its opening, where decoding would begin, through its closing token.
 
         Raises:
-            UserError: the template writes an earlier part differently once more follows, so that it cannot be told.
+            UserError: the template renders a turn differently once others follow, so its tokens cannot be located.
         """
-        text = self.render(messages, asks=False)
+        text = self.render(messages, add_generation_prompt=False)
         spans = [self._span(messages, i, text) for i, one in enumerate(messages) if one["role"] == "assistant"]
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         loss_mask = [any(begin <= start < end for begin, end in spans) for start, _ in encoding.offsets]
@@ -81,12 +81,13 @@ class ChatTemplate:
         return ids, [False] * (len(ids) - len(loss_mask)) + loss_mask
 
     def _span(self, messages: list[Message], index: int, text: str) -> tuple[int, int]:
-        """Characters of `text` that message `index` speaks."""
-        opening, closed = self.render(messages[:index]), self.render(messages[: index + 1], asks=False)
+        """Return the start and end of message `index` in `text`, in characters."""
+        opening = self.render(messages[:index])
+        closed = self.render(messages[: index + 1], add_generation_prompt=False)
         if not (text.startswith(closed) and closed.startswith(opening)):
             raise UserError(
                 f"chat template {self.source}: writes a turn differently once others follow, so the assistant's tokens "
-                "cannot be told; set data.chat_template to one that only appends"
+                "cannot be located; set data.chat_template to one that only appends"
             )
         return len(opening), len(closed)
 
@@ -95,12 +96,12 @@ class ChatTemplate:
 
 
 def open_chat_template(path: str | None, folder: Path, tokenizer: Tokenizer, begin: list[int]) -> ChatTemplate | None:
-    """The template of the file that the user named, else the one that came with the tokenizer, else None.
+    """Return the template of the user's file, else the tokenizer's own, else None.
 
     Args:
         path: `data.chat_template`.
-        folder: of the tokenizer: chat_template.jinja, or the `chat_template` of tokenizer_config.json.
-        tokenizer: of the backbone.
+        folder: the tokenizer's folder, with chat_template.jinja or a `chat_template` in tokenizer_config.json.
+        tokenizer: the backbone's.
         begin: ids that open every training document.
 
     Raises:
@@ -119,7 +120,7 @@ def open_chat_template(path: str | None, folder: Path, tokenizer: Tokenizer, beg
     named = {name: value for name, value in settings.items() if name.endswith("_token") and value}
     special = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
     words = {name: value for name, value in special.items() if isinstance(value, str)}
-    # A copy: of its settings, that marks in a text are characters is the one that is not stored.
+    # The copy reads special tokens in a text as such: tokenizer.json does not store `encode_special_tokens`.
     return ChatTemplate(text, source, words, Tokenizer.from_str(tokenizer.to_str()), begin)
 
 
@@ -140,7 +141,7 @@ def _tokenizer_settings(path: Path) -> dict[str, Any]:
 
 
 def _stored_template(stored: Any) -> str | None:
-    """The template of tokenizer_config.json, which may hold several under names."""
+    """Return the template of tokenizer_config.json; of several named ones, `default`."""
     if isinstance(stored, list):
         stored = {one.get("name"): one.get("template") for one in stored}.get("default")
     return stored if isinstance(stored, str) else None

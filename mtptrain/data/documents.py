@@ -1,4 +1,4 @@
-"""A document: the unit that is held out, tokenised and never mixed with another."""
+"""Documents: the unit of the hold-out and of tokenisation; attention never crosses from one into another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtptrain.errors import UserError
 
 
 class Split(Enum):
-    """Which side of the hold-out a document lies on."""
+    """The two sides of the hold-out."""
 
     train = "train"
     heldout = "heldout"
@@ -22,9 +22,9 @@ class Document:
     """A named text, or a conversation.
 
     Attributes:
-        name: decides which side of the hold-out it lies on.
-        text: what it says; of a conversation, what its messages say.
-        messages: of a conversation, in which only the assistant's tokens are targets; empty for a text.
+        name: decides the side of the hold-out.
+        text: the text; for a conversation, the contents of its messages, one per line.
+        messages: of a conversation, where only the assistant's tokens are targets; empty for a text.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Document:
 
 
 def split_of(name: str, heldout_every: int) -> Split:
-    """The side that a document's name puts it on: one name in `heldout_every` is held out, on every machine alike."""
+    """Return the side of a document by its name; one name in `heldout_every` is held out, the same on every machine."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return Split.heldout if digest % heldout_every == 0 else Split.train
 
@@ -42,15 +42,15 @@ Message = dict[str, str]  # `role` and `content`
 
 
 def check_text(where: str, key: str, value: Any) -> str:
-    """A row's text, which must be one and say something.
+    """Return `value`, the text of a row, unless it is empty or no text.
 
     Args:
         where: file and line, for the error.
-        key: of the row.
-        value: what the row has there.
+        key: key of the value in its row, for the error.
+        value: the value.
 
     Raises:
-        UserError: it is no text, or empty.
+        UserError: the value is no text, or blank.
     """
     if not isinstance(value, str):
         raise UserError(f"{where}: `{key}` must hold text, not {type(value).__name__}; see docs/prompts.md")
@@ -60,10 +60,10 @@ def check_text(where: str, key: str, value: Any) -> str:
 
 
 def check_messages(where: str, value: list[Any]) -> list[Message]:
-    """The messages of a row, each with a role and a text; what else one has is left out.
+    """Return the messages of a row, each with its role and content only.
 
     Raises:
-        UserError: one is of another form.
+        UserError: a message lacks a role or a content, or its content is blank.
     """
     messages = []
     for one in value:

@@ -1,11 +1,11 @@
-"""Documents as rows of one length, boundaries kept.
+"""Pack documents into rows of one length and keep their boundaries.
 
-A document longer than a row is cut into pieces; a piece begins with the last token of the piece before, so that every
-token but a document's first is a target exactly once. A piece never sees another one: it has a segment number of its
-own, and positions that start at 0.
+A document longer than a row is cut into pieces; a piece begins with the last token of the previous piece, so that every
+token but a document's first is a target exactly once. A piece never attends to another one: it has its own segment
+number, and its positions start at 0.
 """
 
-# B rows, S tokens a row
+# B rows, S tokens per row
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Piece = tuple[int, int]  # start and length in the corpus's token array
 
 
 def cut_document(start: int, length: int, row_length: int) -> list[Piece]:
-    """Pieces of one document, each at most `row_length` tokens, each overlapping the one before by one token.
+    """Return the pieces of a document, each of at most `row_length` tokens and overlapping the previous one by one.
 
     (0, 5, row_length=3) -> [(0, 3), (2, 3)]
     """
@@ -33,9 +33,9 @@ def cut_document(start: int, length: int, row_length: int) -> list[Piece]:
 
 
 def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
-    """Rows of pieces, deterministic: longest first, each into a row with the least room that holds it (best fit).
+    """Pack pieces into rows, longest first, each into a row with the least room that holds it (best fit).
 
-    Pieces of one token have no target and are left out.
+    The result is deterministic. Pieces of one token have no target and are left out.
     """
     order = sorted((piece for piece in pieces if piece[1] > 1), key=lambda piece: (-piece[1], piece[0]))
     rows: list[list[Piece]] = []
@@ -56,7 +56,7 @@ def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
 
 
 def pack_corpus(corpus: TokenizedCorpus, row_length: int, piece_length: int | None = None) -> list[list[Piece]]:
-    """Rows of pieces that cover a corpus; no piece is longer than `piece_length`, or than a row where it is None."""
+    """Cut a corpus into pieces of at most `piece_length` tokens (None = `row_length`) and pack them into rows."""
     pieces: list[Piece] = []
     for start, end in zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True):
         if end > start:
@@ -65,7 +65,7 @@ def pack_corpus(corpus: TokenizedCorpus, row_length: int, piece_length: int | No
 
 
 def spread_rows(rows: list[list[Piece]], count: int | None) -> list[list[Piece]]:
-    """At most `count` rows, spread evenly; all of them for None."""
+    """Return at most `count` rows, spread evenly over `rows`; None = all rows."""
     if count is None or count >= len(rows):
         return rows
     return [rows[i * len(rows) // count] for i in range(count)]
@@ -74,15 +74,15 @@ def spread_rows(rows: list[list[Piece]], count: int | None) -> list[list[Piece]]
 def fill_rows(
     tokens: np.ndarray, rows: list[list[Piece]], row_length: int, loss_mask: np.ndarray | None = None
 ) -> Batch:
-    """A batch from rows of pieces.
+    """Return a batch made of rows of pieces.
 
     Two pieces "ab" and "c" in a row of 4: tokens [a, b, c, 0], segments [1, 1, 2, 0], positions [0, 1, 0, 0].
 
     Args:
-        tokens: int32, what the pieces are pieces of.
-        rows: of pieces.
-        row_length: tokens a row.
-        loss_mask: bool, which of `tokens` may be targets; None where all may.
+        tokens: int32 token ids that the pieces index.
+        rows: the pieces of each row.
+        row_length: tokens per row.
+        loss_mask: bool, True for each of `tokens` that may be a target; None = all may.
     """
     shape = (len(rows), row_length)
     tokens_BS, segment_BS, position_BS = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Rows of local files and of `datasets`, one at a time, whatever they are read for."""
+"""Rows of local files and of `datasets`, one at a time, for documents and prompts alike."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mtptrain.errors import UserError
 
 
 def local_files(setting: str, path: Path, suffixes: Collection[str]) -> list[Path]:
-    """The readable files that a path means: itself, or what a folder holds of these kinds.
+    """Return the file at `path`, or the files with these suffixes in the folder at `path` and below, sorted.
 
     Args:
-        setting: what the user set to what, for the error.
+        setting: `name=value`, for the error.
         path: a file or a folder.
-        suffixes: of the files that can be read.
+        suffixes: suffixes of readable files.
 
     Raises:
-        UserError: it is of another kind or holds none.
+        UserError: the file has another suffix, or the folder holds no such file.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
@@ -40,25 +40,25 @@ def check_readable(setting: str, path: Path) -> None:
         raise UserError(f"{setting}: cannot be read ({error.strerror}); check the path and its rights") from None
 
 
-def json_lines(setting: str, path: Path, done: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number, from 1, and object of every line that is not blank.
+def json_lines(setting: str, path: Path, position: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number, from 1, and the object of every line that is not blank.
 
     Args:
-        setting: what the user set to what, for the error.
+        setting: `name=value`, for the error.
         path: the file.
-        done: bytes and lines that were read before, where this reading begins; kept up to date.
+        position: [bytes, lines] already read, where reading resumes; updated with every line. None = the beginning.
 
     Raises:
-        UserError: a line is not a JSON object; it is named.
+        UserError: a line is not a JSON object in UTF-8; the error gives its number.
     """
-    done = [0, 0] if done is None else done
+    position = [0, 0] if position is None else position
     with path.open("rb") as file:
-        file.seek(done[0])
+        file.seek(position[0])
         for line in file:
-            done[:] = [done[0] + len(line), done[1] + 1]
+            position[:] = [position[0] + len(line), position[1] + 1]
             if not line.strip():
                 continue
-            number = done[1]
+            number = position[1]
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ def json_lines(setting: str, path: Path, done: list[int] | None = None) -> Itera
 
 @contextmanager
 def _loading(setting: str) -> Iterator[None]:
-    """What `datasets` raises inside the block, of many types, as a `UserError`."""
+    """Turn any exception that `datasets` raises inside the block into a `UserError`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -86,30 +86,33 @@ def _loading(setting: str) -> Iterator[None]:
 
 
 def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-    """Rows of `datasets.load_dataset(loader, **arguments)`, one at a time.
+    """Yield the rows of `datasets.load_dataset(loader, **arguments)`.
 
-    Without a `split` among the arguments they are those of `test` where there is one, else of the first split.
+    Without a `split` among the arguments, read the split `test`, or the first split if there is no `test`.
 
     Raises:
-        UserError: `datasets` cannot load them.
+        UserError: `datasets` cannot load the rows.
     """
     import datasets
 
     with _loading(setting):
-        found = datasets.load_dataset(loader, **arguments)
+        rows = datasets.load_dataset(loader, **arguments)
         if "split" not in arguments:
-            found = found["test"] if "test" in found else next(iter(found.values()))
-        yield from found
+            rows = rows["test"] if "test" in rows else next(iter(rows.values()))
+        yield from rows
 
 
 class DatasetRows:
-    """Rows of the training split, read as they are needed, and where reading has come to.
+    """Rows of the training split, read lazily, with a state to resume from.
 
     Args:
-        setting: what the user set to what, for the error.
-        loader: of `datasets.load_dataset`.
-        state: of an earlier stream of the same rows; None = from the beginning.
-        arguments: of `datasets.load_dataset`.
+        setting: `name=value`, for the error.
+        loader: first argument of `datasets.load_dataset`.
+        state: `state()` of an earlier reader of the same rows; None = the beginning.
+        arguments: further arguments of `datasets.load_dataset`.
+
+    Raises:
+        UserError: `datasets` cannot load the rows.
     """
 
     def __init__(self, setting: str, loader: str, state: dict[str, Any] | None, **arguments: Any) -> None:
@@ -122,10 +125,10 @@ class DatasetRows:
                 self.rows.load_state_dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _loading(self.setting):  # a stream meets a damaged file or a lost network only when it is read
+        with _loading(self.setting):  # damaged files and lost connections show only while reading
             yield from self.rows
 
     def state(self) -> dict[str, Any]:
-        """Where to read on, as plain values."""
-        found: dict[str, Any] = self.rows.state_dict()
-        return found
+        """Return the state to resume from, as plain values."""
+        state: dict[str, Any] = self.rows.state_dict()
+        return state

@@ -38,7 +38,7 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def _read_source(path: Path) -> str | None:
-    """The file's text, or None where it is empty or not UTF-8."""
+    """Return the file's text, or None if it is blank, unreadable or not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -57,26 +57,27 @@ def _library_documents() -> Iterator[Document]:
 
 
 def stdlib_documents(split: Split, heldout_every: int) -> list[Document]:
-    """The standard library's documents on one side of the hold-out, in the order of their names."""
+    """Return the standard library's documents on one side of the hold-out: modules by path, then topics by name."""
     return [document for document in _library_documents() if split_of(document.name, heldout_every) is split]
 
 
 def _line_runs(text: str) -> set[int]:
-    """Hashes of every run of `OVERLAP_LINES` lines that say something (longer than ten characters)."""
+    """Return hashes of all runs of `OVERLAP_LINES` lines, counting only lines of more than ten characters."""
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if len(line) > 10]
     return {hash(tuple(lines[i : i + OVERLAP_LINES])) for i in range(len(lines) - OVERLAP_LINES + 1)}
 
 
 def package_documents(packages: list[str], library: list[Document], heldout: list[Document]) -> list[Document]:
-    """Sources of installed packages as training documents: a fixed sample with at most the library's own characters.
+    """Return sources of installed packages as training documents, in a fixed sample.
 
-    A file that repeats held-out text is left out.
+    The sample has at most as many characters as `library`. A file that repeats held-out text is left out.
 
     Args:
         packages: import names, e.g. ["torch"].
         library: the standard library's training documents.
-        heldout: the documents whose text must not be trained on.
+        heldout: documents whose text must not be trained on.
+
     Raises:
         UserError: a package is not installed.
     """
@@ -85,7 +86,7 @@ def package_documents(packages: list[str], library: list[Document], heldout: lis
     for package in packages:
         try:
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # the parent of a dotted name is not there; an empty name
+        except (ImportError, ValueError):  # the parent of a dotted name is missing, or the name is empty
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"data.packages: {package} is not an installed package; install it or take it off the list")

@@ -1,4 +1,4 @@
-"""`data=text`: the user's own text, from files or from anything that `datasets.load_dataset` takes."""
+"""`data=text`: documents from local files or a data set of `datasets`; training and held-out documents of a source."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mtptrain.data.rows import DatasetRows, check_readable, json_lines, load_row
 from mtptrain.data.stdlib import package_documents, stdlib_documents
 from mtptrain.errors import UserError
 
-STREAMED_HELDOUT = 256
+STREAMED_HELDOUT = 256  # held-out documents of a streamed source, which may be endless
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def _row_document(row: dict[str, Any], name: str, where: str, config: DataConfig) -> Document:
-    """The document of a row: the text of its column, or the conversation where it holds a list.
+    """Return the document of a row: the text of its column, or a conversation if the column holds a list.
 
     Raises:
-        UserError: it holds neither, or a conversation in which the assistant says nothing.
+        UserError: the column holds neither, or the conversation has no assistant message.
     """
     content = row.get(config.field_name)
     if isinstance(content, str):
@@ -40,38 +40,38 @@ def _row_document(row: dict[str, Any], name: str, where: str, config: DataConfig
 
 
 class TextReader:
-    """Every non-empty document of `data.path`, in order, read as it is needed, and where reading has come to.
+    """The documents of `data.path` that are not blank, in order, read lazily, with a position to resume from.
 
     Args:
-        config: where the documents are.
-        place: of an earlier reader of the same files, which this one goes on from; None = the beginning.
+        config: settings of the source.
+        position: `position()` of an earlier reader of the same files; None = the beginning.
 
     Raises:
-        UserError: the files are not those that the place is one of.
+        UserError: the position belongs to other files.
     """
 
-    def __init__(self, config: DataConfig, place: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: DataConfig, position: dict[str, Any] | None = None) -> None:
         self.config, self.path = config, Path(str(config.path))
         self.files = _files(self.path)
         self.origin = _origin(config, self.files)
-        place = place or {"origin": self.origin, "file": 0, "row": 0, "state": None}
-        if place["origin"] != self.origin:
+        position = position or {"origin": self.origin, "file": 0, "row": 0, "state": None}
+        if position["origin"] != self.origin:
             raise UserError(
                 f"data.path={config.path}: is not what the interrupted run read (other files, or of other sizes); "
                 "restore it, or start in another output_dir"
             )
-        self._file, self._row, self._begin = place["file"], place["row"], place["state"]
+        self._file, self._row, self._begin = position["file"], position["row"], position["state"]
         self._state: Callable[[], Any] = lambda: self._begin
 
-    def place(self) -> dict[str, Any]:
-        """Where to read on after the last document that was given out, as plain values."""
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was yielded, as plain values."""
         return {"origin": self.origin, "file": self._file, "row": self._row, "state": self._state()}
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents.
+        """Yield the documents.
 
         Raises:
-            UserError: one cannot be read, a line is broken, or the text column is missing.
+            UserError: a file cannot be read, a line is broken, or the text column is missing.
         """
         return (document for document in self._documents() if document.text.strip())
 
@@ -89,7 +89,7 @@ class TextReader:
             self._state = lambda: self._begin
 
     def _whole(self, path: Path, name: str) -> Iterator[Document]:
-        """The one document of a .txt file, unless it was read before."""
+        """Yield the document of a .txt file, unless the position lies after it."""
         if self._row:
             return
         self._row = 1
@@ -105,46 +105,48 @@ class TextReader:
 
     def _file_rows(self, path: Path) -> Iterable[dict[str, Any]]:
         if path.suffix == ".jsonl":
-            done = list(self._begin or [0, 0])
-            self._state = lambda: list(done)
-            return (row for _, row in json_lines(f"data.path={path}", path, done))
-        return self._stream(DatasetRows(f"data.path={path}", "parquet", self._begin, data_files=str(path)))
+            position = list(self._begin or [0, 0])
+            self._state = lambda: list(position)
+            return (row for _, row in json_lines(f"data.path={path}", path, position))
+        return self._track(DatasetRows(f"data.path={path}", "parquet", self._begin, data_files=str(path)))
 
     def _dataset_rows(self) -> Iterable[dict[str, Any]]:
         setting, name = f"data.path={self.config.path}", str(self.config.path)
         if self.config.streaming:
-            return self._stream(DatasetRows(setting, name, self._begin))
+            return self._track(DatasetRows(setting, name, self._begin))
         return load_rows(setting, name, split="train")
 
-    def _stream(self, rows: DatasetRows) -> DatasetRows:
+    def _track(self, rows: DatasetRows) -> DatasetRows:
         self._state = rows.state
         return rows
 
 
 def _files(path: Path) -> list[tuple[Path, str]] | None:
-    """Files of a path and the names that they give their documents; None where it names a data set."""
+    """Return the files at a path with the names of their documents, or None if it names a data set."""
     if not path.exists() and path.suffix not in SUFFIXES:
         return None
-    # Named by the path below the folder: by bare names a/text.txt and b/text.txt would be held out together.
+    # Relative paths tell a/text.txt and b/text.txt apart; by bare names both would be held out together.
     root = path if path.is_dir() else path.parent
     return [(file, file.relative_to(root).as_posix()) for file in local_files(f"data.path={path}", path, SUFFIXES)]
 
 
 def _origin(config: DataConfig, files: list[tuple[Path, str]] | None) -> str:
-    """What a place in the text is a place of: the names and sizes of its files, or the data set's name."""
+    """Return a hash that identifies the source: names and sizes of its files, or the data set's name."""
     sizes = [(name, path.stat().st_size) for path, name in files if path.exists()] if files else config.path
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def text_documents(config: DataConfig, split: Split) -> list[Document]:
-    """Documents of one side of the hold-out; of a stream, which may have no end, `STREAMED_HELDOUT` held-out ones.
+    """Return the documents of one side of the hold-out.
+
+    A streamed source may be endless: of its held-out documents, return the first `STREAMED_HELDOUT`.
 
     Raises:
         UserError: there are none.
     """
-    found = (document for document in TextReader(config) if split_of(document.name, config.heldout_every) is split)
-    is_endless = config.streaming and split is Split.heldout
-    documents = list(islice(found, STREAMED_HELDOUT if is_endless else None))
+    of_split = (document for document in TextReader(config) if split_of(document.name, config.heldout_every) is split)
+    is_limited = config.streaming and split is Split.heldout
+    documents = list(islice(of_split, STREAMED_HELDOUT if is_limited else None))
     if not documents:
         raise UserError(
             f"data.path={config.path}: no document on the {split.value} side; one in data.heldout_every="
@@ -154,12 +156,12 @@ def text_documents(config: DataConfig, split: Split) -> list[Document]:
 
 
 def _is_text(config: DataConfig) -> bool:
-    """Whether the documents are the user's own text and not the standard library's."""
+    """Return whether the documents are the user's own text, not the standard library."""
     return config.source is DataSource.text or (config.source is DataSource.on_policy and config.path is not None)
 
 
 def training_documents(config: DataConfig) -> list[Document]:
-    """Documents to train on; of `on_policy`, those that prompts are cut from."""
+    """Return the documents to train on; for `on_policy`, the documents that prompts are cut from."""
     if _is_text(config):
         return text_documents(config, Split.train)
     library = stdlib_documents(Split.train, config.heldout_every)
@@ -169,10 +171,7 @@ def training_documents(config: DataConfig) -> list[Document]:
 
 
 def heldout_documents(config: DataConfig) -> list[Document]:
-    """Documents that no training of ours sees.
-
-    Those of a mixture are all its sources', in their order.
-    """
+    """Return the documents that are never trained on; for a mixture, of all its sources in order."""
     if config.mixture:
         return [document for part in config.sources().values() for document in heldout_documents(part)]
     if _is_text(config):

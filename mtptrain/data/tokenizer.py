@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: training one, and loading the one that belongs to a backbone."""
+"""Train a byte-level BPE tokenizer, save it, and load the tokenizer of a backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with ids 0 = begin of text and 1 = end of text."""
+    """Train a byte-level BPE with id 0 = begin of text and id 1 = end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,13 +29,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_special_tokens_as_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Let a document that spells out a mark hold its characters, not a boundary; tokenizer.json does not store this."""
+    """Encode special tokens spelt out in a text as characters; neither tokenizer.json nor a pickle stores this."""
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and the small file that lets `AutoTokenizer` load it."""
+    """Write tokenizer.json, and a tokenizer_config.json for `AutoTokenizer`."""
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
@@ -44,13 +44,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a backbone folder.
+    """Return the tokenizer of a backbone folder.
 
     Args:
-        folder: holds tokenizer.json.
-        vocab_size: rows of the backbone's embedding; the tokenizer must not know more tokens than that.
+        folder: the folder, with tokenizer.json.
+        vocab_size: rows of the backbone's embedding, the maximum size of the tokenizer's vocabulary.
+
     Raises:
-        UserError: no tokenizer, an unreadable one, or one of another vocabulary.
+        UserError: tokenizer.json is missing, unreadable or has a larger vocabulary.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Documents as one flat array of token ids with their boundaries, made once and cached by content."""
+"""Tokenise documents into one flat array of token ids with document boundaries, cached by content."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from mtptrain.data.documents import Document
 from mtptrain.errors import UserError
 from mtptrain.run.storage import atomic_file
 
+BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
+BATCH_CHARACTERS = 4_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedCorpus:
     """All documents of a split.
 
     Attributes:
-        tokens: int32 [total], every document one after another, texts with their bos_eos.
+        tokens: int32 [total], the documents one after another, texts between their bos_eos ids.
         offsets: int64 [documents + 1], document d is tokens[offsets[d]:offsets[d + 1]].
-        num_bytes: UTF-8 bytes of the text that they stand for, for bits per byte.
-        loss_mask: bool [total], which tokens may be targets; None where all may.
+        num_bytes: UTF-8 bytes of the encoded text, for bits per byte; bos_eos ids do not count.
+        loss_mask: bool [total], True for tokens that may be targets; None = all may.
     """
 
     tokens: np.ndarray
@@ -36,18 +39,13 @@ class TokenizedCorpus:
     num_bytes: int
     loss_mask: np.ndarray | None = None
 
-    @property
-    def num_documents(self) -> int:
-        """How many documents there are."""
-        return len(self.offsets) - 1
-
     def document(self, index: int) -> np.ndarray:
-        """Token ids of one document, int32."""
+        """Return the token ids of a document, int32."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
 def cache_folder(configured: str | None) -> Path:
-    """Where tokenised corpora are kept between runs."""
+    """Return the folder of tokenised corpora: `configured`, else mtptrain in the user's cache."""
     if configured:
         return Path(configured)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -66,7 +64,9 @@ def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:
 
 
 def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path) -> TokenizedCorpus:
-    """Tokenise documents, or read what an earlier run made of the same text, tokenizer, bos_eos and template.
+    """Tokenise documents, or read them from the cache.
+
+    A cached file is used only for the same text, tokenizer, bos_eos and chat template.
 
     Raises:
         UserError: the cache folder cannot be written, or a conversation cannot be rendered.
@@ -76,7 +76,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
         try:
             return _read_cache(path)
         except (ValueError, KeyError, BadZipFile):
-            path.unlink()  # damaged: made anew below
+            path.unlink()  # damaged, so it is written anew below
     corpus = join_documents(list(encoder.encode(documents)))
     arrays: dict[str, Any] = {
         "tokens": corpus.tokens,
@@ -96,7 +96,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
 
 
 def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
-    """Encoded documents one after another; where one has tokens that may not be targets, all of the others' may."""
+    """Concatenate encoded documents; if any has a loss mask, documents without one count as targets throughout."""
     loss_mask = None
     if any(one.loss_mask is not None for one in documents):
         masks = [np.ones(len(one.tokens), bool) if one.loss_mask is None else one.loss_mask for one in documents]
@@ -111,18 +111,14 @@ def _read_cache(path: Path) -> TokenizedCorpus:
         return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("loss_mask"))
 
 
-BATCH_DOCUMENTS = 256  # documents the tokenizer is given at once, fewer where they are long
-BATCH_CHARACTERS = 4_000_000
-
-
 @dataclass(frozen=True, slots=True)
 class EncodedDocument:
     """A document as tokens.
 
     Attributes:
-        tokens: int32.
-        loss_mask: bool, which of them may be targets; None where all may.
-        num_bytes: UTF-8 bytes of the text they stand for, bos_eos around it left out.
+        tokens: int32 token ids.
+        loss_mask: bool, True for tokens that may be targets; None = all may.
+        num_bytes: UTF-8 bytes of the encoded text; bos_eos ids do not count.
     """
 
     tokens: np.ndarray
@@ -132,12 +128,12 @@ class EncodedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """How a backbone reads documents.
+    """Encode documents with a backbone's tokenizer and chat template.
 
     Attributes:
-        tokenizer: of the backbone.
+        tokenizer: the backbone's.
         bos_eos: ids before and after a text.
-        chat: renders conversations; None where the tokenizer has no template.
+        chat: renders conversations; None if there is no template.
     """
 
     tokenizer: Tokenizer
@@ -145,10 +141,10 @@ class Encoder:
     chat: ChatTemplate | None = None
 
     def encode(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
-        """Each document in turn.
+        """Yield the documents encoded, in order.
 
         Raises:
-            UserError: one is a conversation and there is no chat template.
+            UserError: a document is a conversation and there is no chat template.
         """
         before, after = self.bos_eos
         for batch in _batches(documents):
@@ -168,7 +164,7 @@ class Encoder:
                 "data.chat_template to a jinja file, or data.field_name to a column that holds text"
             )
         tokens, loss_mask = self.chat.encode_with_mask(document.messages)
-        rendered = self.chat.render(document.messages, asks=False)
+        rendered = self.chat.render(document.messages, add_generation_prompt=False)
         return EncodedDocument(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool), _num_bytes(rendered))
 
 
@@ -177,7 +173,7 @@ def _num_bytes(text: str) -> int:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups that are bounded in number and in length."""
+    """Yield documents in groups of bounded number and total length."""
     batch: list[Document] = []
     num_characters = 0
     for document in documents:

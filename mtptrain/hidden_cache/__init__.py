@@ -1,1 +1,1 @@
-"""The backbone's residual streams on disk: what a cache is, writing one, and batches from one."""
+"""The backbone's residual streams on disk: the cache's manifest and format, its writer, and batches from it."""

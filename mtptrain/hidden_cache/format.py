@@ -1,4 +1,4 @@
-"""How residual streams are stored in a cache."""
+"""The storage formats of residual streams in a cache."""
 
 # T tokens, N residual streams, D model width
 
@@ -18,13 +18,13 @@ FP8_MAX = 448.0  # largest e4m3 value
 
 
 def bytes_a_token(stored_as: StreamFormat, num_streams: int, width: int) -> int:
-    """Bytes of one token's streams, scales included."""
+    """Return the bytes of one token's streams, scales included."""
     scales = 4 * num_streams if stored_as is StreamFormat.fp8 else 0
     return num_streams * width * DTYPES[stored_as].itemsize + scales
 
 
 def encode_streams(streams_TND: Tensor, stored_as: StreamFormat) -> dict[str, Tensor]:
-    """The tensors that hold streams: `streams` and, for fp8, `scales`, float32 [T, N]: largest magnitude / 448."""
+    """Return streams as stored: `streams` [T, N, D] and, for fp8, `scales`, float32 [T, N]: largest magnitude / 448."""
     if stored_as is not StreamFormat.fp8:
         return {"streams": streams_TND.to(DTYPES[stored_as])}
     values_TND = streams_TND.float()
@@ -35,7 +35,7 @@ def encode_streams(streams_TND: Tensor, stored_as: StreamFormat) -> dict[str, Te
 
 
 def decode_streams(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Streams [T, N, D] of `encode_streams`, in the dtype that is computed with."""
+    """Return the streams [T, N, D] of `encode_streams`, in `dtype`."""
     if "scales" not in stored:
         return stored["streams"].to(dtype)
     return (stored["streams"].float() * stored["scales"].unsqueeze(-1)).to(dtype)

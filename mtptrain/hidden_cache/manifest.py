@@ -1,4 +1,4 @@
-"""The artifact that `+recipe=collect` makes: a folder of `shard_NNNNN.safetensors`; docs/data.md describes it."""
+"""The artifact of `+recipe=collect`: a folder of `shard_NNNNN.safetensors` with a manifest; see docs/data.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAM = "output of the last decoder layer, before hc_head and the final norm"
 
 @dataclass(frozen=True, slots=True)
 class TextOrigin:
-    """Where the documents of a cache came from: the `DataConfig` settings that choose them."""
+    """The origin of a cache's documents: the `DataConfig` settings that select them."""
 
     source: DataSource
     path: str | None
@@ -27,11 +27,11 @@ class TextOrigin:
 
     @classmethod
     def of(cls, config: DataConfig) -> TextOrigin:
-        """The origin of the documents that a configuration chooses."""
+        """Return the origin of the documents that a configuration selects."""
         return cls(**{name: getattr(config, name) for name in cls.__slots__})
 
     def config(self) -> DataConfig:
-        """A configuration that chooses the same documents."""
+        """Return a configuration that selects the same documents."""
         return DataConfig(**{name: getattr(self, name) for name in self.__slots__})
 
 
@@ -41,17 +41,17 @@ class StreamIdentity:
 
     Attributes:
         backbone: fingerprint of the model that made the streams.
-        stream: which of its tensors they are.
-        layer: after how many decoder layers.
+        stream: point of the model where they were taken, in words.
+        layer: number of decoder layers before that point.
         num_streams, width: N and D.
         stored_as: format on disk.
-        dtype: of the backbone's arithmetic.
+        dtype: dtype of the backbone's arithmetic.
         tokenizer: SHA-256 of the tokenizer.
-        chat_template: SHA-256 of the template that conversations were rendered with.
-        text: SHA-256 of the documents' token ids and of which may be targets.
-        sequence_length: longest piece of a document that went through the backbone at once, tokens.
-        shard_tokens: a shard ends with the document that reaches it.
-        data: where the documents came from, for the held-out documents of the same source.
+        chat_template: SHA-256 of the conversations' chat template; None if there is no conversation.
+        text: SHA-256 of the documents' token ids, boundaries and loss mask.
+        sequence_length: maximum length of a piece; longer documents are cut, tokens.
+        shard_tokens: a shard ends with the document that reaches this number of tokens.
+        data: origin of the documents, to find held-out documents of the same source.
     """
 
     backbone: str
@@ -69,7 +69,7 @@ class StreamIdentity:
     data: TextOrigin
 
 
-StreamCache = Artifact[StreamIdentity, dict[str, int]]  # its content: documents, pieces and tokens of all shards
+StreamCache = Artifact[StreamIdentity, dict[str, int]]  # content: documents, pieces and tokens of all shards
 STREAM_CACHE: Kind[StreamIdentity, dict[str, int]] = Kind(
     name="stream cache",
     schema=2,
@@ -92,28 +92,28 @@ STREAM_CACHE: Kind[StreamIdentity, dict[str, int]] = Kind(
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """Hex SHA-256 of everything that decides which tokens a text becomes."""
+    """Return the SHA-256, in hexadecimal, of everything in the tokenizer that affects how a text is encoded."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def open_cache(folder: Path) -> StreamCache:
-    """The whole cache of `data.path`, its shards unverified.
+    """Return the complete cache at `data.path` without verifying its shards.
 
     Raises:
-        UserError: it is missing, unfinished or damaged.
+        UserError: the cache is missing, unfinished or damaged.
     """
     return open_artifact(STREAM_CACHE, "data.path", folder)
 
 
 def check_origin(cache: StreamCache, backbone: str, tokenizer: str) -> None:
-    """Raise a `UserError` unless a cache was made by this backbone and this tokenizer."""
+    """Raise a `UserError` unless a cache was made with this backbone and this tokenizer."""
     want = {"backbone": backbone, "tokenizer": tokenizer}
     have = {name: getattr(cache.identity, name) for name in want}
     check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
 
 
 def check_shards(cache: StreamCache) -> None:
-    """Raise a `UserError` that names a damaged shard: every process verifies its share, and all raise."""
+    """Raise a `UserError` that names a damaged shard, if any: each process verifies its share, and all raise."""
     names = list(cache.files)
     damaged = [number for number in range(rank(), len(names), world_size()) if not cache.is_sound(names[number])]
     named = max_over_processes(max(damaged, default=-1))

@@ -1,6 +1,6 @@
-"""`data=streams`: training batches from a stream cache; a row's streams are read from disk when it is asked for."""
+"""`data=streams`: training batches from a stream cache; the streams of a row are read from disk on request."""
 
-# B rows, S tokens a row, N residual streams, D model width
+# B rows, S tokens per row, N residual streams, D model width
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from mtptrain.hidden_cache.manifest import StreamCache
 
 
 class HiddenStateBatches(BatchSource):
-    """The batches that the cache's documents would give online, in the same order, with their streams.
+    """The batches of online training on the cache's documents, in the same order, with their streams.
 
     Args:
-        cache: whole, its shards verified.
-        sequence_length: tokens a row, at least the cache's longest piece.
-        batch_size: rows a batch, of all processes together.
-        seed: of the order.
-        dtype: of the backbone's arithmetic.
+        cache: a complete cache with verified shards.
+        sequence_length: tokens per row, at least the cache's longest piece.
+        batch_size: rows per batch, over all processes.
+        seed: seed of the order.
+        dtype: dtype of the backbone's arithmetic.
+
     Raises:
         UserError: rows are too short for the pieces, or a shard cannot be read.
     """
@@ -55,8 +56,8 @@ class HiddenStateBatches(BatchSource):
         self.order = RowOrder(pack_pieces(pieces, sequence_length), batch_size, seed)
 
     def batch(self, index: int) -> Batch:
-        """This process's rows of batch `index`, with their streams."""
-        rows = self.order.own(index)
+        """Return this process's rows of batch `index`, with their streams."""
+        rows = self.order.rank_rows(index)
         batch = fill_rows(self.tokens, rows, self.sequence_length, self.loss_mask)
         streams_BSND = torch.zeros(len(rows), self.sequence_length, *self.shape, dtype=self.dtype)
         for row, pieces in enumerate(rows):
@@ -67,7 +68,7 @@ class HiddenStateBatches(BatchSource):
         return Batch(batch.tokens_BS, batch.segment_BS, batch.position_BS, batch.loss_mask_BS, streams_BSND)
 
     def _streams(self, piece: Piece) -> Tensor:
-        """Streams of one piece, [S, N, D]; it lies in one shard."""
+        """Return the streams of a piece, [S, N, D]; a piece lies in one shard."""
         start, size = piece
         shard = bisect.bisect_right(self.starts, start) - 1
         begin, file = start - self.starts[shard], self.files[shard]
@@ -76,7 +77,7 @@ class HiddenStateBatches(BatchSource):
 
 
 def _open_shard(path: Path) -> Any:
-    """A shard's tensors, mapped into memory."""
+    """Open a shard's tensors, mapped into memory."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Making a stream cache: which documents go into which shard, and a shard's file."""
+"""Make a stream cache: plan its shards, compute their streams and write their files."""
 
 # T tokens of a shard, N residual streams, D model width
 
@@ -20,14 +20,14 @@ from mtptrain.hidden_cache.format import encode_streams
 from mtptrain.run.artifact import add_part
 from mtptrain.run.storage import atomic_file
 
-ROWS_A_FORWARD = 8
+ROWS_PER_FORWARD = 8
 ShardDocuments = list[list[Piece]]  # the pieces of each document of a shard
 
 
 def plan_shards(corpus: TokenizedCorpus, sequence_length: int, shard_tokens: int) -> list[ShardDocuments]:
-    """Documents in their order, cut into pieces, shared out over shards; a document is never split.
+    """Cut documents into pieces and assign them to shards, in order; a document is never split over shards.
 
-    A piece of one token has no target and is left out, and a document without any other piece with it.
+    A piece of one token has no target and is left out, and so is a document that has no other piece.
     """
     shards: list[ShardDocuments] = []
     room = 0
@@ -47,33 +47,36 @@ def plan_shards(corpus: TokenizedCorpus, sequence_length: int, shard_tokens: int
 def piece_streams(
     model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, pieces: list[Piece], sequence_length: int
 ) -> Tensor:
-    """Streams of pieces, one after another, [T, N, D] on the CPU; every piece runs through the backbone alone."""
+    """Return the streams of pieces, one after another, [T, N, D] on the CPU; pieces do not attend to each other."""
     starts = np.cumsum([0, *(size for _, size in pieces)]).tolist()
-    place = dict(zip(pieces, starts, strict=False))
+    start_of = dict(zip(pieces, starts, strict=False))
     rows = pack_pieces(pieces, sequence_length)
-    found: Tensor | None = None
-    for first in range(0, len(rows), ROWS_A_FORWARD):
-        group = rows[first : first + ROWS_A_FORWARD]
+    streams_TND: Tensor | None = None
+    for first in range(0, len(rows), ROWS_PER_FORWARD):
+        group = rows[first : first + ROWS_PER_FORWARD]
         batch = fill_rows(corpus.tokens, group, sequence_length).to(model.lm_head.weight.device)
         streams_BSND = backbone_streams(model, batch)[0].cpu()
-        if found is None:
-            found = streams_BSND.new_empty(starts[-1], *streams_BSND.shape[2:])
+        if streams_TND is None:
+            streams_TND = streams_BSND.new_empty(starts[-1], *streams_BSND.shape[2:])
         for row, members in enumerate(group):
             begin = 0
             for piece in members:
-                found[place[piece] : place[piece] + piece[1]] = streams_BSND[row, begin : begin + piece[1]]
-                begin += piece[1]
-    assert found is not None
-    return found
+                start, size = start_of[piece], piece[1]
+                streams_TND[start : start + size] = streams_BSND[row, begin : begin + size]
+                begin += size
+    assert streams_TND is not None
+    return streams_TND
 
 
 def num_forwards(documents: ShardDocuments, sequence_length: int) -> int:
-    """Batches that `piece_streams` makes of a shard."""
-    return -(-len(pack_pieces([piece for pieces in documents for piece in pieces], sequence_length)) // ROWS_A_FORWARD)
+    """Return the number of backbone forwards that `piece_streams` runs for a shard."""
+    return -(
+        -len(pack_pieces([piece for pieces in documents for piece in pieces], sequence_length)) // ROWS_PER_FORWARD
+    )
 
 
 def shard_file(number: int) -> str:
-    """Name of a shard's file."""
+    """Return the name of a shard's file."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -85,7 +88,7 @@ def write_shard(
     streams_TND: Tensor,
     stored_as: StreamFormat,
 ) -> None:
-    """Write a shard's file and, once that is on disk, its record."""
+    """Write the file of a shard, then its record."""
     pieces = [piece for parts in documents for piece in parts]
     spans = np.concatenate([np.arange(start, start + size) for start, size in pieces])
     tensors = {

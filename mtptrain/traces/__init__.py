@@ -1,1 +1,1 @@
-"""Prompts and the backbone's own continuations, on which every head is measured."""
+"""Prompts and the backbone's own continuations: the texts that heads are measured and trained on."""

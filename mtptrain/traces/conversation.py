@@ -1,4 +1,4 @@
-"""Conversations with the backbone: each user turn is asked after the backbone's own answers to those before it."""
+"""Multi-turn prompts: each user turn follows the backbone's own answers to the earlier turns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mtptrain.traces.prompts import Conversation, Prompt
 
 @dataclass(frozen=True, slots=True)
 class ConversationTraces:
-    """What came of the prompts.
+    """Traces of conversations.
 
     Attributes:
-        traces: one for each turn that was asked, those of a conversation in a row.
-        dropped: turns that were not asked, because the conversation had outgrown the context.
+        traces: one for each turn, ordered by conversation.
+        dropped: number of turns left out because their conversation had outgrown the context.
     """
 
     traces: list[Trace]
@@ -30,34 +30,33 @@ def hold_conversations(
     answer: Callable[[list[int]], str],
     room: int,
 ) -> ConversationTraces:
-    """Ask every turn, the first ones of all conversations together, then the second ones.
+    """Record every turn: first the first turns of all conversations together, then the second turns, and so on.
 
     Args:
-        conversations: where each conversation starts; one without turns is a single prompt.
-        chat: renders a conversation; needed where there are turns.
+        conversations: the beginnings; a conversation without further turns is a single prompt.
+        chat: renders conversations; may be None only if no conversation has further turns.
         record: continues prompts.
-        answer: the text of emitted tokens, as it is put into the conversation.
-        room: tokens that a prompt may have.
+        answer: returns the text of emitted tokens, as inserted into the conversation.
+        room: maximum tokens of a prompt.
     """
-    found: list[Trace] = []
+    traces: list[Trace] = []
     dropped = 0
-    asked = conversations
-    while asked:
-        traces = record([conversation.prompt for conversation in asked])
-        found += traces
+    active = conversations
+    while active:
+        recorded = record([conversation.prompt for conversation in active])
+        traces += recorded
         following = []
-        for conversation, trace in zip(asked, traces, strict=True):
+        for conversation, trace in zip(active, recorded, strict=True):
             if not conversation.turns or chat is None:
                 continue
-            said, turn, *later = answer(trace.tokens), *conversation.turns
-            replies = [{"role": "assistant", "content": said}, {"role": "user", "content": turn}]
-            messages = conversation.messages + replies
+            turn, *later = conversation.turns
+            reply = {"role": "assistant", "content": answer(trace.tokens)}
+            messages = [*conversation.messages, reply, {"role": "user", "content": turn}]
             prompt = Prompt(chat.encode(messages), conversation.prompt.domain, conversation.prompt.group)
             if len(prompt.tokens) > room:
                 dropped += len(conversation.turns)
             else:
                 following.append(Conversation(prompt, messages, later))
-        asked = following
-    return ConversationTraces(
-        sorted(found, key=lambda trace: trace.prompt.group), dropped
-    )  # sorting keeps turns in order
+        active = following
+    traces.sort(key=lambda trace: trace.prompt.group)  # a stable sort, so turns keep their order
+    return ConversationTraces(traces, dropped)

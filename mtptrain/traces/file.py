@@ -1,7 +1,4 @@
-"""Traces: prompts and the backbone's own continuations, on which every head is measured."""
-
-
-# B prompts, P prompt tokens
+"""Traces: prompts with the backbone's own continuations, recorded, written to a file and read back."""
 
 from __future__ import annotations
 
@@ -22,18 +19,19 @@ from mtptrain.run.storage import write_text
 from mtptrain.run.typed_json import MismatchError, from_json
 from mtptrain.traces.prompts import Prompt, Source
 
-PROMPTS_A_BATCH = 16
+SCHEMA = 1
+PROMPTS_PER_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A prompt and the text that the backbone continued it with.
+    """A prompt and the backbone's continuation of it.
 
     Attributes:
-        prompt: what was continued.
+        prompt: the prompt.
         tokens: emitted token ids.
-        gaps: top-2 logit gap of the backbone at each of them.
-        probabilities: what the decoding policy gave each of them; 1 in a greedy text.
+        gaps: top-2 logit gap of the backbone at each token.
+        probabilities: probability of each token under the decoding policy; 1 in greedy decoding.
     """
 
     prompt: Prompt
@@ -45,19 +43,19 @@ class Trace:
 def record_traces(
     model: DeepseekV4ForCausalLM, prompts: list[Prompt], limits: Limits, policy: Policy, seed: int
 ) -> list[Trace]:
-    """Continue every prompt with the backbone alone; traces come in the order of the prompts.
+    """Continue every prompt with the backbone alone; return traces in the order of the prompts.
 
     Args:
         model: the backbone.
-        prompts: of any lengths; prompts of like length are decoded together.
-        limits: where a text ends.
-        policy: what is drawn from the backbone's logits.
-        seed: of the draws, which depend on it and on a prompt's place in the list alone.
+        prompts: prompts of any length; prompts of similar length are decoded together.
+        limits: maximum length and stop tokens of a text.
+        policy: decoding policy.
+        seed: seed of the draws, which depend only on it and on the prompt's index.
     """
     traces: dict[int, Trace] = {}
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
-    for start in range(0, len(order), PROMPTS_A_BATCH):
-        group = order[start : start + PROMPTS_A_BATCH]
+    for start in range(0, len(order), PROMPTS_PER_BATCH):
+        group = order[start : start + PROMPTS_PER_BATCH]
         tokens = [prompts[number].tokens for number in group]
         run = decode_plain(model, tokens, limits, policy, [row_seed(seed, number) for number in group])
         for number, record in zip(group, run.rows, strict=True):
@@ -65,22 +63,19 @@ def record_traces(
     return [traces[number] for number in range(len(prompts))]
 
 
-SCHEMA = 1
-
-
 @dataclass(frozen=True, slots=True)
 class TraceHeader:
-    """How a set of traces came about.
+    """The provenance of a set of traces.
 
     Attributes:
         backbone: fingerprint of the model that wrote the texts.
-        dtype: of its arithmetic.
-        temperature, top_k, top_p: what the texts were drawn with.
-        max_new_tokens, stop: where a text ends; `stop` in rising order.
-        seed: of the draws.
-        chat_template: SHA-256 of the template that conversations were rendered with.
-        sources: of the prompts.
-        dropped: turns that were not asked because their conversation had outgrown the context.
+        dtype: dtype of its arithmetic.
+        temperature, top_k, top_p: the decoding policy.
+        max_new_tokens, stop: end of a text; `stop` in ascending order.
+        seed: seed of the draws.
+        chat_template: SHA-256 of the chat template, or None.
+        sources: sources of the prompts.
+        dropped: number of turns left out because their conversation had outgrown the context.
     """
 
     backbone: str
@@ -96,7 +91,7 @@ class TraceHeader:
     dropped: int
 
 
-# The fields that a run must share to use traces again, and the setting that each comes from.
+# Fields that must agree with the run that reads the traces, with the setting of each.
 BINDING = {
     "backbone": "backbone.path",
     "dtype": "precision",
@@ -110,7 +105,7 @@ BINDING = {
 
 @dataclass(frozen=True, slots=True)
 class TraceSet:
-    """Traces and how they came about."""
+    """Traces and their provenance."""
 
     header: TraceHeader
     traces: list[Trace]
@@ -135,10 +130,10 @@ def write_trace_set(path: Path, traces: TraceSet) -> None:
 
 
 def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
-    """The traces that `write_trace_set` wrote; `setting` named the file.
+    """Read the file of `write_trace_set`; errors name `setting`.
 
     Raises:
-        UserError: it cannot be read, is of another schema, or is damaged.
+        UserError: the file cannot be read, has another schema, or is damaged.
     """
     setting = f"{setting}={path}"
     check_readable(setting, path)
@@ -161,5 +156,5 @@ def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
 
 
 def check_trace_set(path: Path, have: TraceHeader, want: TraceHeader) -> None:
-    """Raise a `UserError` unless traces are of the distribution that this run would record."""
+    """Raise a `UserError` unless traces come from the distribution that this run would record."""
     check_identity(f"evaluation.traces={path}", have, want, BINDING, "record traces of your own")

@@ -1,4 +1,4 @@
-"""The artifact of `data=on_policy`: a folder of trace sets, one for each batch of prompts (docs/data.md)."""
+"""The artifact of `data=on_policy`: a folder of trace sets, one per batch of prompts; see docs/data.md."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class TextIdentity:
 
     Attributes:
         backbone: fingerprint of the model that writes them.
-        dtype: of its arithmetic.
-        temperature, top_k, top_p: of the decoding policy.
-        max_new_tokens, stop: where a text ends; `stop` in rising order.
-        prompts: SHA-256 of all prompts and turns in tokens, and of the chat template.
+        dtype: dtype of its arithmetic.
+        temperature, top_k, top_p: the decoding policy.
+        max_new_tokens, stop: end of a text; `stop` in ascending order.
+        prompts: SHA-256 of the chat template's hash, all prompts in tokens and all turns.
     """
 
     backbone: str
@@ -37,12 +37,12 @@ class TextIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TextMaking:
-    """How texts are made, which does not change their distribution; a folder is finished the way it was begun.
+    """Settings of the decoding that do not change the texts' distribution; a folder keeps them until it is finished.
 
     Attributes:
-        seed: of the draws.
-        draft_length: tokens that a head drafts a pass.
-        batch_size: prompts a file.
+        seed: seed of the draws.
+        draft_length: tokens that a head drafts per pass.
+        batch_size: prompts per file.
     """
 
     seed: int
@@ -52,13 +52,13 @@ class TextMaking:
 
 @dataclass(frozen=True, slots=True)
 class TextContent:
-    """How texts were made, and counts of prompts, texts, tokens and failures."""
+    """The decoding settings of texts, and counts of prompts, texts, tokens and failures."""
 
     making: TextMaking
     counts: dict[str, int]
 
 
-Texts = Artifact[TextIdentity, TextContent]
+TextFolder = Artifact[TextIdentity, TextContent]
 TEXTS: Kind[TextIdentity, TextContent] = Kind(
     name="folder of texts",
     schema=2,
@@ -81,19 +81,19 @@ TEXTS: Kind[TextIdentity, TextContent] = Kind(
 
 
 def text_file(number: int) -> str:
-    """Name of a batch's file."""
+    """Return the name of a batch's file."""
     return f"texts_{number:05d}.jsonl"
 
 
 def outcome(trace: Trace, stop: list[int]) -> str:
-    """`stopped` at a stop token, `full` at the limit, or `empty`: nothing but a stop token came."""
+    """Return how a text ended: `stopped` at a stop token, `full` at the limit, or `empty`, with a stop token only."""
     if trace.tokens[-1] not in stop:
         return "full"
     return "stopped" if len(trace.tokens) > 1 else "empty"
 
 
 def write_batch(folder: Path, number: int, traces: TraceSet) -> None:
-    """Write the file of a batch and, once that is on disk, its record."""
+    """Write the file of a batch, then its record."""
     write_trace_set(folder / text_file(number), traces)
     ends = Counter(outcome(trace, traces.header.stop) for trace in traces.traces)
     counts = {
@@ -106,11 +106,11 @@ def write_batch(folder: Path, number: int, traces: TraceSet) -> None:
     add_part(folder, text_file(number), counts)
 
 
-def open_texts(folder: Path, identity: TextIdentity) -> Texts | None:
-    """The whole folder at `on_policy.path`, its files unverified; None if it is not whole yet.
+def open_texts(folder: Path, identity: TextIdentity) -> TextFolder | None:
+    """Return the complete folder at `on_policy.path` without verifying its files; None if it is not complete yet.
 
     Raises:
-        UserError: it is damaged, or holds other texts than `identity` asks for.
+        UserError: the folder is damaged or has another identity.
     """
     if not (folder / TEXTS.manifest).exists():
         return None
@@ -119,7 +119,7 @@ def open_texts(folder: Path, identity: TextIdentity) -> Texts | None:
     return texts
 
 
-def read_texts(texts: Texts) -> list[Trace]:
-    """Every trace of a folder; raises a `UserError` for a file that is missing or altered."""
+def read_texts(texts: TextFolder) -> list[Trace]:
+    """Return all traces of a folder; raise a `UserError` if a file is missing or altered."""
     texts.verify(texts.files)
     return [trace for name in texts.files for trace in read_trace_set(texts.folder / name, SETTING).traces]

@@ -1,4 +1,4 @@
-"""Prompts that the backbone continues, in its tokens."""
+"""Prompts: read from files and data sets or cut from a corpus, selected evenly, and encoded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Prompt:
 
     Attributes:
         tokens: token ids, at least one.
-        domain: what kind of text it is; figures are given by domain.
-        group: prompts of one conversation share it; uncertainty is over groups, which are independent of each other.
+        domain: kind of text; results are broken down by domain.
+        group: number shared by the prompts of a conversation; confidence intervals resample groups, as independent.
     """
 
     tokens: list[int]
@@ -38,12 +38,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A prompt, and how its conversation goes on.
+    """A prompt and the later user turns of its conversation.
 
     Attributes:
-        prompt: what is asked first.
-        messages: the conversation so far; empty where the prompt is a text.
-        turns: what the user says after each answer.
+        prompt: the first prompt.
+        messages: the conversation so far; empty if the prompt is a text.
+        turns: later user turns, each to follow an answer.
     """
 
     prompt: Prompt
@@ -54,17 +54,17 @@ class Conversation:
 def slice_prompts(
     corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
 ) -> list[Prompt]:
-    """Prompts of `length` tokens, spread evenly over a corpus; none crosses a document's end.
+    """Cut prompts of `length` tokens from a corpus, spread evenly; none crosses the end of a document.
 
     Args:
         corpus: the documents.
-        count: of prompts.
-        length: tokens of each.
-        name: of the corpus, their domain.
-        section: of the settings that say count and length, for the error.
+        count: number of prompts.
+        length: tokens per prompt.
+        name: name of the corpus, used as the domain.
+        section: section of the settings num_prompts and prompt_tokens, for the error.
 
     Raises:
-        UserError: the corpus holds fewer.
+        UserError: the corpus has fewer than `count` prompts.
     """
     starts: list[int] = []
     for begin, end in zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True):
@@ -80,23 +80,30 @@ def slice_prompts(
 
 
 def encode_prompt_row(
-    question: PromptRow, group: int, tokenizer: Tokenizer, begin: list[int], chat: ChatTemplate | None
+    row: PromptRow, group: int, tokenizer: Tokenizer, begin: list[int], chat: ChatTemplate | None
 ) -> Conversation:
-    """The prompt that a question begins with; a text gets the bos_eos that open every training document.
+    """Encode the first prompt of a row; a text begins with the ids that open every training document.
+
+    Args:
+        row: the row.
+        group: group of its prompts.
+        tokenizer: the backbone's.
+        begin: ids that open every training document.
+        chat: renders conversations; None if there is no template.
 
     Raises:
-        UserError: it is a conversation and there is no chat template.
+        UserError: the row is a conversation and there is no chat template.
     """
-    if not question.messages:
-        tokens = begin + tokenizer.encode(question.text, add_special_tokens=False).ids
+    if not row.messages:
+        tokens = begin + tokenizer.encode(row.text, add_special_tokens=False).ids
     elif chat is not None:
-        tokens = chat.encode(question.messages)
+        tokens = chat.encode(row.messages)
     else:
         raise UserError(
-            f"{question.where} is a conversation and the backbone's tokenizer has no chat template; set "
+            f"{row.where} is a conversation and the backbone's tokenizer has no chat template; set "
             "data.chat_template to a jinja file, or write the text itself as `prompt`"
         )
-    return Conversation(Prompt(tokens, question.domain, group), question.messages, question.turns)
+    return Conversation(Prompt(tokens, row.domain, group), row.messages, row.turns)
 
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -109,10 +116,10 @@ class PromptRow:
 
     Attributes:
         where: file and line, for errors.
-        domain: what kind of text it is.
-        text: to be continued as it stands; empty in a conversation.
-        messages: the conversation up to the first answer that is asked for; empty for a text.
-        turns: what the user says next, each after the answer before it.
+        domain: kind of text.
+        text: a text to continue as it is; empty for a conversation.
+        messages: the conversation up to the first answer to record; empty for a text.
+        turns: later user turns, each to follow an answer.
     """
 
     where: str
@@ -127,9 +134,9 @@ class PromptSource:
     """The rows of one file or data set.
 
     Attributes:
-        name: as the user gave it, or the file in the folder that was given.
-        sha256: of the file's bytes; of a data set, of its rows as JSON lines.
-        questions: in their order.
+        name: the name of the setting, or a file of the folder of that name.
+        sha256: SHA-256 of the file's bytes; for a data set, of its rows as JSON lines.
+        questions: the rows, in order.
     """
 
     name: str
@@ -139,13 +146,13 @@ class PromptSource:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where prompts came from.
+    """The provenance of prompts, for trace sets and results.
 
     Attributes:
         name: a file, a data set, or `heldout`.
-        sha256: of a file's bytes, of a data set's rows, or of the held-out tokens.
-        rows: how many prompts or conversations it holds.
-        used: how many of them were asked.
+        sha256: SHA-256 of a file's bytes, of a data set's rows, or of the held-out tokens.
+        rows: number of prompts or conversations in the source.
+        used: number of those that were continued.
     """
 
     name: str
@@ -155,15 +162,15 @@ class Source:
 
 
 def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | None = None) -> list[PromptSource]:
-    """Every source that a setting means; a folder is one a file.
+    """Read every source of a setting; each file of a folder is a source.
 
     Args:
-        names: of files, folders and data sets.
-        setting: where they stand, for the error.
-        split: of a data set; None takes `test` where it has one, else its first.
+        names: files, folders and data sets.
+        setting: name of the setting, for the error.
+        split: split of data sets; None = `test`, or the first split if there is no `test`.
 
     Raises:
-        UserError: one cannot be read, or a row is no question.
+        UserError: a source cannot be read or has no row, or a row is no prompt.
     """
     sources = []
     for name in names:
@@ -177,7 +184,7 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
 
 
 def spread_prompt_rows(sources: list[PromptSource], count: int) -> list[list[PromptRow]]:
-    """At most `count` questions, as even over the sources as these allow, and evenly over the rows of each."""
+    """Return at most `count` rows by source, as even over the sources as sizes allow, and spread evenly in each."""
     chosen = []
     for source, used in zip(sources, even_shares([len(source.questions) for source in sources], count), strict=True):
         rows = np.linspace(0, len(source.questions) - 1, used).round().astype(int)
@@ -186,11 +193,11 @@ def spread_prompt_rows(sources: list[PromptSource], count: int) -> list[list[Pro
 
 
 def even_shares(sizes: list[int], count: int) -> list[int]:
-    """How many of `count` each gets: the same, but none more than its size. ([10, 2, 10], 8) -> [3, 2, 3]."""
+    """Divide `count` into equal shares, none above its size: ([10, 2, 10], 8) -> [3, 2, 3]."""
     shares, left = [0] * len(sizes), count
-    for done, place in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        shares[place] = min(sizes[place], left // (len(sizes) - done))
-        left -= shares[place]
+    for done, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        shares[index] = min(sizes[index], left // (len(sizes) - done))
+        left -= shares[index]
     return shares
 
 
@@ -200,33 +207,33 @@ def _read_file(path: Path, setting: str) -> PromptSource:
         rows = json_lines(setting, path)
     else:
         rows = enumerate(load_rows(setting, "parquet", split="train", data_files=str(path)), start=1)
-    return PromptSource(str(path), sha256_file(path), _questions(setting, path.stem, rows))
+    return PromptSource(str(path), sha256_file(path), _prompt_rows(setting, path.stem, rows))
 
 
 def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> PromptSource:
-    """A data set of `datasets.load_dataset`; see `read_prompt_rows`."""
+    """Read a data set with `datasets.load_dataset`; arguments and errors as in `read_prompt_rows`."""
     setting = f"{setting}={name}"
     rows = list(load_rows(setting, name, **({} if split is None else {"split": split})))
     lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
     sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return PromptSource(name, sha256, _questions(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
+    return PromptSource(name, sha256, _prompt_rows(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
 
 
-def _questions(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[PromptRow]:
-    found = [_question(f"{setting}: line {number}", domain, row) for number, row in rows]
-    if not found:
+def _prompt_rows(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[PromptRow]:
+    prompt_rows = [_prompt_row(f"{setting}: line {number}", domain, row) for number, row in rows]
+    if not prompt_rows:
         raise UserError(f"{setting}: holds no prompt; write a row with {', '.join(KEYS[:2])} or prompt")
-    return found
+    return prompt_rows
 
 
-def _question(where: str, domain: str, row: dict[str, Any]) -> PromptRow:
-    """The question of a row. Of `turns`, `messages` and `prompt` the first that it has counts.
+def _prompt_row(where: str, domain: str, row: dict[str, Any]) -> PromptRow:
+    """Parse a row by the first of the keys `turns`, `messages` and `prompt` that it has.
 
     Raises:
-        UserError: it has none of them, or one that is empty or of another form.
+        UserError: the row has none of the keys, or the value is empty or has another form.
     """
-    given = row.get("domain")
-    domain = given if isinstance(given, str) and given else domain
+    row_domain = row.get("domain")
+    domain = row_domain if isinstance(row_domain, str) and row_domain else domain
     key = next((key for key in KEYS if row.get(key) is not None), None)
     if key is None:
         raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
@@ -242,7 +249,7 @@ def _question(where: str, domain: str, row: dict[str, Any]) -> PromptRow:
 
 
 def _messages(where: str, value: list[Any]) -> list[Message]:
-    """Messages up to the last that is not the assistant's: its own answer takes the place of one that is given."""
+    """Return the messages without assistant messages at the end: the backbone gives its own answer."""
     messages = check_messages(where, value)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -7,10 +7,9 @@ from mtptrain.data.batches import PackedBatches
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 
-# S tokens a row
+# S tokens per row
 
 S = 16
-MARKS = ([0], [1])
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -22,7 +21,7 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 def packed_batches(seed: int = 0, batch_size: int = 3, num_documents: int = 29) -> PackedBatches:
-    """Rows that hold one document each, so that the first token of a row names it."""
+    """Return batches of rows with one document each, so that the first token of a row identifies it."""
     corpus = TokenizedCorpus(
         np.arange(num_documents * S, dtype=np.int32), np.arange(num_documents + 1, dtype=np.int64) * S, 1
     )
@@ -61,16 +60,16 @@ def test_a_corpus_without_targets_is_refused(lengths: list[int]) -> None:
 
 
 def test_documents_are_cut_at_the_context_in_rows_that_are_longer() -> None:
-    """Every target once, at a position that the backbone knows."""
+    """Every target occurs once, at a position within the backbone's context."""
     lengths, context = [200, 23, 24, 7, 61], 23
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     corpus = TokenizedCorpus(np.arange(sum(lengths), dtype=np.int32), offsets, 1)
     batches = PackedBatches(corpus, 61, 1, 0, context)
-    found, sizes = [], []
+    targets, sizes = [], []
     for index in range(len(batches.order.rows)):
         batch = batches.batch(index)
         assert int(batch.position_BS.max()) < context
         sizes.append(int((batch.segment_BS > 0).sum()))
-        found += batch.tokens_BS.roll(-1, dims=1)[batch.target_mask(0)].tolist()
-    assert sorted(found) == sorted(set(range(sum(lengths))) - set(offsets.tolist()))
+        targets += batch.tokens_BS.roll(-1, dims=1)[batch.target_mask(0)].tolist()
+    assert sorted(targets) == sorted(set(range(sum(lengths))) - set(offsets.tolist()))
     assert max(sizes) > 2 * context

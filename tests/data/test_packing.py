@@ -8,14 +8,14 @@ from mtptrain.batch import Batch
 from mtptrain.data.packing import cut_document, fill_rows, pack_corpus, pack_pieces
 from mtptrain.data.tokens import TokenizedCorpus
 
-# S tokens a row
+# S tokens per row
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 ROW_LENGTHS = st.integers(2, 17)
 
 
 def corpus_of(lengths: list[int]) -> TokenizedCorpus:
-    """Documents whose token ids are 0, 1, 2, ... through the whole corpus, so that an id is a place in it."""
+    """Return a corpus with the token ids 0, 1, 2, ..., so that an id is a position in the corpus."""
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     return TokenizedCorpus(np.arange(offsets[-1], dtype=np.int32), offsets, int(offsets[-1]))
 
@@ -50,15 +50,15 @@ def test_every_piece_but_the_last_fills_a_row(length: int, S: int) -> None:
 @settings(max_examples=50, deadline=None)
 def test_every_token_but_a_documents_first_is_a_target_exactly_once(lengths: list[int], S: int) -> None:
     corpus = corpus_of(lengths)
-    expected = [token for d in range(corpus.num_documents) for token in corpus.document(d)[1:].tolist()]
+    expected = [token for d in range(len(lengths)) for token in corpus.document(d)[1:].tolist()]
     rows = pack_corpus(corpus, S)
-    found = targets(fill_rows(corpus.tokens, rows, S), step=0) if rows else []
-    assert sorted(found) == expected
+    actual = targets(fill_rows(corpus.tokens, rows, S), step=0) if rows else []
+    assert sorted(actual) == expected
 
 
 @given(lengths=LENGTHS, S=ROW_LENGTHS)
 @settings(max_examples=50, deadline=None)
-def test_no_row_is_longer_than_asked_for(lengths: list[int], S: int) -> None:
+def test_no_row_is_longer_than_the_row_length(lengths: list[int], S: int) -> None:
     for row in pack_corpus(corpus_of(lengths), S):
         assert 2 <= sum(size for _, size in row) <= S
 
@@ -127,7 +127,7 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     assert {t.device.type for t in (batch.tokens_BS, batch.segment_BS, batch.position_BS)} == {"meta"}
 
 
-def test_drafts_are_charged_only_where_all_they_draft_may_be_a_target() -> None:
+def test_draft_steps_count_only_where_all_drafted_tokens_may_be_targets() -> None:
     loss_mask = np.array([0, 0, 1, 1, 0, 1, 1, 1, 1], bool)
     batch = fill_rows(np.arange(9, dtype=np.int32), [[(0, 6), (6, 3)]], 10, loss_mask)
     for step in range(4):

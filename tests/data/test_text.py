@@ -19,7 +19,7 @@ TEXTS = ["first text", "second\ntext", "dritter Text: äöü"]
 def offline_and_cached_in_a_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE=... set where they are exported before the first import."""
+    """Set what HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE=... would set before the first import."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)

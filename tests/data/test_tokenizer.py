@@ -28,8 +28,8 @@ def test_any_text_comes_back(text: str) -> None:
     assert TOKENIZER.decode(encode(TOKENIZER, text)) == text
 
 
-def test_the_marks_are_the_first_two_ids() -> None:
-    assert [TOKENIZER.token_to_id(mark) for mark in (BOS, EOS)] == [0, 1]
+def test_bos_and_eos_are_the_first_two_ids() -> None:
+    assert [TOKENIZER.token_to_id(token) for token in (BOS, EOS)] == [0, 1]
 
 
 def test_training_is_deterministic_and_stays_within_its_vocabulary() -> None:

@@ -11,7 +11,7 @@ from mtptrain.data.tokenizer import BOS, train_tokenizer
 from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder, cache_folder, tokenize_corpus
 from tests.conftest import CHAT_TEMPLATE
 
-MARKS = ([0], [1])
+BOS_EOS = ([0], [1])
 DOCUMENTS = [Document("a", "one two"), Document("b", ""), Document("c", "drei äöü 🙂 \n\t end")]
 
 
@@ -21,15 +21,15 @@ def tokenizer() -> Tokenizer:
 
 
 def test_every_document_comes_back_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
-    assert corpus.num_documents == 3
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
+    assert len(corpus.offsets) == 4
     for index, document in enumerate(DOCUMENTS):
         tokens = corpus.document(index).tolist()
         assert tokenizer.decode(tokens[1:-1]) == document.text
 
 
 @pytest.mark.parametrize("bos_eos", [([], []), ([0], [1]), ([0, 7], [1, 1, 1])])
-def test_marks_stand_around_every_document(
+def test_bos_and_eos_surround_every_document(
     bos_eos: tuple[list[int], list[int]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     before, after = bos_eos
@@ -39,21 +39,21 @@ def test_marks_stand_around_every_document(
         assert corpus.document(index).tolist() == [*before, *plain, *after]
 
 
-def test_bytes_are_counted_in_utf8_without_marks(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+def test_bytes_are_counted_in_utf8_without_bos_and_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
     assert corpus.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
 
 
 def test_no_documents_make_an_empty_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = tokenize_corpus([], Encoder(tokenizer, MARKS), tmp_path)
-    assert (corpus.num_documents, len(corpus.tokens), corpus.num_bytes) == (0, 0, 0)
+    corpus = tokenize_corpus([], Encoder(tokenizer, BOS_EOS), tmp_path)
+    assert (corpus.offsets.tolist(), len(corpus.tokens), corpus.num_bytes) == ([0], 0, 0)
 
 
 def test_a_second_call_reads_what_the_first_one_wrote(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    first = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+    first = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
     (path,) = tmp_path.iterdir()
     written = path.stat()
-    second = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+    second = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
     assert list(tmp_path.iterdir()) == [path]
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert np.array_equal(first.tokens, second.tokens)
@@ -66,30 +66,30 @@ def test_a_second_call_reads_what_the_first_one_wrote(tokenizer: Tokenizer, tmp_
     ids=["edited", "shorter", "cut elsewhere"],
 )
 def test_another_text_has_a_file_of_its_own(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
-    tokenize_corpus([Document("a", text) for text in texts], Encoder(tokenizer, MARKS), tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
+    tokenize_corpus([Document("a", text) for text in texts], Encoder(tokenizer, BOS_EOS), tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_other_marks_or_another_tokenizer_have_a_file_of_their_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS), tmp_path)
+def test_other_bos_eos_ids_or_another_tokenizer_have_a_file_of_their_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
     tokenize_corpus(DOCUMENTS, Encoder(tokenizer, ([0], [])), tmp_path)
-    tokenize_corpus(DOCUMENTS, Encoder(train_tokenizer(["other words"], 262), MARKS), tmp_path)
+    tokenize_corpus(DOCUMENTS, Encoder(train_tokenizer(["other words"], 262), BOS_EOS), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_failure_while_encoding_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = [Document("good", "fine"), Document("bad", "half a pair: \ud83d")]
-    with pytest.raises(TypeError):  # the tokenizers library knows no lone surrogate
-        tokenize_corpus(documents, Encoder(tokenizer, MARKS), tmp_path / "cache")
+    with pytest.raises(TypeError):  # the tokenizers library rejects lone surrogates
+        tokenize_corpus(documents, Encoder(tokenizer, BOS_EOS), tmp_path / "cache")
     assert not list(tmp_path.rglob("*.npz"))
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("num_documents", [1, BATCH_DOCUMENTS - 1, BATCH_DOCUMENTS, BATCH_DOCUMENTS + 1])
 def test_documents_are_encoded_in_order_at_any_number(num_documents: int, tokenizer: Tokenizer) -> None:
-    found = Encoder(tokenizer, MARKS).encode(Document("", str(n)) for n in range(num_documents))
-    assert [tokenizer.decode(one.tokens.tolist()[1:-1]) for one in found] == [str(n) for n in range(num_documents)]
+    encoded = Encoder(tokenizer, BOS_EOS).encode(Document("", str(n)) for n in range(num_documents))
+    assert [tokenizer.decode(one.tokens.tolist()[1:-1]) for one in encoded] == [str(n) for n in range(num_documents)]
 
 
 def test_long_documents_are_not_gathered_before_they_are_encoded() -> None:
@@ -102,7 +102,7 @@ def test_long_documents_are_not_gathered_before_they_are_encoded() -> None:
             read.append(number)
             yield Document(str(number), word * (BATCH_CHARACTERS // 2 // len(word) + 1))
 
-    next(Encoder(one_token_a_word, MARKS).encode(documents()))
+    next(Encoder(one_token_a_word, BOS_EOS).encode(documents()))
     assert read == [0, 1]
 
 
@@ -111,22 +111,22 @@ def test_a_conversation_keeps_its_mask_through_the_cache(tmp_path: Path) -> None
     chat = ChatTemplate(CHAT_TEMPLATE, Path("x.jinja"), {"bos_token": BOS}, tokenizer, [0])
     messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
     documents = [Document("text", "three"), Document("talk", "one?\ntwo.", messages)]
-    made, read = (tokenize_corpus(documents, Encoder(tokenizer, MARKS, chat), tmp_path) for _ in range(2))
+    made, read = (tokenize_corpus(documents, Encoder(tokenizer, BOS_EOS, chat), tmp_path) for _ in range(2))
     assert made.loss_mask is not None
     assert read.loss_mask is not None
     assert np.array_equal(made.loss_mask, read.loss_mask)
-    text, said = np.split(made.tokens[made.loss_mask], [len(made.document(0))])
-    assert text.tolist() == made.document(0).tolist()  # of a text, all tokens
-    assert tokenizer.decode(said.tolist()) == "two.</assistant>"
-    assert made.num_bytes == len("three") + len(chat.render(messages, asks=False))
+    text, answer = np.split(made.tokens[made.loss_mask], [len(made.document(0))])
+    assert text.tolist() == made.document(0).tolist()  # all tokens of a text are targets
+    assert tokenizer.decode(answer.tolist()) == "two.</assistant>"
+    assert made.num_bytes == len("three") + len(chat.render(messages, add_generation_prompt=False))
 
 
 def test_another_template_has_a_file_of_its_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
     talk = [Document("talk", "a", [{"role": "assistant", "content": "a"}])]
     for text in (CHAT_TEMPLATE, CHAT_TEMPLATE + " "):
         chat = ChatTemplate(text, Path("x.jinja"), {}, tokenizer, [0])
-        tokenize_corpus(talk, Encoder(tokenizer, MARKS, chat), tmp_path)
-        tokenize_corpus(DOCUMENTS, Encoder(tokenizer, MARKS, chat), tmp_path)
+        tokenize_corpus(talk, Encoder(tokenizer, BOS_EOS, chat), tmp_path)
+        tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS, chat), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 

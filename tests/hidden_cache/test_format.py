@@ -11,7 +11,7 @@ ROUNDING = {StreamFormat.fp32: 0.0, StreamFormat.bf16: 2**-8, StreamFormat.fp8: 
 
 
 def random_streams(T: int, N: int, D: int) -> torch.Tensor:
-    """Tokens whose magnitudes lie six orders apart."""
+    """Return streams of T tokens whose magnitudes span six orders."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(T, N, D, generator=generator) * torch.logspace(-3, 3, T).view(T, 1, 1)
 
@@ -19,11 +19,11 @@ def random_streams(T: int, N: int, D: int) -> torch.Tensor:
 @pytest.mark.parametrize("stored_as", StreamFormat)
 def test_stored_streams_come_back_to_the_rounding_of_their_format(stored_as: StreamFormat) -> None:
     streams_TND = random_streams(63, 3, 129)
-    found_TND = decode_streams(encode_streams(streams_TND, stored_as), torch.float32)
+    decoded_TND = decode_streams(encode_streams(streams_TND, stored_as), torch.float32)
     # Below 2^-6 of the scale e4m3 is subnormal: there its step is 2^-9, against the largest value of 448.
     floor_TN1 = streams_TND.abs().amax(-1, keepdim=True) * (2**-10 / 448 if stored_as is StreamFormat.fp8 else 0)
     allowed_TND = streams_TND.abs() * ROUNDING[stored_as] * (1 + 1e-6) + floor_TN1
-    assert ((found_TND - streams_TND).abs() <= allowed_TND).all()
+    assert ((decoded_TND - streams_TND).abs() <= allowed_TND).all()
 
 
 def test_a_stream_of_zeros_stays_zero() -> None:

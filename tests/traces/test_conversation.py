@@ -1,4 +1,4 @@
-"""Turns are asked after the answers before them."""
+"""Multi-turn prompts."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def conversation(group: int, *turns: str) -> Conversation:
 
 
 def answer_in_rounds(conversations: list[Conversation], room: int = 10_000) -> ConversationTraces:
-    """The answer to every prompt is how many tokens it has."""
+    """Answer every prompt with its number of tokens."""
 
     def record(prompts: list[Prompt]) -> list[Trace]:
         words = [TOKENIZER.encode(str(len(prompt.tokens)), add_special_tokens=False).ids for prompt in prompts]
@@ -32,11 +32,11 @@ def text_of(trace: Trace) -> str:
     return TOKENIZER.decode(trace.prompt.tokens)
 
 
-def test_a_turn_is_asked_after_the_answers_to_those_before_it() -> None:
+def test_a_turn_follows_the_answers_to_the_earlier_turns() -> None:
     traces = answer_in_rounds([conversation(0, "a", "b", "c")]).traces
-    said = [TOKENIZER.decode(trace.tokens) for trace in traces]
+    answers = [TOKENIZER.decode(trace.tokens) for trace in traces]
     assert text_of(traces[2]).endswith(
-        f"<user>a</user><assistant>{said[0]}</assistant><user>b</user><assistant>{said[1]}</assistant>"
+        f"<user>a</user><assistant>{answers[0]}</assistant><user>b</user><assistant>{answers[1]}</assistant>"
         "<user>c</user><assistant>"
     )
 
@@ -56,6 +56,6 @@ def test_the_turns_of_a_conversation_come_in_a_row_and_share_a_group() -> None:
 def test_turns_after_the_context_is_full_are_dropped_and_counted() -> None:
     conversations = [conversation(0, "a", "b", "c", "d"), conversation(1, "a")]
     second = answer_in_rounds(conversations).traces[1]
-    held = answer_in_rounds(conversations, room=len(second.prompt.tokens))
-    assert [trace.prompt.group for trace in held.traces] == [0, 0, 1]
-    assert held.dropped == 2
+    limited = answer_in_rounds(conversations, room=len(second.prompt.tokens))
+    assert [trace.prompt.group for trace in limited.traces] == [0, 0, 1]
+    assert limited.dropped == 2

@@ -75,7 +75,7 @@ def test_traces_that_this_run_would_not_record_are_refused_by_name(name: str) ->
         check_trace_set(Path("x"), HEADER, replace(HEADER, **{name: OTHER[name]}))
 
 
-def test_seed_and_prompts_of_traces_are_their_own() -> None:
+def test_traces_may_have_another_seed_and_other_prompts() -> None:
     check_trace_set(Path("x"), HEADER, replace(HEADER, seed=3, sources=[], dropped=0, chat_template="dd"))
 
 

@@ -19,8 +19,8 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def questions_of(path: Path) -> list[PromptRow]:
-    return [question for source in read_prompt_rows([str(path)]) for question in source.questions]
+def rows_of(path: Path) -> list[PromptRow]:
+    return [row for source in read_prompt_rows([str(path)]) for row in source.questions]
 
 
 def user(text: str) -> dict[str, str]:
@@ -42,23 +42,23 @@ def assistant(text: str) -> dict[str, str]:
         ({"prompt": "x", "turns": ["a"], "messages": None}, "", [user("a")], []),
     ],
 )
-def test_a_row_asks_by_its_key(
+def test_a_row_is_parsed_by_its_key(
     row: dict[str, Any], text: str, messages: list[dict[str, str]], turns: list[str], tmp_path: Path
 ) -> None:
-    (found,) = questions_of(write(tmp_path / "a.jsonl", row))
-    assert (found.text, found.messages, found.turns) == (text, messages, turns)
+    (parsed,) = rows_of(write(tmp_path / "a.jsonl", row))
+    assert (parsed.text, parsed.messages, parsed.turns) == (text, messages, turns)
 
 
 def test_the_domain_is_the_rows_own_or_the_files_name(tmp_path: Path) -> None:
     path = write(tmp_path / "code.jsonl", {"prompt": "a"}, {"prompt": "b", "domain": "prose"})
-    assert [question.domain for question in questions_of(path)] == ["code", "prose"]
+    assert [row.domain for row in rows_of(path)] == ["code", "prose"]
 
 
 def test_a_folder_is_a_source_a_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"prompt": "a"})
     Dataset.from_dict({"prompt": ["b", "c"], "turns": [None, None]}).to_parquet(tmp_path / "b.parquet")
     sources = read_prompt_rows([str(tmp_path)])
-    assert [[question.text for question in source.questions] for source in sources] == [["a"], ["b", "c"]]
+    assert [[row.text for row in source.questions] for source in sources] == [["a"], ["b", "c"]]
     assert [source.questions[0].domain for source in sources] == ["a", "b"]
     assert (sources[0].name, sources[0].sha256) == (str(first), sha256_file(first))
 
@@ -72,11 +72,11 @@ def test_shares_are_as_even_as_the_sizes_allow(sizes: list[int], count: int) -> 
     assert all(max(shares) - share <= 1 for share in short)
 
 
-def test_questions_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> None:
+def test_prompts_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> None:
     for name, size in [("a", 9), ("b", 2)]:
         write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{number}"} for number in range(size)))
     chosen = spread_prompt_rows(read_prompt_rows([str(tmp_path)]), 7)
-    assert [[question.text for question in questions] for questions in chosen] == [
+    assert [[row.text for row in rows] for rows in chosen] == [
         ["a0", "a2", "a4", "a6", "a8"],
         ["b0", "b1"],
     ]
@@ -96,17 +96,17 @@ def test_questions_are_spread_over_the_rows_of_every_file(tmp_path: Path) -> Non
         ({"messages": [{"role": "user", "content": None}]}, "`messages` must hold text, not NoneType"),
     ],
 )
-def test_a_row_that_asks_nothing_is_named_with_its_line(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_a_row_without_a_prompt_is_named_with_its_line(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "whole"}, row)
     with pytest.raises(UserError, match=rf"^prompts={path}: line 2:? {reason}"):
-        questions_of(path)
+        rows_of(path)
 
 
 @pytest.mark.parametrize(("files", "text"), [(["train", "test"], "test"), (["train"], "train")])
-def test_of_a_data_set_the_test_split_is_asked_where_there_is_one(files: list[str], text: str, tmp_path: Path) -> None:
+def test_the_test_split_of_a_data_set_is_read_if_there_is_one(files: list[str], text: str, tmp_path: Path) -> None:
     for name in files:
         write(tmp_path / f"{name}.jsonl", {"prompt": name})
-    source = read_dataset(str(tmp_path))  # `datasets` loads a folder as it loads a name
-    assert [question.text for question in source.questions] == [text]
+    source = read_dataset(str(tmp_path))  # `datasets` loads a folder like a name
+    assert [row.text for row in source.questions] == [text]
     assert source.questions[0].domain == tmp_path.name
     assert len(source.sha256) == 64

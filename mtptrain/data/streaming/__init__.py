@@ -1,1 +1,1 @@
-"""Text read lazily, exact on any number of processes and workers."""
+"""Text read lazily, with the same batches on any number of processes and workers."""

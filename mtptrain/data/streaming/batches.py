@@ -1,4 +1,4 @@
-"""`data.streaming=true` and `data.mixture`: training rows of text that is read and tokenised while training goes on."""
+"""`data.streaming=true` and `data.mixture`: training rows of text that is read and tokenised during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtptrain.data.packing import fill_rows
 from mtptrain.data.streaming.dataset import Position, StreamingPlan, check_position, join_positions, source_of
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.data.streaming.sharding import DocumentShardReader
-from mtptrain.data.streaming.workers import Items, start_feeds
+from mtptrain.data.streaming.workers import Items, start_loaders
 from mtptrain.errors import UserError
 from mtptrain.run.distributed import rank_rows
 
@@ -23,8 +23,8 @@ class StreamingBatches(BatchSource):
     """Micro-batches of documents that are read lazily; neither the text nor its tokens are ever held whole.
 
     Args:
-        plan: what is read.
-        workers: processes that read and tokenise for this one; 0 = this one itself.
+        plan: the data.
+        workers: processes that read and tokenise for this one; 0 = this process does it itself.
 
     Raises:
         UserError: a source cannot be read, or has fewer training documents than a micro-batch has rows.
@@ -34,17 +34,17 @@ class StreamingBatches(BatchSource):
         self.plan, self.workers = plan, workers
         self.names = list(plan.sources) if len(plan.sources) > 1 else []
         for config in plan.sources.values():
-            dealer = DocumentShardReader(config, range(plan.num_rows), plan.num_rows)
-            first = [dealer.next(lane)[1] for lane in range(plan.num_rows)]
+            reader = DocumentShardReader(config, range(plan.num_rows), plan.num_rows)
+            first = [reader.next(number)[1] for number in range(plan.num_rows)]
             next(plan.encoder.encode(document for document in first if document is not None))
-        self.lanes = list(rank_rows(plan.num_rows))
+        self.row_numbers = list(rank_rows(plan.num_rows))
         self.seek(0, [])
 
     def seek(self, index: int, positions: list[Position]) -> None:
-        """Go on with micro-batch `index` where the processes of an earlier run had come to.
+        """Resume at micro-batch `index` from the positions of all processes of an earlier run.
 
         Raises:
-            UserError: they read other data.
+            UserError: the positions belong to other data.
         """
         if index > 0 and not positions:
             raise UserError(
@@ -54,28 +54,28 @@ class StreamingBatches(BatchSource):
         self.index, self._position = index, join_positions(positions) if positions else {}
         if positions:
             check_position(self.plan, self._position)
-        self._feeds: list[Items] | None = None
+        self._loaders: list[Items] | None = None
 
     def batch(self, index: int) -> Batch:
-        """This process's rows of micro-batch `index`; they are given out in order.
+        """Return this process's rows of micro-batch `index`; micro-batches must be requested in order.
 
         Raises:
-            UserError: the data cannot be read, or a process that reads them is gone.
+            UserError: the data cannot be read, or a worker was killed.
         """
-        assert index == self.index, f"micro-batch {index} was asked for and {self.index} is next"
-        if self._feeds is None:
-            self._feeds = start_feeds(self.plan, self.lanes, self.workers, index, self._position)
-        parts = [next(feed) for feed in self._feeds]
+        assert index == self.index, f"micro-batch {index} was requested and {self.index} is next"
+        if self._loaders is None:
+            self._loaders = start_loaders(self.plan, self.row_numbers, self.workers, index, self._position)
+        parts = [next(loader) for loader in self._loaders]
         self.index, self._position = index + 1, join_positions([position for _, position in parts])
         return self._fill([row for rows, _ in parts for row in rows], index)
 
     def position(self) -> Position:
-        """Where this process's lanes are after the last micro-batch."""
+        """Return the position of this process's row streams after the last micro-batch."""
         return self._position
 
     def close(self) -> None:
-        """End the processes that read ahead."""
-        self._feeds = None
+        """End the worker processes."""
+        self._loaders = None
 
     def _fill(self, rows: list[Row], index: int) -> Batch:
         pieces = [piece for row in rows for piece in row]
@@ -90,5 +90,5 @@ class StreamingBatches(BatchSource):
         if not self.names:
             return batch
         first = index * self.plan.num_rows
-        chosen = [source_of(first + lane, self.plan.weights) for lane in self.lanes]
-        return replace(batch, source_B=torch.tensor(chosen))
+        sources = [source_of(first + number, self.plan.weights) for number in self.row_numbers]
+        return replace(batch, source_B=torch.tensor(sources))

@@ -1,4 +1,4 @@
-"""The rows of some places in the batch, batch after batch, and where to go on after each."""
+"""Rows of a streamed training: an endless dataset with a position to resume from after every micro-batch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Position = dict[str, Any]  # plain values, for a checkpoint; {} = the beginning
 
 @dataclass(frozen=True, slots=True)
 class StreamingPlan:
-    """What a training reads as a stream.
+    """The data of a streamed training.
 
     Attributes:
-        sources: by name.
-        weights: of the sources, in their order.
+        sources: settings of each source, by name.
+        weights: of the sources, in the same order.
         encoder: the backbone's.
-        shape: of the rows.
-        num_rows: rows a micro-batch, of all processes together; each is a lane with documents of its own.
-        seed: of the order.
+        shape: size of rows and pieces.
+        num_rows: rows of a micro-batch, over all processes; each is a row stream with documents of its own.
+        seed: seed of the row order.
     """
 
     sources: dict[str, DataConfig]
@@ -40,24 +40,44 @@ class StreamingPlan:
     seed: int
 
 
-class StreamingDataset(IterableDataset[tuple[list[Row], Position] | UserError]):
-    """Endless: of each micro-batch the rows of some lanes, with the position after them.
+@dataclass(frozen=True, slots=True)
+class _OpenSource:
+    """A source that is being read: its reader, and a row stream for each row number."""
 
-    A lane's rows do not depend on who else reads: any partition of the lanes gives the same batches.
+    reader: DocumentShardReader
+    row_streams: dict[int, RowStream]
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last row, as plain values."""
+        positions = {number: stream.position for number, stream in self.row_streams.items()}
+        earliest = min((one.epoch, one.number) for one in positions.values())
+        return {
+            "reader": self.reader.position(earliest),
+            "row_streams": {str(number): list(astuple(one)) for number, one in positions.items()},
+        }
+
+
+class StreamingDataset(IterableDataset[tuple[list[Row], Position] | UserError]):
+    """Endless micro-batches: for each, some of its rows, and the position after them.
+
+    The rows of a row stream do not depend on the other readers: any partition of the row numbers over datasets gives
+    the same batches.
 
     Args:
-        plan: what is read.
-        lanes: places in the batch.
+        plan: the data.
+        row_numbers: rows of the micro-batch to read.
         first: number of the first micro-batch.
-        position: before it.
+        position: position before that micro-batch.
     """
 
-    def __init__(self, plan: StreamingPlan, lanes: list[int], first: int = 0, position: Position | None = None) -> None:
+    def __init__(
+        self, plan: StreamingPlan, row_numbers: list[int], first: int = 0, position: Position | None = None
+    ) -> None:
         super().__init__()
-        self.plan, self.lanes, self.first, self.position = plan, lanes, first, position or {}
+        self.plan, self.row_numbers, self.first, self.position = plan, row_numbers, first, position or {}
 
     def __iter__(self) -> Iterator[tuple[list[Row], Position] | UserError]:
-        """A user's mistake is the last thing that is given out: raised in another process it would lose its text."""
+        """Yield a user's mistake as the last item: an exception raised in a worker would lose its text."""
         try:
             yield from self._batches()
         except UserError as error:
@@ -65,59 +85,53 @@ class StreamingDataset(IterableDataset[tuple[list[Row], Position] | UserError]):
 
     def _batches(self) -> Iterator[tuple[list[Row], Position]]:
         plan = self.plan
-        sources = [self._open(name) for name in plan.sources]
+        sources = {name: self._open(name) for name in plan.sources}
+        names = list(sources)
         for index in count(self.first):
             rows = []
-            for lane in self.lanes:
-                chosen = source_of(index * plan.num_rows + lane, plan.weights)
-                rows.append(sources[chosen][1][lane].row())
-            yield (
-                rows,
-                {"num_rows": plan.num_rows, "sources": dict(zip(plan.sources, map(_place, sources), strict=True))},
-            )
+            for number in self.row_numbers:
+                name = names[source_of(index * plan.num_rows + number, plan.weights)]
+                rows.append(sources[name].row_streams[number].next())
+            positions = {name: source.position() for name, source in sources.items()}
+            yield rows, {"num_rows": plan.num_rows, "sources": positions}
 
-    def _open(self, name: str) -> tuple[DocumentShardReader, dict[int, RowStream]]:
-        """A source at its position."""
-        plan, found = self.plan, self.position.get("sources", {}).get(name, {})
-        places = {
-            lane: RowStreamPosition(*found["lanes"][str(lane)]) if found else RowStreamPosition() for lane in self.lanes
+    def _open(self, name: str) -> _OpenSource:
+        """Open a source at its position."""
+        plan, stored = self.plan, self.position.get("sources", {}).get(name)
+        positions = {
+            number: RowStreamPosition(*stored["row_streams"][str(number)]) if stored else RowStreamPosition()
+            for number in self.row_numbers
         }
-        starts = {lane: (place.epoch, place.number) for lane, place in places.items()}
-        dealer = DocumentShardReader(plan.sources[name], self.lanes, plan.num_rows, found.get("place"), starts)
-        return dealer, {
-            lane: RowStream(lane, dealer, plan.encoder, plan.shape, plan.seed, place) for lane, place in places.items()
+        starts = {number: (one.epoch, one.number) for number, one in positions.items()}
+        reader_position = stored["reader"] if stored else None
+        reader = DocumentShardReader(plan.sources[name], self.row_numbers, plan.num_rows, reader_position, starts)
+        row_streams = {
+            number: RowStream(number, reader, plan.encoder, plan.shape, plan.seed, one)
+            for number, one in positions.items()
         }
-
-
-def _place(source: tuple[DocumentShardReader, dict[int, RowStream]]) -> dict[str, Any]:
-    dealer, lanes = source
-    earliest = min((lane.place.epoch, lane.place.number) for lane in lanes.values())
-    return {
-        "place": dealer.place(earliest),
-        "lanes": {str(number): list(astuple(lane.place)) for number, lane in lanes.items()},
-    }
+        return _OpenSource(reader, row_streams)
 
 
 def join_positions(parts: list[Position]) -> Position:
-    """The position of all lanes together, from those of feeds that share them."""
+    """Return the position of all row streams together, from the positions of datasets that share them."""
     joined: Position = {"num_rows": parts[0]["num_rows"], "sources": {}}
     for name in parts[0]["sources"]:
-        found = [part["sources"][name] for part in parts]
-        place = min((one["place"] for one in found), key=lambda place: (place["epoch"], place["number"]))
-        lanes = {lane: values for one in found for lane, values in one["lanes"].items()}
-        joined["sources"][name] = {"place": place, "lanes": lanes}
+        sources = [part["sources"][name] for part in parts]
+        earliest = min((one["reader"] for one in sources), key=lambda reader: (reader["epoch"], reader["number"]))
+        row_streams = {number: values for one in sources for number, values in one["row_streams"].items()}
+        joined["sources"][name] = {"reader": earliest, "row_streams": row_streams}
     return joined
 
 
 def check_position(plan: StreamingPlan, position: Position) -> None:
-    """Raise a `UserError` unless a position belongs to a training that reads as this one does."""
-    was = {"train.batch_size": position.get("num_rows"), "data.mixture": sorted(position.get("sources", {}))}
-    now = {"train.batch_size": plan.num_rows, "data.mixture": sorted(plan.sources)}
-    for setting, value in now.items():
-        if was[setting] != value:
+    """Raise a `UserError` unless a position has the number of rows and the source names of `plan`."""
+    stored = {"train.batch_size": position.get("num_rows"), "data.mixture": sorted(position.get("sources", {}))}
+    current = {"train.batch_size": plan.num_rows, "data.mixture": sorted(plan.sources)}
+    for setting, value in current.items():
+        if stored[setting] != value:
             raise UserError(
-                f"{setting}={value}: the interrupted run read its data as a stream with {was[setting]}, and the "
-                "position in it has no other meaning; set it as it was, or start in another output_dir"
+                f"{setting}={value}: the interrupted run read its data as a stream with {stored[setting]}, and its "
+                "position in the data is valid only for that value; set it as it was, or start in another output_dir"
             )
 
 
@@ -125,17 +139,18 @@ GOLDEN, RANGE = 2654435769, 2**32  # the odd number next to the golden section o
 
 
 def source_of(row: int, weights: Sequence[float]) -> int:
-    """Index of the source that row `row` of the whole training, from 0, comes from.
+    """Return the index of the source of row `row` of the whole training, counted from 0.
 
     Multiples of the golden section fill [0, 1) evenly, and so do those of every n-th row: after N rows the count of a
-    source is its share of N but for a few, in the whole and in each place of the batch. Nothing is drawn or remembered.
+    source differs from its share of N by a few rows at most, both over all rows and for each row of the micro-batch.
+    Nothing is drawn or remembered.
 
     Args:
-        row: of all processes together.
+        row: row number over all processes and micro-batches.
         weights: above 0; a source's share is its weight over their sum.
 
     Source: Kronecker sequence; Niederreiter 1992, section 3.1.
     """
     limits = list(accumulate(weights))
-    place = row * GOLDEN % RANGE / RANGE * limits[-1]
-    return min(bisect_right(limits, place), len(weights) - 1)
+    point = row * GOLDEN % RANGE / RANGE * limits[-1]
+    return min(bisect_right(limits, point), len(weights) - 1)

@@ -1,4 +1,4 @@
-"""The training documents of a source, dealt out to the rows of a batch."""
+"""Distribute the training documents of a source over the rows of a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,60 +12,61 @@ from mtptrain.data.documents import Document, Split, split_of
 from mtptrain.data.text import TextReader, training_documents
 from mtptrain.errors import UserError
 
-PLACE_EVERY = 64  # documents between the places that reading can be continued from
+POSITION_EVERY = 64  # documents between the positions that reading can resume from
 
-Order = tuple[int, int]  # epoch, and number of a document among the training documents of the source
+DocumentIndex = tuple[int, int]  # epoch, and number of a document among the training documents of the source
+ReaderPosition = dict[str, Any]  # `epoch`, `number` and, for local text, `text`: the position of the TextReader
 
 
 class DocumentShardReader:
-    """Reads a source over and over; document d of every epoch belongs to lane d mod `num_rows`, and to no other.
+    """Read a source over and over; document d of every epoch goes to row d mod `num_rows`, and to no other.
 
-    Lanes ask at their own pace: what belongs to one that has not asked yet waits for it.
+    Rows consume documents at their own pace: documents of a row are queued until it requests them.
 
     Args:
-        config: of the source.
-        lanes: those that are dealt to; documents of others are passed over without being tokenised.
-        num_rows: of all processes together.
-        place: of an earlier dealer, at or before every start; None = the beginning.
-        starts: the first document that a lane wants.
+        config: settings of the source.
+        row_numbers: rows to serve; documents of other rows are skipped without being tokenised.
+        num_rows: rows of a micro-batch, over all processes.
+        position: position of an earlier reader, at or before every start; None = the beginning.
+        starts: first document of each row; (0, 0) for a row that is not listed.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        lanes: Iterable[int],
+        row_numbers: Iterable[int],
         num_rows: int,
-        place: dict[str, Any] | None = None,
-        starts: dict[int, Order] | None = None,
+        position: ReaderPosition | None = None,
+        starts: dict[int, DocumentIndex] | None = None,
     ) -> None:
         self.config, self.num_rows = config, num_rows
         self.starts = starts or {}
-        self.waiting: dict[int, deque[tuple[Order, Document | None]]] = {lane: deque() for lane in lanes}
-        place = place or {"epoch": 0, "number": 0, "text": None}
-        self.places: deque[dict[str, Any]] = deque()
-        self._begin(place["epoch"], place["number"], place["text"])
+        self.queues: dict[int, deque[tuple[DocumentIndex, Document | None]]] = {row: deque() for row in row_numbers}
+        self.positions: deque[ReaderPosition] = deque()
+        position = position or {"epoch": 0, "number": 0, "text": None}
+        self._begin(position["epoch"], position["number"], position["text"])
 
-    def next(self, lane: int) -> tuple[Order, Document | None]:
-        """The next document of a lane; None stands for the end of an epoch.
+    def next(self, row_number: int) -> tuple[DocumentIndex, Document | None]:
+        """Return the next document of a row; None marks the end of an epoch.
 
         Raises:
-            UserError: the source cannot be read, or holds fewer training documents than there are lanes.
+            UserError: the source cannot be read, or holds fewer training documents than a micro-batch has rows.
         """
-        while not self.waiting[lane]:
+        while not self.queues[row_number]:
             self._read()
-        return self.waiting[lane].popleft()
+        return self.queues[row_number].popleft()
 
-    def place(self, earliest: Order) -> dict[str, Any]:
-        """Where a dealer has to begin that shall reach document `earliest` and those after it."""
-        while len(self.places) > 1 and (self.places[1]["epoch"], self.places[1]["number"]) <= earliest:
-            self.places.popleft()
-        return self.places[0]
+    def position(self, earliest: DocumentIndex) -> ReaderPosition:
+        """Return the latest position from which a new reader still reaches document `earliest`; forget earlier ones."""
+        while len(self.positions) > 1 and (self.positions[1]["epoch"], self.positions[1]["number"]) <= earliest:
+            self.positions.popleft()
+        return self.positions[0]
 
     def _begin(self, epoch: int, number: int, text: dict[str, Any] | None) -> None:
         self.epoch, self.number = epoch, number
         self.reader = TextReader(self.config, text) if self.config.source is DataSource.text else None
         self.documents = self._training_documents()
-        self._note_place()
+        self._record_position()
 
     def _training_documents(self) -> Iterator[Document]:
         if self.reader is None:
@@ -75,41 +76,41 @@ class DocumentShardReader:
             if split_of(document.name, self.config.heldout_every) is Split.train:
                 yield document
 
-    def _note_place(self) -> None:
-        text = self.reader.place() if self.reader else None
-        self.places.append({"epoch": self.epoch, "number": self.number, "text": text})
+    def _record_position(self) -> None:
+        text = self.reader.position() if self.reader else None
+        self.positions.append({"epoch": self.epoch, "number": self.number, "text": text})
 
     def _read(self) -> None:
-        """Read one more document, or meet the end."""
+        """Queue one more document, or the end of the epoch for every row."""
         document = next(self.documents, None)
         if document is None:
             check_enough(self.config, self.number, self.num_rows)
-            for lane in self.waiting:
-                self._deal(lane, None)
+            for row_number in self.queues:
+                self._queue(row_number, None)
             self._begin(self.epoch + 1, 0, None)
             return
-        lane = self.number % self.num_rows
-        if lane in self.waiting:
-            self._deal(lane, document)
+        row_number = self.number % self.num_rows
+        if row_number in self.queues:
+            self._queue(row_number, document)
         self.number += 1
-        if self.number % PLACE_EVERY == 0:
-            self._note_place()
+        if self.number % POSITION_EVERY == 0:
+            self._record_position()
 
-    def _deal(self, lane: int, document: Document | None) -> None:
-        if (self.epoch, self.number) >= self.starts.get(lane, (0, 0)):
-            self.waiting[lane].append(((self.epoch, self.number), document))
+    def _queue(self, row_number: int, document: Document | None) -> None:
+        if (self.epoch, self.number) >= self.starts.get(row_number, (0, 0)):
+            self.queues[row_number].append(((self.epoch, self.number), document))
 
 
-def check_enough(config: DataConfig, found: int, num_rows: int) -> None:
-    """Raise a `UserError` where a source has fewer training documents than a batch has rows."""
-    if found == 0:
+def check_enough(config: DataConfig, num_documents: int, num_rows: int) -> None:
+    """Raise a `UserError` if a source has fewer training documents than a micro-batch has rows."""
+    if num_documents == 0:
         raise UserError(
             f"data.path={config.path}: no training document with two tokens or more; one in data.heldout_every="
             f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number"
         )
-    if found < num_rows:
+    if num_documents < num_rows:
         raise UserError(
-            f"data.path={config.path}: has {found} training documents, and read as a stream each of "
+            f"data.path={config.path}: has {num_documents} training documents, and read as a stream each of "
             f"train.batch_size={num_rows} rows needs documents of its own; lower train.batch_size, or leave "
             "data.streaming false"
         )

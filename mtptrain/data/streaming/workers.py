@@ -1,4 +1,4 @@
-"""Reading and tokenising in processes of their own, so that training does not wait for them."""
+"""Read and tokenise in worker processes, so that training does not wait for either."""
 
 from __future__ import annotations
 
@@ -19,54 +19,57 @@ from mtptrain.data.streaming.row_stream import Row
 from mtptrain.errors import UserError
 from mtptrain.run.preemption import SIGNALS
 
-PREFETCHED = 4  # micro-batches that a process prepares ahead
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when the one that started it ends
+PREFETCHED = 4  # micro-batches that a worker prepares ahead
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal sent to a process when its parent ends
 
 Items = Iterator[tuple[list[Row], Position]]
 
 
-def start_feeds(plan: StreamingPlan, lanes: list[int], workers: int, first: int, position: Position) -> list[Items]:
-    """Feeds that share lanes in their order, each in a process of its own; with `workers=0` one feed in this process.
+def start_loaders(
+    plan: StreamingPlan, row_numbers: list[int], workers: int, first: int, position: Position
+) -> list[Items]:
+    """Return iterators that share the rows in order, each in its own worker; with `workers=0`, one in this process.
 
-    Each is a `DataLoader` with one worker: with several, `datasets` would share its files out over them by itself.
+    Each worker has a `DataLoader` of its own: with several workers in one, `datasets` would split its files over them.
     """
     if workers == 0:
-        return [_sound(iter(StreamingDataset(plan, lanes, first, position)), workers)]
-    parts = [part.tolist() for part in np.array_split(lanes, min(workers, len(lanes)))]
+        return [_checked(iter(StreamingDataset(plan, row_numbers, first, position)), workers)]
+    parts = [part.tolist() for part in np.array_split(row_numbers, min(workers, len(row_numbers)))]
     with _quiet_fork():
-        return [_sound(_start(StreamingDataset(plan, part, first, position)), workers) for part in parts]
+        return [_checked(_start_worker(StreamingDataset(plan, part, first, position)), workers) for part in parts]
 
 
-def _start(feed: StreamingDataset) -> Iterator[Any]:
+def _start_worker(dataset: StreamingDataset) -> Iterator[Any]:
     return iter(
         DataLoader(
-            feed,
+            dataset,
             batch_size=None,
             num_workers=1,
             prefetch_factor=PREFETCHED,
-            collate_fn=_as_it_is,
-            worker_init_fn=_belong_to_the_run,
-            multiprocessing_context="fork",  # the tokenizer and its settings need not be pickled
-            generator=torch.Generator(),  # else it draws from the one that training draws from
+            collate_fn=_unchanged,
+            worker_init_fn=_bind_to_run,
+            # Pickling a tokenizer would lose `encode_special_tokens`.
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # the default would draw from the generator that training uses
         )
     )
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
-def _belong_to_the_run(_worker: int) -> None:
-    """Live as long as the run: one that is asked to leave finishes its step, and needs rows for it."""
+def _bind_to_run(_worker: int) -> None:
+    """Make this worker live as long as the run: after a signal the run finishes its step and needs rows for it."""
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # Prepared rows that nobody fetches any more would otherwise keep this process from ending by itself.
+    # A worker whose prepared rows are never fetched would otherwise not end by itself.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def _quiet_fork() -> Iterator[None]:
-    """Processes that are started inside neither talk about threads nor interrupt this one when they end."""
+    """Suppress the tokenizers fork warning, and torch's SIGCHLD handler, for processes started inside the block."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of this process do not exist in a fork of it
     is_main = threading.current_thread() is threading.main_thread()
@@ -74,7 +77,7 @@ def _quiet_fork() -> Iterator[None]:
     try:
         yield
     finally:
-        if is_main:  # torch raises from there, wherever the run is; a process that ended is met when it is asked
+        if is_main:  # torch's handler would raise at any line of the run; a dead worker is reported by `next` anyway
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
@@ -82,8 +85,8 @@ def _quiet_fork() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _sound(items: Iterator[Any], workers: int) -> Items:
-    """The items, or the `UserError` that took the place of one, or that of a process which is gone."""
+def _checked(items: Iterator[Any], workers: int) -> Items:
+    """Yield the items; raise the `UserError` that arrives as an item, or one that reports a killed worker."""
     while True:
         try:
             item = next(items)

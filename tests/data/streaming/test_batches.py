@@ -1,4 +1,4 @@
-"""Documents read as streams: nothing twice, nothing lost, whoever reads them and wherever reading was interrupted."""
+"""Streamed documents: none repeated, none lost, for any division of the rows and after any interruption."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source in files of every kind, and one of conversations; every text tells its document."""
+    """A source in files of every kind, and one of conversations; every text names its document."""
     root = tmp_path_factory.mktemp("sources")
     texts = [f"{number} " + "x" * (number * 7 % 31) for number in range(230)]
     (root / "text").mkdir()
@@ -77,26 +77,26 @@ def plan_of(config: DataConfig, num_rows: int, seed: int = 0) -> StreamingPlan:
 
 
 def plain(row: Row) -> list[tuple[list[int], list[bool] | None]]:
-    """A row as values that can be compared."""
+    """Return a row as values that can be compared."""
     return [(tokens.tolist(), None if loss_mask is None else loss_mask.tolist()) for tokens, loss_mask in row]
 
 
 def micro_batches(
     plan: StreamingPlan, parts: list[list[int]], first: int = 0, position: Position | None = None
 ) -> Iterator[tuple[list[object], Position]]:
-    """Rows of all lanes, read by feeds of some lanes each, and the position after them."""
-    feeds = [iter(StreamingDataset(plan, part, first, position)) for part in parts]
+    """Yield all rows of each micro-batch, read by one dataset per part, and the position after them."""
+    datasets = [iter(StreamingDataset(plan, part, first, position)) for part in parts]
     while True:
-        found = [next(feed) for feed in feeds]
-        for one in found:
-            if isinstance(one, UserError):
-                raise one
-        rows = [plain(row) for rows, _ in found for row in rows]
-        yield rows, join_positions([position for _, position in found])
+        items = [next(dataset) for dataset in datasets]
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        rows = [plain(row) for rows, _ in items for row in rows]
+        yield rows, join_positions([position for _, position in items])
 
 
 def cut(num_rows: int, borders: list[int]) -> list[list[int]]:
-    """Lanes in a row, cut before each border."""
+    """Return the row numbers in consecutive parts, cut before each border."""
     limits = sorted({0, num_rows, *(border % num_rows for border in borders)})
     return [list(range(begin, end)) for begin, end in pairwise(limits)]
 
@@ -108,13 +108,13 @@ def cut(num_rows: int, borders: list[int]) -> list[list[int]]:
     mixed=st.booleans(),
     seed=st.integers(0),
 )
-def test_any_sharing_of_the_lanes_gives_the_same_batches(
+def test_any_division_of_the_rows_gives_the_same_batches(
     folder: Path, num_rows: int, borders: list[int], mixed: bool, seed: int
 ) -> None:
-    """Ranks and workers are nothing but such a sharing."""
+    """Ranks and workers are such a division."""
     plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_rows, seed)
-    together, shared = (micro_batches(plan, parts) for parts in ([list(range(num_rows))], cut(num_rows, borders)))
-    for (left, _), (right, _) in islice(zip(together, shared, strict=True), 90):
+    together, divided = (micro_batches(plan, parts) for parts in ([list(range(num_rows))], cut(num_rows, borders)))
+    for (left, _), (right, _) in islice(zip(together, divided, strict=True), 90):
         assert left == right
 
 
@@ -128,7 +128,7 @@ def test_any_sharing_of_the_lanes_gives_the_same_batches(
 def test_a_position_continues_with_the_batches_that_reading_on_gives(
     folder: Path, num_rows: int, borders: list[int], mixed: bool, done: int
 ) -> None:
-    """Also where the lanes are shared in another way than before, and through the JSON of a checkpoint."""
+    """Also under another division of the rows, and through the JSON of a checkpoint."""
     plan = plan_of(mixed_config(folder) if mixed else text_config(folder), num_rows)
     whole = micro_batches(plan, cut(num_rows, borders))
     *_, (_, position) = islice(whole, done)
@@ -138,11 +138,11 @@ def test_a_position_continues_with_the_batches_that_reading_on_gives(
 
 
 def epoch_rows(plan: StreamingPlan, epoch: int) -> list[Row]:
-    """Every row that an epoch of the only source has, over all lanes."""
+    """Return all rows that the row streams of a single source have in an epoch."""
     (config,) = plan.sources.values()
     rows = []
     for number in range(plan.num_rows):
-        lane = RowStream(
+        row_stream = RowStream(
             number,
             DocumentShardReader(config, [number], plan.num_rows),
             ENCODER,
@@ -150,16 +150,16 @@ def epoch_rows(plan: StreamingPlan, epoch: int) -> list[Row]:
             plan.seed,
             RowStreamPosition(),
         )
-        row = lane.row()
-        while lane.place.epoch <= epoch:
-            if lane.place.epoch == epoch:
+        row = row_stream.next()
+        while row_stream.position.epoch <= epoch:
+            if row_stream.position.epoch == epoch:
                 rows.append(row)
-            row = lane.row()
+            row = row_stream.next()
     return rows
 
 
 def pairs(rows: list[Row]) -> Counter[tuple[int, int]]:
-    """Every token that is a target, with the one before it."""
+    """Count the targets, each with the token before it."""
     return Counter(pair for row in rows for tokens, _ in row for pair in pairwise(tokens.tolist()))
 
 
@@ -167,7 +167,7 @@ def pairs(rows: list[Row]) -> Counter[tuple[int, int]]:
 def test_an_epoch_gives_every_target_of_the_training_split_once(folder: Path, num_rows: int, tmp_path: Path) -> None:
     config = text_config(folder)
     corpus = tokenize_corpus(text_documents(config, Split.train), ENCODER, tmp_path)
-    documents = [corpus.document(number).tolist() for number in range(corpus.num_documents)]
+    documents = [corpus.document(number).tolist() for number in range(len(corpus.offsets) - 1)]
     expected = Counter(pair for tokens in documents for pair in pairwise(tokens))
     first, second = (epoch_rows(plan_of(config, num_rows), epoch) for epoch in (0, 1))
     assert pairs(first) == pairs(second) == expected
@@ -193,13 +193,13 @@ def test_pieces_may_be_shorter_than_rows(folder: Path) -> None:
     weights=st.lists(st.floats(0.05, 1), min_size=1, max_size=5),
     num_rows=st.integers(1, 3000),
     every=st.integers(1, 12),
-    place=st.integers(0, 11),
+    number=st.integers(0, 11),
 )
 def test_a_source_has_its_share_of_the_rows_everywhere_in_the_batch(
-    weights: list[float], num_rows: int, every: int, place: int
+    weights: list[float], num_rows: int, every: int, number: int
 ) -> None:
-    """Within a few rows, for all rows and for those of one place in batches of `every`."""
-    for rows, slack in ((range(num_rows), 2.0), (range(place % every, num_rows * every, every), 2.0 * every)):
+    """Within a few rows, over all rows and over row `number` of each batch of `every` rows."""
+    for rows, slack in ((range(num_rows), 2.0), (range(number % every, num_rows * every, every), 2.0 * every)):
         counts = Counter(source_of(row, weights) for row in rows)
         for source, weight in enumerate(weights):
             # the discrepancy of a Kronecker sequence grows with the logarithm of its length
@@ -207,28 +207,28 @@ def test_a_source_has_its_share_of_the_rows_everywhere_in_the_batch(
 
 
 def test_a_source_that_ends_starts_over_while_the_other_goes_on(folder: Path) -> None:
-    """At three rows of talk to one of text, talk is read many times before text ends; its mask comes along."""
+    """With three rows of talk to one of text, talk is read many times before text ends; it keeps its loss mask."""
     config = mixed_config(folder)
     config.mixture[1].weight = 7.5
-    rows = [row for found, _ in islice(micro_batches(plan_of(config, 2), [[0, 1]]), 200) for row in found]
+    rows = [row for batch, _ in islice(micro_batches(plan_of(config, 2), [[0, 1]]), 200) for row in batch]
     talk = [row for row in rows if any(loss_mask is not None for _, loss_mask in row)]
     assert 0.7 < len(talk) / len(rows) < 0.8
     begun = Counter(TOKENIZER.decode(tokens) for row in talk for tokens, _ in row if tokens[0] == 0)
     assert min(begun.values()) >= 2
     for tokens, loss_mask in (piece for row in talk for piece in row):
-        said = TOKENIZER.decode([token for token, one in zip(tokens, loss_mask, strict=True) if one])
-        assert "one" not in said
-        assert "user" not in said
+        targets = TOKENIZER.decode([token for token, is_target in zip(tokens, loss_mask, strict=True) if is_target])
+        assert "one" not in targets
+        assert "user" not in targets
 
 
-def test_a_stream_leaves_what_it_does_not_need_yet_unread(tmp_path: Path) -> None:
+def test_files_are_not_read_before_they_are_needed(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "many words that fill rows " * 9}] * 600)
     (tmp_path / "b.jsonl").write_text('{"text": "cut', encoding="utf-8")
     config = replace(text_config(tmp_path), path=str(tmp_path))
-    found = micro_batches(plan_of(config, 2), [[0, 1]])
-    assert len(next(found)[0]) == 2
+    batches = micro_batches(plan_of(config, 2), [[0, 1]])
+    assert len(next(batches)[0]) == 2
     with pytest.raises(UserError, match=r"b\.jsonl: line 1 is not JSON"):
-        *_, _ = islice(found, 60_000)
+        *_, _ = islice(batches, 60_000)
 
 
 def test_a_source_of_fewer_documents_than_rows_is_refused(folder: Path) -> None:
@@ -270,22 +270,29 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_processes_of_their_own_give_the_batches_of_this_one(folder: Path, workers: int) -> None:
+def test_workers_give_the_batches_of_this_process(folder: Path, workers: int) -> None:
     plan = plan_of(mixed_config(folder), 3)
     here, there = StreamingBatches(plan, 0), StreamingBatches(plan, workers)
-    drawn = torch.get_rng_state()
+    state = torch.get_rng_state()
     for index in range(30):
         left, right = here.batch(index), there.batch(index)
         assert same(left, right)
         assert left.source_B is not None
-    assert torch.equal(torch.get_rng_state(), drawn)  # nor do they draw from what training draws from
+    assert torch.equal(torch.get_rng_state(), state)  # workers leave the generator of training alone
     assert here.position() == there.position()
     resumed = StreamingBatches(plan, 1)
     resumed.seek(30, [json.loads(json.dumps(there.position()))])
     assert same(resumed.batch(30), here.batch(30))
 
 
-def test_a_mistake_in_the_data_keeps_its_line_across_processes(tmp_path: Path) -> None:
+def test_workers_encode_special_tokens_spelt_out_in_a_text_as_characters(tmp_path: Path) -> None:
+    """A pickled tokenizer loses `encode_special_tokens`; a forked worker must not."""
+    write_lines(tmp_path / "a.jsonl", [{"text": f"{number} {BOS}"} for number in range(40)])
+    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
+    assert same(StreamingBatches(plan, 1).batch(0), StreamingBatches(plan, 0).batch(0))
+
+
+def test_a_mistake_in_the_data_keeps_its_line_number_across_processes(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
     path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
     batches = StreamingBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 1)
@@ -294,7 +301,7 @@ def test_a_mistake_in_the_data_keeps_its_line_across_processes(tmp_path: Path) -
 
 
 def background_process(batches: StreamingBatches) -> psutil.Process:
-    """The process that reads for `batches`, once it has given a batch."""
+    """Return the worker of `batches`, after a first batch."""
     before = set(psutil.Process().children())
     batches.batch(0)
     (worker,) = set(psutil.Process().children()) - before
@@ -306,7 +313,7 @@ def read_on(batches: StreamingBatches, count: int) -> None:
         batches.batch(index)
 
 
-def test_a_process_that_is_killed_ends_the_run_with_a_line(folder: Path) -> None:
+def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
     background_process(batches).send_signal(signal.SIGKILL)
@@ -317,7 +324,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_line(folder: Path) -> None
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
-def test_a_process_ends_when_it_is_not_needed_but_not_by_the_signals_that_a_run_leaves_on(folder: Path) -> None:
+def test_a_worker_ends_when_closed_but_not_by_the_signals_that_end_a_run(folder: Path) -> None:
     batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
     worker = background_process(batches)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -328,8 +335,8 @@ def test_a_process_ends_when_it_is_not_needed_but_not_by_the_signals_that_a_run_
     assert worker not in psutil.Process().children()
 
 
-def test_no_process_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
-    """Though the rows that it has prepared are larger than what a pipe holds, and nobody fetches them."""
+def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
+    """Even if the rows that it has prepared are larger than a pipe's buffer and are never fetched."""
     write_lines(tmp_path / "a.jsonl", [{"text": f"{number}" * 20_000} for number in range(20)])
     plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
     plan = replace(plan, shape=RowShape(2**16, 2**16))
