@@ -92,14 +92,6 @@ def test_a_cache_too_short_for_the_indexer_equals_the_full_forward(
     assert_equal_to_rounding(actual_BSND, reference[0][:, :max_length])
 
 
-def test_a_reset_cache_decodes_like_a_new_one(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> None:
-    used = empty_cache(model, 1)
-    prefill(model, used, tokens_BS[:1])
-    used.reset()
-    got, expected = (prefill(model, cache, tokens_BS[1:2, :30], chunk=7) for cache in (used, empty_cache(model, 1)))
-    assert all(map(torch.equal, got, expected))
-
-
 def test_decoding_works_under_inference_mode(
     model: DeepseekV4ForCausalLM, tokens_BS: Tensor, reference: tuple[Tensor, Tensor]
 ) -> None:
