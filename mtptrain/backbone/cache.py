@@ -1,7 +1,7 @@
 """A position-indexed cache of static shapes for decoding with DeepSeek-V4; setting `length_B` back rewinds it.
 
-transformers' cache appends to its buffers and drains them, so it cannot take a rejected draft back. Every tensor here is
-addressed by absolute position: a position that is decoded again goes to the same slot as before.
+transformers' cache appends to its buffers and drains them, so it cannot take a rejected draft back. Here absolute
+positions address every tensor: a position that is decoded again goes to the same slot as before.
 """
 
 # B rows, R ring slots, C channels of a cached vector, F channels of the raw compressor inputs,

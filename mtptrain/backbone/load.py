@@ -22,7 +22,7 @@ from mtptrain.backbone.placement import share_backbone
 from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
-from mtptrain.release.config import check_config, check_scales, read_config
+from mtptrain.release.config import check_config, check_scales, read_config_json
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards
 
@@ -73,7 +73,7 @@ def read_model_config(folder: Path) -> DeepseekV4Config:
     Raises:
         UserError: the file is damaged or describes another model.
     """
-    read_config(folder, f"backbone.path={folder}")
+    read_config_json(folder, f"backbone.path={folder}")
     try:
         return DeepseekV4Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many types

@@ -1,8 +1,8 @@
 """Run K draft steps at every anchor at once, exactly as a server runs them.
 
 In serving, the keys before an anchor come from true backbone streams (base-step entries); only the slots of the draft
-hold entries of later steps. So step k at anchor i attends to the base-step keys of slots up to i, then to the later keys
-of the same chain, all inside the sliding window. docs/rollout.md has a diagram.
+hold entries of later steps. So step k at anchor i attends to the base-step keys of slots up to i, then to later keys of
+the same chain, all inside the sliding window. docs/rollout.md has a diagram.
 """
 
 # B rows, S slots, N residual streams, D model width, C head width, L chain keys, K draft steps
