@@ -25,6 +25,9 @@ from mtptrain.backbone.pooling import pool_windows, rotate_
 from mtptrain.kernels.sink_attention import Cached, cached_attention
 
 NAME = "mtptrain"
+NO_CACHE = (
+    f"attn_implementation={NAME} runs whole sequences (use_cache=False); mtptrain.backbone.decode decodes with a cache"
+)
 BLOCK_QUERIES = 64  # queries that the indexer scores at a time, as [B, 64, heads, W]; sink_attention uses the same
 
 
@@ -71,11 +74,6 @@ def no_mask(
     if kv_length != q_length:
         raise ValueError(NO_CACHE)
     return torch.empty(0, dtype=torch.int64, device=device)
-
-
-NO_CACHE = (
-    f"attn_implementation={NAME} runs whole sequences (use_cache=False); mtptrain.backbone.decode decodes with a cache"
-)
 
 
 class HcaCompressor(DeepseekV4HCACompressor):

@@ -110,7 +110,7 @@ def _from_hub(name: str, revision: str) -> Path:
         summary = " ".join(str(error).split())[:200]
         raise UserError(
             f"backbone.path={name}: is no folder here and could not be downloaded from the hub at "
-            f"backbone.revision={revision} ({summary}); download it where there is a network and give the folder"
+            f"backbone.revision={revision} ({summary}); download it on a machine with a network and give the folder"
         ) from None
 
 

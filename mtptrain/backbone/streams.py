@@ -1,7 +1,7 @@
 """Compute the backbone's residual streams and final hidden states of packed tokens.
 
 V4's compressed attention pools windows that are aligned to the row, and its indexer ranks entries of the whole row: in
-a packed row they would mix documents, whatever the mask. So the backbone runs on every piece as a separate row.
+a packed row they would mix documents in spite of any mask. So the backbone runs on every piece as a separate row.
 """
 
 # B packed rows, S tokens a row, P pieces, W width of a group of pieces, N residual streams, D model width

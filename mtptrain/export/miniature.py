@@ -14,7 +14,7 @@ from mtptrain.release.backbone import iterate_backbone
 from mtptrain.release.modules import to_release
 from mtptrain.release.names import Scheme
 
-SCHEMES: dict[ReleaseVariant, Scheme] = {
+VARIANT_SCHEMES: dict[ReleaseVariant, Scheme] = {
     ReleaseVariant.release: "fp8_fp4",
     ReleaseVariant.base: "fp8",
     ReleaseVariant.dspark: "fp8_fp4",
@@ -44,7 +44,7 @@ def miniature_groups(
     Raises:
         UserError: the scheme cannot store a tensor's sizes or values.
     """
-    scheme, config = SCHEMES[variant], model.config
+    scheme, config = VARIANT_SCHEMES[variant], model.config
     groups: dict[str, dict[str, Tensor]] = {"embed": {}}
     groups |= {f"layers.{i}": {} for i in range(config.num_hidden_layers)} | {"rest": {}}
     for name, tensor in iterate_backbone(model.state_dict(), config, scheme):
@@ -84,7 +84,7 @@ def miniature_config(config: DeepseekV4Config, variant: ReleaseVariant, num_modu
 
     Releases leave out `layer_types` and `compress_rates`; the miniature adds them if its ratios are not 4 and 128.
     """
-    kinds, scheme = config.layer_types or [], SCHEMES[variant]
+    kinds, scheme = config.layer_types or [], VARIANT_SCHEMES[variant]
     rates = config.compress_rates or config.default_compress_rates
     modules = DSPARK_STAGES if variant is ReleaseVariant.dspark else num_modules
     released = {

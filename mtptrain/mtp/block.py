@@ -100,7 +100,7 @@ class MtpBlock(nn.Module):
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Interleaved RoPE on the last 2r channels of x, in float32; turn is complex64 [..., r] and broadcasts."""
+    """Return x with interleaved RoPE on its last 2r channels, in float32; turn is complex64 [..., r], broadcast."""
     width = 2 * turn.shape[-1]
     pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
     rotated = torch.view_as_real(pairs * turn).flatten(-2)

@@ -81,7 +81,9 @@ def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, 
     stored = {int(name.split(".")[1]) for name in tensors}
     num_stored = len(stored)
     if stored != set(range(num_stored)) or not 0 < num_stored <= depth:
-        raise UserError(f"{source}: holds MTP modules {sorted(stored)} and mtp.depth={depth} are wanted; set mtp.depth")
+        raise UserError(
+            f"mtp.depth={depth}: {source} holds MTP modules {sorted(stored)}; set mtp.depth to their number"
+        )
     stack = MtpStack(config, num_stored)
     try:
         stack.load_state_dict(tensors)

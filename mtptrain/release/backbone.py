@@ -43,7 +43,7 @@ COMPRESSOR: tuple[tuple[str, str, Stored], ...] = (
 BLOCK_LAYER = "layer."  # the decoder layer of an `MtpBlock`
 
 
-def layer_names() -> list[tuple[str, str, Stored]]:
+def _layer_names() -> list[tuple[str, str, Stored]]:
     """Return all names that a layer may have, below `layers.{i}.` and `model.layers.{i}.`, except routed experts."""
     shared = [
         (e.released, e.ours.removeprefix(BLOCK_LAYER), e.stored) for e in ENTRIES if e.ours.startswith(BLOCK_LAYER)
@@ -70,7 +70,7 @@ def iterate_backbone(
         yield from _store(released, ours, stored, state[ours], scheme)
     for number in range(config.num_hidden_layers):
         prefix, our_prefix = f"layers.{number}.", f"model.layers.{number}."
-        for released, ours, stored in layer_names():
+        for released, ours, stored in _layer_names():
             if our_prefix + ours in state:  # the layer's kind decides on its compressor
                 used.add(our_prefix + ours)
                 yield from _store(prefix + released, our_prefix + ours, stored, state[our_prefix + ours], scheme)

@@ -14,7 +14,7 @@ Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # releases, releases named -Base, no
 EXPERT = "layers.0.ffn.experts.0.w1.weight"  # its dtype shows how the routed experts are stored
 PREFIXES = ("", "model.")  # as released, and as saved by transformers
 # By the safetensors dtype of the experts.
-SCHEMES: dict[str, Scheme] = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
+EXPERT_SCHEMES: dict[str, Scheme] = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
 BLOCKS = {"I8": FP4_BLOCK, "F8_E4M3": FP8_BLOCK}
 SCALE_DTYPES = ("F8_E8M0", "U8")
 
@@ -42,7 +42,7 @@ def is_release(shards: Shards) -> bool:
 def stored_scheme(shards: Shards) -> Scheme:
     """Return the backbone's scheme: `fp8_fp4`, `fp8`, or `bf16` if its experts are not quantised."""
     expert = next((shards.entries[prefix + EXPERT] for prefix in PREFIXES if prefix + EXPERT in shards), None)
-    return SCHEMES.get(expert.dtype, "bf16") if expert else "bf16"
+    return EXPERT_SCHEMES.get(expert.dtype, "bf16") if expert else "bf16"
 
 
 def check_scales(shards: Shards) -> None:

@@ -14,9 +14,9 @@ from mtptrain.release.shards import HEAD_PREFIX
 
 LISTED = 8  # names that an error lists for each kind of fault
 DSPARK = (
-    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), whatever "
-    "num_nextn_predict_layers says; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone from the "
-    "backbone's own sliding-window layer"
+    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), "
+    "regardless of num_nextn_predict_layers; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone "
+    "from the backbone's sliding-window layer"
 )
 
 
@@ -43,8 +43,8 @@ class Problems:
         """Return whether a tensor has a fault."""
         return bool(self.missing or self.unexpected or self.misshaped or self.damaged)
 
-    def raise_any(self, what: str) -> None:
-        """Raise one error that lists all faults; `what` names the tensors.
+    def raise_any(self, subject: str) -> None:
+        """Raise one error that lists all faults; `subject` names the tensors.
 
         Raises:
             UserError: a tensor has a fault.
@@ -61,7 +61,7 @@ class Problems:
                 more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
                 parts.append(f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}")
         if parts:
-            raise UserError(f"{what} do not fit this backbone: {'; '.join(parts)}")
+            raise UserError(f"{subject} do not fit this backbone: {'; '.join(parts)}")
 
 
 def is_dspark(names: Collection[str], config: Any) -> bool:
