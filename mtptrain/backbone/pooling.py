@@ -40,7 +40,7 @@ def pool_windows(
 
 
 def _overlap(x_BMTF: Tensor) -> Tensor:
-    """Join the first half of each window before with the second of this: [B, M + 1, rate, 2C] -> [B, M, 2 * rate, C]."""
+    """Join the first half of the window before with the second of each: [B, M + 1, rate, 2C] -> [B, M, 2 rate, C]."""
     before_BMTF, after_BMTF = x_BMTF.chunk(2, dim=-1)
     return torch.cat([before_BMTF[:, :-1], after_BMTF[:, 1:]], dim=2)
 

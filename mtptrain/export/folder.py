@@ -23,7 +23,7 @@ HEAD_FILE = "mtp.safetensors"  # holds the head beside a model without an index
 NEW_SHARD = "model-mtp.safetensors"  # holds the head of an indexed model that had none
 SHARED = ("embed.weight", "head.weight")  # vLLM requires them in a separate draft folder
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # files of a model folder beside its weights
-REWRITTEN = ("config.json", INDEX)  # companions that are never copied
+NOT_COPIED = ("config.json", INDEX)  # the export writes its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,5 +177,5 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy the tokenizer and all other files beside the weights, except config.json and the index."""
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
-            if path.name not in REWRITTEN and path.is_file():
+            if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)
