@@ -36,13 +36,11 @@ from mtptrain.release.config import stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
-from mtptrain.release.shards import Shards
+from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.storage import no_room, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
-
-HEAD = "mtp."
 
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
@@ -67,7 +65,7 @@ def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[s
 
 def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
     """The head as a server would find it in an exported folder."""
-    state = from_release(written.only(HEAD), backbone.config, backbone.model.lm_head.weight.dtype)
+    state = from_release(written.only(HEAD_PREFIX), backbone.config, backbone.model.lm_head.weight.dtype)
     depth = len({name.split(".")[1] for name in state})
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 
@@ -102,7 +100,7 @@ def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
     """The head that the model came with, by released names; empty where there is none."""
     if not has_stock(backbone):
         return {}
-    stock = backbone.shards.only(HEAD)
+    stock = backbone.shards.only(HEAD_PREFIX)
     return stock if is_release_layout(stock) else to_release(stock_tensors(backbone), backbone.config, "bf16")
 
 
@@ -114,7 +112,7 @@ def check_folder(
     Raises:
         UserError: a tensor is not what it has to be.
     """
-    stored = written.only(HEAD)
+    stored = written.only(HEAD_PREFIX)
     errors = compare_head(checkpoint.tensors(), stored, backbone.config, scheme)
     check_unchanged(backbone.shards, written)
     if config.export.form is ExportForm.full and fingerprint(written) != backbone.fingerprint:

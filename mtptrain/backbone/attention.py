@@ -1,8 +1,8 @@
-"""`attn_implementation="mtptrain"`: transformers' own forward of a whole sequence in memory linear in its length.
+"""`attn_implementation="mtptrain"`: transformers' forward of a whole sequence, in memory linear in its length.
 
-transformers' eager attention holds scores of every query against every key, a mask as large, and in CSA the indexer's
-scores of all its heads. Here attention gets the keys and, in CSA, which entries were chosen for each query; the rest of
-what a query sees follows from its position. The compressors hand the choice over as the mask that they would have made.
+transformers' eager attention holds the scores of every query against every key, a mask of the same size, and in CSA the
+indexer's scores of all its heads. Here attention receives the keys and, in CSA, the entries chosen for each query; all
+other visibility follows from the query's position. The compressors pass the chosen entries on in place of their mask.
 """
 
 # B rows, S tokens, H heads, C channels of a head, X keys, W compressed entries, T entries chosen for a query
@@ -25,7 +25,10 @@ from mtptrain.backbone.pooling import pool_windows, rotate_
 from mtptrain.kernels.sink_attention import Cached, cached_attention
 
 NAME = "mtptrain"
-BLOCK_QUERIES = 64  # of the indexer, whose scores are [B, 64, heads, W] at a time; the same as in sink_attention
+NO_CACHE = (
+    f"attn_implementation={NAME} runs whole sequences (use_cache=False); mtptrain.backbone.decode decodes with a cache"
+)
+BLOCK_QUERIES = 64  # queries that the indexer scores at a time, as [B, 64, heads, W]; sink_attention uses the same
 
 
 def attention_forward(
@@ -37,10 +40,10 @@ def attention_forward(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Output [B, S, H, C] of one layer; what transformers passes as the mask is the choice of a CSA layer's indexer.
+    """Return the output [B, S, H, C] of one layer; transformers passes a CSA indexer's chosen entries as the mask.
 
     Raises:
-        ValueError: the layer's compressor is not one of ours.
+        ValueError: the layer's compressor is not one of this module's.
     """
     num_tokens, compressor = query_BHSC.shape[2], module.compressor
     if not isinstance(compressor, (HcaCompressor, CsaCompressor, type(None))):
@@ -61,10 +64,10 @@ def attention_forward(
 def no_mask(
     *_: Any, q_length: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **__: Any
 ) -> Tensor:
-    """A mask of no entries: transformers appends what a compressor hands over, and nothing else.
+    """Return an empty mask, to which transformers then appends only the compressor's output.
 
     Raises:
-        ValueError: padding is masked, or keys of an earlier call are cached.
+        ValueError: the call masks padding, or has cached keys of an earlier call.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(f"attn_implementation={NAME} knows no padding mask: pad at the end, without a mask")
@@ -73,31 +76,26 @@ def no_mask(
     return torch.empty(0, dtype=torch.int64, device=device)
 
 
-NO_CACHE = (
-    f"attn_implementation={NAME} runs whole sequences (use_cache=False); mtptrain.backbone.decode decodes with a cache"
-)
-
-
 class HcaCompressor(DeepseekV4HCACompressor):
     """transformers' module without its mask."""
 
     def forward(  # type: ignore[override, unused-ignore]
         self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
     ) -> tuple[Tensor, None]:
-        """Entries [B, 1, W, C]."""
+        """Return the entries [B, 1, W, C]."""
         if past_key_values is not None:
             raise ValueError(NO_CACHE)
-        # Of one position, transformers makes no mask.
+        # For a single position transformers makes no mask.
         return super().forward(hidden_states, q_residual, position_ids[:, :1], None, layer_idx)[0], None
 
 
 class CsaCompressor(DeepseekV4CSACompressor):
-    """transformers' module with the indexer's choice in place of a mask."""
+    """transformers' module with the indexer's chosen entries in place of a mask."""
 
     def forward(
         self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """Entries [B, 1, W, C], and the choice int64 [B, S, T]; -1 where a query sees fewer than T."""
+        """Return the entries [B, 1, W, C] and those chosen, int64 [B, S, T]; -1 if a query sees fewer than T."""
         if past_key_values is not None:
             raise ValueError(NO_CACHE)
         entries_BWC = whole_windows(self, hidden_states)
@@ -105,12 +103,12 @@ class CsaCompressor(DeepseekV4CSACompressor):
 
 
 class Indexer(DeepseekV4Indexer):
-    """transformers' module, a block of queries at a time."""
+    """transformers' module, computed for one block of queries at a time."""
 
     def forward(  # type: ignore[override, unused-ignore]
         self, hidden_states: Tensor, q_residual: Tensor, position_ids: Tensor, past_key_values: Any, layer_idx: int
     ) -> Tensor:
-        """The `index_topk` entries that each query scores highest of those it sees, int64 [B, S, T]; -1 for none."""
+        """Return the `index_topk` best visible entries of each query, int64 [B, S, T]; -1 if it sees fewer than T."""
         entries_BWC = whole_windows(self, hidden_states)
         num_tokens, num_entries = hidden_states.shape[1], entries_BWC.shape[1]
         if num_entries == 0:
@@ -131,11 +129,11 @@ class Indexer(DeepseekV4Indexer):
 
 
 def whole_windows(module: CsaCompressor | Indexer, hidden_BSD: Tensor) -> Tensor:
-    """Entries [B, W, C] of the windows that a sequence from position 0 on closes."""
+    """Return the entries [B, W, C] of all windows that a sequence starting at position 0 closes."""
     rate = module.compress_rate
     num_windows = hidden_BSD.shape[1] // rate
     inputs_BSD = hidden_BSD[:, : num_windows * rate]
-    # A window of nothing before the first.
+    # An empty window before the first one.
     kv_BMTF, gate_BMTF = (
         nn.functional.pad(x.unflatten(1, (num_windows, rate)), (0, 0, 0, 0, 1, 0))
         for x in (module.kv_proj(inputs_BSD), module.gate_proj(inputs_BSD))
@@ -146,7 +144,7 @@ def whole_windows(module: CsaCompressor | Indexer, hidden_BSD: Tensor) -> Tensor
 
 
 def rotation(module: CsaCompressor | Indexer, like: Tensor, position_BS: Tensor) -> Tensor:
-    """Complex64 [B, S, r], rounded as transformers rounds it."""
+    """Return the RoPE rotations of positions, complex64 [B, S, r], with transformers' rounding."""
     cos_BSr, sin_BSr = module.rotary_emb(like, position_ids=position_BS, layer_type=module.rope_layer_type)
     return torch.complex(cos_BSr.float(), sin_BSr.float())
 
@@ -159,7 +157,7 @@ REPLACED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_linear_attention(model: DeepseekV4ForCausalLM) -> None:
-    """Run a DeepSeek-V4 of transformers through `attn_implementation="mtptrain"`; tensors and their names stay."""
+    """Switch a DeepSeek-V4 of transformers to `attn_implementation="mtptrain"`; tensors and their names stay."""
     for child in model.modules():
         if type(child) in REPLACED:
             child.__class__ = REPLACED[type(child)]

@@ -1,4 +1,4 @@
-"""A DeepSeek-V4 backbone from scratch, in transformers' own classes."""
+"""Build a DeepSeek-V4 backbone from scratch, of transformers' classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER_TYPES = {
 
 
 def model_config(shape: ShapeConfig) -> DeepseekV4Config:
-    """The transformers config of a shape."""
+    """Return the transformers config for a shape."""
     num_layers = len(shape.layer_types)
     return DeepseekV4Config(
         vocab_size=shape.vocab_size,
@@ -50,16 +50,16 @@ def model_config(shape: ShapeConfig) -> DeepseekV4Config:
 
 
 def preset_config(name: str) -> DeepseekV4Config:
-    """The transformers config of a preset in conf/backbone, by its sizes."""
+    """Return the transformers config for the sizes of a preset in conf/backbone."""
     text = files("mtptrain.conf").joinpath("backbone", f"{name}.yaml").read_text(encoding="utf-8")
     return model_config(ShapeConfig(**yaml.safe_load(text)["shape"]))
 
 
 def build_model(shape: ShapeConfig, seed: int, device: torch.device) -> DeepseekV4ForCausalLM:
-    """A freshly initialised backbone, fp32.
+    """Return a freshly initialised backbone, fp32.
 
-    transformers leaves the hash layers' table at zero, which would send every token to expert 0; it is filled here
-    with distinct experts a token.
+    transformers leaves the hash layers' table at zero, which would send every token to expert 0; this function fills
+    it with distinct experts for each token.
     """
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(model_config(shape))

@@ -1,7 +1,7 @@
-"""A position-indexed cache of static shapes for decoding with DeepSeek-V4, rewound by setting `length_B` back.
+"""A position-indexed cache of static shapes for decoding with DeepSeek-V4; setting `length_B` back rewinds it.
 
-transformers' own cache appends and drains its buffers, so it cannot take a rejected draft back. Here every tensor is
-addressed by absolute position: a position that is decoded again lands on the slot it had before.
+transformers' cache appends to its buffers and drains them, so it cannot take a rejected draft back. Here absolute
+positions address every tensor: a position that is decoded again goes to the same slot as before.
 """
 
 # B rows, R ring slots, C channels of a cached vector, F channels of the raw compressor inputs,
@@ -18,13 +18,13 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Rotar
 
 @dataclass(slots=True)
 class SlidingRing:
-    """The newest R vectors of every row; position p lives in slot p % R.
+    """The newest R vectors of every row; slot p % R holds position p.
 
     Why a rewind of at most `max_step` never misses an overwritten slot when R = reach + max_step, `reach` being the
     number of newest positions (the query's own included) that a reader uses: let n be the highest length ever written
     and m >= n - max_step the length after the rewind. Slots overwritten by n - 1 and below used to hold positions up to
     n - 1 - R <= m - 1 - reach, while a reader at position m or later uses positions above m - reach only. The same
-    bound shows that the positions `positions(m)` claims wrongly (their slot holds a rejected token) are out of reach.
+    bound shows that the slots that hold a rejected token, for which `positions(m)` is wrong, are out of reach.
     """
 
     values_BRC: Tensor
@@ -33,18 +33,18 @@ class SlidingRing:
     def allocate(
         cls, batch: int, size: int, channels: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Self:
-        """An empty ring of `size` slots."""
+        """Return an empty ring of `size` slots."""
         return cls(torch.zeros(batch, size, channels, dtype=dtype, device=device))
 
     @property
     def size(self) -> int:
-        """R, the number of slots of a row."""
+        """Number of slots of a row, R."""
         return self.values_BRC.shape[1]
 
     def slots(self, positions_BS: Tensor) -> Tensor:
-        """Where `write` puts consecutive positions: int64 [B * min(S, R)], rows of the ring seen as [B * R, C].
+        """Return the slots for `write`, int64 [B * min(S, R)]: rows of the ring viewed as [B * R, C].
 
-        Of more than R positions only the last R have a slot. Rings of one size share the result.
+        Of more than R consecutive positions, only the last R get a slot. Rings of the same size share the result.
         """
         row_B1 = torch.arange(positions_BS.shape[0], device=positions_BS.device).unsqueeze(1)
         return (positions_BS[:, -self.size :] % self.size + row_B1 * self.size).flatten()
@@ -56,7 +56,7 @@ class SlidingRing:
         self.values_BRC.view(-1, channels).index_copy_(0, slots, kept_BSC.reshape(-1, channels))
 
     def positions(self, length_B: Tensor) -> Tensor:
-        """Position held by each slot once all positions below `length_B` are written; negative bos_eos an empty slot.
+        """Return the position in each slot once all positions below `length_B` are written; negative: empty slot.
 
         Returns:
             int64 [B, R]: the largest p < length with p % R == slot. Length 5, R 4 -> [[4, 1, 2, 3]].
@@ -66,22 +66,22 @@ class SlidingRing:
         return last_B1 - (last_B1 - slot_1R) % self.size
 
     def rows(self, part: slice) -> Self:
-        """A view of some rows; writes to it change this ring."""
+        """Return a view of some rows; writes to it change this ring."""
         return type(self)(self.values_BRC[part])
 
 
 @dataclass(slots=True)
 class CompressorState:
-    """What one compressor, or the indexer of CSA, remembers.
+    """The state of one compressor, or of the indexer of CSA.
 
     Attributes:
-        raw: projected inputs [kv | gate] of the newest tokens. A window that closes reads the `span * rate` newest
+        raw: projected inputs [kv | gate] of the newest tokens. A closing window reads the `span * rate` newest
             positions, so the ring holds `span * rate + max_step` of them.
         entries_BWC: entry w summarises positions [w * rate, (w + 1) * rate) and, with span 2, the window before.
-            It is valid once (w + 1) * rate <= length, and written again when a rewound window closes again. The last
-            slot is scratch: windows that a step does not close are written there.
-        rate: tokens a window.
-        span: windows an entry reads, 2 for the overlapping windows of CSA and 1 for HCA.
+            It is valid once (w + 1) * rate <= length, and is written again when a rewound window closes again. The
+            last slot is scratch space for the windows that a step does not close.
+        rate: tokens in a window.
+        span: windows that an entry reads, 2 for the overlapping windows of CSA and 1 for HCA.
     """
 
     raw: SlidingRing
@@ -90,7 +90,7 @@ class CompressorState:
     span: int
 
     def rows(self, part: slice) -> Self:
-        """A view of some rows."""
+        """Return a view of some rows."""
         return type(self)(self.raw.rows(part), self.entries_BWC[part], self.rate, self.span)
 
 
@@ -98,7 +98,7 @@ class CompressorState:
 class LayerCache:
     """The state of one decoder layer; the compressor is None in a sliding layer, the indexer outside CSA.
 
-    The indexer is None as well where the cache is too short for it to discard anything.
+    The indexer is also None in a cache too short for it to discard any entry.
     """
 
     ring: SlidingRing
@@ -106,7 +106,7 @@ class LayerCache:
     indexer: CompressorState | None = None
 
     def rows(self, part: slice) -> Self:
-        """A view of some rows."""
+        """Return a view of some rows."""
         compressor = self.compressor and self.compressor.rows(part)
         indexer = self.indexer and self.indexer.rows(part)
         return type(self)(self.ring.rows(part), compressor, indexer)
@@ -114,17 +114,17 @@ class LayerCache:
 
 @dataclass(slots=True)
 class BackboneCache:
-    """Everything a decode step reads and writes; static shapes, rows of independent lengths.
+    """All state of a decode step, in static shapes; rows have independent lengths.
 
     Attributes:
-        layers: one state a decoder layer.
+        layers: the state of each decoder layer.
         length_B: int64 positions decoded and kept.
-        written_B: int64 highest length ever reached since `reset`; a rewind is measured from here, because slots
-            that a longer, rejected draft has overwritten stay overwritten.
+        written_B: int64 highest length ever reached; rewinds are measured from here, because slots overwritten by a
+            longer, rejected draft stay overwritten.
         rope_Pr: per rope type (`main`, `compress`) complex64 cos + i sin of every position.
-        window: positions a query sees through the sliding ring, its own included.
-        max_length: positions a row can hold.
-        max_step: largest number of positions that may be taken back.
+        window: positions that a query sees through the sliding ring, including its own.
+        max_length: positions that a row can hold.
+        max_step: largest number of positions that a rewind may take back.
     """
 
     layers: list[LayerCache]
@@ -145,15 +145,18 @@ class BackboneCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """An empty cache.
+        """Return an empty cache.
 
         Args:
             config: the backbone's configuration.
-            batch: B, rows decoded together.
-            max_length: tokens a row may reach, prompt and rejected drafts included.
+            batch: number of rows decoded together, B.
+            max_length: most tokens of a row, including prompt and rejected drafts.
             max_step: most tokens of one verify step, K + 1 for K drafts.
             dtype: the backbone's dtype.
             device: the backbone's device.
+
+        Raises:
+            ValueError: batch, max_length or max_step is below 1.
         """
         for name, value in (("batch", batch), ("max_length", max_length), ("max_step", max_step)):
             if value < 1:
@@ -172,7 +175,7 @@ class BackboneCache:
         )
 
     def require_room(self, num_tokens: int) -> None:
-        """Raise ValueError where a row has no place for `num_tokens` more tokens."""
+        """Raise a ValueError if a row has no room for `num_tokens` more tokens."""
         longest = int(self.length_B.max())
         if longest + num_tokens > self.max_length:
             raise ValueError(
@@ -181,7 +184,7 @@ class BackboneCache:
             )
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` new tokens of every row."""
+        """Add `num_tokens` to the length of every row."""
         self.length_B += num_tokens
         torch.maximum(self.written_B, self.length_B, out=self.written_B)
 
@@ -190,8 +193,9 @@ class BackboneCache:
 
         Args:
             length_B: int64 new lengths, 0 <= new <= current, and at most `max_step` below the highest length written.
+
         Raises:
-            ValueError: a length is out of that range; nothing is changed then.
+            ValueError: a length is out of that range; the cache is then unchanged.
         """
         if length_B.shape != self.length_B.shape:
             raise ValueError(f"one length a row is needed: {tuple(self.length_B.shape)}, got {tuple(length_B.shape)}")
@@ -204,13 +208,8 @@ class BackboneCache:
             )
         self.length_B.copy_(length_B)
 
-    def reset(self) -> None:
-        """Empty every row. Old tensors need no clearing: no position of theirs is visible at length 0."""
-        self.length_B.zero_()
-        self.written_B.zero_()
-
     def rows(self, part: slice) -> Self:
-        """A view of consecutive rows as a cache of their own, to prefill them alone; it changes this cache."""
+        """Return a view of consecutive rows as a cache, to prefill them alone; writes to it change this cache."""
         return type(self)(
             layers=[layer.rows(part) for layer in self.layers],
             length_B=self.length_B[part],
@@ -225,7 +224,7 @@ class BackboneCache:
 def rope_tables(
     config: DeepseekV4Config, max_length: int, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Complex64 [max_length, r] cos + i sin of every position, rounded to `dtype` as the backbone rounds them."""
+    """Return cos + i sin of every position by rope type, complex64 [max_length, r], rounded like the backbone's."""
     rotary = DeepseekV4RotaryEmbedding(config).to(device)
     positions_1P = torch.arange(max_length, device=device).unsqueeze(0)
     like = torch.empty(0, dtype=dtype, device=device)
@@ -252,7 +251,7 @@ def _allocate_layer(
     span = 2 if kind == "compressed_sparse_attention" else 1
 
     def compressor(channels: int) -> CompressorState:
-        # kv and gate side by side, and with overlap both have a half for the window after.
+        # kv and gate side by side; with overlap, each has a second half for the window after.
         raw = SlidingRing.allocate(batch, span * rate + max_step, 2 * span * channels, dtype, device)
         entries_BWC = torch.zeros(batch, max_length // rate + 1, channels, dtype=dtype, device=device)
         return CompressorState(raw, entries_BWC, rate, span)

@@ -1,11 +1,11 @@
-"""Decoding with a frozen DeepSeek-V4 through `BackboneCache`: the step equals transformers' own forward to rounding.
+"""Decoding with a frozen DeepSeek-V4 through `BackboneCache`: a step equals transformers' forward up to rounding.
 
-Weights and pointwise maths are transformers' modules; replicated here is what the cache changes: which keys a query
-sees, and when a compression window closes. Sources: `modeling_deepseek_v4.py` of transformers 5.17 and 5.23, and the
-DeepSeek-V4 paper, sections 2.3.1 (CSA and its indexer) and 2.3.2 (HCA).
+Weights and pointwise maths are transformers' modules. This module replicates only the parts that the cache changes: the
+keys that a query sees, and the step at which a compression window closes. Sources: `modeling_deepseek_v4.py` of
+transformers 5.17 and 5.23, and the DeepSeek-V4 paper, sections 2.3.1 (CSA and its indexer) and 2.3.2 (HCA).
 """
 
-# B rows, S new tokens, N residual streams, D hidden size, H heads, C channels of a head, L keys a query may look at,
+# B rows, S new tokens, N residual streams, D hidden size, H heads, C channels of a head, L keys that a query may see,
 # F channels of the raw compressor inputs, M windows that may close, W compressed entries, r rotated channel pairs
 
 from collections.abc import Iterator
@@ -31,17 +31,19 @@ from mtptrain.kernels.sink_attention import Cached, cached_attention, unfit
 
 @torch.no_grad()
 def decode_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Run S new tokens of every row at positions length..length+S-1 and count them in the cache.
+    """Run S new tokens of every row at positions length..length+S-1 and add them to the cache.
 
     Args:
         model: the frozen backbone.
-        cache: state of the rows; its dtype and device are the model's.
+        cache: state of the rows, in the model's dtype and on its device.
         tokens_BS: int64 token ids. S may exceed `cache.max_step` in a prefill.
+
     Returns:
         streams_BSND: output of the last decoder layer, before `hc_head` and the final norm.
         hidden_BSD: `norm(hc_head(streams))`, the input of `lm_head`.
+
     Raises:
-        ValueError: a row has no room for S tokens, or the batch is not the cache's.
+        ValueError: a row has no room for S tokens, or the batch size is not the cache's.
     """
     batch, num_tokens = tokens_BS.shape
     if batch != cache.length_B.shape[0] or num_tokens < 1:
@@ -52,10 +54,10 @@ def decode_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: T
 
 @torch.no_grad()
 def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """`decode_step` without its checks: it never waits for the device, so that a CUDA graph can hold it."""
+    """Run `decode_step` without its checks: it never waits for the device, so a CUDA graph can record it."""
     num_tokens, backbone = tokens_BS.shape[1], model.model
     embedded_BSD = backbone.embed_tokens(tokens_BS)
-    keys_BRC = cache.layers[0].ring.values_BRC  # as wide as the heads, and of the queries' dtype
+    keys_BRC = cache.layers[0].ring.values_BRC  # same width as the heads, same dtype as the queries
     has_masks = not use_triton("sink_attention", keys_BRC, unfit(keys_BRC))
     plan = plan_step(cache, num_tokens, embedded_BSD.dtype, has_masks)
     streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
@@ -66,7 +68,7 @@ def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tens
 
 
 class PrefilledPart(NamedTuple):
-    """Slots first..first + S - 1 of the rows `rows`, as `decode_step` returns them."""
+    """The result of `decode_step` for positions first..first + S - 1 of the rows `rows`."""
 
     rows: slice
     first: int
@@ -77,16 +79,16 @@ class PrefilledPart(NamedTuple):
 def prefill(
     model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BP: Tensor, lengths: list[int], chunk: int = 256
 ) -> Iterator[PrefilledPart]:
-    """Fill an empty cache with prompts of different lengths, part by part: nothing is padded, so it is exact.
+    """Fill an empty cache with prompts of different lengths, part by part and without padding, so the result is exact.
 
-    All rows go together up to the shortest prompt, then each goes on alone.
+    All rows run together up to the length of the shortest prompt, then each continues alone.
 
     Args:
         model: the frozen backbone.
         cache: empty.
-        tokens_BP: int64 prompts; what follows a row's length is not read.
+        tokens_BP: int64 prompts; tokens past a row's length are not read.
         lengths: tokens of each prompt, at least 1.
-        chunk: most tokens of a row that are run at once.
+        chunk: most tokens of a row in one step.
     """
     shortest = min(lengths)
     spans = [(slice(0, len(lengths)), 0, shortest)]
@@ -99,21 +101,21 @@ def prefill(
 
 
 def break_zero_ties(scores_BSW: Tensor) -> Tensor:
-    """Indexer scores in which the lower of two entries that scored exactly 0 wins; other scores are unchanged.
+    """Return indexer scores in which the lower of two entries that scored exactly 0 wins; others are unchanged.
 
-    A query whose heads all clip an entry scores it exactly 0, so ties are common with few heads. Which of them
-    `torch.topk` keeps depends, on a CPU, on the number of entries, future ones included: transformers' own forward then
+    A query whose heads all clip an entry scores it exactly 0, so ties are common with few heads. On a CPU, the tied
+    entries that `torch.topk` keeps depend on the number of entries, including future ones: transformers' forward then
     changes with the tokens that follow. Applying the rule twice changes nothing.
 
     Args:
-        scores_BSW: float32 scores; those that are not 0 are taken to exceed 1e-20 in size.
+        scores_BSW: float32 scores; nonzero ones are assumed to exceed 1e-20 in magnitude.
     """
     order_W = torch.arange(scores_BSW.shape[-1], device=scores_BSW.device, dtype=scores_BSW.dtype) * -1e-30
     return torch.where(scores_BSW == 0, order_W, scores_BSW)
 
 
 def make_indexers_causal(model: DeepseekV4ForCausalLM) -> None:
-    """Give transformers' own forward the rule of `break_zero_ties`: then it is causal and equals decoding."""
+    """Apply `break_zero_ties` in transformers' forward too, which makes it causal and equal to decoding."""
     for module in model.modules():
         if isinstance(module, DeepseekV4IndexerScorer):
             module.register_forward_hook(_break_zero_ties_hook)
@@ -135,7 +137,7 @@ def _decode_layer(
 
 
 def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, inputs_BSD: Tensor) -> Tensor:
-    """Attention over the ring, the new keys and the compressed entries; writes all three."""
+    """Attend over the ring, the new keys and the compressed entries, and write all three to the cache."""
     batch, num_tokens, _ = inputs_BSD.shape
     kind = "main" if cache.compressor is None else "compress"
     rope_BSr, unrope_BS1r = plan.rope_BSr[kind], plan.unrope_BSr[kind].unsqueeze(2)
@@ -154,7 +156,7 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
         if cache.indexer is not None:
             indexer = cast(DeepseekV4Indexer, attention.compressor.indexer)
             chosen_BSk = _index(indexer, cache.indexer, plan, inputs_BSD, query_latent_BSQ)
-    if plan.local_BSL is None:  # Triton knows from positions what a query sees
+    if plan.local_BSL is None:  # the Triton kernel derives visibility from positions
         cached = Cached(local_BXC, entries_BWC, chosen_BSk, plan.length_B)
         settings = {"window": attention.sliding_window, "rate": rate, "scale": attention.scaling}
         output_BSHC = cached_attention(query_BSHC.transpose(1, 2), cached, attention.sinks, **settings).transpose(1, 2)
@@ -171,7 +173,7 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
 
 
 def _chosen_mask(visible_BSW: Tensor, chosen_BSk: Tensor | None) -> Tensor:
-    """0 where a query may see an entry and its indexer, if there is one, chose it; -inf elsewhere."""
+    """Return 0 for entries that a query may see and its indexer, if any, chose; -inf elsewhere."""
     if chosen_BSk is None:
         return visible_BSW
     # A query that sees fewer entries than it may choose also chose invisible ones: their -inf is added back.
@@ -181,13 +183,13 @@ def _chosen_mask(visible_BSW: Tensor, chosen_BSk: Tensor | None) -> Tensor:
 def _softmax_with_sinks(
     query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, attention: DeepseekV4Attention
 ) -> Tensor:
-    """`eager_attention_forward` with K = V and one KV head: [B, S, H, C] before the inverse rotation."""
+    """Return `eager_attention_forward` with K = V and one KV head: [B, S, H, C] before the inverse rotation."""
     batch, num_tokens, num_heads, channels = query_BSHC.shape
     score_BXL = query_BSHC.view(batch, -1, channels) @ key_BLC.transpose(1, 2)  # X = S * H, queries of all heads
     score_BSHL = score_BXL.view(batch, num_tokens, num_heads, -1)
     score_BSHL = torch.add(mask_BSL.unsqueeze(2), score_BSHL, alpha=attention.scaling)
     sink_BSH1 = attention.sinks.view(1, 1, -1, 1).expand(batch, num_tokens, -1, -1)
-    # The sinks are float32 also in a bfloat16 model, so this softmax is, as upstream's, in float32.
+    # The sinks are float32 even in a bfloat16 model, so this softmax is in float32, like upstream's.
     weight_BSHL = torch.cat([score_BSHL, sink_BSH1], dim=-1).softmax(dim=-1)[..., :-1].to(key_BLC.dtype)
     return (weight_BSHL.flatten(1, 2) @ key_BLC).view(query_BSHC.shape)
 
@@ -208,7 +210,7 @@ def _compress(module: Compressor, state: CompressorState, windows: WindowPlan, i
 def _index(
     indexer: DeepseekV4Indexer, state: CompressorState, plan: StepPlan, inputs_BSD: Tensor, query_latent_BSQ: Tensor
 ) -> Tensor:
-    """The `index_topk` entries that each query scores highest, int64 [B, S, k]; invisible ones where it sees fewer."""
+    """Return each query's `index_topk` best entries, int64 [B, S, k]; invisible ones if it sees fewer than k."""
     _compress(indexer, state, plan.windows[state.rate, state.span], inputs_BSD)
     batch, num_tokens, _ = inputs_BSD.shape
     query_BSHC = indexer.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, indexer.head_dim)

@@ -1,4 +1,4 @@
-"""A frozen backbone from disk: model, tokenizer, and the fingerprint that its heads are tied to."""
+"""Open a backbone: folder, config and tokenizer with `open_source`, the frozen weights with `load_backbone`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,96 @@ from mtptrain.backbone.placement import share_backbone
 from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
-from mtptrain.release.config import check_config, check_scales, read_config
+from mtptrain.release.config import check_config, check_scales, read_config_json
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards
 
-# What a config says of the decoder layers, and what it says of a model without any.
+SHIPPED = Path(__file__).parent / "shipped"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+# The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSource:
+    """A backbone's folder with its config and tokenizer, before any weight is read.
+
+    Attributes:
+        folder: holds config.json, the tokenizer and the weights.
+        config: transformers' config.
+        tokenizer: from the same folder.
+    """
+
+    folder: Path
+    config: DeepseekV4Config
+    tokenizer: Tokenizer
+
+    @property
+    def bos_eos(self) -> tuple[list[int], list[int]]:
+        """Return the ids before and after a document: the config's begin and end tokens, if the tokenizer has them."""
+        size = self.tokenizer.get_vocab_size()
+        begin, end = self.config.bos_token_id, self.config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+
+
+def open_source(config: BackboneConfig) -> BackboneSource:
+    """Open a backbone's folder without reading its weights.
+
+    Raises:
+        UserError: the folder is missing, or its config or tokenizer is missing, damaged or of another model.
+    """
+    folder = backbone_folder(config)
+    model_config = read_model_config(folder)
+    return BackboneSource(folder, model_config, load_tokenizer(folder, model_config.vocab_size))
+
+
+def read_model_config(folder: Path) -> DeepseekV4Config:
+    """Read config.json as a DeepSeek-V4 config.
+
+    Raises:
+        UserError: the file is damaged or describes another model.
+    """
+    read_config_json(folder, f"backbone.path={folder}")
+    try:
+        return DeepseekV4Config.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types
+        summary = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+
+
+def backbone_folder(config: BackboneConfig) -> Path:
+    """Return the folder of the configured backbone; download a hub id unless the hub's cache already has it.
+
+    Raises:
+        UserError: the folder does not exist, or the preset is not shipped and no path was given.
+    """
+    if config.path is None:
+        folder = SHIPPED / config.name
+        if not folder.is_dir():
+            raise UserError(
+                f"backbone={config.name}: is not shipped; train it with `+recipe=backbone backbone={config.name}` and "
+                "set backbone.path to the folder that it writes"
+            )
+        return folder
+    folder = Path(config.path)
+    if not folder.exists() and HUB_ID.fullmatch(config.path):
+        folder = _from_hub(config.path, config.revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"backbone.path={folder}: holds no config.json; give the folder of a DeepSeek-V4 checkpoint")
+    return folder
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the hub's client raises its own, the network's and the system's types
+        summary = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"backbone.path={name}: is no folder here and could not be downloaded from the hub at "
+            f"backbone.revision={revision} ({summary}); download it on a machine with a network and give the folder"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +119,10 @@ class Backbone:
     """A frozen backbone.
 
     Attributes:
-        model: transformers' model, in eval mode, no parameter requires a gradient.
+        model: transformers' model in eval mode; no parameter requires a gradient.
         source: its folder, config and tokenizer.
-        shards: the tensors of its folder, a head's among them.
-        fingerprint: of config and weights without `mtp.*`; heads trained on it carry it.
+        shards: every tensor of its folder, including those of a head.
+        fingerprint: hash of config and weights without `mtp.*`; heads trained on this backbone carry it.
     """
 
     model: DeepseekV4ForCausalLM
@@ -48,7 +132,7 @@ class Backbone:
 
     @property
     def folder(self) -> Path:
-        """Where it came from."""
+        """The folder that the weights were read from."""
         return self.shards.folder
 
     @property
@@ -58,7 +142,7 @@ class Backbone:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The backbone's own tokenizer."""
+        """The backbone's tokenizer."""
         return self.source.tokenizer
 
 
@@ -69,13 +153,20 @@ def load_backbone(
     has_layers: bool = True,
     source: BackboneSource | None = None,
 ) -> Backbone:
-    """Load a backbone and freeze it; `source` is that of `open_source`, opened here if None.
+    """Load a backbone and freeze it.
 
-    A release's FP8 and FP4 weights are kept as transformers computes on them, or decoded while they are read.
-    Without its decoder layers, only embedding, hc_head, final norm and lm_head are read.
+    FP8 and FP4 weights of a release either stay in the form that transformers computes on, or are decoded while they
+    are read (`backbone.weights`).
+
+    Args:
+        config: path, revision, placement and handling of quantised weights.
+        device: device of the model.
+        dtype: torch.bfloat16 or torch.float32, of all weights that are not kept quantised.
+        has_layers: False reads embedding, hc_head, final norm and lm_head only.
+        source: result of `open_source`; None opens it here.
 
     Raises:
-        UserError: files are missing or damaged, or a tensor has no counterpart on the other side.
+        UserError: files are missing or damaged, or a tensor has no counterpart in the model or in the files.
     """
     source = source or open_source(config)
     folder = source.folder
@@ -100,11 +191,11 @@ def _load_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     is_spread = config.placement in SPREAD_PLACEMENTS and has_layers
-    model_config = whole_config = _quantisation_of(config, read_model_config(folder), device)
+    model_config = whole_config = _set_quantisation(config, read_model_config(folder), device)
     if not has_layers:
         model_config = copy.deepcopy(whole_config)
-        for name, nothing in LAYER_FIELDS.items():
-            setattr(model_config, name, nothing)
+        for name, value_without_layers in LAYER_FIELDS.items():
+            setattr(model_config, name, value_without_layers)
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
@@ -113,7 +204,7 @@ def _load_model(
             device_map=config.placement.value if is_spread else None,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the report names them, and the check below refuses them
+            ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
         )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many types
@@ -121,6 +212,22 @@ def _load_model(
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    _check_report(report, folder, has_layers)
+    if not has_layers:
+        model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
+        for name in LAYER_FIELDS:
+            setattr(model.config, name, getattr(whole_config, name))
+    if not is_spread and not (has_layers and config.placement in SHARED_PLACEMENTS):  # one GPU may be too small
+        nn.Module.to(model, device)
+    if dtype == torch.float32:  # transformers leaves the bf16 tensors of a quantised release in bf16
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:
+    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have."""
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report.get(problem) or [])
         if not has_layers:
@@ -130,21 +237,14 @@ def _load_model(
                 f"backbone.path={folder}: {len(names)} {problem.replace('_', ' ')}, e.g. {', '.join(names[:3])}; "
                 "config.json and the weights do not belong together"
             )
-    if not has_layers:
-        model.config = copy.deepcopy(model.config)  # keeps what loading settled, such as how experts are computed
-        for name in LAYER_FIELDS:
-            setattr(model.config, name, getattr(whole_config, name))
-    if not is_spread and not (has_layers and config.placement in SHARED_PLACEMENTS):  # a GPU may not hold it whole
-        nn.Module.to(model, device)
-    if dtype == torch.float32:  # of a quantised release, transformers leaves what is stored in bf16 as it is
-        for parameter in model.parameters():
-            if parameter.dtype == torch.bfloat16:
-                parameter.data = parameter.data.float()
-    return model
 
 
-def _quantisation_of(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> DeepseekV4Config:
-    """Tell a config whether quantised weights are decoded while they are read."""
+def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> DeepseekV4Config:
+    """Set in a model's config whether quantised weights are decoded while they are read.
+
+    Raises:
+        UserError: quantised weights are to be kept on a CPU.
+    """
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
         return model_config
@@ -153,89 +253,3 @@ def _quantisation_of(config: BackboneConfig, model_config: DeepseekV4Config, dev
     is_kept = config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
     model_config.quantization_config = {**quantization, "dequantize": not is_kept}
     return model_config
-
-
-SHIPPED = Path(__file__).parent / "shipped"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneSource:
-    """A backbone's folder with its config and tokenizer; no weight has been read.
-
-    Attributes:
-        folder: holds config.json, the tokenizer and the weights.
-        config: transformers' config.
-        tokenizer: the backbone's own.
-    """
-
-    folder: Path
-    config: DeepseekV4Config
-    tokenizer: Tokenizer
-
-    @property
-    def bos_eos(self) -> tuple[list[int], list[int]]:
-        """Ids put before and after a document: the config's begin and end tokens that the tokenizer knows."""
-        size = self.tokenizer.get_vocab_size()
-        begin, end = self.config.bos_token_id, self.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
-
-
-def open_source(config: BackboneConfig) -> BackboneSource:
-    """Open a backbone's folder without reading its weights.
-
-    Raises:
-        UserError: the folder is missing, or its config or tokenizer is missing, damaged or of another model.
-    """
-    folder = backbone_folder(config)
-    model_config = read_model_config(folder)
-    return BackboneSource(folder, model_config, load_tokenizer(folder, model_config.vocab_size))
-
-
-def read_model_config(folder: Path) -> DeepseekV4Config:
-    """Read config.json as DeepSeek-V4's.
-
-    Raises:
-        UserError: it is damaged or describes another model.
-    """
-    read_config(folder, f"backbone.path={folder}")
-    try:
-        return DeepseekV4Config.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types
-        summary = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
-
-
-def backbone_folder(config: BackboneConfig) -> Path:
-    """Folder of the configured backbone; a hub id is downloaded to the hub's cache, or found there.
-
-    Raises:
-        UserError: it does not exist, or the preset is not shipped and no path was given.
-    """
-    if config.path is None:
-        folder = SHIPPED / config.name
-        if not folder.is_dir():
-            raise UserError(
-                f"backbone={config.name}: is not shipped; train it with `+recipe=backbone backbone={config.name}` and "
-                "set backbone.path to the folder that makes"
-            )
-        return folder
-    folder = Path(config.path)
-    if not folder.exists() and HUB_ID.fullmatch(config.path):
-        folder = _from_hub(config.path, config.revision)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"backbone.path={folder}: holds no config.json; give the folder of a DeepSeek-V4 checkpoint")
-    return folder
-
-
-def _from_hub(name: str, revision: str) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except Exception as error:  # the hub's client raises its own, the network's and the system's types
-        summary = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"backbone.path={name}: is no folder here and cannot be had from the hub at backbone.revision={revision} "
-            f"({summary}); download it where there is a network and give the folder"
-        ) from None

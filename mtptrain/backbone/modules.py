@@ -1,5 +1,7 @@
-"""Hyper-connections of transformers' layers, computed by our kernels."""
+"""Replacements for two modules of transformers' layers: hyper-connections on our kernels, norms that keep the dtype.
 
+Both replace the class of an existing module, so its tensors and their names stay.
+"""
 
 # B rows, S tokens, N residual streams, D model width
 
@@ -12,10 +14,10 @@ from mtptrain.kernels.hyper_connection import Connection, connect
 
 
 class HyperConnection(DeepseekV4HyperConnection):
-    """transformers' module with another way to compute it; called as a module, so that ZeRO gathers its tensors."""
+    """transformers' module on our kernel; still called as a module, so that ZeRO gathers its tensors."""
 
     def forward(self, hidden_streams: Tensor) -> Connection:  # type: ignore[override]
-        """The weights of every token's connection, its streams [B, S, N, D] collapsed by them, and the streams."""
+        """Return each token's connection weights, its streams [B, S, N, D] collapsed by them, and the streams."""
         return connect(
             hidden_streams,
             self.fn,
@@ -28,32 +30,32 @@ class HyperConnection(DeepseekV4HyperConnection):
 
 
 class FrozenHyperConnection(HyperConnection):
-    """The same for transformers' own decoder layer, which takes three values and needs no gradient."""
+    """The same for transformers' decoder layer, which expects three values and needs no gradient."""
 
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """The weights of every token's connection, and its streams [B, S, N, D] collapsed by them."""
+        """Return each token's connection weights, and its streams [B, S, N, D] collapsed by them."""
         post_BSN, comb_BSNN, collapsed_BSD, _ = super().forward(hidden_streams)
         return post_BSN, comb_BSNN, collapsed_BSD
 
 
 def replace_connections(module: nn.Module, kind: type[HyperConnection]) -> None:
-    """Make every hyper-connection in a module one of ours; its tensors and their names stay."""
+    """Turn every hyper-connection of a module into a `kind`."""
     for child in module.modules():
         if type(child) is DeepseekV4HyperConnection:
             child.__class__ = kind
 
 
 class Norm(DeepseekV4RMSNorm):
-    """transformers' module. Its weight is fp32 in a bf16 model, and in transformers 5.17 so is then what it returns."""
+    """transformers' module, but its output has the input's dtype: in transformers 5.17 an fp32 weight makes it fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The normed input, in its dtype."""
+        """Return the normed input, in its dtype."""
         normed: Tensor = super().forward(hidden_states)
         return normed.to(hidden_states.dtype)
 
 
 def replace_norms(module: nn.Module) -> None:
-    """Make every norm in a module a `Norm`; its tensors and their names stay."""
+    """Turn every norm of a module into a `Norm`."""
     for child in module.modules():
         if type(child) is DeepseekV4RMSNorm:
             child.__class__ = Norm

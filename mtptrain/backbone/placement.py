@@ -1,7 +1,7 @@
-"""A frozen backbone whose layers are shared out over the processes of a run.
+"""Distribute the layers of a frozen backbone over the processes of a run.
 
 The token embedding, the final norm and the lm_head stay whole on every process: the draft steps use them outside the
-backbone's own forward.
+backbone's forward.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from mtptrain.config import Placement
 from mtptrain.errors import UserError
 from mtptrain.run.distributed import world_size
 
-SHARED = "_is_shared_by_processes"
+IS_SHARED = "_is_shared_by_processes"
 
 
 def is_shared(model: nn.Module) -> bool:
-    """Whether a forward of this backbone needs every process to run one."""
-    return getattr(model, SHARED, False)
+    """Return whether a forward of this backbone needs every process to take part."""
+    return getattr(model, IS_SHARED, False)
 
 
 def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement, device: torch.device) -> None:
     """Keep this process's share of the layers on its device and drop the rest; every process loaded the whole model.
 
     Args:
-        model: frozen, in the CPU's memory: a device may not hold it whole.
-        placement: `zero3` shares every large tensor of a layer and gathers it when the layer runs; `expert_parallel`
-            shares the routed experts, and sends them the tokens; the others share nothing.
-        device: the run's.
+        model: frozen, in CPU memory, since one device may be too small for all of it.
+        placement: `zero3` shards every large tensor of a layer and gathers it when the layer runs; `expert_parallel`
+            shards the routed experts and sends them the tokens; all others shard nothing.
+        device: device of this process.
 
     Raises:
-        UserError: this version of transformers cannot place experts, or the processes do not divide them.
+        UserError: this version of transformers has no expert parallelism, or the number of processes does not divide
+            the number of experts.
     """
     if placement is Placement.zero3:
         from mtptrain.run.deepspeed import share_layers  # importing DeepSpeed takes seconds
@@ -46,11 +47,11 @@ def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement, device: t
     else:
         return
     nn.Module.to(model, device)
-    setattr(model, SHARED, True)
+    setattr(model, IS_SHARED, True)
 
 
 def _share_experts(model: DeepseekV4ForCausalLM, device: torch.device) -> None:
-    """Transformers' own plan for the model, with its all-to-all exchange: processes hold different tokens."""
+    """Apply transformers' plan for the model with its all-to-all exchange, since processes hold different tokens."""
     try:
         from transformers.distributed.expert_parallel import apply_expert_parallelism
     except ImportError:

@@ -1,4 +1,4 @@
-"""From the projected inputs of a window of tokens to its compressed entry."""
+"""Pool the projected inputs of a window of tokens into its compressed entry."""
 
 # B rows, M windows, T tokens of a window, F channels of the raw inputs, C of an entry, r rotated channel pairs
 
@@ -12,20 +12,22 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Indexer,
 )
 
-Compressor = DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer  # all three pool windows alike
+Compressor = (
+    DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer
+)  # all three pool windows in the same way
 
 
 def pool_windows(
     module: Compressor, kv_BMTF: Tensor, gate_BMTF: Tensor, first_BM11: Tensor, rope_BMr: Tensor
 ) -> Tensor:
-    """Entries [B, M, C] of some windows.
+    """Return the entries [B, M, C] of M windows.
 
     Args:
         module: the compressor, or the indexer of CSA.
-        kv_BMTF: projected inputs; where windows overlap, of the window before the first as well.
-        gate_BMTF: logits of their weights, likewise.
+        kv_BMTF: projected inputs; overlapping windows also need the window before the first, so M + 1 of them.
+        gate_BMTF: logits of their weights, in the same shape.
         first_BM11: bool, true for window 0, which has no window before it.
-        rope_BMr: complex64 rotation of each entry: that of its window's first position.
+        rope_BMr: complex64 rotation of each entry, taken at its window's first position.
 
     Source: DeepSeek-V4 paper, sections 2.3.1 and 2.3.2.
     """
@@ -38,13 +40,13 @@ def pool_windows(
 
 
 def _overlap(x_BMTF: Tensor) -> Tensor:
-    """[B, M + 1, rate, 2C] -> [B, M, 2 * rate, C]: the first half of a window's predecessor, then its own second."""
+    """Join the first half of the window before with the second of each: [B, M + 1, rate, 2C] -> [B, M, 2 rate, C]."""
     before_BMTF, after_BMTF = x_BMTF.chunk(2, dim=-1)
     return torch.cat([before_BMTF[:, :-1], after_BMTF[:, 1:]], dim=2)
 
 
 def rotate_(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the last 2r channels of x in place, pair by pair, in float32; rope is complex64 and broadcasts."""
+    """Rotate the last 2r channels of x in place, pair by pair, in float32; return x. rope is complex64, broadcast."""
     rotated = x[..., -2 * rope.shape[-1] :]
     pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))
     rotated.copy_(torch.view_as_real(pairs * rope).flatten(-2))

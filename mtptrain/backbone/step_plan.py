@@ -1,4 +1,4 @@
-"""The index arithmetic of one decode step, done once and shared by all layers."""
+"""The index arithmetic of one decode step, computed once and shared by all layers."""
 
 # B rows, S new tokens, R ring slots, Q raw ring slots, M windows that may close in the step, W compressed entries,
 # r channel pairs that are rotated
@@ -13,17 +13,17 @@ from mtptrain.backbone.cache import BackboneCache, CompressorState
 
 @dataclass(slots=True, frozen=True)
 class WindowPlan:
-    """Which compressed entries a step closes and sees, for one compression rate.
+    """The compressed entries that a step closes, for one compression rate.
 
-    At most M = (S - 1) // rate + 1 windows close, so shapes depend on S only; the windows that stay open are written
-    to the scratch entry.
+    At most M = (S - 1) // rate + 1 windows close, so shapes depend on S only; windows that stay open are written to
+    the scratch entry.
 
     Attributes:
-        source: int64 [B * (M + span - 1) * rate] rows of concat(raw ring, new inputs) seen as [B * (Q + S), F].
+        source: int64 [B * (M + span - 1) * rate] rows of concat(raw ring, new inputs) viewed as [B * (Q + S), F].
         raw_slots: int64 slots of the new inputs in the raw ring.
-        target: int64 [B * M] rows of the entries seen as [B * (W + 1), C].
+        target: int64 [B * M] rows of the entries viewed as [B * (W + 1), C].
         first_BM11: bool, true for window 0, which has no window before it.
-        rope_BMr: complex64 rotation of each entry: that of its window's first position.
+        rope_BMr: complex64 rotation of each entry, taken at its window's first position.
     """
 
     source: Tensor
@@ -35,16 +35,16 @@ class WindowPlan:
 
 @dataclass(slots=True, frozen=True)
 class StepPlan:
-    """What every layer of a step needs to know.
+    """The indices, rotations and masks that all layers of a step share.
 
     Attributes:
         length_B: int64 positions before the new ones.
-        rope_BSr, unrope_BSr: per rope type, complex64 rotation of the new positions and its inverse.
+        rope_BSr, unrope_BSr: by rope type, complex64 rotation of the new positions and its inverse.
         ring_slots: int64 slots of the new keys in the sliding rings.
         local_BSL: 0 or -inf for the L = R + S keys concat(ring before the write, new keys); None in a plan without
             masks.
-        windows: one `WindowPlan` a layer type that compresses, keyed by (rate, span).
-        visible_BSW: by the same keys, 0 where a query may see an entry and -inf elsewhere; only those that are read.
+        windows: a `WindowPlan` for each type of compressing layer, by (rate, span).
+        visible_BSW: by the same keys, 0 for entries that a query may see and -inf elsewhere; only if a layer reads it.
     """
 
     length_B: Tensor
@@ -57,14 +57,14 @@ class StepPlan:
 
 
 def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype, has_masks: bool) -> StepPlan:
-    """The plan of decoding `num_tokens` new tokens in every row.
+    """Return the plan for decoding `num_tokens` new tokens in every row.
 
     Args:
-        cache: the rows.
-        num_tokens: S.
-        dtype: of the masks.
-        has_masks: whether attention reads masks. Where it knows from positions what a query sees, only indexers need
-            one.
+        cache: state of the rows.
+        num_tokens: S, at least 1.
+        dtype: dtype of the masks.
+        has_masks: whether attention reads masks. Attention that derives visibility from positions needs none, and only
+            indexers do.
     """
     length_B = cache.length_B
     positions_BS = length_B.unsqueeze(1) + torch.arange(num_tokens, device=length_B.device)
@@ -90,7 +90,7 @@ def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype, has_mas
 
 
 def _local_mask(ring_positions_BR: Tensor, positions_BS: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where query position t sees key position p, that is 0 <= p and t - window < p <= t; else -inf."""
+    """Return 0 if query position t sees key position p, that is 0 <= p and t - window < p <= t; else -inf."""
     key_BL = torch.cat([ring_positions_BR, positions_BS], dim=1)
     age_BSL = positions_BS.unsqueeze(2) - key_BL.unsqueeze(1)
     oldest_BS1 = positions_BS.clamp(max=window - 1).unsqueeze(2)  # an age above the position means an empty slot
@@ -98,7 +98,7 @@ def _local_mask(ring_positions_BR: Tensor, positions_BS: Tensor, window: int, dt
 
 
 def _entry_mask(cache: BackboneCache, rate: int, positions_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a query may see an entry, -inf elsewhere, [B, S, W]."""
+    """Return 0 for entries that a query may see and -inf elsewhere, [B, S, W]."""
     entry_1W = torch.arange(cache.max_length // rate, device=positions_BS.device)
     return _bias(entry_1W < ((positions_BS + 1) // rate).unsqueeze(2), dtype)
 
@@ -116,7 +116,7 @@ def _plan_windows(cache: BackboneCache, state: CompressorState, positions_BS: Te
 
     read = (num_windows + span - 1) * rate
     token_BT = (open_B1 - (span - 1)) * rate + torch.arange(read, device=device)
-    # Tokens past the step belong to windows that stay open: any readable row will do.
+    # Tokens past the step belong to windows that stay open, so any readable row will do.
     new_BT = (token_BT - length_B1).clamp(max=num_tokens - 1) + state.raw.size
     source_BT = torch.where(token_BT < length_B1, token_BT % state.raw.size, new_BT)
 

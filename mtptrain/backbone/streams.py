@@ -1,7 +1,7 @@
-"""From packed tokens to the backbone's residual streams and final hidden states.
+"""Compute the backbone's residual streams and final hidden states of packed tokens.
 
 V4's compressed attention pools windows that are aligned to the row, and its indexer ranks entries of the whole row: in
-a packed row they would mix documents, whatever the mask. So every piece is given to the backbone as a row of its own.
+a packed row they would mix documents in spite of any mask. So the backbone runs on every piece as a separate row.
 """
 
 # B packed rows, S tokens a row, P pieces, W width of a group of pieces, N residual streams, D model width
@@ -18,10 +18,10 @@ from mtptrain.run.distributed import max_over_processes
 
 
 def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """One full forward of rows that each hold a single document from slot 0 on (padding at the end is harmless).
+    """Run a full forward of rows that each hold one document from slot 0 on (padding at the end is harmless).
 
     Returns:
-        streams_BSND: output of the last decoder layer, before `hc_head` and the final norm. Taken by a hook, because
+        streams_BSND: output of the last decoder layer, before `hc_head` and the final norm. A hook captures it, because
             transformers overwrites the last entry of `hidden_states` with the post-norm tensor.
         hidden_BSD: norm(hc_head(streams)), the input of the lm_head.
     """
@@ -35,7 +35,7 @@ def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tenso
 
 
 def _piece_index(segment_BS: Tensor) -> list[Tensor]:
-    """Slots of the pieces, grouped by size: tensors [P, W] of flat slots b * S + s, -1 where a piece is shorter.
+    """Return the slots of the pieces, grouped by size: int64 [P, W] of flat slots b * S + s, padded with -1.
 
     A group's width is at most twice its shortest piece, which bounds the padding.
     """
@@ -58,28 +58,28 @@ def _piece_index(segment_BS: Tensor) -> list[Tensor]:
     return index
 
 
-def _keep_in_step(model: DeepseekV4ForCausalLM, forwards: int) -> None:
-    """Run forwards for nothing until this process has as many as the one with most: a shared backbone needs all."""
+def _pad_forwards(model: DeepseekV4ForCausalLM, forwards: int) -> None:
+    """Pad with dummy forwards so that every process of a shared backbone runs the same number."""
     if is_shared(model):
         for _ in range(max_over_processes(forwards) - forwards):
             run_backbone(model, torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device))
 
 
 def backbone_streams(model: DeepseekV4ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`.
+    """Return streams [B, S, N, D] and hidden states [B, S, D] of packed rows, zeros in padding; see `run_backbone`.
 
-    Streams that the batch brings along are taken as they are: then no decoder layer is needed.
+    If the batch already holds streams, they are used unchanged and no decoder layer runs.
     """
     if batch.streams_BSND is not None:
         hidden_BSD: Tensor = model.model.norm(model.model.hc_head(batch.streams_BSND))
         return batch.streams_BSND, hidden_BSD
     if int(batch.segment_BS.max()) <= 1:
-        _keep_in_step(model, 1)
+        _pad_forwards(model, 1)
         return run_backbone(model, batch.tokens_BS)
     flat_tokens = batch.tokens_BS.flatten()
     slots, streams, hidden = [], [], []
     index = _piece_index(batch.segment_BS)
-    _keep_in_step(model, len(index))
+    _pad_forwards(model, len(index))
     for index_PW in index:
         index_PW = index_PW.to(flat_tokens.device)
         valid_PW = index_PW >= 0

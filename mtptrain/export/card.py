@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: the model card, and the same facts for programs."""
+"""The model card of an exported folder, and the same facts as a manifest for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtptrain.run.artifact import Kind
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 RECORD = "mtptrain_export.json"
-WORST = 5  # tensors that the card names
+WORST = 5  # tensors that the card lists
 CARD = """---
 library_name: mtptrain
 tags: [multi-token-prediction, speculative-decoding, deepseek_v4]
@@ -57,18 +57,18 @@ Warnings:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Everything that is known of an export, beside the identity of its head.
+    """The facts of an export besides the identity of its head.
 
     Attributes:
-        target, form, scheme: the server, the form of the folder, and how the head is stored.
-        checkpoint: folder and step it came from.
-        untouched: tensors outside the head, whose bytes are those of the source.
-        changed: stored weights of the head that differ from those of the source's head, and all of them.
-        acceptance: acceptance length by draft length, `before` and `after` storing, and the prompts replayed.
-        errors: of every stored weight, by released name.
-        warnings: for whoever serves the folder.
-        training: provenance of the training run, empty where it is not recorded.
-        provenance: of the export itself.
+        target, form, scheme: the server, the form of the folder, and the storage of the head.
+        checkpoint: folder and step of the head.
+        untouched: number of tensors outside the head; their bytes equal the source's.
+        changed: number of stored weights that differ from the source's head, and number of all stored weights.
+        acceptance: acceptance length by draft length, `before` and `after` storing, and the number of `prompts`.
+        errors: rounding error of every stored weight, by released name.
+        warnings: warnings for serving.
+        training: provenance of the training run, empty if it is not recorded.
+        provenance: provenance of the export.
     """
 
     target: ExportTarget
@@ -98,17 +98,17 @@ EXPORT: Kind[HeadIdentity, Export] = Kind(
 
 
 def training_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """provenance.json of the run that a checkpoint lies in; empty where there is none."""
+    """Return provenance.json of the run that holds a checkpoint; empty if the run has none."""
     for folder in checkpoint.folder.absolute().parents[:2]:
         path: Path = folder / "provenance.json"
         if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
+            provenance: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return provenance
     return {}
 
 
 def serve_command(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
-    """How the target is started with the folder."""
+    """Return the command that starts the target with the folder."""
     if export.target is ExportTarget.sglang:
         return (
             f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE \\\n"
@@ -124,7 +124,7 @@ def serve_command(head: HeadIdentity, export: Export, folder: Path, source: Path
 
 
 def _facts(head: HeadIdentity, export: Export) -> str:
-    """Rows about the head and its origin."""
+    """Return table rows about the head and its origin."""
     training = export.training
     command = " ".join(training.get("command", [])) or "not recorded"
     trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
@@ -143,25 +143,25 @@ def _facts(head: HeadIdentity, export: Export) -> str:
 
 
 def _lengths(export: Export) -> str:
-    """Rows of acceptance lengths by draft length."""
+    """Return table rows of acceptance lengths by draft length."""
     before, after = export.acceptance["before"], export.acceptance["after"]
     return "\n".join(f"| {k} | {before[k]:.3f} | {after[k]:.3f} |" for k in before)
 
 
 def _roundings(export: Export) -> str:
-    """Rows of the tensors that storing changed most."""
+    """Return table rows of the tensors with the largest rounding errors."""
     worst = sorted(export.errors.items(), key=lambda item: -item[1].absolute)[:WORST]
     return "\n".join(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst)
 
 
 def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
-    """The README.md of an exported folder.
+    """Return the README.md of an exported folder.
 
     Args:
-        head: the identity of the trained head.
-        export: the other facts.
-        folder: the name that the export gets.
-        source: the backbone's folder.
+        head: identity of the trained head.
+        export: facts of the export.
+        folder: final name of the export's folder.
+        source: folder of the backbone.
     """
     return CARD.format(
         record=RECORD,

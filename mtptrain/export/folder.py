@@ -1,4 +1,4 @@
-"""The files of an export: what stays is linked or copied, what holds the head is written anew."""
+"""Write a model folder: link or copy the unchanged shards, write the shards with the head, the index and the config."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch import Tensor
 
 from mtptrain.config import ShardCopies
 from mtptrain.errors import UserError
-from mtptrain.release.config import is_release, read_config
-from mtptrain.release.shards import INDEX, Shards
+from mtptrain.release.config import is_release, read_config_json
+from mtptrain.release.shards import HEAD_PREFIX, INDEX, Shards
 from mtptrain.run.storage import write_json
 
-HEAD = "mtp."
-HEAD_FILE = "mtp.safetensors"  # beside a model without an index
-NEW_SHARD = "model-mtp.safetensors"  # of an indexed model that came without a head
-SHARED = ("embed.weight", "head.weight")  # vLLM asks for them in the head's own folder
+HEAD_FILE = "mtp.safetensors"  # holds the head beside a model without an index
+NEW_SHARD = "model-mtp.safetensors"  # holds the head of an indexed model that had none
+SHARED = ("embed.weight", "head.weight")  # vLLM requires them in a separate draft folder
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # files of a model folder beside its weights
+NOT_COPIED = ("config.json", INDEX)  # the export writes its own
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What becomes of every file of the source.
+    """The plan for every file of the source.
 
     Attributes:
-        untouched: files that hold nothing of a head.
-        rewritten: file -> names of its tensors that stay; it held parts of the old head as well.
-        head_file: where the new head goes.
-        indexed: whether the folder has an index.
+        untouched: files without head tensors.
+        rewritten: for files that mix tensors of the old head with others: file -> names of the other tensors.
+        head_file: file of the new head.
+        indexed: whether the export has an index.
     """
 
     untouched: list[str]
@@ -43,28 +44,28 @@ class Layout:
 
 
 def plan_layout(shards: Shards) -> Layout:
-    """The layout of a full export of a backbone's folder."""
-    touched = sorted({entry.file for name, entry in shards.entries.items() if name.startswith(HEAD)})
+    """Return the layout of a full export of a backbone's folder."""
+    touched = sorted({entry.file for name, entry in shards.entries.items() if name.startswith(HEAD_PREFIX)})
     untouched = [file for file in shards.files() if file not in touched]
-    stays: dict[str, list[str]] = {file: [] for file in touched}
+    kept: dict[str, list[str]] = {file: [] for file in touched}
     for name, entry in shards.entries.items():
-        if entry.file in stays and not name.startswith(HEAD):
-            stays[entry.file].append(name)
+        if entry.file in kept and not name.startswith(HEAD_PREFIX):
+            kept[entry.file].append(name)
     indexed = shards.index is not None or is_release(shards)
     head_file = touched[-1] if touched else NEW_SHARD if indexed else HEAD_FILE
-    return Layout(untouched, {file: names for file, names in stays.items() if names}, head_file, indexed)
+    return Layout(untouched, {file: names for file, names in kept.items() if names}, head_file, indexed)
 
 
 def bytes_needed(shards: Shards, layout: Layout, head_bytes: int, copies: ShardCopies) -> int:
-    """Bytes that a full export writes."""
-    stays = [shards.entries[name] for names in layout.rewritten.values() for name in names]
-    rewritten = sum(entry.end - entry.begin for entry in stays)
+    """Return the number of bytes that a full export writes."""
+    kept = [shards.entries[name] for names in layout.rewritten.values() for name in names]
+    rewritten = sum(entry.end - entry.begin for entry in kept)
     copied = sum((shards.folder / file).stat().st_size for file in layout.untouched)
     return head_bytes + rewritten + (copied if copies is ShardCopies.copy else 0)
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise a `UserError` where the disk of `folder` has less than `needed` bytes left."""
+    """Raise a `UserError` if the disk of `folder` has fewer than `needed` bytes free."""
     nearest = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:
@@ -75,20 +76,20 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def write_full(shards: Shards, layout: Layout, head: Mapping[str, Tensor], folder: Path, copies: ShardCopies) -> None:
-    """A whole model folder with the new head, apart from config.json.
+    """Write a complete model folder with the new head, except for config.json.
 
     Args:
-        shards: of the source.
-        layout: of `plan_layout`.
+        shards: tensors of the source.
+        layout: result of `plan_layout`.
         head: released names and tensors.
         folder: an empty folder.
-        copies: how untouched files come into it.
+        copies: hard link, symlink or copy the untouched files.
 
     Raises:
         UserError: hard links are not possible there.
     """
     for file in layout.untouched:
-        _bring(shards.folder / file, folder / file, copies)
+        _put_file(shards.folder / file, folder / file, copies)
     files = {name: entry.file for name, entry in shards.entries.items() if entry.file in layout.untouched}
     for file in sorted({*layout.rewritten, layout.head_file}):
         tensors = {name: shards[name] for name in layout.rewritten.get(file, [])}
@@ -96,14 +97,14 @@ def write_full(shards: Shards, layout: Layout, head: Mapping[str, Tensor], folde
         save_tensors(tensors, folder / file)
         files |= dict.fromkeys(tensors, file)
     if layout.indexed:
-        stays = (entry for name, entry in shards.entries.items() if not name.startswith(HEAD))
-        total = sum(entry.end - entry.begin for entry in stays) + sum(tensor.nbytes for tensor in head.values())
+        kept = (entry for name, entry in shards.entries.items() if not name.startswith(HEAD_PREFIX))
+        total = sum(entry.end - entry.begin for entry in kept) + sum(tensor.nbytes for tensor in head.values())
         write_index(folder, files, total)
     copy_companions(shards.folder, folder)
 
 
 def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> None:
-    """A folder with the head, the embedding and the lm_head, apart from config.json."""
+    """Write a folder with the head, the embedding and the lm_head, except for config.json."""
     tensors = {name: shards[name] for name in SHARED} | dict(head)
     file = shard_name(1, 1)
     save_tensors(tensors, folder / file)
@@ -111,18 +112,18 @@ def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> Non
     copy_companions(shards.folder, folder)
 
 
-def write_config(shards: Shards, folder: Path, depth: int, told: dict[str, Any]) -> None:
-    """config.json of the source with the new number of modules; `told` is kept under `mtptrain`."""
-    stored = read_config(shards.folder, shards.setting)
+def write_config(shards: Shards, folder: Path, depth: int, facts: dict[str, Any]) -> None:
+    """Write the source's config.json with the new number of modules, and `facts` under the key `mtptrain`."""
+    stored = read_config_json(shards.folder, shards.setting)
     config = {key: value for key, value in stored.items() if not key.startswith("dspark_")}
     config["num_nextn_predict_layers"] = depth
     if isinstance(config.get("compress_ratios"), list):
         config["compress_ratios"] = config["compress_ratios"][: config["num_hidden_layers"]] + [0] * depth
-    write_json(folder / "config.json", {**config, "mtptrain": told})
+    write_json(folder / "config.json", {**config, "mtptrain": facts})
 
 
-def _bring(source: Path, target: Path, copies: ShardCopies) -> None:
-    real = source.resolve()  # the hub's cache holds links
+def _put_file(source: Path, target: Path, copies: ShardCopies) -> None:
+    real = source.resolve()  # the hub's cache holds symlinks
     if copies is ShardCopies.copy:
         shutil.copyfile(real, target)
     elif copies is ShardCopies.symlink:
@@ -139,22 +140,18 @@ def _bring(source: Path, target: Path, copies: ShardCopies) -> None:
             ) from None
 
 
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model folder, beside its weights
-OWN = ("config.json", INDEX)  # written anew
-
-
 def shard_name(number: int, count: int) -> str:
-    """Name of shard `number` of `count`, from 1."""
+    """Return the file name of shard `number` of `count`, counted from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
-    """The index of a folder.
+    """Write the index of a folder.
 
     Args:
-        folder: to write to.
+        folder: folder of the shards.
         files: tensor name -> file.
-        total_bytes: of all tensors.
+        total_bytes: size of all tensors.
     """
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))})
 
@@ -165,7 +162,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_shards(folder: Path, groups: list[dict[str, Tensor]]) -> None:
-    """A shard a group, and the index."""
+    """Write each group as a shard, then the index."""
     files: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(groups, start=1):
@@ -177,8 +174,8 @@ def write_shards(folder: Path, groups: list[dict[str, Tensor]]) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and whatever else lies beside the weights; config and index are written anew."""
+    """Copy the tokenizer and all other files beside the weights, except config.json and the index."""
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
-            if path.name not in OWN and path.is_file():
+            if path.name not in NOT_COPIED and path.is_file():
                 shutil.copyfile(path, folder / path.name)

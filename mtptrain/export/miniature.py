@@ -1,4 +1,4 @@
-"""A miniature release: a small backbone and its head in the official format, to try everything that a release needs."""
+"""A miniature release: a small backbone and its head in the official format, for trials without a full release."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mtptrain.release.backbone import iterate_backbone
 from mtptrain.release.modules import to_release
 from mtptrain.release.names import Scheme
 
-SCHEMES: dict[ReleaseVariant, Scheme] = {
+VARIANT_SCHEMES: dict[ReleaseVariant, Scheme] = {
     ReleaseVariant.release: "fp8_fp4",
     ReleaseVariant.base: "fp8",
     ReleaseVariant.dspark: "fp8_fp4",
 }
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 DSPARK_STAGES, DSPARK_RANK = 3, 4  # 3 as released
-# What transformers spells in its own way; a release has compress_ratios, num_hash_layers and qk_rope_head_dim instead.
+# Keys of transformers only; releases use compress_ratios, num_hash_layers and qk_rope_head_dim instead.
 NOT_IN_RELEASES = (
     *("layer_types", "mlp_layer_types", "compress_rates", "partial_rotary_factor", "mlp_bias", "dtype"),
     *("pad_token_id", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "transformers_version"),
@@ -34,17 +34,17 @@ NOT_IN_DSPARK = ("enorm.", "hnorm.", "e_proj.", "h_proj.")
 def miniature_groups(
     model: DeepseekV4ForCausalLM, head: Mapping[str, Tensor], variant: ReleaseVariant
 ) -> list[dict[str, Tensor]]:
-    """The shards of a miniature: the embedding, each layer, what follows the layers, and the head in the last.
+    """Return the tensors of each shard: the embedding, each layer, the rest of the model, and last the head.
 
     Args:
         model: the backbone.
-        head: our `mtp.{d}.*`; its layers also stand in for those of DSpark blocks.
-        variant: which release is imitated.
+        head: our `mtp.{d}.*`; its layers also fill the DSpark blocks.
+        variant: the release to imitate.
 
     Raises:
-        UserError: a tensor's sizes do not allow the encoding.
+        UserError: the scheme cannot store a tensor's sizes or values.
     """
-    scheme, config = SCHEMES[variant], model.config
+    scheme, config = VARIANT_SCHEMES[variant], model.config
     groups: dict[str, dict[str, Tensor]] = {"embed": {}}
     groups |= {f"layers.{i}": {} for i in range(config.num_hidden_layers)} | {"rest": {}}
     for name, tensor in iterate_backbone(model.state_dict(), config, scheme):
@@ -56,9 +56,9 @@ def miniature_groups(
 
 
 def _dspark_blocks(released: dict[str, Tensor], config: DeepseekV4Config) -> dict[str, Tensor]:
-    """What later releases keep under `mtp.`: three decoder layers, and what ties them, by the names of V4-Flash-0731.
+    """Return the `mtp.*` of later releases: three decoder layers and their connections, named as in V4-Flash-0731.
 
-    Only names matter here: the values of the tensors that no MTP module has are random.
+    Only names matter here: tensors that an MTP module does not have get random values.
     """
     width, last = config.hidden_size, DSPARK_STAGES - 1
     generator = torch.Generator().manual_seed(0)
@@ -80,14 +80,14 @@ def _dspark_blocks(released: dict[str, Tensor], config: DeepseekV4Config) -> dic
 
 
 def miniature_config(config: DeepseekV4Config, variant: ReleaseVariant, num_modules: int) -> dict[str, Any]:
-    """config.json as a release spells it, with a trailing 0 in `compress_ratios` for each module.
+    """Return config.json in the keys of a release, with a trailing 0 in `compress_ratios` for each module.
 
-    `layer_types` and `compress_rates`, which releases leave out, say what the ratios mean where they are not 4 and 128.
+    Releases leave out `layer_types` and `compress_rates`; the miniature adds them if its ratios are not 4 and 128.
     """
-    kinds, scheme = config.layer_types or [], SCHEMES[variant]
+    kinds, scheme = config.layer_types or [], VARIANT_SCHEMES[variant]
     rates = config.compress_rates or config.default_compress_rates
     modules = DSPARK_STAGES if variant is ReleaseVariant.dspark else num_modules
-    told = {
+    released = {
         **{name: value for name, value in config.to_dict().items() if name not in NOT_IN_RELEASES},
         "architectures": ["DeepseekV4ForCausalLM"],
         "num_hash_layers": (config.mlp_layer_types or []).count("hash_moe"),
@@ -105,7 +105,7 @@ def miniature_config(config: DeepseekV4Config, variant: ReleaseVariant, num_modu
         "compress_ratios": [rates.get(kind, 0) for kind in kinds] + [0] * modules,
     }
     if [rates.get(kind, 0) for kind in kinds] != [RATIOS[kind] for kind in kinds]:
-        told |= {"layer_types": list(kinds), "compress_rates": dict(rates)}
+        released |= {"layer_types": list(kinds), "compress_rates": dict(rates)}
     if variant is ReleaseVariant.dspark:
-        told |= {"dspark_block_size": 5, "dspark_markov_rank": DSPARK_RANK}
-    return told
+        released |= {"dspark_block_size": 5, "dspark_markov_rank": DSPARK_RANK}
+    return released

@@ -1,4 +1,4 @@
-"""Whether what was exported is what was trained: read back from disk and compared tensor by tensor."""
+"""The self-check of an export: read it back from disk and compare every tensor with the trained head and the source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtptrain.release.encoding_error import EncodingError, encoding_error, round
 from mtptrain.release.fingerprint import tensor_hash
 from mtptrain.release.modules import module_numbers, part_of, release_scheme
 from mtptrain.release.names import Row, Scheme, release_table
-from mtptrain.release.shards import Shards
+from mtptrain.release.shards import HEAD_PREFIX, Shards
 
 BOUNDS = {"fp8": 16.0, "fp4": 1.0}  # half the coarsest step of the grid, in units of a block's scale
 
@@ -22,17 +22,17 @@ BOUNDS = {"fp8": 16.0, "fp4": 1.0}  # half the coarsest step of the grid, in uni
 def compare_head(
     trained: Mapping[str, Tensor], stored: Mapping[str, Tensor], config: DeepseekV4Config, scheme: Scheme
 ) -> dict[str, EncodingError]:
-    """The error of every stored weight, by released name.
+    """Return the error of every stored weight, by released name.
 
     Args:
         trained: our `mtp.{d}.*`, floating point.
         stored: the exported `mtp.*`, read from disk.
-        config: the backbone's.
-        scheme: how they are stored.
+        config: config of the backbone.
+        scheme: scheme of the stored tensors.
 
     Raises:
-        UserError: a name is missing or left over, an unquantised tensor is not bit-exact, or a quantised one is
-            further off than its grid allows.
+        UserError: a name is missing or left over, an unquantised tensor is not bit-exact, or the error of a quantised
+            one exceeds the bound of its grid.
     """
     errors: dict[str, EncodingError] = {}
     left = set(stored)
@@ -66,12 +66,12 @@ def _compare(row: Row, prefix: str, weight: Tensor, stored: Mapping[str, Tensor]
 
 
 def check_unchanged(source: Shards, written: Shards) -> None:
-    """Raise a `UserError` where a tensor outside the head has other bytes than in the source, by SHA-256.
+    """Raise a `UserError` if a tensor outside the head differs from the source, compared by SHA-256 of its bytes.
 
-    A file that both folders share is the same by nature and not read.
+    A file that both folders share (hard link or symlink) is not read.
     """
     for name, entry in written.entries.items():
-        if name.startswith("mtp."):
+        if name.startswith(HEAD_PREFIX):
             continue
         old = source.entries.get(name)
         if old is None or (old.dtype, old.shape) != (entry.dtype, entry.shape):
@@ -85,14 +85,14 @@ def check_unchanged(source: Shards, written: Shards) -> None:
 def changed_weights(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], config: DeepseekV4Config
 ) -> tuple[int, int]:
-    """How many stored weights have other values than those of the head before, and how many there are.
+    """Return how many stored weights have other values than in the head before, and how many weights there are.
 
     Values are compared, not bytes: a value may be stored under another code and scale.
 
     Args:
-        before: `mtp.*` of the source, empty or of another kind where it came without a head.
+        before: `mtp.*` of the source; empty or DSpark blocks if it has no MTP head.
         after: `mtp.*` of the export.
-        config: the backbone's.
+        config: config of the backbone.
     """
     numbers = module_numbers(after.keys())
     old_rows = {row.released: row for row in release_table(config, release_scheme(before))} if before else {}
@@ -110,7 +110,7 @@ def changed_weights(
 
 
 def _value(row: Row, prefix: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """A stored weight in fp32."""
+    """Return a stored weight, decoded to fp32."""
     name = prefix + row.released
     if row.scale == "none":
         return stored[name].float()

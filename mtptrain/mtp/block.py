@@ -1,4 +1,4 @@
-"""One MTP module of DeepSeek-V4, built from transformers' own layer classes."""
+"""One MTP module of DeepSeek-V4, built from transformers' layer classes."""
 
 # B rows, S slots, N residual streams, D model width, H heads, C head width, r channel pairs that are rotated
 
@@ -24,7 +24,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_B
 
 
 def block_config(config: DeepseekV4Config) -> DeepseekV4Config:
-    """The config of the module's one decoder layer: sliding attention without compressor, routed experts."""
+    """Return the config of the module's single decoder layer: sliding attention without compressor, routed experts."""
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
     single.layer_types = ["sliding_attention"]
@@ -35,11 +35,11 @@ def block_config(config: DeepseekV4Config) -> DeepseekV4Config:
 class MtpBlock(nn.Module):
     """Combines a residual state with the next token's embedding and runs one decoder layer on it.
 
-    x = e_proj(enorm(embedding)) over all streams + h_proj(hnorm(state)) per stream; then a V4 decoder layer; the state
-    handed on is the layer's output, and the draft logits are lm_head(norm(hc_head(state))) with the backbone's own
-    embedding and lm_head.
+    x = e_proj(enorm(embedding)) over all streams + h_proj(hnorm(state)) per stream; then a V4 decoder layer. Its output
+    is the state of the next step, and the draft logits are lm_head(norm(hc_head(state))). Embedding and lm_head are the
+    backbone's.
 
-    Source: DeepSeek-V4's official inference code; the multi-token prediction of arXiv 2412.19437, section 2.2, with
+    Source: DeepSeek-V4's official inference code; arXiv 2412.19437, section 2.2 (multi-token prediction), with
     hyper-connections.
     """
 
@@ -60,12 +60,12 @@ class MtpBlock(nn.Module):
         replace_norms(self)
 
     def combine(self, embedding_BSD: Tensor, state_BSND: Tensor) -> Tensor:
-        """The decoder layer's input [B, S, N, D]."""
+        """Return the decoder layer's input [B, S, N, D]."""
         token_BSD = self.e_proj(self.enorm(embedding_BSD))
         return token_BSD.unsqueeze(2) + self.h_proj(self.hnorm(state_BSND))
 
     def attention(self, normed_BSD: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
-        """The layer's attention with the caller's choice of keys, [B, S, D]."""
+        """Return the layer's attention output [B, S, D]; `attend` chooses the keys."""
         module = self.layer.self_attn
         angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.get_buffer("main_inv_freq").float()
         turn_BSr = torch.polar(torch.ones_like(angle_BSr), angle_BSr)
@@ -73,19 +73,19 @@ class MtpBlock(nn.Module):
         query = module.q_b_norm(query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
         key = module.kv_norm(module.kv_proj(normed_BSD))
         out_BHSC = attend(_rotate(query, turn_BSr.unsqueeze(1)), _rotate(key, turn_BSr))
-        # Keys serve as values, so the output is rotated back by the query's position.
+        # Keys are also the values, so the output is rotated back by the query's position.
         out_BSHC = _rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
         grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
 
     def forward(self, embedding_BSD: Tensor, state_BSND: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:
-        """One draft step: the state handed to the next step, [B, S, N, D].
+        """Run one draft step and return the state [B, S, N, D] for the next.
 
         Args:
             embedding_BSD: backbone embedding of the token at slot i + k, for step k at anchor i.
-            state_BSND: state of the step before; the backbone's streams at step 1.
+            state_BSND: state of the step before; at step 1 the backbone's streams.
             position_BS: RoPE positions, i + k - 1.
-            attend: attention of this step's queries and keys; it decides which keys are seen.
+            attend: attention of this step's queries and keys; it also selects the visible keys.
         """
         layer = self.layer
         x = self.combine(embedding_BSD, state_BSND)
@@ -95,12 +95,12 @@ class MtpBlock(nn.Module):
         return expand_and_mix(post, comb, layer.mlp(layer.post_attention_layernorm(collapsed)), x)
 
     def hidden(self, state_BSND: Tensor) -> Tensor:
-        """What the lm_head turns into draft logits, [B, S, D]."""
+        """Return the lm_head's input for the draft logits, [B, S, D]."""
         return self.norm(self.hc_head(state_BSND))
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Interleaved RoPE on the last 2r channels of x, in float32; turn is complex64 [..., r] and broadcasts."""
+    """Return x with interleaved RoPE on its last 2r channels, in float32; turn is complex64 [..., r], broadcast."""
     width = 2 * turn.shape[-1]
     pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
     rotated = torch.view_as_real(pairs * turn).flatten(-2)

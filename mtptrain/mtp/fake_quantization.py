@@ -1,4 +1,4 @@
-"""Training against the encoding of an export: modules compute with the values that their weights will have there."""
+"""Quantisation-aware training: modules compute with the values that their weights will have once exported."""
 
 # E routed experts
 
@@ -20,7 +20,7 @@ from mtptrain.release.names import Row, ScaleKind, Scheme, release_table
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The stored value forward, the gradient unchanged backward."""
+    """`stored_value` in the forward pass; the backward pass leaves the gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: list[Row]) -> Tensor:
@@ -32,7 +32,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(weight: Tensor, rows: list[Row]) -> Tensor:
-    """`stored_value` whose gradient is that of `weight`.
+    """Return `stored_value` with the gradient of `weight`.
 
     Source: Bengio, Leonard and Courville 2013, arXiv:1308.3432, section 3.
     """
@@ -41,11 +41,11 @@ def straight_through(weight: Tensor, rows: list[Row]) -> Tensor:
 
 
 def stored_value(weight: Tensor, rows: list[Row]) -> Tensor:
-    """What a weight becomes by encoding and decoding it, in its own dtype.
+    """Return decode(encode(weight)), in the weight's dtype.
 
     Args:
-        weight: one of our tensors.
-        rows: of the release table, those that it is stored as; more than one where it holds experts.
+        weight: a tensor of an `MtpBlock`, any floating-point dtype.
+        rows: its rows of the release table; more than one if the tensor holds experts.
 
     Raises:
         UserError: a value is NaN or infinite.
@@ -53,7 +53,7 @@ def stored_value(weight: Tensor, rows: list[Row]) -> Tensor:
     kind = rows[0].scale
     if rows[0].dtype == torch.float32:
         return weight
-    if kind != "fp8":  # rounded value by value, or row by row: all experts at once
+    if kind != "fp8":  # rounded by value or by row, so all experts at once
         return _round_trip(weight.flatten(0, -2) if weight.ndim > 1 else weight, kind).view_as(weight)
     out = torch.empty_like(weight)
     for row in rows:
@@ -69,33 +69,33 @@ def _round_trip(weight: Tensor, kind: ScaleKind) -> Tensor:
 
 
 def rows_by_tensor(config: DeepseekV4Config, scheme: Scheme) -> dict[str, list[Row]]:
-    """The rows, those of scales apart, that each of our tensors is stored as, below `mtp.{d}.`."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """Return the rows of the release table for each of our tensors, by name below `mtp.{d}.`, without scales."""
+    rows: dict[str, list[Row]] = defaultdict(list)
     for row in release_table(config, scheme):
         if not row.is_scale:
-            found[row.ours].append(row)
-    return dict(found)
+            rows[row.ours].append(row)
+    return dict(rows)
 
 
 @contextmanager
 def as_stored(stack: MtpStack, rows: dict[str, list[Row]]) -> Iterator[None]:
-    """Inside, the modules compute with `stored_value` of their weights, and gradients reach the weights themselves.
+    """Make the modules compute with `stored_value` of their weights inside the context; gradients reach the weights.
 
     Args:
-        stack: the modules; their parameters are theirs again afterwards.
-        rows: of `rows_by_tensor`.
+        stack: the modules; the context restores their parameters on exit.
+        rows: result of `rows_by_tensor`.
     """
-    taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for block in stack.mtp:
             for name, parameter in list(block.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                module = block.get_submodule(owner)
-                taken.append((module, leaf, parameter))
+                parent, _, leaf = name.rpartition(".")
+                module = block.get_submodule(parent)
+                replaced.append((module, leaf, parameter))
                 delattr(module, leaf)
                 setattr(module, leaf, straight_through(parameter, rows[name]))
         yield
     finally:
-        for module, leaf, parameter in taken:
+        for module, leaf, parameter in replaced:
             delattr(module, leaf)
             module.register_parameter(leaf, parameter)

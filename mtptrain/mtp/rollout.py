@@ -1,8 +1,8 @@
-"""K draft steps at every anchor at once, exactly as they are served.
+"""Run K draft steps at every anchor at once, exactly as a server runs them.
 
-In serving, the keys before an anchor come from true backbone streams (base-step entries); only the draft's own slots
-hold entries of later steps. So step k at anchor i attends the base-step keys of slots up to i, then its own chain's
-later keys, all inside the sliding window. docs/rollout.md has the picture.
+In serving, the keys before an anchor come from true backbone streams (base-step entries); only the slots of the draft
+hold entries of later steps. So step k at anchor i attends to the base-step keys of slots up to i, then to later keys of
+the same chain, all inside the sliding window. docs/rollout.md has a diagram.
 """
 
 # B rows, S slots, N residual streams, D model width, C head width, L chain keys, K draft steps
@@ -24,10 +24,10 @@ Embed = Callable[[Tensor], Tensor]  # token_BS -> embedding_BSD
 
 
 class StepAttention:
-    """Attention of one step, after the steps of its module whose keys it is given: the base step's, then the chain's.
+    """Attention of one step over the keys of earlier steps of its module, base step first, and its own keys.
 
     Attributes:
-        key_BSC: this step's own keys, once it has run.
+        key_BSC: keys of this step; None before it has run.
     """
 
     def __init__(self, block: MtpBlock, segment_BS: Tensor, earlier: list[Tensor]) -> None:
@@ -35,7 +35,7 @@ class StepAttention:
         self.key_BSC: Tensor | None = None
 
     def __call__(self, query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
-        """Output of the queries; keeps the keys."""
+        """Return the attention output of the queries, and keep the keys."""
         self.key_BSC = key_BSC
         context_BSC, *chain = [*self.earlier, key_BSC]
         chain_BSLC = torch.stack(chain, dim=2) if chain else None
@@ -57,7 +57,7 @@ Step = Callable[[MtpBlock, int, Tensor, Tensor, Tensor, StepAttention], Tensor] 
 def run_block(
     block: MtpBlock, step: int, embedding_BSD: Tensor, state_BSND: Tensor, position_BS: Tensor, attend: StepAttention
 ) -> Tensor:
-    """Draft step `step` as it is trained and served: the block on exactly these inputs."""
+    """Run draft step `step` as in training and serving: the block on exactly these inputs."""
     return block(embedding_BSD, state_BSND, position_BS, attend)
 
 
@@ -70,7 +70,7 @@ def _run_step(
     embedding_BSD: Tensor,
     state_BSND: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """State after a step, and its keys."""
+    """Return the state after a step, and the step's keys."""
     attend = StepAttention(block, batch.segment_BS, earlier)
     state_BSND = run_step(block, step, embedding_BSD, state_BSND, batch.position_BS + (step - 1), attend)
     assert attend.key_BSC is not None
@@ -87,23 +87,23 @@ def rollout(
     recompute: bool = False,
     run_step: Step = run_block,
 ) -> list[Tensor]:
-    """Draft states of every anchor: teacher-forced, or along the tokens that `choose` takes.
+    """Return the draft states of every anchor, teacher-forced or along the tokens that `choose` picks.
 
     Args:
         stack: the modules.
         embedding: the backbone's token embedding.
         streams_BSND: the backbone's streams h_i, before hc_head.
-        batch: the packed tokens; no step sees across a boundary.
-        steps: draft steps K.
-        choose: takes the token that step k drafts from (k, draft states [B, S, D]), int64 [B, S]: step k + 1 is fed
-            with it instead of the text's own. For one module only: the base-step keys of a deeper one would come from
+        batch: the packed tokens; no step sees across a document boundary.
+        steps: number of draft steps K.
+        choose: picks the token of step k from (k, draft states [B, S, D]), int64 [B, S]; step k + 1 then reads it
+            instead of the text's token. Valid for one module only: the base-step keys of a deeper one would come from
             drafted tokens.
-        recompute: keep only each step's input for the backward, and run the step again there.
-        run_step: computes one step; the wrong wirings that a head is diagnosed with change its inputs.
+        recompute: keep only each step's input for the backward pass, and run the step again there.
+        run_step: computes one step; diagnosis replaces it to change a step's inputs.
 
     Returns:
         K tensors [B, S, D]: entry k - 1 at anchor i is the input of the lm_head for q_i^k, the distribution of token
-        t_{i+k+1}. Anchors without that target (`batch.target_mask(k)`) hold values of no meaning.
+        t_{i+k+1}. Anchors without that target (`batch.target_mask(k)`) hold meaningless values.
     """
     assert choose is None or stack.depth == 1, "later modules' base-step keys would come from drafted tokens"
     hidden: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Where the modules of a head start from."""
+"""The start of a training run: the stock head, the initial modules, and the parameters that training may change."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
 from mtptrain.release.modules import from_release, is_release_layout, read_release
 from mtptrain.release.problems import Problems, is_dspark, refuse_dspark
+from mtptrain.release.shards import HEAD_PREFIX
 
-HEAD = "mtp."
+# Tensors that DeepSeek-V4 computes in fp32 in any dtype of the matrices; `place` adds the norms by name.
+STRICT_FP32 = frozenset({"attn_hc", "ffn_hc", "hc_head", "sinks", "e_score_correction_bias"})
+SLIDING = "sliding_attention"
+EXPERTS = "*.mlp.experts.*"  # the routed experts, all but 1/40 of V4-Flash's head
 
 
 def has_stock(backbone: Backbone) -> bool:
-    """Whether the backbone came with an MTP head."""
-    head = backbone.shards.only(HEAD)
+    """Return whether the backbone's folder holds an MTP head."""
+    head = backbone.shards.only(HEAD_PREFIX)
     return bool(head) and not is_dspark(head.keys(), backbone.config)
 
 
 def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
-    """The head in a backbone's folder, as it is stored.
+    """Return the stored tensors of the head in a backbone's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds no head.
     """
-    head = backbone.shards.only(HEAD)
+    head = backbone.shards.only(HEAD_PREFIX)
     if not head:
         raise UserError(
             f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh or "
@@ -43,10 +47,10 @@ def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
 
 
 def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """Our `mtp.{d}.*` of the head that came with a backbone, decoded where it lies there as a release stores it.
+    """Return our `mtp.{d}.*` of the head in a backbone's folder; a head in release format is decoded to fp32.
 
     Raises:
-        UserError: there is none, it is of another kind, or a file is damaged.
+        UserError: the folder holds no head or DSpark blocks, or a file is damaged.
     """
     head = _stock_head(backbone)
     refuse_dspark(head.keys(), backbone.config)
@@ -56,10 +60,10 @@ def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def read_stock(backbone: Backbone) -> tuple[dict[str, Tensor], Problems]:
-    """`stock_tensors` as far as they can be read, and what is wrong with a release's.
+    """Return the readable part of `stock_tensors`, and the problems of a head in release format.
 
     Raises:
-        UserError: there are none.
+        UserError: the folder holds no head.
     """
     head = _stock_head(backbone)
     if is_release_layout(head.keys()):
@@ -68,15 +72,18 @@ def read_stock(backbone: Backbone) -> tuple[dict[str, Tensor], Problems]:
 
 
 def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tensor] | None, seed: int) -> MtpStack:
-    """The modules before training, in the backbone's dtype and on its device.
+    """Return the modules before training, in the backbone's dtype and on its device.
+
+    A missing module starts as a copy of the one before it; of surplus modules, the first `mtp.depth` are kept.
 
     Args:
         config: mode, depth and `init`.
         backbone: the frozen backbone.
-        tensors: of the stock head or a checkpoint, where `mtp.init` names one.
-        seed: of a fresh start.
+        tensors: tensors of the stock head or of a checkpoint; None if `mtp.init` is `fresh` or `backbone`.
+        seed: seed of newly initialised weights.
 
-    A missing depth copies the one before it; of more modules than are wanted, the first are kept.
+    Raises:
+        UserError: the tensors do not fit, or the backbone has no layer to start from.
     """
     if config.init == "fresh":
         stack = fresh_stack(backbone.model, config.depth, seed)
@@ -90,29 +97,25 @@ def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tens
 
 
 def describe_start(config: MtpConfig, stored: dict[str, Tensor] | None) -> dict[str, Any]:
-    """What a checkpoint records of its start.
+    """Return the description of a start that checkpoints record: `init`, and the number and conversion of its modules.
 
     Args:
         config: mode, depth and `init`.
-        stored: the tensors that the modules were made from; None where they came from no head.
+        stored: the head that the modules start from; None if they start from no head.
     """
     start: dict[str, Any] = {"init": config.init}
     if stored is not None:
-        found, wanted = num_modules(stored), config.depth
-        start["modules"] = found
-        if found < wanted:
-            start["conversion"] = f"modules {found}..{wanted - 1} start as copies of module {found - 1}"
-        elif found > wanted:
-            start["conversion"] = f"modules 0..{wanted - 1} of {found} were kept"
+        num_stored, depth = num_modules(stored), config.depth
+        start["modules"] = num_stored
+        if num_stored < depth:
+            start["conversion"] = f"modules {num_stored}..{depth - 1} start as copies of module {num_stored - 1}"
+        elif num_stored > depth:
+            start["conversion"] = f"modules 0..{depth - 1} of {num_stored} were kept"
     return start
 
 
-# What DeepSeek-V4 computes in fp32 whatever the dtype of the matrices; norms are added by name below.
-STRICT_FP32 = frozenset({"attn_hc", "ffn_hc", "hc_head", "sinks", "e_score_correction_bias"})
-
-
 def place(stack: MtpStack, backbone: Backbone) -> MtpStack:
-    """Move modules to the backbone's device: matrices in its dtype, the tensors V4 keeps in fp32 in fp32."""
+    """Move modules to the backbone's device and dtype; tensors that V4 keeps in fp32 become fp32."""
     weight = backbone.model.lm_head.weight
     stack.to(weight.device)
     for module_name, module in stack.named_modules():
@@ -124,21 +127,18 @@ def place(stack: MtpStack, backbone: Backbone) -> MtpStack:
     return stack
 
 
-SLIDING = "sliding_attention"
-
-
 @torch.no_grad()
 def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> MtpStack:
-    """Modules whose decoder layer, hc_head and norm are the backbone's own, fp32.
+    """Return modules with the decoder layer, hc_head and norm of the backbone, fp32.
 
-    Attention, hyper-connections, norms and experts are those of its last sliding-window layer. The state passes
-    through `h_proj` unchanged, at the size that the backbone's streams have there, and the token through `e_proj` at
-    the size of its embedding. So a module starts as one more layer of the backbone that is told the next token.
+    Attention, hyper-connections, norms and experts come from its last sliding-window layer. `h_proj` and `e_proj` pass
+    the state and the token through unchanged, both at the RMS size of the backbone's embeddings. So a module starts as
+    one more layer of the backbone that also sees the next token.
 
     Args:
         model: the backbone.
         depth: number of modules; all start alike.
-        seed: of what the layer does not have, e.g. the router's bias of a hash layer stays at zero.
+        seed: seed of tensors that the layer lacks; the router's bias of a hash layer, for one, stays at zero.
 
     Raises:
         UserError: the backbone has no sliding-window layer, or its weights are kept quantised.
@@ -150,10 +150,10 @@ def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> 
         assert isinstance(block, MtpBlock)
         target = block.layer.state_dict()
         shared = {name: tensor for name, tensor in source.items() if _fits(tensor, target.get(name))}
-        lost = [name for name in target if name not in shared and not name.endswith("e_score_correction_bias")]
-        if lost:
+        missing = [name for name in target if name not in shared and not name.endswith("e_score_correction_bias")]
+        if missing:
             raise UserError(
-                f"mtp.init=backbone: layer {number} has no {lost[0]} of the module's shape and dtype; set "
+                f"mtp.init=backbone: layer {number} has no {missing[0]} of the module's shape and dtype; set "
                 "backbone.weights=dequantize, or mtp.init=fresh"
             )
         block.layer.load_state_dict(shared, strict=False)
@@ -179,7 +179,7 @@ def _fits(tensor: Tensor, target: Tensor | None) -> bool:
 
 
 def _pass_through(block: MtpBlock, model: DeepseekV4ForCausalLM) -> None:
-    """Identity projections; the norms give token and state the size of the backbone's embeddings."""
+    """Set the projections to the identity, and the norms to the RMS size of the backbone's embeddings."""
     size = model.model.embed_tokens.weight.float().pow(2).mean().sqrt()
     for projection in (block.e_proj, block.h_proj):
         nn.init.eye_(projection.weight)
@@ -187,18 +187,15 @@ def _pass_through(block: MtpBlock, model: DeepseekV4ForCausalLM) -> None:
         norm.weight.fill_(size)
 
 
-EXPERTS = "*.mlp.experts.*"  # the routed experts: all but a fortieth of V4-Flash's head
-
-
 def freeze_untrained(stack: MtpStack, trainable: str) -> None:
-    """Freeze what `mtp.trainable` leaves out: no gradient, no master, no state of the optimiser.
+    """Freeze the parameters that `mtp.trainable` leaves out: no gradient, no fp32 master, no optimiser state.
 
     Args:
         stack: the modules.
-        trainable: `all`, `no_experts`, or patterns of names, separated by commas, as in `*.e_proj.*,*.h_proj.*`.
+        trainable: `all`, `no_experts`, or name patterns separated by commas, such as `*.e_proj.*,*.h_proj.*`.
 
     Raises:
-        UserError: a pattern fits no tensor.
+        UserError: a pattern matches no tensor.
     """
     names = [name for name, _ in stack.named_parameters()]
     if trainable == "no_experts":
@@ -206,12 +203,12 @@ def freeze_untrained(stack: MtpStack, trainable: str) -> None:
     else:
         trained = set()
         for pattern in ["*"] if trainable == "all" else trainable.split(","):
-            found = {name for name in names if fnmatchcase(name, pattern)}
-            if not found:
+            matches = {name for name in names if fnmatchcase(name, pattern)}
+            if not matches:
                 raise UserError(
                     f"mtp.trainable={trainable}: {pattern!r} fits no tensor of the head; use all, no_experts, or "
                     f"patterns of names such as {names[0]}"
                 )
-            trained |= found
+            trained |= matches
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -1,18 +1,15 @@
 """The two weight formats of DeepSeek-V4's releases: FP8 in blocks of 128 x 128, FP4 in groups of 32 columns.
 
-A stored byte means code * 2^(b - 127), where b is the byte of the UE8M0 scale of its block. FP8 codes are e4m3; FP4
-codes are e2m1, two to an int8 byte, the low nibble being the even column. Products are formed in fp32, where each is
-exact or overflows; what the wanted dtype cannot hold is refused, never rounded.
+A stored code stands for code * 2^(b - 127), where b is the byte of the UE8M0 scale of its block. FP8 codes are e4m3;
+FP4 codes are e2m1, two to an int8 byte, with the even column in the low nibble. Products are formed in fp32, where each
+is exact or overflows; a value that the output dtype cannot hold is refused, never rounded.
 
-With the released scales, decoding and encoding again gives the same bytes. Without them the smallest power of two
-that fits is chosen, which keeps every value of a release but may store it under another code: its scale may have been
-larger than needed, on purpose or because it was chosen before the largest value of the block was rounded down.
+With the released scales, decoding and encoding again gives the same bytes. Without them, encoding chooses the smallest
+power of two that fits. This keeps every value of a release but may store it under another code: the released scale may
+be larger than needed, on purpose or because it was chosen before the largest value of the block was rounded down.
 """
 
-
 # R rows, C columns, P packed columns (two to a byte)
-
-# R rows, C columns
 
 from __future__ import annotations
 
@@ -25,20 +22,25 @@ from torch import Tensor
 
 from mtptrain.errors import UserError
 
+FP8_BLOCK, FP4_BLOCK = (128, 128), (1, 32)  # rows and columns that share a scale
 FP8_MAX, FP4_MAX = 448.0, 6.0
 FP8_TOP = 464.0  # the largest value that rounds to FP8_MAX
 FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # value of the low three bits; the fourth is the sign
-OVERFLOW = 16  # what the FP4 table gives for a value beyond the grid, infinity or NaN
+OVERFLOW = 16  # entry of the FP4 table for a value beyond the grid, infinity or NaN
+BIAS = 127  # of a scale byte's exponent
+NEUTRAL = 127  # scale byte of an all-zero block: 2^0
+NAN_SCALE = 255
+CHUNK = 1 << 18  # values of a piece of rows; of 2^16 to 2^18 the fastest on one core of a Xeon, 2026-11
 
 
 def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, name: str = "weight") -> Tensor:
-    """The weight [R, C] that FP8 codes stand for.
+    """Return the weight [R, C] of FP8 codes.
 
     Args:
         codes: float8_e4m3fn [R, C].
         scale: float8_e8m0fnu or uint8 [ceil(R / 128), ceil(C / 128)].
         dtype: torch.bfloat16 or torch.float32.
-        name: the tensor's, for errors.
+        name: name of the tensor, for errors.
 
     Raises:
         UserError: wrong dtype or shape, a NaN code or scale, or a value that `dtype` cannot hold.
@@ -52,13 +54,13 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
 
 
 def decode_fp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, name: str = "weight") -> Tensor:
-    """The weight [R, 2 P] that packed FP4 codes stand for.
+    """Return the weight [R, 2 P] of packed FP4 codes.
 
     Args:
         codes: int8 [R, P].
         scale: float8_e8m0fnu or uint8 [R, ceil(2 P / 32)].
         dtype: torch.bfloat16 or torch.float32.
-        name: the tensor's, for errors.
+        name: name of the tensor, for errors.
 
     Raises:
         UserError: wrong dtype or shape, a NaN scale, or a value that `dtype` cannot hold.
@@ -69,12 +71,12 @@ def decode_fp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
 
 
 def encode_fp8(weight: Tensor, scale: Tensor | None = None, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """FP8 codes [R, C] and their scales, each value rounded half to even.
+    """Return FP8 codes [R, C] and their scales, with each value rounded half to even.
 
     Args:
         weight: floating point [R, C].
-        scale: the scales to use; by default the smallest powers of two under which each block fits.
-        name: the tensor's, for errors.
+        scale: scales to use; None takes the smallest power of two under which each block fits.
+        name: name of the tensor, for errors.
 
     Returns:
         float8_e4m3fn [R, C] and float8_e8m0fnu [ceil(R / 128), ceil(C / 128)].
@@ -85,7 +87,7 @@ def encode_fp8(weight: Tensor, scale: Tensor | None = None, name: str = "weight"
 
     def store(scaled: Tensor, spare: Tensor, out: Tensor) -> bool:
         out.copy_(scaled)
-        # Checked before the cast: whether that gives NaN or the largest code beyond the grid depends on the machine.
+        # Checked before the cast: beyond the grid, some machines give NaN and others the largest code.
         return float(torch.abs(scaled, out=spare).amax()) <= FP8_TOP  # false for NaN
 
     _check_weight(weight, name)
@@ -94,28 +96,28 @@ def encode_fp8(weight: Tensor, scale: Tensor | None = None, name: str = "weight"
 
 
 def encode_fp4(weight: Tensor, scale: Tensor | None = None, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Packed FP4 codes [R, C / 2] and their scales, each value rounded half to even; C must be even.
+    """Return packed FP4 codes [R, C / 2] and their scales, with each value rounded half to even; C must be even.
 
     Args:
         weight: floating point [R, C].
-        scale: the scales to use; by default the smallest powers of two under which each group fits.
-        name: the tensor's, for errors.
+        scale: scales to use; None takes the smallest power of two under which each group fits.
+        name: name of the tensor, for errors.
 
     Returns:
         int8 [R, C / 2] and float8_e8m0fnu [R, ceil(C / 32)].
 
     Raises:
-        UserError: an odd number of columns, a value that is NaN or infinite, or too large for a given scale.
+        UserError: C is odd, or a value is NaN, infinite or too large for a given scale.
     """
     _check_weight(weight, name)
     if weight.shape[1] % 2:
         raise UserError(f"{name}: FP4 packs two columns in a byte and cannot store {weight.shape[1]} columns")
     table = _fp4_table(weight.device)
-    is_wide = weight.dtype != torch.bfloat16  # a bf16 value has no bits below the 16 that the table reads
+    is_wide = weight.dtype != torch.bfloat16  # a bf16 value has no bits below the upper 16 that the table reads
 
     def store(scaled: Tensor, spare: Tensor, out: Tensor) -> bool:
         bits, index = scaled.view(torch.int32), spare.view(torch.int32)
-        if is_wide:  # round to odd: a bit below the 16 sets the lowest of them, so that no tie is made up
+        if is_wide:  # round to odd: any lower bit sets the lowest of the 16, which avoids false ties
             bits |= torch.bitwise_and(bits, 0xFFFF, out=index).add_(0xFFFF)
         torch.bitwise_right_shift(bits, 16, out=index).add_(1 << 15)
         nibbles = table.index_select(0, index.view(-1))
@@ -144,13 +146,13 @@ def _decode(bytes_RP: Tensor, power: Tensor, block: tuple[int, int], dtype: torc
     table = _value_table(per_byte, bytes_RP.device)
     num_rows, num_columns = bytes_RP.shape[0], bytes_RP.shape[1] * per_byte
     weight = torch.empty(num_rows, num_columns, dtype=dtype, device=bytes_RP.device)
-    # Only scales this far out can overflow fp32 or fall below bf16's last subnormal bit.
+    # Only these extreme scales can overflow fp32 or fall below bf16's last subnormal bit.
     is_extreme = bool(((power > 2.0**119) | (power < 2.0**-124)).any())
     for rows in pieces(num_rows, num_columns, block[0]):
         values = _look_up(table, bytes_RP[rows].reshape(-1)).view(torch.bfloat16)
         piece = weight[rows].float() if is_extreme else weight[rows]  # otherwise each product is exact in `dtype`
         piece.copy_(values[: piece.numel()].view_as(piece))
-        scale_columns(piece, power[scale_rows(rows, block[0])].to(piece.dtype), block[1])
+        _scale_columns(piece, power[scale_rows(rows, block[0])].to(piece.dtype), block[1])
         if is_extreme:
             weight[rows] = piece
             if bool(piece.isinf().any()):
@@ -161,7 +163,7 @@ def _decode(bytes_RP: Tensor, power: Tensor, block: tuple[int, int], dtype: torc
 
 
 def _look_up(table: Tensor, flat_bytes: Tensor) -> Tensor:
-    """Table entries of every two consecutive bytes; an odd last byte is followed by a zero."""
+    """Return the table entries of every two consecutive bytes; a zero follows an odd last byte."""
     if flat_bytes.numel() % 2:
         flat_bytes = torch.nn.functional.pad(flat_bytes, (0, 1))
     return table.index_select(0, flat_bytes.view(torch.int16).int().add_(1 << 15))
@@ -169,7 +171,7 @@ def _look_up(table: Tensor, flat_bytes: Tensor) -> Tensor:
 
 @cache
 def _value_table(per_byte: int, device: torch.device) -> Tensor:
-    """The bf16 values of every two bytes, as one integer each: index -32768..32767 of their int16, plus 32768."""
+    """Return the bf16 values of every two bytes, packed in one integer; the index is their int16 plus 32768."""
     pairs = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.uint8)
     if per_byte == 1:
         return pairs.view(torch.float8_e4m3fn).bfloat16().view(torch.int32).to(device)
@@ -180,10 +182,10 @@ def _value_table(per_byte: int, device: torch.device) -> Tensor:
 
 @cache
 def _fp4_table(device: torch.device) -> Tensor:
-    """The nibble of every fp32 value from its upper 16 bits (rounded to odd), or `OVERFLOW`; indexed as above."""
+    """Return the nibble of every fp32 value or `OVERFLOW`, indexed by its upper 16 bits (rounded to odd) as above."""
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
     value = (upper << 16).view(torch.float32)
-    # Each piece is the code of one grid spacing; the smallest applies, and rounding half to even follows the codes.
+    # Each entry is the code at one grid spacing; the smallest applies, and rounding half to even follows the codes.
     spacing = [value.abs() * 2, value.abs() + 2, value.abs() / 2 + 4]
     code = torch.stack(spacing).amin(0).round()
     nibble = torch.where(code < 8, code + 8 * value.signbit(), OVERFLOW)  # NaN compares false
@@ -198,7 +200,7 @@ def _encode(
     store: Callable[[Tensor, Tensor, Tensor], bool],
     name: str,
 ) -> Tensor:
-    """Fill `codes` piece by piece; returns the scales. `store` says whether every value of a piece was held."""
+    """Fill `codes` piece by piece and return the scales; `store` returns whether all values of a piece fit the grid."""
     block, largest = grid
     shape = scale_shape((weight.shape[0], weight.shape[1]), block)
     chosen = torch.empty(shape, dtype=torch.uint8, device=weight.device)
@@ -210,10 +212,10 @@ def _encode(
     for rows in all_rows:
         piece, spare = buffers[:, : rows.stop - rows.start].unbind()
         piece.copy_(weight[rows])
-        own = chosen[scale_rows(rows, block[0])]
+        piece_scale = chosen[scale_rows(rows, block[0])]
         if scale is None:
-            own.copy_(smallest_scale(block_amax(torch.abs(piece, out=spare), block), largest))
-        scale_columns(piece, power_of(2 * BIAS - own.int()), block[1])
+            piece_scale.copy_(_smallest_scale(block_amax(torch.abs(piece, out=spare), block), largest))
+        _scale_columns(piece, _power_of(2 * BIAS - piece_scale.int()), block[1])
         if not store(piece, spare, codes[rows]):
             is_finite = bool(weight[rows].isfinite().all())
             reason = "is too large for the scale of its block" if is_finite else "is NaN or infinite"
@@ -221,22 +223,22 @@ def _encode(
     return chosen.view(torch.float8_e8m0fnu)
 
 
-# Rows are worked on in pieces of about this many values; of 2^16 to 2^18 the fastest on one core of a Xeon, 2026-11.
-CHUNK = 1 << 18
-FP8_BLOCK = (128, 128)
-FP4_BLOCK = (1, 32)
-BIAS = 127
-NEUTRAL = 127  # the byte of an all-zero block: 2^0
-NAN_SCALE = 255
-
-
 def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight [R, C]; blocks at the edges may be partial."""
+    """Return the shape of the scales of a weight [R, C]; blocks at the edges may be partial."""
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 
 
 def powers(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """2^(b - 127) of every scale byte, fp32; exact, 2^-127 being subnormal."""
+    """Return 2^(b - 127) of every scale byte, fp32, exact (2^-127 is subnormal).
+
+    Args:
+        scale: float8_e8m0fnu or uint8.
+        shape: expected shape of the scales.
+        name: name of the tensor, for errors.
+
+    Raises:
+        UserError: wrong dtype or shape, or a NaN scale.
+    """
     if scale.dtype not in (torch.float8_e8m0fnu, torch.uint8):
         raise UserError(f"{name}: its scale must be float8_e8m0fnu or uint8, is {scale.dtype}")
     if tuple(scale.shape) != shape:
@@ -244,11 +246,11 @@ def powers(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     exponents = scale.contiguous().view(torch.uint8).int()
     if exponents.numel() and int(exponents.amax()) == NAN_SCALE:
         raise UserError(f"{name}: a scale is NaN (byte 255); the file is damaged")
-    return power_of(exponents)
+    return _power_of(exponents)
 
 
-def power_of(exponents: Tensor) -> Tensor:
-    """2^(b - 127), fp32, for int32 b in 0..254."""
+def _power_of(exponents: Tensor) -> Tensor:
+    """Return 2^(b - 127), fp32, for int32 b in 0..254."""
     return _power_table(exponents.device).index_select(0, exponents.reshape(-1)).view(exponents.shape)
 
 
@@ -258,18 +260,18 @@ def _power_table(device: torch.device) -> Tensor:
 
 
 def pieces(num_rows: int, num_columns: int, block_rows: int) -> list[slice]:
-    """Consecutive rows that are worked on together: one row of blocks, or about `CHUNK` values of single rows."""
+    """Return slices of consecutive rows to process together: one row of blocks, or about `CHUNK` values."""
     step = block_rows if block_rows > 1 else max(1, CHUNK // max(1, num_columns))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def scale_rows(rows: slice, block_rows: int) -> slice:
-    """The rows of scales that belong to some rows of the weight."""
+    """Return the rows of scales that belong to some rows of the weight."""
     return slice(rows.start // block_rows, math.ceil(rows.stop / block_rows))
 
 
 def block_amax(magnitude: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest of every block of a piece, [1 row of blocks or R, groups]; the last group may be narrower."""
+    """Return the largest value of every block of a piece, [1 or R, groups]; the last group may be narrower."""
     if block[0] > 1:
         magnitude = magnitude.amax(0, keepdim=True)
     whole = magnitude.shape[1] // block[1] * block[1]
@@ -278,18 +280,18 @@ def block_amax(magnitude: Tensor, block: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def scale_columns(values: Tensor, power: Tensor, width: int) -> None:
-    """Multiply every `width` columns in place by their own power; [rows, C] by [rows or 1, groups]."""
+def _scale_columns(values: Tensor, power: Tensor, width: int) -> None:
+    """Multiply every group of `width` columns in place by its power; [rows, C] by [rows or 1, groups]."""
     whole = values.shape[1] // width
     values[:, : whole * width].unflatten(1, (whole, width)).mul_(power[:, :whole, None])
     if whole < power.shape[1]:
         values[:, whole * width :].mul_(power[:, whole:])
 
 
-def smallest_scale(amax: Tensor, largest: float) -> Tensor:
-    """Byte b (int32) of the smallest 2^(b - 127) with amax <= largest * 2^(b - 127); `NEUTRAL` where amax is 0."""
+def _smallest_scale(amax: Tensor, largest: float) -> Tensor:
+    """Return b (int32) of the smallest 2^(b - 127) with amax <= largest * 2^(b - 127); `NEUTRAL` if amax is 0."""
     mantissa, exponent = math.frexp(largest)  # largest = 2 mantissa * 2^(exponent - 1)
-    # Adding this to fp32 bits carries into the exponent exactly where the mantissa is above that of `largest`.
+    # Adding this to fp32 bits carries into the exponent exactly if the mantissa exceeds that of `largest`.
     carry = (1 << 23) - 1 - int((2 * mantissa - 1) * (1 << 23))
     bits = amax.view(torch.int32)
     byte = ((bits + carry) >> 23).sub_(exponent - 1).clamp_(0, NAN_SCALE - 1)

@@ -1,4 +1,4 @@
-"""How far a tensor moves when it is stored."""
+"""The error that storing a tensor adds to its values."""
 
 # R rows, C columns
 
@@ -14,11 +14,11 @@ from mtptrain.release.codec import block_amax, pieces, powers, scale_rows, scale
 
 @dataclass(frozen=True)
 class EncodingError:
-    """How far a decoded tensor lies from what was encoded.
+    """The largest difference between a tensor and its decoded encoding.
 
     Attributes:
         absolute: largest |weight - decoded|.
-        relative: the same in units of each block's scale. Half a grid step bounds it: 16 for FP8, 1 for FP4.
+        relative: the same in units of each block's scale, at most half a grid step: 16 for FP8, 1 for FP4.
     """
 
     absolute: float
@@ -26,12 +26,12 @@ class EncodingError:
 
 
 def encoding_error(weight: Tensor, decoded: Tensor, scale: Tensor, block: tuple[int, int]) -> EncodingError:
-    """The error of one tensor, worked out in pieces of rows.
+    """Return the error of one tensor, computed in pieces of rows.
 
     Args:
-        weight: floating point [R, C], what was encoded.
-        decoded: floating point [R, C], what the codes stand for.
-        scale: the scales used, as `encode_fp8` or `encode_fp4` returned them.
+        weight: floating point [R, C], before encoding.
+        decoded: floating point [R, C], decoded from the codes.
+        scale: the scales that `encode_fp8` or `encode_fp4` returned.
         block: `FP8_BLOCK` or `FP4_BLOCK`.
     """
     power = powers(scale, scale_shape((weight.shape[0], weight.shape[1]), block), "scale")
@@ -44,11 +44,11 @@ def encoding_error(weight: Tensor, decoded: Tensor, scale: Tensor, block: tuple[
 
 
 def rounding_error(weight: Tensor, stored: Tensor) -> EncodingError:
-    """The error of a tensor stored without scales, relative to the power of two below its largest magnitude.
+    """Return the error of a tensor stored without scales, relative to the power of two below its largest magnitude.
 
     Args:
         weight: floating point, any shape.
-        stored: the same after rounding; 2^-8 bounds the relative error of bf16.
+        stored: the same after rounding; the relative error of bf16 is at most 2^-8.
     """
     absolute = float((weight.float() - stored.float()).abs().amax())
     _, exponent = math.frexp(float(weight.abs().amax()))

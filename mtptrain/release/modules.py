@@ -1,4 +1,4 @@
-"""MTP modules in the format of DeepSeek-V4's releases: reading and writing."""
+"""Read and write MTP modules in the format of DeepSeek-V4's releases."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, decode_fp4, decode_fp8,
 from mtptrain.release.encoding_error import EncodingError, encoding_error, rounding_error
 from mtptrain.release.names import Row, Scheme, our_shapes, release_table
 from mtptrain.release.problems import Problems, is_dspark, mismatch, refuse_dspark
+from mtptrain.release.shards import HEAD_PREFIX
 
 
 def module_numbers(names: Collection[str]) -> list[int]:
-    """The d of the `mtp.{d}.*` present, in order."""
-    found = {name.split(".")[1] for name in names if name.startswith("mtp.")}
-    return sorted(int(number) for number in found if number.isdecimal())
+    """Return the d of all `mtp.{d}.*` names, sorted."""
+    numbers = {name.split(".")[1] for name in names if name.startswith(HEAD_PREFIX)}
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def is_release_layout(names: Collection[str]) -> bool:
-    """Whether `mtp.*` names are spelt as a release spells them, and not as here, where most are `mtp.{d}.layer.*`."""
+    """Return whether `mtp.*` names follow a release; most of our names are `mtp.{d}.layer.*`."""
     return not any(".layer." in name for name in names)
 
 
 def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
-    """How the modules are stored; read from the names and from the dtype of one expert."""
+    """Return the scheme of stored modules, from their names and the dtype of one expert."""
     if not any(name.endswith(".scale") for name in tensors):
         return "bf16"
     name = "mtp.0.ffn.experts.0.w1.weight"
@@ -37,32 +38,32 @@ def release_scheme(tensors: Mapping[str, Tensor]) -> Scheme:
 def from_release(
     tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Our state dict `mtp.{d}.*` of released modules, whichever scheme they are stored in.
+    """Return our state dict `mtp.{d}.*` of released modules in any scheme.
 
     Args:
-        tensors: the `mtp.*` of a release and nothing else. Each is asked for once, but one expert, so that a mapping
-            which reads a file on demand never holds more than a tensor and its scale.
-        config: the backbone's.
-        dtype: of the weights, torch.bfloat16 or torch.float32; what a release keeps in fp32 stays fp32.
+        tensors: the `mtp.*` of a release and nothing else. Each is read once (one expert twice), so a mapping that
+            reads files on demand never holds more than a tensor and its scale.
+        config: config of the backbone.
+        dtype: torch.bfloat16 or torch.float32, of the weights; tensors that a release keeps in fp32 stay fp32.
 
     Raises:
-        UserError: DSpark blocks, a missing, unexpected or mis-shaped tensor, or one that cannot be decoded.
+        UserError: the tensors are DSpark blocks, or one is missing, unexpected, mis-shaped or cannot be decoded.
     """
     refuse_dspark(tensors.keys(), config)
     scheme = release_scheme(tensors)
     table = release_table(config, scheme)
-    what = f"the released MTP tensors (scheme {scheme})"
+    subject = f"the released MTP tensors (scheme {scheme})"
     problems = _name_problems(tensors.keys(), table)
-    problems.raise_any(what)
+    problems.raise_any(subject)
     state = _decode(tensors, table, config, dtype, problems)
-    problems.raise_any(what)
+    problems.raise_any(subject)
     return state
 
 
 def read_release(
     tensors: Mapping[str, Tensor], config: DeepseekV4Config, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[dict[str, Tensor], Problems]:
-    """What of released modules can be read, and what is wrong with the rest; see `from_release`, which refuses it."""
+    """Return the readable tensors of released modules, and the faults that make `from_release` refuse the others."""
     table = release_table(config, release_scheme(tensors))
     problems = _name_problems(tensors.keys(), table)
     problems.is_dspark = is_dspark(tensors.keys(), config)
@@ -70,7 +71,7 @@ def read_release(
 
 
 def _modules(names: Collection[str]) -> range:
-    """The d that modules of these names should have."""
+    """Return the d that the modules of these names should have."""
     return range(max(1, len(module_numbers(names))))
 
 
@@ -86,7 +87,7 @@ def _decode(
     dtype: torch.dtype,
     problems: Problems,
 ) -> dict[str, Tensor]:
-    """Our tensors whose every part is there and sound; what is wrong with other parts is added to `problems`."""
+    """Return our tensors whose parts are all present and sound; add the faults of other parts to `problems`."""
     state: dict[str, Tensor] = {}
     broken, missing = set(), set(problems.missing)
     shapes = our_shapes(config)
@@ -100,7 +101,7 @@ def _decode(
             if value is None:
                 broken.add(prefix + row.ours)
             else:
-                _place(value, row, prefix, shapes, state)
+                _insert(value, row, prefix, shapes, state)
     return {name: tensor for name, tensor in state.items() if name not in broken}
 
 
@@ -110,16 +111,16 @@ def iterate_release(
     scheme: Scheme,
     errors: dict[str, EncodingError] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Released names and tensors of our modules, one by one.
+    """Yield the released names and tensors of our modules, one by one.
 
     Args:
         state: our `mtp.{d}.*`.
-        config: the backbone's.
+        config: config of the backbone.
         scheme: `fp8_fp4`, `fp8` or `bf16`.
-        errors: filled with the encoding error of every tensor that was rounded, by released name.
+        errors: receives the encoding error of every rounded tensor, by released name.
 
     Raises:
-        UserError: a missing, unexpected or mis-shaped tensor, or a value that the scheme cannot store.
+        UserError: a tensor is missing, unexpected or mis-shaped, or the scheme cannot store a value.
     """
     numbers = _modules(state.keys())
     shapes = our_shapes(config)
@@ -142,17 +143,18 @@ def to_release(
     scheme: Scheme,
     errors: dict[str, EncodingError] | None = None,
 ) -> dict[str, Tensor]:
-    """All of `iterate_release` at once."""
+    """Return all of `iterate_release` at once."""
     return dict(iterate_release(state, config, scheme, errors))
 
 
-def _name_differences(expected: list[str], found: Collection[str]) -> tuple[list[str], list[str]]:
-    known, present = set(expected), set(found)
+def _name_differences(expected: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the missing names in order, and the unexpected ones sorted."""
+    known, present = set(expected), set(names)
     return [name for name in expected if name not in present], sorted(present - known)
 
 
-def _place(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> None:
-    """Put a decoded tensor where it belongs among ours."""
+def _insert(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> None:
+    """Put a decoded tensor into ours: as a whole, or as an expert's part of one."""
     name = prefix + row.ours
     if row.expert is None:
         state[name] = value
@@ -163,7 +165,7 @@ def _place(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, ..
 
 
 def part_of(row: Row, whole: Tensor) -> Tensor:
-    """The part of one of our tensors that a released tensor stands for."""
+    """Return the part of one of our tensors that a released tensor stores."""
     if row.expert is None:
         return whole
     half = {"w1": slice(0, row.value_shape[0]), "w3": slice(row.value_shape[0], None), "w2": slice(None)}
@@ -173,7 +175,7 @@ def part_of(row: Row, whole: Tensor) -> Tensor:
 def _read(
     row: Row, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, problems: Problems
 ) -> Tensor | None:
-    """One decoded tensor; None, and a note among the problems, where it is wrong."""
+    """Return one decoded tensor; if it is faulty, add its fault to `problems` and return None."""
     name, scale_name = prefix + row.released, prefix + row.scale_name
     stored, scale = tensors[name], None if row.scale == "none" else tensors[scale_name]
     wrong = mismatch(name, stored, row.shape, row.dtype)
@@ -198,7 +200,17 @@ def _read(
 def store_row(
     row: Row, prefix: str, weight: Tensor, errors: dict[str, EncodingError] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """One of our tensors, or an expert's part of it, as stored; with its scales."""
+    """Yield one of our tensors, or an expert's part of it, as stored, then its scales if it has any.
+
+    Args:
+        row: its row of the table.
+        prefix: put before the released names.
+        weight: floating point or integer, of the row's `value_shape`.
+        errors: receives the encoding error by released name; None skips it.
+
+    Raises:
+        UserError: the scheme cannot store a value.
+    """
     name = prefix + row.released
     if row.scale == "none":
         stored = weight.to(row.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""The tensors of one released MTP module and what they are called here, as data.
+"""The tensors of one released MTP module and their names in this package, as data.
 
-The rows are written out because no rule of renaming fits: transformers' own `.norm.` rule, for one, would turn the
-module's `norm.weight` into a norm of the attention's keys.
+The rows are written out because no renaming rule fits: transformers' `.norm.` rule, for one, would turn the module's
+`norm.weight` into a norm of the attention's keys.
 
 Source: the index of deepseek-ai/DeepSeek-V4-Flash and of DeepSeek-V4-Pro.
 """
@@ -21,12 +21,12 @@ from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, scale_shape
 from mtptrain.release.config import Scheme
 
 ScaleKind = Literal["none", "fp8", "fp4"]
-Stored = Literal["f32", "i64", "bf16", "fp8", "expert"]  # how a release stores it; `expert` follows the scheme
+Stored = Literal["f32", "i64", "bf16", "fp8", "expert"]  # storage in a release; `expert` follows the scheme
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a module, its shape by the names of `sizes`."""
+class TableEntry:
+    """One tensor of a module: both names, its shape by the names of `sizes`, and its storage."""
 
     released: str
     ours: str
@@ -35,46 +35,46 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("enorm.weight", "enorm.weight", ("width",), "bf16"),
-    Entry("hnorm.weight", "hnorm.weight", ("width",), "bf16"),
-    Entry("e_proj.weight", "e_proj.weight", ("width", "width"), "fp8"),
-    Entry("h_proj.weight", "h_proj.weight", ("width", "width"), "fp8"),
-    Entry("attn_norm.weight", "layer.input_layernorm.weight", ("width",), "bf16"),
-    Entry("attn.attn_sink", "layer.self_attn.sinks", ("heads",), "f32"),
-    Entry("attn.wq_a.weight", "layer.self_attn.q_a_proj.weight", ("q_rank", "width"), "fp8"),
-    Entry("attn.q_norm.weight", "layer.self_attn.q_a_norm.weight", ("q_rank",), "bf16"),
-    Entry("attn.wq_b.weight", "layer.self_attn.q_b_proj.weight", ("head_width", "q_rank"), "fp8"),
-    Entry("attn.wkv.weight", "layer.self_attn.kv_proj.weight", ("head_dim", "width"), "fp8"),
-    Entry("attn.kv_norm.weight", "layer.self_attn.kv_norm.weight", ("head_dim",), "bf16"),
-    Entry("attn.wo_a.weight", "layer.self_attn.o_a_proj.weight", ("o_width", "group_width"), "fp8"),
-    Entry("attn.wo_b.weight", "layer.self_attn.o_b_proj.weight", ("width", "o_width"), "fp8"),
-    Entry("ffn_norm.weight", "layer.post_attention_layernorm.weight", ("width",), "bf16"),
-    Entry("ffn.gate.weight", "layer.mlp.gate.weight", ("experts", "width"), "bf16"),
-    Entry("ffn.gate.bias", "layer.mlp.gate.e_score_correction_bias", ("experts",), "f32"),
-    Entry("ffn.shared_experts.w1.weight", "layer.mlp.shared_experts.gate_proj.weight", ("shared", "width"), "fp8"),
-    Entry("ffn.shared_experts.w2.weight", "layer.mlp.shared_experts.down_proj.weight", ("width", "shared"), "fp8"),
-    Entry("ffn.shared_experts.w3.weight", "layer.mlp.shared_experts.up_proj.weight", ("shared", "width"), "fp8"),
-    Entry("hc_attn_fn", "layer.attn_hc.fn", ("mixes", "stream_width"), "f32"),
-    Entry("hc_attn_base", "layer.attn_hc.base", ("mixes",), "f32"),
-    Entry("hc_attn_scale", "layer.attn_hc.scale", ("3",), "f32"),
-    Entry("hc_ffn_fn", "layer.ffn_hc.fn", ("mixes", "stream_width"), "f32"),
-    Entry("hc_ffn_base", "layer.ffn_hc.base", ("mixes",), "f32"),
-    Entry("hc_ffn_scale", "layer.ffn_hc.scale", ("3",), "f32"),
-    Entry("hc_head_fn", "hc_head.hc_fn", ("streams", "stream_width"), "f32"),
-    Entry("hc_head_base", "hc_head.hc_base", ("streams",), "f32"),
-    Entry("hc_head_scale", "hc_head.hc_scale", ("1",), "f32"),
-    Entry("norm.weight", "norm.weight", ("width",), "bf16"),
+    TableEntry("enorm.weight", "enorm.weight", ("width",), "bf16"),
+    TableEntry("hnorm.weight", "hnorm.weight", ("width",), "bf16"),
+    TableEntry("e_proj.weight", "e_proj.weight", ("width", "width"), "fp8"),
+    TableEntry("h_proj.weight", "h_proj.weight", ("width", "width"), "fp8"),
+    TableEntry("attn_norm.weight", "layer.input_layernorm.weight", ("width",), "bf16"),
+    TableEntry("attn.attn_sink", "layer.self_attn.sinks", ("heads",), "f32"),
+    TableEntry("attn.wq_a.weight", "layer.self_attn.q_a_proj.weight", ("q_rank", "width"), "fp8"),
+    TableEntry("attn.q_norm.weight", "layer.self_attn.q_a_norm.weight", ("q_rank",), "bf16"),
+    TableEntry("attn.wq_b.weight", "layer.self_attn.q_b_proj.weight", ("head_width", "q_rank"), "fp8"),
+    TableEntry("attn.wkv.weight", "layer.self_attn.kv_proj.weight", ("head_dim", "width"), "fp8"),
+    TableEntry("attn.kv_norm.weight", "layer.self_attn.kv_norm.weight", ("head_dim",), "bf16"),
+    TableEntry("attn.wo_a.weight", "layer.self_attn.o_a_proj.weight", ("o_width", "group_width"), "fp8"),
+    TableEntry("attn.wo_b.weight", "layer.self_attn.o_b_proj.weight", ("width", "o_width"), "fp8"),
+    TableEntry("ffn_norm.weight", "layer.post_attention_layernorm.weight", ("width",), "bf16"),
+    TableEntry("ffn.gate.weight", "layer.mlp.gate.weight", ("experts", "width"), "bf16"),
+    TableEntry("ffn.gate.bias", "layer.mlp.gate.e_score_correction_bias", ("experts",), "f32"),
+    TableEntry("ffn.shared_experts.w1.weight", "layer.mlp.shared_experts.gate_proj.weight", ("shared", "width"), "fp8"),
+    TableEntry("ffn.shared_experts.w2.weight", "layer.mlp.shared_experts.down_proj.weight", ("width", "shared"), "fp8"),
+    TableEntry("ffn.shared_experts.w3.weight", "layer.mlp.shared_experts.up_proj.weight", ("shared", "width"), "fp8"),
+    TableEntry("hc_attn_fn", "layer.attn_hc.fn", ("mixes", "stream_width"), "f32"),
+    TableEntry("hc_attn_base", "layer.attn_hc.base", ("mixes",), "f32"),
+    TableEntry("hc_attn_scale", "layer.attn_hc.scale", ("3",), "f32"),
+    TableEntry("hc_ffn_fn", "layer.ffn_hc.fn", ("mixes", "stream_width"), "f32"),
+    TableEntry("hc_ffn_base", "layer.ffn_hc.base", ("mixes",), "f32"),
+    TableEntry("hc_ffn_scale", "layer.ffn_hc.scale", ("3",), "f32"),
+    TableEntry("hc_head_fn", "hc_head.hc_fn", ("streams", "stream_width"), "f32"),
+    TableEntry("hc_head_base", "hc_head.hc_base", ("streams",), "f32"),
+    TableEntry("hc_head_scale", "hc_head.hc_scale", ("1",), "f32"),
+    TableEntry("norm.weight", "norm.weight", ("width",), "bf16"),
 )
 # One expert: w1 above w3 make gate_up_proj[E], w2 is down_proj[E].
 EXPERT_ENTRIES = (
-    Entry("ffn.experts.E.w1.weight", "layer.mlp.experts.gate_up_proj", ("expert", "width"), "expert"),
-    Entry("ffn.experts.E.w2.weight", "layer.mlp.experts.down_proj", ("width", "expert"), "expert"),
-    Entry("ffn.experts.E.w3.weight", "layer.mlp.experts.gate_up_proj", ("expert", "width"), "expert"),
+    TableEntry("ffn.experts.E.w1.weight", "layer.mlp.experts.gate_up_proj", ("expert", "width"), "expert"),
+    TableEntry("ffn.experts.E.w2.weight", "layer.mlp.experts.down_proj", ("width", "expert"), "expert"),
+    TableEntry("ffn.experts.E.w3.weight", "layer.mlp.experts.gate_up_proj", ("expert", "width"), "expert"),
 )
 
 
 def sizes(config: DeepseekV4Config) -> dict[str, int]:
-    """The sizes that the entries name."""
+    """Return the sizes that the entries name."""
     heads, streams, width = config.num_attention_heads, config.hc_mult, config.hidden_size
     return {
         "1": 1,
@@ -101,13 +101,13 @@ class Row:
 
     Attributes:
         released: its name below `mtp.{d}.`.
-        ours: the tensor here that it belongs to, below `mtp.{d}.`.
-        shape: as stored.
-        dtype: as stored.
-        scale: how the weight is encoded; for a row of scales, what they scale.
+        ours: our tensor that holds its values, below `mtp.{d}.`.
+        shape: shape as stored.
+        dtype: dtype as stored.
+        scale: encoding of the weight; for a row of scales, of the weight that they scale.
         is_scale: whether this row holds the scales of the weight of the same name.
-        value_shape: shape of the decoded weight; of the row itself where nothing is encoded.
-        expert: the expert it belongs to.
+        value_shape: shape of the decoded weight; equals `shape` if the weight is not encoded.
+        expert: number of its expert; None outside the routed experts.
     """
 
     released: str
@@ -126,15 +126,15 @@ class Row:
 
     @property
     def scale_name(self) -> str:
-        """The released name of the scales of this weight."""
+        """The released name of this weight's scales."""
         return self.released.removesuffix("weight") + "scale"
 
 
 def release_table(config: DeepseekV4Config, scheme: Scheme = "fp8_fp4") -> list[Row]:
-    """Every tensor of one released module: 1575 of Flash and 2343 of Pro, scales included.
+    """Return every tensor of one released module: 1575 for Flash and 2343 for Pro, including scales.
 
     Args:
-        config: the backbone's.
+        config: config of the backbone.
         scheme: `fp8_fp4` as released, `fp8` with FP8 experts (the -Base releases), `bf16` without scales.
     """
     known = sizes(config)
@@ -145,7 +145,7 @@ def release_table(config: DeepseekV4Config, scheme: Scheme = "fp8_fp4") -> list[
 
 
 def our_shapes(config: DeepseekV4Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one module's state dict, below `mtp.{d}.`."""
+    """Return names and shapes of one module's state dict, below `mtp.{d}.`."""
     known = sizes(config)
     shapes = {entry.ours: tuple(known[size] for size in entry.shape) for entry in ENTRIES}
     experts, expert, width = known["experts"], known["expert"], known["width"]
@@ -154,7 +154,7 @@ def our_shapes(config: DeepseekV4Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _rows(entry: Entry, known: dict[str, int], scheme: Scheme, expert: int | None) -> Iterator[Row]:
+def _rows(entry: TableEntry, known: dict[str, int], scheme: Scheme, expert: int | None) -> Iterator[Row]:
     shape = tuple(known[size] for size in entry.shape)
     released = entry.released if expert is None else entry.released.replace(".E.", f".{expert}.")
     return stored_rows(released, entry.ours, shape, entry.stored, scheme, expert)
@@ -163,7 +163,7 @@ def _rows(entry: Entry, known: dict[str, int], scheme: Scheme, expert: int | Non
 def stored_rows(
     released: str, ours: str, shape: tuple[int, ...], stored: Stored, scheme: Scheme, expert: int | None = None
 ) -> Iterator[Row]:
-    """The row of one weight of `shape`, and the row of its scales where the scheme has them."""
+    """Yield the row of one weight of `shape`, then the row of its scales if the scheme has any."""
     kind: ScaleKind = "none"
     if scheme != "bf16" and stored in ("fp8", "expert"):
         kind = "fp4" if stored == "expert" and scheme == "fp8_fp4" else "fp8"

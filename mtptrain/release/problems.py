@@ -1,4 +1,4 @@
-"""What can be wrong with the tensors of a release, collected and said at once."""
+"""The faults of a release's tensors, collected and reported together."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from mtptrain.errors import UserError
+from mtptrain.release.shards import HEAD_PREFIX
 
-LISTED = 8  # names that an error spells out of each kind
+LISTED = 8  # names that an error lists for each kind of fault
 DSPARK = (
-    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), whatever "
-    "num_nextn_predict_layers says; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone from the "
-    "backbone's own sliding-window layer"
+    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), "
+    "regardless of num_nextn_predict_layers; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone "
+    "from the backbone's sliding-window layer"
 )
 
 
 @dataclass
 class Problems:
-    """What is wrong with a set of tensors: lines that begin with a tensor's name.
+    """The faults of a set of tensors, as lines that begin with a tensor's name.
 
     Attributes:
         missing, unexpected: names.
-        misshaped, damaged: with what they are, or what is wrong with their values.
-        expected: how many tensors there should be.
-        is_dspark: see `is_dspark`.
+        misshaped: names, with actual and expected shape and dtype.
+        damaged: names, with the fault of their values.
+        expected: number of tensors that a complete set has.
+        is_dspark: result of the function `is_dspark`.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -38,14 +40,14 @@ class Problems:
     is_dspark: bool = False
 
     def any(self) -> bool:
-        """Whether there is one."""
+        """Return whether a tensor has a fault."""
         return bool(self.missing or self.unexpected or self.misshaped or self.damaged)
 
-    def raise_any(self, what: str) -> None:
-        """Raise one error that lists them.
+    def raise_any(self, subject: str) -> None:
+        """Raise one error that lists all faults; `subject` names the tensors.
 
         Raises:
-            UserError: there is a problem.
+            UserError: a tensor has a fault.
         """
         kinds = {
             "missing": self.missing,
@@ -59,33 +61,33 @@ class Problems:
                 more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
                 parts.append(f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}")
         if parts:
-            raise UserError(f"{what} do not fit this backbone: {'; '.join(parts)}")
+            raise UserError(f"{subject} do not fit this backbone: {'; '.join(parts)}")
 
 
 def is_dspark(names: Collection[str], config: Any) -> bool:
-    """Whether tensors under `mtp.` are DSpark blocks, which later releases keep under the same prefix.
+    """Return whether tensors under `mtp.` are DSpark blocks, which later releases keep under the same prefix.
 
     Args:
-        names: of a release; those outside `mtp.` are passed over.
-        config: the release's; `dspark_block_size` marks DSpark.
+        names: tensor names of a release; names outside `mtp.` are ignored.
+        config: config of the release; a `dspark_block_size` means DSpark.
     """
-    modules = [name for name in names if name.startswith("mtp.")]
+    modules = [name for name in names if name.startswith(HEAD_PREFIX)]
     has_embedding_norm = any(name.endswith(".enorm.weight") for name in modules)
     return bool(modules) and (getattr(config, "dspark_block_size", None) is not None or not has_embedding_norm)
 
 
 def refuse_dspark(names: Collection[str], config: Any) -> None:
-    """Explain what DSpark blocks are to a user who wants an MTP module.
+    """Refuse DSpark blocks in place of MTP modules, with an explanation.
 
     Raises:
-        UserError: `is_dspark`.
+        UserError: the tensors are DSpark blocks.
     """
     if is_dspark(names, config):
         raise UserError(f"the mtp.* tensors of this release are {DSPARK}")
 
 
 def mismatch(name: str, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """One line if a stored tensor is not as the table has it; scale bytes may also come as uint8."""
+    """Return one line if a stored tensor has another shape or dtype than expected; scales may also be uint8."""
     is_scale = dtype == torch.float8_e8m0fnu
     if tuple(stored.shape) == shape and (stored.dtype == dtype or (is_scale and stored.dtype == torch.uint8)):
         return []

@@ -1,4 +1,4 @@
-"""The tensors of a model folder: which file holds each, read one at a time, with every damage named."""
+"""The tensors of a model folder, found through its index and file headers and read one at a time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor
 from mtptrain.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-HEAD_FILES = "mtp*.safetensors"  # heads that lie beside a model, outside its index
+HEAD_PREFIX = "mtp."  # of every tensor of an MTP head, in releases and in checkpoints of this package
+HEAD_FILES = "mtp*.safetensors"  # heads beside a model, outside its index
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """Where the bytes of one tensor lie.
+class StoredTensor:
+    """Location, dtype and shape of one tensor in a folder.
 
     Attributes:
         file: name of the shard.
-        dtype: as safetensors spells it, e.g. `F8_E4M3`.
-        shape: of the stored tensor.
-        begin, end: byte range in the file.
+        dtype: in the spelling of safetensors, e.g. `F8_E4M3`.
+        shape: shape as stored.
+        begin, end: byte range in the file, end excluded.
     """
 
     file: str
@@ -36,29 +37,30 @@ class Entry:
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name; a tensor is read when it is asked for.
+    """The tensors of a folder by name; each access reads one tensor from disk.
 
-    With an index, its files count and heads beside them; without one, every safetensors file.
+    A folder with an index holds the files of the index and the heads beside them; a folder without one holds every
+    safetensors file.
 
     Args:
-        folder: holds the files.
-        setting: how an error names the folder, e.g. `backbone.path=R`.
+        folder: folder of the files.
+        setting: the setting that names the folder, for errors, e.g. `backbone.path=R`.
 
     Raises:
-        UserError: no or damaged index, a missing or truncated file, tensors that index and files do not agree on, or
-            a tensor that two files hold.
+        UserError: the index is damaged, a file is missing or truncated, index and files disagree, or two files hold
+            the same tensor.
     """
 
     def __init__(self, folder: Path, setting: str) -> None:
         self.folder, self.setting = folder, setting
         self.index = _read_index(folder / INDEX, setting)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         for file in self._files():
-            found = _read_header(folder / file, setting)
-            twice = sorted(self.entries.keys() & found.keys())
+            entries = _read_header(folder / file, setting)
+            twice = sorted(self.entries.keys() & entries.keys())
             if twice:
                 raise UserError(f"{setting}: {twice[0]} lies in {self.entries[twice[0]].file} and in {file}; keep one")
-            self.entries |= found
+            self.entries |= entries
         if self.index is not None:
             self._compare_index(self.index)
 
@@ -105,15 +107,17 @@ class Shards(Mapping[str, Tensor]):
         return len(self.entries)
 
     def files(self) -> list[str]:
-        """Names of the files that hold the tensors, in order."""
+        """Return the names of all files with tensors, sorted."""
         return sorted({entry.file for entry in self.entries.values()})
 
     def only(self, prefix: str) -> Mapping[str, Tensor]:
-        """The tensors whose name starts with `prefix`, still read on demand."""
+        """Return the tensors whose names start with `prefix`, still read on demand."""
         return _Part(self, [name for name in self.entries if name.startswith(prefix)])
 
 
 class _Part(Mapping[str, Tensor]):
+    """Some tensors of a folder by name."""
+
     def __init__(self, whole: Shards, names: list[str]) -> None:
         self.whole, self.names = whole, dict.fromkeys(names)
 
@@ -130,7 +134,7 @@ class _Part(Mapping[str, Tensor]):
 
 
 def _read_index(path: Path, setting: str) -> dict[str, str] | None:
-    """Name -> file of an index; None where there is none."""
+    """Return the index as name -> file; None if the folder has no index."""
     if not path.exists():
         return None
     try:
@@ -142,10 +146,13 @@ def _read_index(path: Path, setting: str) -> dict[str, str] | None:
         raise UserError(f"{setting}: {INDEX} is damaged ({error}); restore it") from None
 
 
-def _read_header(path: Path, setting: str) -> dict[str, Entry]:
-    """The tensors of one file.
+def _read_header(path: Path, setting: str) -> dict[str, StoredTensor]:
+    """Return the tensors of one file by name.
 
-    Source: the format of safetensors: 8 bytes of header length, the header as JSON, then the data.
+    Raises:
+        UserError: the file is damaged or incomplete.
+
+    Source: the safetensors format: 8 bytes of header length, the header as JSON, then the data.
     """
     try:
         with safe_open(path, framework="pt"):  # checks offsets, sizes and that the file is complete
@@ -158,6 +165,6 @@ def _read_header(path: Path, setting: str) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     start = 8 + length
     return {
-        name: Entry(path.name, told["dtype"], tuple(told["shape"]), *(start + end for end in told["data_offsets"]))
-        for name, told in header.items()
+        name: StoredTensor(path.name, info["dtype"], tuple(info["shape"]), *(start + at for at in info["data_offsets"]))
+        for name, info in header.items()
     }

@@ -1,4 +1,4 @@
-"""Running the random backbone with and without its cache, and what of a cache later steps may read."""
+"""Run the random backbone with and without its cache, and read the part of a cache that later steps may use."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from mtptrain.backbone.decode import prefill as prefill_parts
 
 # B rows, S tokens, s of them in a step, N residual streams, D hidden size, R slots of a ring, C channels
 
-LENGTH = 76  # tokens of the reference: nine windows of 8, nineteen of 4, and the ring of 13 wraps five times
+LENGTH = 76  # tokens of the reference: nine windows of 8, nineteen of 4, and five turns of the ring of 13 slots
 MAX_LENGTH = 90
 MAX_STEP = 5
 
@@ -35,14 +35,14 @@ def empty_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int = MAX_
 def prefill(
     model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tensor, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Streams and hidden of prompts of one length."""
+    """Return streams and hidden states of prompts of one length."""
     batch, length = tokens_BS.shape
     parts = list(prefill_parts(model, cache, tokens_BS, [length] * batch, chunk))
     return torch.cat([part.streams_BSND for part in parts], 1), torch.cat([part.hidden_BSD for part in parts], 1)
 
 
 def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
-    # Four layers of fp32 sums in another order: some tens of ulps of the largest value (at most 25 were seen).
+    # Four layers of fp32 sums in another order: some tens of ulps of the largest value (at most 25 observed).
     largest = expected.abs().max().item() if expected.numel() else 0.0
     tolerance = 64 * torch.finfo(torch.float32).eps * max(1.0, largest)
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
@@ -64,7 +64,7 @@ def step_sizes(total: int, pattern: list[int]) -> list[int]:
 
 
 def defined_state(cache: BackboneCache, length: int) -> list[Tensor]:
-    """Every part of a cache of one row that decoding from `length` on may read, in order of position."""
+    """Return every part of a one-row cache that decoding from `length` on may read, in order of position."""
 
     def newest(ring: SlidingRing, start: int) -> Tensor:
         return ring.values_BRC[0, torch.arange(max(start, 0), length) % ring.size]

@@ -1,4 +1,4 @@
-"""The backbone that the tests of its cache run, and what transformers' own forward gives for their tokens."""
+"""The backbone of the cache tests, and transformers' forward of their tokens as the reference."""
 
 import pytest
 import torch
@@ -22,5 +22,5 @@ def tokens_BS() -> Tensor:
 
 @pytest.fixture(scope="module")
 def reference(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Streams and hidden of transformers' forward over LENGTH tokens; the model is causal, so a prefix's too."""
+    """Return streams and hidden states of transformers' forward over LENGTH tokens; causal, so valid for prefixes."""
     return transformers_forward(model, tokens_BS)

@@ -30,9 +30,9 @@ def models() -> tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM]:
 @pytest.mark.parametrize("length", [1, 2, 8, 63, 129])
 @torch.no_grad()
 def test_it_equals_eager_attention(models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM], length: int) -> None:
-    expected, found = (run_backbone(model, tokens(length)) for model in models)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+    theirs, ours = (run_backbone(model, tokens(length)) for model in models)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @torch.no_grad()
@@ -44,12 +44,12 @@ def test_no_tensor_grows_with_the_square_of_the_length(
         with Largest() as seen:
             run_backbone(models[1], tokens(length, rows=1))
         largest.append(seen.numel)
-    # A square would give 5 / 3; the number of closed windows is rounded down.
+    # Quadratic growth would give 5 / 3. The number of closed windows is rounded down, hence 1.1.
     assert largest[2] - largest[1] <= 1.1 * (largest[1] - largest[0])
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Sees the result of every operation."""
+    """Records the size of the largest result of any operation."""
 
     numel = 0
 
@@ -61,7 +61,9 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_what_it_cannot_do_is_refused(models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM]) -> None:
+def test_caches_padding_masks_and_unprepared_models_are_refused(
+    models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM],
+) -> None:
     _, ours = models
     with pytest.raises(ValueError, match="use_cache=False") as raised:
         ours(input_ids=tokens(9), use_cache=True)
@@ -82,5 +84,5 @@ def test_verifying_through_triton_equals_the_full_forward(monkeypatch: pytest.Mo
     decode_step(model, cache, text[:, :20])
     monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")
     for part in (slice(20, 23), slice(23, 24)):
-        _, found = decode_step(model, cache, text[:, part])
-        torch.testing.assert_close(found, expected[:, part], atol=TOLERANCE, rtol=TOLERANCE)
+        _, hidden_BSD = decode_step(model, cache, text[:, part])
+        torch.testing.assert_close(hidden_BSD, expected[:, part], atol=TOLERANCE, rtol=TOLERANCE)

@@ -21,7 +21,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -
     return load_backbone(BackboneConfig(path=str(folder), **settings), CPU, dtype)
 
 
-def test_a_release_is_read_as_its_codes_stand(release_folder: Path) -> None:
+def test_a_release_is_decoded_to_the_values_of_its_codes(release_folder: Path) -> None:
     backbone = load(release_folder)
     state, shards = backbone.model.state_dict(), backbone.shards
     assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
@@ -50,13 +50,13 @@ def test_the_head_of_a_release_is_the_stock_head(release_folder: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stock_tensors(backbone).items())
 
 
-def test_bf16_keeps_what_v4_computes_in_fp32(release_folder: Path) -> None:
+def test_bf16_keeps_the_fp32_tensors_of_v4_in_fp32(release_folder: Path) -> None:
     state = load(release_folder, torch.bfloat16).model.state_dict()
     assert state["model.layers.1.self_attn.q_b_proj.weight"].dtype == torch.bfloat16
     assert state["model.layers.1.attn_hc.fn"].dtype == torch.float32
 
 
-def test_norms_with_fp32_weights_leave_bf16_as_it_is(release_folder: Path) -> None:
+def test_norms_with_fp32_weights_keep_bf16_inputs_in_bf16(release_folder: Path) -> None:
     model = load(release_folder, torch.bfloat16).model
     modules = [*model.modules(), *MtpStack(model.config, 1).modules()]
     norms = [module for module in modules if isinstance(module, DeepseekV4RMSNorm)]
@@ -87,7 +87,7 @@ def test_the_shipped_backbone_needs_no_path() -> None:
 
 
 @pytest.mark.parametrize(("name", "layers", "billions"), [("v4_flash", 43, 284.3), ("v4_pro", 61, 1573.0)])
-def test_a_preset_of_a_release_builds_what_was_released(name: str, layers: int, billions: float) -> None:
+def test_a_preset_of_a_release_has_its_number_of_parameters(name: str, layers: int, billions: float) -> None:
     from transformers import DeepseekV4ForCausalLM
 
     config = preset_config(name)

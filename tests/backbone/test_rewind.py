@@ -1,4 +1,4 @@
-"""A rewound cache is as if what was taken back had never been, each row for itself."""
+"""A rewound cache behaves as if the rejected tokens had never been decoded, for each row independently."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tests.backbone.cached import (
 def test_decoding_goes_on_as_if_a_rewound_draft_had_never_been(
     model: DeepseekV4ForCausalLM, tokens_BS: Tensor, reference: tuple[Tensor, Tensor], data: st.DataObject
 ) -> None:
-    """Prefix, then rounds of drafting garbage and keeping only its true beginning, then the true tokens."""
+    """Prefix, then rounds that draft random tokens and keep only the correct start, then the true tokens."""
     tokens_1S, length = tokens_BS[:1], data.draw(st.integers(1, LENGTH - 3 * MAX_STEP - 1), label="prefix")
     cache = empty_cache(model, 1)
     prefill(model, cache, tokens_1S[:, :length], chunk=31)
@@ -50,7 +50,7 @@ def test_decoding_goes_on_as_if_a_rewound_draft_had_never_been(
 
 
 def prefill_rows(model: DeepseekV4ForCausalLM, tokens_BS: Tensor, lengths: list[int]) -> BackboneCache:
-    """A cache whose rows hold the first tokens of each text, every row run alone."""
+    """Return a cache whose rows hold the first tokens of each text, with every row run alone."""
     cache = empty_cache(model, len(lengths))
     for row, length in enumerate(lengths):
         prefill(model, cache.rows(slice(row, row + 1)), tokens_BS[row : row + 1, :length])
@@ -62,7 +62,7 @@ def prefill_rows(model: DeepseekV4ForCausalLM, tokens_BS: Tensor, lengths: list[
 def test_rows_rewound_independently_equal_fresh_prefills(
     model: DeepseekV4ForCausalLM, tokens_BS: Tensor, data: st.DataObject
 ) -> None:
-    """Rows of unequal length draft together and keep unequal numbers; then every tensor is that of a fresh prefill."""
+    """Rows of unequal length draft together and keep unequal numbers; every tensor then equals a fresh prefill's."""
     rows = range(data.draw(st.integers(1, 3), label="rows"))
     lengths = [data.draw(st.integers(1, 40), label=f"length {row}") for row in rows]
     cache = prefill_rows(model, tokens_BS, lengths)
@@ -104,7 +104,7 @@ def test_state_outside_the_defined_part_is_never_read(
 
 
 def poison_undefined(cache: BackboneCache, length: int) -> None:
-    """Overwrite what `defined_state` leaves out with large values (finite: a masked NaN would still spread)."""
+    """Overwrite everything outside `defined_state` with large values (finite: a masked NaN would still spread)."""
 
     def poison_ring(ring: SlidingRing, start: int) -> None:
         stale = torch.ones(ring.size, dtype=torch.bool)

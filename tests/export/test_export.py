@@ -23,12 +23,12 @@ from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
 from tests.command import edit_json, largest_file, run_main, tree
 
-FAST = ["export.max_drop=1"]  # two steps of training move nothing, and two prompts measure little
+FAST = ["export.max_drop=1"]  # two training steps change little, and two prompts are too few to measure it
 
 
 @pytest.fixture(scope="module")
 def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Everything an export needs but its target and folder."""
+    """Return all settings of an export except its target and folder."""
     run = tmp_path_factory.mktemp("runs") / "trained"
     arguments = [*light, f"backbone.path={release_folder}", "evaluate_at_end=false"]
     assert run_main("+recipe=distill", *arguments, f"output_dir={run}") == 0
@@ -36,13 +36,13 @@ def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.Te
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Everything that the record of an export says of the head and of the export."""
+    """Return the manifest's facts about the head and about the export."""
     record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return {**record["identity"], **record["content"]}
 
 
 def export(settings: list[str], folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run an export that works; its record."""
+    """Run an export that must succeed, and return its record."""
     assert run_main("+recipe=export", *settings, f"output_dir={folder}", *arguments) == 0
     return read_record(folder)
 
@@ -54,7 +54,7 @@ def exported(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def test_a_full_folder_holds_the_model_as_it_was_and_the_trained_head(exported: Path, release_folder: Path) -> None:
+def test_a_full_folder_holds_the_unchanged_model_and_the_trained_head(exported: Path, release_folder: Path) -> None:
     source, written = Shards(release_folder, "a"), Shards(exported, "b")
     assert set(written) == set(source)
     assert json.loads((exported / INDEX).read_text())["metadata"]["total_size"] == sum(
@@ -72,7 +72,7 @@ def test_untouched_shards_are_the_same_files(exported: Path, release_folder: Pat
     assert "model-00007-of-00007.safetensors" not in shared
 
 
-def test_the_config_says_what_the_folder_holds(exported: Path, release_folder: Path) -> None:
+def test_the_config_describes_the_head_of_the_folder(exported: Path, release_folder: Path) -> None:
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (release_folder, exported))
     assert after.pop("mtptrain") == {"version": "0.1.0", "mode": "shared", "steps": 3, "scheme": "fp8_fp4"}
     assert after == before
@@ -84,7 +84,7 @@ def test_transformers_loads_the_exported_folder(exported: Path) -> None:
     assert isinstance(model.config, DeepseekV4Config)
 
 
-def test_the_record_and_the_card_say_where_the_head_comes_from(exported: Path, settings: list[str]) -> None:
+def test_the_record_and_the_card_hold_the_origin_of_the_head(exported: Path, settings: list[str]) -> None:
     record = read_record(exported)
     assert (record["mode"], record["depth"], record["steps"], record["scheme"]) == ("shared", 1, 3, "fp8_fp4")
     assert record["training"]["command"][:3] == ["python", "-m", "mtptrain"]
@@ -98,7 +98,7 @@ def test_the_record_and_the_card_say_where_the_head_comes_from(exported: Path, s
     assert '"method": "mtp", "num_speculative_tokens": 3' in card
 
 
-def test_the_exported_head_is_evaluated_as_the_folders_own_and_the_trained_one_still_fits(
+def test_the_exported_head_is_evaluated_as_the_stock_head_and_the_checkpoint_still_fits(
     exported: Path, settings: list[str], tmp_path: Path
 ) -> None:
     record = read_record(exported)
@@ -110,7 +110,9 @@ def test_the_exported_head_is_evaluated_as_the_folders_own_and_the_trained_one_s
         assert lengths == pytest.approx(record["acceptance"][moment])
 
 
-def test_a_draft_folder_holds_what_vllm_asks_for(settings: list[str], release_folder: Path, tmp_path: Path) -> None:
+def test_a_draft_folder_holds_the_tensors_that_vllm_requires(
+    settings: list[str], release_folder: Path, tmp_path: Path
+) -> None:
     export(settings, tmp_path / "draft", "target=vllm", "export.form=draft")
     written = Shards(tmp_path / "draft", "draft")
     names = {name for name in Shards(release_folder, "R") if name.startswith("mtp.")}
@@ -176,10 +178,10 @@ def test_stacked_modules_and_a_release_without_a_head(
     assert Shards(tmp_path / "eagle3-X", "X").entries["mtp.1.norm.weight"].file == "model-mtp.safetensors"
 
 
-def test_the_record_vouches_for_every_file_that_was_written_anew(exported: Path) -> None:
+def test_the_record_lists_every_file_that_the_export_wrote(exported: Path) -> None:
     record = open_artifact(EXPORT, "output_dir", exported)
     assert {"config.json", "README.md", INDEX, "model-00007-of-00007.safetensors"} <= record.files.keys()
-    assert "model-00001-of-00007.safetensors" not in record.files  # the source's own file
+    assert "model-00001-of-00007.safetensors" not in record.files  # a hard link to the source
     record.verify(record.files)
 
 
@@ -200,7 +202,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "line"), REFUSED)
-def test_what_cannot_be_exported_is_refused_in_one_line(
+def test_an_impossible_export_is_refused_in_one_line(
     arguments: list[str], line: str, settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "X"

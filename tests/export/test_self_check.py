@@ -1,4 +1,4 @@
-"""The self-check of an export, against folders that are not what was trained."""
+"""The self-check of an export, on folders that differ from the trained head or the source."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def trained() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8", "bf16"])
-def test_what_was_stored_passes_and_every_weight_has_its_error(scheme: Scheme, trained: dict[str, Tensor]) -> None:
+def test_a_stored_head_passes_and_every_weight_has_its_error(scheme: Scheme, trained: dict[str, Tensor]) -> None:
     written_errors: dict[str, EncodingError] = {}
     stored = to_release(trained, CONFIG, scheme, written_errors)
     errors = compare_head(trained, stored, CONFIG, scheme)
@@ -40,7 +40,7 @@ def test_what_was_stored_passes_and_every_weight_has_its_error(scheme: Scheme, t
         ("mtp.0.ffn.experts.2.w1.weight", "is off by .* and FP4 allows 1"),
     ],
 )
-def test_a_tensor_of_another_head_is_named(name: str, line: str, trained: dict[str, Tensor]) -> None:
+def test_the_error_names_a_tensor_of_another_head(name: str, line: str, trained: dict[str, Tensor]) -> None:
     other = to_release(random_stack(random_backbone(), seed=7).state_dict(), CONFIG, "fp8_fp4")
     stored = to_release(trained, CONFIG, "fp8_fp4")
     with pytest.raises(UserError, match=f"^{name}: {line}".replace("mtp.0.", r"mtp\.0\.")):
@@ -68,7 +68,7 @@ def test_changed_weights_are_counted_by_their_values(trained: dict[str, Tensor])
     assert changed_weights(stored, to_release(trained, CONFIG, "bf16"), CONFIG)[0] > 0
 
 
-def test_a_byte_of_the_model_that_differs_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_tensor_of_the_model_with_other_bytes(tmp_path: Path) -> None:
     for folder, value in (("a", 1.0), ("b", 2.0)):
         (tmp_path / folder).mkdir()
         save_file({"embed.weight": torch.full((3,), value)}, tmp_path / folder / "model.safetensors")

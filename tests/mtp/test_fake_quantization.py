@@ -16,7 +16,7 @@ SCHEMES: list[Scheme] = ["fp8_fp4", "fp8", "bf16"]
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_stored_value_is_what_an_export_would_be_read_back_as(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_the_stored_value_equals_an_export_read_back(scheme: Scheme, dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) for name, tensor in random_stack(random_backbone()).state_dict().items()}
     read = from_release(to_release(state, CONFIG, scheme), CONFIG, torch.float32)
     for name, rows in rows_by_tensor(CONFIG, scheme).items():
@@ -51,13 +51,13 @@ def test_training_sees_the_loss_and_gradients_of_the_exported_head(scheme: Schem
     expected.backward()
     assert torch.equal(loss, expected)
     for name, parameter in exported.named_parameters():
-        found = dict(stack.named_parameters())[name].grad
-        assert (found is None) == (parameter.grad is None)
-        if found is not None:  # steps add up in another order: fp32 rounding of the largest entry
-            assert torch.allclose(found, parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max()))
+        gradient = dict(stack.named_parameters())[name].grad
+        assert (gradient is None) == (parameter.grad is None)
+        if gradient is not None:  # steps add up in another order: fp32 rounding of the largest entry
+            assert torch.allclose(gradient, parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max()))
 
 
-def test_parameters_are_themselves_again_afterwards_even_after_an_error() -> None:
+def test_the_parameters_are_restored_even_after_an_error() -> None:
     stack = random_stack(random_backbone(), depth=2)
     before = list(stack.named_parameters())
 

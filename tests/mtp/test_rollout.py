@@ -1,4 +1,4 @@
-"""The rollout that trains the heads is the computation that serves them."""
+"""The rollout that trains the heads equals the computation that serves them."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def single_row(tokens: list[int]) -> Batch:
 
 @pytest.mark.parametrize(("depth", "steps"), [(1, 1), (1, 4), (2, 2), (3, 3), (2, 5)])
 def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
-    """Every anchor's teacher-forced logits equal those of a draft whose tokens happen to be the text's own."""
+    """Every anchor's teacher-forced states equal those of a draft whose tokens are those of the text."""
     model = random_backbone()
     stack = random_stack(model, depth)
     tokens = torch.randint(97, (29,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -35,11 +35,11 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
         streams, _ = run_backbone(model, torch.tensor([tokens]))
         expected = rollout(stack, model.model.embed_tokens, streams, single_row(tokens), steps)
         texts = Texts([tokens[:7]], Limits(len(tokens)), steps, torch.device("cpu"))
-        proposer = RecordingDrafter(model, stack, tokens)
+        proposer = RecordingProposer(model, stack, tokens)
         proposer.start(texts, steps, Policy())
         proposer.read(PrefilledPart(slice(0, 1), 0, streams[:, :7], streams[:, :7, 0]))
         known = 7
-        # Irregular advances, as accepted drafts of different length make them.
+        # Irregular advances, like those of accepted drafts of different lengths.
         for anchor in (6, 7, 9, 12, 13, 17, 18, 19, 22):
             proposer.keep(torch.tensor([known - 1]), streams[:, known - 1 : anchor + 1])
             texts.newest, known = anchor + 2 - known, anchor + 2
@@ -52,8 +52,8 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
                 torch.testing.assert_close(hidden_D, expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-class RecordingDrafter(MtpProposer):
-    """Keeps the last anchor's state of each step, and drafts the text's own tokens instead of the likeliest."""
+class RecordingProposer(MtpProposer):
+    """Keeps the last anchor's state of each step, and drafts the tokens of the text instead of the likeliest ones."""
 
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, text: list[int]) -> None:
         super().__init__(model, stack)
@@ -62,8 +62,8 @@ class RecordingDrafter(MtpProposer):
 
     def logits(self, step: int, state_BAND: Tensor) -> Tensor:
         self.states.append(state_BAND[:, -1:])
-        place = int(self.texts.length_B) + step - 1
-        return torch.nn.functional.one_hot(torch.tensor([self.text[place]]), 97).float()
+        position = int(self.texts.length_B) + step - 1
+        return torch.nn.functional.one_hot(torch.tensor([self.text[position]]), 97).float()
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -90,7 +90,7 @@ def test_packed_documents_do_not_touch_each_other(depth: int) -> None:
         return [p.grad.clone() for p in stack.parameters() if p.grad is not None]
 
     for ours, theirs in zip(gradients(first), gradients(second), strict=True):
-        # The experts' matrix products hold other rows beside ours, so sums may round differently: 64 ulps.
+        # The experts' matrix products also contain the neighbour's rows, so sums may round differently: 64 ulps.
         atol = 64 * torch.finfo(torch.float32).eps * ours.abs().max().item()
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
@@ -119,13 +119,13 @@ def test_recomputed_steps_have_the_same_states_and_gradients(depth: int, steps: 
     stack, batch = random_stack(model, depth), random_batch(97, [[13, 16], [29]], 32, seed=3)
     with torch.no_grad():
         streams, _ = backbone_streams(model, batch)
-    found = []
+    results = []
     for recompute in (False, True):
         stack.zero_grad()
         states = rollout(stack, model.model.embed_tokens, streams, batch, steps, recompute=recompute)
         torch.stack(states).square().sum().backward()
-        found.append([*(state.detach() for state in states), *(p.grad for p in stack.parameters())])
-    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+        results.append([*(state.detach() for state in states), *(p.grad for p in stack.parameters())])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
 def test_a_rollout_through_triton_has_the_same_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +133,13 @@ def test_a_rollout_through_triton_has_the_same_states_and_gradients(monkeypatch:
     stack, batch = random_stack(model), random_batch(97, [[3, 2]], 6)
     with torch.no_grad():
         streams, _ = backbone_streams(model, batch)
-    found = []
+    results = []
     for kernels in ("triton", "reference"):
         monkeypatch.setenv("MTPTRAIN_KERNELS", kernels)
         stack.zero_grad()
         states = torch.stack(rollout(stack, model.model.embed_tokens, streams, batch, 2))
         states.sin().sum().backward()
-        found.append([states.detach(), *(p.grad for p in stack.parameters() if p.grad is not None)])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([states.detach(), *(p.grad for p in stack.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
         # Through two layers in fp32, relative to the largest value.
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE * max(1.0, theirs.abs().max().item()), rtol=0)

@@ -1,4 +1,4 @@
-"""Where the modules of a head start from."""
+"""The start of a head's modules: a stored head, new weights, or a layer of the backbone."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_shared_takes_the_first_of_stacked_modules(backbone: Backbone) -> None:
     assert describe_start(MtpConfig(init="x"), stored)["conversion"] == "modules 0..0 of 3 were kept"
 
 
-def test_a_start_that_converts_nothing_says_so_by_silence(backbone: Backbone) -> None:
+def test_a_start_without_conversion_records_none(backbone: Backbone) -> None:
     assert describe_start(MtpConfig(), stock_tensors(backbone)) == {"init": "stock", "modules": 1}
     assert describe_start(MtpConfig(init="fresh"), None) == {"init": "fresh"}
 
@@ -56,14 +56,16 @@ def test_modules_from_the_backbone_hold_its_last_sliding_layer(backbone: Backbon
         assert torch.equal(state["hc_head.hc_fn"], model.model.hc_head.hc_fn)
 
 
-def test_a_hash_layer_gives_everything_but_a_router_bias() -> None:
+def test_a_hash_layer_provides_everything_except_a_router_bias() -> None:
     model = random_backbone(layer_types=["sliding_attention"], num_hidden_layers=1, mlp_layer_types=["hash_moe"])
     state = stack_from_backbone(model, 1, 0).state_dict()
     assert torch.equal(state["mtp.0.layer.mlp.gate.weight"], model.model.layers[0].mlp.gate.weight)
     assert not state["mtp.0.layer.mlp.gate.e_score_correction_bias"].any()
 
 
-def test_a_module_from_the_backbone_passes_state_and_token_on_at_the_size_of_embeddings(backbone: Backbone) -> None:
+def test_a_module_from_the_backbone_passes_state_and_token_through_at_the_size_of_embeddings(
+    backbone: Backbone,
+) -> None:
     model = backbone.model
     block = stack_from_backbone(model, 1, 0).mtp[0]
     batch = random_batch(97, [[20]], 20)
@@ -86,7 +88,7 @@ def test_a_backbone_without_sliding_layers_is_explained() -> None:
         stack_from_backbone(random_backbone(layer_types=kinds), 1, 0)
 
 
-def test_a_digest_knows_a_head_by_its_values() -> None:
+def test_a_digest_depends_on_the_values_of_a_head_only() -> None:
     state = random_stack(random_backbone()).state_dict()
     assert head_digest({name: tensor.bfloat16().float() for name, tensor in state.items()}) == head_digest(
         {name: tensor.bfloat16() for name, tensor in reversed(state.items())}

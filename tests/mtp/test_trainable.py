@@ -35,6 +35,6 @@ def test_patterns_choose_by_name_and_undo_an_earlier_choice(stack: MtpStack) -> 
     assert trained(stack, "*.enorm.*") == {"mtp.0.enorm.weight", "mtp.1.enorm.weight"}
 
 
-def test_a_pattern_that_fits_nothing_is_named(stack: MtpStack) -> None:
+def test_the_error_names_a_pattern_without_matches(stack: MtpStack) -> None:
     with pytest.raises(UserError, match=r"mtp.trainable=\*.norm.\*,lora: 'lora' fits no tensor of the head; use all"):
         freeze_untrained(stack, "*.norm.*,lora")

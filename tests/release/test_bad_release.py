@@ -66,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_release_ends_in_one_line_and_stays_as_it_is(
+def test_a_damaged_release_ends_in_one_line_and_stays_unchanged(
     damage: str, release_folder: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, run = shutil.copytree(release_folder, tmp_path / "R"), tmp_path / "run"

@@ -31,7 +31,7 @@ def fp8_value(code: int) -> float:
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Values whose blocks differ in size, with a zero block where there are several."""
+    """Return values of different magnitude in each row, with a zero block if there are several blocks."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randn(rows, 1, generator=generator)
     weight[:128, -32:] *= 0 if columns > 128 else 1
@@ -176,9 +176,9 @@ def test_the_chosen_scale_is_the_smallest_power_of_two_that_fits(
 
 
 def nearest_even(values: Tensor, grid: list[float]) -> Tensor:
-    """The nearest of `grid` (ascending, its even places the even codes), ties to the even place."""
+    """Return the nearest value of `grid` (ascending, even indices are even codes), ties to the even index."""
     distance = (values.double().abs()[:, None] - torch.tensor(grid, dtype=torch.float64)).abs()
-    distance[:, 1::2] *= 1 + 1e-15  # breaks ties towards even places, and nothing else at these sizes
+    distance[:, 1::2] *= 1 + 1e-15  # breaks ties towards even indices, and changes nothing else at these magnitudes
     return torch.tensor(grid, dtype=torch.float64)[distance.argmin(-1)] * torch.where(values.signbit(), -1.0, 1.0)
 
 

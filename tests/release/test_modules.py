@@ -1,10 +1,10 @@
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from mtptrain.mtp.release_document import document
 from torch import Tensor
 from transformers import DeepseekV4Config
 
@@ -17,10 +17,10 @@ from mtptrain.release.names import ENTRIES, EXPERT_ENTRIES, Scheme, our_shapes, 
 from mtptrain.release.problems import is_dspark
 from tests.tiny import TINY, random_backbone, random_stack
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "release.md"
+ROOT = Path(__file__).parents[2]
 CONFIG = DeepseekV4Config(**TINY)
 SCHEMES: list[Scheme] = ["fp8_fp4", "fp8", "bf16"]
-# Relative to the scale of the block, or to the leading power of two where there is none; see test_codec.py.
+# Relative to the scale of the block, or to the leading power of two without scales; see test_codec.py.
 BOUNDS = {torch.int8: 1.0, torch.float8_e4m3fn: 16.0, torch.bfloat16: 2.0**-8}
 
 # Every tensor of `mtp.0.` in the index of DeepSeek-V4-Flash: name, shape, dtype, shape of `.scale`; E is 0..255.
@@ -59,7 +59,7 @@ FLASH: list[tuple[str, list[int], torch.dtype, list[int] | None]] = [
     ("hc_head_base", [4], F32, None),
     ("hc_head_scale", [1], F32, None),
 ]
-# What differs in DeepSeek-V4-Pro: D 7168, 128 heads, query rank 1536, 16 output groups, 384 experts of 3072.
+# Shapes that differ in DeepSeek-V4-Pro: D 7168, 128 heads, query rank 1536, 16 output groups, 384 experts of 3072.
 PRO_SOME = {
     "attn.attn_sink": [128],
     "attn.wq_a.weight": [1536, 7168],
@@ -105,7 +105,7 @@ def released(stack: MtpStack) -> dict[str, Tensor]:
     return to_release(stack.state_dict(), CONFIG, "fp8_fp4")
 
 
-def test_the_table_of_flash_is_that_of_its_index() -> None:
+def test_the_table_of_flash_equals_its_index() -> None:
     expected = {}
     for name, shape, dtype, scale in FLASH:
         for expert in range(256) if ".E." in name else range(1):
@@ -118,7 +118,7 @@ def test_the_table_of_flash_is_that_of_its_index() -> None:
     assert {row.released: (list(row.shape), row.dtype) for row in table} == expected
 
 
-def test_the_table_of_pro_has_its_own_sizes() -> None:
+def test_the_table_of_pro_has_the_sizes_of_pro() -> None:
     table = {row.released: list(row.shape) for row in release_table(preset_config("v4_pro"))}
     assert len(table) == 39 + 384 * 6 == 2343
     assert {name: table[name] for name in PRO_SOME} == PRO_SOME
@@ -143,10 +143,16 @@ def test_no_name_stands_in_the_table_twice() -> None:
     assert len({entry.released for entry in EXPERT_ENTRIES}) == 3
 
 
-def test_the_document_is_what_the_code_writes() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == document()
-    assert "1575 tensors" in document()
-    assert "2343 tensors" in document()
+def test_docs_release_is_the_output_of_its_script() -> None:
+    spec = importlib.util.spec_from_file_location("release_document", ROOT / "scripts" / "release_document.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
+    assert page == script.document()
+    assert "1575 tensors" in page
+    assert "2343 tensors" in page
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -185,12 +191,12 @@ def test_a_released_head_is_stored_again_without_a_change_of_value(
     assert list(second) == list(first)
     for name, tensor in from_release(second, CONFIG, dtype).items():
         assert torch.equal(tensor.view(torch.uint8), value[name].view(torch.uint8)), name
-    # A block whose largest value was rounded down may fit a smaller scale; what was encoded from the grid stays.
+    # A block whose largest value was rounded down may fit a smaller scale; values on the grid stay.
     third = to_release(from_release(second, CONFIG, dtype), CONFIG, scheme)
     assert all(torch.equal(third[name].view(torch.uint8), t.view(torch.uint8)) for name, t in second.items())
 
 
-def test_each_expert_goes_to_its_own_place(stack: MtpStack) -> None:
+def test_each_expert_fills_its_part_of_the_tensors(stack: MtpStack) -> None:
     state = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
     gate_up, down = (state[f"mtp.1.layer.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
     stored = to_release(state, CONFIG, "bf16")
@@ -203,7 +209,7 @@ def test_each_expert_goes_to_its_own_place(stack: MtpStack) -> None:
     assert torch.equal(stored["mtp.1.attn.kv_norm.weight"], state["mtp.1.layer.self_attn.kv_norm.weight"].bfloat16())
 
 
-def test_what_was_read_loads_into_a_stack(released: dict[str, Tensor]) -> None:
+def test_a_decoded_head_loads_into_a_stack(released: dict[str, Tensor]) -> None:
     state = from_release(released, CONFIG, torch.float32)
     loaded = stack_from_tensors(CONFIG, 2, state, "here").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
@@ -267,16 +273,16 @@ def test_damaged_values_are_refused_by_name(released: dict[str, Tensor]) -> None
         from_release({**released, "mtp.1.h_proj.scale": scale}, CONFIG)
 
 
-def test_what_can_be_read_of_a_faulty_release_is_read(released: dict[str, Tensor]) -> None:
-    """One of our tensors for each kind of fault is left out, and no other."""
+def test_the_sound_tensors_of_a_faulty_release_are_read(released: dict[str, Tensor]) -> None:
+    """Each kind of fault leaves out one of our tensors, and no other."""
     tensors = dict(released)
     del tensors["mtp.0.ffn.experts.2.w3.weight"]
-    tensors["mtp.0.stranger.weight"] = torch.ones(1)
+    tensors["mtp.0.unknown.weight"] = torch.ones(1)
     tensors["mtp.0.norm.weight"] = tensors["mtp.0.norm.weight"][1:]
     tensors["mtp.1.e_proj.scale"] = torch.full_like(tensors["mtp.1.e_proj.scale"].view(torch.uint8), 255)
     state, problems = read_release(tensors, CONFIG, torch.float32)
     assert problems.missing == ["mtp.0.ffn.experts.2.w3.weight"]
-    assert problems.unexpected == ["mtp.0.stranger.weight"]
+    assert problems.unexpected == ["mtp.0.unknown.weight"]
     assert problems.misshaped == ["mtp.0.norm.weight bfloat16 [63] instead of bfloat16 [64]"]
     assert [line.split(":")[0] for line in problems.damaged] == ["mtp.1.e_proj.weight"]
     assert problems.expected == len(released)

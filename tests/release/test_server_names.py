@@ -1,4 +1,4 @@
-"""What vLLM and SGLang look for in an MTP head, against what is written here."""
+"""The tensor names, shapes and dtypes that vLLM and SGLang load from an MTP head, compared with the release table."""
 
 import re
 from collections import defaultdict
@@ -21,7 +21,7 @@ VLLM_RENAMES = [
 ]
 VLLM_OUTSIDE_BLOCK = ["embed_tokens", "enorm", "hnorm", "h_proj", "e_proj", "shared_head"]
 VLLM_OUTSIDE_BLOCK += ["hc_head_fn", "hc_head_base", "hc_head_scale"]
-# The same method: keys outside `mtp.` that it gives to every module; without them a separate draft folder drafts noise.
+# The same method: keys outside `mtp.` that every module receives; a separate draft folder without them drafts noise.
 VLLM_TOP_LEVEL = {"head.weight": "head.weight", "embed.weight": "emb.tok_emb.weight"}
 VLLM_EXPERT_SCALE = re.compile(r"\.experts\.\d+\.w[123]\.scale$")
 VLLM_EXPERT_SCALE_SUFFIX = {"fp8_fp4": ".weight_scale", "fp8": ".weight_scale_inv"}  # by expert_dtype of the config
@@ -122,7 +122,7 @@ def vllm_name(released: str, scheme: Scheme) -> str:
         name = name.removesuffix(".scale") + suffix
     name = name.replace(".shared_experts.w2", ".shared_experts.down_proj")
     if ".experts." in name:
-        return re.sub(r"experts\.\d+\.(w[123])\.", lambda found: f"experts.{VLLM_EXPERTS[found[1]]}", name)
+        return re.sub(r"experts\.\d+\.(w[123])\.", lambda match: f"experts.{VLLM_EXPERTS[match[1]]}", name)
     for stacked, part in VLLM_STACKED:
         if part in name:
             return name.replace(part, stacked)
@@ -138,7 +138,7 @@ def sglang_name(released: str, _: Scheme) -> str:
     is_outside = any(part in name for part in SGLANG_OUTSIDE_LAYER)
     name = name.replace(f"model.layers.{NUM_LAYERS}", "model" if is_outside else "model.decoder")
     if ".experts." in name:
-        return re.sub(r"experts\.\d+\.(\w+_proj)\.", lambda found: f"experts.{SGLANG_EXPERTS[found[1]]}", name)
+        return re.sub(r"experts\.\d+\.(\w+_proj)\.", lambda match: f"experts.{SGLANG_EXPERTS[match[1]]}", name)
     for stacked, part in SGLANG_STACKED:
         if part in name:
             return name.replace(part, stacked)
@@ -146,23 +146,27 @@ def sglang_name(released: str, _: Scheme) -> str:
 
 
 def loaded_shapes(rows: list[Row], names: dict[str, str]) -> dict[str, list[int]]:
-    """Shapes of the server's parameters when every tensor is put where its name leads; experts are stacked."""
+    """Return the shapes of the server's parameters once every tensor is loaded by its name, with experts stacked."""
     parts: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         parts[names[row.released]].append(row)
     shapes = {}
-    for name, found in parts.items():
-        experts = {row.expert for row in found}
-        assert len({row.dtype for row in found}) == 1
-        first = [row for row in found if row.expert == found[0].expert]
-        assert len(found) == len(first) * len(experts)
+    for name, part in parts.items():
+        experts = {row.expert for row in part}
+        assert len({row.dtype for row in part}) == 1
+        first = [row for row in part if row.expert == part[0].expert]
+        assert len(part) == len(first) * len(experts)
         shape = [sum(row.shape[0] for row in first), *first[0].shape[1:]]
         shapes[name] = shape if experts == {None} else [len(experts), *shape]
     return shapes
 
 
-def wanted(outside: str, block: str, attention: str, ffn: str, own: dict[str, list[int]]) -> dict[str, list[int]]:
-    inner = {name.replace("ATTN", attention).replace("FFN", ffn): shape for name, shape in {**BLOCK, **own}.items()}
+def expected_shapes(
+    outside: str, block: str, attention: str, ffn: str, server_block: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    inner = {
+        name.replace("ATTN", attention).replace("FFN", ffn): shape for name, shape in {**BLOCK, **server_block}.items()
+    }
     return {f"{outside}.{name}": shape for name, shape in COMMON.items()} | {
         f"{block}.{name}": shape for name, shape in inner.items()
     }
@@ -170,14 +174,14 @@ def wanted(outside: str, block: str, attention: str, ffn: str, own: dict[str, li
 
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
-def test_a_server_finds_every_tensor_it_wants_and_none_is_left_over(server: str, scheme: Scheme) -> None:
+def test_a_server_finds_all_its_parameters_and_no_tensor_is_left_over(server: str, scheme: Scheme) -> None:
     if server == "vllm":
         outside, rename, suffix = f"model.layers.{NUM_LAYERS}", vllm_name, VLLM_EXPERT_SCALE_SUFFIX[scheme]
-        expected = wanted(outside, f"{outside}.mtp_block", "attn", "ffn", VLLM_BLOCK)
+        expected = expected_shapes(outside, f"{outside}.mtp_block", "attn", "ffn", VLLM_BLOCK)
         experts = f"{outside}.mtp_block.ffn.experts"
     else:
         rename, suffix = sglang_name, ".weight_scale_inv"
-        expected = wanted("model", "model.decoder", "self_attn", "mlp", SGLANG_BLOCK)
+        expected = expected_shapes("model", "model.decoder", "self_attn", "mlp", SGLANG_BLOCK)
         experts = "model.decoder.mlp.experts"
     for part, (weight, scale) in EXPERTS[scheme].items():
         expected[f"{experts}.{part}_weight"] = [256, *weight]
@@ -186,8 +190,8 @@ def test_a_server_finds_every_tensor_it_wants_and_none_is_left_over(server: str,
     assert loaded_shapes(rows, {row.released: rename(row.released, scheme) for row in rows}) == expected
 
 
-def wanted_dtype(name: str, scheme: Scheme) -> torch.dtype:
-    """Of a parameter of either server, from how their constructors quantise; scales are read as bytes."""
+def expected_dtype(name: str, scheme: Scheme) -> torch.dtype:
+    """Return the dtype of a parameter, which both servers' constructors choose alike; they read scales as bytes."""
     if "_scale" in name.rsplit(".", 1)[-1] and not name.rsplit(".", 1)[-1].startswith("hc_"):
         return torch.float8_e8m0fnu
     if ".experts." in name:
@@ -203,10 +207,10 @@ def test_every_tensor_has_the_dtype_of_the_parameter_that_takes_it(
     rename: Callable[[str, Scheme], str], scheme: Scheme
 ) -> None:
     for row in release_table(preset_config("v4_flash"), scheme):
-        assert row.dtype == wanted_dtype(rename(row.released, scheme), scheme)
+        assert row.dtype == expected_dtype(rename(row.released, scheme), scheme)
 
 
-def test_a_draft_folder_brings_what_vllm_loads_beside_the_modules() -> None:
+def test_a_draft_folder_holds_the_tensors_that_vllm_loads_outside_the_modules() -> None:
     assert set(SHARED) == set(VLLM_TOP_LEVEL)
     names = [vllm_name(alias, "fp8_fp4") for alias in VLLM_TOP_LEVEL.values()]
     outside = f"model.layers.{NUM_LAYERS}"

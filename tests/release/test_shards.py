@@ -60,7 +60,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_named(damage: str, release_folder: Path, tmp_path: Path) -> None:
+def test_the_error_names_the_damage_of_a_folder(damage: str, release_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(release_folder, tmp_path / "R")
     act, line = DAMAGE[damage]
     act(folder)
@@ -68,7 +68,7 @@ def test_a_damaged_folder_is_named(damage: str, release_folder: Path, tmp_path: 
         Shards(folder, "backbone.path=R")
 
 
-def test_the_fingerprint_passes_over_heads_and_the_spread_over_files(release_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_ignores_heads_and_the_distribution_over_files(release_folder: Path, tmp_path: Path) -> None:
     expected = fingerprint(Shards(release_folder, "here"))
     folder = shutil.copytree(release_folder, tmp_path / "R")
     (folder / INDEX).unlink()
@@ -85,7 +85,7 @@ def test_the_fingerprint_passes_over_heads_and_the_spread_over_files(release_fol
 
 
 @pytest.mark.parametrize("changed", ["byte", "config", "name"])
-def test_the_fingerprint_tells_every_other_change(changed: str, release_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_everything_else(changed: str, release_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(release_folder, tmp_path / "R")
     if changed == "config":
         edit_json(folder / "config.json", lambda config: config.update(swiglu_limit=9.0))
@@ -109,7 +109,7 @@ def test_a_tensor_hash_reads_the_bytes_of_that_tensor_only(release_folder: Path,
     assert tensor_hash(tmp_path, alone.entries[name]) == tensor_hash(release_folder, shards.entries[name])
 
 
-def test_how_weights_are_stored_is_read_from_the_tensors(release_folder: Path, backbone_folder: Path) -> None:
+def test_the_scheme_is_read_from_the_tensors(release_folder: Path, backbone_folder: Path) -> None:
     assert stored_scheme(Shards(release_folder, "here")) == "fp8_fp4"
     assert stored_scheme(Shards(backbone_folder, "here")) == "bf16"
     assert is_release(Shards(release_folder, "here"))
@@ -117,13 +117,13 @@ def test_how_weights_are_stored_is_read_from_the_tensors(release_folder: Path, b
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"), [("expert_dtype", "fp8", "fp8"), ("quantization_config", None, "bf16")]
+    ("key", "value", "declared"), [("expert_dtype", "fp8", "fp8"), ("quantization_config", None, "bf16")]
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(
-    key: str, value: str | None, told: str, release_folder: Path, tmp_path: Path
+    key: str, value: str | None, declared: str, release_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(release_folder, tmp_path / "R")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(UserError, match=f"experts are stored as {told} and the tensors are fp8_fp4"):
+    with pytest.raises(UserError, match=f"experts are stored as {declared} and the tensors are fp8_fp4"):
         check_config(Shards(folder, "here"))
