@@ -1,4 +1,4 @@
-"""Heads against each other on the same traces: paired gains, and the verdict in words."""
+"""Comparison of two heads on the same traces: paired gains, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Replayed = dict[int, list[Counts]]  # counts of every prompt, by draft length
 
 
 def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]) -> HeadComparison:
-    """Compare two heads: does `other` accept more than `base`?
+    """Return the gains of `other` over `base`, on all prompts and by domain.
 
     Args:
         names: of base and other.
-        base: its counts on the traces.
-        other: its counts on the same traces.
+        base: counts of the base head on the traces.
+        other: counts of the other head on the same traces.
         prompts: of the traces.
     """
     pooled = compare_prompts(names, base, other, prompts)
@@ -50,15 +50,15 @@ def compare_prompts(names: tuple[str, str], base: Replayed, other: Replayed, pro
         prompts=len(prompts),
         gain=gain,
         gain_by_position=paired_position_gain(base[longest], other[longest], groups),
-        verdict=verdict(names, gain[longest], longest),
+        verdict=gain_sentence(names, gain[longest], longest),
     )
 
 
-def _take(replayed: Replayed, rows: list[int]) -> Replayed:
-    return {k: [counts[i] for i in rows] for k, counts in replayed.items()}
+def _take(counts: Replayed, rows: list[int]) -> Replayed:
+    return {k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()}
 
 
-def verdict(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
+def gain_sentence(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
     """Return one sentence about the gain at one draft length."""
     base, other = names
     low, high = gain.interval
@@ -73,7 +73,7 @@ def verdict(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
 
 
 def print_comparison(comparison: HeadComparison, console: Console) -> None:
-    """Print the verdict, the gain by draft length and by position, then a line a domain where there are several."""
+    """Print the verdict, the gain by draft length and by position, and a line for each of several domains."""
     console.print(comparison.verdict, style="bold", highlight=False)
     table = Table("K or k", "gain, tokens a pass at K", "would have shown", "gain in acceptance at k", box=None)
     for k, gain in comparison.gain.items():

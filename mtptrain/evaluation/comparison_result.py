@@ -1,4 +1,4 @@
-"""The content of comparison.json as types: heads against each other on the same traces."""
+"""The content of comparison.json as types: a comparison of heads on the same traces."""
 
 # K draft length
 
@@ -41,7 +41,7 @@ class PromptGains:
     Attributes:
         prompts: their number.
         gain: in acceptance length, by draft length.
-        gain_by_position: in conditional acceptance at the longest K; None where a resample never reached a position.
+        gain_by_position: in conditional acceptance at the longest K; None if a resample never reached the position.
         verdict: one sentence about the longest K.
     """
 

@@ -83,7 +83,7 @@ class TeacherForced:
 
     Attributes:
         alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
-        top1: share of tokens where both have the same first choice.
+        top1: share of tokens with the same first choice of both.
         tokens: tokens behind these means.
     """
 
@@ -165,7 +165,7 @@ class Calibration:
         draft_length: K.
         ece: expected calibration error; this and the means are None if nothing was verified.
         confidence, acceptance: means.
-        bins: the bins that hold anything.
+        bins: the bins that are not empty.
     """
 
     draft_length: int
@@ -224,7 +224,7 @@ class HeadResult:
         per_prompt: by draft length, an entry for every prompt in their order.
         domains: by domain, at the longest draft length.
         breakdown, calibration, thresholds: at the longest draft length.
-        loop: of the prompts that were really decoded, by draft length, smallest batch.
+        loop: of the prompts that the loop decoded, by draft length, smallest batch.
         samples: some of the decoded texts.
     """
 
