@@ -30,7 +30,7 @@ def examine_tensors(
         tensors: our `mtp.{d}.*`; of a release, the readable ones.
         config: the backbone's.
         depth: modules that the head should have.
-        stock: tensors of the stock head, to detect untrained ones; None if the head is the stock head, or without one.
+        stock: tensors of the stock head, to detect untrained ones; None if there is none, or if it is the head itself.
         stored: problems of a release's stored tensors; if there are any, they are reported instead of the problems
             that they cause under our names.
     """

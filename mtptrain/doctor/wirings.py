@@ -110,7 +110,7 @@ def _zeroed_start(
 
 
 def _no_prefill(model: DeepseekV4ForCausalLM, prompt_length: int) -> Rollout:
-    """Return a rollout that hides the prompt's keys: a document of their own, up to the slot before the first anchor."""
+    """Return a rollout whose drafts do not see the prompt: its slots before the first anchor are another document."""
 
     def no_prefill(stack: MtpStack, embed: Embed, streams_BSND: Tensor, batch: Batch, steps: int) -> list[Tensor]:
         slot_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
@@ -163,7 +163,7 @@ WIRINGS = (
     Wiring(
         "zeroed_start",
         "a zeroed embedding at position 0, an option of vLLM",
-        "nothing where vLLM serves it; other servers do not zero the embedding, so train without.",
+        "nothing if vLLM serves it; other servers do not zero the embedding, so train without.",
         _stepwise(_zeroed_start),
     ),
     Wiring(
