@@ -7,11 +7,12 @@ from rich.table import Table
 
 from mtptrain.evaluation.comparison_result import HeadComparison, PromptGains
 from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.metrics import domain_rows, paired_gain, paired_position_gain
+from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_position_gain
 from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
 Replayed = dict[int, list[Counts]]  # counts of every prompt, by draft length
+NO_PASSES = "(no verify pass: its texts end at their first token)"
 
 
 def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]) -> HeadComparison:
@@ -25,10 +26,10 @@ def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, promp
     """
     pooled = compare_prompts(names, base, other, prompts)
     domains = {
-        domain: compare_prompts(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
+        domain: _compare_domain(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
         for domain, rows in domain_rows([prompt.domain for prompt in prompts]).items()
     }
-    worse = [domain for domain, gains in domains.items() if gains.gain[max(base)].is_clear_loss]
+    worse = [domain for domain, gains in domains.items() if gains and gains.gain[max(base)].is_clear_loss]
     warning = f"; WORSE on {', '.join(worse)}" if worse and len(domains) > 1 else ""
     return HeadComparison(
         base=names[0],
@@ -52,6 +53,13 @@ def compare_prompts(names: tuple[str, str], base: Replayed, other: Replayed, pro
         gain_by_position=paired_position_gain(base[longest], other[longest], groups),
         verdict=gain_sentence(names, gain[longest], longest),
     )
+
+
+def _compare_domain(
+    names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]
+) -> PromptGains | None:
+    """Return `compare_prompts`; None if no text of the domain needed a pass."""
+    return compare_prompts(names, base, other, prompts) if have_passes(base[max(base)]) else None
 
 
 def _take(counts: Replayed, rows: list[int]) -> Replayed:
@@ -84,7 +92,8 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
     if len(comparison.domains) > 1:
         for domain, gains in comparison.domains.items():
             style = "red" if domain in comparison.worse_on else None
-            console.print(f"{domain} ({gains.prompts} prompts): {gains.verdict}", style=style, highlight=False)
+            line = f"({gains.prompts} prompts): {gains.verdict}" if gains else NO_PASSES
+            console.print(f"{domain} {line}", style=style, highlight=False)
 
 
 def _with_interval(gain: Gain) -> str:

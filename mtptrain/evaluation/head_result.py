@@ -222,7 +222,7 @@ class HeadResult:
         teacher_forced: on held-out text.
         replay: by draft length.
         per_prompt: by draft length, an entry for every prompt in their order.
-        domains: by domain, at the longest draft length.
+        domains: by domain, at the longest draft length; None for a domain without verify passes.
         breakdown, calibration, thresholds: at the longest draft length.
         loop: of the prompts that the loop decoded, by draft length, smallest batch.
         samples: some of the decoded texts.
@@ -236,7 +236,7 @@ class HeadResult:
     teacher_forced: TeacherForced
     replay: dict[int, Acceptance]
     per_prompt: dict[int, list[Totals]]
-    domains: dict[str, Acceptance]
+    domains: dict[str, Acceptance | None]
     breakdown: Breakdown
     calibration: Calibration
     thresholds: list[Threshold]

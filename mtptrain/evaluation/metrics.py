@@ -89,12 +89,18 @@ def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
     )
 
 
-def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, Acceptance]:
-    """Return `summarize` for the prompts of each domain, in the order of their first prompts."""
-    return {
-        domain: summarize([prompts[i] for i in rows], [groups[i] for i in rows])
-        for domain, rows in domain_rows(domains).items()
-    }
+def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, Acceptance | None]:
+    """Return `summarize` for the prompts of each domain, in the order of their first prompts; None without passes."""
+    summaries: dict[str, Acceptance | None] = {}
+    for domain, rows in domain_rows(domains).items():
+        of_domain = [prompts[i] for i in rows]
+        summaries[domain] = summarize(of_domain, [groups[i] for i in rows]) if have_passes(of_domain) else None
+    return summaries
+
+
+def have_passes(prompts: list[Counts]) -> bool:
+    """Return whether any prompt needed a verify pass: without passes there is no acceptance to measure."""
+    return any(counts.passes > 0 for counts in prompts)
 
 
 def domain_rows(domains: list[str]) -> dict[str, list[int]]:
@@ -109,6 +115,17 @@ def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> G
     """Return the difference of acceptance length on the same prompts, `other` minus `base`."""
     resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
     return difference(acceptance_length(other) - acceptance_length(base), resampled_R)
+
+
+def paired_gain_by_domain(
+    base: list[Counts], other: list[Counts], groups: list[int], domains: list[str]
+) -> dict[str, Gain | None]:
+    """Return `paired_gain` for the prompts of each domain; None for a domain without passes."""
+    gains: dict[str, Gain | None] = {}
+    for domain, rows in domain_rows(domains).items():
+        old, new = ([prompts[i] for i in rows] for prompts in (base, other))
+        gains[domain] = paired_gain(old, new, [groups[i] for i in rows]) if have_passes(old) else None
+    return gains
 
 
 def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[Gain | None]:

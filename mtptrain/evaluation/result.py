@@ -136,7 +136,7 @@ class Evaluation:
         draft_length: the longest K.
         heads: one or both of the stock and the trained head, in this order.
         gain: trained minus stock by K; None with one head.
-        gain_by_domain: the same by domain at the longest K.
+        gain_by_domain: the same by domain at the longest K; an entry is None for a domain without verify passes.
         certificate: conditions under which a figure counts.
         speedup: by batch size, head and K.
         steps: by batch size and head.
@@ -151,7 +151,7 @@ class Evaluation:
     draft_length: int
     heads: list[HeadResult]
     gain: dict[int, Gain] | None
-    gain_by_domain: dict[str, Gain] | None
+    gain_by_domain: dict[str, Gain | None] | None
     certificate: Certificate
     speedup: dict[int, dict[str, dict[int, Speedup]]]
     steps: dict[int, dict[str, StepLatency]]

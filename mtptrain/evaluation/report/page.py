@@ -79,22 +79,22 @@ def _drawn(figures: dict[str, str | None]) -> Iterator[tuple[str, Markup]]:
 
 def _speed_figures(evaluation: Evaluation) -> dict[str, str | None]:
     return {
-        "Acceptance length (95 % intervals)": plots.draw_acceptance_length(evaluation),
-        "Gain over stock (95 % intervals)": plots.draw_gain(evaluation),
-        "Speed-up (bars: quartiles, dots: batches)": plots.draw_speedup(evaluation),
-        "Speed-up by batch (medians)": plots.draw_batch_speedup(evaluation),
-        "Conditional acceptance by position": plots.draw_acceptance_by_position(evaluation),
+        "Acceptance length (95 % intervals)": plots.acceptance_length(evaluation),
+        "Gain over stock (95 % intervals)": plots.gain(evaluation),
+        "Speed-up (bars: quartiles, dots: batches)": plots.speedup(evaluation),
+        "Speed-up by batch (medians)": plots.batch_speedup(evaluation),
+        "Conditional acceptance by position": plots.acceptance_by_position(evaluation),
     }
 
 
 def _loss_figures(evaluation: Evaluation) -> dict[str, str | None]:
     by_kind = {
-        f"Acceptance by {title}": plots.draw_acceptance_by(evaluation, kind) for kind, title in tables.KIND_TITLES.items()
+        f"Acceptance by {title}": plots.acceptance_by(evaluation, kind) for kind, title in tables.KIND_TITLES.items()
     }
     return {
-        "Where drafted tokens are lost": plots.draw_losses(evaluation),
+        "Where drafted tokens are lost": plots.losses(evaluation),
         **by_kind,
-        "Confidence against acceptance": plots.draw_calibration(evaluation),
+        "Confidence against acceptance": plots.calibration(evaluation),
     }
 
 

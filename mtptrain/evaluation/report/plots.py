@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_acceptance_by_position(evaluation: Evaluation) -> str:
+def acceptance_by_position(evaluation: Evaluation) -> str:
     """Draw the share of drafts kept at each position once all before it were, at the longest K."""
     length = evaluation.draft_length
     figure, axes = _canvas(f"position k in the draft (K = {length})", "share accepted", length)
@@ -56,7 +56,7 @@ def draw_acceptance_by_position(evaluation: Evaluation) -> str:
     return _svg(figure, axes, "position", "Acceptance by draft position")
 
 
-def draw_acceptance_length(evaluation: Evaluation) -> str:
+def acceptance_length(evaluation: Evaluation) -> str:
     """Draw tokens a verify pass against K, with 95 % intervals and the ceiling K+1."""
     longest = evaluation.draft_length
     figure, axes = _canvas("draft length K", "tokens a verify pass", longest)
@@ -73,7 +73,7 @@ def draw_acceptance_length(evaluation: Evaluation) -> str:
     return _svg(figure, axes, "length", "Acceptance length against draft length")
 
 
-def draw_gain(evaluation: Evaluation) -> str | None:
+def gain(evaluation: Evaluation) -> str | None:
     """Draw trained minus stock acceptance length against K, with 95 % intervals; None without two heads."""
     if not evaluation.gain:
         return None
@@ -86,7 +86,7 @@ def draw_gain(evaluation: Evaluation) -> str | None:
     return _svg(figure, axes, "gain", "Gain of the trained head over the stock head")
 
 
-def draw_speedup(evaluation: Evaluation) -> str:
+def speedup(evaluation: Evaluation) -> str:
     """Draw tokens/s over plain decoding against K at the smallest batch: median, quartiles, batches, prediction."""
     figure, axes = _canvas("draft length K", "speed-up over plain", evaluation.draft_length)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="break-even")
@@ -105,7 +105,7 @@ def draw_speedup(evaluation: Evaluation) -> str:
     return _svg(figure, axes, "speedup", "Speed-up on the clock against draft length")
 
 
-def draw_batch_speedup(evaluation: Evaluation) -> str | None:
+def batch_speedup(evaluation: Evaluation) -> str | None:
     """Draw the last head's speed-up against the batch, a line a K, with break-even; None with one batch size."""
     sizes = sorted(evaluation.speedup)
     if len(sizes) < 2:
@@ -124,7 +124,7 @@ def draw_batch_speedup(evaluation: Evaluation) -> str | None:
     return _svg(figure, axes, "batches", "Speed-up on the clock against the batch")
 
 
-def draw_calibration(evaluation: Evaluation) -> str:
+def calibration(evaluation: Evaluation) -> str:
     """Draw acceptance of drafted tokens against the head's confidence in them, with the diagonal."""
     figure, axes = _canvas("head's confidence", "share accepted", 1)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
@@ -135,14 +135,14 @@ def draw_calibration(evaluation: Evaluation) -> str:
     return _svg(figure, axes, "calibration", "Acceptance against the head's confidence")
 
 
-def draw_losses(evaluation: Evaluation) -> str:
+def losses(evaluation: Evaluation) -> str:
     """Draw the share of the lost drafted tokens by class of the text's token, a bar a head."""
     kind = BucketKind.token_class
     figure, axes = _bars(evaluation, kind, lambda bucket: bucket.lost_share, "share of the lost tokens")
     return _svg(figure, axes, "losses", "Where drafted tokens are lost")
 
 
-def draw_acceptance_by(evaluation: Evaluation, kind: BucketKind) -> str | None:
+def acceptance_by(evaluation: Evaluation, kind: BucketKind) -> str | None:
     """Draw the share accepted of the drafted tokens in each bucket of a kind, a bar a head; None with one bucket."""
     if len(reached_buckets(evaluation, kind)) < 2:
         return None
