@@ -1,4 +1,4 @@
-"""Where acceptance is lost: buckets against plain sums, and their sums against the totals of replay."""
+"""Buckets of drafted tokens against plain sums, and their sums against the totals of replay."""
 
 from dataclasses import replace
 
@@ -137,7 +137,7 @@ def test_calibration_is_the_plain_mean_over_verified_steps() -> None:
     assert calibration.ece == pytest.approx(ece)
 
 
-def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
+def test_a_head_as_accurate_as_its_confidence_is_calibrated() -> None:
     rng = np.random.default_rng(6)
     confidence_KN = rng.random((1, 40_000))
     top1_match_KN = (rng.random((1, 40_000)) < confidence_KN).astype(np.float64)
