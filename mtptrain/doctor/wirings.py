@@ -156,7 +156,7 @@ WIRINGS = (
     ),
     Wiring(
         "no_prefill",
-        "no keys of the prompt, only of what comes after its last token",
+        "no keys of the prompt, only of the tokens after its last one",
         "train on whole documents, and run the module over the prompt before the first draft.",
         _no_prefill,
     ),

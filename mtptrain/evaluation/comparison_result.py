@@ -41,7 +41,7 @@ class PromptGains:
     Attributes:
         prompts: their number.
         gain: in acceptance length, by draft length.
-        gain_by_position: in conditional acceptance at the longest K; None if a resample never reached the position.
+        gain_by_position: in conditional acceptance at the longest K; None if a resample never reached it.
         verdict: one sentence about the longest K.
     """
 
@@ -58,7 +58,7 @@ class HeadComparison(PromptGains):
     Attributes:
         base, other: names of the heads.
         domains: the gains by domain; None for a domain without verify passes.
-        worse_on: domains where `other` is worse at the longest K.
+        worse_on: domains in which `other` is worse at the longest K.
     """
 
     base: str

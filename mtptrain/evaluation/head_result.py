@@ -62,7 +62,7 @@ class Acceptance:
         drafted: drafts that had a token at position k before the text ended; None if unknown.
         reached: drafts whose first k - 1 tokens were kept, so that position k was verified.
         accepted: drafts whose token k was kept, too.
-        conditional: accepted / reached; None where position k was never reached.
+        conditional: accepted / reached; None if position k was never reached.
         unconditional: accepted / drafted; None if unknown.
     """
 
