@@ -11,8 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mtptrain.evaluation.report import breakdown_tables
-from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report import breakdown_tables, plots
 from mtptrain.evaluation.report.headline import (
     backbone_text,
     certificate_details,
