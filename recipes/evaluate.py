@@ -20,7 +20,7 @@ from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import Replayed
 from mtptrain.evaluation.head_result import Gain, HeadResult
 from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
-from mtptrain.evaluation.metrics import by_domain, domain_rows, paired_gain, summarize, totals
+from mtptrain.evaluation.metrics import by_domain, paired_gain, paired_gain_by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
@@ -112,18 +112,15 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
 
 def compare_with_stock(
     replays: dict[str, Replayed], traces: list[Trace]
-) -> tuple[dict[int, Gain] | None, dict[str, Gain] | None]:
+) -> tuple[dict[int, Gain] | None, dict[str, Gain | None] | None]:
     """Gain of the trained head over the stock head by K, and by domain at the longest K; None without both."""
     if not {"stock", "trained"} <= set(replays):
         return None, None
     stock, trained = replays["stock"], replays["trained"]
     groups, longest = [trace.prompt.group for trace in traces], max(stock)
     gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
-    gain_by_domain = {}
-    for domain, rows in domain_rows([trace.prompt.domain for trace in traces]).items():
-        base, other = ([counts[longest][i] for i in rows] for counts in (stock, trained))
-        gain_by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
-    return gain, gain_by_domain
+    domains = [trace.prompt.domain for trace in traces]
+    return gain, paired_gain_by_domain(stock[longest], trained[longest], groups, domains)
 
 
 def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:

@@ -1,1 +1,1 @@
-"""Whether an evaluation's figures count: the output is the backbone's own and replay counts what decoding does."""
+"""Checks that must pass before figures count: output equal to the backbone's own, and replay equal to decoding."""

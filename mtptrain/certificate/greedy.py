@@ -1,4 +1,4 @@
-"""The certificate of an evaluation: the output is the backbone's own, and replay counts what the loop does."""
+"""The certificate of greedy loops: their texts equal plain decoding, and their passes equal those of replay."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from mtptrain.decoding.results import Decoded, VerifyPass
 from mtptrain.evaluation.certificate_result import GreedyIdentity, PassDifference, ReplayEqualsLoop, TextDifference
 
-# fp32 logits of one batched verify and of single steps were seen to differ by 1.3e-5; bf16 logits tie exactly.
+# Measured: fp32 logits of one batched verify and of single steps differ by up to 1.3e-5; bf16 logits tie exactly.
 TIE_GAP = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True, slots=True)
 class LoopRun:
-    """One speculative decoding that was really run, beside what it must agree with.
+    """One real run of speculative decoding, with its two references.
 
     Attributes:
         head: name of the head.
         prompt: number of the prompt.
         draft_length: K.
-        plain: the backbone's own decoding of the prompt.
+        plain: plain decoding of the prompt by the backbone.
         loop: the speculative decoding.
-        replayed: replay's passes on the loop's own text; None where replay cannot tell what is drafted.
+        replayed: replay's passes on the loop's own text; None if replay cannot know the drafted tokens.
     """
 
     head: str
@@ -33,7 +33,7 @@ class LoopRun:
 
 
 def first_difference(run: LoopRun) -> tuple[int, float] | None:
-    """Position and top-2 gap of plain decoding where the two texts part, or None where they are the same."""
+    """Return the position where the two texts part and the top-2 gap of plain decoding there; None for equal texts."""
     if run.loop.tokens == run.plain.tokens:
         return None
     pairs = zip(run.plain.tokens, run.loop.tokens, strict=False)
@@ -45,8 +45,7 @@ def first_difference(run: LoopRun) -> tuple[int, float] | None:
 def certify_greedy(runs: list[LoopRun], dtype: str) -> tuple[GreedyIdentity, ReplayEqualsLoop]:
     """Compare every real greedy run with plain decoding and with replay.
 
-    A text may part from plain decoding only where the backbone's two largest logits tie numerically, and the tie is
-    reported.
+    A text may part from plain decoding only at a numerical tie of the backbone's two largest logits; ties are reported.
 
     Args:
         runs: the real runs.

@@ -1,4 +1,4 @@
-"""The real decoding loop on some prompts: its counts, and what the certificate compares them with."""
+"""Runs of the real decoding loop: their counts, their certificate and samples of their texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.certificate.greedy import LoopRun, certify_greedy
-from mtptrain.certificate.sampled import certify_law, sampled_run
+from mtptrain.certificate.sampled import certify_pass_counts, sampled_run
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded
 from mtptrain.evaluation.certificate_result import GreedyIdentity, PassCountTest, ReplayEqualsLoop
@@ -23,7 +23,7 @@ from mtptrain.traces.file import Trace
 
 
 def loop_totals(runs: list[BatchRuns], head: str, draft_length: int) -> Totals:
-    """Return passes, emitted tokens and acceptance length of one head's real runs."""
+    """Return passes, emitted tokens and acceptance length of the real runs of one head."""
     rows = [row for run in runs for row in run.speculative[head, draft_length].rows]
     return totals([count_passes(row.passes, draft_length) for row in rows])
 
@@ -31,7 +31,7 @@ def loop_totals(runs: list[BatchRuns], head: str, draft_length: int) -> Totals:
 def loop_drafts(
     model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
 ) -> list[ReplayDrafts]:
-    """A head's drafts on the texts that its own loop emitted."""
+    """Return a head's drafts on the texts that its own loop emitted; `key` is head and K."""
     texts: list[Trace] = []
     for run in runs:
         for trace, row in zip(run.traces, run.speculative[key].rows, strict=True):
@@ -60,13 +60,13 @@ def certify_sampled_runs(
     for name, k in runs[0].speculative:
         for _, row, drafts in _rows_and_drafts(model, stacks[name], runs, (name, k), policy):
             loops.append(sampled_run(name, k, len(row.passes), drafts, policy))
-    return certify_law(loops)
+    return certify_pass_counts(loops)
 
 
 def _rows_and_drafts(
     model: DeepseekV4ForCausalLM, stack: MtpStack, runs: list[BatchRuns], key: tuple[str, int], policy: Policy
 ) -> Iterator[tuple[Decoded, Decoded, ReplayDrafts]]:
-    """Every prompt's plain and speculative text, and the head's drafts on the latter; `key` is head and K."""
+    """Yield every prompt's plain and speculative text, and the head's drafts on the latter; `key` is head and K."""
     drafts = iter(loop_drafts(model, stack, runs, key, policy))
     for run in runs:
         for plain, row in zip(run.plain[0].rows, run.speculative[key].rows, strict=True):
@@ -76,7 +76,7 @@ def _rows_and_drafts(
 def sample_texts(
     tokenizer: Tokenizer, runs: list[BatchRuns], head: str, draft_length: int, count: int = 3
 ) -> list[Sample]:
-    """Return some texts that the loop emitted, cut into pieces by where their tokens came from."""
+    """Return some texts that the loop emitted, cut into pieces by the origin of their tokens."""
     rows = [
         (trace, row)
         for run in runs
@@ -93,20 +93,20 @@ def sample_texts(
 
 
 def _pieces(tokenizer: Tokenizer, row: Decoded) -> list[Piece]:
-    """The text token by token; a rejected draft stands before the verifier's own token."""
+    """Return the text token by token; a rejected draft stands before the verifier's token."""
     kinds: list[tuple[PieceKind, int | None]] = [(PieceKind.bonus, None)]
     for record, rejected in zip(row.passes, row.rejected, strict=True):
-        own = record.emitted - record.accepted  # none where the text ended with a draft
-        kinds += [(PieceKind.accepted, None)] * record.accepted + [(PieceKind.bonus, rejected)] * own
+        bonus = record.emitted - record.accepted  # 0 if the text ended with a draft
+        kinds += [(PieceKind.accepted, None)] * record.accepted + [(PieceKind.bonus, rejected)] * bonus
     pieces: list[Piece] = []
-    done = ""
+    decoded = ""
     for end, (kind, rejected) in enumerate(kinds, start=1):
         if rejected is not None:
             wrong = tokenizer.decode([*row.tokens[: end - 1], rejected], skip_special_tokens=False)
-            pieces.append(Piece(wrong.removeprefix(done).replace("\ufffd", ""), PieceKind.rejected))
+            pieces.append(Piece(wrong.removeprefix(decoded).replace("\ufffd", ""), PieceKind.rejected))
         text = tokenizer.decode(row.tokens[:end], skip_special_tokens=False)
         if text.endswith("\ufffd"):
             continue  # the bytes of a character are not complete yet
-        pieces.append(Piece(text[len(done) :], kind))
-        done = text
+        pieces.append(Piece(text[len(decoded) :], kind))
+        decoded = text
     return pieces

@@ -1,7 +1,7 @@
-"""Replay against the loop where tokens are sampled: an exact test of the number of passes, given the loop's own text.
+"""The pass count test: an exact test of the number of passes of sampled loops, given the loops' own texts.
 
-Given the text, the number of passes of a lossless loop has a known mean and variance (`expected.pass_moments`), prompts
-being independent. So z = sum(passes - mean) / sqrt(sum variance) is standard normal for many prompts, if loop and
+Given the text, the number of passes of a lossless loop has a known mean and variance (`markov.pass_moments`), and
+prompts are independent. So z = sum(passes - mean) / sqrt(sum variance) is standard normal for many prompts, if loop and
 replay are the same process.
 """
 
@@ -16,19 +16,19 @@ from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.markov import pass_moments
 from mtptrain.replay.replay import trace_chances
 
-LEVEL = 1e-4  # of all tests together: an evaluation is run often, and a false alarm costs trust
+LEVEL = 1e-4  # of all tests together: evaluations run often, and a false alarm costs trust
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRun:
-    """Passes of one loop that was really run, beside their law given its text.
+    """Passes of one real loop, with the moments of their distribution given its text.
 
     Attributes:
         head: name of the head.
         draft_length: K.
-        passes: what the loop made.
-        mean: what replay expects on the loop's own text.
-        variance: of the passes, given that text.
+        passes: number of passes of the loop.
+        mean: expected number by replay on the loop's own text.
+        variance: of the number, given that text.
     """
 
     head: str
@@ -39,21 +39,21 @@ class SampledRun:
 
 
 def sampled_run(head: str, draft_length: int, passes: int, drafts: ReplayDrafts, policy: Policy) -> SampledRun:
-    """A loop's passes beside their law.
+    """Return a loop's number of passes with the moments that replay expects.
 
     Args:
         head: name of the head.
         draft_length: K.
-        passes: what the loop made.
-        drafts: of the loop's own text, which carries the probabilities that the policy gave its tokens.
+        passes: number of passes of the loop.
+        drafts: on the loop's own text, with its tokens' probabilities under the policy.
         policy: of the loop.
     """
     mean_L, variance_L = pass_moments(trace_chances(drafts, policy).reach_KN)
     return SampledRun(head, draft_length, passes, float(mean_L[draft_length - 1]), float(variance_L[draft_length - 1]))
 
 
-def certify_law(runs: list[SampledRun]) -> PassCountTest:
-    """Test every head and draft length; passes when none is off at a level of 1e-4 for all together."""
+def certify_pass_counts(runs: list[SampledRun]) -> PassCountTest:
+    """Test every head and draft length; pass if no test rejects at a level of 1e-4 for all together."""
     groups: dict[tuple[str, int], list[SampledRun]] = {}
     for run in runs:
         groups.setdefault((run.head, run.draft_length), []).append(run)
@@ -65,7 +65,7 @@ def certify_law(runs: list[SampledRun]) -> PassCountTest:
 def _test(head: str, draft_length: int, runs: list[SampledRun]) -> PassCount:
     passes, expected = sum(run.passes for run in runs), sum(run.mean for run in runs)
     error = math.sqrt(sum(run.variance for run in runs))
-    # Rounding of sums over a text, not chance: below it the number of passes is certain.
+    # A smaller error is rounding of sums over a text, not chance: the number of passes is certain.
     if error < 1e-6 * max(1, passes):
         z, p_value = None, 1.0 if abs(passes - expected) < 1e-6 * max(1, passes) else 0.0
     else:

@@ -1,1 +1,1 @@
-"""What is wrong with a head: its tensors, its wiring."""
+"""Diagnosis of a head: faults of its tensors, and the wiring that it fits best."""

@@ -1,4 +1,4 @@
-"""Which wiring a head fits best, and what to say about it."""
+"""The diagnosis of a head: acceptance under every wiring, the faults, and their remedies in words."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ NO_HEAD = 1.05  # tokens a pass below which a head drafts nothing worth verifyin
 def replay_wiring(
     model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace], steps: int, wiring: Wiring
 ) -> Replayed:
-    """Counts of greedy drafts under a wiring, by draft length; prompts of one length together."""
+    """Return the counts of greedy drafts under a wiring, by draft length.
+
+    Prompts of one length are replayed together, so the counts stand in the order of the traces only if the traces are
+    sorted by the length of their prompts.
+    """
     counts: Replayed = {k: [] for k in range(1, steps + 1)}
     for length in sorted({len(trace.prompt.tokens) for trace in traces}):
         group = [trace for trace in traces if len(trace.prompt.tokens) == length]
         drafts = draft_traces(model, stack, group, steps, Policy(), wiring.build(model, length))
-        for k, found in replay_all(drafts, Policy()).items():
-            counts[k] += found
+        for k, of_group in replay_all(drafts, Policy()).items():
+            counts[k] += of_group
     return counts
 
 
@@ -69,7 +73,7 @@ def best_wiring(against_right: dict[str, Gain]) -> str:
 
 
 def diagnose(tensors: TensorFaults, wirings: list[WiringResult] | None, controls: DoctorControls | None) -> Diagnosis:
-    """Return the verdict in words.
+    """Return the verdict in words, with findings and remedies.
 
     Args:
         tensors: of `examine_tensors`.
@@ -77,18 +81,19 @@ def diagnose(tensors: TensorFaults, wirings: list[WiringResult] | None, controls
         controls: None likewise.
     """
     findings = _tensor_findings(tensors) + _control_findings(controls)
-    best, alike, told = None, [], ""
+    best, alike, likeness = None, [], ""
     if wirings is not None:
         best = best_wiring({row.wiring: row.against_right for row in wirings})
         findings += _wiring_findings(wirings, best)
         alike = [row.wiring for row in wirings if row.wiring != best and not row.against_best.is_clear_loss]
-        told = f"; no difference between {_joined(alike, best)} on these prompts" if alike else ""
+        likeness = f"; no difference between {_joined(alike, best)} on these prompts" if alike else ""
     verdict = (
-        f"nothing is wrong with this head: its tensors are sound and no wiring fits it better than the right one{told}"
+        "nothing is wrong with this head: its tensors are sound and no wiring fits it better than the right one"
+        f"{likeness}"
     )
     if findings:
         fits = "" if best in (None, RIGHT) else f", which fits the wiring {best} best"
-        verdict = f"something is wrong with this head{fits}{told}; what it is and what to do:"
+        verdict = f"something is wrong with this head{fits}{likeness}; faults and remedies:"
     return Diagnosis(healthy=not findings, best=best, alike=alike, verdict=verdict, findings=findings)
 
 
@@ -96,13 +101,13 @@ def _control_findings(controls: DoctorControls | None) -> list[str]:
     if controls is None:
         return []
     passed = {"shifted_target": controls.shifted_target.passed, "all_accept": controls.all_accept.passed}
-    return [f"The control {name} failed: do not trust these numbers." for name, fine in passed.items() if not fine]
+    return [f"The control {name} failed: do not trust these numbers." for name in passed if not passed[name]]
 
 
 def _tensor_findings(tensors: TensorFaults) -> list[str]:
     faults = [
         ("missing", tensors.missing, "Export or convert the head again; no name may be dropped."),
-        ("unexpected", tensors.unexpected, "They belong to another model or naming; servers skip them without a word."),
+        ("unexpected", tensors.unexpected, "They belong to another model or naming; servers skip them silently."),
         ("misshaped", tensors.misshaped, "The head belongs to another backbone, or was converted wrongly."),
         (
             "non-finite",
@@ -119,15 +124,15 @@ def _tensor_findings(tensors: TensorFaults) -> list[str]:
 
 
 def _wiring_findings(rows: list[WiringResult], best: str) -> list[str]:
-    """What is wrong with how the head is fed, or with a head that no wiring makes draft."""
+    """Return the fault of the best wiring, or of a head that drafts under no wiring."""
     right = rows[0].acceptance_length
     if best != RIGHT:
         row = next(row for row in rows if row.wiring == best)
         remedy = next(wiring.remedy for wiring in WIRINGS if wiring.name == best)
         (low, high), gain = row.against_right.interval, row.against_right.gain
         return [
-            f"The head fits best with {row.feeds}: fed so it accepts {gain:.2f} more tokens a pass ({low:.2f} to "
-            f"{high:.2f}) than as servers feed it. Where training feeds it so: {remedy}"
+            f"The head fits best with {row.feeds}. It then accepts {gain:.2f} more tokens a pass ({low:.2f} to "
+            f"{high:.2f}) than with the inputs that servers give it. If training feeds it like this: {remedy}"
         ]
     if right < NO_HEAD:
         return [
@@ -138,11 +143,12 @@ def _wiring_findings(rows: list[WiringResult], best: str) -> list[str]:
 
 
 def _joined(alike: list[str], best: str) -> str:
-    """["own_keys", "right"], "no_prefill" -> own_keys, the right wiring and no_prefill."""
+    """Join names: ["own_keys", "right"], "no_prefill" -> own_keys, the right wiring and no_prefill."""
     names = ["the right wiring" if name == RIGHT else name for name in [*alike, best]]
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _listed(names: list[str]) -> str:
+    """Join the first five names, and count the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -13,13 +13,13 @@ DOCTOR_SCHEMA = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFaults:
-    """Faults of a head's tensors: names, some with what is wrong.
+    """Faults of a head's tensors: names, some with a description of the fault.
 
     Attributes:
         expected: number of tensors that the head should have.
         missing, unexpected, misshaped, non_finite, zero: errors.
         constant, same_as_stock, same_as_depth_before: may be intended.
-        is_dspark: they look like DSpark blocks.
+        is_dspark: the tensors look like DSpark blocks.
         errors: number of names of the five kinds of errors.
     """
 
@@ -42,7 +42,7 @@ class WiringResult:
 
     Attributes:
         wiring: its name.
-        feeds: what the module gets, in words.
+        feeds: inputs of the module, in words.
         acceptance_length: at the longest draft length.
         interval: 95 % bootstrap interval.
         against_right: gain over the right wiring.
@@ -70,9 +70,9 @@ class Diagnosis:
     """The verdict about a head.
 
     Attributes:
-        healthy: nothing is wrong.
+        healthy: no fault was found.
         best: the wiring that the head fits best; None if none was measured.
-        alike: wirings that these prompts do not distinguish from it.
+        alike: wirings that these prompts do not distinguish from the best.
         verdict: one sentence.
         findings: faults and their remedies.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with the tensors of a head before anything is computed with them."""
+"""Faults of a head's tensors, detected before any computation with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtptrain.release.problems import Problems
 
 
 def expected_shapes(config: DeepseekV4Config, depth: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of `depth` modules by our names `mtp.{d}.*`."""
+    """Return the shapes of `depth` modules by our names `mtp.{d}.*`."""
     return {f"mtp.{d}.{name}": shape for d in range(depth) for name, shape in our_shapes(config).items()}
 
 
@@ -27,30 +27,31 @@ def examine_tensors(
     """Return the faults of a head's tensors.
 
     Args:
-        tensors: our `mtp.{d}.*`; of a release, those that could be read.
+        tensors: our `mtp.{d}.*`; of a release, the readable ones.
         config: the backbone's.
         depth: modules that the head should have.
-        stock: those of the stock head, to tell what was never trained; None where they are the same or there is none.
-        stored: what is wrong with a release's own tensors, which then stands in place of what that makes wrong here.
+        stock: tensors of the stock head, to detect untrained ones; None if there is none, or if it is the head itself.
+        stored: problems of a release's stored tensors; if there are any, they are reported instead of the problems
+            that they cause under our names.
     """
     shapes = expected_shapes(config, depth)
-    found = {name: tensor for name, tensor in tensors.items() if name in shapes}
-    # torch does not say which one-byte floats are finite.
-    sound = {name: tensor for name, tensor in found.items() if bool(tensor.float().isfinite().all())}
+    known = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    # As float32, because isfinite is not implemented for float8.
+    finite = {name: tensor for name, tensor in known.items() if bool(tensor.float().isfinite().all())}
     # Vectors may be all zero at the start (biases) or all one (norms); a matrix of zeros cuts the network in two.
-    zero = [name for name, tensor in sound.items() if tensor.ndim > 1 and not bool(tensor.any())]
-    own = Problems(
+    zero = [name for name, tensor in finite.items() if tensor.ndim > 1 and not bool(tensor.any())]
+    derived = Problems(
         missing=[name for name in shapes if name not in tensors],
         unexpected=sorted(set(tensors) - set(shapes)),
         misshaped=[
             f"{name} {list(tensor.shape)} instead of {list(shapes[name])}"
-            for name, tensor in found.items()
+            for name, tensor in known.items()
             if tuple(tensor.shape) != shapes[name]
         ],
-        damaged=[name for name in found if name not in sound],
+        damaged=[name for name in known if name not in finite],
         expected=len(shapes),
     )
-    problems = stored if stored is not None and stored.any() else own
+    problems = stored if stored is not None and stored.any() else derived
     errors = (problems.missing, problems.unexpected, problems.misshaped, problems.damaged, zero)
     return TensorFaults(
         expected=problems.expected,
@@ -59,9 +60,9 @@ def examine_tensors(
         misshaped=problems.misshaped,
         non_finite=problems.damaged,
         zero=zero,
-        constant=[name for name, t in sound.items() if t.numel() > 1 and name not in zero and _is_constant(t)],
-        same_as_stock=[name for name, tensor in sound.items() if _same(tensor, (stock or {}).get(name))],
-        same_as_depth_before=[name for name, t in sound.items() if _same(t, found.get(_depth_before(name)))],
+        constant=[name for name, t in finite.items() if t.numel() > 1 and name not in zero and _is_constant(t)],
+        same_as_stock=[name for name, tensor in finite.items() if _same(tensor, (stock or {}).get(name))],
+        same_as_depth_before=[name for name, t in finite.items() if _same(t, known.get(_depth_before(name)))],
         is_dspark=stored is not None and stored.is_dspark,
         errors=sum(map(len, errors)),
     )
@@ -76,5 +77,6 @@ def _same(tensor: Tensor, other: Tensor | None) -> bool:
 
 
 def _depth_before(name: str) -> str:
+    """Return the name of the same tensor one module before."""
     _, depth, rest = name.split(".", 2)
     return f"mtp.{int(depth) - 1}.{rest}"

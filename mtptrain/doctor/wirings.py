@@ -1,7 +1,7 @@
-"""The right wiring of a head, and the usual wrong ones: what a rollout feeds the module, changed in one place.
+"""The right wiring of a head, and the usual wrong ones: rollouts that change one input of the module.
 
-A head works best when it is fed as in training. So the wiring under which an unknown head accepts most is a hint, not a
-proof, at how its inputs were made there, or which of them its server mixes up.
+A head works best with the inputs of its training. So the wiring under which an unknown head accepts most is a hint, not
+a proof, at how training made its inputs, or which of them its server mixes up.
 """
 
 # B rows, S slots, N residual streams, D model width, K draft steps
@@ -31,9 +31,9 @@ class Wiring:
 
     Attributes:
         name: short, for tables and doctor.json.
-        feeds: what the module gets, in words that complete "the head fits best with ...".
-        remedy: what to do where training feeds a head so, in words that go on after a colon.
-        build: the rollout of this wiring, for a backbone and rows whose prompts have one length, in tokens.
+        feeds: inputs of the module, in words that complete "the head fits best with ...".
+        remedy: remedy if training feeds a head like this, in words that follow a colon.
+        build: returns the rollout of this wiring, for a backbone and the common length of the prompts, in tokens.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Wiring:
 
 
 def _stepwise(run_step: Step) -> Callable[[DeepseekV4ForCausalLM, int], Rollout]:
-    """A wiring that changes what each step is computed from."""
+    """Return the builder of a wiring that changes the inputs of each step."""
     return lambda model, prompt_length: partial(rollout, run_step=run_step)
 
 
 def _shifted_embedding(offset: int) -> Callable[[DeepseekV4ForCausalLM, int], Rollout]:
-    """Step k at anchor i gets token t_{i+k+offset} instead of t_{i+k}."""
+    """Return the builder of a wiring where step k at anchor i gets token t_{i+k+offset} instead of t_{i+k}."""
 
     def shifted(stack: MtpStack, embed: Embed, streams_BSND: Tensor, batch: Batch, steps: int) -> list[Tensor]:
         return rollout(stack, lambda token_BS: embed(token_BS.roll(-offset, dims=1)), streams_BSND, batch, steps)
@@ -57,7 +57,7 @@ def _shifted_embedding(offset: int) -> Callable[[DeepseekV4ForCausalLM, int], Ro
 
 
 def _post_norm(model: DeepseekV4ForCausalLM, prompt_length: int) -> Rollout:
-    """Every step gets norm(hc_head(state)) of the step before, repeated over the streams."""
+    """Return a rollout where each step gets norm(hc_head(state)) of the step before, repeated over the streams."""
 
     def post_norm(stack: MtpStack, embed: Embed, streams_BSND: Tensor, batch: Batch, steps: int) -> list[Tensor]:
         def run_step(
@@ -91,9 +91,9 @@ def _repeated(hidden_BSD: Tensor, state_BSND: Tensor) -> Tensor:
 def _own_keys(
     block: MtpBlock, step: int, embedding: Tensor, state: Tensor, position: Tensor, attend: StepAttention
 ) -> Tensor:
-    own = StepAttention(block, attend.segment_BS, [])
-    state = block(embedding, state, position, own)
-    attend.key_BSC = own.key_BSC
+    step_attention = StepAttention(block, attend.segment_BS, [])
+    state = block(embedding, state, position, step_attention)
+    attend.key_BSC = step_attention.key_BSC
     return state
 
 
@@ -110,7 +110,7 @@ def _zeroed_start(
 
 
 def _no_prefill(model: DeepseekV4ForCausalLM, prompt_length: int) -> Rollout:
-    """Keys of the prompt, but for its last slot, where the first draft starts, are a document of their own."""
+    """Return a rollout whose drafts do not see the prompt: its slots before the first anchor are another document."""
 
     def no_prefill(stack: MtpStack, embed: Embed, streams_BSND: Tensor, batch: Batch, steps: int) -> list[Tensor]:
         slot_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
@@ -156,14 +156,14 @@ WIRINGS = (
     ),
     Wiring(
         "no_prefill",
-        "no keys of the prompt, only of what comes after its last token",
+        "no keys of the prompt, only of the tokens after its last one",
         "train on whole documents, and run the module over the prompt before the first draft.",
         _no_prefill,
     ),
     Wiring(
         "zeroed_start",
         "a zeroed embedding at position 0, an option of vLLM",
-        "nothing where vLLM serves it; other servers do not zero the embedding, so train without.",
+        "nothing if vLLM serves it; other servers do not zero the embedding, so train without.",
         _stepwise(_zeroed_start),
     ),
     Wiring(

@@ -1,15 +1,15 @@
-"""Where acceptance comes from and where it is lost: sums of replay's chances over kinds of drafted tokens.
+"""Sources and losses of acceptance: replay's chances by kind of drafted token, by confidence and by threshold.
 
 Step k of a draft at anchor n is verified with chance visit(n) begun_k(n) and kept with chance visit(n) r_k(n). Every
-count is a sum of these over steps and anchors, so the buckets of any kind add up to the totals of replay. A miss at
-position k loses the tokens k, k + 1, ... of the draft that lay inside the text; where no threshold stops drafts, lost
+count is a sum of these over steps and anchors, so the buckets of any kind add up to the totals of replay. A rejection
+at position k loses the tokens k, k + 1, ... of the draft that lay inside the text; if no threshold stops drafts, lost
 and accepted tokens together are the drafted ones.
+
+`break_down` sorts these counts into buckets, `calibrate` compares them with the head's confidence, and
+`sweep_thresholds` replays drafts that end below a confidence.
 """
 
-
-# K draft steps, N anchors of a trace
-
-# K draft steps, N anchors, X steps of all anchors and traces
+# K draft steps, N anchors of a trace, X steps of all anchors and traces
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ from mtptrain.traces.file import Trace
 CONTEXT_EDGES = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]  # tokens before the anchor's pass
 GENERATED_EDGES = [16, 64, 256, 1024, 4096]  # tokens of the continuation before the pass
 ENTROPY_EDGES = [0.1, 0.5, 1.0, 2.0, 4.0]  # nats
+CLASSES = ["word start", "inside word", "digits", "punctuation", "whitespace", "indentation", "part of a character"]
+LOOK_BACK = 8  # tokens before, enough to see the start of a line and the end of a word
+NUM_BINS = 10  # of the confidence
+THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
 def break_down(
@@ -54,25 +58,29 @@ def break_down(
         draft_length: K.
         tokenizer: the backbone's, for the class of a token.
     """
-    cells: dict[BucketKind, dict[str, np.ndarray]] = {}
-    totals = np.zeros(3)
-    for trace, one in zip(traces, drafts, strict=True):
-        counts_3KN = _counts(one, policy, draft_length)
-        totals += counts_3KN.sum((1, 2))
-        for kind, labels_KN in _labels(trace, one, draft_length, tokenizer).items():
-            found = cells.setdefault(kind, {})
+    sums: dict[BucketKind, dict[str, np.ndarray]] = {}
+    totals_3 = np.zeros(3)
+    for trace, trace_drafts in zip(traces, drafts, strict=True):
+        counts_3KN = _counts(trace_drafts, policy, draft_length)
+        totals_3 += counts_3KN.sum((1, 2))
+        for kind, labels_KN in _labels(trace, trace_drafts, draft_length, tokenizer).items():
+            by_label = sums.setdefault(kind, {})
             for label in np.unique(labels_KN):
-                found[label] = found.get(label, np.zeros(3)) + counts_3KN[:, labels_KN == label].sum(1)
+                by_label[label] = by_label.get(label, np.zeros(3)) + counts_3KN[:, labels_KN == label].sum(1)
     order = _bucket_order(draft_length, [trace.prompt.domain for trace in traces])
     by = {
-        kind: [_bucket(label, found[label], totals) for label in order[kind] if label in found and found[label][0] > 0]
-        for kind, found in cells.items()
+        kind: [
+            _bucket(label, by_label[label], totals_3)
+            for label in order[kind]
+            if label in by_label and by_label[label][0] > 0
+        ]
+        for kind, by_label in sums.items()
     }
-    return Breakdown(draft_length, DraftedTokens(*totals.tolist()), by)
+    return Breakdown(draft_length, DraftedTokens(*totals_3.tolist()), by)
 
 
 def _counts(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarray:
-    """Expected verified, accepted and lost tokens of every step and anchor, [3, K, N]."""
+    """Return the expected verified, accepted and lost tokens of every step and anchor, [3, K, N]."""
     chances = trace_chances(drafts, policy)
     visit_N = chances.visit_LN[draft_length - 1]
     begun_KN, reach_KN = chances.begun_KN[:draft_length], chances.reach_KN[:draft_length]
@@ -84,7 +92,7 @@ def _counts(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarr
 def _labels(
     trace: Trace, drafts: ReplayDrafts, draft_length: int, tokenizer: Tokenizer
 ) -> dict[BucketKind, np.ndarray]:
-    """The bucket of every step and anchor, by kind, str [K, N]; past the end of the text they mean nothing."""
+    """Return the bucket of every step and anchor, by kind, str [K, N]; arbitrary past the end of the text."""
     num_anchors = len(drafts.p_N)
     shape = (draft_length, num_anchors)
     prompt = len(trace.prompt.tokens)
@@ -105,7 +113,7 @@ def _labels(
 
 
 def bucket_names(edges: Sequence[float]) -> list[str]:
-    """Names of the buckets between edges: [1, 4] -> below 1, 1 to 4, 4 and more."""
+    """Return names for the buckets between edges: [1, 4] -> below 1, 1 to 4, 4 and more."""
     inner = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     return [f"below {edges[0]:g}", *inner, f"{edges[-1]:g} and more"]
 
@@ -133,18 +141,52 @@ def _bucket(label: str, counts_3: np.ndarray, totals_3: np.ndarray) -> Bucket:
     )
 
 
-NUM_BINS = 10
+def classify(text: str, before: str) -> str:
+    r"""Return the class of a token from its text and the text before it.
+
+    ("def", "\n") -> word start, ("ine", "def") -> inside word, ("    ", "x:\n") -> indentation
+
+    Args:
+        text: of the token.
+        before: text of a few tokens before it, or more.
+    """
+    if not text or "\ufffd" in text:
+        return "part of a character"
+    first = text.strip()[:1]
+    if not first:
+        opens_line = not before or ("\n" in before and not before.rpartition("\n")[2].strip())
+        indents = text.rpartition("\n")[2] if "\n" in text else text * opens_line
+        return "indentation" if indents else "whitespace"
+    if first.isdigit():
+        return "digits"
+    if not (first.isalpha() or first == "_"):
+        return "punctuation"
+    continues_word = not text[0].isspace() and (before[-1:].isalnum() or before.endswith("_"))
+    return "inside word" if continues_word else "word start"
+
+
+def token_classes(tokenizer: Tokenizer, tokens: list[int], first: int) -> list[str]:
+    """Return the class of every token of a text from position `first` on."""
+    classes = []
+    for position in range(first, len(tokens)):
+        start = max(0, position - LOOK_BACK)
+        before = tokenizer.decode(tokens[start:position], skip_special_tokens=False)
+        after = tokenizer.decode(tokens[start : position + 1], skip_special_tokens=False)
+        # A tokenizer may write a token differently at the start of a text, so the difference is taken.
+        text = after[len(before) :] if after.startswith(before) else tokenizer.decode(tokens[position : position + 1])
+        classes.append(classify(text, before))
+    return classes
 
 
 def calibrate(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> Calibration:
-    """Return the reliability of the confidence over the steps that decoding verifies, weighted with the chance of each.
+    """Return the reliability of the confidence over verified steps, each weighted with its chance to be verified.
 
     Args:
         drafts: of the traces.
         policy: how drafts are verified and stopped.
         draft_length: K.
     """
-    parts = [_steps(one, policy, draft_length) for one in drafts if len(one.p_N)]
+    parts = [_steps(trace_drafts, policy, draft_length) for trace_drafts in drafts if len(trace_drafts.p_N)]
     confidence_X, acceptance_X, weight_X = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0))
     bin_X = np.minimum((confidence_X * NUM_BINS).astype(int), NUM_BINS - 1)
     bins = []
@@ -161,7 +203,7 @@ def calibrate(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> 
 
 
 def _steps(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarray:
-    """Confidence, acceptance and weight of every step of a trace, [3, X]."""
+    """Return the confidence, acceptance and weight of every step of a trace, [3, X]."""
     chances = trace_chances(drafts, policy)
     weight_KN = chances.visit_LN[draft_length - 1] * chances.begun_KN[:draft_length]
     accept_KN = acceptance_probability(drafts.p_N, drafts.q_KN[:draft_length], Verification.token)
@@ -169,7 +211,7 @@ def _steps(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> np.ndarra
 
 
 def _pooled(draft_length: int, bins: list[CalibrationBin]) -> Calibration:
-    """Means over all bins, and the expected calibration error: the mean distance of a bin from the diagonal."""
+    """Return the means over all bins, and the expected calibration error: a bin's mean distance from the diagonal."""
     total = sum(one.count for one in bins)
     if total == 0:
         return Calibration(draft_length, ece=None, confidence=None, acceptance=None, bins=bins)
@@ -182,58 +224,15 @@ def _pooled(draft_length: int, bins: list[CalibrationBin]) -> Calibration:
     )
 
 
-LOOK_BACK = 8  # tokens before, enough to see the start of a line and the end of a word
-CLASSES = ["word start", "inside word", "digits", "punctuation", "whitespace", "indentation", "part of a character"]
-
-
-def classify(text: str, before: str) -> str:
-    r"""The class of a token's text after some text.
-
-    ("def", "\n") -> word start, ("ine", "def") -> inside word, ("    ", "x:\n") -> indentation
-
-    Args:
-        text: of the token.
-        before: text before it, a few tokens at least.
-    """
-    if not text or "\ufffd" in text:
-        return "part of a character"
-    first = text.strip()[:1]
-    if not first:
-        opens_line = not before or ("\n" in before and not before.rpartition("\n")[2].strip())
-        indents = text.rpartition("\n")[2] if "\n" in text else text * opens_line
-        return "indentation" if indents else "whitespace"
-    if first.isdigit():
-        return "digits"
-    if not (first.isalpha() or first == "_"):
-        return "punctuation"
-    goes_on = not text[0].isspace() and (before[-1:].isalnum() or before.endswith("_"))
-    return "inside word" if goes_on else "word start"
-
-
-def token_classes(tokenizer: Tokenizer, tokens: list[int], first: int) -> list[str]:
-    """The class of every token of a text from place `first` on."""
-    classes = []
-    for place in range(first, len(tokens)):
-        before = tokenizer.decode(tokens[max(0, place - LOOK_BACK) : place], skip_special_tokens=False)
-        whole = tokenizer.decode(tokens[max(0, place - LOOK_BACK) : place + 1], skip_special_tokens=False)
-        # A tokenizer may write a token differently at the start of a text, so the difference is taken.
-        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens[place : place + 1])
-        classes.append(classify(text, before))
-    return classes
-
-
-THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8)
-
-
 def sweep_thresholds(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> list[Threshold]:
     """Return the acceptance at several confidence thresholds.
 
     Args:
-        drafts: of all traces, following the head's own drafts too.
+        drafts: of all traces, made with `free_running`.
         policy: how drafts are made and verified; its threshold is replaced.
         draft_length: K.
     """
-    return [_threshold(drafts, replace(policy, min_confidence=below), draft_length) for below in THRESHOLDS]
+    return [_threshold(drafts, replace(policy, min_confidence=limit), draft_length) for limit in THRESHOLDS]
 
 
 def _threshold(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> Threshold:

@@ -26,7 +26,7 @@ class TextDifference:
 
 @dataclass(frozen=True, slots=True)
 class PassDifference:
-    """A loop whose passes are not those of the replay."""
+    """A loop whose passes differ from those of the replay."""
 
     head: str
     prompt: int
@@ -41,9 +41,9 @@ class GreedyIdentity:
 
     Attributes:
         passed: there are no differences.
-        compared: loops.
-        identical: of them.
-        near_ties: texts that part where the two largest logits tie numerically.
+        compared: number of loops.
+        identical: number of loops with the same text.
+        near_ties: texts that part at a numerical tie of the two largest logits.
         differences: the other texts that part.
     """
 
@@ -56,7 +56,7 @@ class GreedyIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ReplayEqualsLoop:
-    """Passes of greedy loops against replay; `compared` counts the loops that replay can tell."""
+    """Passes of greedy loops against replay; `compared` counts the loops whose passes replay can know."""
 
     passed: bool
     compared: int
@@ -190,7 +190,7 @@ class Certificate:
 
     Attributes:
         passed: every part passed.
-        greedy_identity: where a run samples, of two prompts that are decoded greedily besides.
+        greedy_identity: of all loops; if the run samples, of two prompts that are also decoded greedily.
         replay_equals_loop: of the same loops.
         pass_count_test: of sampled loops; None in a greedy run.
         sampler: exact test of drafting and verification.

@@ -1,4 +1,4 @@
-"""Heads against each other on the same traces: paired gains, and the verdict in words."""
+"""Comparison of two heads on the same traces: paired gains, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from rich.table import Table
 
 from mtptrain.evaluation.comparison_result import HeadComparison, PromptGains
 from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.metrics import domain_rows, paired_gain, paired_position_gain
+from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_position_gain
 from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
 Replayed = dict[int, list[Counts]]  # counts of every prompt, by draft length
+NO_PASSES = "(no verify pass: its texts end at their first token)"
 
 
 def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]) -> HeadComparison:
-    """Compare two heads: does `other` accept more than `base`?
+    """Return the gains of `other` over `base`, on all prompts and by domain.
 
     Args:
         names: of base and other.
-        base: its counts on the traces.
-        other: its counts on the same traces.
+        base: counts of the base head on the traces.
+        other: counts of the other head on the same traces.
         prompts: of the traces.
     """
     pooled = compare_prompts(names, base, other, prompts)
     domains = {
-        domain: compare_prompts(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
+        domain: _compare_domain(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
         for domain, rows in domain_rows([prompt.domain for prompt in prompts]).items()
     }
-    worse = [domain for domain, gains in domains.items() if gains.gain[max(base)].is_clear_loss]
+    worse = [domain for domain, gains in domains.items() if gains and gains.gain[max(base)].is_clear_loss]
     warning = f"; WORSE on {', '.join(worse)}" if worse and len(domains) > 1 else ""
     return HeadComparison(
         base=names[0],
@@ -50,15 +51,22 @@ def compare_prompts(names: tuple[str, str], base: Replayed, other: Replayed, pro
         prompts=len(prompts),
         gain=gain,
         gain_by_position=paired_position_gain(base[longest], other[longest], groups),
-        verdict=verdict(names, gain[longest], longest),
+        verdict=gain_sentence(names, gain[longest], longest),
     )
 
 
-def _take(replayed: Replayed, rows: list[int]) -> Replayed:
-    return {k: [counts[i] for i in rows] for k, counts in replayed.items()}
+def _compare_domain(
+    names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]
+) -> PromptGains | None:
+    """Return `compare_prompts`; None if no text of the domain needed a pass."""
+    return compare_prompts(names, base, other, prompts) if have_passes(base[max(base)]) else None
 
 
-def verdict(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
+def _take(counts: Replayed, rows: list[int]) -> Replayed:
+    return {k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()}
+
+
+def gain_sentence(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
     """Return one sentence about the gain at one draft length."""
     base, other = names
     low, high = gain.interval
@@ -73,7 +81,7 @@ def verdict(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
 
 
 def print_comparison(comparison: HeadComparison, console: Console) -> None:
-    """Print the verdict, the gain by draft length and by position, then a line a domain where there are several."""
+    """Print the verdict, the gain by draft length and by position, and a line for each of several domains."""
     console.print(comparison.verdict, style="bold", highlight=False)
     table = Table("K or k", "gain, tokens a pass at K", "would have shown", "gain in acceptance at k", box=None)
     for k, gain in comparison.gain.items():
@@ -84,7 +92,8 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
     if len(comparison.domains) > 1:
         for domain, gains in comparison.domains.items():
             style = "red" if domain in comparison.worse_on else None
-            console.print(f"{domain} ({gains.prompts} prompts): {gains.verdict}", style=style, highlight=False)
+            line = f"({gains.prompts} prompts): {gains.verdict}" if gains else NO_PASSES
+            console.print(f"{domain} {line}", style=style, highlight=False)
 
 
 def _with_interval(gain: Gain) -> str:

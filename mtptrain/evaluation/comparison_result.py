@@ -1,4 +1,4 @@
-"""The content of comparison.json as types: heads against each other on the same traces."""
+"""The content of comparison.json as types: a comparison of heads on the same traces."""
 
 # K draft length
 
@@ -22,7 +22,7 @@ class ComparedHead:
         depth: modules.
         parameters: of all modules.
         replay: by draft length.
-        domains: by domain, at the longest draft length.
+        domains: by domain, at the longest draft length; None for a domain without verify passes.
     """
 
     name: str
@@ -31,7 +31,7 @@ class ComparedHead:
     depth: int
     parameters: int
     replay: dict[int, Acceptance]
-    domains: dict[str, Acceptance]
+    domains: dict[str, Acceptance | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class PromptGains:
     Attributes:
         prompts: their number.
         gain: in acceptance length, by draft length.
-        gain_by_position: in conditional acceptance at the longest K; None where a resample never reached a position.
+        gain_by_position: in conditional acceptance at the longest K; None if a resample never reached it.
         verdict: one sentence about the longest K.
     """
 
@@ -57,13 +57,13 @@ class HeadComparison(PromptGains):
 
     Attributes:
         base, other: names of the heads.
-        domains: the gains by domain.
-        worse_on: domains where `other` is worse at the longest K.
+        domains: the gains by domain; None for a domain without verify passes.
+        worse_on: domains in which `other` is worse at the longest K.
     """
 
     base: str
     other: str
-    domains: dict[str, PromptGains]
+    domains: dict[str, PromptGains | None]
     worse_on: list[str]
 
 

@@ -62,7 +62,7 @@ class Acceptance:
         drafted: drafts that had a token at position k before the text ended; None if unknown.
         reached: drafts whose first k - 1 tokens were kept, so that position k was verified.
         accepted: drafts whose token k was kept, too.
-        conditional: accepted / reached; None where position k was never reached.
+        conditional: accepted / reached; None if position k was never reached.
         unconditional: accepted / drafted; None if unknown.
     """
 
@@ -83,7 +83,7 @@ class TeacherForced:
 
     Attributes:
         alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
-        top1: share of tokens where both have the same first choice.
+        top1: share of tokens with the same first choice of both.
         tokens: tokens behind these means.
     """
 
@@ -165,7 +165,7 @@ class Calibration:
         draft_length: K.
         ece: expected calibration error; this and the means are None if nothing was verified.
         confidence, acceptance: means.
-        bins: the bins that hold anything.
+        bins: the bins that are not empty.
     """
 
     draft_length: int
@@ -222,9 +222,9 @@ class HeadResult:
         teacher_forced: on held-out text.
         replay: by draft length.
         per_prompt: by draft length, an entry for every prompt in their order.
-        domains: by domain, at the longest draft length.
+        domains: by domain, at the longest draft length; None for a domain without verify passes.
         breakdown, calibration, thresholds: at the longest draft length.
-        loop: of the prompts that were really decoded, by draft length, smallest batch.
+        loop: of the prompts that the loop decoded, by draft length, smallest batch.
         samples: some of the decoded texts.
     """
 
@@ -236,7 +236,7 @@ class HeadResult:
     teacher_forced: TeacherForced
     replay: dict[int, Acceptance]
     per_prompt: dict[int, list[Totals]]
-    domains: dict[str, Acceptance]
+    domains: dict[str, Acceptance | None]
     breakdown: Breakdown
     calibration: Calibration
     thresholds: list[Threshold]

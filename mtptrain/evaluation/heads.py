@@ -1,4 +1,6 @@
-"""A head that is measured, and its teacher-forced figures on held-out text."""
+"""The inputs of a measurement: a head and its teacher-forced figures, and the prompts and policy as results."""
+
+# K draft steps, T targets
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ class Head:
 
     Attributes:
         name: `stock` or `trained`.
-        checkpoint: where it came from.
+        checkpoint: folder of the checkpoint, or `stock`.
         mode: `shared` or `stacked`.
         stack: its modules, in eval mode.
     """
@@ -38,7 +40,7 @@ class Head:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all modules."""
+        """Number of parameters of all modules."""
         return sum(p.numel() for p in self.stack.parameters())
 
 
@@ -46,7 +48,7 @@ class Head:
 def teacher_forced(
     model: DeepseekV4ForCausalLM, stack: MtpStack, corpus: TokenizedCorpus, row_length: int, max_rows: int, steps: int
 ) -> TeacherForced:
-    """Return the acceptance sum_v min(p, q) and agreement of the top token on a corpus, by draft step.
+    """Return the acceptance sum_v min(p, q) and the share of top-1 matches on a corpus, by draft step.
 
     Args:
         model: the backbone.

@@ -1,9 +1,6 @@
-"""Acceptance figures: pure functions on the counts of prompts, real or expected."""
+"""Acceptance figures and their bootstrap intervals: pure functions on the counts of prompts, real or expected."""
 
-
-# P prompts, K draft length
-
-# P prompts, G groups, R resamples, F counts of a prompt
+# P prompts, G groups, R resamples, F counts of a prompt, K draft length
 
 from __future__ import annotations
 
@@ -14,9 +11,12 @@ import numpy as np
 from mtptrain.evaluation.head_result import Acceptance, Gain, Interval, Totals
 from mtptrain.replay.replay import Counts
 
+RESAMPLES = 2000
+DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
+
 
 def acceptance_length(prompts: list[Counts]) -> float:
-    """Tokens emitted a verify pass, the verifier's own token included: 1 = no gain, K + 1 = ceiling."""
+    """Return the tokens emitted per verify pass, the verifier's token included: 1 = no gain, K + 1 = ceiling."""
     return sum(counts.emitted for counts in prompts) / sum(counts.passes for counts in prompts)
 
 
@@ -29,12 +29,12 @@ class Positions(NamedTuple):
 
     @property
     def conditional(self) -> list[float | None]:
-        """Accepted at k of the drafts whose token k - 1 was accepted; None where that never happened."""
+        """Share accepted at k of the drafts that were verified there; None for a position never reached."""
         return [a / r if r else None for a, r in zip(self.accepted, self.reached, strict=True)]
 
     @property
     def unconditional(self) -> list[float | None]:
-        """Accepted at k of all drafts that had a position k; None if unknown."""
+        """Share accepted at k of all drafts that had a position k; None if unknown."""
         if self.drafted is None:
             return [None] * len(self.accepted)
         return [a / d if d else None for a, d in zip(self.accepted, self.drafted, strict=True)]
@@ -63,7 +63,7 @@ def passes_and_tokens(prompts: list[Counts]) -> tuple[float, float]:
 
 
 def _numbers(values: np.ndarray) -> list[float]:
-    """Plain numbers, whole ones as int: counts of a loop read as counts."""
+    """Return plain numbers, whole ones as int, so that counts of a loop are written as whole numbers."""
     return [int(value) if value.is_integer() else value for value in values.tolist()]
 
 
@@ -89,16 +89,22 @@ def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
     )
 
 
-def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, Acceptance]:
-    """Return `summarize` for the prompts of each domain, in the order of their first prompts."""
-    return {
-        domain: summarize([prompts[i] for i in rows], [groups[i] for i in rows])
-        for domain, rows in domain_rows(domains).items()
-    }
+def by_domain(prompts: list[Counts], groups: list[int], domains: list[str]) -> dict[str, Acceptance | None]:
+    """Return `summarize` for the prompts of each domain, in the order of their first prompts; None without passes."""
+    summaries: dict[str, Acceptance | None] = {}
+    for domain, rows in domain_rows(domains).items():
+        of_domain = [prompts[i] for i in rows]
+        summaries[domain] = summarize(of_domain, [groups[i] for i in rows]) if have_passes(of_domain) else None
+    return summaries
+
+
+def have_passes(prompts: list[Counts]) -> bool:
+    """Return whether any prompt needed a verify pass: without passes there is no acceptance to measure."""
+    return any(counts.passes > 0 for counts in prompts)
 
 
 def domain_rows(domains: list[str]) -> dict[str, list[int]]:
-    """Numbers of the prompts of each domain, in the order of their first prompts."""
+    """Return the indices of the prompts of each domain, domains in the order of their first prompts."""
     rows: dict[str, list[int]] = {}
     for number, domain in enumerate(domains):
         rows.setdefault(domain, []).append(number)
@@ -106,13 +112,24 @@ def domain_rows(domains: list[str]) -> dict[str, list[int]]:
 
 
 def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> Gain:
-    """Return the difference of acceptance length, `other` minus `base`, over the same prompts."""
+    """Return the difference of acceptance length on the same prompts, `other` minus `base`."""
     resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
     return difference(acceptance_length(other) - acceptance_length(base), resampled_R)
 
 
+def paired_gain_by_domain(
+    base: list[Counts], other: list[Counts], groups: list[int], domains: list[str]
+) -> dict[str, Gain | None]:
+    """Return `paired_gain` for the prompts of each domain; None for a domain without passes."""
+    gains: dict[str, Gain | None] = {}
+    for domain, rows in domain_rows(domains).items():
+        old, new = ([prompts[i] for i in rows] for prompts in (base, other))
+        gains[domain] = paired_gain(old, new, [groups[i] for i in rows]) if have_passes(old) else None
+    return gains
+
+
 def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[Gain | None]:
-    """Return the difference of conditional acceptance at each position; None where a resample never reached it."""
+    """Return the difference of conditional acceptance at each position; None if a resample never reached it."""
     (old_K, old_RK), (new_K, new_RK) = (_conditional(prompts, groups) for prompts in (base, other))
     known_K = np.isfinite(new_RK - old_RK).all(0)
     return [
@@ -122,15 +139,15 @@ def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[i
 
 
 def _resampled_lengths(prompts: list[Counts], groups: list[int]) -> np.ndarray:
-    counts_PF = np.array([(counts.passes, counts.emitted) for counts in prompts], dtype=np.float64)
-    told_P = counts_PF[:, 0] > 0
-    told_groups = [group for group, told in zip(groups, told_P, strict=True) if told]
-    passes_R, emitted_R = resampled_totals(counts_PF[told_P], told_groups).T
+    """Return the acceptance length of every bootstrap sample, [R]; prompts without passes are left out."""
+    kept = [(counts, group) for counts, group in zip(prompts, groups, strict=True) if counts.passes > 0]
+    counts_PF = np.array([(counts.passes, counts.emitted) for counts, _ in kept], dtype=np.float64)
+    passes_R, emitted_R = resampled_totals(counts_PF, [group for _, group in kept]).T
     return emitted_R / passes_R
 
 
 def _conditional(prompts: list[Counts], groups: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Conditional acceptance by position: the value [K] and its resamples [R, K]."""
+    """Return the conditional acceptance by position: the value [K] and its resamples [R, K]."""
     counts_PF = np.array([np.concatenate([counts.accepted_K, counts.reached_K]) for counts in prompts])
     with np.errstate(invalid="ignore"):
         accepted_K, reached_K = np.split(counts_PF.sum(0), 2)
@@ -138,12 +155,8 @@ def _conditional(prompts: list[Counts], groups: list[int]) -> tuple[np.ndarray, 
         return accepted_K / reached_K, accepted_RK / reached_RK
 
 
-RESAMPLES = 2000
-DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
-
-
 def resampled_totals(counts_PF: np.ndarray, groups: list[int]) -> np.ndarray:
-    """Totals of bootstrap samples of groups, float64 [R, F]; prompts of one group come and go together.
+    """Return the totals of bootstrap samples of groups, float64 [R, F]; all prompts of a group are drawn together.
 
     The draws depend on the number of groups alone, so totals of two heads on the same prompts are paired.
 
@@ -166,5 +179,5 @@ def interval(values_R: np.ndarray) -> Interval:
 
 
 def difference(value: float, resampled_R: np.ndarray) -> Gain:
-    """Return a paired difference, from its value and its resamples."""
+    """Return a paired difference from its value and its resamples."""
     return Gain(value, interval(resampled_R), detectable=float(DETECTABLE * resampled_R.std()))

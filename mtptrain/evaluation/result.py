@@ -1,4 +1,4 @@
-"""The content of evaluation.json as types: what an evaluation measured, one head after the other.
+"""The content of evaluation.json as types: the figures of an evaluation, head by head.
 
 Keys that are draft lengths or batch sizes are whole numbers here and text in the file.
 """
@@ -92,7 +92,7 @@ class BackboneResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptsResult:
-    """The prompts that heads were measured on.
+    """The prompts of an evaluation.
 
     Attributes:
         source: names of the sources.
@@ -132,11 +132,11 @@ class Evaluation:
     Attributes:
         schema: `SCHEMA`.
         provenance: of the run.
-        backbone, prompts, policy: what was measured.
+        backbone, prompts, policy: of the measurement.
         draft_length: the longest K.
-        heads: the stock head first if both are there.
+        heads: one or both of the stock and the trained head, in this order.
         gain: trained minus stock by K; None with one head.
-        gain_by_domain: the same by domain at the longest K.
+        gain_by_domain: the same by domain at the longest K; an entry is None for a domain without verify passes.
         certificate: conditions under which a figure counts.
         speedup: by batch size, head and K.
         steps: by batch size and head.
@@ -151,7 +151,7 @@ class Evaluation:
     draft_length: int
     heads: list[HeadResult]
     gain: dict[int, Gain] | None
-    gain_by_domain: dict[str, Gain] | None
+    gain_by_domain: dict[str, Gain | None] | None
     certificate: Certificate
     speedup: dict[int, dict[str, dict[int, Speedup]]]
     steps: dict[int, dict[str, StepLatency]]
@@ -169,7 +169,7 @@ class Evaluation:
 
     @property
     def last_head(self) -> HeadResult:
-        """The head that the verdict is about: the trained one if there is one."""
+        """The head of the headline: the trained one if it was measured."""
         return self.heads[-1]
 
     @property
@@ -179,7 +179,7 @@ class Evaluation:
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation.json."""
+    """Write an evaluation.json, atomically."""
     write_json(path, to_json(evaluation))
 
 
@@ -193,8 +193,8 @@ def read_evaluation(path: Path, setting: str) -> Evaluation:
     Raises:
         UserError: the file cannot be read, or is no evaluation.json of this schema.
     """
-    file = path / EVALUATION_FILE if path.is_dir() else path
     try:
+        file = path / EVALUATION_FILE if path.is_dir() else path
         return _decode(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(

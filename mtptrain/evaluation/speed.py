@@ -1,7 +1,11 @@
-"""Speed on the clock: speculative against plain decoding, paired by batch and interleaved in one run."""
+"""Wall-clock speed: speculative against plain decoding by batch, and the latency of single steps.
 
+`run_interleaved` decodes batches of prompts plainly and speculatively in one run, and `summarize_speed` gives the
+speed-up. `measure_steps` times single verify passes and drafts, and `describe_times` gives the speed-up that they
+predict.
+"""
 
-# B rows, L tokens of a pass, D model width, K drafted tokens
+# B rows, L tokens of a pass, K drafted tokens
 
 from __future__ import annotations
 
@@ -28,14 +32,16 @@ from mtptrain.planning.speedup import Prediction, predict_speedups
 from mtptrain.traces.file import Trace
 
 LEAST_BATCHES = 3  # of each size: fewer give no quartiles
+WARM_UP = 2  # repetitions that are not counted
+ADVANCE = 2  # anchors that a draft runs, about the tokens that a pass of a fair head emits
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRuns:
-    """One batch of prompts, decoded plainly before and after all speculative runs of it.
+    """One batch of prompts, decoded plainly before and after all of its speculative runs.
 
     Attributes:
-        traces: whose prompts were decoded, a row each.
+        traces: their prompts were decoded, a row each.
         plain: the two plain runs.
         speculative: by head and draft length.
     """
@@ -46,9 +52,9 @@ class BatchRuns:
 
 
 def cut_batches(traces: list[Trace], size: int, num_prompts: int) -> list[list[Trace]]:
-    """Batches of `size` prompts, spread over the traces: `num_prompts` in all, and at least three batches.
+    """Return batches of `size` prompts, spread over the traces: `num_prompts` in all, and at least three batches.
 
-    Prompts are used again where there are too few.
+    Prompts are repeated if there are too few.
     """
     count = max(LEAST_BATCHES, num_prompts // size)
     chosen = np.linspace(0, len(traces), count * size, endpoint=False).astype(int)
@@ -70,14 +76,14 @@ def run_interleaved(
     Args:
         model: the backbone.
         stacks: heads by name.
-        batches: their prompts are decoded.
+        batches: traces whose prompts are decoded.
         draft_lengths: every K to run.
-        limits: where a text ends.
+        limits: end of the texts.
         policy: of all runs.
-        seed: of the run; a row's draws depend on its place among all prompts.
-        report: told the batches done and a word on the current one.
+        seed: of the run; a row's random draws depend on its position among all prompts.
+        report: callback(batches_done, status).
     """
-    found = []
+    results = []
     for number, traces in enumerate(batches):
         prompts = [trace.prompt.tokens for trace in traces]
         seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
@@ -87,26 +93,26 @@ def run_interleaved(
             for name, stack in stacks.items()
             for k in draft_lengths
         }
-        found.append(BatchRuns(traces, (first, decode_plain(model, prompts, limits, policy, seeds)), runs))
+        results.append(BatchRuns(traces, (first, decode_plain(model, prompts, limits, policy, seeds)), runs))
         report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
-    return found
+    return results
 
 
 def tokens_per_second(runs: list[DecodedBatch]) -> float:
-    """Emitted tokens over wall time, the prefill included."""
+    """Return the emitted tokens over the wall time, the prefill included."""
     return sum(len(row.tokens) for run in runs for row in run.rows) / sum(run.seconds.total for run in runs)
 
 
 def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
-    """Tokens a verify pass of a whole batch, over those of a plain step.
+    """Return the tokens per verify pass of a whole batch, over the tokens per plain step.
 
-    A batch decodes until its last row ends, and what a row does not use is lost: with more rows this falls below the
-    acceptance length of the rows. With one row it is the acceptance length.
+    A batch decodes until its last row ends, and rows that have ended waste their share of a pass: with several rows
+    this falls below the acceptance length of the rows. With one row it is the acceptance length.
     """
     speculative = plain = 0.0
     for run in runs:
         rows, plain_rows = run.speculative[head, draft_length].rows, run.plain[0].rows
-        tokens, plain_tokens = (sum(len(row.tokens) - 1 for row in some) for some in (rows, plain_rows))
+        tokens, plain_tokens = (sum(len(row.tokens) - 1 for row in batch) for batch in (rows, plain_rows))
         speculative += max(len(row.passes) for row in rows) / max(tokens, 1)
         plain += max(len(row.tokens) - 1 for row in plain_rows) / max(plain_tokens, 1)
     return plain / speculative if speculative else 1.0
@@ -114,12 +120,14 @@ def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
 
 def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> Speedup:
     """Return the ratio of tokens a second, speculative over plain, by batch of prompts."""
-    mine = [run.speculative[head, draft_length] for run in runs]
-    pairs = list(zip(runs, mine, strict=True))
-    ratios = [tokens_per_second([one]) / tokens_per_second(list(run.plain)) for run, one in pairs]
-    after = [_after_prefill([one]) / _after_prefill(list(run.plain)) for run, one in pairs]
-    total = sum(run.seconds.total for run in mine)
-    shares = {one.name: sum(getattr(run.seconds, one.name) for run in mine) / total for one in fields(TimeShares)}
+    decoded = [run.speculative[head, draft_length] for run in runs]
+    pairs = [(speculative, list(run.plain)) for speculative, run in zip(decoded, runs, strict=True)]
+    ratios = [tokens_per_second([speculative]) / tokens_per_second(plain) for speculative, plain in pairs]
+    after = [_after_prefill([speculative]) / _after_prefill(plain) for speculative, plain in pairs]
+    total = sum(batch.seconds.total for batch in decoded)
+    shares = {
+        phase.name: sum(getattr(batch.seconds, phase.name) for batch in decoded) / total for phase in fields(TimeShares)
+    }
     ratio = spread(ratios)
     return Speedup(ratio.median, ratio.quartiles, ratios, spread(after), TimeShares(**shares))
 
@@ -131,24 +139,20 @@ def spread(values: list[float]) -> Spread:
 
 
 def _after_prefill(runs: list[DecodedBatch]) -> float:
-    """Tokens a second of the passes alone; each row's first token comes from the prefill."""
+    """Return the tokens per second of the passes alone; each row's first token comes from the prefill."""
     tokens = sum(len(row.tokens) - 1 for run in runs for row in run.rows)
     return max(tokens, 1) / sum(run.seconds.total - run.seconds.prefill for run in runs)
 
 
-WARM_UP = 2  # repetitions that are not counted
-ADVANCE = 2  # anchors that a draft runs, about what a pass of a fair head emits
-
-
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds by repetition.
+    """Latency of single steps in seconds, by repetition.
 
     Attributes:
         batch: rows decoded together.
         context: tokens that each row held.
-        step: by n, of one backbone pass over n new tokens of every row, with logits, choice of tokens and rewind.
-        draft: by K, of drafting K tokens for every row.
+        step: by n, one backbone pass over n new tokens of every row, with logits, choice of tokens and rewind.
+        draft: by K, drafting K tokens for every row.
     """
 
     batch: int
@@ -157,24 +161,24 @@ class StepTimes:
     draft: dict[int, list[float]]
 
     def predictions(self, lengths: Mapping[int, float]) -> dict[int, list[Prediction]]:
-        """By K, what the times of each repetition predict at the acceptance lengths `lengths` (by K)."""
-        found: dict[int, list[Prediction]] = {k: [] for k in sorted(lengths)}
+        """Return predictions by K, one for each repetition, at the acceptance lengths `lengths` (by K)."""
+        predictions: dict[int, list[Prediction]] = {k: [] for k in sorted(lengths)}
         for number in range(len(self.step[1])):
             step = {n: seconds[number] for n, seconds in self.step.items()}
             draft = {k: seconds[number] for k, seconds in self.draft.items()}
-            for one in predict_speedups(step, draft, lengths):
-                found[one.draft_length].append(one)
-        return found
+            for prediction in predict_speedups(step, draft, lengths):
+                predictions[prediction.draft_length].append(prediction)
+        return predictions
 
 
 class StepBench:
-    """Texts of one length whose next pass can be run again and again, each time taken back.
+    """Texts of one length whose next pass and draft can be repeated from the same state.
 
     Args:
         model: the backbone.
         stack: the head that drafts.
         prompts: token ids, all of one length.
-        longest: most drafted tokens, K.
+        longest: the longest K.
     """
 
     @torch.inference_mode()
@@ -184,7 +188,7 @@ class StepBench:
         self.texts.newest = ADVANCE
         self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
         self.passes = {n: captured_verify(model, self.cache) for n in range(1, longest + 2)}
-        # One proposer for each K: a proposer's rings are sized for its own.
+        # One proposer for each K: its rings are sized for that K.
         self.proposers = {k: MtpProposer(model, stack) for k in range(1, longest + 1)}
         for k, proposer in self.proposers.items():
             proposer.start(self.texts, k, GREEDY)
@@ -195,7 +199,7 @@ class StepBench:
 
     @torch.inference_mode()
     def verify(self, num_tokens: int) -> list[list[int]]:
-        """A backbone pass over n new tokens of every row; the tokens it chooses after each."""
+        """Run a backbone pass over n new tokens of every row, rewind, and return the tokens that it chose, [B, n]."""
         first = int(self.length_B[0])
         _, logits_BLV = self.passes[num_tokens](self.texts.tokens_BT[:, first : first + num_tokens])
         chosen = logits_BLV.argmax(-1).tolist()
@@ -204,7 +208,7 @@ class StepBench:
 
     @torch.inference_mode()
     def draft(self, draft_length: int) -> list[list[int]]:
-        """Drafts of K tokens after the texts."""
+        """Return drafts of K tokens after the texts, [B, K]."""
         return self.proposers[draft_length].draft(None).tokens_BK.tolist()
 
 
@@ -216,7 +220,7 @@ def measure_steps(
     Args:
         model: the backbone.
         stack: the head that drafts.
-        prompts: what the rows hold when a step starts; all of one length.
+        prompts: token ids that the rows hold before a step; all of one length.
         longest: the longest K.
         repetitions: of every step, interleaved.
     """
@@ -242,7 +246,7 @@ def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> StepLatenc
 
     Args:
         times: as measured.
-        lengths: by K >= 1, tokens a verify pass: the acceptance length, or a whole batch's `batch_length`.
+        lengths: tokens per verify pass by K >= 1: the acceptance length, or a whole batch's `batch_length`.
     """
     predictions = times.predictions(lengths)
     return StepLatency(
@@ -251,12 +255,12 @@ def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> StepLatenc
         repetitions=len(times.step[1]),
         step_seconds={n: spread(seconds) for n, seconds in times.step.items()},
         draft_seconds={k: spread(seconds) for k, seconds in times.draft.items()},
-        predicted_speedup={k: spread([one.speedup for one in rows]) for k, rows in predictions.items()},
+        predicted_speedup={k: spread([prediction.speedup for prediction in of_k]) for k, of_k in predictions.items()},
     )
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of `work`, everything it started on the GPU included."""
+    """Return the wall seconds of `work`, including its work on the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""What a head would be accepted on given texts, for every draft length, without a decoding loop."""
+"""Acceptance of a head on given texts, for every draft length, without a decoding loop."""

@@ -1,4 +1,4 @@
-"""What a head drafts at every anchor of a trace, from one rollout: all that replay needs to know of it."""
+"""A head's drafts at every anchor of a trace, from one rollout: the only input that replay needs from the head."""
 
 # B traces, S slots, D model width, V vocabulary, R rows of the lm_head, K draft steps, N anchors of a trace
 
@@ -21,7 +21,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
 
 TRACES_A_BATCH = 16
-LOGITS_A_CHUNK = 2**24  # 64 MiB of float32: a large vocabulary never fills the memory with logits
+LOGITS_A_CHUNK = 2**24  # 64 MiB of float32, so that logits of a large vocabulary never fill the memory
 
 Rollout = Callable[[MtpStack, nn.Module, Tensor, Batch, int], list[Tensor]]  # `mtp.rollout.rollout`, teacher-forced
 
@@ -33,12 +33,14 @@ class ReplayDrafts:
     Entries (k - 1, n) past the end of the text are 0.
 
     Attributes:
-        p_N: what the policy gave each token that passes emit: the trace's own probabilities; 1 in a greedy text.
-        q_KN: what step k, given the text's own tokens before it, gave the text's token; 0 or 1 for greedy drafts.
-        confidence_KN: largest probability of step k at temperature 1, given the text's own tokens.
-        free_confidence_KN: the same, given the tokens that the head itself drafted; None unless it was asked for, and
-            for stacked modules.
-        entropy_N: of the backbone's distribution of each token at temperature 1, nats.
+        p_N: float64, probability of each token that passes emit under the policy, as the trace stores it; 1 in a
+            greedy text.
+        q_KN: float64, probability that step k, conditioned on the text up to it, gives the text's token; 0 or 1 for
+            greedy drafts.
+        confidence_KN: float64, largest probability of step k at temperature 1, conditioned on the text.
+        free_confidence_KN: the same, conditioned on the head's own drafts; None for stacked modules, and without
+            `free_running`.
+        entropy_N: float64, entropy of the backbone's distribution of each token at temperature 1, in nats.
     """
 
     p_N: np.ndarray
@@ -49,7 +51,7 @@ class ReplayDrafts:
 
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
-    """Prompt and continuation of every trace as a row, padded at the end."""
+    """Return a batch with the prompt and the continuation of each trace as a row, padded at the end."""
     texts = [trace.prompt.tokens + trace.tokens for trace in traces]
     length = max(len(text) for text in texts)
     tokens_BS = torch.tensor([text + [0] * (length - len(text)) for text in texts], device=device)
@@ -68,19 +70,20 @@ def draft_traces(
     draft: Rollout = rollout,
     free_running: bool = False,
 ) -> list[ReplayDrafts]:
-    """Run a head over traces, texts of like length together.
+    """Return a head's drafts on every trace, in their order; texts of similar length run in one batch.
 
     Args:
         model: the backbone.
         stack: the modules.
         traces: texts that the backbone emitted under the policy.
         steps: draft steps K.
-        policy: its temperature, top-k, top-p and kind of draft.
-        draft: the rollout; another wiring of the head may stand in its place.
-        free_running: also follow the head's own drafts, which a confidence threshold needs; for one module only.
+        policy: its temperature, top-k, top-p and kind of draft are used.
+        draft: the rollout, or a variant that feeds the head differently (`doctor.wirings`).
+        free_running: also follow the head's own drafts, which a confidence threshold needs; ignored for stacked
+            modules.
     """
     order = sorted(range(len(traces)), key=lambda i: len(traces[i].prompt.tokens) + len(traces[i].tokens))
-    found: dict[int, ReplayDrafts] = {}
+    drafts: dict[int, ReplayDrafts] = {}
     for start in range(0, len(order), TRACES_A_BATCH):
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
@@ -90,20 +93,20 @@ def draft_traces(
         for row, number in enumerate(numbers):
             size = max(len(traces[number].tokens) - 1, 0)
             p_N = np.ones(size) if policy.is_greedy else np.array(traces[number].probabilities[1:], dtype=np.float64)
-            found[number] = ReplayDrafts(
+            drafts[number] = ReplayDrafts(
                 p_N=p_N,
                 q_KN=q_BKN[row, :, :size],
                 confidence_KN=confidence_BKN[row, :, :size],
                 free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
                 entropy_N=entropy_BN[row, :size],
             )
-    return [found[number] for number in range(len(traces))]
+    return [drafts[number] for number in range(len(traces))]
 
 
 class _TraceBatch:
     """Some traces on the device, their backbone streams, and the anchors of each step that lie in the continuation.
 
-    Rows and columns of the anchors are kept together, so that the lm_head is applied to them alone.
+    The lm_head runs on the slots of these anchors only.
     """
 
     def __init__(
@@ -119,13 +122,13 @@ class _TraceBatch:
         self.width = int(self.size_B.max())
 
     def anchors(self, step: int) -> tuple[Tensor, Tensor]:
-        """Row and column n of every anchor whose step `step` drafts a token of the text, int64 [R] each."""
+        """Return row and column n of every anchor whose step `step` drafts a token of the text, int64 [R] each."""
         column_N = torch.arange(self.width, device=self.device)
         row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
         return row_R, column_R
 
     def forced(self, stack: MtpStack, draft: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """Probability q of the text's token and confidence, of every step given the text, [B, K, N] each."""
+        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each."""
         states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, self.steps)
         q_BKN, confidence_BKN = self._zeros(self.steps), self._zeros(self.steps)
         for step, hidden_BSD in enumerate(states, start=1):
@@ -133,14 +136,14 @@ class _TraceBatch:
             slot_R = self.first_B[row_R] + column_R
             target_R = self.batch.tokens_BS[row_R, slot_R + step + 1]
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
-                place = (row_R[part], step - 1, column_R[part])
+                entries = (row_R[part], step - 1, column_R[part])
                 q_R1 = self.policy.proposal(logits_RV).gather(1, target_R[part].unsqueeze(1))
-                q_BKN[place] = q_R1.squeeze(1).double()
-                confidence_BKN[place] = _confidence(logits_RV)
+                q_BKN[entries] = q_R1.squeeze(1).double()
+                confidence_BKN[entries] = _confidence(logits_RV)
         return q_BKN.cpu().numpy(), confidence_BKN.cpu().numpy()
 
     def free(self, stack: MtpStack) -> np.ndarray:
-        """Confidence of every step given the head's own draft so far, [B, K, N]."""
+        """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""
         confidence_BKN = self._zeros(self.steps)
 
         def choose(step: int, hidden_BSD: Tensor) -> Tensor:
@@ -163,10 +166,10 @@ class _TraceBatch:
         return confidence_BKN.cpu().numpy()
 
     def entropy(self) -> np.ndarray:
-        """Entropy of the backbone's distribution of every token that passes emit, [B, N]."""
+        """Return the entropy of the backbone's distribution of every token that passes emit, nats [B, N]."""
         entropy_BN = self._zeros(1)[:, 0]
         row_R, column_R = self.anchors(1)
-        # Token n + 1 of the continuation is predicted one slot past the anchor that column n stands for.
+        # Token n + 1 of the continuation is predicted one slot past the anchor of column n.
         for part, logits_RV in self._logits(self.hidden_BSD[row_R, self.first_B[row_R] + column_R + 1]):
             log_p_RV = logits_RV.float().log_softmax(-1)
             entropy_BN[row_R[part], column_R[part]] = -(log_p_RV.exp() * log_p_RV).sum(-1).double()
@@ -176,7 +179,7 @@ class _TraceBatch:
         return torch.zeros(len(self.size_B), steps, self.width, dtype=torch.float64, device=self.device)
 
     def _logits(self, hidden_RD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of some rows after another, with the place of these rows."""
+        """Yield logits chunk by chunk, each with the slice of its rows."""
         weight_VD = self.model.lm_head.weight
         size = max(1, LOGITS_A_CHUNK // len(weight_VD))
         for start in range(0, len(hidden_RD), size):
@@ -185,5 +188,5 @@ class _TraceBatch:
 
 
 def _confidence(logits_RV: Tensor) -> Tensor:
-    """Largest probability at temperature 1, float64 [R]."""
+    """Return the largest probability at temperature 1, float64 [R]."""
     return (logits_RV.float().amax(-1) - logits_RV.float().logsumexp(-1)).exp().double()

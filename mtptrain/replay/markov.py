@@ -1,29 +1,29 @@
 """Expected verify passes of speculative sampling on a text that the target sampled, without drawing anything.
 
-Verification is lossless: a pass at anchor n that keeps a drafts and then emits one token has emitted some text x with
-the probability p(x) of the target, however it is split into passes. So, given the text, passes form a Markov chain over
-anchors, and the chance of going from n to n + a + 1 is
+Verification is lossless: passes emit a text x with the target's probability p(x), however the text is split into
+passes. So, given the text, passes form a Markov chain over anchors. A pass at anchor n that keeps a drafts, then emits
+one token, goes on to n + a + 1, with the chance
 
     c_a(n) = P(a drafts kept, and x_1..x_{a+1} emitted) / (p(x_1) ... p(x_{a+1})) = r_a(n) - r_{a+1}(n)
 
-where x_1, x_2, ... is the text after anchor n, q_k and p_k are the probabilities of x_k in the draft's step k and in
-the target, and r_a(n) is the chance that at least a drafts were kept, given the text:
+where x_1, x_2, ... is the text after anchor n, q_k and p_k are the probabilities of x_k under the draft's step k and
+under the target, and r_a(n) is the chance that at least a drafts were kept, given the text:
 
     token-wise   r_a = prod_{k<=a} min(1, q_k / p_k)      a token is drafted and kept with probability min(q_k, p_k)
-    block        r_a = min_{j<=a} prod_{k<=j} q_k / p_k   q_1 ... q_a w_a / (p_1 ... p_a), with the weight
-                                                          w_a = min(1, w_{a-1} p_a / q_a) that is kept of a prefix
+    block        r_a = min_{j<=a} prod_{k<=j} q_k / p_k   q_1 ... q_a w_a / (p_1 ... p_a), where a prefix is kept
+                                                          with the weight w_a = min(1, w_{a-1} p_a / q_a)
 
-and r_{K+1} = 0. So the chance that a pass begins at anchor n is its share of the earlier passes that end before it,
+and r_{K+1} = 0. So the chance that a pass begins at anchor n sums over the anchors of the pass before it,
 
     visit(0) = 1,  visit(n) = sum_a c_a(n - a - 1) visit(n - a - 1)
 
 and any expected count is sum_n visit(n) g(n), g being the count of a pass at n: 1 for passes, r_k(n) for drafts kept at
-position k. One sweep over the text gives them all. A sweep from its end gives mean and variance of the passes,
-V(n) = 1 + sum_a c_a(n) V(n + a + 1). Where the text ends after m tokens nothing further can be told from it, and
-nothing is counted: r_{m+1} = 0.
+position k. One sweep over the text gives all of them. A sweep from its end gives mean and variance of the number of
+passes, V(n) = 1 + sum_a c_a(n) V(n + a + 1). If the text ends m tokens after the anchor, nothing past the end is
+counted: r_{m+1} = 0.
 
-A draft that the head's confidence stops before step s has r_a = 0 from a = s on, in either verification: the decision
-depends on the drafted tokens before s only, and these are the text's own where they were kept.
+A draft that a confidence threshold stops before step s has r_a = 0 from a = s on, in either verification: the decision
+depends only on the drafted tokens before s, which are tokens of the text if they were kept.
 
 K draft steps, L draft lengths 1..K, N tokens that passes emit: all of a text but the first, which the prefill emits.
 """
@@ -36,13 +36,13 @@ from mtptrain.kernels.acceptance import Verification
 
 
 class ExpectedPasses(NamedTuple):
-    """Chances along one text, from which every expected count is a sum; row l - 1 is of draft length l.
+    """Chances along one text, float64; every expected count is a sum of them. Row l - 1 belongs to draft length l.
 
     Attributes:
         visit_LN: chance that a pass of draft length l begins at anchor n.
         begun_KN: chance that step k of a draft at anchor n is verified: its first k - 1 tokens were kept, the head did
             not stop before it, and the text had not ended.
-        reach_KN: chance that at least k of its drafts are kept, r_k(n).
+        reach_KN: chance that at least k drafted tokens are kept at anchor n, r_k(n).
     """
 
     visit_LN: np.ndarray
@@ -51,50 +51,50 @@ class ExpectedPasses(NamedTuple):
 
     @property
     def passes_L(self) -> np.ndarray:
-        """Expected passes; N / passes is the acceptance length."""
+        """Expected number of passes; N / passes is the acceptance length."""
         return self.visit_LN.sum(-1)
 
     def at_positions(self, weight_KN: np.ndarray) -> np.ndarray:
-        """Expected sum over passes of a count at each position, [L, K]; 0 at positions past the draft length."""
+        """Return the expected sum over passes of a count at each position, [L, K]; 0 past the draft length."""
         return np.tril(self.visit_LN @ weight_KN.T)
 
     @property
     def drafted_LK(self) -> np.ndarray:
-        """Drafts that have a position k before the text ends, were none stopped by its confidence."""
+        """Expected number of drafts that have a position k before the text ends, if no threshold stops them."""
         return self.at_positions(inside_text(*self.reach_KN.shape).astype(np.float64))
 
     @property
     def reached_LK(self) -> np.ndarray:
-        """Of these, drafts whose first k - 1 tokens were kept and whose step k was drafted."""
+        """Expected number of drafts whose first k - 1 tokens were kept and whose step k was drafted."""
         return self.at_positions(self.begun_KN)
 
     @property
     def accepted_LK(self) -> np.ndarray:
-        """And whose token k was kept, too."""
+        """Expected number of drafts whose first k tokens were kept."""
         return self.at_positions(self.reach_KN)
 
 
 def inside_text(steps: int, num_tokens: int) -> np.ndarray:
-    """Whether step k of a draft at anchor n still lies in the text: bool [K, N]."""
+    """Return whether step k of a draft at anchor n still lies in the text: bool [K, N]."""
     return np.arange(1, steps + 1)[:, None] + np.arange(num_tokens) <= num_tokens
 
 
 def acceptance_probability(
     p_N: np.ndarray, q_KN: np.ndarray, verification: Verification = Verification.token
 ) -> np.ndarray:
-    """The chance that step k of a draft was kept, given the text and that all earlier steps were.
+    """Return the chance that step k of a draft was kept, given the text and that all earlier steps were kept.
 
     Args:
-        p_N: probability, above 0, that the target's policy gave each token of the text that passes emit.
-        q_KN: entry (k - 1, n): probability that step k of the draft at anchor n gave token n + k - 1 of these; where
-            drafts are greedy, whether it is the draft's token. Entries past the end of the text may hold anything.
-        verification: which of the two ways; with greedy drafts both are the same.
+        p_N: probability, above 0, of each token that passes emit under the target's policy.
+        q_KN: entry (k - 1, n): probability of token n + k - 1 of these under step k of the draft at anchor n; for
+            greedy drafts, 1 if it is the drafted token, else 0. Entries past the end of the text may hold anything.
+        verification: token-wise or block; equal for greedy drafts.
 
     Returns:
         float64 [K, N] in [0, 1], 0 past the end of the text.
 
     Raises:
-        ValueError: the arrays do not fit, or the target could not have sampled the text.
+        ValueError: the shapes do not fit, or the target could not have sampled the text.
     """
     steps, num_tokens = q_KN.shape
     if p_N.shape != (num_tokens,):
@@ -114,16 +114,17 @@ def acceptance_probability(
 
 
 def expected_passes(accept_KN: np.ndarray, drafted_KN: np.ndarray | None = None) -> ExpectedPasses:
-    """Where passes begin and how far their drafts are kept, for every draft length up to K.
+    """Return the chances that passes begin at each anchor and that their drafts are kept, for draft lengths up to K.
 
-    With zeros and ones, the hits of greedy drafts on a greedy text, the sums are the counts of `replay_passes`.
+    With zeros and ones, the top-1 matches of greedy drafts on a greedy text, the sums are the counts of
+    `replay_passes`.
 
     Args:
         accept_KN: entry (k - 1, n) in [0, 1]: the chance that step k of the draft at anchor n is kept, given the text
-            and that all earlier steps were, as `acceptance_probability` gives it. Anchor 0 is that of the first pass.
+            and that all earlier steps were kept (`acceptance_probability`). Anchor 0 belongs to the first pass.
             Entries past the end of the text may hold anything.
-        drafted_KN: bool, whether the head drafts step k once the text's own tokens were drafted before it; None where
-            no draft is stopped.
+        drafted_KN: bool, whether the head drafts step k after the text's tokens were drafted before it; None if no
+            threshold stops drafts.
 
     Returns:
         float64 chances; sums over them are 0 for N = 0.
@@ -143,7 +144,7 @@ def expected_passes(accept_KN: np.ndarray, drafted_KN: np.ndarray | None = None)
 
 
 def pass_moves(reach_KN: np.ndarray) -> np.ndarray:
-    """Chance c_a(n) that a pass of draft length l at anchor n keeps exactly a drafts, float64 [N, L, A = K + 1]."""
+    """Return the chance c_a(n) that a pass of draft length l at anchor n keeps a drafts, float64 [N, L, A = K + 1]."""
     steps, num_tokens = reach_KN.shape
     kept_NLK = reach_KN.T[:, None] * np.tri(steps)
     ones_NL1, zeros_NL1 = np.ones((num_tokens, steps, 1)), np.zeros((num_tokens, steps, 1))
@@ -151,13 +152,13 @@ def pass_moves(reach_KN: np.ndarray) -> np.ndarray:
 
 
 def pass_moments(reach_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the number of passes over a text, given the text, for every draft length.
+    """Return mean and variance of the number of passes over a text, given the text, for every draft length.
 
-    V(n) = sum_a c_a (1 + V(n + a + 1)), and by the law of total variance
+    V(n) = sum_a c_a (1 + V(n + a + 1)), and by the decomposition of the total variance
     Var(n) = sum_a c_a (Var(n + a + 1) + (1 + V(n + a + 1) - V(n))^2).
 
     Args:
-        reach_KN: as `expected_passes` gives it.
+        reach_KN: of `expected_passes`.
 
     Returns:
         float64 [L] each.

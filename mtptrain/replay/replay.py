@@ -1,25 +1,23 @@
 """Replay: the verify passes of speculative decoding for every draft length, from one teacher-forced rollout.
 
-Speculative decoding emits text distributed as the backbone's own, whatever the head drafts. So its passes can be read
-off a text that the backbone emitted: exactly where drafts are greedy and the text is, else as expectations given the
-text (`expected`). No decoding loop runs. docs/evaluation.md derives it.
+Speculative decoding emits text that is distributed as the backbone's own, whatever the head drafts. So its passes can
+be derived from a text that the backbone emitted: exactly if text and drafts are greedy, else as expectations given the
+text (`markov`). No decoding loop runs. docs/evaluation.md gives the derivation. Passes of a real loop are counted in
+the same form (`count_passes`), so the two can be compared.
 
-Drafted tokens under a confidence threshold need more: past the first miss, where a draft stops depends on its own
-tokens, not on the text. There the drafts of a second rollout are counted, which follows the head's own tokens. Whether
-a pass begins at an anchor, and what is drafted there, are independent given the text up to that anchor, so
+Drafted tokens under a confidence threshold need more: past the first rejected token, the end of a draft depends on its
+own tokens, not on the text. They are counted in the drafts of a second rollout, which follows the head's own tokens.
+Whether a pass begins at an anchor, and the draft there, are independent given the text up to that anchor, so
 
     E[drafts with a token k] = E[sum_n visit(n) [the draft at anchor n has a token k]],
 
-visit(n) being a function of that text alone (it is a sum over earlier anchors of the chance to keep the tokens up to
-n). With greedy drafts the second factor is certain, and the sum is what the loop counts. With sampled drafts it is one
-draw, so the sum is unbiased. Where a stop token, not the limit, ends the text, drafts are cut where the text ends,
-which depends on later tokens: for sampled drafts the last few anchors are then approximate.
+visit(n) being a function of that text alone (a sum over earlier anchors of the chance to keep the tokens up to n). With
+greedy drafts the second factor is certain, and the sum is the count of the loop. With sampled drafts it is one draw, so
+the sum is unbiased. If a stop token, not the limit, ends the text, drafts are cut at the end of the text, which depends
+on later tokens: for sampled drafts the last few anchors are then approximate.
 """
 
-
-# K draft steps, N anchors of a trace
-
-# K draft length
+# K draft steps or draft length, L draft lengths 1..K, N anchors of a trace, P passes
 
 from __future__ import annotations
 
@@ -33,11 +31,31 @@ from mtptrain.replay.drafts import ReplayDrafts
 from mtptrain.replay.markov import ExpectedPasses, acceptance_probability, expected_passes, inside_text
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Passes of one prompt at one draft length: whole numbers from a loop, expected ones from replay.
+
+    Attributes:
+        passes: verify passes; 0 if the prefill's token was the whole text.
+        emitted: tokens that the passes emitted: all of the text but its first.
+        drafted_K: float64, drafts that had a token at position k before the text ended; None if replay cannot know it
+            (a confidence threshold on stacked modules, see the module docstring).
+        reached_K: float64, drafts whose first k - 1 tokens were kept and whose step k was drafted.
+        accepted_K: float64, drafts whose first k tokens were kept.
+    """
+
+    passes: float
+    emitted: float
+    drafted_K: np.ndarray | None
+    reached_K: np.ndarray
+    accepted_K: np.ndarray
+
+
 def trace_chances(drafts: ReplayDrafts, policy: Policy) -> ExpectedPasses:
-    """Where passes begin on a trace and how far their drafts are kept, for every draft length.
+    """Return the chances of passes on a trace and of their drafts to be kept, for every draft length.
 
     Args:
-        drafts: made under `policy`; its verification and its threshold may be others, from the same rollout.
+        drafts: of the trace, made under `policy`; only verification and threshold may differ, one rollout serves all.
         policy: how drafts are verified and stopped.
     """
     if len(drafts.p_N) == 0:
@@ -47,7 +65,7 @@ def trace_chances(drafts: ReplayDrafts, policy: Policy) -> ExpectedPasses:
 
 
 def drafted_free(drafts: ReplayDrafts, policy: Policy) -> np.ndarray | None:
-    """Whether the head's own draft at anchor n has a token k before the text ends, bool [K, N]; None if not known."""
+    """Return whether the head's own draft at anchor n has a token k inside the text, bool [K, N]; None if unknown."""
     inside_KN = inside_text(*drafts.q_KN.shape)
     if policy.min_confidence == 0:
         return inside_KN
@@ -57,7 +75,9 @@ def drafted_free(drafts: ReplayDrafts, policy: Policy) -> np.ndarray | None:
 
 
 def replay_counts(drafts: ReplayDrafts, policy: Policy) -> dict[int, Counts]:
-    """Counts of one trace by draft length, 1 to K: expected ones, given the text; the loop's own where all is greedy.
+    """Return the counts of one trace by draft length, 1 to K.
+
+    They are expectations given the text; if text and drafts are greedy, they are the counts of the loop.
 
     Args:
         drafts: of the trace.
@@ -80,13 +100,13 @@ def replay_counts(drafts: ReplayDrafts, policy: Policy) -> dict[int, Counts]:
 
 
 def replay_all(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Counts]]:
-    """`replay_counts` of every trace, in their order, by draft length."""
-    by_trace = [replay_counts(one, policy) for one in drafts]
+    """Return the counts of every trace, in their order, by draft length."""
+    by_trace = [replay_counts(trace_drafts, policy) for trace_drafts in drafts]
     return {length: [counts[length] for counts in by_trace] for length in by_trace[0]}
 
 
 def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
-    """The verify passes, one by one, that greedy speculative decoding makes on a greedy trace.
+    """Return the verify passes of greedy speculative decoding on a greedy trace, one by one.
 
     Args:
         drafts: of the trace, at least `draft_length` steps, under a greedy policy.
@@ -94,11 +114,11 @@ def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> li
         draft_length: K.
 
     Raises:
-        ValueError: the policy is not greedy, so that passes are chances; or how much is drafted is not known.
+        ValueError: the policy samples, so that passes are random; or the number of drafted tokens is unknown.
     """
     drafted_KN = drafted_free(drafts, policy)
     if not policy.is_greedy or drafted_KN is None:
-        raise ValueError("passes can be listed for greedy decoding only, drafts along the head's own tokens known")
+        raise ValueError("passes can be listed for greedy decoding only, with the head's own drafts known")
     reach_KN = trace_chances(drafts, policy).reach_KN[:draft_length]
     passes, anchor, num_tokens = [], 0, len(drafts.p_N)
     while anchor < num_tokens:
@@ -109,28 +129,8 @@ def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> li
     return passes
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Passes of one prompt at one draft length: whole numbers from a loop, expected ones from replay.
-
-    Attributes:
-        passes: verify passes; 0 where the prefill's token was the whole text.
-        emitted: tokens that the passes emitted: all of the text but its first.
-        drafted_K: float64, drafts that had a token at position k before the text ended; None where replay cannot
-            tell (a confidence threshold on stacked modules, see `replay`).
-        reached_K: float64, of these, drafts whose first k - 1 tokens were kept.
-        accepted_K: float64, and whose token k was kept, too.
-    """
-
-    passes: float
-    emitted: float
-    drafted_K: np.ndarray | None
-    reached_K: np.ndarray
-    accepted_K: np.ndarray
-
-
 def count_passes(passes: list[VerifyPass], draft_length: int) -> Counts:
-    """Counts of passes that were really made.
+    """Return the counts of the passes of a real loop.
 
     Args:
         passes: of one prompt.

@@ -45,7 +45,7 @@ def accept_without_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way:
 
 
 def residual_not_renormalised(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verification) -> Verified:
-    """The residual is cumulated without dividing by its mass, so that the last token takes what is missing."""
+    """The residual is cumulated without dividing by its mass, so that the last token takes the missing mass."""
     kept, _ = verify_draft_reference(draft, q, p, u, way)
     rows = torch.arange(len(kept))
     left = (p[rows, kept] - torch.nn.functional.pad(q, (0, 0, 0, 1))[rows, kept]).clamp(min=0).double()

@@ -1,4 +1,4 @@
-"""Wrong wirings change what they are named after, and a head trained under one is recognised by it."""
+"""Each wrong wiring changes its own input, and a head trained under one is recognised."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_without_prefill_a_draft_does_not_depend_on_the_prompts_keys() -> None:
 
 @pytest.mark.parametrize("name", [RIGHT, "embedding_late"])
 def test_a_head_that_learned_one_wiring_is_recognised(name: str) -> None:
-    """The head learns the very texts by heart that it is then measured on: what counts is how it is fed."""
+    """The head learns the measured texts by heart, so only its inputs matter."""
     texts = traces(8)
     stack = random_stack(MODEL)
     tokens = torch.tensor([trace.prompt.tokens + trace.tokens for trace in texts])
@@ -134,7 +134,7 @@ def test_each_fault_of_a_tensor_is_named(kind: str) -> None:
     if kind == "missing":
         del tensors[name]
     elif kind == "unexpected":
-        name = "mtp.0.stranger.weight"
+        name = "mtp.0.unknown.weight"
         tensors[name] = torch.ones(2)
     elif kind == "misshaped":
         tensors[name] = tensors[name][:-1]
@@ -149,7 +149,7 @@ def test_each_fault_of_a_tensor_is_named(kind: str) -> None:
     assert not diagnose(report, None, None).healthy
 
 
-def test_tensors_that_were_not_trained_are_told_from_the_stock_heads() -> None:
+def test_untrained_tensors_are_reported_as_equal_to_the_stock_heads() -> None:
     stock = random_stack(MODEL).state_dict()
     report = examine_tensors({**stock, "mtp.0.norm.weight": stock["mtp.0.norm.weight"] + 1}, MODEL.config, 1, stock)
     assert set(report.same_as_stock) == set(stock) - {"mtp.0.norm.weight"}

@@ -1,4 +1,4 @@
-"""Where acceptance is lost: buckets against plain sums, and their sums against the totals of replay."""
+"""Buckets of drafted tokens against plain sums, and their sums against the totals of replay."""
 
 from dataclasses import replace
 
@@ -42,12 +42,12 @@ TRACES, DRAFTS = [trace for trace, _ in TEXTS], [drafts for _, drafts in TEXTS]
 def test_buckets_of_every_kind_add_up_to_the_totals_of_replay(policy: Policy, length: int) -> None:
     counts = replay_all(DRAFTS, policy)[length]
     reached, accepted = (sum(getattr(one, name).sum() for one in counts) for name in ("reached_K", "accepted_K"))
-    found = break_down(TRACES, DRAFTS, policy, length, TOKENIZER)
-    assert set(found.by) == set(BucketKind)
-    for buckets in [*found.by.values(), [found.totals]]:
+    breakdown = break_down(TRACES, DRAFTS, policy, length, TOKENIZER)
+    assert set(breakdown.by) == set(BucketKind)
+    for buckets in [*breakdown.by.values(), [breakdown.totals]]:
         assert sum(one.reached for one in buckets) == pytest.approx(reached, rel=1e-12)
         assert sum(one.accepted for one in buckets) == pytest.approx(accepted, rel=1e-12)
-    for buckets in found.by.values():
+    for buckets in breakdown.by.values():
         assert sum(one.lost_share for one in buckets) == pytest.approx(1, rel=1e-12)
 
 
@@ -60,7 +60,7 @@ def test_drafted_tokens_are_accepted_or_lost(policy: Policy) -> None:
 
 def test_a_bucket_is_the_plain_sum_over_its_steps_and_anchors() -> None:
     """Entropy between 1 and 2 nats, and inside words, step by step."""
-    found = break_down(TRACES, DRAFTS, SAMPLED, 3, TOKENIZER).by
+    by_kind = break_down(TRACES, DRAFTS, SAMPLED, 3, TOKENIZER).by
     reached = dict.fromkeys((BucketKind.entropy, BucketKind.token_class, BucketKind.generated), 0.0)
     for trace, drafts in TEXTS:
         chances = trace_chances(drafts, SAMPLED)
@@ -76,7 +76,7 @@ def test_a_bucket_is_the_plain_sum_over_its_steps_and_anchors() -> None:
                 reached[BucketKind.generated] += weight * (16 <= n + 1 < 64)
     buckets = {BucketKind.entropy: "1 to 2", BucketKind.token_class: "inside word", BucketKind.generated: "16 to 64"}
     for kind, bucket in buckets.items():
-        (one,) = [one for one in found[kind] if one.bucket == bucket]
+        (one,) = [one for one in by_kind[kind] if one.bucket == bucket]
         assert one.reached == pytest.approx(reached[kind], rel=1e-9)
 
 
@@ -121,7 +121,7 @@ def test_buckets_are_named_by_their_edges() -> None:
 
 def test_calibration_is_the_plain_mean_over_verified_steps() -> None:
     """ECE and one bin, step by step."""
-    found = calibrate(DRAFTS, SAMPLED, 3)
+    calibration = calibrate(DRAFTS, SAMPLED, 3)
     sums = np.zeros((10, 3))
     for drafts in DRAFTS:
         chances = trace_chances(drafts, SAMPLED)
@@ -131,13 +131,13 @@ def test_calibration_is_the_plain_mean_over_verified_steps() -> None:
                 confidence = drafts.confidence_KN[k, n]
                 accepted = min(1.0, drafts.q_KN[k, n] / drafts.p_N[n + k])
                 sums[int(confidence * 10)] += weight * np.array([1, confidence, accepted])
-    assert [one.count for one in found.bins] == pytest.approx(sums[:, 0])
-    assert [one.acceptance for one in found.bins] == pytest.approx(sums[:, 2] / sums[:, 0])
+    assert [one.count for one in calibration.bins] == pytest.approx(sums[:, 0])
+    assert [one.acceptance for one in calibration.bins] == pytest.approx(sums[:, 2] / sums[:, 0])
     ece = np.abs(sums[:, 1] - sums[:, 2]).sum() / sums[:, 0].sum()
-    assert found.ece == pytest.approx(ece)
+    assert calibration.ece == pytest.approx(ece)
 
 
-def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
+def test_a_head_as_accurate_as_its_confidence_is_calibrated() -> None:
     rng = np.random.default_rng(6)
     confidence_KN = rng.random((1, 40_000))
     top1_match_KN = (rng.random((1, 40_000)) < confidence_KN).astype(np.float64)
@@ -150,6 +150,6 @@ def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
 
 
 def test_nothing_verified_has_no_calibration() -> None:
-    found = calibrate([DRAFTS[2]], SAMPLED, 3)
-    assert found.ece is None
-    assert found.bins == []
+    calibration = calibrate([DRAFTS[2]], SAMPLED, 3)
+    assert calibration.ece is None
+    assert calibration.bins == []

@@ -1,10 +1,13 @@
-"""Verdicts about heads on the same traces."""
+"""Comparisons of heads on the same traces."""
+
+import io
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.evaluation.compare import Replayed
+from mtptrain.evaluation.compare import Replayed, print_comparison
 from mtptrain.evaluation.compare import compare_heads as compare
 from mtptrain.evaluation.comparison_result import HeadComparison
 from mtptrain.replay.replay import count_passes
@@ -12,17 +15,17 @@ from mtptrain.traces.prompts import Prompt
 
 
 def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> Replayed:
-    """Passes whose drafts are accepted position by position at the given rates, K = 1 and 2."""
+    """Return passes whose drafts are accepted position by position at the given rates, K = 1 and 2."""
     rng = np.random.default_rng(seed)
-    found: Replayed = {}
+    counts: Replayed = {}
     for length in (1, 2):
         prompts = []
         for _ in range(num_prompts):
             kept = (rng.random((20, length)) < rates[:length]).cumprod(1).sum(1)
             passes = [VerifyPass(length, int(count), int(count) + 1) for count in kept]
             prompts.append(count_passes(passes, length))
-        found[length] = prompts
-    return found
+        counts[length] = prompts
+    return counts
 
 
 def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, domain: str = "text") -> HeadComparison:
@@ -30,7 +33,7 @@ def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, domai
     return compare(names, base, other, prompts)
 
 
-def test_a_clear_gain_is_said_with_its_interval() -> None:
+def test_the_verdict_on_a_clear_gain_has_its_interval() -> None:
     result = compare_heads(("A", "B"), replayed([0.4, 0.4], 0), replayed([0.7, 0.6], 1))
     assert result.verdict.startswith("B accepts 0.")
     assert "more tokens a pass than A" in result.verdict
@@ -38,12 +41,12 @@ def test_a_clear_gain_is_said_with_its_interval() -> None:
     assert low < result.gain[2].gain < high
 
 
-def test_a_loss_is_said_as_a_loss() -> None:
+def test_the_verdict_on_a_loss_names_the_loss() -> None:
     result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
     assert "fewer tokens a pass than A" in result.verdict
 
 
-def test_equal_heads_give_no_evidence_and_say_what_would_have_shown() -> None:
+def test_equal_heads_give_no_evidence_and_the_detectable_gain() -> None:
     result = compare_heads(("A", "B"), replayed([0.5, 0.5], 2), replayed([0.5, 0.5], 3))
     assert result.verdict.startswith("no evidence that B and A differ")
     assert f"{result.gain[2].detectable:.2f}" in result.verdict
@@ -80,6 +83,17 @@ def test_a_domain_that_gets_worse_is_flagged_though_the_pool_gains() -> None:
     assert result.verdict.endswith("WORSE on code")
     assert "fewer tokens" in result.domains["code"].verdict
     assert result.domains["chat"].prompts == 60
+
+
+def test_a_domain_without_passes_is_compared_to_nothing() -> None:
+    base, other = ({k: [*replayed([rate, rate], 8)[k], count_passes([], k)] for k in (1, 2)} for rate in (0.3, 0.8))
+    prompts = [Prompt([0], "chat" if number < 60 else "silent", number) for number in range(61)]
+    result = compare(("A", "B"), base, other, prompts)
+    assert result.domains["silent"] is None
+    assert result.worse_on == []
+    stream = io.StringIO()
+    print_comparison(result, Console(file=stream, width=120))
+    assert "silent (no verify pass: its texts end at their first token)" in stream.getvalue()
 
 
 def test_one_domain_is_not_flagged_beside_the_whole() -> None:

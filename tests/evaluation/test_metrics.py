@@ -1,4 +1,4 @@
-"""Acceptance figures from records."""
+"""Acceptance figures from the passes of prompts, and the greedy certificate."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,15 @@ from mtptrain.certificate.greedy import LoopRun, certify_greedy
 from mtptrain.decoding.results import Decoded, VerifyPass
 from mtptrain.evaluation.certificate_result import ReplayEqualsLoop, TextDifference
 from mtptrain.evaluation.head_result import Totals
-from mtptrain.evaluation.metrics import acceptance_length, by_domain, by_position, paired_gain, summarize, totals
+from mtptrain.evaluation.metrics import (
+    acceptance_length,
+    by_domain,
+    by_position,
+    paired_gain,
+    paired_gain_by_domain,
+    summarize,
+    totals,
+)
 from mtptrain.replay.replay import Counts, count_passes
 
 
@@ -64,10 +72,19 @@ def test_prompts_of_one_group_are_resampled_together() -> None:
 
 def test_domains_are_summarized_apart() -> None:
     prompts = [counts(3, 3), counts(0, 0), counts(2, 2), counts(1, 0)]
-    found = by_domain(prompts, [0, 1, 2, 3], ["code", "chat", "code", "chat"])
-    assert list(found) == ["code", "chat"]
-    assert found["code"].acceptance_length == (4 + 4 + 3 + 3) / 4
-    assert sum(one.passes for one in found.values()) == totals(prompts).passes
+    summaries = by_domain(prompts, [0, 1, 2, 3], ["code", "chat", "code", "chat"])
+    assert list(summaries) == ["code", "chat"]
+    assert summaries["code"].acceptance_length == (4 + 4 + 3 + 3) / 4
+    assert sum(summary.passes for summary in summaries.values()) == totals(prompts).passes
+
+
+def test_a_domain_without_passes_has_no_figures() -> None:
+    prompts, groups, domains = [counts(3, 0), counts(), counts()], [0, 1, 2], ["code", "chat", "chat"]
+    summaries = by_domain(prompts, groups, domains)
+    assert summaries == {"code": summarize(prompts[:1], [0]), "chat": None}
+    gains = paired_gain_by_domain(prompts, [counts(3, 1), counts(), counts()], groups, domains)
+    assert gains["code"].gain == 0.5
+    assert gains["chat"] is None
 
 
 def test_counts_of_a_loop_are_whole_numbers() -> None:
@@ -76,11 +93,11 @@ def test_counts_of_a_loop_are_whole_numbers() -> None:
 
 
 def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> None:
-    found = count_passes([VerifyPass(1, 1, 2), VerifyPass(3, 2, 3), VerifyPass(0, 0, 1)], 3)
-    assert found.drafted_K is not None
-    assert found.drafted_K.tolist() == [2, 1, 1]
-    assert found.reached_K.tolist() == [2, 1, 1]
-    assert found.accepted_K.tolist() == [2, 1, 0]
+    counted = count_passes([VerifyPass(1, 1, 2), VerifyPass(3, 2, 3), VerifyPass(0, 0, 1)], 3)
+    assert counted.drafted_K is not None
+    assert counted.drafted_K.tolist() == [2, 1, 1]
+    assert counted.reached_K.tolist() == [2, 1, 1]
+    assert counted.accepted_K.tolist() == [2, 1, 0]
 
 
 def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass] | None) -> LoopRun:
@@ -99,12 +116,12 @@ def test_a_certificate_needs_identity_and_equal_counts() -> None:
     assert passed(run([1, 2], [1, 2], 1.0, passes(0))) == (True, False)
 
 
-def test_what_replay_cannot_tell_is_not_counted_as_compared() -> None:
+def test_a_loop_without_a_replay_is_not_counted_as_compared() -> None:
     _, replay = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
     assert replay == ReplayEqualsLoop(passed=True, compared=0, equal=0, differences=[])
 
 
-def test_a_numerical_tie_is_reported_and_not_held_against_the_head() -> None:
+def test_a_numerical_tie_is_reported_and_does_not_fail() -> None:
     identity, _ = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
     assert identity.passed
     assert identity.identical == 0

@@ -58,3 +58,8 @@ def test_a_file_that_is_no_evaluation_is_refused_with_the_reason(content: str, r
 def test_a_missing_file_is_refused_with_its_setting() -> None:
     with pytest.raises(UserError, match=r"plan.evaluation=/absent: cannot be read \(No such file"):
         read_evaluation(Path("/absent"), "plan.evaluation")
+
+
+def test_a_name_that_no_file_can_have_is_refused_with_its_setting() -> None:
+    with pytest.raises(UserError, match=r"plan.evaluation=x+: cannot be read \(File name too long\)"):
+        read_evaluation(Path("x" * 300), "plan.evaluation")

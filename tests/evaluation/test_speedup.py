@@ -29,6 +29,6 @@ def test_a_batch_of_ended_rows_waits_in_plain_decoding_too() -> None:
 
 def test_the_ratio_after_the_prefill_leaves_its_time_out_of_both() -> None:
     run = _runs([(9, 4)], Seconds(total=3, prefill=1), Seconds(total=5, prefill=1))
-    found = summarize_speed([run, run], "stock", 1)
-    assert found.median == pytest.approx(5 / 3)
-    assert found.after_prefill.median == pytest.approx(4 / 2)
+    speedup = summarize_speed([run, run], "stock", 1)
+    assert speedup.median == pytest.approx(5 / 3)
+    assert speedup.after_prefill.median == pytest.approx(4 / 2)

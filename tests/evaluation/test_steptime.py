@@ -33,7 +33,7 @@ def test_timed_drafts_are_those_of_the_loop() -> None:
     assert bench.draft(1) == proposer.first.tokens_BK[:, :1].tolist()
 
 
-def test_every_step_is_timed_as_often_as_was_asked_for() -> None:
+def test_every_step_is_timed_in_every_repetition() -> None:
     times = measure_steps(MODEL, STACK, [TEXT, TEXT], longest=3, repetitions=2)
     assert (times.batch, times.context) == (2, len(TEXT))
     assert {n: len(seconds) for n, seconds in times.step.items()} == {1: 2, 2: 2, 3: 2, 4: 2}

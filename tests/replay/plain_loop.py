@@ -1,4 +1,4 @@
-"""Speculative decoding without a cache, a batch or a shortcut: what replay and every faster loop must agree with."""
+"""Speculative decoding without a cache, a batch or a shortcut: the reference for replay and every faster loop."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def single_row(tokens: list[int]) -> Batch:
 
 
 def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], anchor: int, steps: int) -> Tensor:
-    """Logits [V] of step `steps` at an anchor, from a fresh rollout over the tokens."""
+    """Return the logits [V] of step `steps` at an anchor, from a fresh rollout over the tokens."""
     batch = single_row(tokens)
     streams_RSND, _ = run_backbone(model, batch.tokens_BS)
     states = rollout(stack, model.model.embed_tokens, streams_RSND, batch, steps)
@@ -35,7 +35,7 @@ def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int
 def decode_plainly(
     model: DeepseekV4ForCausalLM, stack: MtpStack, prompt: list[int], length: int, policy: Policy, new: int, seed: int
 ) -> tuple[Trace, list[VerifyPass]]:
-    """One text of `new` tokens and the passes that made it; drafts of `length` tokens unless confidence is low."""
+    """Return a text of `new` tokens and its passes; a draft has `length` tokens unless the confidence is low."""
     seed_R = torch.tensor([seed])
 
     def draws(stream: Stream, count: int) -> Tensor:
@@ -64,7 +64,7 @@ def decode_plainly(
         accepted = int(ended.accepted_B)
         emitted = [*draft[:accepted], int(ended.token_B)]
         room = new - (len(tokens) - len(prompt))
-        probabilities += [float(p_RLV[0, place, token]) for place, token in enumerate(emitted)][:room]
+        probabilities += [float(p_RLV[0, position, token]) for position, token in enumerate(emitted)][:room]
         passes.append(VerifyPass(min(len(draft), room), min(accepted, room), min(accepted + 1, room)))
         tokens += emitted[:room]
     new_tokens = tokens[len(prompt) :]

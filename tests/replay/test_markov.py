@@ -11,7 +11,7 @@ VERIFICATIONS = list(Verification)
 
 
 def with_stops(world: World, stopped: bool) -> World:
-    """The same world; drafts end before every fourth history or so."""
+    """Return the same world, in which drafts end before about every fourth history."""
     if not stopped:
         return world
     generator = torch.Generator().manual_seed(5)
@@ -19,7 +19,7 @@ def with_stops(world: World, stopped: bool) -> World:
 
 
 def text_drafted(world: World, states_E: torch.Tensor) -> np.ndarray:
-    """Whether step k is drafted at anchor n once the text's own tokens were, without regard to earlier steps."""
+    """Return whether step k is drafted at anchor n after the text's own tokens, regardless of earlier steps."""
     length = len(states_E)
     drafted_KN = np.ones((world.steps, length), dtype=bool)
     if world.stops_KS is not None:
@@ -34,7 +34,7 @@ def text_drafted(world: World, states_E: torch.Tensor) -> np.ndarray:
 def test_expected_counts_equal_those_of_every_enumerated_text(
     verification: Verification, vocabulary: int, steps: int, length: int, greedy: bool, stopped: bool
 ) -> None:
-    """All drafts, verifications and texts of a small world against the sweep over one text at a time."""
+    """Enumerate all drafts, verifications and texts of a small world, and compare with the sweep over each text."""
     world = with_stops(random_world(vocabulary, steps, greedy, seed=3), stopped)
     enumerated = [decoded_texts(world, draft_length, verification, length) for draft_length in range(1, steps + 1)]
     texts_BE = world.texts(length)
@@ -49,13 +49,13 @@ def test_expected_counts_equal_those_of_every_enumerated_text(
         accept_KN = acceptance_probability(world.p_SV[states_E, tokens_E].numpy(), q_KN, verification)
         expected = expected_passes(accept_KN, text_drafted(world, states_E))
         for row, (chance, counts) in enumerate(enumerated):
-            found = [expected.passes_L[row], *expected.accepted_LK[row, : row + 1]]
-            np.testing.assert_allclose(found, counts[text] / chance[text], rtol=1e-9, atol=1e-9)
+            swept = [expected.passes_L[row], *expected.accepted_LK[row, : row + 1]]
+            np.testing.assert_allclose(swept, counts[text] / chance[text], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_passes_obey_the_recursion_over_anchors(steps: int) -> None:
-    """V(n) = 1 + sum_a c_a V(n + a + 1), written out for one draft length."""
+    """Write V(n) = 1 + sum_a c_a V(n + a + 1) out for one draft length."""
     num_tokens = 21
     accept_KN = np.random.default_rng(0).random((steps, num_tokens))
     value = [0.0] * (num_tokens + 1)
@@ -71,18 +71,18 @@ def test_passes_obey_the_recursion_over_anchors(steps: int) -> None:
 
 
 def number_of_passes(reach_KN: np.ndarray, length: int, anchor: int) -> dict[int, float]:
-    """Distribution of the passes from an anchor on, by following every course."""
+    """Return the distribution of the number of passes from an anchor on, by following every course."""
     num_tokens = reach_KN.shape[1]
     if anchor >= num_tokens:
         return {0: 1.0}
-    found: dict[int, float] = {}
+    chance_of: dict[int, float] = {}
     reach = [1.0, *reach_KN[:length, anchor], 0.0]
     for accepted in range(length + 1):
         chance = reach[accepted] - reach[accepted + 1]
         if chance > 0:
             for count, later in number_of_passes(reach_KN, length, anchor + accepted + 1).items():
-                found[count + 1] = found.get(count + 1, 0.0) + chance * later
-    return found
+                chance_of[count + 1] = chance_of.get(count + 1, 0.0) + chance * later
+    return chance_of
 
 
 @pytest.mark.parametrize(("steps", "num_tokens"), [(1, 1), (1, 7), (3, 9), (4, 3), (2, 0)])
@@ -90,15 +90,15 @@ def test_mean_and_variance_of_the_passes_are_those_of_every_course(steps: int, n
     reach_KN = expected_passes(np.random.default_rng(3).random((steps, num_tokens))).reach_KN
     mean_L, variance_L = pass_moments(reach_KN)
     for length in range(1, steps + 1):
-        law = number_of_passes(reach_KN, length, 0)
-        mean = sum(count * chance for count, chance in law.items())
+        distribution = number_of_passes(reach_KN, length, 0)
+        mean = sum(count * chance for count, chance in distribution.items())
         assert mean_L[length - 1] == pytest.approx(mean, rel=1e-12)
-        variance = sum((count - mean) ** 2 * chance for count, chance in law.items())
+        variance = sum((count - mean) ** 2 * chance for count, chance in distribution.items())
         assert variance_L[length - 1] == pytest.approx(variance, rel=1e-9, abs=1e-12)
 
 
 def test_visits_are_the_chances_that_passes_begin() -> None:
-    """Every course is followed; its anchors are marked with its chance."""
+    """Follow every course and add its chance to its anchors."""
     steps, num_tokens = 3, 7
     expected = expected_passes(np.random.default_rng(4).random((steps, num_tokens)))
     visit_N = np.zeros(num_tokens)
@@ -115,15 +115,15 @@ def test_visits_are_the_chances_that_passes_begin() -> None:
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
-def test_drafted_tokens_past_a_miss_are_counted_by_visits_and_free_drafts(verification: Verification) -> None:
-    """The product of the chance of a visit and that of a long enough draft, over all texts, against all passes."""
+def test_drafted_tokens_past_a_rejection_are_counted_by_visits_and_free_drafts(verification: Verification) -> None:
+    """Compare the chance of a visit times the chance of a long enough draft, over all texts, with all passes."""
     vocabulary, steps, length = 3, 3, 4
     world = with_stops(random_world(vocabulary, steps, seed=7), stopped=True)
     assert world.stops_KS is not None
     stops_KS = world.stops_KS
 
     def long_enough(state: int, k: int, step: int = 0) -> float:
-        """Chance that a draft from a history has its token k (0-based)."""
+        """Return the chance that a draft from a history has its token k (0-based)."""
         if stops_KS[step, state]:
             return 0.0
         if step == k:
@@ -133,20 +133,20 @@ def test_drafted_tokens_past_a_miss_are_counted_by_visits_and_free_drafts(verifi
         return sum(q * long_enough(later, k, step + 1) for q, later in zip(q_V, after, strict=True))
 
     def loop(state: int, room: int) -> np.ndarray:
-        """Drafted tokens at each position over all passes from a history on."""
+        """Return the drafted tokens at each position over all passes from a history on."""
         if room <= 0:
             return np.zeros(steps)
         total = np.array([long_enough(state, k) if k < room else 0.0 for k in range(steps)])
         for accepted, joint in enumerate(pass_outcomes(world, state, steps, verification)):
             for node, chance in enumerate(joint.reshape(-1)):
                 after = state
-                for place in reversed(range(accepted + 1)):
-                    after = (after * vocabulary + node // vocabulary**place % vocabulary + 1) % NUM_STATES
+                for digit in reversed(range(accepted + 1)):
+                    after = (after * vocabulary + node // vocabulary**digit % vocabulary + 1) % NUM_STATES
                 if chance > 0:
                     total += chance * loop(after, room - accepted - 1)
         return total
 
-    found = np.zeros(steps)
+    drafted_K = np.zeros(steps)
     texts_BE, chance_B = world.texts(length), world.text_probability(length)
     for tokens_E, states_E, chance in zip(texts_BE, world.states(texts_BE)[:, :-1], chance_B.tolist(), strict=True):
         if chance > 0:
@@ -156,12 +156,12 @@ def test_drafted_tokens_past_a_miss_are_counted_by_visits_and_free_drafts(verifi
             accept_KN = acceptance_probability(world.p_SV[states_E, tokens_E].numpy(), q_KN, verification)
             free_KN = np.array([[long_enough(int(state), k) for state in states_E] for k in range(steps)])
             expected = expected_passes(accept_KN, text_drafted(world, states_E))
-            found += chance * expected.at_positions(free_KN * inside_text(steps, length))[-1]
-    np.testing.assert_allclose(found, loop(0, length), rtol=1e-9)
+            drafted_K += chance * expected.at_positions(free_KN * inside_text(steps, length))[-1]
+    np.testing.assert_allclose(drafted_K, loop(0, length), rtol=1e-9)
 
 
 def test_emitted_tokens_are_accepted_drafts_and_one_a_pass() -> None:
-    """But for a last pass that ends with a draft: a text long enough makes it not matter."""
+    """Except in a last pass that ends with a draft, which is negligible in a long text."""
     accept_KN = np.full((4, 5000), 0.6)
     expected = expected_passes(accept_KN)
     lengths = 5000 / expected.passes_L

@@ -1,4 +1,4 @@
-"""Replay of a text equals the loop that made it: exactly where all is greedy, in law where tokens are drawn."""
+"""Replay of a text equals the loop that made it: exactly in greedy decoding, in distribution in sampled decoding."""
 
 from dataclasses import replace
 from functools import cache
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtptrain.certificate.sampled import SampledRun, certify_law, sampled_run
+from mtptrain.certificate.sampled import SampledRun, certify_pass_counts, sampled_run
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
@@ -43,24 +43,24 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
     monkeypatch.setattr(drafts_module, "LOGITS_A_CHUNK", 5 * 97)  # several chunks of the lm_head
     stack, steps = random_stack(MODEL, depth), 3
     traces = [random_trace(5, 9, 0), random_trace(11, 1, 1), random_trace(2, 4, 2)]
-    for trace, found in zip(traces, draft_traces(MODEL, stack, traces, steps, policy), strict=True):
+    for trace, drafts in zip(traces, draft_traces(MODEL, stack, traces, steps, policy), strict=True):
         size, text = len(trace.tokens) - 1, trace.prompt.tokens + trace.tokens
-        assert found.q_KN.shape == found.confidence_KN.shape == (steps, size)
+        assert drafts.q_KN.shape == drafts.confidence_KN.shape == (steps, size)
         for n in range(size):
             anchor = len(trace.prompt.tokens) - 1 + n
             for step in range(1, steps + 1):
                 if n + step > size:
-                    assert found.q_KN[step - 1, n] == 0
+                    assert drafts.q_KN[step - 1, n] == 0
                     continue
                 with torch.inference_mode():
                     logits_V = draft_logits(MODEL, stack, text, anchor, step)
                 q = policy.proposal(logits_V)[text[anchor + step + 1]]
                 # fp32 rounding of logits of order 10, through a softmax at temperature 0.8.
-                assert found.q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
+                assert drafts.q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
                 confidence = float(logits_V.softmax(-1).max())
-                assert found.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
+                assert drafts.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
             p_V = MODEL(input_ids=torch.tensor([text])).logits[0, anchor + 1].softmax(-1)
-            assert found.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
+            assert drafts.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(("depth", "min_confidence"), [(1, 0.0), (2, 0.0), (1, 0.12)])
@@ -83,8 +83,8 @@ def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: 
     [SAMPLED, replace(SAMPLED, verification=Verification.block, min_confidence=0.1)],
     ids=["token", "block, stopped"],
 )
-def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
-    """Over many texts: passes, drafted and accepted tokens lie where replay expects them."""
+def test_passes_of_a_sampling_loop_follow_their_distribution(policy: Policy) -> None:
+    """Over many texts, passes, drafted and accepted tokens agree with the expectations of replay."""
     stack, length, new = random_stack(MODEL), 2, 6
     runs, differences = [], []
     for seed in range(12):
@@ -95,8 +95,8 @@ def test_passes_of_a_sampling_loop_follow_their_law(policy: Policy) -> None:
         assert expected.drafted_K is not None
         assert counted.drafted_K is not None
         pairs = [(expected.drafted_K, counted.drafted_K), (expected.accepted_K, counted.accepted_K)]
-        differences.append(np.concatenate([found - mean for mean, found in pairs]))
-    result = certify_law(runs)
+        differences.append(np.concatenate([count - mean for mean, count in pairs]))
+    result = certify_pass_counts(runs)
     assert result.passed
     assert result.tests[0].standard_error > 0
     error = np.std(differences, axis=0) / np.sqrt(len(runs))
@@ -113,7 +113,7 @@ STOPPED = replace(BLOCK, min_confidence=0.4)
 
 @cache
 def replayed_interval(policy: Policy) -> Interval:
-    """95 % interval of the acceptance length that replay gives from one plain text a prompt."""
+    """Return the 95 % interval of replay's acceptance length, from one plain text a prompt."""
     groups = list(range(len(PROMPTS)))
     rows = decode_plain(SMALL, PROMPTS, LIMITS, policy, groups).rows
     traces = [
@@ -126,7 +126,7 @@ def replayed_interval(policy: Policy) -> Interval:
 
 @cache
 def looped_length(policy: Policy) -> float:
-    """Acceptance length of the real loop over other seeds, six for each prompt, all in one batch."""
+    """Return the acceptance length of the real loop over other seeds, six for each prompt, all in one batch."""
     seeds = list(range(1000, 1000 + 6 * len(PROMPTS)))
     proposer = MtpProposer(SMALL, random_stack(SMALL))
     rows = decode_speculative(SMALL, proposer, 6 * PROMPTS, LENGTH, LIMITS, policy, seeds).rows
@@ -161,12 +161,12 @@ def test_thresholds_are_replayed_from_one_rollout() -> None:
     assert not np.any(nothing.drafted_K)
 
 
-def test_stacked_modules_do_not_tell_what_a_threshold_drafts() -> None:
+def test_drafted_tokens_under_a_threshold_are_unknown_for_stacked_modules() -> None:
     (drafts,) = draft_traces(MODEL, random_stack(MODEL, 2), [random_trace(4, 9, 0)], 3, Policy(), free_running=True)
     counts = replay_counts(drafts, Policy(min_confidence=0.1))[3]
     assert counts.drafted_K is None
     assert counts.reached_K.shape == (3,)
-    with pytest.raises(ValueError, match="drafts along the head's own tokens known"):
+    with pytest.raises(ValueError, match="with the head's own drafts known"):
         replay_passes(drafts, Policy(min_confidence=0.1), 3)
 
 
@@ -177,7 +177,7 @@ def test_a_text_of_one_token_has_no_passes() -> None:
 
 
 def test_replay_walks_from_anchor_to_anchor() -> None:
-    """Text of 6: at anchor 0 two hits, then a miss at 3, then at 4 a hit, the last token."""
+    """Text of 6: two top-1 matches at anchor 0, then none at 3, then one at 4, the last token."""
     top1_match_KN = np.zeros((2, 5))
     top1_match_KN[:, 0] = top1_match_KN[0, 4] = 1
     drafts = ReplayDrafts(np.ones(5), top1_match_KN, np.ones((2, 5)), None, np.zeros(5))
@@ -186,7 +186,7 @@ def test_replay_walks_from_anchor_to_anchor() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_expected_counts_of_certain_hits_are_those_of_the_passes(seed: int) -> None:
+def test_expected_counts_of_certain_matches_are_those_of_the_passes(seed: int) -> None:
     top1_match_KN = (np.random.default_rng(seed).random((8, 30)) < 0.7).astype(np.float64)
     drafts = ReplayDrafts(np.ones(30), top1_match_KN, np.ones((8, 30)), None, np.zeros(30))
     for length, expected in replay_counts(drafts, Policy()).items():
@@ -196,12 +196,12 @@ def test_expected_counts_of_certain_hits_are_those_of_the_passes(seed: int) -> N
             assert getattr(expected, name).tolist() == getattr(counted, name).tolist()
 
 
-def test_a_loop_that_is_off_its_law_is_refused() -> None:
+def test_a_loop_with_an_improbable_number_of_passes_fails() -> None:
     right = [SampledRun("h", 2, 10, 10.2, 1.0)] * 30
-    assert certify_law(right).passed
-    assert not certify_law([*right, *[SampledRun("h", 3, 12, 10.2, 1.0)] * 30]).passed
+    assert certify_pass_counts(right).passed
+    assert not certify_pass_counts([*right, *[SampledRun("h", 3, 12, 10.2, 1.0)] * 30]).passed
 
 
 def test_certain_passes_must_be_met_exactly() -> None:
-    assert certify_law([SampledRun("h", 2, 10, 10.0, 0.0)]).passed
-    assert not certify_law([SampledRun("h", 2, 11, 10.0, 0.0)]).passed
+    assert certify_pass_counts([SampledRun("h", 2, 10, 10.0, 0.0)]).passed
+    assert not certify_pass_counts([SampledRun("h", 2, 11, 10.0, 0.0)]).passed

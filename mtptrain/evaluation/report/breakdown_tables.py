@@ -28,7 +28,7 @@ KIND_TITLES = {
 }
 
 
-def bucket_names(evaluation: Evaluation, kind: BucketKind) -> list[str]:
+def reached_buckets(evaluation: Evaluation, kind: BucketKind) -> list[str]:
     """Return the names of the buckets that any head reached, in their order."""
     rows = [row for head in evaluation.heads for row in head.breakdown.by.get(kind, [])]
     return list(dict.fromkeys(row.bucket for row in rows))
@@ -36,7 +36,7 @@ def bucket_names(evaluation: Evaluation, kind: BucketKind) -> list[str]:
 
 def breakdown_tables(evaluation: Evaluation) -> list[Grid]:
     """Return a table for each kind with more than one bucket: acceptance and share of the lost tokens by head."""
-    return [_breakdown_table(evaluation, kind) for kind in KIND_TITLES if len(bucket_names(evaluation, kind)) > 1]
+    return [_breakdown_table(evaluation, kind) for kind in KIND_TITLES if len(reached_buckets(evaluation, kind)) > 1]
 
 
 def _breakdown_table(evaluation: Evaluation, kind: BucketKind) -> Grid:
@@ -45,7 +45,7 @@ def _breakdown_table(evaluation: Evaluation, kind: BucketKind) -> Grid:
     by_head = [{row.bucket: row for row in head.breakdown.by.get(kind, [])} for head in evaluation.heads]
     rows = [
         [Cell(name), *(cell for buckets in by_head for cell in _bucket_cells(buckets.get(name)))]
-        for name in bucket_names(evaluation, kind)
+        for name in reached_buckets(evaluation, kind)
     ]
     note = (
         f"Verified: drafted tokens that decoding verifies at K={evaluation.draft_length}. Accepted: the share of them "
@@ -71,7 +71,10 @@ def domain_table(evaluation: Evaluation) -> Grid | None:
     for domain in domains:
         row = [Cell(domain), *(length_cell(head.domains[domain]) for head in heads)]
         rows.append([*row, gain_cell(gains[domain])] if gains else row)
-    note = f"K={evaluation.draft_length}; 95 % bootstrap intervals over the prompts of the domain."
+    note = (
+        f"K={evaluation.draft_length}; 95 % bootstrap intervals over the prompts of the domain. "
+        f"{MISSING_VALUE}: its texts end at their first token, without a verify pass."
+    )
     return Grid("Acceptance length by domain", headers, rows, note)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mtptrain.evaluation.report import breakdown_tables as tables
-from mtptrain.evaluation.report import plots
+from mtptrain.evaluation.report import breakdown_tables, plots
 from mtptrain.evaluation.report.headline import (
     backbone_text,
     certificate_details,
@@ -54,14 +53,14 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
         "lengths": length_table(evaluation),
-        "domains": tables.domain_table(evaluation),
+        "domains": breakdown_tables.domain_table(evaluation),
         "positions": position_table(evaluation),
-        "steps": tables.step_table(evaluation),
-        "times": tables.time_table(evaluation),
-        "breakdowns": tables.breakdown_tables(evaluation),
-        "thresholds": tables.threshold_table(evaluation),
-        "passes": tables.pass_table(evaluation),
-        "counts": tables.count_table(evaluation),
+        "steps": breakdown_tables.step_table(evaluation),
+        "times": breakdown_tables.time_table(evaluation),
+        "breakdowns": breakdown_tables.breakdown_tables(evaluation),
+        "thresholds": breakdown_tables.threshold_table(evaluation),
+        "passes": breakdown_tables.pass_table(evaluation),
+        "counts": breakdown_tables.count_table(evaluation),
         "figures": list(_drawn(_speed_figures(evaluation))),
         "loss_figures": list(_drawn(_loss_figures(evaluation))),
         "provenance": _provenance(evaluation),
@@ -89,7 +88,8 @@ def _speed_figures(evaluation: Evaluation) -> dict[str, str | None]:
 
 def _loss_figures(evaluation: Evaluation) -> dict[str, str | None]:
     by_kind = {
-        f"Acceptance by {title}": plots.acceptance_by(evaluation, kind) for kind, title in tables.KIND_TITLES.items()
+        f"Acceptance by {title}": plots.acceptance_by(evaluation, kind)
+        for kind, title in breakdown_tables.KIND_TITLES.items()
     }
     return {
         "Where drafted tokens are lost": plots.losses(evaluation),

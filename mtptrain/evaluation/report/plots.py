@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mtptrain.evaluation.head_result import Bucket, BucketKind, HeadResult, Interval
-from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES, bucket_names
+from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES, reached_buckets
 from mtptrain.evaluation.result import Evaluation
 
 INK = "#1c2127"
@@ -144,7 +144,7 @@ def losses(evaluation: Evaluation) -> str:
 
 def acceptance_by(evaluation: Evaluation, kind: BucketKind) -> str | None:
     """Draw the share accepted of the drafted tokens in each bucket of a kind, a bar a head; None with one bucket."""
-    if len(bucket_names(evaluation, kind)) < 2:
+    if len(reached_buckets(evaluation, kind)) < 2:
         return None
     figure, axes = _bars(evaluation, kind, lambda bucket: bucket.acceptance, "share accepted")
     axes.set(xlim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
@@ -155,7 +155,7 @@ def _bars(
     evaluation: Evaluation, kind: BucketKind, figure_of: Callable[[Bucket], float], x_label: str
 ) -> tuple[Figure, Axes]:
     """Return horizontal bars of one figure, a group a bucket, the first at the top."""
-    heads, names = evaluation.heads, bucket_names(evaluation, kind)
+    heads, names = evaluation.heads, reached_buckets(evaluation, kind)
     figure, axes = _canvas(x_label, "", 1)
     figure.set_figheight(1.2 + 0.16 * (1 + len(heads)) * len(names))
     height = 0.8 / len(heads)

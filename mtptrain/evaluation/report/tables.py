@@ -54,13 +54,17 @@ class Grid:
     note: str
 
 
-def length_cell(measured: Acceptance) -> Cell:
+def length_cell(measured: Acceptance | None) -> Cell:
     """Return an acceptance length above its interval."""
+    if measured is None:
+        return Cell(MISSING_VALUE)
     return Cell(f"{measured.acceptance_length:.2f}", span(measured.interval))
 
 
-def gain_cell(gain: Gain) -> Cell:
+def gain_cell(gain: Gain | None) -> Cell:
     """Return a gain above its interval, both with a sign."""
+    if gain is None:
+        return Cell(MISSING_VALUE)
     return Cell(f"{gain.gain:+.2f}", span(gain.interval, signed=True))
 
 

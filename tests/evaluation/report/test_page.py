@@ -77,7 +77,7 @@ def figures(grid: Grid) -> set[str]:
     return {text for row in grid.rows for cell in row for text in (cell.value, cell.spread) if text}
 
 
-def test_report_asks_nothing_of_the_network(rendered: Rendered) -> None:
+def test_report_makes_no_network_request(rendered: Rendered) -> None:
     assert not {tag for tag, _, _ in rendered.page.attributes} & {"script", "img", "iframe", "object", "embed"}
     assert "<script" not in rendered.text
     names = ("src", "href", "xlink:href", "srcset", "action")
@@ -140,14 +140,14 @@ def test_report_is_the_same_bytes_for_the_same_evaluation(rendered: Rendered, re
     assert report(rendered.evaluation) == rendered.text
 
 
-def test_report_of_a_failed_certificate_says_so_at_the_top(report: Report) -> None:
+def test_report_of_a_failed_certificate_starts_with_the_failure(report: Report) -> None:
     text = report(with_failed_certificate(recorded_evaluation()))
     assert '<h1 class="failed">CERTIFICATE FAILED, these figures do not count' in text
     assert '<p class="badge failed">CERTIFICATE FAILED: output identical to plain greedy 53/54' in text
     assert "<li>stock head, prompt 5, K=1: 21 passes in the loop, 22 in the replay</li>" in text
 
 
-def test_report_escapes_every_text_that_is_not_ours(report: Report) -> None:
+def test_report_escapes_every_text_from_outside(report: Report) -> None:
     evil = """<script>alert("1")</script>&amp;'{{ evaluation }} $style"""
     evaluation = recorded_evaluation()
     origin = evaluation.provenance

@@ -108,6 +108,17 @@ def test_every_domain_has_a_row_in_its_order() -> None:
     assert domain_table(recorded_evaluation("single")) is None
 
 
+def test_a_domain_without_passes_has_no_figures_in_its_row() -> None:
+    evaluation = recorded_evaluation()
+    for head in evaluation.heads:
+        evaluation = with_head(evaluation, replace(head, domains={**head.domains, "code": None}))
+    evaluation = replace(evaluation, gain_by_domain={**(evaluation.gain_by_domain or {}), "code": None})
+    grid = domain_table(evaluation)
+    assert grid is not None
+    (row,) = [row for row in grid.rows if row[0].value == "code"]
+    assert [cell.value for cell in row[1:]] == [MISSING_VALUE] * 3
+
+
 def test_time_table_has_every_batch_and_draft_length_and_every_phase() -> None:
     grid = time_table(recorded_evaluation())
     assert [row[0].value for row in grid.rows] == ["1, 1", "1, 2", "1, 3", "2, 1", "2, 2", "2, 3"]
