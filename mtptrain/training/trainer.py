@@ -22,10 +22,17 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.next_token import Outcome
 from mtptrain.run.artifact import check_identity
-from mtptrain.run.distributed import broadcast, gather, max_over_processes, on_rank0, rank, sum_over_processes
+from mtptrain.run.distributed import (
+    broadcast_object,
+    gather_objects,
+    max_over_processes,
+    on_rank0,
+    peak_memory_bytes,
+    rank,
+    sum_over_processes,
+)
 from mtptrain.run.preemption import LeaveRequest
 from mtptrain.run.progress import Progress
-from mtptrain.run.provenance import peak_memory_bytes
 from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
@@ -169,7 +176,7 @@ class Trainer:
         """Write this step's checkpoint, under the step's name unless another is given, and prune older ones."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
-        positions, counters = gather(self.batches.position()), dict(self.counters)
+        positions, counters = gather_objects(self.batches.position()), dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
 
@@ -275,7 +282,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = broadcast(probe.measure())  # every process measures: its share of the head may be needed
+        metrics = broadcast_object(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
