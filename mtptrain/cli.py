@@ -138,7 +138,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: asked to leave: {ending}; continue with resume=auto", file=sys.stderr)
+            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
         raise SystemExit(PREEMPTED) from None
     except KeyboardInterrupt:
         print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)

@@ -134,9 +134,9 @@ cross-entropy on data tokens. For experiments with MTP heads; it writes no usefu
 | training text | {text}; one document in {data.heldout_every} held out by hash of its name |
 | tokens seen | backbone {tokens[0]}, head {tokens[1]} |
 | seed | {config.seed} |
-| command | `{" ".join(first["command"])}` |
-| hardware | {first["hardware"]["processor"]}, {first["hardware"]["torch_threads"]} thread(s), \
-{", ".join(first["hardware"]["gpus"]) or "no GPU"} |
+| command | `{" ".join(first.command)}` |
+| hardware | {first.hardware.processor}, {first.hardware.torch_threads} thread(s), \
+{", ".join(first.hardware.gpus) or "no GPU"} |
 | commit | backbone {first.git_commit}, head {provenance.git_commit} |
 | versions | {versions} |
 """

@@ -90,7 +90,7 @@ def test_bytes_that_a_rollout_keeps_are_estimated_within_a_tenth(rows: int, row_
     assert outcome.loss.requires_grad
 
 
-def test_the_whole_adamw_state_of_a_module_is_what_was_computed_by_hand() -> None:
+def test_the_whole_adamw_state_of_a_module_matches_a_count_by_hand() -> None:
     # 16 bytes a parameter: fp32 weights, gradient and two moments; 106 GB for Flash, 413 GB for Pro.
     for name, gigabytes in (("v4_flash", 106), ("v4_pro", 413)):
         held = heads_bytes(preset_shape(name), TrainingLoad(heads=WeightFormat.fp32))
