@@ -39,7 +39,6 @@ from mtptrain.release.names import Scheme
 from mtptrain.release.shards import Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.storage import no_room, write_text
-from mtptrain.run.typed_json import to_json
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
@@ -148,7 +147,7 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path)
         acceptance={"before": before, "after": after, "prompts": len(traces)},
         warnings=warnings(config.target, run_folder.path, identity.depth),
         training=training_provenance(checkpoint),
-        provenance=to_json(run_folder.provenance),
+        provenance=run_folder.provenance,
         **seen,
     )
     check_drop(config, export.acceptance)

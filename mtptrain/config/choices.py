@@ -151,11 +151,11 @@ class LossName(StrEnum):
     tv = Divergence.tv
     neg_log_alpha = Divergence.neg_log_alpha
     hybrid = Divergence.hybrid
-    chain = "chain"  # the expected accepted length of a whole rollout
+    chain = "chain"  # of a whole rollout: its expected accepted length
 
     @property
     def per_token(self) -> Divergence:
-        """Per-token divergence that the loss is made of; `chain` multiplies 1 - tv along the rollout."""
+        """Divergence of one token that the loss is made of; `chain` multiplies 1 - tv along the rollout."""
         return Divergence.tv if self is LossName.chain else Divergence(self)
 
 

@@ -19,9 +19,7 @@ WHOLE_BELOW = 8192
 def quiet_deepspeed() -> None:
     """Silence DeepSpeed and disable its shared-memory collectives for CPUs, which take minutes to compile."""
     deepspeed_logger.setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # for calls inside DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed causes them
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

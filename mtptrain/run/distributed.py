@@ -83,15 +83,6 @@ def bound_threads(wanted: int | None, hidden_size: int) -> int:
     return threads
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def rank() -> int:
     """Return the number of this process in the run; rank 0 prints, writes and decides."""
     return _joined[0].rank if _joined else 0
@@ -207,7 +198,7 @@ def max_over_processes(number: int) -> int:
     return int(box)
 
 
-def broadcast_object(value: T) -> T:
+def broadcast(value: T) -> T:
     """Return rank 0's value on every process; it must be picklable."""
     if world_size() == 1:
         return value
@@ -218,7 +209,7 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Return the values of all processes in the order of their ranks, on every process; they must be picklable."""
     if world_size() == 1:
         return [value]
@@ -238,7 +229,7 @@ def on_rank0(work: Callable[[], T]) -> T:
             result = work()
         except UserError as mistake:
             error = mistake
-    result, error = broadcast_object((result, error))
+    result, error = broadcast((result, error))
     if error is not None:
         raise error
     return result
@@ -262,3 +253,12 @@ def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
     except RuntimeError:  # rank 0 hosts the store and has ended
         return True
     return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

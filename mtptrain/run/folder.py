@@ -20,7 +20,7 @@ from mtptrain.run.provenance import Provenance, describe_run, hardware
 from mtptrain.run.storage import atomic_folder, write_json, write_text
 from mtptrain.run.trackers import TrackedRun, check_trackers
 from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
-from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.run.typed_json import from_json, to_json
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -75,7 +75,7 @@ class RunFolder:
 
     @contextmanager
     def write_whole(self) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the run's folder when the block ends well.
+        """Yield a temporary folder that becomes the run's folder if the block ends without error.
 
         Raises:
             UserError: the folder is not empty, or another run is writing it.
@@ -101,10 +101,10 @@ class RunFolder:
         self.provenance = replace(self.provenance, hardware=hardware())  # torch's threads are final only now
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         extras = {} if self.on_policy is None else {"on_policy": self.on_policy}
-        values = {
-            name: value for name, value in to_json(self.provenance).items() if (name, value) != ("continues", None)
-        }
-        write_json(self.path / PROVENANCE_FILE, {**values, **extras})
+        values = to_json(self.provenance) | extras
+        if self.provenance.continues is None:
+            del values["continues"]
+        write_json(self.path / PROVENANCE_FILE, values)
 
     def open_trackers(self) -> Trackers:
         """Return the run's trackers, to be used in a `with` statement; ranks other than 0 have none."""
@@ -152,13 +152,13 @@ def read_provenance(path: Path) -> Provenance:
 
     Raises:
         OSError: the file cannot be read.
-        UserError: it holds no provenance.
+        UserError: the file is damaged.
     """
     try:
         values = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
-        values.pop("on_policy", None)  # a resumed run writes its own
-        return from_json(Provenance, values)
-    except (json.JSONDecodeError, AttributeError, MismatchError) as error:
+        # A resumed run writes its own `on_policy`.
+        return from_json(Provenance, {name: value for name, value in values.items() if name != "on_policy"})
+    except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, or no provenance
         raise UserError(
             f"output_dir={path}: {PROVENANCE_FILE} is damaged ({error}); restore it, or delete it to continue without"
         ) from None
