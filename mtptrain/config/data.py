@@ -141,7 +141,7 @@ class OnPolicyConfig:
     temperature: float = ranged(1.0, at_least=0, rule="must be 0 (greedy) or above")
     # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
-    # Probability mass of the most likely tokens that may be sampled.
+    # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
     # Tokens drafted per pass by the head that training starts from; 0 = plain decoding.
     draft_length: int = ranged(1, at_least=0, at_most=MAX_DRAFT_LENGTH)

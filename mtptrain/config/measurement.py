@@ -25,7 +25,7 @@ class DecodingConfig:
     temperature: float = ranged(0.0, at_least=0, rule="must be 0 (greedy) or above")
     # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
-    # Probability mass of the most likely tokens that may be sampled.
+    # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
     # At a temperature above 0: a sample from the head, or its most likely token.
     draft: DraftChoice = DraftChoice.sampled

@@ -74,9 +74,7 @@ class RunConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    stock_head: StockHeadConfig = field(
-        default_factory=StockHeadConfig
-    )  # recipe=backbone: the training of its stock head
+    stock_head: StockHeadConfig = field(default_factory=StockHeadConfig)  # recipe=backbone: training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -27,12 +27,12 @@ def no_room(error: BaseException) -> str | None:
     safetensors reports the system's error code only in its message; torch.save raises its own error on top of the
     system's.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    cause: BaseException | None = error
+    while cause is not None:
         for code, reason in NO_ROOM.items():
-            if (isinstance(seen, OSError) and seen.errno == code) or f"(os error {code})" in str(seen):
+            if (isinstance(cause, OSError) and cause.errno == code) or f"(os error {code})" in str(cause):
                 return reason
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
