@@ -1,4 +1,4 @@
-"""`python -m mtptrain`."""
+"""Entry point of `python -m mtptrain`."""
 
 import atexit
 import os
@@ -8,7 +8,7 @@ from mtptrain.cli import main
 
 
 def run() -> int:
-    """Exit code of the program."""
+    """Run the program and return its exit code."""
     try:
         main()
     except SystemExit as ending:
@@ -20,8 +20,8 @@ def run() -> int:
 
 code = run()
 if "RANK" in os.environ:
-    # One of several processes: what the libraries leave running may abort Python's teardown ("terminate called without
-    # an active exception", pytorch issue 190489), and the launcher would call a finished run a failed one.
+    # One of several processes: threads that libraries leave behind can abort Python's teardown ("terminate called
+    # without an active exception", pytorch issue 190489), and the launcher would report a finished run as failed.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

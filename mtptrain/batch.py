@@ -1,4 +1,4 @@
-"""A batch of packed rows: what the backbone, the rollout and the losses read."""
+"""A batch of packed rows, the input of the backbone, the rollout and the losses."""
 
 # B rows, S tokens a row, N residual streams, D model width
 
@@ -18,9 +18,9 @@ class Batch:
         tokens_BS: int64 token ids; 0 in padding.
         segment_BS: int64, 1, 2, ... for the pieces of a row, 0 in padding.
         position_BS: int64 position inside the piece.
-        loss_mask_BS: bool, which tokens may be targets; None where all may.
-        streams_BSND: the backbone's streams of N times D channels, zeros in padding, where they come from a cache.
-        source_B: int64, which source of a mixture a row comes from; None where there is one.
+        loss_mask_BS: bool, true for tokens that may be targets; None if all may.
+        streams_BSND: the backbone's residual streams, N of D channels each, zeros in padding; None unless cached.
+        source_B: int64 index of each row's source in a mixture; None if there is only one source.
     """
 
     tokens_BS: Tensor
@@ -31,21 +31,24 @@ class Batch:
     source_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return this batch on another device."""
         parts = {name: getattr(self, name) for name in self.__slots__}
         return Batch(**{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def source_tokens(self, num_sources: int) -> Tensor:
-        """Tokens of the rows of each source, padding left out, float64 [num_sources]."""
+        """Return the number of tokens from each source without padding, float64 [num_sources]."""
         sizes_B = (self.segment_BS > 0).sum(1).double()
         source_B = torch.zeros_like(self.segment_BS[:, 0]) if self.source_B is None else self.source_B
         return sizes_B.new_zeros(num_sources).index_add(0, source_B, sizes_B)
 
     def target_mask(self, step: int) -> Tensor:
-        """Anchors whose draft step `step` (1-based) has its target token t_{i+step+1} inside the piece, bool [B, S].
+        """Return the anchors i whose target t_{i+step+1} of draft step `step` is in the same piece, bool [B, S].
 
-        `step=0` marks the backbone's own targets t_{i+1}. Where only some tokens may be targets, all that the steps up
-        to this one draft must be such tokens: a draft whose beginning is somebody else's word is never asked for.
+        With a `loss_mask_BS`, the targets of all steps up to this one must be allowed: drafts that begin before the
+        assistant speaks are masked.
+
+        Args:
+            step: 1-based draft step; 0 for the backbone's own targets t_{i+1}.
         """
         shift = step + 1
         mask_BS = torch.zeros_like(self.segment_BS, dtype=torch.bool)

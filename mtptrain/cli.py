@@ -1,4 +1,4 @@
-"""The command line: compose the configuration, check it, run the recipe, turn a user's mistake into one line."""
+"""The command line: compose and check the configuration, run the recipe, report a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mtptrain.errors import Preempted, UserError
 from mtptrain.run.storage import no_room
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
-PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra takes no flags of ours
-USER_MISTAKE, ASKED_TO_LEAVE = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
+USER_MISTAKE, PREEMPTED = 2, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
-    """End with one line, of rank 0 where it fails too, and the exit code of a user's mistake."""
+    """Print one line and end with the exit code of a user's mistake; if all ranks fail, only rank 0 prints."""
     message += "".join(f"; {old} is now called {new}" for old, new in RENAMED.items() if old in message)
     distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
@@ -42,29 +42,29 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(USER_MISTAKE)
 
 
-def unknown_keys(values: dict[str, Any], schema: Any, prefix: str = "") -> list[str]:
-    """Keys that `+key=value` smuggled past the schema."""
+def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys, added with `+key=value`, that the schema does not have."""
     known = get_type_hints(schema)
-    found = []
+    unknown = []
     for key, value in values.items():
         if key not in known:
-            found.append(prefix + key)
+            unknown.append(prefix + key)
             continue
         section = next((part for part in (known[key], *get_args(known[key])) if is_dataclass(part)), None)
         if isinstance(value, dict) and section is not None:
-            found.extend(unknown_keys(value, section, f"{prefix}{key}."))
-    return found
+            unknown.extend(unknown_keys(value, section, f"{prefix}{key}."))
+    return unknown
 
 
-def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """The typed configuration and the same as plain values.
+def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
+    """Return the typed configuration, and the same as plain values.
 
     Raises:
         UserError: a key is unknown, a type is wrong or a value is out of range.
     """
     try:
         values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}; write a value") from None
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
@@ -85,10 +85,10 @@ def read_config(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def find_recipe(task: str) -> Any:
-    """Import the program of a recipe: a module of `mtptrain.recipes`, whose docstring says what it holds.
+    """Return the module of `mtptrain.recipes` that a task names; `mtptrain/recipes/__init__.py` lists its attributes.
 
     Raises:
-        UserError: there is no such program.
+        UserError: no module has this name.
     """
     name = f"mtptrain.recipes.{task}"
     module = import_module(name) if task.isidentifier() and find_spec(name) else None
@@ -97,8 +97,8 @@ def find_recipe(task: str) -> Any:
     return module
 
 
-def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None) -> None:
-    """Open the run's folder and call the program that the recipe names."""
+def run_task(config: RunConfig, settings: dict[str, object], job_number: int | None) -> None:
+    """Open the run's folder and run the recipe's program."""
     from mtptrain.recipes.session import Session
     from mtptrain.run.folder import open_run_folder
 
@@ -115,7 +115,7 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
 
     try:
         requested()
-    except ValueError as error:  # kernels know nothing of ours, UserError included
+    except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
     join(config, is_shared=processes == "any")
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
@@ -125,21 +125,21 @@ def run_task(config: RunConfig, settings: dict[str, Any], job_number: int | None
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
-    """One composed configuration: check and run it."""
+    """Check and run one composed configuration."""
     sys.stderr = sys.__stderr__
     errors.seek(0)
     errors.truncate()
     hydra_config = HydraConfig.get()
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
-        config, settings = read_config(composed)
+        config, settings = typed_config(composed)
         run_task(config, settings, job_number)
     except UserError as error:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: asked to leave: {ending}; continue with resume=auto", file=sys.stderr)
-        raise SystemExit(ASKED_TO_LEAVE) from None
+            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
+        raise SystemExit(PREEMPTED) from None
     except KeyboardInterrupt:
         print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
         raise SystemExit(130) from None
@@ -151,7 +151,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
 
 
 def composition_message(text: str, cause: BaseException | None) -> str:
-    """Return Hydra's complaint about a configuration, without its hints about itself, on one line.
+    """Return Hydra's error about a configuration on one line, without hints about Hydra itself.
 
     Args:
         text: the lines that Hydra printed.
@@ -160,14 +160,14 @@ def composition_message(text: str, cause: BaseException | None) -> str:
     if isinstance(cause, OverrideParseException):
         return f"{cause.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
     lines = [line.strip() for line in text.splitlines()]
-    if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be made
+    if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be created
         lines = [line for line in lines if re.match(r"\w+Error: ", line)][-1:]
     dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
     return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
 
 
 def main() -> None:
-    """Entry point of `python -m mtptrain` and of the `mtptrain` script."""
+    """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
     sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
     errors = io.StringIO()
@@ -176,7 +176,7 @@ def main() -> None:
     def job(composed: DictConfig) -> None:
         run_job(composed, errors)
 
-    # Hydra prints its own errors and ends with code 1: hold them back until the job starts, then speak our own way.
+    # Hydra prints its own errors and ends with code 1: capture them until the job starts and print them as one line.
     sys.stderr = errors
     try:
         job()
@@ -184,7 +184,7 @@ def main() -> None:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
             stop(composition_message(errors.getvalue(), ending.__context__))
-        if ending.code == USER_MISTAKE and errors.getvalue():  # argparse has complained, and taken the code for its own
+        if ending.code == USER_MISTAKE and errors.getvalue():  # argparse uses the same exit code
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
             stop(f"{reason}; options such as --config-dir go before the settings; see --help")
         raise

@@ -110,15 +110,15 @@ def model_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, flo
     """The model card of a backbone and its stock head, from what was measured."""
     config, provenance = run_folder.config, run_folder.provenance
     first = provenance
-    while "continues" in first:
-        first = first["continues"]
+    while first.continues is not None:
+        first = first.continues
     data = config.data
     text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
     if data.packages:
         text += f", and as many characters of sources of {', '.join(data.packages)}"
     acceptance = " / ".join(f"{value:.3f}" for value in figures.alpha)
     agreement = " / ".join(f"{value:.3f}" for value in figures.top1)
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
     tokens = [f"{_tokens_trained(folder):,}" for folder in (run_folder.path, run_folder.path / "stock_head")]
     return f"""# DeepSeek-V4 `{config.backbone.name}`
@@ -134,10 +134,10 @@ cross-entropy on data tokens. For experiments with MTP heads; it writes no usefu
 | training text | {text}; one document in {data.heldout_every} held out by hash of its name |
 | tokens seen | backbone {tokens[0]}, head {tokens[1]} |
 | seed | {config.seed} |
-| command | `{" ".join(first["command"])}` |
-| hardware | {first["hardware"]["processor"]}, {first["hardware"]["torch_threads"]} thread(s), \
-{", ".join(first["hardware"]["gpus"]) or "no GPU"} |
-| commit | backbone {first["git_commit"]}, head {provenance["git_commit"]} |
+| command | `{" ".join(first.command)}` |
+| hardware | {first.hardware.processor}, {first.hardware.torch_threads} thread(s), \
+{", ".join(first.hardware.gpus) or "no GPU"} |
+| commit | backbone {first.git_commit}, head {provenance.git_commit} |
 | versions | {versions} |
 """
 

@@ -17,9 +17,8 @@ from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
-from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import from_json, to_json
+from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import find_checkpoint
 
 
@@ -68,7 +67,7 @@ def run(session: Session) -> None:
     ]
     result = Comparison(
         schema=SCHEMA,
-        provenance=from_json(Provenance, folder.provenance),
+        provenance=folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
         draft_length=config.decoding.draft_length,

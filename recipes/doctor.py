@@ -25,9 +25,8 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
-from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import from_json, to_json
+from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
 UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
@@ -134,7 +133,7 @@ def run(session: Session) -> None:
     run_folder.record()
     result = DoctorResult(
         schema=DOCTOR_SCHEMA,
-        provenance=from_json(Provenance, run_folder.provenance),
+        provenance=run_folder.provenance,
         checkpoint=setting,
         draft_length=config.decoding.draft_length,
         diagnosis=diagnosis,

@@ -41,8 +41,6 @@ from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
 from mtptrain.run.progress import Progress
-from mtptrain.run.provenance import Provenance
-from mtptrain.run.typed_json import from_json
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import find_checkpoint
 
@@ -158,7 +156,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     gain, gain_by_domain = compare_with_stock(replays, traces)
     evaluation = Evaluation(
         schema=SCHEMA,
-        provenance=from_json(Provenance, session.folder.provenance),
+        provenance=session.folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
         policy=describe_policy(policy),

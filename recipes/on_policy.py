@@ -251,5 +251,5 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
         run_folder.print_status(
             f"{cut} texts are longer than data.sequence_length={config.data.sequence_length} and are cut"
         )
-    run_folder.provenance["on_policy"] = {"folder": str(folder), "making": asdict(making), **counts}
+    run_folder.on_policy = {"folder": str(folder), "making": asdict(making), **counts}
     return as_corpus(traces)

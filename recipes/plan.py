@@ -7,7 +7,6 @@ python -m mtptrain +recipe=plan plan.what=training model=v4_flash hardware=h200 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -29,6 +28,7 @@ from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
+from mtptrain.run.provenance import Provenance
 
 PROCESSES = "none"  # a plan is of other machines than this one: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
@@ -102,7 +102,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     )
 
 
-def make_plan(config: RunConfig, provenance: dict[str, Any]) -> DecodingPlan | TrainingPlan:
+def make_plan(config: RunConfig, provenance: Provenance) -> DecodingPlan | TrainingPlan:
     """Return the plan that `plan.what` selects.
 
     Raises:

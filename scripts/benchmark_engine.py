@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = slice_prompts(session.heldout_corpus, max(PROMPTS, *batches), PROMPT_TOKENS)
     records = captured_verify(model, allocate_cache(model, 1, 1, 1)).records
     result: dict[str, Any] = {
-        "hardware": hardware(),
+        "hardware": to_json(hardware()),
         "versions": package_versions(),
         "commit": git_commit(),
         "kernels": requested(),

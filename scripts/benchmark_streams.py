@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from mtptrain.cli import read_config
+from mtptrain.cli import typed_config
 from mtptrain.config import RunConfig, register
 from mtptrain.recipes import collect
 from mtptrain.recipes.distill import make_trainer, start_stack
@@ -29,7 +29,7 @@ from mtptrain.training.trainer import Trainer
 def distill_config(settings: list[str]) -> RunConfig:
     """The configuration of +recipe=distill with some settings."""
     with initialize_config_module("mtptrain.conf", version_base="1.3"):
-        return read_config(compose("config", ["+recipe=distill", "evaluation.every=0", *settings]))[0]
+        return typed_config(compose("config", ["+recipe=distill", "evaluation.every=0", *settings]))[0]
 
 
 def trainer(config: RunConfig, folder: Path) -> Trainer:

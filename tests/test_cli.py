@@ -1,4 +1,4 @@
-"""What a user does wrong ends with one line that says what to do, exit code 2, and nothing half-written."""
+"""A user's mistake ends with one line that names the way out, exit code 2, and nothing half-written."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.command import ROOT, Refused, largest_file, run_main, run_process, tr
 from tests.conftest import corpus_texts, save_backbone
 
 MISTAKES = [
-    # arguments, the setting and value that the line names, the rule and the way out
+    # arguments; pattern of the line, with setting, value, rule and way out
     (["mtp.depth=0"], "mtp.depth=0: must be at least 1"),
     (["mtp.depth=2"], "mtp.depth=2: mtp.mode=shared has one module .* set mtp.mode=stacked"),
     (["mtp.mode=stacked", "mtp.depth=3", "mtp.steps=2"], "mtp.steps=2: must be at least mtp.depth=3"),
@@ -68,7 +68,7 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_command_without_a_recipe_is_told_which_there_are(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_a_recipe_points_to_the_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("train.steps=2") == 2
     assert re.fullmatch(r"mtptrain: no recipe is chosen; add \+recipe=distill .*\n", capfd.readouterr().err)
 
@@ -88,7 +88,7 @@ def test_evaluate_needs_a_checkpoint(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["distill", "evaluate"])
-def test_more_prompts_than_there_are_is_said_before_any_training(recipe: str, refused: Refused) -> None:
+def test_too_many_prompts_are_refused_before_any_training(recipe: str, refused: Refused) -> None:
     line = refused("evaluation.num_prompts=5000", "checkpoint=stock", recipe=recipe)
     assert re.match(r"evaluation.num_prompts=5000: .* has \d+ prompts of evaluation.prompt_tokens=12; lower", line)
 
@@ -128,7 +128,7 @@ def test_an_empty_folder_of_text_is_named(tmp_path: Path, refused: Refused) -> N
     assert re.match(rf"data.path={tmp_path}/empty: the folder holds no .txt, .jsonl, .parquet file; give one", line)
 
 
-def test_a_missing_column_is_answered_with_those_that_are_there(refused: Refused) -> None:
+def test_a_missing_column_is_answered_with_the_existing_ones(refused: Refused) -> None:
     assert re.match(
         r"data.field_name=body: .*row 1 .* has \['text'\]; set data.field_name", refused("data.field_name=body")
     )
@@ -308,7 +308,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_half_file(
     assert list(tmp_path.iterdir()) == []
 
 
-# What answers at once
+# Commands that answer at once
 
 
 def test_help_lists_every_recipe(capfd: pytest.CaptureFixture[str]) -> None:

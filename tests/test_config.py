@@ -1,4 +1,4 @@
-"""Every range of every section is enforced, under the name that users type."""
+"""Every range of every section is enforced, and errors name the setting as users type it."""
 
 import math
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from mtptrain.config.rules import Range
 from mtptrain.errors import UserError
 from mtptrain.kernels.choices import Divergence
 
-SAME_AS_BACKBONE = "model"  # the section of another name; its shape is refused as `backbone.shape`
+SAME_AS_BACKBONE = "model"  # the same section under another name; its errors name `backbone.shape`
 LISTS = {"mixture": "mixture.0"}
 
 
 def checked_fields(section: type, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
-    """Dotted name, field and type of every setting with a range."""
+    """Yield dotted name, field and type of every setting with a range."""
     types = get_type_hints(section)
     for part in fields(section):
         kinds = (types[part.name], *get_args(types[part.name]))
@@ -30,7 +30,7 @@ def checked_fields(section: type, prefix: str = "") -> Iterator[tuple[str, "Fiel
 
 
 def values_at_the_bounds(part: "Field[Any]", kind: Any) -> Iterator[tuple[Any, bool]]:
-    """Values just inside and just outside a range, and whether they are allowed."""
+    """Yield values just inside and just outside a range, and whether they are allowed."""
     allowed = part.metadata["allowed"]
     if isinstance(allowed, tuple):
         yield from ((word, True) for word in allowed)
@@ -59,7 +59,7 @@ CHECKED = list(checked_fields(RunConfig))
 
 
 def cases(is_allowed: bool) -> list[Any]:
-    """Dotted name, value and rule of every bound of every range, just inside or just outside of it."""
+    """Return dotted name, value and rule of every bound of every range, just inside or just outside of it."""
     return [
         pytest.param(name, [value] if get_origin(kind) is list else value, part.metadata["rule"], id=f"{name}={value}")
         for name, part, kind in CHECKED
@@ -69,7 +69,7 @@ def cases(is_allowed: bool) -> list[Any]:
 
 
 def make(name: str, value: Any) -> RunConfig:
-    """The typed configuration with one setting, composed as the command line composes it."""
+    """Return the typed configuration with one setting, composed as on the command line."""
     config = OmegaConf.structured(RunConfig)
     config.task, config.output_dir, config.plan = "evaluate", "out", PlanConfig()
     config.data.source, config.data.mixture = "text", [MixtureConfig(name="0", path="a.txt")]

@@ -142,7 +142,7 @@ def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
     assert code == 75, errors[-3000:]
     line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(line) == 1
-    assert re.match(rf"mtptrain: asked to leave: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
+    assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
     code, errors = finish(start("launch_torchrun.sh", *arguments))
     assert code == 0, errors[-3000:]

@@ -11,7 +11,7 @@ import mtptrain
 
 PACKAGE = Path(mtptrain.__file__).parent
 
-# From the bottom up: a folder imports from itself and from the layers before its own; so there is no circle.
+# From the bottom up: a folder imports from itself and from earlier layers, so imports have no cycles.
 LAYERS = [
     ["errors"],
     ["kernels"],
@@ -40,38 +40,38 @@ LOOSE_FILES = 6  # at the top of the package, `__init__` among them
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the package by its name below it; `kernels` and `recipes` are links that are followed."""
-    found = {}
+    """Return the path of every module by its name below the package; follow the links `kernels` and `recipes`."""
+    modules = {}
     for folder, _, files in os.walk(PACKAGE, followlinks=True):
         for file in sorted(files):
             if file.endswith(".py"):
                 path = Path(folder) / file
-                found[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = path
-    return {name: path for name, path in found.items() if name.split(".")[0] not in ("__init__", "conf")}
+                modules[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = path
+    return {name: path for name, path in modules.items() if name.split(".")[0] not in ("__init__", "conf")}
 
 
 SOURCES = sources()
 
 
-def our_imports(name: str) -> Iterator[str]:
-    """Modules of ours that a module imports anywhere, as names below the package."""
+def package_imports(name: str) -> Iterator[str]:
+    """Yield the modules of mtptrain that a module imports anywhere, as names below the package."""
     for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = name.split(".")[: -node.level] if node.level else []
             module = ".".join(["mtptrain", *parents, *filter(None, [node.module])]) if node.level else node.module
             # `from package import module` names the module itself in the alias.
-            found = [f"{module}.{alias.name}" for alias in node.names]
+            names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (full.removeprefix("mtptrain.") for full in found if full.startswith("mtptrain."))
+        yield from (full.removeprefix("mtptrain.") for full in names if full.startswith("mtptrain."))
 
 
 def longest_listed(name: str) -> str | None:
-    """The entry of `LAYERS` that a dotted name falls under."""
+    """Return the longest entry of `LAYERS` that a dotted name belongs to."""
     parts = name.split(".")
-    if parts[-1] == "__main__":  # a program, such as kernels.bench, which names the commit that it measures
+    if parts[-1] == "__main__":  # a program, such as kernels.bench, which records the commit
         return "__main__"
     prefixes = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in LAYER_OF), None)
@@ -83,13 +83,13 @@ def test_every_module_belongs_to_a_layer() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_module_imports_from_its_own_folder_or_a_lower_layer(name: str) -> None:
-    own = longest_listed(name)
-    assert own is not None
-    entries = {imported: longest_listed(imported) for imported in our_imports(name)}
+    folder = longest_listed(name)
+    assert folder is not None
+    entries = {imported: longest_listed(imported) for imported in package_imports(name)}
     wrong = [
         imported
         for imported, entry in entries.items()
-        if entry is not None and entry != own and LAYER_OF[entry] >= LAYER_OF[own]
+        if entry is not None and entry != folder and LAYER_OF[entry] >= LAYER_OF[folder]
     ]
     assert wrong == []
 
@@ -104,17 +104,17 @@ def test_layers_are_folders_and_few_files_lie_loose() -> None:
 def test_some_imports_are_not_allowed_even_within_reach(importer: str, imported: str) -> None:
     names = [name for name in SOURCES if name.split(".")[0] == importer]
     assert names
-    assert [name for name in names for target in our_imports(name) if target.split(".")[0] == imported] == []
+    assert [name for name in names for target in package_imports(name) if target.split(".")[0] == imported] == []
 
 
-def test_kernels_import_nothing_of_ours_but_kernels() -> None:
-    bench = "kernels.bench."  # a program: it says which commit it measures
+def test_kernels_import_only_kernels_of_this_package() -> None:
+    bench = "kernels.bench."  # a program, which records the commit
     names = [name for name in SOURCES if name.split(".")[0] == "kernels" and not name.startswith(bench)]
     assert names
-    assert {target.split(".")[0] for name in names for target in our_imports(name)} <= {"kernels"}
+    assert {target.split(".")[0] for name in names for target in package_imports(name)} <= {"kernels"}
 
 
-def test_the_kernels_folder_is_no_package_of_its_own() -> None:
+def test_the_kernels_folder_is_not_a_regular_package() -> None:
     assert (PACKAGE / "kernels").is_dir()
     assert not (PACKAGE / "kernels" / "__init__.py").exists()
 
@@ -134,7 +134,7 @@ def test_relative_and_absolute_imports_are_both_understood(tmp_path: Path, monke
         "from .records import Counts\nfrom ..mtp import stack\n\ndef late():\n    from mtptrain.cli import main\n"
     )
     monkeypatch.setitem(SOURCES, "decoding.plain", path)
-    assert sorted(our_imports("decoding.plain")) == [
+    assert sorted(package_imports("decoding.plain")) == [
         "cli.main",
         "config",
         "decoding.records.Counts",

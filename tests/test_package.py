@@ -1,4 +1,4 @@
-"""The wheel holds all that a run needs, and runs from a folder that knows nothing of the checkout."""
+"""The wheel holds everything that a run needs, and runs without the checkout."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ NEEDED = {".py", ".yaml", ".html", ".css"}
 
 
 def sources() -> list[str]:
-    """Files of the checkout as a commit of all of it would hold them, relative to its root."""
+    """Return the tracked and new files of the checkout, without ignored ones, relative to its root."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
@@ -26,7 +26,7 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the checkout, links kept as links."""
+    """A clean copy of the checkout, with links kept as links."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in sources():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel that the copy builds."""
+    """The wheel built from the copy."""
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(checkout)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Z
 
 @pytest.fixture(scope="module")
 def unpacked(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's content in a folder of its own."""
+    """A folder with the unpacked wheel."""
     folder = tmp_path_factory.mktemp("unpacked")
     wheel.extractall(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The frozen backbone, and the model folders that are written from it."""
+"""Settings of the frozen backbone and of the model folders that are written from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ShapeConfig:
     vocab_size: int = ranged(2048, at_least=258)  # tokens: 256 bytes and two special ones, or more
     hidden_size: int = ranged(128, at_least=1)
     layer_types: list[str] = one_of(["sliding", "csa", "hca", "sliding"], "sliding", "csa", "hca")
-    num_hash_layers: int = ranged(1, at_least=0)  # leading layers whose experts are chosen by token id
+    num_hash_layers: int = ranged(1, at_least=0)  # leading layers that choose experts by token id
     num_attention_heads: int = ranged(4, at_least=1)
     head_dim: int = ranged(32, at_least=1)
     rope_head_dim: int = ranged(16, at_least=2)  # trailing dimensions of a head that are rotated
@@ -49,14 +49,14 @@ class ShapeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
-    """Which frozen backbone, and how it is held in memory."""
+    """The frozen backbone and its placement in memory."""
 
     name: str = "tiny"
-    path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped one
+    path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped backbone
     revision: str = "main"  # branch, tag or commit of a hub id
-    placement: Placement = Placement.replicate  # where the layers go
-    weights: StoredWeights = StoredWeights.auto  # how a quantised release is held
-    shape: ShapeConfig = field(default_factory=ShapeConfig)  # what `recipe=backbone` builds; of a release: its sizes
+    placement: Placement = Placement.replicate  # of the layers
+    weights: StoredWeights = StoredWeights.auto  # storage of a quantised release in memory
+    shape: ShapeConfig = field(default_factory=ShapeConfig)  # built by `recipe=backbone`; for a release: its sizes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class ExportConfig:
 
     form: ExportForm = ExportForm.full
     scheme: ExportScheme = ExportScheme.target
-    shards: ShardCopies = ShardCopies.hardlink  # of files that stay as they are
-    # Acceptance length, in tokens a pass, that storing the head may cost; more is an error.
+    shards: ShardCopies = ShardCopies.hardlink  # of unchanged files
+    # Largest loss of acceptance length, in tokens a pass, by storing the head; a larger loss is an error.
     max_drop: float = ranged(0.05, at_least=0, rule="must be 0 or more tokens a pass")
 
     def __post_init__(self) -> None:

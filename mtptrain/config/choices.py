@@ -1,4 +1,4 @@
-"""The words that a setting can take."""
+"""Enumerations of the words that settings accept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mtptrain.kernels.choices import Divergence
 
 
 class Device(Enum):
-    """Where a run computes; `auto` takes the GPU when there is one."""
+    """Device of a run; `auto` is the GPU if torch sees one."""
 
     auto = "auto"
     cpu = "cpu"
@@ -16,7 +16,7 @@ class Device(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of a run; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Dtype of a run's matrices; `auto` is bf16 on a GPU and fp32 on a CPU."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -24,12 +24,12 @@ class Precision(Enum):
 
 
 class Placement(Enum):
-    """Where the backbone's layers go.
+    """Placement of the backbone's layers.
 
-    `replicate`: all on the device of each process. `zero3`: shared out over the processes, gathered a layer at a time.
-    `expert_parallel`: the routed experts shared out, tokens sent to them. Within one process, accelerate spreads layers
-    over the GPUs of this machine, and what does not fit over its CPU: `auto` and `balanced` evenly, `sequential` one
-    GPU after the other.
+    `replicate`: all on the device of each process. `zero3`: partitioned over the processes, gathered layer by layer.
+    `expert_parallel`: routed experts partitioned over the processes, tokens sent to them. Within one process,
+    accelerate spreads the layers over the GPUs of this machine and the rest over its CPU: `auto` and `balanced` evenly,
+    `sequential` one GPU after the other.
     """
 
     replicate = "replicate"
@@ -45,10 +45,10 @@ SPREAD_PLACEMENTS = (Placement.auto, Placement.balanced, Placement.sequential)
 
 
 class StoredWeights(Enum):
-    """How the FP8 and FP4 weights of a release are held.
+    """Storage of a release's FP8 and FP4 weights in memory.
 
     `keep` computes on them as transformers does, which needs a GPU; `dequantize` decodes them while loading; `auto`
-    keeps them where there is a GPU.
+    keeps them on a GPU and decodes them on a CPU.
     """
 
     auto = "auto"
@@ -57,7 +57,7 @@ class StoredWeights(Enum):
 
 
 class ExportTarget(Enum):
-    """What shall load the exported folder."""
+    """Server or library that loads the exported folder."""
 
     vllm = "vllm"
     sglang = "sglang"
@@ -65,21 +65,21 @@ class ExportTarget(Enum):
 
 
 class ExportForm(Enum):
-    """`full`: a whole model folder. `draft`: the head with embedding and lm_head, which vLLM loads beside the model."""
+    """`full`: a complete model folder. `draft`: head, embedding and lm_head, which vLLM loads beside the model."""
 
     full = "full"
     draft = "draft"
 
 
 class ExportScheme(Enum):
-    """How an exported head is stored: as the backbone stores its own layers, or unquantised."""
+    """Weight format of an exported head: that of the backbone's own layers, or unquantised."""
 
     target = "target"
     bf16 = "bf16"
 
 
 class ShardCopies(Enum):
-    """How files that an export leaves as they are come into its folder."""
+    """How unchanged files are put into the export: hard link, symlink or copy."""
 
     hardlink = "hardlink"
     symlink = "symlink"
@@ -95,9 +95,9 @@ class ReleaseVariant(Enum):
 
 
 class EngineName(Enum):
-    """What a process holds of the heads' training: all of it, or its share by a stage of DeepSpeed ZeRO.
+    """Partitioning of the heads' training state: none, or a stage of DeepSpeed ZeRO.
 
-    zero1 shares the optimiser's state, zero2 the gradients too, zero3 the parameters too.
+    zero1 partitions the optimiser's state, zero2 also the gradients, zero3 also the parameters.
     """
 
     single = "single"
@@ -107,16 +107,16 @@ class EngineName(Enum):
 
 
 class OptimizerName(Enum):
-    """`muon` takes the matrices; what is no matrix stays with AdamW."""
+    """Optimiser; `muon` trains the matrices and leaves all other tensors to AdamW."""
 
     adamw = "adamw"
     muon = "muon"
 
 
 class DataSource(Enum):
-    """Where documents come from.
+    """Source of documents.
 
-    `streams`: a cache that `+recipe=collect` made, with the backbone's streams. `on_policy`: the backbone's own
+    `streams`: a cache of the backbone's streams, written by `+recipe=collect`. `on_policy`: the backbone's own
     continuations of prompts.
     """
 
@@ -127,7 +127,7 @@ class DataSource(Enum):
 
 
 class StreamFormat(Enum):
-    """How a cached residual stream is stored; `fp8` is e4m3 with a scale for every token and stream."""
+    """Storage format of cached residual streams; `fp8` is e4m3 with one scale per token and stream."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -160,21 +160,21 @@ class LossName(StrEnum):
 
 
 class DraftChoice(Enum):
-    """Which token a draft step takes at a temperature above 0: drawn from the head's distribution, or its likeliest."""
+    """Token of a draft step at a temperature above 0: sampled from the head's distribution, or its most likely one."""
 
     sampled = "sampled"
     greedy = "greedy"
 
 
 class PlanKind(Enum):
-    """What `plan` is asked for."""
+    """Subject of a plan."""
 
     decoding = "decoding"
     training = "training"
 
 
 class WeightFormat(Enum):
-    """How weights are stored; `release` keeps experts in FP4 and other matrices in FP8, as DeepSeek ships them."""
+    """Storage format of weights; `release` has experts in FP4 and other matrices in FP8, as DeepSeek ships them."""
 
     release = "release"
     fp8 = "fp8"
@@ -183,7 +183,7 @@ class WeightFormat(Enum):
 
 
 class CacheFormat(Enum):
-    """How cached keys are stored; with `fp8` the rotated channels stay in bf16."""
+    """Storage format of cached keys; with `fp8` the rotated channels stay in bf16."""
 
     fp8 = "fp8"
     bf16 = "bf16"

@@ -1,4 +1,4 @@
-"""Texts to train from: documents and how they become sequences, cached streams, and the backbone's own texts."""
+"""Settings of the training data: documents and their sequences, cached streams, and on-policy texts."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Any
 from mtptrain.config.choices import DataSource, StreamFormat
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, check_fields, prompt_names, ranged, require
 
-DOCUMENTS = (DataSource.stdlib, DataSource.text)  # sources that are read document by document
+DOCUMENTS = (DataSource.stdlib, DataSource.text)  # sources of separate documents
 
 
 @dataclass(kw_only=True, slots=True)
 class MixtureConfig:
     """One source of a mixture."""
 
-    name: str | None = None  # in the metrics; null = the last part of the path without its ending
-    weight: float = ranged(1.0, above=0)  # its share of the rows is its weight over the sum of all
+    name: str | None = None  # in the metrics; null = file name of the path without its extension
+    weight: float = ranged(1.0, above=0)  # share of the rows = weight / sum of all weights
     source: DataSource = DataSource.text
     path: str | None = None  # see DataConfig
     field_name: str = "text"  # see DataConfig
 
     @property
     def label(self) -> str:
-        """What it is called in the metrics."""
+        """Name of the source in the metrics."""
         return self.name or Path(self.path or self.source.value).stem
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Documents and how they become sequences."""
+    """Documents and their conversion to sequences."""
 
     source: DataSource = DataSource.stdlib
     path: str | None = None  # text: a .txt/.jsonl/.parquet file, a folder, or a `datasets` name; streams: a cache
     field_name: str = "text"  # the column of .jsonl, .parquet and `datasets` rows: a text, or a list of messages
-    streaming: bool = False  # read documents as training needs them instead of tokenising all first
-    mixture: list[MixtureConfig] = field(default_factory=list)  # sources with weights, all read as streams
-    # Processes that read and tokenise texts for one training process; 0 = that one itself.
+    streaming: bool = False  # tokenise documents during training instead of before it
+    mixture: list[MixtureConfig] = field(default_factory=list)  # weighted sources, all tokenised during training
+    # Worker processes that read and tokenise texts per training process; 0 = the training process itself.
     workers: int = ranged(1, at_least=0)
-    packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages that join the training split
+    packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages added to the training split
     sequence_length: int = ranged(256, at_least=3, rule="must be at least 3 tokens (depth + 2)")
-    chat_template: str | None = None  # a jinja file for conversations; null = the one that came with the tokenizer
-    heldout_every: int = ranged(16, at_least=2)  # one document in this many is held out, by hash of its name
+    chat_template: str | None = None  # a jinja file for conversations; null = the tokenizer's own template
+    heldout_every: int = ranged(16, at_least=2)  # one document in this many is held out, by the hash of its name
     cache_dir: str | None = None  # null = $XDG_CACHE_HOME/mtptrain or ~/.cache/mtptrain
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class DataConfig:
             self.source is DataSource.text or not self.streaming,
             "data.streaming",
             self.streaming,
-            "is for data=text; what else there is has an end, leave it false",
+            "is for data=text; leave it false for other sources, which are finite",
         )
 
     def require_path(self) -> None:
@@ -72,17 +72,17 @@ class DataConfig:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether documents are read as training needs them."""
+        """Whether documents are tokenised during training."""
         return self.streaming or bool(self.mixture)
 
     def sources(self) -> dict[str, DataConfig]:
-        """The settings of each source by its name; of `data` itself where there is no mixture."""
+        """Return the settings of each source by its name; without a mixture, these settings under the name `data`."""
         if not self.mixture:
             return {"data": self}
         return {one.label: self._of_source(one) for one in self.mixture}
 
     def weights(self) -> list[float]:
-        """Weights of the sources, in their order."""
+        """Return the weights of the sources in their order."""
         return [one.weight for one in self.mixture] or [1.0]
 
     def _of_source(self, one: MixtureConfig) -> DataConfig:
@@ -118,12 +118,12 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CollectConfig:
-    """How streams are collected into a cache."""
+    """Collection of the backbone's streams into a cache."""
 
     format: StreamFormat = StreamFormat.bf16
     # A shard ends with the document that reaches this many tokens; a killed run loses at most one shard.
     shard_tokens: int = ranged(16384, at_least=1)
-    plan_only: bool = False  # print the disk need and stop; `--plan` is short for true
+    plan_only: bool = False  # print the required disk space and stop; `--plan` is short for true
 
     def __post_init__(self) -> None:
         check_fields(self, "collect")
@@ -131,23 +131,23 @@ class CollectConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OnPolicyConfig:
-    """`data=on_policy`: prompts and how the backbone continues them."""
+    """`data=on_policy`: prompts and their continuation by the backbone."""
 
-    path: str | None = None  # folder of the texts; null = one in data.cache_dir, named by what they are
-    prompts: Any = TRAINING  # `training`, or what the setting `prompts` takes but for `heldout`
+    path: str | None = None  # folder of the texts; null = one in data.cache_dir, named by their identity
+    prompts: Any = TRAINING  # `training`, or any value of the setting `prompts` except `heldout`
     num_prompts: int = ranged(512, at_least=1)  # or conversations, evenly spread over `prompts`; files may hold fewer
-    prompt_tokens: int = ranged(32, at_least=1)  # tokens of a prompt cut from training documents
+    prompt_tokens: int = ranged(32, at_least=1)  # tokens of a prompt sliced from training documents
     max_new_tokens: int = ranged(224, at_least=1)  # tokens a prompt; with prompt_tokens a row of data.sequence_length
     temperature: float = ranged(1.0, at_least=0, rule="must be 0 (greedy) or above")
-    # Likeliest tokens that may be sampled; null = all.
+    # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
-    # Smallest mass of likeliest tokens that may be sampled.
+    # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
-    # Tokens that the head the training starts from drafts a pass; 0 = plain decoding.
+    # Tokens drafted per pass by the head that training starts from; 0 = plain decoding.
     draft_length: int = ranged(1, at_least=0, at_most=MAX_DRAFT_LENGTH)
-    batch_size: int = ranged(64, at_least=1)  # prompts decoded and written together; a kill loses one batch a process
+    batch_size: int = ranged(64, at_least=1)  # prompts decoded and written together; a killed process loses one batch
 
     def __post_init__(self) -> None:
         check_fields(self, "on_policy")
         self.prompts = prompt_names("on_policy.prompts", self.prompts, TRAINING)
-        require(HELDOUT not in self.prompts, "on_policy.prompts", HELDOUT, "is what heads are measured on; name others")
+        require(HELDOUT not in self.prompts, "on_policy.prompts", HELDOUT, "is for measuring heads; name other prompts")

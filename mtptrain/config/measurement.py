@@ -1,4 +1,4 @@
-"""How heads are decoded with and measured."""
+"""Settings of speculative decoding and of the evaluation of heads."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ DIFFERENT_SIZES = "must be different numbers of prompts, each at least 1"
 
 @dataclass(kw_only=True, slots=True)
 class DecodingConfig:
-    """How speculative decoding is run when it is measured."""
+    """Speculative decoding during an evaluation."""
 
-    # The longest K that is measured; every K from 1 up to it is reported.
+    # Largest K to measure; every K from 1 up to it is reported.
     draft_length: int = ranged(4, at_least=1, at_most=MAX_DRAFT_LENGTH)
     # Tokens a prompt.
     max_new_tokens: int = ranged(64, at_least=2, rule="must be at least 2: the prompt's pass gives the first")
-    stop: list[Any] = field(default_factory=list)  # tokens, by text or id, that end a text beside the end mark
+    # Tokens, by text or id, that end a text in addition to the end-of-text token.
+    stop: list[Any] = field(default_factory=list)
     temperature: float = ranged(0.0, at_least=0, rule="must be 0 (greedy) or above")
-    # Likeliest tokens that may be sampled; null = all.
+    # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
-    # Smallest mass of likeliest tokens that may be sampled.
+    # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
-    draft: DraftChoice = DraftChoice.sampled  # at a temperature above 0: drawn from the head, or its likeliest
-    verification: Verification = Verification.token  # of sampled drafts: token by token as servers do, or by block
-    # A draft ends before a step whose largest head probability is below this.
+    # At a temperature above 0: a sample from the head, or its most likely token.
+    draft: DraftChoice = DraftChoice.sampled
+    verification: Verification = Verification.token  # of sampled drafts: token by token as in servers, or by block
+    # A draft ends before the first step at which the head's largest probability is below this value.
     min_confidence: float = ranged(0.0, at_least=0, at_most=1, rule="must lie in [0, 1]; 0 = never stop")
 
     def __post_init__(self) -> None:
@@ -39,17 +41,17 @@ class DecodingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """How much is measured."""
+    """Size of an evaluation."""
 
     num_prompts: int = ranged(64, at_least=1)  # or conversations, evenly spread over `prompts`; files may hold fewer
-    prompt_tokens: int = ranged(96, at_least=1)  # tokens of a prompt cut from held-out documents
-    traces: str | None = None  # the traces.jsonl of an earlier evaluation, used again instead of decoding prompts
-    # Prompts that every head and K really decode beside plain decoding, in at least 3 batches.
+    prompt_tokens: int = ranged(96, at_least=1)  # tokens of a prompt sliced from held-out documents
+    traces: str | None = None  # traces.jsonl of an earlier evaluation, reused instead of decoding prompts
+    # Prompts that every head and K decode on the clock beside plain decoding, in at least 3 batches.
     timed_prompts: int = ranged(6, at_least=1)
     # Prompts decoded together when speed is measured.
     batch_sizes: list[int] = ranged([1], at_least=1, rule=DIFFERENT_SIZES)
-    heldout_sequences: int = ranged(96, at_least=1)  # held-out sequences for the teacher-forced figures
-    every: int = ranged(0, at_least=0)  # training steps between replays of some of the prompts; 0 = only at the end
+    heldout_sequences: int = ranged(96, at_least=1)  # held-out sequences for the teacher-forced metrics
+    every: int = ranged(0, at_least=0)  # training steps between replays of a few prompts; 0 = only at the end
     include_stock: bool = True  # measure the stock head beside the checkpoint
 
     def __post_init__(self) -> None:

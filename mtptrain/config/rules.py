@@ -1,4 +1,4 @@
-"""Ranges of settings, and the error that refuses a value."""
+"""Ranges of settings, and the error for a value outside its range."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINING = "training"  # of `on_policy.prompts`: slices of the training document
 
 
 def require(condition: bool, setting: str, value: Any, rule: str) -> None:
-    """Raise a `UserError` that names setting, value and rule unless the condition holds."""
+    """Raise a `UserError` with setting, value and rule unless the condition holds."""
     if not condition:
         raise UserError(f"{setting}={value}: {rule}")
 
@@ -55,7 +55,7 @@ def ranged(default: Any, *, rule: str | None = None, **bounds: float) -> Any:
 
     Args:
         default: of the field.
-        rule: of the error; None writes it from the bounds.
+        rule: text of the error; None derives it from the bounds.
         bounds: of `Range`.
     """
     allowed = Range(**bounds)
@@ -63,7 +63,7 @@ def ranged(default: Any, *, rule: str | None = None, **bounds: float) -> Any:
 
 
 def one_of(default: Any, *words: str) -> Any:
-    """Declare a word or a list of words, with the words that `check_fields` accepts."""
+    """Declare a word or a list of words, with the allowed words that `check_fields` enforces."""
     return _checked(default, words, f"must be {', '.join(words[:-1])} or {words[-1]}")
 
 
@@ -98,5 +98,6 @@ def prompt_names(setting: str, given: Any, default: str) -> list[str]:
     names = [given] if isinstance(given, str) else given
     is_list = isinstance(names, list) and bool(names) and all(isinstance(one, str) and one for one in names)
     require(is_list, setting, given, f"must be {default}, or a file, folder or data set, or a list of them")
-    require(names == [default] or default not in names, setting, names, f"{default} stands alone; give it its own run")
+    is_alone = names == [default] or default not in names
+    require(is_alone, setting, names, f"{default} cannot be combined with others; give it its own run")
     return names

@@ -1,4 +1,4 @@
-"""One run: every section together, and the rules that span several of them."""
+"""All settings of a run, and the rules that span several sections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_DTYPE = (
     "head is one layer: stage 3 would gather it whole for every use) or precision=fp32"
 )
 
-UNCHOSEN: Any = "???"  # what OmegaConf calls missing
+UNCHOSEN: Any = "???"  # OmegaConf's mark of a missing value
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,9 +62,9 @@ class RunConfig:
     # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
     threads: int | None = ranged(None, at_least=1)
     checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
-    checkpoints: list[str] = field(default_factory=list)  # compare: two or more of the same, the first is the base
+    checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run
-    target: ExportTarget | None = None  # export: who loads the folder: vllm, sglang or hf
+    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -74,16 +74,14 @@ class RunConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    stock_head: StockHeadConfig = field(
-        default_factory=StockHeadConfig
-    )  # recipe=backbone: the training of its stock head
+    stock_head: StockHeadConfig = field(default_factory=StockHeadConfig)  # recipe=backbone: training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    model: BackboneConfig | None = None  # plan: whose shapes are counted
-    hardware: HardwareConfig | None = None  # plan: what they run on
+    model: BackboneConfig | None = None  # plan: shapes of the model
+    hardware: HardwareConfig | None = None  # plan: hardware of the model
     plan: PlanConfig | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +107,7 @@ class RunConfig:
         )
 
     def _check_prompts(self) -> None:
-        """Make `prompts` a list of names, and refuse what says twice what is measured."""
+        """Convert `prompts` to a list of names, and refuse it together with `evaluation.traces`."""
         names = self.prompts = prompt_names("prompts", self.prompts, HELDOUT)
         require(
             names == [HELDOUT] or self.evaluation.traces is None,
@@ -119,7 +117,7 @@ class RunConfig:
         )
 
     def _check_streams(self) -> None:
-        """The rules of collecting streams and of training from them."""
+        """Check the rules of collecting streams and of training from them."""
         from_streams = self.data.source is DataSource.streams
         require(self.task == "collect" or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
         require(
@@ -130,14 +128,14 @@ class RunConfig:
         )
 
     def _check_on_policy(self) -> None:
-        """The rules of training on the backbone's own texts."""
+        """Check the rules of training on the backbone's own texts."""
         if self.data.source is not DataSource.on_policy:
             return
         measured = sorted(set(self.on_policy.prompts).intersection(self.prompts))
-        require(not measured, "on_policy.prompts", measured, "are the prompts that heads are measured on; name others")
+        require(not measured, "on_policy.prompts", measured, "are used to measure heads; name other prompts")
 
     def _check_engine(self) -> None:
-        """The rules between engine, precision, optimiser and offloading."""
+        """Check the rules between engine, precision, optimiser and offloading."""
         is_single = self.engine is EngineName.single
         require(not (is_single and self.offload), "offload", True, "needs engine=zero1, zero2 or zero3")
         require(
@@ -167,11 +165,11 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make `RunConfig` the schema that Hydra composes against, and name the folder of a sweep."""
-    # What needs no command line, such as the benchmarks in scripts/, needs no Hydra.
+    """Register `RunConfig` as Hydra's schema, and the resolver that names the folder of a sweep."""
+    # Programs without this command line, such as most benchmarks in scripts/, need no Hydra.
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
-    # Hydra writes multirun.yaml there, whatever it is told.
+    # Hydra writes multirun.yaml there, regardless of settings.
     OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)

@@ -1,4 +1,4 @@
-"""The modules, their loss, and the loop that trains them."""
+"""Settings of the MTP modules, their loss and their training loop."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, ranged, requir
 
 @dataclass(kw_only=True, slots=True)
 class MtpConfig:
-    """The multi-token-prediction modules and the rollout they are trained on."""
+    """The multi-token-prediction modules and their training rollout."""
 
     mode: MtpMode = MtpMode.shared
     depth: int = ranged(1, at_least=1)  # modules
     steps: int | None = None  # draft steps of the training rollout; null = depth
     trainable: str = "all"  # all, no_experts, or patterns of tensor names such as "*.e_proj.*,*.h_proj.*"
     init: str = "stock"  # stock, fresh, backbone (from its last sliding-window layer), or the path of a checkpoint
-    quant_aware: bool = False  # train with the values that weights have once they are stored as the backbone's own are
+    quant_aware: bool = False  # train with weights rounded to the backbone's storage format
 
     def __post_init__(self) -> None:
         check_fields(self, "mtp")
@@ -79,7 +79,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StockHeadConfig(TrainConfig):
-    """The training loop of the stock head that `recipe=backbone` makes."""
+    """The training loop of the stock head in `recipe=backbone`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "stock_head")

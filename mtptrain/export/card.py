@@ -11,6 +11,7 @@ import mtptrain
 from mtptrain.config import ExportForm, ExportTarget
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
+from mtptrain.run.provenance import Provenance
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 RECORD = "mtptrain_export.json"
@@ -81,7 +82,7 @@ class Export:
     errors: dict[str, EncodingError]
     warnings: list[str]
     training: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 EXPORT: Kind[HeadIdentity, Export] = Kind(
@@ -137,7 +138,7 @@ def _facts(head: HeadIdentity, export: Export) -> str:
         "checkpoint": export.checkpoint,
         "started from": json.dumps(head.start),
         "training": f"`{command}` ({trained})",
-        "mtptrain": f"{mtptrain.__version__}, commit {export.provenance.get('git_commit')}",
+        "mtptrain": f"{mtptrain.__version__}, commit {export.provenance.git_commit}",
     }
     return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mtptrain.config import MAX_DRAFT_LENGTH, BackboneConfig, HardwareConfig, PlanConfig, ShapeConfig
 from mtptrain.planning.parameters import backbone_parts, model_sizes, module_parts, total_weights
 from mtptrain.planning.result import DecodingMemory, DecodingPlan, DraftCost, DraftLengthRow, PassCost, Profile
 from mtptrain.planning.roofline import pass_cost
 from mtptrain.planning.speedup import predict_speedups, predicted_acceptance_length
 from mtptrain.planning.work import attended_keys, backbone_pass, key_bytes, module_pass
+from mtptrain.run.provenance import Provenance
 
 
 def verify_cost(shape: ShapeConfig, per_row: int, hardware: HardwareConfig, plan: PlanConfig) -> PassCost:
@@ -90,7 +89,7 @@ def draft_length_rows(
 
 
 def plan_decoding(
-    model: BackboneConfig, hardware: HardwareConfig, plan: PlanConfig, profile: Profile, provenance: dict[str, Any]
+    model: BackboneConfig, hardware: HardwareConfig, plan: PlanConfig, profile: Profile, provenance: Provenance
 ) -> DecodingPlan:
     """Return the plan of decoding with a model on some hardware.
 

@@ -93,8 +93,8 @@ def compression_weights(shape: ShapeConfig, kind: str) -> Weights:
         matrix=shape.q_lora_rank * shape.index_heads * shape.index_head_dim,
         plain=shape.hidden_size * shape.index_heads,
     )
-    own = compressor_weights(shape, shape.head_dim, shape.csa_rate, span=2)
-    return own + indexer + compressor_weights(shape, shape.index_head_dim, shape.csa_rate, span=2)
+    keys = compressor_weights(shape, shape.head_dim, shape.csa_rate, span=2)
+    return keys + indexer + compressor_weights(shape, shape.index_head_dim, shape.csa_rate, span=2)
 
 
 def expert_weights(shape: ShapeConfig) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mtptrain.config import HardwareConfig, PlanConfig, PlanKind
 from mtptrain.errors import UserError
 from mtptrain.planning.training_load import TrainingLoad
+from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json
 
@@ -216,7 +216,7 @@ class Plan:
     """
 
     schema: int = SCHEMA
-    provenance: dict[str, Any]
+    provenance: Provenance
     what: PlanKind
     hardware: HardwareConfig
     load: PlanConfig

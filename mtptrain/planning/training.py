@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mtptrain.config import BackboneConfig, HardwareConfig, Placement, PlanConfig, ShapeConfig, WeightFormat
 from mtptrain.planning.parameters import (
     active_parameters,
@@ -21,6 +19,7 @@ from mtptrain.planning.roofline import peak_rates
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import trained_weights, training_memory
 from mtptrain.planning.work import Arithmetic, attended_keys
+from mtptrain.run.provenance import Provenance
 
 FORWARD_AND_BACKWARD = 3  # matrix products: forward, gradient of the input, gradient of the weights
 STREAM_BYTES = 2  # per channel of a cached stream, bf16
@@ -108,7 +107,7 @@ def plan_training(
     plan: PlanConfig,
     load: TrainingLoad,
     num_steps: int,
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> TrainingPlan:
     """Return the plan of `num_steps` optimiser steps of training on some hardware.
 

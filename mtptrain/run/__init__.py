@@ -1,1 +1,1 @@
-"""What every run needs, whatever it computes: processes, folders, files, provenance, progress and tracking."""
+"""Infrastructure of every run: processes, folders, files, provenance, progress and tracking."""

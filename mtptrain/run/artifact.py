@@ -1,8 +1,8 @@
-"""Artifacts: folders with an identity, checksums and a manifest, which is written last and makes the folder whole.
+"""Artifacts: folders with an identity, checksums and a manifest. The manifest is written last and completes the folder.
 
-A folder that is written at once (`new_artifact`) is whole or absent. A folder that is made part by part (`begin`,
-`add_part`, `finish`) can be continued after an interruption: `begun.json` keeps its identity, and every part has a
-record beside it, `PART.json`, written once the part is on disk. The writer holds the folder's lock (folder_lock.py).
+A folder written at once (`new_artifact`) is whole or absent. A folder written part by part (`begin`, `add_part`,
+`finish`) can be continued after an interruption: `begun.json` keeps its identity, and each part gets a record,
+`PART.json`, once the part is on disk. The writer holds the folder's lock (folder_lock.py).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class Kind(Generic[Identity, Content]):
         schema: version of its files; other versions are refused.
         identity: type of the identity.
         content: type of everything else in the manifest.
-        settings: the fields of the identity that a run must share, and the setting that each comes from.
-        manifest: name of the manifest.
-        missing, damaged, repair: the ways out if the manifest is missing or damaged, or a file is damaged.
+        settings: fields of the identity that must match those of the run, each with the setting that determines it.
+        manifest: file name of the manifest.
+        missing, damaged, repair: way out in the error message if the manifest is missing, the manifest is damaged, or
+            a file is damaged.
     """
 
     name: str
@@ -54,7 +55,13 @@ class Kind(Generic[Identity, Content]):
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of an artifact: its size, its checksum, and counts of its content."""
+    """A file of an artifact.
+
+    Attributes:
+        bytes: its size.
+        sha256: its checksum in hexadecimal.
+        counts: of its content, such as rows or tokens.
+    """
 
     bytes: int
     sha256: str
@@ -63,13 +70,13 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Artifact(Generic[Identity, Content]):
-    """A whole artifact, whose files are not verified yet.
+    """A complete artifact. Its files are not verified yet.
 
     Attributes:
-        kind: of artifact.
-        where: the setting that gave the folder, and the folder.
-        folder: the folder.
-        identity: decides which runs may use it.
+        kind: of the artifact.
+        where: setting and path of the folder, as error messages begin.
+        folder: its path.
+        identity: decides which runs may use the artifact.
         files: by name, in the order of the manifest.
         content: everything else in the manifest.
     """
@@ -82,34 +89,38 @@ class Artifact(Generic[Identity, Content]):
     content: Content
 
     def is_sound(self, name: str) -> bool:
-        """Whether a file is listed, present and unaltered; reads the whole file."""
+        """Return whether a file is listed, present and unaltered; this reads the whole file."""
         stored, path = self.files.get(name), self.folder / name
         if stored is None or not path.is_file() or path.stat().st_size != stored.bytes:
             return False
         return sha256_file(path) == stored.sha256
 
     def verify(self, names: Iterable[str]) -> None:
-        """Raise a `UserError` that names the first of `names` that is not sound."""
+        """Check files by their checksums.
+
+        Raises:
+            UserError: names the first of `names` that is not sound.
+        """
         for name in names:
             if not self.is_sound(name):
                 raise self.damage(name)
 
     def damage(self, name: str) -> UserError:
-        """The error for a file that is not sound."""
+        """Return the error for a file that is not sound."""
         reason = "missing, truncated or altered (its SHA-256 differs)"
         return UserError(f"{self.where}: {name} is {reason}; {self.kind.repair}")
 
 
 def open_artifact(kind: Kind[Identity, Content], setting: str, folder: Path) -> Artifact[Identity, Content]:
-    """Read the manifest of a whole artifact.
+    """Return a complete artifact from its manifest.
 
     Args:
-        kind: the wanted kind.
-        setting: gave the folder.
+        kind: the expected kind.
+        setting: name of the setting that gave the folder.
         folder: of the artifact.
 
     Raises:
-        UserError: it is missing, unfinished, damaged, or of another kind or schema.
+        UserError: the manifest is missing, damaged, or of another kind or schema.
     """
     where = f"{setting}={folder}"
     identity, files, content = _read(
@@ -120,7 +131,7 @@ def open_artifact(kind: Kind[Identity, Content], setting: str, folder: Path) -> 
 
 @contextmanager
 def new_artifact(kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content) -> Iterator[Path]:
-    """Yield a temporary folder; it gets a manifest and the name `folder` when the block ends well."""
+    """Yield a temporary folder; when the block ends without error, write its manifest and rename it to `folder`."""
     with atomic_folder(folder) as temporary:
         yield temporary
         seal(kind, temporary, identity, content, sorted(path.name for path in temporary.iterdir()))
@@ -129,13 +140,13 @@ def new_artifact(kind: Kind[Identity, Content], folder: Path, identity: Identity
 def seal(
     kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content, names: Iterable[str]
 ) -> None:
-    """Write the manifest of a folder that is complete, with checksums of the files `names`."""
+    """Write the manifest of a complete folder, with checksums of the files `names`."""
     files = {name: _describe_file(folder / name) for name in names}
     _write_manifest(kind, folder, identity, files, content)
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a folder holds an artifact that is made part by part, whole or not."""
+    """Return whether a folder holds an artifact written part by part, complete or not."""
     return (folder / BEGUN).exists()
 
 
@@ -143,17 +154,17 @@ def begin(kind: Kind[Identity, Content], setting: str, folder: Path, identity: I
     """Begin an artifact, or continue one that an interrupted run began.
 
     Args:
-        kind: of artifact.
-        setting: gave the folder.
+        kind: of the artifact.
+        setting: name of the setting that gave the folder.
         folder: locked by this run.
         identity: of the artifact.
-        making: anything that shapes the parts without being part of the identity; None, or a dataclass.
+        making: choices that shape the parts without being part of the identity; a dataclass or None.
 
     Returns:
-        how the parts are to be made: an artifact is finished the way it was begun.
+        The `making` with which the artifact was begun: all its parts must be made in the same way.
 
     Raises:
-        UserError: the folder holds another artifact, or other files.
+        UserError: the folder holds another artifact or other files.
     """
     path, where = folder / BEGUN, f"{setting}={folder}"
     if not path.exists():
@@ -168,7 +179,7 @@ def begin(kind: Kind[Identity, Content], setting: str, folder: Path, identity: I
 
 
 def add_part(folder: Path, name: str, counts: dict[str, int]) -> None:
-    """Record a part whose file is on disk.
+    """Record a part once its file is on disk.
 
     Args:
         folder: of the artifact.
@@ -179,7 +190,7 @@ def add_part(folder: Path, name: str, counts: dict[str, int]) -> None:
 
 
 def find_parts(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
-    """Parts that are on disk, by name: those with a record and a file of the recorded size."""
+    """Return the parts among `names` that are on disk, by name: each has a record and a file of the recorded size."""
     parts = {}
     for name in names:
         try:
@@ -194,21 +205,21 @@ def find_parts(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
 def finish(
     kind: Kind[Identity, Content], folder: Path, identity: Identity, files: dict[str, StoredFile], content: Content
 ) -> None:
-    """Write the manifest, which makes the folder whole; a manifest that is there already stays.
+    """Write the manifest, which completes the folder; keep a manifest that exists already.
 
     Args:
-        kind: of artifact.
+        kind: of the artifact.
         folder: holds all parts.
         identity: of the artifact.
-        files: the parts, in the order in which they are to be read.
-        content: everything else that the manifest keeps.
+        files: the parts, in reading order.
+        content: everything else in the manifest.
     """
     if not (folder / kind.manifest).exists():
         _write_manifest(kind, folder, identity, files, content)
 
 
 def total_counts(files: Mapping[str, StoredFile]) -> dict[str, int]:
-    """Sums over the counts of all files."""
+    """Return the sum of each count over all files."""
     totals: dict[str, int] = {}
     for stored in files.values():
         for name, count in stored.counts.items():
@@ -219,14 +230,17 @@ def total_counts(files: Mapping[str, StoredFile]) -> dict[str, int]:
 def check_identity(
     where: str, have: object, want: object, settings: Mapping[str, str], way_out: str = "choose another folder"
 ) -> None:
-    """Raise a `UserError` that lists every difference between a stored identity and that of this run.
+    """Refuse an artifact whose identity differs from that of this run.
 
     Args:
-        where: the setting that gave the artifact, and its path.
+        where: setting and path of the artifact.
         have: the stored identity, a dataclass or a dict.
         want: the identity of this run.
-        settings: the fields to compare, and the setting that each comes from.
-        way_out: what else the user can do.
+        settings: fields to compare, each with the setting that determines it.
+        way_out: alternative to matching the settings.
+
+    Raises:
+        UserError: lists every difference.
     """
     stored, wanted = _flatten(have, settings), _flatten(want, settings)
     names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
@@ -241,10 +255,10 @@ def check_identity(
     )
 
 
-def _flatten(identity: object, settings: Mapping[str, str]) -> dict[str, Any]:
-    """The compared fields as JSON values by dotted name."""
+def _flatten(identity: object, settings: Mapping[str, str]) -> dict[str, object]:
+    """Return the compared fields as JSON values by dotted name."""
     values = to_json(identity)
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name in settings:
         value = values.get(name) if name in values else None
         if isinstance(value, dict):
@@ -255,6 +269,7 @@ def _flatten(identity: object, settings: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _short(value: object) -> object:
+    """Return the first 12 digits of a SHA-256, and any other value unchanged."""
     return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else value
 
 
@@ -274,7 +289,7 @@ def _write_manifest(
 
 
 def _read(kind: Kind[Any, Any], where: str, path: Path, **types: Any) -> list[Any]:
-    """The values of a manifest or of `begun.json`, one for each of `types`, which are checked."""
+    """Return the entries of a manifest or `begun.json` that `types` names, decoded and checked by type."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         schema, name = stored.get("schema", stored.get("format")), stored.get("kind", kind.name)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as this project uses it: quiet, without compiled extensions, vectors kept whole at stage 3."""
+"""DeepSpeed's ZeRO as this project uses it: silent, without compiled extensions, small tensors whole at stage 3."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-# Tensors of fewer elements stay whole on every process at stage 3: vectors, attention sinks (which the rollout reads
-# outside the forward of the layer that owns them), small maps. One message a tensor would cost more than it saves.
+# Tensors with fewer elements stay whole on every process at stage 3: vectors, small matrices, and attention sinks,
+# which the rollout reads outside the forward of their layer. Gathering each of them would cost more than it saves.
 WHOLE_BELOW = 8192
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's reports to itself, and off a CPU its shared-memory collectives, which build for minutes."""
+    """Silence DeepSpeed and disable its shared-memory collectives for CPUs, which take minutes to compile."""
     deepspeed_logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of calls it makes
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed causes them
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def gather_small(optimizer: Any) -> None:
-    """Make the tensors that stay whole at stage 3 whole: DeepSpeed itself does so after its first step only."""
+    """All-gather ZeRO-3's persistent parameters now; DeepSpeed itself does so only after its first step."""
     small = getattr(optimizer, "persistent_parameters", None)
     if small:
         small[0].all_gather(small)
 
 
 def share_layers(layers: nn.ModuleList) -> None:
-    """Share frozen layers out over the processes; a layer is gathered whole when it runs.
+    """Partition frozen layers over the processes with ZeRO-3; each layer is gathered whole when it runs.
 
-    Which submodules of a layer run depends on its input: a compressor whose window does not fill does nothing. Gathered
-    by submodule, processes that hold documents of different lengths would wait for each other for ever.
-
-    Tensor by tensor, so that no device need hold all of them. Without a `bf16` section, which would round the tensors
-    that DeepSeek-V4 keeps in fp32 as well.
+    Layers are ZeRO-3 leaf modules: the submodules that run depend on the input (a compressor without a full window does
+    nothing), so gathering by submodule would deadlock processes with documents of different lengths. Partitioning goes
+    tensor by tensor, so no device needs to hold them all. The settings have no `bf16` section, because it would also
+    round the tensors that DeepSeek-V4 keeps in fp32.
     """
     quiet_deepspeed()
     set_z3_leaf_modules(layers, list({type(layer) for layer in layers}))

@@ -1,4 +1,4 @@
-"""The device, the arithmetic and the threads that a run computes with, and the processes that share its work."""
+"""Device, dtype, threads and memory of a process, and the processes that share a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
 from mtptrain.errors import UserError
 
-if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan, starts without torch
+if TYPE_CHECKING:  # a plan computes nothing and starts without torch
     import torch
     from torch import Tensor
     from torch import distributed as dist
@@ -20,34 +20,34 @@ if TYPE_CHECKING:  # a run of one process that computes nothing, such as a plan,
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-JOIN_TIMEOUT = timedelta(minutes=5)  # a node that never comes must not hold the others for torch's half an hour
-FAILED = "mtptrain/first_failed"  # set in the processes' store by rank 0 before it ends on a user's mistake
+JOIN_TIMEOUT = timedelta(minutes=5)  # torch would wait half an hour for a node that never starts
+FAILED = "mtptrain/first_failed"  # key that rank 0 sets in the shared store before it ends on a user's mistake
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The processes that have met."""
+    """The processes of a run, after they have joined."""
 
     store: dist.Store
     rank: int
     size: int
 
 
-_met: list[_Group] = []  # one, between `join` and `leave`
+_joined: list[_Group] = []  # holds one group between `join` and `leave`, otherwise none
 
 
 def choose_device(wanted: Device) -> torch.device:
-    """The torch device a run computes on: this process's own GPU where there are several.
+    """Return the device that this process computes on: with several processes, the GPU of its local rank.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: `wanted` is a GPU and torch sees none.
     """
     import torch
 
     if wanted is Device.cuda and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
     if wanted is Device.cpu or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns of no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would warn of no GPU
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ:
         return torch.device("cuda")
@@ -57,7 +57,7 @@ def choose_device(wanted: Device) -> torch.device:
 
 
 def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
-    """Dtype of the matrices: bf16 on a GPU and fp32 on a CPU unless the user says otherwise."""
+    """Return the dtype of matrices: the wanted one, or with `auto` bf16 on a GPU and fp32 on a CPU."""
     import torch
 
     if wanted is Precision.auto:
@@ -66,10 +66,14 @@ def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
 
 
 def bound_threads(wanted: int | None, hidden_size: int) -> int:
-    """Bound torch's CPU threads and return their number.
+    """Limit torch's CPU threads and return their number.
 
     A second thread gains nothing on tensors of the tiny preset's size, and costs a factor of 30 when another job
-    holds the core (OpenMP threads spin); so small models run on one thread unless the user asks for more.
+    holds the core (OpenMP threads spin). By default small models therefore run on one thread.
+
+    Args:
+        wanted: number of threads; None for one thread below a `hidden_size` of 256, otherwise half the cores.
+        hidden_size: model width.
     """
     import torch
 
@@ -80,29 +84,30 @@ def bound_threads(wanted: int | None, hidden_size: int) -> int:
 
 
 def rank() -> int:
-    """Number of this process among those of the run; 0 prints, writes and decides."""
-    return _met[0].rank if _met else 0
+    """Return the number of this process in the run; rank 0 prints, writes and decides."""
+    return _joined[0].rank if _joined else 0
 
 
 def world_size() -> int:
-    """Number of processes of the run."""
-    return _met[0].size if _met else 1
+    """Return the number of processes of the run."""
+    return _joined[0].size if _joined else 1
 
 
 def join(config: RunConfig, is_shared: bool) -> None:
-    """Meet the processes that a launcher started with this one; without a launcher the run has one process.
+    """Join the processes that a launcher started with this one; without a launcher the run has one process.
 
     Args:
         config: of the run.
         is_shared: whether the recipe can run in several processes.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or the task or the batch cannot be shared.
+        UserError: the launcher's variables are incomplete, the task or the batch cannot be shared, or the processes
+            do not reach each other.
     """
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     placement = config.backbone.placement
     if "RANK" not in present and "WORLD_SIZE" not in present:
-        _refuse_alone(config)
+        _refuse_sharing(config)
         return
     missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
     if missing:
@@ -135,8 +140,8 @@ def join(config: RunConfig, is_shared: bool) -> None:
         store, number, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        _met[:] = [_Group(store, number, size)]
-    except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, a peer that never came
+        _joined[:] = [_Group(store, number, size)]
+    except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, a missing peer
         summary = str(error).splitlines()[0]
         raise UserError(
             f"MASTER_ADDR={os.environ['MASTER_ADDR']}: the {processes} processes did not meet ({summary}); check the "
@@ -144,8 +149,8 @@ def join(config: RunConfig, is_shared: bool) -> None:
         ) from None
 
 
-def _refuse_alone(config: RunConfig) -> None:
-    """Refuse what shares something out over processes in a run of one that no launcher started."""
+def _refuse_sharing(config: RunConfig) -> None:
+    """Refuse settings that partition tensors over processes, in a run of one process without a launcher."""
     shares = {"engine": config.engine.value} if config.engine is not EngineName.single else {}
     if config.backbone.placement in SHARED_PLACEMENTS:
         shares["backbone.placement"] = config.backbone.placement.value
@@ -157,22 +162,22 @@ def _refuse_alone(config: RunConfig) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes; what follows is done by each alone."""
-    if _met:
+    """Leave the group; afterwards each process is a run of one."""
+    if _joined:
         from torch import distributed as dist
 
         dist.destroy_process_group()
-        _met.clear()
+        _joined.clear()
 
 
 def rank_rows(batch_size: int) -> range:
-    """Rows of a micro-batch of `batch_size` sequences that fall to this process."""
+    """Return this rank's rows of a micro-batch of `batch_size` sequences."""
     share = batch_size // world_size()
     return range(rank() * share, (rank() + 1) * share)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the tensor itself where there is one."""
+    """Return the sum of a tensor over all processes; with one process, the tensor itself."""
     if world_size() > 1:
         from torch import distributed as dist
 
@@ -182,7 +187,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def max_over_processes(number: int) -> int:
-    """The largest of the numbers that the processes hold."""
+    """Return the largest of the processes' numbers."""
     if world_size() == 1:
         return number
     import torch
@@ -194,7 +199,7 @@ def max_over_processes(number: int) -> int:
 
 
 def broadcast(value: T) -> T:
-    """The value that rank 0 holds, on every process."""
+    """Return rank 0's value on every process; it must be picklable."""
     if world_size() == 1:
         return value
     from torch import distributed as dist
@@ -205,18 +210,18 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values that the processes hold, by rank."""
+    """Return the values of all processes in the order of their ranks, on every process; they must be picklable."""
     if world_size() == 1:
         return [value]
     from torch import distributed as dist
 
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_rank0(work: Callable[[], T]) -> T:
-    """Let rank 0 alone do something; every process gets what it returns, or its `UserError`."""
+    """Call `work` on rank 0 only and return its result on every process, or raise its `UserError` on every process."""
     result: Any = None
     error: UserError | None = None
     if rank() == 0:
@@ -231,21 +236,21 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 def announce_failure() -> None:
-    """Tell the others that rank 0 is about to end on a user's mistake."""
-    for group in _met:
+    """Let the other ranks know that rank 0 is about to end on a user's mistake."""
+    for group in _joined:
         group.store.set(FAILED, "yes")
 
 
 def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
-    """Whether rank 0 ends on a user's mistake as well, and so says it for all."""
+    """Return whether rank 0 ends on a user's mistake as well and prints it for all; wait at most `patience`."""
     from torch import distributed as dist
 
     try:
-        for group in _met:
+        for group in _joined:
             group.store.wait([FAILED], patience)
     except dist.DistStoreError:
         return False
-    except RuntimeError:  # rank 0 held the store and has gone
+    except RuntimeError:  # rank 0 hosts the store and has ended
         return True
     return True
 

@@ -8,67 +8,77 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
 from mtptrain.run.folder_lock import FolderLock, require_free
-from mtptrain.run.provenance import describe_run, hardware
+from mtptrain.run.provenance import Provenance, describe_run, hardware
 from mtptrain.run.storage import atomic_folder, write_json, write_text
 from mtptrain.run.trackers import TrackedRun, check_trackers
 from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
+from mtptrain.run.typed_json import from_json, to_json
+
+PROVENANCE_FILE = "provenance.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunFolder:
-    """Where a run writes.
+    """The folder that a run writes.
 
     Attributes:
         path: the folder.
         config: the run's configuration.
         settings: the same as plain values, as written to config.yaml.
         provenance: as written to provenance.json.
-        lock: of the folders that the run writes; the command line releases it at the end.
+        on_policy: folder, making and counts of the on-policy texts, added to provenance.json; None for other data.
+        lock: on the folders that the run writes; the command line releases it at the end.
     """
 
     path: Path
     config: RunConfig
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
+    settings: dict[str, object]
+    provenance: Provenance
+    on_policy: dict[str, object] | None = None
     lock: FolderLock = field(default_factory=FolderLock)
 
     def print_status(self, line: str) -> None:
-        """One line for the person who watches, from rank 0."""
+        """Print a status line on stderr (rank 0 only)."""
         if is_rank0():
             print(line, file=sys.stderr, flush=True)
 
     def take(self) -> None:
-        """Keep other runs from writing the folder until this one ends; for rank 0.
+        """Lock the folder until this run ends; call it on rank 0 only.
 
         Raises:
-            UserError: another run writes it, or it cannot be made.
+            UserError: another run is writing the folder, or it cannot be created.
         """
         try:
             self.lock.take(self.path, "output_dir")
         except OSError as error:
-            raise UserError(f"output_dir={self.path}: cannot be made ({error.strerror}); choose another one") from None
+            raise UserError(
+                f"output_dir={self.path}: cannot be created ({error.strerror}); choose another one"
+            ) from None
 
     def require_empty(self) -> Path:
-        """The folder, for a program that writes it as a whole; raises a `UserError` if it holds anything."""
+        """Return the path of the folder, for a program that writes it as a whole.
+
+        Raises:
+            UserError: the folder is not empty.
+        """
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output_dir={self.path}: is not empty; choose another folder, nothing is overwritten")
         return self.path
 
     @contextmanager
     def write_whole(self) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the run's folder when the block ends well.
+        """Yield a temporary folder that becomes the run's folder if the block ends without error.
 
         Raises:
-            UserError: the folder is not empty, or another run writes it.
+            UserError: the folder is not empty, or another run is writing it.
         """
         self.lock.take(self.path, "output_dir", beside=True)
         self.require_empty()
@@ -76,52 +86,60 @@ class RunFolder:
             yield temporary
 
     def record(self) -> None:
-        """Let rank 0 write config.yaml and provenance.json, once everything the run needs has been found sound.
+        """Write config.yaml and provenance.json from rank 0; call it after everything that the run needs was checked.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: the folder cannot be created.
         """
-        from mtptrain.run.distributed import on_rank0  # loads torch, which a plan does without
+        from mtptrain.run.distributed import on_rank0  # loads torch, which a plan does not need
 
         on_rank0(self.write)
 
     def write(self) -> None:
-        """What `record` lets rank 0 do."""
+        """Lock the folder and write config.yaml and provenance.json, on whichever rank calls it."""
         self.take()
-        self.provenance["hardware"] = hardware()  # the number of threads is settled only now
+        self.provenance = replace(self.provenance, hardware=hardware())  # torch's threads are final only now
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
-        write_json(self.path / "provenance.json", self.provenance)
+        extras = {} if self.on_policy is None else {"on_policy": self.on_policy}
+        values = to_json(self.provenance) | extras
+        if self.provenance.continues is None:
+            del values["continues"]
+        write_json(self.path / PROVENANCE_FILE, values)
 
     def open_trackers(self) -> Trackers:
-        """Return the run's trackers, of which ranks other than 0 have none; use them in a `with` statement."""
+        """Return the run's trackers, to be used in a `with` statement; ranks other than 0 have none."""
         return Trackers(TrackedRun(self.config.tracking, self.path, self.settings) if is_rank0() else None)
 
     def open_log(self, trackers: Trackers, start_step: int = 0) -> MetricsLog:
-        """Record the run and return its metrics log, without rows after `start_step`."""
+        """Write the run's record and return its metrics log, without rows after `start_step`."""
         self.record()
         has_file = self.config.tracking.metrics_file and is_rank0()
         return MetricsLog(self.path if has_file else None, trackers, start_step)
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that speaks and writes, by the launcher's variable; the only one always is."""
+    """Return whether this process prints and writes, by the launcher's RANK; without a launcher it does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def default_output_dir(task: str, job_number: int | None) -> Path:
-    """A fresh folder for a run without `output_dir`; a sweep's jobs get one each."""
+    """Return a new folder for a run without `output_dir`; each job of a sweep gets its own."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     return Path("outputs") / task / (stamp if job_number is None else f"{stamp}_job{job_number}")
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a folder holds what a run has trained or logged."""
+    """Return whether a folder holds checkpoints or metrics of a run."""
     metrics = path / METRICS_FILE
     return (path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def check_writable(path: Path) -> None:
-    """Raise a `UserError` unless a folder can be made and written at `path`; nothing is made yet."""
+    """Refuse a `path` at which no folder can be created or written; create nothing.
+
+    Raises:
+        UserError: names the part of the path that stands in the way.
+    """
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"output_dir={path}: {nearest} is not a folder; choose another one")
@@ -129,12 +147,34 @@ def check_writable(path: Path) -> None:
         raise UserError(f"output_dir={path}: {nearest} cannot be written; choose another folder or change its rights")
 
 
-def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int | None = None) -> RunFolder:
-    """The folder of a run, checked but not written to: `RunFolder.record` and the log make it.
+def read_provenance(path: Path) -> Provenance:
+    """Return the provenance of the run in a folder.
 
     Raises:
-        UserError: the folder cannot be written, or holds another run and `resume` is `never`; a tracker is unknown
-            or its package is missing.
+        OSError: the file cannot be read.
+        UserError: the file is damaged.
+    """
+    try:
+        values = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        # A resumed run writes its own `on_policy`.
+        return from_json(Provenance, {name: value for name, value in values.items() if name != "on_policy"})
+    except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, or no provenance
+        raise UserError(
+            f"output_dir={path}: {PROVENANCE_FILE} is damaged ({error}); restore it, or delete it to continue without"
+        ) from None
+
+
+def open_run_folder(config: RunConfig, settings: dict[str, object], job_number: int | None = None) -> RunFolder:
+    """Return the folder of a run, checked but not created: `RunFolder.record` and `open_log` create it.
+
+    Args:
+        config: of the run.
+        settings: the same as plain values.
+        job_number: number of the job in a sweep; None outside a sweep.
+
+    Raises:
+        UserError: the folder cannot be written, or holds another run and `resume` is `never`; the run to continue has
+            a provenance.json that cannot be read; a tracker is unknown or its package is missing.
     """
     check_trackers(config.tracking)
     path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task, job_number)
@@ -148,9 +188,8 @@ def open_run_folder(config: RunConfig, settings: dict[str, Any], job_number: int
             raise UserError(
                 f"output_dir={path}: already holds a run; choose another folder, or continue it with resume=auto"
             )
-        earlier = path / "provenance.json"
-        if config.resume == "auto" and earlier.exists():
-            provenance["continues"] = json.loads(earlier.read_text(encoding="utf-8"))
+        if config.resume == "auto" and (path / PROVENANCE_FILE).exists():
+            provenance = replace(provenance, continues=read_provenance(path))
     except OSError as error:
         raise UserError(f"output_dir={path}: cannot be used ({error.strerror}); choose another folder") from None
     return RunFolder(path, config, settings, provenance)

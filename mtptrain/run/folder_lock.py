@@ -1,13 +1,13 @@
-"""One writer for a folder: a lock file names its process, and the lock of a killed process is taken over.
+"""One writer per folder: a lock file names the process that writes, and the lock of a killed process is taken over.
 
-The lock is a small JSON file, created with O_EXCL, so that it works on file systems that machines share. Its holder
-touches it every `TOUCH_SECONDS`. A lock is stale, and is taken over, if
+The lock is a small JSON file, created with O_EXCL, which also works on shared file systems. Its holder touches it every
+`TOUCH_SECONDS`. A lock is stale, and another process may take it over, if
 
 - it was written on this machine and its process has ended, or
-- it was written elsewhere, or cannot be read, and was not touched for `STALE_SECONDS`.
+- it was written on another machine, or cannot be read, and has not been touched for `STALE_SECONDS`.
 
 The clocks of machines that share a folder must agree to within a minute or two. A process in another container counts
-as one on another machine.
+as a process on another machine.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Holder:
 
     Attributes:
         host: name of its machine.
-        space: the space of process numbers that `process` belongs to; each container has its own.
-        process: its number.
-        started: clock ticks from the start of the machine to that of the process; tells it from a later process of
-            the same number.
-        since: local time at which it took the lock.
-        token: of this lock alone.
+        space: PID namespace of `process`; each container has its own.
+        process: PID.
+        started: start of the process in clock ticks after the machine's boot; distinguishes it from a later process
+            with the same PID.
+        since: local time at which the process took the lock.
+        token: unique to this lock.
     """
 
     host: str
@@ -55,24 +55,24 @@ class Holder:
 
 
 class FolderLock:
-    """The folders that a run writes; rank 0 alone takes them.
+    """Locks on all folders that a run writes; only rank 0 takes them.
 
-    A lock lies in its folder, or beside a folder that appears only when it is whole.
+    The lock file is in the folder, or beside it if the folder gets its name only once it is complete.
     """
 
     def __init__(self) -> None:
         self._held: dict[Path, tuple[Holder, threading.Event]] = {}
 
     def take(self, folder: Path, setting: str, beside: bool = False) -> None:
-        """Take a folder, make it if need be, and delete the half-written files of killed runs.
+        """Lock a folder, create it if necessary, and delete half-written files of killed runs.
 
         Args:
-            folder: to write to; nothing happens if this run holds it already.
-            setting: that names the folder.
-            beside: whether the folder is written under a temporary name; it is not made then.
+            folder: to write; if this run holds its lock already, do nothing.
+            setting: name of the setting that gave the folder.
+            beside: whether the folder is written under a temporary name; then it is not created here.
 
         Raises:
-            UserError: another run writes it.
+            UserError: another run is writing the folder.
         """
         path = lock_path(folder, beside)
         if path in self._held:
@@ -88,11 +88,11 @@ class FolderLock:
                 clear_leftovers(part)
 
     def release(self, folder: Path, beside: bool = False) -> None:
-        """Give up a folder."""
+        """Release the lock of one folder."""
         self._release(lock_path(folder, beside))
 
     def close(self) -> None:
-        """Give up every folder."""
+        """Release all locks."""
         for path in list(self._held):
             self._release(path)
 
@@ -104,22 +104,26 @@ class FolderLock:
 
 
 def lock_path(folder: Path, beside: bool = False) -> Path:
-    """The lock file of a folder."""
+    """Return the path of a folder's lock file."""
     folder = folder.absolute()
     return folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
 
 
 def require_free(folder: Path, setting: str) -> None:
-    """Raise a `UserError` if another run writes a folder; nothing is taken."""
+    """Refuse a folder that another run is writing; take no lock.
+
+    Raises:
+        UserError: names the process.
+    """
     for path in (lock_path(folder), lock_path(folder, beside=True)):
         if path.exists():
             _require_stale(path, _read(path), f"{setting}={folder}")
 
 
 def _create(path: Path, where: str) -> Holder:
-    """Create a lock file, in the place of a stale one if need be."""
+    """Create a lock file and return its holder; replace a stale one."""
     process, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = Holder(socket.gethostname(), _space(), process, _start(process) or 0, since, uuid4().hex)
+    holder = Holder(socket.gethostname(), _pid_namespace(), process, _start_ticks(process) or 0, since, uuid4().hex)
     while True:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -132,13 +136,13 @@ def _create(path: Path, where: str) -> Holder:
 
 
 def _remove_stale(path: Path, where: str) -> None:
-    """Remove the lock of a process that is gone; raise a `UserError` if its holder may be alive."""
+    """Remove a stale lock; raise a `UserError` if its holder may be alive."""
     holder = _read(path)
     _require_stale(path, holder, where)
     aside = path.with_name(f"{path.name}.{uuid4().hex}.stale")
     try:
         path.rename(aside)
-    except FileNotFoundError:  # another process removed it first; whoever creates the new one wins
+    except FileNotFoundError:  # another process removed it first; the first to create a new one wins
         return
     if _read(aside) != holder:  # another process has removed it and created its own in between
         aside.rename(path)
@@ -149,8 +153,9 @@ def _remove_stale(path: Path, where: str) -> None:
 
 
 def _require_stale(path: Path, holder: Holder | None, where: str) -> None:
-    if holder is not None and (holder.host, holder.space) == (socket.gethostname(), _space()):
-        is_stale = _start(holder.process) != holder.started
+    """Raise a `UserError` that names the holder of a lock, unless the lock is stale."""
+    if holder is not None and (holder.host, holder.space) == (socket.gethostname(), _pid_namespace()):
+        is_stale = _start_ticks(holder.process) != holder.started
     else:
         is_stale = _age(path) > STALE_SECONDS
     if not is_stale:
@@ -164,7 +169,7 @@ def _require_stale(path: Path, holder: Holder | None, where: str) -> None:
 
 
 def _keep_fresh(path: Path, holder: Holder, released: threading.Event) -> None:
-    """Touch a lock until it is released, or belongs to another process."""
+    """Touch a lock until it is released or another process has taken it over."""
     while not released.wait(TOUCH_SECONDS):
         if _read(path) != holder:
             return
@@ -173,7 +178,7 @@ def _keep_fresh(path: Path, holder: Holder, released: threading.Event) -> None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was touched; infinite if it is gone."""
+    """Return the seconds since a file was touched; infinite if it no longer exists."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -181,23 +186,23 @@ def _age(path: Path) -> float:
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder of a lock; None if the file is gone, not written yet or damaged."""
+    """Return the holder of a lock; None if the file is absent, empty or damaged."""
     try:
         return from_json(Holder, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 
 
-def _space() -> str:
-    """This process's space of process numbers."""
+def _pid_namespace() -> str:
+    """Return the PID namespace of this process; empty if the system has none."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-def _start(process: int) -> int | None:
-    """Clock ticks at which a process started; None if it has ended."""
+def _start_ticks(process: int) -> int | None:
+    """Return the start of a process in clock ticks after boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

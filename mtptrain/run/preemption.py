@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: SIGTERM, and SIGUSR1, which Slurm sends before it takes the machine away."""
+"""Preemption signals: SIGTERM, and SIGUSR1, which Slurm sends before it ends a job."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class LeaveRequest:
-    """Inside the block, a signal is remembered instead of ending the process; the training loop asks for it."""
+    """A context manager in which a preemption signal sets `is_made` instead of ending the process."""
 
     def __init__(self) -> None:
         self.is_made = False
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> LeaveRequest:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set a handler
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._earlier = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 

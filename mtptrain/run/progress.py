@@ -1,4 +1,4 @@
-"""Progress of a long loop: a live line on a terminal, plain lines at a sane rate elsewhere."""
+"""Progress of a long loop: a live line on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, or hours and minutes past an hour."""
+    """Return a duration as `minutes:seconds`, or from an hour on as `1h05m`."""
     whole = int(seconds)
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
 
 
 class Progress:
-    """Shows step, figures, rate and the time left, on rank 0.
+    """Shows step, metrics, rate and remaining time, on rank 0 only. A context manager.
 
     Args:
-        label: what is running.
+        label: name of the loop.
         total: steps of the whole loop.
         start: steps done by an earlier run.
-        unit: what `rate` counts a second.
+        unit: of the rate, per second.
     """
 
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "tok") -> None:
@@ -56,9 +56,9 @@ class Progress:
         """Show that `step` steps are done.
 
         Args:
-            step: steps done, counting those of earlier runs.
-            figures: what to show of them, already formatted.
-            amount: units worked off since the last call.
+            step: steps done, including those of earlier runs.
+            figures: formatted metrics to show beside the step.
+            amount: units processed since the last call.
         """
         self.amount += amount
         elapsed = max(time.monotonic() - self.begun, 1e-9)

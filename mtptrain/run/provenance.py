@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import mtptrain
 
@@ -19,7 +18,14 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "tok
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The machine of a run; `torch_threads` is None and `gpus` empty if the run has not loaded torch."""
+    """The machine of a run.
+
+    Attributes:
+        processor: model name of the CPU.
+        cores: number of cores that this process may use.
+        torch_threads: CPU threads of torch; None if the run has not loaded torch.
+        gpus: names of all GPUs; empty if the run has not loaded torch.
+    """
 
     processor: str
     cores: int
@@ -51,10 +57,10 @@ class Provenance:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, `-dirty` when files differ; None outside a checkout."""
+    """Return the commit of the checkout that holds this package, with `-dirty` if files differ; None outside one."""
     folder = Path(mtptrain.__file__).resolve().parent
     try:
-        # The package may be installed inside somebody else's repository: ask only for a checkout of its own.
+        # The package may be installed inside another repository, whose commit says nothing about it.
         top = subprocess.run(
             ["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
@@ -70,7 +76,7 @@ def git_commit() -> str | None:
 
 
 def processor_name() -> str:
-    """Model name of the CPU."""
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,7 +88,8 @@ def processor_name() -> str:
 def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that results depend on.
 
-    A loaded torch names its build as well (2.13.0+cpu), which its metadata may leave out, and its version of CUDA.
+    If torch is loaded, its version includes the build (2.13.0+cpu), which package metadata may omit, and the version of
+    CUDA is added.
     """
     versions = {"python": platform.python_version(), "mtptrain": mtptrain.__version__}
     for name in PACKAGES:
@@ -98,23 +105,23 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def hardware() -> dict[str, Any]:
-    """CPU, cores and GPUs of this machine; the latter and torch's threads only where the run has loaded torch."""
-    found: dict[str, Any] = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0))}
+def hardware() -> Hardware:
+    """Return the CPU and, if the run has loaded torch, its threads and the GPUs of this machine."""
+    processor, cores = processor_name(), len(os.sched_getaffinity(0))
     torch = sys.modules.get("torch")
-    if torch is not None:
-        found["torch_threads"] = torch.get_num_threads()
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+    if torch is None:
+        return Hardware(processor, cores)
+    gpus = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    return Hardware(processor, cores, torch.get_num_threads(), gpus)
 
 
-def describe_run(seed: int) -> dict[str, Any]:
-    """Everything that a reader needs to repeat this run, as a JSON-able dict."""
-    return {
-        "command": ["python", "-m", "mtptrain", *sys.argv[1:]],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git_commit": git_commit(),
-        "versions": package_versions(),
-        "hardware": hardware(),
-        "seed": seed,
-    }
+def describe_run(seed: int) -> Provenance:
+    """Return everything that a reader needs to repeat this run."""
+    return Provenance(
+        command=["python", "-m", "mtptrain", *sys.argv[1:]],
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        git_commit=git_commit(),
+        versions=package_versions(),
+        hardware=hardware(),
+        seed=seed,
+    )

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything is written under a temporary name, flushed to disk and renamed."""
+"""Atomic files and folders: everything is written under a temporary name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ NO_ROOM = {
 
 
 def no_room(error: BaseException) -> str | None:
-    """Why a write found no room, or None where the error is of another kind.
+    """Return the reason if a write failed for lack of space; None for any other error.
 
-    safetensors keeps the system's code in its text only; torch.save raises its own error on top of the system's.
+    safetensors reports the system's error code only in its message; torch.save raises its own error on top of the
+    system's.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    cause: BaseException | None = error
+    while cause is not None:
         for code, reason in NO_ROOM.items():
-            if (isinstance(seen, OSError) and seen.errno == code) or f"(os error {code})" in str(seen):
+            if (isinstance(cause, OSError) and cause.errno == code) or f"(os error {code})" in str(cause):
                 return reason
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename inside it survives a power cut."""
+    """Flush a folder's entries to disk, so that a rename inside it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,28 +46,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def honour_umask(path: Path) -> None:
-    """Give a new file the rights of any new file; safetensors makes its files private.
+    """Give a new file the permissions that the umask allows; safetensors creates private files.
 
-    Links keep the rights of the file that they share.
+    Links are left alone: they share the permissions of an existing file.
     """
     if path.is_symlink() or path.stat().st_nlink > 1:
         return
-    umask = os.umask(0)  # the only way to read it is to set it
+    umask = os.umask(0)  # it cannot be read without being set
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def temporary_path(path: Path) -> Path:
-    """A free, hidden name beside `path`, for content that is not whole yet."""
+    """Return an unused, hidden path beside `path` for incomplete content."""
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete the half-written files and folders of killed runs.
+    """Delete half-written files and folders of killed runs.
 
     Args:
-        folder: that no other run writes.
-        name: only those that were to get this name.
+        folder: locked by this run.
+        name: intended name of the leftovers to delete; None for all.
     """
     stem = "*" if name is None else glob.escape(name)
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}.tmp"):
@@ -78,7 +79,7 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise."""
+    """Yield a temporary path beside `path`; rename it to `path` if the block ends without error, else delete it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -94,14 +95,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder; give it the name `path` when the block ends well.
+    """Yield a temporary folder; rename it to `path` if the block ends without error, else delete it.
 
     Args:
-        path: the final name.
-        replaces: whether an older folder may stand there; else it has to be absent or empty.
+        path: the final path.
+        replaces: whether an existing folder is replaced; otherwise `path` must be absent or empty.
 
     Raises:
-        FileExistsError: it is not empty and must not be replaced.
+        FileExistsError: `path` is not empty and `replaces` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, older = temporary_path(path), temporary_path(path)
@@ -116,7 +117,7 @@ def atomic_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
         sync_folder(temporary)
         if not replaces and path.exists() and any(path.iterdir()):
             raise FileExistsError(errno.EEXIST, "the folder is not empty", str(path))
-        if path.exists():  # moved aside whole: a kill while it is deleted must not leave half of it under its name
+        if path.exists():  # moved aside first: a kill during the deletion must not leave half a folder at `path`
             path.rename(older)
         temporary.replace(path)
         sync_folder(path.parent)
@@ -132,11 +133,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented."""
+    """Write an indented JSON file atomically.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, for which JSON has no form.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

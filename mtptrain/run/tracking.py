@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl` is the record, and trackers show it; neither ever stops the run."""
+"""Metrics of a run: `metrics.jsonl` is the record, and trackers show it. A failure of either never stops the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _GuardedTracker:
-    """A tracker that starts with the first call and that its first failure turns off."""
+    """A tracker that starts at its first call and is turned off by its first failure."""
 
     def __init__(self, name: str, run: TrackedRun) -> None:
         self.name, self.run = name, run
@@ -24,7 +24,7 @@ class _GuardedTracker:
         self.is_on = True
 
     def send(self, call: Callable[[Tracker], None], when: str) -> None:
-        """Make one call; print a line if it fails, `when` being the part of the run that the tracker lacks."""
+        """Make one call; if it fails, print one line. `when` describes the part of the run that the tracker misses."""
         if not self.is_on:
             return
         try:
@@ -37,7 +37,7 @@ class _GuardedTracker:
             print(f"{self.name} is off {when}: {reason}", file=sys.stderr)
 
     def finish(self, failed: bool) -> None:
-        """End a run that was started, even one that failed before."""
+        """End the tracker's run if it was started, even after a failure."""
         if self.tracker is not None:
             self.is_on = True
             self.send(lambda tracker: tracker.finish(failed), "and did not finish")
@@ -45,12 +45,12 @@ class _GuardedTracker:
 
 
 class Trackers:
-    """All trackers of a run as one, of which rank 0 alone has any. A context manager that finishes them.
+    """All trackers of a run as one. A context manager that finishes them; only rank 0 has any.
 
     Nothing is sent or written before the first call. A tracker that fails prints one line and gets no further calls.
 
     Args:
-        run: whose configuration chooses the trackers; None for no trackers.
+        run: its configuration selects the trackers; None for no trackers.
     """
 
     def __init__(self, run: TrackedRun | None = None) -> None:
@@ -63,7 +63,7 @@ class Trackers:
         return any(tracker.is_on for tracker in self.trackers)
 
     def start_from(self, step: int) -> None:
-        """Set the step that training starts or continues from; call it before anything is sent."""
+        """Set the step at which training starts or continues; call it before anything is sent."""
         if self.run is not None:
             self.run.start_step = step
 
@@ -95,12 +95,12 @@ class Trackers:
 
 
 class MetricsLog:
-    """Writes one row of metrics a call, flushed at once. A disk that fails ends the log, not the training.
+    """Writes one row of metrics per call and flushes it. If the disk fails, the log ends and training continues.
 
     Args:
-        folder: gets metrics.jsonl; None writes no file.
-        trackers: get the same rows.
-        start_step: rows after this step, left by an interrupted run, are dropped.
+        folder: for metrics.jsonl; None writes no file.
+        trackers: receive the same rows.
+        start_step: rows that an interrupted run wrote after this step are dropped.
     """
 
     def __init__(self, folder: Path | None, trackers: Trackers, start_step: int = 0) -> None:
@@ -123,7 +123,7 @@ class MetricsLog:
         self.trackers.log(step, metrics)
 
     def close(self) -> None:
-        """Close the file; trackers stay open for what is measured after training."""
+        """Close the file; trackers stay open for the evaluation after training."""
         if self.file is not None:
             self.file.close()
 
@@ -140,13 +140,13 @@ def _open(path: Path, start_step: int) -> TextIO | None:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the rows that an interrupted run wrote after the checkpoint it continues from."""
+    """Drop the rows that an interrupted run wrote after its last checkpoint, at `step`."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line that was being written when the run was killed
+            continue  # a line cut short by a kill
         if row.get("step", 0) <= step:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON and back: what is written to disk has a type on both sides.
+"""Dataclasses as JSON and back, so that files are typed when written and when read.
 
 A field that is missing, unknown or of the wrong type is an error that names its path, such as `heads[0].replay.4`.
 """
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class MismatchError(ValueError):
-    """A JSON value does not have the type that was asked for; the message starts with its path."""
+    """A JSON value does not have the expected type; the message starts with its path."""
 
 
 def to_json(value: Any) -> Any:
@@ -42,7 +42,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Rebuild a value of type `kind` from its JSON form.
+    """Return the value of type `kind` that has this JSON form.
 
     Args:
         kind: a dataclass, or any type built from dataclasses, enums, `list`, `tuple`, `dict`, `|` and plain values.
@@ -114,13 +114,13 @@ def _decode_fields(kind: Any, value: Any, path: str) -> Any:
     unknown = [name for name in value if name not in known]
     if unknown:
         raise MismatchError(f"{_join(path, unknown[0])}: unknown field of {kind.__name__}")
-    found = {}
+    decoded = {}
     for name, field in known.items():
         if name in value:
-            found[name] = _decode(hints[name], value[name], _join(path, name))
+            decoded[name] = _decode(hints[name], value[name], _join(path, name))
         elif field.default is MISSING and field.default_factory is MISSING:
             raise MismatchError(f"{_join(path, name)}: missing field of {kind.__name__}")
-    return kind(**found)
+    return kind(**decoded)
 
 
 def _decode_plain(kind: Any, value: Any, path: str) -> Any:

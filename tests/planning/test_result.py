@@ -9,17 +9,16 @@ from mtptrain.planning.decoding import plan_decoding
 from mtptrain.planning.result import SCHEMA, DecodingPlan, Profile, TrainingPlan, read_plan, write_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
-from tests.planning.presets import preset_shape
+from tests.planning.presets import PROVENANCE, preset_shape
 
 MODEL = BackboneConfig(name="v4_flash", shape=preset_shape("v4_flash"))
-PROVENANCE = {"command": ["python", "-m", "mtptrain"], "seed": 0, "git_commit": None}
 HARDWARE = HardwareConfig(
     num_gpus=8, memory=141e9, bandwidth=4.8e12, fp8_flops=2e15, bf16_flops=1e15, fp32_flops=5e14, interconnect=450e9
 )
 
 
 def real_plan(what: PlanKind) -> DecodingPlan | TrainingPlan:
-    """The plan of V4-Flash on eight GPUs."""
+    """Return the plan of V4-Flash on eight GPUs."""
     settings = PlanConfig(what=what, acceptance=[0.79, 0.61])
     if what is PlanKind.training:
         return plan_training(MODEL, HARDWARE, settings, TrainingLoad(zero_stage=2, offload=True), 10, PROVENANCE)
@@ -43,7 +42,7 @@ def test_bytes_that_gpus_send_are_those_of_communication() -> None:
 
 
 def refused(path: Path) -> str:
-    """The message with which `read_plan` refuses a file."""
+    """Return the message of the error that `read_plan` raises."""
     with pytest.raises(UserError) as caught:
         read_plan(path)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from mtptrain.planning.training import plan_training, step_communication, step_f
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import heads_bytes, saved_by_step, training_memory
 from mtptrain.training.optim import MasterWeights, make_optimizers
-from tests.planning.presets import preset_shape
+from tests.planning.presets import PROVENANCE, preset_shape
 from tests.tiny import random_batch
 
 HARDWARE = HardwareConfig(
@@ -33,7 +33,7 @@ HARDWARE = HardwareConfig(
 
 
 def tiny_stack(heads: WeightFormat) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The tiny backbone and one module, the module's matrices in the given format."""
+    """Return the tiny backbone and one module with its matrices in the given format."""
     model = build_model(ShapeConfig(), 0, torch.device("cpu")).eval().requires_grad_(False)
     stack = fresh_stack(model, 1, 0)
     if heads is WeightFormat.bf16:
@@ -90,7 +90,7 @@ def test_bytes_that_a_rollout_keeps_are_estimated_within_a_tenth(rows: int, row_
     assert outcome.loss.requires_grad
 
 
-def test_the_whole_adamw_state_of_a_module_is_what_was_computed_by_hand() -> None:
+def test_the_whole_adamw_state_of_a_module_matches_a_count_by_hand() -> None:
     # 16 bytes a parameter: fp32 weights, gradient and two moments; 106 GB for Flash, 413 GB for Pro.
     for name, gigabytes in (("v4_flash", 106), ("v4_pro", 413)):
         held = heads_bytes(preset_shape(name), TrainingLoad(heads=WeightFormat.fp32))
@@ -106,8 +106,8 @@ def test_each_stage_of_zero_divides_more() -> None:
 
 def test_placements_and_offloading_take_what_they_divide_out_of_a_gpu() -> None:
     shape, load = preset_shape("v4_pro"), TrainingLoad(zero_stage=2)
-    held = {place: training_memory(shape, replace(load, placement=place), 141e9).gpu for place in Placement}
-    weights = {place: kinds["backbone weights"] for place, kinds in held.items()}
+    held = {one: training_memory(shape, replace(load, placement=one), 141e9).gpu for one in Placement}
+    weights = {placement: kinds["backbone weights"] for placement, kinds in held.items()}
     assert weights[Placement.zero3] == pytest.approx(weights[Placement.replicate] / 8)
     assert weights[Placement.zero3] < weights[Placement.expert_parallel] < weights[Placement.replicate] / 7
     whole, moved = (training_memory(shape, one, 141e9) for one in (load, replace(load, offload=True)))
@@ -127,7 +127,7 @@ def test_cached_streams_spare_the_backbone() -> None:
     assert step_flops(shape, cached)["backbone forward"] == 0
     assert "backbone weights" not in step_communication(shape, cached)
     model = BackboneConfig(shape=shape)
-    plan, online = (plan_training(model, HARDWARE, PlanConfig(), one, 10, {}) for one in (cached, load))
+    plan, online = (plan_training(model, HARDWARE, PlanConfig(), one, 10, PROVENANCE) for one in (cached, load))
     assert plan.stream_cache == StreamCacheSize(bytes_a_token=32 * 1024, bytes=32 * 1024 * 10 * 8 * 4096)
     assert plan.hours < online.hours
 

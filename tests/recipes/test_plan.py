@@ -19,7 +19,7 @@ def make_plan(folder: Path, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The plan of V4-Flash on 8 H200 as the recipe has it."""
+    """The plan of V4-Flash on 8 H200 with the defaults of the recipe."""
     return make_plan(tmp_path_factory.mktemp("flash"), "model=v4_flash", "hardware=h200")
 
 

@@ -1,4 +1,4 @@
-"""Folders with an identity: whole or continued, verified, and refused with every difference."""
+"""Artifacts are whole or continued, verified by checksum, and refused with every difference of identity."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from tests.command import tree
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """An identity of every kind of value."""
+    """An identity with every kind of value."""
 
     model: str = "ab" * 32
     length: int = 7
@@ -46,7 +46,7 @@ class OtherToy:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """How parts are made."""
+    """Choices that shape the parts."""
 
     batch_size: int
 
@@ -266,7 +266,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"toy.path={tmp_path}: holds other files than a toy; choose an empty or a new"):
         start(tmp_path)
     (tmp_path / "notes").unlink()
-    start(tmp_path)  # its own lock is no other file
+    start(tmp_path)  # the lock does not count as a file
 
 
 def test_a_finished_folder_is_not_overwritten(tmp_path: Path) -> None:

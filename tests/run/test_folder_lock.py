@@ -1,4 +1,4 @@
-"""One run writes a folder at a time, and a run that is gone stops nobody."""
+"""One run writes a folder at a time, and a run that has ended blocks no other."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def test_of_two_processes_that_want_a_folder_the_second_is_refused(
         lock.take(folder, "output_dir", is_beside)
     with pytest.raises(UserError, match=line):
         require_free(folder, "output_dir")
-    assert folder.exists() != is_beside  # a folder that is written beside appears only whole
-    process.communicate()  # ends its input
+    assert folder.exists() != is_beside  # a folder locked from beside appears only when it is complete
+    process.communicate()  # closes its stdin, which ends it
     require_free(folder, "output_dir")
     lock.take(folder, "output_dir", is_beside)
 
@@ -68,7 +68,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(
 ) -> None:
     process = hold_folder(tmp_path)
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still to be waited for
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped yet
     holder = take(lock, tmp_path)
     process.communicate()
     assert holder.process == os.getpid()
@@ -78,9 +78,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(
 
 
 def test_a_later_process_of_the_same_number_does_not_hold_the_lock(lock: FolderLock, tmp_path: Path) -> None:
-    mine = take(FolderLock(), tmp_path)
-    write_lock(tmp_path, replace(mine, started=mine.started - 1))
-    assert take(lock, tmp_path).started == mine.started
+    current = take(FolderLock(), tmp_path)
+    write_lock(tmp_path, replace(current, started=current.started - 1))
+    assert take(lock, tmp_path).started == current.started
 
 
 @pytest.mark.parametrize("is_container", [False, True])

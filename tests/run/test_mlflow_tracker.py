@@ -32,7 +32,7 @@ def open_trackers(folder: Path, settings: dict[str, Any] | None = None) -> Track
 
 
 def read(folder: Path) -> tuple[Any, Any]:
-    """The client of a folder's database and its only run."""
+    """Return the client of a folder's database, and its only run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")

@@ -8,7 +8,7 @@ from mtptrain.run.storage import atomic_file, atomic_folder, sha256_file, write_
 
 
 class Interrupted(Exception):
-    """Stands for anything that ends a block early."""
+    """Any error that ends a block early."""
 
 
 def half_write_file(path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_folder_that_must_not_be_replaced_is_left_as_it_is(tmp_path: Path) -> 
 
 
 def private(path: Path) -> None:
-    """Write a file as safetensors does."""
+    """Create a file with the permissions that safetensors gives it."""
     path.touch()
     path.chmod(0o600)
 

@@ -1,4 +1,4 @@
-"""Rules that hold for every tracker, tried with one that raises."""
+"""Rules for every tracker, tested with one that raises."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ METHODS = ("begin", "log", "table", "artifact", "finish")
 
 
 class FakeTracker:
-    """Notes its calls, and raises in one of them."""
+    """Records its calls, and raises in one of them."""
 
     def __init__(self, broken: str, error: BaseException) -> None:
         self.broken, self.error = broken, error
@@ -49,7 +49,7 @@ class FakeTracker:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, FakeTracker]]:
-    """Modules of trackers by name, in place of the real ones."""
+    """Fake modules of trackers by name, which replace the real ones."""
     modules: dict[str, FakeTracker] = {}
     monkeypatch.setattr(package, "import_module", lambda name: modules[name.rpartition(".")[2]])
     return modules

@@ -1,4 +1,4 @@
-"""What W&B is sent, read back from the record of offline runs."""
+"""Rows, tables and artifacts sent to W&B, read back from the record of offline runs."""
 
 from contextlib import suppress
 from glob import glob
@@ -40,11 +40,11 @@ def test_a_continued_run_keeps_its_id(tmp_path: Path) -> None:
     for step in (1, 2):
         with open_trackers(tmp_path) as trackers:
             trackers.log(step, {"loss": 0.25 * step})
-    found = records(tmp_path)
-    runs = [record.run for record in found if record.HasField("run")]
+    sent_records = records(tmp_path)
+    runs = [record.run for record in sent_records if record.HasField("run")]
     assert len(runs) == 2
     assert runs[0].run_id == runs[1].run_id
-    assert [row["loss"] for row in history(found)] == [0.25, 0.5]
+    assert [row["loss"] for row in history(sent_records)] == [0.25, 0.5]
 
 
 def test_rows_after_the_resumed_step_are_sent_once(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_a_killed_run_is_sent_from_the_resumed_step_on(tmp_path: Path) -> None:
     write_json(tmp_path / "wandb_run.json", {"id": "killed"})
     with open_trackers(tmp_path) as trackers:
         MetricsLog(tmp_path, trackers, 20).write(30, {"loss": 31.0})
-    found = records(tmp_path)
-    assert [row["loss"] for row in history(found)] == [31]
-    assert {record.run.run_id for record in found if record.HasField("run")} == {"killed"}
+    sent_records = records(tmp_path)
+    assert [row["loss"] for row in history(sent_records)] == [31]
+    assert {record.run.run_id for record in sent_records if record.HasField("run")} == {"killed"}
 
 
 def test_nothing_is_written_before_something_is_sent(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_run_that_breaks_warns_once_and_stops_nothing(tmp_path: Path, capsys: 
 def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: list[str], tmp_path: Path) -> None:
     arguments = ["tracking=wandb", "tracking.checkpoints=true", "evaluation.every=1", f"output_dir={tmp_path}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
-    found = records(tmp_path)
-    rows = history(found)
+    sent_records = records(tmp_path)
+    rows = history(sent_records)
     sent = {name for row in rows for name in row}
     assert {f"{name}/step_{k}" for name in ("loss", "alpha", "top1_match") for k in (1, 2, 3)} <= sent
     assert {"gradient_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"} <= sent
@@ -128,6 +128,6 @@ def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: lis
     assert {f"evaluation/{name}" for name in ("acceptance_length", "acceptance_by_position", "speedup")} <= tables
     logged = [row["loss/step_1"] for row in rows if "loss/step_1" in row]
     assert logged == [row["loss/step_1"] for row in read_metrics(tmp_path) if "loss/step_1" in row]
-    stored = artifacts(found)
+    stored = artifacts(sent_records)
     assert {"evaluation.json", "report.html", "acceptance_length.svg", "losses.svg"} <= set(stored["evaluation"])
     assert {"step_00000002/module.safetensors", "best/module.safetensors"} <= set(stored["model"])

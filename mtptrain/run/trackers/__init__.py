@@ -1,10 +1,11 @@
-"""Trackers show a run outside its folder. Each is a module of this package, which `tracking.trackers` names.
+"""Trackers show a run outside its folder. Each is a module of this package; `tracking.trackers` selects it by name.
 
 A module defines `PACKAGES`, the packages that it imports, and `begin(run) -> Tracker`, which starts a run or continues
-the one that an interrupted job began in the same folder. See CONTRIBUTING.md, "Add a tracker".
+the run that an interrupted job began in the same folder. See CONTRIBUTING.md, "Add a tracker".
 
 accelerate's trackers are not used. Each call needs its `PartialState`, which waits for the other processes of a job
-even after they have ended; TensorBoard's and MLflow's write no tables, and MLflow's reports every run as finished.
+even after they have ended. Its TensorBoard and MLflow trackers write no tables, and its MLflow tracker reports every
+run as finished.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mtptrain.errors import UserError
 
 
 class Tracker(Protocol):
-    """One run in one tracker. Any method may raise; `Trackers` then stops using the tracker and the run goes on."""
+    """One run in one tracker. If a method raises, `Trackers` stops using the tracker and the run continues."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a training step; values may be NaN or infinite."""
@@ -39,47 +40,47 @@ class Tracker(Protocol):
 
 @dataclass(slots=True)
 class TrackedRun:
-    """A run as its trackers see it.
+    """The part of a run that trackers use.
 
     Attributes:
         config: project, name, group and tags.
         folder: the run's folder.
         settings: the resolved configuration as plain values.
-        start_step: the step that training starts from; None until training starts.
+        start_step: the step at which training starts or continues; None before training.
     """
 
     config: TrackingConfig
     folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, object]
     start_step: int | None = None
 
     @property
     def group(self) -> str:
-        """Return the name shared by runs that belong together: by default that of the folder around the run's."""
+        """Return the name that groups runs: by default that of the parent of the run's folder."""
         return self.config.group or self.folder.absolute().parent.name
 
 
 def unlogged(step: int, metrics: Mapping[str, float], logged_steps: Mapping[str, int]) -> dict[str, float]:
-    """Return the metrics that were not logged at `step` before, for trackers that only append.
+    """Return the metrics that a tracker does not have at `step` yet, for trackers that only append.
 
     Args:
         step: of the metrics.
         metrics: of that step.
-        logged_steps: the last step of each metric that the tracker has.
+        logged_steps: the last step that the tracker has, by metric.
     """
     return {name: value for name, value in metrics.items() if step > logged_steps.get(name, -1)}
 
 
 def known_trackers() -> list[str]:
-    """Return the names of all trackers, which are the modules of this package."""
+    """Return the names of all trackers, the modules of this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def check_trackers(config: TrackingConfig) -> None:
-    """Refuse trackers that do not exist and those whose packages are not installed.
+    """Refuse unknown trackers and trackers whose packages are not installed.
 
     Raises:
-        UserError: names the tracker and either the known names or the command that installs its package.
+        UserError: names the tracker, and the known names or the command that installs its package.
     """
     for name in config.chosen:
         if name not in known_trackers():
@@ -91,6 +92,6 @@ def check_trackers(config: TrackingConfig) -> None:
 
 
 def begin_tracker(name: str, run: TrackedRun) -> Tracker:
-    """Start or continue a run in the tracker called `name`; raise anything that its package raises."""
+    """Start or continue a run in the tracker called `name`; let every exception of its package pass."""
     tracker: Tracker = import_module(f"{__name__}.{name}").begin(run)
     return tracker

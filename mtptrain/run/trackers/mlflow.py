@@ -1,4 +1,4 @@
-"""MLflow: a database in the run's folder, or the server that MLFLOW_TRACKING_URI names.
+"""MLflow: a database in the run's folder, or the server at MLFLOW_TRACKING_URI.
 
 Source: https://mlflow.org/docs/latest/ml/tracking/tracking-api
 """
@@ -21,13 +21,13 @@ from mtptrain.run.trackers import TrackedRun, unlogged
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PACKAGES = ("mlflow", "sqlalchemy")  # mlflow-skinny comes without the latter and cannot write a database
-RUN_FILE = "mlflow_run.json"  # the id under which a continued run is the same run in MLflow
+PACKAGES = ("mlflow", "sqlalchemy")  # mlflow-skinny lacks the latter and cannot write a database
+RUN_FILE = "mlflow_run.json"  # MLflow's id of the run, so that a resumed run continues it
 DATABASE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
-MAX_PARAMETERS = 100  # in one call
+MAX_PARAMETERS = 100  # per call
 DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow retries for a quarter of an hour, while the other processes of a job wait.
+    # By default MLflow retries for a quarter of an hour while the other processes of the job wait.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
@@ -39,7 +39,7 @@ class MlflowTracker:
     Args:
         client: of the store that holds the run.
         run_id: of the run.
-        local_store: its address if it lies in the run's folder, otherwise None.
+        local_store: URI of the store if it is in the run's folder, otherwise None.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, local_store: str | None) -> None:
@@ -50,7 +50,7 @@ class MlflowTracker:
         }
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of a step, except those that MLflow has: it only appends, and would show them twice."""
+        """Add the metrics of a step, except those that MLflow has: it only appends and would show them twice."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -58,7 +58,7 @@ class MlflowTracker:
         self.client.log_batch(self.run_id, [Metric(name, float(value), now, step) for name, value in fresh.items()])
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Store a table; one of the same name is replaced."""
+        """Store a table; replace a table of the same name."""
         file = f"{name}.json"
         stored = {one.path for one in self.client.list_artifacts(self.run_id, str(Path(file).parent))}
         if file in stored:  # `log_table` would append to it
@@ -85,12 +85,12 @@ class MlflowTracker:
 
 
 def begin(run: TrackedRun) -> MlflowTracker:
-    """Start an MLflow run, or continue the one whose id the run's folder holds."""
+    """Start an MLflow run, or continue the one whose id is in the run's folder."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports every table of a new database
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it reports every table of a new database
     server = os.environ.get("MLFLOW_TRACKING_URI")
     local_store = None if server else f"sqlite:///{run.folder.absolute() / DATABASE}"
     client, path = MlflowClient(tracking_uri=server or local_store), run.folder / RUN_FILE
@@ -122,7 +122,7 @@ def _create_run(client: MlflowClient, run: TrackedRun, artifacts: str | None) ->
     return run_id
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield every setting with its dotted name."""
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder. It shows curves and tables; files stay where they are.
+"""TensorBoard: event files in the run's folder. It shows curves and tables and lists the paths of artifacts.
 
 Source: https://docs.pytorch.org/docs/stable/tensorboard.html
 """
@@ -44,7 +44,7 @@ class TensorBoardTracker:
         self._text(name, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], texts: Mapping[str, str]) -> None:
-        """List where the files are; TensorBoard stores none."""
+        """Show the paths of the files; TensorBoard stores no files."""
         if files:
             self._text(f"{name}/files", "\n".join(f"- `{path.absolute()}`" for path in files))
 
@@ -53,7 +53,7 @@ class TensorBoardTracker:
         self.writer.close()
 
     def _text(self, name: str, text: str) -> None:
-        # One step after training: a run that is continued purges it and writes it again.
+        # One step after training, so that a resumed run purges the text and writes it again.
         self.writer.add_text(name, text, self.step + 1)
         self.writer.flush()
 
@@ -63,7 +63,7 @@ def _cell(value: Any) -> str:
 
 
 def begin(run: TrackedRun) -> TensorBoardTracker:
-    """Open an event file; of earlier ones in the run's folder, steps after `run.start_step` are no longer shown."""
+    """Open an event file that hides the steps after `run.start_step` of earlier event files in the folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run.folder / FOLDER

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run for all processes of a job, offline without a key."""
+"""Weights & Biases: one run for all processes of a job, offline if there is no API key."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
+from mtptrain.run.typed_json import from_json, to_json
 
 PACKAGES = ("wandb",)
-RUN_FILE = "wandb_run.json"  # the id under which a continued run is the same run in W&B, and the rows it has
+RUN_FILE = "wandb_run.json"  # W&B's id of the run, so that a resumed run continues it, and the rows that it has
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """Content of `RUN_FILE`: W&B's id of the run, and the last step that was sent, by metric."""
+
+    id: str
+    sent_steps: dict[str, int] = field(default_factory=dict)
 
 
 class WandbTracker:
@@ -22,16 +32,16 @@ class WandbTracker:
 
     Args:
         run: as `wandb.init` returns it.
-        folder: the run's folder, which holds what the next process of a continued run needs.
+        folder: the run's folder, where `RUN_FILE` is written for a resumed run.
         sent_steps: the last step of each metric that W&B has from earlier processes.
-        is_offline: whether somebody has to upload the run.
+        is_offline: whether the user has to upload the run.
     """
 
     def __init__(self, run: Any, folder: Path, sent_steps: dict[str, int], is_offline: bool) -> None:
         self.run, self.folder, self.sent_steps, self.is_offline = run, folder, sent_steps, is_offline
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a step, except those that W&B has: offline it only appends."""
+        """Send the metrics of a step, except those that W&B already has: offline it only appends."""
         fresh = unlogged(step, metrics, self.sent_steps)
         if fresh:
             self.run.log(fresh, step=step)
@@ -60,35 +70,35 @@ class WandbTracker:
         """End the run and print the command that uploads an offline one."""
         try:
             self.run.finish(exit_code=int(failed))
-            write_json(self.folder / RUN_FILE, {"id": self.run.id, "sent_steps": self.sent_steps})
+            write_json(self.folder / RUN_FILE, to_json(_Record(self.run.id, self.sent_steps)))
         finally:
-            if self.is_offline:  # every restart adds a folder
+            if self.is_offline:  # each restart adds a folder
                 folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
                 print(f"W&B ran offline; upload it with: wandb sync {folders}", file=sys.stderr)
 
 
 def begin(run: TrackedRun) -> WandbTracker:
-    """Start a W&B run, or continue the one whose id the run's folder holds."""
+    """Start a W&B run, or continue the one whose id is in the run's folder."""
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY"))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     path = run.folder / RUN_FILE
-    record: dict[str, Any] = {"id": uuid4().hex[:8], "sent_steps": {}}
+    stored = _Record(uuid4().hex[:8])
     if path.exists():
-        record |= json.loads(path.read_text(encoding="utf-8"))
-    # Without `sent_steps` until it is finished: W&B loses its last rows, no one knows which, if the process is killed.
-    write_json(path, {"id": record["id"]})
+        stored = from_json(_Record, json.loads(path.read_text(encoding="utf-8")))
+    # Without `sent_steps` until the end: a killed process loses an unknown number of W&B's last rows.
+    write_json(path, {"id": stored.id})
     begun = wandb.init(
         project=run.config.project,
         name=run.config.name,
         group=run.group,
         tags=run.config.tags,
-        id=record["id"],
+        id=stored.id,
         resume=None if mode == "offline" else "allow",
         dir=str(run.folder),
         mode=mode,
         config=run.settings,
         settings=wandb.Settings(silent=True, console="off"),
     )
-    return WandbTracker(begun, run.folder, record["sent_steps"], mode == "offline")
+    return WandbTracker(begun, run.folder, stored.sent_steps, mode == "offline")
