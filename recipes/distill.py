@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import SHARED_PLACEMENTS, DataSource, LossName, RunConfig, require
+from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
@@ -43,7 +43,7 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 def check(config: RunConfig) -> None:
     """Refuse settings that distillation cannot honour; called before anything is opened."""
     require(
-        config.loss.divergence is not LossName.ce,
+        config.loss.divergence.value != "ce",
         "loss.divergence",
         "ce",
         "is training on data tokens, not distillation; use +recipe=pretrain",
