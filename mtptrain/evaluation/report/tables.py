@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.head_result import POSITION_METRICS, Acceptance, Gain
 from mtptrain.evaluation.report.headline import (
     Headline,
     backbone_text,
@@ -95,21 +94,16 @@ def length_table(evaluation: Evaluation) -> Grid:
 
 
 def position_table(evaluation: Evaluation) -> Grid:
-    """Return acceptance in decoding at the longest K, and alpha and top-1 on held-out text, by position."""
-    length, heads = evaluation.draft_length, evaluation.heads
-    columns: dict[str, Sequence[float | None]] = {}
-    columns |= {f"{head.name}\naccepted": head.replay[length].conditional for head in heads}
-    columns |= {f"{head.name}\nalpha": head.teacher_forced.alpha for head in heads}
-    columns |= {f"{head.name}\ntop-1": head.teacher_forced.top1 for head in heads}
+    """Return the metrics by position at the longest K; see `POSITION_METRICS`."""
+    length = evaluation.draft_length
+    heads = {head.name: head.by_position(length) for head in evaluation.heads}
+    columns = {f"{head}\n{metric}": heads[head][metric] for metric in POSITION_METRICS for head in heads}
     rows = [
         [Cell(str(position + 1)), *(share_cell(shares[position]) for shares in columns.values())]
         for position in range(length)
     ]
-    note = (
-        f"Accepted: share of drafts kept at this position once all before it were, K={length}. "
-        "Alpha: overlap with the backbone's distribution on held-out text; top-1: same first choice. "
-        f"{MISSING_VALUE}: not measured."
-    )
+    meanings = "; ".join(f"{metric}: {meaning}" for metric, meaning in POSITION_METRICS.items())
+    note = f"K={length}. {meanings[0].upper() + meanings[1:]}. {MISSING_VALUE}: not measured."
     return Grid("Acceptance by draft position", ["k", *columns], rows, note)
 
 
