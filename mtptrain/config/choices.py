@@ -144,7 +144,7 @@ class MtpMode(Enum):
 class LossName(StrEnum):
     """Training losses: every divergence, and `chain`, the expected accepted length of a whole rollout."""
 
-    _ignore_ = ("loss",)
+    _ignore_ = "loss"
     for loss in (*Divergence, "chain"):  # a new divergence is a loss at once
         vars()[str(loss)] = str(loss)
 
