@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtptrain.losses import chain_loss, step_weights, weighted_loss
+from mtptrain.losses.rollout import chain_loss, step_weights, weighted_loss
 
 # K draft steps, T tokens, A anchors.
 
