@@ -37,7 +37,7 @@ HEAD_FILE = "mtp.safetensors"
 
 
 def train_backbone(session: Session) -> Path:
-    """Train the backbone and return the folder it was written to."""
+    """Train the backbone and return its folder."""
     config, run_folder = session.config, session.folder
     folder, vocab_size = run_folder.path / "backbone", config.backbone.shape.vocab_size
     documents, heldout = training_documents(config.data), heldout_documents(config.data)
@@ -76,7 +76,7 @@ def train_backbone(session: Session) -> Path:
 
 
 def train_stock_head(session: Session, folder: Path) -> None:
-    """Train the head that ships with the backbone, as DeepSeek trains its own, and put it beside the weights."""
+    """Train the stock head as DeepSeek trains its own, and write it and a model card beside the backbone's weights."""
     config, run_folder = session.config, session.folder
     head_config = replace(
         config,
@@ -101,15 +101,22 @@ def train_stock_head(session: Session, folder: Path) -> None:
 
 
 def _tokens_trained(run_folder: Path) -> int:
-    """Tokens that a run's metrics count at their end."""
+    """Return the number of training tokens from a run's metrics."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return max(int(json.loads(line).get("tokens", 0)) for line in lines)
 
 
 def model_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, float], figures: TeacherForced) -> str:
-    """The model card of a backbone and its stock head, from what was measured."""
+    """Return the model card of a backbone and its stock head.
+
+    Args:
+        run_folder: of the run, with the stock head's in `stock_head`.
+        backbone: the trained backbone.
+        loss: held-out nats a token and bits a byte.
+        figures: of the stock head on held-out text.
+    """
     config, provenance = run_folder.config, run_folder.provenance
-    first = provenance
+    first = provenance  # of the job that began the run
     while "continues" in first:
         first = first["continues"]
     data = config.data
@@ -143,7 +150,7 @@ cross-entropy on data tokens. For experiments with MTP heads; it writes no usefu
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that training a backbone cannot honour; called before anything is opened."""
+    """Refuse data that is no text."""
     check_reads_documents(config)
 
 
