@@ -210,7 +210,7 @@ class Sample:
     pieces: list[Piece]
 
 
-POSITION_METRICS = {  # the table by position has a column for each, in the terminal, on the page and in trackers
+POSITION_METRICS = {  # the table by position has a column for each, on the page and in trackers
     "accepted": "share of drafts kept at this position once all before it were",
     "alpha": "overlap with the backbone's distribution on held-out text",
     "top-1": "same first choice as the backbone's on held-out text",

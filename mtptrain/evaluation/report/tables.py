@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -93,18 +94,23 @@ def length_table(evaluation: Evaluation) -> Grid:
     return Grid("Acceptance length and speed-up by draft length K", headers, rows, note)
 
 
-def position_table(evaluation: Evaluation) -> Grid:
-    """Return the metrics by position at the longest K; see `POSITION_METRICS`."""
+def position_table(evaluation: Evaluation, metrics: Sequence[str] = tuple(POSITION_METRICS)) -> Grid:
+    """Return some of `POSITION_METRICS` at the longest K, by position."""
     length = evaluation.draft_length
     heads = {head.name: head.by_position(length) for head in evaluation.heads}
-    columns = {f"{head}\n{metric}": heads[head][metric] for metric in POSITION_METRICS for head in heads}
+    columns = {f"{head}\n{metric}": heads[head][metric] for metric in metrics for head in heads}
     rows = [
         [Cell(str(position + 1)), *(share_cell(shares[position]) for shares in columns.values())]
         for position in range(length)
     ]
-    meanings = "; ".join(f"{metric}: {meaning}" for metric, meaning in POSITION_METRICS.items())
-    note = f"K={length}. {meanings[0].upper() + meanings[1:]}. {MISSING_VALUE}: not measured."
+    meanings = "; ".join(f"{metric.capitalize()}: {POSITION_METRICS[metric]}" for metric in metrics)
+    note = f"{meanings}. K={length}. {MISSING_VALUE}: not measured."
     return Grid("Acceptance by draft position", ["k", *columns], rows, note)
+
+
+def summary_tables(evaluation: Evaluation) -> list[Grid]:
+    """Return the tables of the terminal, which has room for three metrics by position."""
+    return [length_table(evaluation), position_table(evaluation, tuple(POSITION_METRICS)[:3])]
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:
@@ -116,7 +122,7 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
     console.print(Text(speed_text(evaluation)))
-    for grid in (length_table(evaluation), position_table(evaluation)):
+    for grid in summary_tables(evaluation):
         console.print(Text(f"\n{grid.title}", style="bold"))
         console.print(_rich_table(grid))
         console.print(Text(grid.note, style="dim"))
