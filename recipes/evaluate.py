@@ -17,10 +17,10 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
-from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.head_result import Gain, HeadResult
+from mtptrain.evaluation.compare import compare_with_stock
+from mtptrain.evaluation.head_result import HeadResult
 from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
-from mtptrain.evaluation.metrics import by_domain, domain_rows, paired_gain, summarize, totals
+from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
@@ -110,22 +110,6 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     return latencies
 
 
-def compare_with_stock(
-    replays: dict[str, Replayed], traces: list[Trace]
-) -> tuple[dict[int, Gain] | None, dict[str, Gain] | None]:
-    """Return the gain of the trained over the stock head by K, and by domain at the longest K; None without both."""
-    if not {"stock", "trained"} <= set(replays):
-        return None, None
-    stock, trained = replays["stock"], replays["trained"]
-    groups, longest = [trace.prompt.group for trace in traces], max(stock)
-    gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
-    gain_by_domain = {}
-    for domain, rows in domain_rows([trace.prompt.domain for trace in traces]).items():
-        base, other = ([counts[longest][i] for i in rows] for counts in (stock, trained))
-        gain_by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
-    return gain, gain_by_domain
-
-
 def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     """Measure heads on one backbone, write evaluation.json and report.html, and print the summary."""
     config, backbone, policy = session.config, session.backbone, session.policy
@@ -158,7 +142,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 samples=sample_texts(backbone.tokenizer, first, head.name, longest),
             )
         )
-    gain, gain_by_domain = compare_with_stock(replays, traces)
+    gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])
     evaluation = Evaluation(
         schema=SCHEMA,
         provenance=from_json(Provenance, session.folder.provenance),

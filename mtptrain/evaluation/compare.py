@@ -90,3 +90,19 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
 def _with_interval(gain: Gain) -> str:
     low, high = gain.interval
     return f"{gain.gain:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def compare_with_stock(
+    replays: dict[str, Replayed], prompts: list[Prompt]
+) -> tuple[dict[int, Gain] | None, dict[str, Gain] | None]:
+    """Return the gain of the trained over the stock head by K, and by domain at the longest K; None without both."""
+    if not {"stock", "trained"} <= set(replays):
+        return None, None
+    stock, trained = replays["stock"], replays["trained"]
+    groups, longest = [prompt.group for prompt in prompts], max(stock)
+    gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
+    gain_by_domain = {}
+    for domain, rows in domain_rows([prompt.domain for prompt in prompts]).items():
+        base, other = ([counts[longest][i] for i in rows] for counts in (stock, trained))
+        gain_by_domain[domain] = paired_gain(base, other, [groups[i] for i in rows])
+    return gain, gain_by_domain

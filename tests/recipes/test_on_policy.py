@@ -9,11 +9,12 @@ import pytest
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.text import training_documents
-from mtptrain.recipes.on_policy import as_corpus, open_on_policy_prompts
+from mtptrain.recipes.on_policy import open_on_policy_prompts
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder
 from mtptrain.traces.file import Trace, read_trace_set
 from mtptrain.traces.folder import outcome
+from mtptrain.traces.on_policy import as_corpus
 from mtptrain.traces.prompts import Prompt
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
