@@ -10,7 +10,7 @@ set -euo pipefail
 # shellcheck source=scripts/split_arguments.sh
 source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
 
-if [[ " ${options[*]} " != *" --config_file"* ]]; then # without them accelerate prompts, or reads the machine's configuration
+if [[ " ${options[*]} " != *" --config_file"* ]]; then # else accelerate prompts, or reads its default file
     options=(--num_machines 1 --mixed_precision no --dynamo_backend no "${options[@]}")
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then # accelerate's multi-process mode on a CPU needs MPI
         options=(--use_deepspeed --zero_stage 0 "${options[@]}")

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launchers: choose PYTHON, and split the arguments into the launcher's `options` and the run's `settings`,
-# which begin with the first NAME=VALUE or +NAME=VALUE.
+# Sourced by the launchers: choose PYTHON, and split the arguments into the launcher's `options` and the run's
+# `settings`, which begin with the first NAME=VALUE or +NAME=VALUE.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [[ -x $PYTHON ]] || PYTHON=python3
