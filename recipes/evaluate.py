@@ -133,7 +133,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 parameters=head.num_parameters,
                 teacher_forced=teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
                 replay={k: summarize(counts[k], groups) for k in counts},
-                per_prompt={k: [totals([one]) for one in counts[k]] for k in counts},
+                per_prompt={k: [totals([prompt]) for prompt in counts[k]] for k in counts},
                 domains=by_domain(counts[longest], groups, domains),
                 breakdown=break_down(traces, drafts, policy, longest, backbone.tokenizer),
                 calibration=calibrate(drafts, policy, longest),
@@ -160,7 +160,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
         },
         steps={size: measure_times(session, heads, batches) for size, batches in runs.items()},
         plain_tokens_per_second={
-            size: tokens_per_second([one for run in batches for one in run.plain]) for size, batches in runs.items()
+            size: tokens_per_second([plain for run in batches for plain in run.plain]) for size, batches in runs.items()
         },
     )
     folder = session.folder.path

@@ -87,13 +87,15 @@ class Passes:
 def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict[str, Any]:
     """Return, by number of tokens, the spread of the seconds of each way and of the paired ratio eager / recorded."""
     passes = Passes(backbone, prompts, longest)
-    found: dict[int, dict[str, list[float]]] = {n: {way: [] for way in passes.ways} for n in range(1, longest + 1)}
+    seconds_by_tokens: dict[int, dict[str, list[float]]] = {
+        n: {way: [] for way in passes.ways} for n in range(1, longest + 1)
+    }
     for _ in range(WARM_UP + REPETITIONS):
-        for num_tokens, seconds in found.items():
+        for num_tokens, seconds in seconds_by_tokens.items():
             for way in passes.ways:
                 seconds[way].append(passes.seconds(way, num_tokens))
     result: dict[str, Any] = {}
-    for num_tokens, seconds in found.items():
+    for num_tokens, seconds in seconds_by_tokens.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
         result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
         if "recorded" in kept:
@@ -108,7 +110,7 @@ def time_decoding(session: Session, head: Head, prompts: list[Prompt], batch: in
     lengths = list(range(1, session.config.decoding.draft_length + 1))
     model, stacks, seed = session.backbone.model, {head.name: head.stack}, session.config.seed
     runs = run_interleaved(model, stacks, batches, lengths, session.limits, GREEDY, seed, lambda *_: None)
-    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
+    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
     for k in lengths:
         speed = to_json(summarize_speed(runs, head.name, k))
         result[str(k)] = {
@@ -148,7 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head", metavar="RUN", default="stock", help="a run or checkpoint folder (default stock)")
     parser.add_argument("--batches", default="1", help="rows decoded together, one after another (default 1)")
     parser.add_argument("--draft-length", type=int, default=4, help="largest K (default 4)")
-    parser.add_argument("--device", choices=[one.value for one in Device], default=Device.auto.value)
+    parser.add_argument("--device", choices=[device.value for device in Device], default=Device.auto.value)
     return parser.parse_args()
 
 

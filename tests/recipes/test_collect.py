@@ -45,7 +45,7 @@ def copied(cache: Path, folder: Path) -> Path:
 
 def train_from(cache: Path, light: list[str], output: Path, *more: str) -> int:
     settings = ["data=streams", f"data.path={cache}", "evaluate_at_end=false", f"output_dir={output}"]
-    kept = [one for one in light if not one.startswith(("data=", "data.path="))]
+    kept = [setting for setting in light if not setting.startswith(("data=", "data.path="))]
     return run_main("+recipe=distill", *kept, *settings, *more)
 
 
@@ -128,11 +128,11 @@ def test_two_processes_that_share_a_backbone_collect_what_one_collects(
     left, right = open_cache(tmp_path), open_cache(cache)
     assert left.identity == right.identity
     assert len(right.files) % 2 == 1  # so that one process pads with dummy forwards
-    for one, other in zip(left.files, right.files, strict=True):
-        mine, whole = load_file(tmp_path / one), load_file(cache / other)
-        error = (mine.pop("streams") - (streams_TND := whole.pop("streams"))).norm() / streams_TND.norm()
+    for part, expected in zip(left.files, right.files, strict=True):
+        written, whole = load_file(tmp_path / part), load_file(cache / expected)
+        error = (written.pop("streams") - (streams_TND := whole.pop("streams"))).norm() / streams_TND.norm()
         assert error < 64 * 2**-24  # experts add up their tokens in another order, in four layers
-        assert all(torch.equal(mine[name], whole[name]) for name in whole)
+        assert all(torch.equal(written[name], whole[name]) for name in whole)
 
 
 def test_an_unfinished_cache_is_not_trained_from(
