@@ -65,7 +65,7 @@ def main() -> None:
         if file.suffix in COUNTED and len(file.parts) > 1 and "shipped" not in file.parts and path.is_file():
             num_files[folder_of(file)] += 1
             num_lines[folder_of(file)] += len(path.read_text(encoding="utf-8").splitlines())
-    print(f"At commit {git('rev-parse', '--short', 'HEAD')[0]}, by `python scripts/tree.py`:\n")
+    print(f"At commit {git('rev-parse', '--short', 'HEAD')[0]}, printed by `python scripts/tree.py`:\n")
     print("| folder | holds | files | lines |\n|---|---|---|---|")
     for folder, contents in CONTENTS.items():
         print(f"| `{folder}` | {contents} | {num_files.pop(folder, 0)} | {num_lines[folder]:,} |")
