@@ -27,22 +27,22 @@ def check_reads_documents(config: RunConfig) -> None:
     Raises:
         UserError: the data are cached hidden states, the backbone's own texts, or a mixture.
     """
-    made = {
-        DataSource.streams: "what a backbone made of a text",
-        DataSource.on_policy: "made of a backbone's texts by training",
+    generated = {
+        DataSource.streams: "the hidden states of a text",
+        DataSource.on_policy: "text that the backbone writes during training",
     }
     source = config.data.source
     require(
-        source not in made,
+        source not in generated,
         "data",
         source.value,
-        f"is {made.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
+        f"is {generated.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
     )
     require(
         not config.data.mixture,
         "data.mixture",
         list(config.data.sources()),
-        f"weighs what heads are trained on, and +recipe={config.task} reads a text once; set data.path",
+        f"weighs the training text of heads, and +recipe={config.task} reads a text once; set data.path",
     )
 
 

@@ -38,8 +38,8 @@ TRACES_FILE = "traces.jsonl"
 def _check_room(where: str, tokens: list[int], room: int) -> None:
     if len(tokens) > room:
         raise UserError(
-            f"{where}: the prompt has {len(tokens)} tokens and the backbone's context holds {room} beside what is "
-            "emitted and drafted; shorten it, or lower decoding.max_new_tokens"
+            f"{where}: the prompt has {len(tokens)} tokens and the backbone's context has room for {room} besides "
+            "the emitted and drafted tokens; shorten it, or lower decoding.max_new_tokens"
         )
 
 
@@ -134,7 +134,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     held = hold_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(
-            f"{held.dropped} later turns were not asked: the conversation had outgrown the context"
+            f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
         )
     return TraceSet(_header(session, sources, held.dropped), held.traces)
 

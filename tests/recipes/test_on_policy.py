@@ -237,7 +237,7 @@ def test_a_folder_of_something_else_is_left_alone(
         (["on_policy.num_prompts=100000"], "on_policy.num_prompts=100000: the training text has"),
         (["on_policy.max_new_tokens=5000"], "on_policy.max_new_tokens=5000: no prompt has room for it"),
         (["on_policy.prompts=absent.jsonl"], "on_policy.prompts=absent.jsonl: cannot be read"),
-        (["task=collect"], "data=on_policy: is made of a backbone's texts by training"),
+        (["task=collect"], "data=on_policy: is text that the backbone writes during training"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
