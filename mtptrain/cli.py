@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.config import RunConfig, register
 from mtptrain.errors import Preempted, UserError
+from mtptrain.help import register_help
 from mtptrain.run.storage import no_room
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
@@ -169,6 +170,7 @@ def composition_message(text: str, cause: BaseException | None) -> str:
 def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
+    register_help()
     sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
     errors = io.StringIO()
 

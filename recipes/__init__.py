@@ -1,9 +1,9 @@
-"""The programs. A recipe is a module here, which `task` in conf/recipe/NAME.yaml names; none is listed anywhere.
+"""The programs. `task` in conf/recipe/NAME.yaml names a module of this package; nothing lists them.
 
-It holds
+A recipe defines
 
 - `run(session)`: the program;
 - `check(config)`, optional: refuse settings before anything is opened;
-- `PROCESSES`, optional: "any" where a launcher may start several processes (default "one"), "none" where it computes
-  nothing with torch.
+- `PROCESSES`, optional: "one" (default), "any" if a launcher may start several processes, or "none" if the program
+  needs no torch.
 """

@@ -5,7 +5,6 @@ python -m mtptrain +recipe=backbone output_dir=outputs/tiny
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,31 +12,28 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
-from mtptrain.backbone.load import Backbone
 from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.text import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import Encoder, tokenize_corpus
-from mtptrain.evaluation.head_result import TeacherForced
+from mtptrain.evaluation.backbone_card import HEAD_FILE, backbone_card
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.distributed import bound_threads, choose_device
-from mtptrain.run.folder import RunFolder
 from mtptrain.run.storage import atomic_file, atomic_folder, write_text
 from mtptrain.training.checkpoint import BackboneIdentity, newest_checkpoint
 from mtptrain.training.data_parallel import ReplicatedEngine
 from mtptrain.training.trainer import Trainer
 
 BOS_EOS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
-HEAD_FILE = "mtp.safetensors"
 
 
 def train_backbone(session: Session) -> Path:
-    """Train the backbone and return the folder it was written to."""
+    """Train the backbone and return its folder."""
     config, run_folder = session.config, session.folder
     folder, vocab_size = run_folder.path / "backbone", config.backbone.shape.vocab_size
     documents, heldout = training_documents(config.data), heldout_documents(config.data)
@@ -76,7 +72,7 @@ def train_backbone(session: Session) -> Path:
 
 
 def train_stock_head(session: Session, folder: Path) -> None:
-    """Train the head that ships with the backbone, as DeepSeek trains its own, and put it beside the weights."""
+    """Train the stock head as DeepSeek trains its own, and write it and a model card beside the backbone's weights."""
     config, run_folder = session.config, session.folder
     head_config = replace(
         config,
@@ -97,53 +93,11 @@ def train_stock_head(session: Session, folder: Path) -> None:
     nats, bits = bits_per_byte(backbone.model, corpus, length)
     run_folder.print_status(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
-    write_text(folder / "MODEL_CARD.md", model_card(run_folder, backbone, (nats, bits), figures))
-
-
-def _tokens_trained(run_folder: Path) -> int:
-    """Tokens that a run's metrics count at their end."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(int(json.loads(line).get("tokens", 0)) for line in lines)
-
-
-def model_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, float], figures: TeacherForced) -> str:
-    """The model card of a backbone and its stock head, from what was measured."""
-    config, provenance = run_folder.config, run_folder.provenance
-    first = provenance
-    while first.continues is not None:
-        first = first.continues
-    data = config.data
-    text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
-    if data.packages:
-        text += f", and as many characters of sources of {', '.join(data.packages)}"
-    acceptance = " / ".join(f"{value:.3f}" for value in figures.alpha)
-    agreement = " / ".join(f"{value:.3f}" for value in figures.top1)
-    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
-    tokens = [f"{_tokens_trained(folder):,}" for folder in (run_folder.path, run_folder.path / "stock_head")]
-    return f"""# DeepSeek-V4 `{config.backbone.name}`
-
-A `DeepseekV4ForCausalLM` of {parameters:.2f} M parameters with all three attention kinds, hash-routed and top-k experts
-and {config.backbone.shape.hc_mult} residual streams, and a stock MTP head of depth 1 (`{HEAD_FILE}`) trained with
-cross-entropy on data tokens. For experiments with MTP heads; it writes no useful text.
-
-| | |
-|---|---|
-| held-out loss | {loss[1]:.4f} bits a byte, {loss[0]:.4f} nats a token ({data.sequence_length}-token windows) |
-| stock head, held-out, steps 1-4 | sum min(p, q) {acceptance}; same top token {agreement} |
-| training text | {text}; one document in {data.heldout_every} held out by hash of its name |
-| tokens seen | backbone {tokens[0]}, head {tokens[1]} |
-| seed | {config.seed} |
-| command | `{" ".join(first.command)}` |
-| hardware | {first.hardware.processor}, {first.hardware.torch_threads} thread(s), \
-{", ".join(first.hardware.gpus) or "no GPU"} |
-| commit | backbone {first.git_commit}, head {provenance.git_commit} |
-| versions | {versions} |
-"""
+    write_text(folder / "MODEL_CARD.md", backbone_card(run_folder, backbone, (nats, bits), figures))
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that training a backbone cannot honour; called before anything is opened."""
+    """Refuse data that is no text."""
     check_reads_documents(config)
 
 

@@ -1,4 +1,4 @@
-"""`+recipe=collect`: run the frozen backbone over a text once and keep its streams, to train from with `data=streams`.
+"""`+recipe=collect`: store the backbone's residual streams of a text, to train from with `data=streams`.
 
 python -m mtptrain +recipe=collect --plan
 python -m mtptrain +recipe=collect output_dir=streams
@@ -34,31 +34,35 @@ from mtptrain.run.folder import RunFolder
 from mtptrain.run.progress import Progress
 
 PROCESSES = "any"
-TEXT_BYTES = 5  # a token's id and whether it may be a target
+TEXT_BYTES = 5  # int32 token id and one byte of loss mask
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that collecting cannot honour; called before anything is opened."""
+    """Refuse data that is streamed or is no text."""
     check_reads_documents(config)
     rule = "collect counts the tokens before it starts; leave it false"
     require(not config.data.streaming, "data.streaming", True, rule)
 
 
 def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
-    """Say how much disk the cache needs, and refuse to start where there is less."""
+    """Print the disk space that the cache needs.
+
+    Raises:
+        UserError: less is free, unless `collect.plan_only` is set.
+    """
     config, run_folder, model = session.config, session.folder, session.source.config
     stored_as = config.collect.format
-    a_token = bytes_a_token(stored_as, model.hc_mult, model.hidden_size)
+    token_bytes = bytes_a_token(stored_as, model.hc_mult, model.hidden_size)
     tokens = sum(size for documents in shards for pieces in documents for _, size in pieces)
-    need = tokens * (a_token + TEXT_BYTES)
+    need = tokens * (token_bytes + TEXT_BYTES)
     path = run_folder.path.absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-    held = sum(file.stat().st_size for file in path.glob("shard_*.safetensors"))
-    free = shutil.disk_usage(nearest).free + held
+    stored = sum(file.stat().st_size for file in path.glob("shard_*.safetensors"))
+    free = shutil.disk_usage(nearest).free + stored
     run_folder.print_status(
         f"{tokens:,} tokens in {sum(map(len, shards)):,} documents and {len(shards)} shards; "
         f"{model.hc_mult} streams of {model.hidden_size} channels as {stored_as.value}: "
-        f"{a_token / 1024:.2f} KiB a token"
+        f"{token_bytes / 1024:.2f} KiB a token"
     )
     run_folder.print_status(f"disk: {need / 1e9:.3f} GB needed, {free / 1e9:.1f} GB free at {nearest}")
     if need > free and not config.collect.plan_only:
@@ -69,7 +73,7 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
 
 
 def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
-    """What this run's cache will hold."""
+    """Return the identity of this run's cache."""
     config, backbone, chat = session.config, session.backbone, session.chat
     text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
     text.update(corpus.loss_mask.tobytes() if corpus.loss_mask is not None else b"")
@@ -94,7 +98,7 @@ def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
     """Begin a cache, or continue an interrupted one.
 
     Raises:
-        UserError: the folder holds another cache or other files, or must not be continued.
+        UserError: the folder holds another cache or other files, or a cache without `resume=auto`.
     """
     folder = run_folder.path
     if is_begun(folder) and run_folder.config.resume != "auto":
@@ -104,37 +108,37 @@ def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
 
 
 def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
-    """Write the shards that are not there yet, every process its share of them."""
+    """Write the missing shards, divided among the processes."""
     folder, length, model = session.folder.path, session.piece_length, session.backbone.model
     names = [shard_file(number) for number in range(len(shards))]
     written = on_rank0(lambda: set(find_parts(folder, names)))
     missing = [number for number, name in enumerate(names) if name not in written]
     if len(missing) < len(shards):
         session.folder.print_status(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
-    own = missing[rank() :: world_size()]
-    forwards = sum(num_forwards(shards[number], length) for number in own)
-    idle = max_over_processes(forwards) - forwards  # asked before the first: every forward asks the others as well
-    with Progress("collect", len(own)) as progress:
-        for done, number in enumerate(own, start=1):
+    rank_shards = missing[rank() :: world_size()]
+    forwards = sum(num_forwards(shards[number], length) for number in rank_shards)
+    padding = max_over_processes(forwards) - forwards  # before the first forward, which is collective itself
+    with Progress("collect", len(rank_shards)) as progress:
+        for done, number in enumerate(rank_shards, start=1):
             pieces = [piece for parts in shards[number] for piece in parts]
             streams_TND = piece_streams(model, corpus, pieces, length)
             write_shard(folder, number, shards[number], corpus, streams_TND, session.config.collect.format)
             progress.update(done, "shards", len(streams_TND))
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-    for _ in range(idle):  # a shared backbone needs every process
+    for _ in range(padding):  # every rank runs the same number of forwards, since a shared backbone needs all
         backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
     max_over_processes(0)  # all shards are written
 
 
 def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
-    """Write the manifest; all shards are there."""
+    """Write the manifest once all shards exist."""
     shards = find_parts(folder, [shard_file(number) for number in range(num_shards)])
     assert len(shards) == num_shards
     finish(STREAM_CACHE, folder, identity, shards, total_counts(shards))
 
 
 def run(session: Session) -> None:
-    """Plan, check the disk, collect, and write the manifest last."""
+    """Plan the shards, check the disk, write the shards and then the manifest."""
     config, run_folder = session.config, session.folder
     corpus = on_rank0(lambda: session.training_corpus)
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)

@@ -23,7 +23,7 @@ from mtptrain.training.checkpoint import find_checkpoint
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a comparison of fewer than two heads; called before anything is opened."""
+    """Refuse a comparison of fewer than two heads."""
     require(
         len(config.checkpoints) >= 2,
         "checkpoints",
@@ -35,9 +35,9 @@ def check(config: RunConfig) -> None:
 def run(session: Session) -> None:
     """Replay every checkpoint on the same traces and compare each with the first."""
     config, folder = session.config, session.folder
-    stored = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
+    checkpoints = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     check_prompts(session)
-    for checkpoint in stored.values():
+    for checkpoint in checkpoints.values():
         checkpoint.head_identity(session.fingerprint)
     stock = session.stock_head() if "stock" in config.checkpoints else None
     trace_set = prepare_traces(session)
@@ -47,7 +47,7 @@ def run(session: Session) -> None:
     names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
-        head = stock if path == "stock" and stock else session.trained_head(stored[path])
+        head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])
         counts = replay_head(session, head.stack, traces)
         heads.append(
             ComparedHead(

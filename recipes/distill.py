@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import SHARED_PLACEMENTS, DataSource, LossName, RunConfig, require
+from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
@@ -41,9 +41,9 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that distillation cannot honour; called before anything is opened."""
+    """Refuse a loss on data tokens, which is not distillation."""
     require(
-        config.loss.divergence is not LossName.ce,
+        config.loss.divergence.value != "ce",
         "loss.divergence",
         "ce",
         "is training on data tokens, not distillation; use +recipe=pretrain",
@@ -51,7 +51,7 @@ def check(config: RunConfig) -> None:
 
 
 def training_batches(session: Session, stack: MtpStack) -> BatchSource:
-    """Packed training batches in the backbone's tokens; `stack` drafts them where the backbone has to write them."""
+    """Return the packed training batches; `stack` drafts for the backbone if it has to write the texts itself."""
     config, backbone = session.config, session.training_backbone
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
@@ -71,7 +71,11 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
 
 
 def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
-    """The modules before training, from `mtp.init`, and what a checkpoint records of that start."""
+    """Return the modules before training, from `mtp.init`, and the record of that start for checkpoints.
+
+    Raises:
+        UserError: `mtp.init` names no sound checkpoint of this backbone.
+    """
     config, backbone = session.config.mtp, session.training_backbone
     tensors: dict[str, Tensor] | None = None
     if config.init == "stock":
@@ -88,18 +92,18 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
 
 
 def make_probe(session: Session, stack: MtpStack) -> Probe:
-    """Replays a small, fixed set of traces while the head trains."""
+    """Return a probe that replays a small, fixed set of traces while the head trains."""
     config = session.config
     count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
     traces = gather_traces(session, count).traces
-    kept = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may give more
-    traces = [traces[number * len(traces) // kept] for number in range(kept)]
+    size = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may hold more
+    traces = [traces[number * len(traces) // size] for number in range(size)]
 
     def measure() -> dict[str, float]:
         counts = replay_head(session, stack, traces)
         figures = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
-        for length, found in counts.items():
-            for k, rate in enumerate(by_position(found).conditional, start=1):
+        for length, prompts in counts.items():
+            for k, rate in enumerate(by_position(prompts).conditional, start=1):
                 if rate is not None:
                     figures[f"replay/accepted_{k}_of_{length}"] = rate
         return figures
@@ -108,7 +112,7 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
 
 
 def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Trainer:
-    """The trainer of a head, at the newest checkpoint when the run is resumed."""
+    """Return the trainer of a head, restored from the newest checkpoint if the run is resumed."""
     config, backbone = session.config, session.training_backbone
     scheme = stored_scheme(backbone.shards) if config.mtp.quant_aware else None
     identity = HeadIdentity(
@@ -123,9 +127,9 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         quant_aware=scheme,
     )
     freeze_untrained(stack, config.mtp.trainable)
-    stored = rows_by_tensor(backbone.config, scheme) if scheme else None
+    quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
-    objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, stored)
+    objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
     batches = training_batches(session, stack)
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
@@ -142,7 +146,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
 
 
 def train_head(session: Session, trackers: Trackers) -> MtpStack:
-    """Train the modules that `config.mtp` asks for; rank 0 returns them, whole and in eval mode."""
+    """Train the modules of `config.mtp`. Rank 0 returns them whole and in eval mode, other ranks as they hold them."""
     config, backbone = session.config, session.training_backbone
     stack, start = start_stack(session)
     if "conversion" in start:
@@ -169,26 +173,26 @@ def run(session: Session) -> None:
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
         is_rank0 = rank() == 0
-        leave()  # the measuring is done by rank 0 alone
+        leave()  # rank 0 measures alone
         if is_rank0 and is_measured(session.config):
             measure(session, stack, trackers)
 
 
 def is_measured(config: RunConfig) -> bool:
-    """Whether the trained head is measured at the end, which a backbone shared by processes cannot do."""
+    """Return whether the trained head is measured at the end; a backbone shared by processes cannot decode."""
     return config.evaluate_at_end and config.backbone.placement not in SHARED_PLACEMENTS
 
 
 def train(session: Session, trackers: Trackers) -> MtpStack:
-    """Check everything that the run will need, then train."""
+    """Check the prompts, print the backbone's size, and train."""
     config = session.config
     if is_measured(config):  # before hours of training, not after them
         check_prompts(session)
     model = session.training_backbone.model
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # whole, if shared
-    held = ", its decoder layers left on disk" if config.data.source is DataSource.streams else ""
+    note = ", its decoder layers left on disk" if config.data.source is DataSource.streams else ""
     session.folder.print_status(
-        f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{held}"
+        f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{note}"
     )
     stack = train_head(session, trackers)
     if config.backbone.placement in SHARED_PLACEMENTS:

@@ -1,15 +1,14 @@
-"""`+recipe=doctor`: what is wrong with a head, and what to do about it.
+"""`+recipe=doctor`: diagnose a head and suggest a remedy.
 
 python -m mtptrain +recipe=doctor checkpoint=outputs/distill/RUN
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
@@ -17,6 +16,7 @@ from mtptrain.certificate.controls import all_accept_control, shifted_target_con
 from mtptrain.config import RunConfig
 from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
+from mtptrain.doctor.summary import print_diagnosis
 from mtptrain.doctor.tensors import examine_tensors, expected_shapes
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
@@ -29,17 +29,17 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
-UNHEALTHY = 3  # exit code: the diagnosis was made and something is wrong
+UNHEALTHY = 3  # exit code of a diagnosis that found a fault
 
 
 @dataclass(frozen=True, slots=True)
 class HeadUnderTest:
-    """A head as it is stored.
+    """A stored head.
 
     Attributes:
-        tensors: our `mtp.{d}.*`; of a release, those that could be read.
-        depth: modules that it should have.
-        report: of `examine_tensors`.
+        tensors: our `mtp.{d}.*`; of a release, the readable ones.
+        depth: the number of modules expected.
+        report: the result of `examine_tensors`.
     """
 
     tensors: dict[str, Tensor]
@@ -48,14 +48,14 @@ class HeadUnderTest:
 
 
 def examine_stock(backbone: Backbone) -> HeadUnderTest:
-    """The head that came with the backbone, whatever is wrong with it."""
+    """Return the head that came with the backbone, even a faulty one."""
     tensors, problems = read_stock(backbone)
     depth = max(1, len(module_numbers(tensors)))
     return HeadUnderTest(tensors, depth, examine_tensors(tensors, backbone.config, depth, stored=problems))
 
 
 def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> HeadUnderTest:
-    """A trained head, beside the backbone's own where that is sound."""
+    """Return a trained head, compared with the stock head if that one is sound."""
     backbone = session.backbone
     tensors, depth = checkpoint.tensors(), checkpoint.head_identity(backbone.fingerprint).depth
     stock, problems = read_stock(backbone) if has_stock(backbone) else (None, Problems())
@@ -64,7 +64,7 @@ def examine_checkpoint(session: Session, checkpoint: Checkpoint) -> HeadUnderTes
 
 
 def usable_stack(backbone: Backbone, head: HeadUnderTest) -> MtpStack | None:
-    """The modules, unexpected tensors left out; None where the others do not make a head."""
+    """Return the modules without unexpected tensors; None if the other tensors do not make a head."""
     if head.report.missing or head.report.misshaped or head.report.non_finite:
         return None
     known = expected_shapes(backbone.config, head.depth)
@@ -82,35 +82,8 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
     )
 
 
-def print_diagnosis(result: DoctorResult, console: Console) -> None:
-    """Print the verdict, what is wrong and what to do, then the figures."""
-    console.print(result.diagnosis.verdict, style="bold", highlight=False)
-    for finding in result.diagnosis.findings:
-        console.print(f"- {finding}", highlight=False)
-    lists = {one.name: getattr(result.tensors, one.name) for one in fields(TensorFaults)}
-    counts = ", ".join(f"{kind} {len(names)}" for kind, names in lists.items() if isinstance(names, list))
-    console.print(f"\ntensors: {result.tensors.expected} expected; {counts}", highlight=False)
-    if result.wirings is None or result.controls is None:
-        console.print("acceptance: not measured, these tensors do not make a head", highlight=False)
-        return
-    table = Table("wiring", "tokens a pass", "against right", "95 % interval", box=None)
-    for row in result.wirings:
-        low, high = row.against_right.interval
-        gain = row.against_right.gain
-        table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
-    console.print(table, highlight=False)
-    control, ceiling = result.controls.shifted_target, result.controls.all_accept
-    console.print(
-        f"control: agrees with its own text {control.agreement:.3f}, with another prompt's {control.shifted:.3f} "
-        f"(chance {control.chance:.3f}): {'passed' if control.passed else 'FAILED'}\n"
-        f"control: the backbone drafting for itself emits {ceiling.acceptance_length:.2f} of "
-        f"{ceiling.ceiling} tokens a pass: {'passed' if ceiling.passed else 'FAILED'}",
-        highlight=False,
-    )
-
-
 def check(config: RunConfig) -> None:
-    """Refuse settings that the doctor cannot honour; called before anything is opened."""
+    """Refuse sampling and a missing head."""
     if config.decoding.temperature > 0:
         raise UserError(
             f"decoding.temperature={config.decoding.temperature}: the doctor replays greedy texts; leave it at 0"
@@ -120,7 +93,7 @@ def check(config: RunConfig) -> None:
 
 
 def run(session: Session) -> None:
-    """Examine the tensors, measure every wiring, say what is wrong; exit code 3 when something is."""
+    """Examine the tensors, measure every wiring and print the diagnosis; exit with code 3 if the head has a fault."""
     config, run_folder = session.config, session.folder
     setting = str(config.checkpoint)
     checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))

@@ -17,10 +17,10 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
-from mtptrain.evaluation.compare import Replayed
-from mtptrain.evaluation.head_result import Gain, HeadResult
+from mtptrain.evaluation.compare import compare_with_stock
+from mtptrain.evaluation.head_result import HeadResult
 from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
-from mtptrain.evaluation.metrics import by_domain, paired_gain, paired_gain_by_domain, summarize, totals
+from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
@@ -45,16 +45,16 @@ from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import find_checkpoint
 
 STEP_REPETITIONS = 20
-GREEDY_PROMPTS = 2  # decoded greedily for the certificate where the run samples
+GREEDY_PROMPTS = 2  # decoded greedily for the certificate of a run that samples
 
 
 def run_loops(session: Session, heads: list[Head], traces: list[Trace]) -> dict[int, list[BatchRuns]]:
-    """Really decode some prompts with every head and K, by batch size."""
+    """Decode some prompts with every head and K; return the runs by batch size."""
     config, model = session.config, session.backbone.model
     sizes, lengths = config.evaluation.batch_sizes, list(range(1, config.decoding.draft_length + 1))
     stacks = {head.name: head.stack for head in heads}
     batches = {size: cut_batches(traces, size, config.evaluation.timed_prompts) for size in sizes}
-    found: dict[int, list[BatchRuns]] = {}
+    runs: dict[int, list[BatchRuns]] = {}
     done = 0
     with Progress("decoding batches", sum(map(len, batches.values())), unit="batches") as progress:
         for size in sizes:
@@ -62,17 +62,17 @@ def run_loops(session: Session, heads: list[Head], traces: list[Trace]) -> dict[
             def report(number: int, note: str, before: int = done) -> None:
                 progress.update(before + number, note, 1)
 
-            found[size] = run_interleaved(
+            runs[size] = run_interleaved(
                 model, stacks, batches[size], lengths, session.limits, session.policy, config.seed, report
             )
             done += len(batches[size])
-    return found
+    return runs
 
 
 def make_certificate(
     session: Session, heads: list[Head], traces: list[Trace], runs: dict[int, list[BatchRuns]]
 ) -> Certificate:
-    """Check everything that must hold before a figure counts."""
+    """Return the certificate: every check that must pass before a figure counts."""
     model, policy, longest = session.backbone.model, session.policy, session.config.decoding.draft_length
     stacks = {head.name: head.stack for head in heads}
     greedy = [run for of_size in runs.values() for run in of_size]
@@ -96,33 +96,20 @@ def make_certificate(
 
 
 def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) -> dict[str, StepLatency]:
-    """Times of the steps of each head on the prompts of a batch, and the speed-ups that they predict for the runs."""
+    """Return, by head, the step times on the prompts of a batch and the speed-ups that they predict for the runs."""
     traces, longest = runs[0].traces, session.config.decoding.draft_length
     shortest = min(len(trace.prompt.tokens) for trace in traces)
     prompts = [trace.prompt.tokens[:shortest] for trace in traces]
-    found = {}
+    latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
         times = measure_steps(session.backbone.model, head.stack, prompts, longest, STEP_REPETITIONS)
-        found[head.name] = describe_times(times, lengths)
-    return found
-
-
-def compare_with_stock(
-    replays: dict[str, Replayed], traces: list[Trace]
-) -> tuple[dict[int, Gain] | None, dict[str, Gain | None] | None]:
-    """Gain of the trained head over the stock head by K, and by domain at the longest K; None without both."""
-    if not {"stock", "trained"} <= set(replays):
-        return None, None
-    stock, trained = replays["stock"], replays["trained"]
-    groups, longest = [trace.prompt.group for trace in traces], max(stock)
-    gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
-    domains = [trace.prompt.domain for trace in traces]
-    return gain, paired_gain_by_domain(stock[longest], trained[longest], groups, domains)
+        latencies[head.name] = describe_times(times, lengths)
+    return latencies
 
 
 def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
-    """Measure heads on one backbone and write evaluation.json, report.html and the table."""
+    """Measure heads on one backbone, write evaluation.json and report.html, and print the summary."""
     config, backbone, policy = session.config, session.backbone, session.policy
     longest, corpus, row_length = config.decoding.draft_length, session.heldout_corpus, session.piece_length
     trace_set = prepare_traces(session)
@@ -144,7 +131,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 parameters=head.num_parameters,
                 teacher_forced=teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
                 replay={k: summarize(counts[k], groups) for k in counts},
-                per_prompt={k: [totals([one]) for one in counts[k]] for k in counts},
+                per_prompt={k: [totals([prompt]) for prompt in counts[k]] for k in counts},
                 domains=by_domain(counts[longest], groups, domains),
                 breakdown=break_down(traces, drafts, policy, longest, backbone.tokenizer),
                 calibration=calibrate(drafts, policy, longest),
@@ -153,7 +140,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 samples=sample_texts(backbone.tokenizer, first, head.name, longest),
             )
         )
-    gain, gain_by_domain = compare_with_stock(replays, traces)
+    gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])
     evaluation = Evaluation(
         schema=SCHEMA,
         provenance=session.folder.provenance,
@@ -166,12 +153,12 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
         gain_by_domain=gain_by_domain,
         certificate=make_certificate(session, heads, traces, runs),
         speedup={
-            size: {head.name: {k: summarize_speed(found, head.name, k) for k in replays[head.name]} for head in heads}
-            for size, found in runs.items()
+            size: {head.name: {k: summarize_speed(batches, head.name, k) for k in replays[head.name]} for head in heads}
+            for size, batches in runs.items()
         },
-        steps={size: measure_times(session, heads, found) for size, found in runs.items()},
+        steps={size: measure_times(session, heads, batches) for size, batches in runs.items()},
         plain_tokens_per_second={
-            size: tokens_per_second([one for run in found for one in run.plain]) for size, found in runs.items()
+            size: tokens_per_second([plain for run in batches for plain in run.plain]) for size, batches in runs.items()
         },
     )
     folder = session.folder.path
@@ -183,13 +170,13 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse an evaluation without a head; called before anything is opened."""
+    """Refuse an evaluation without a head."""
     if config.checkpoint is None:
         raise UserError("checkpoint=null: evaluate needs a head; give a run folder, a step_* folder, or `stock`")
 
 
 def run(session: Session) -> None:
-    """Measure `checkpoint`, beside the stock head unless it is the one asked for."""
+    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself."""
     setting = str(session.config.checkpoint)
     checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
     check_prompts(session)

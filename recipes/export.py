@@ -44,13 +44,13 @@ from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoi
 
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
-    """How the head is stored."""
-    own: Scheme = stored_scheme(backbone.shards)
-    return own if config.export.scheme is ExportScheme.target else "bf16"
+    """Return the encoding of the exported head: bf16, or the backbone's."""
+    backbone_scheme: Scheme = stored_scheme(backbone.shards)
+    return backbone_scheme if config.export.scheme is ExportScheme.target else "bf16"
 
 
 def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
-    """Raise a `UserError` where a checkpoint holds the very head that its training started from."""
+    """Refuse a checkpoint whose head is the one that its training started from."""
     if head_digest(checkpoint.tensors()) == identity.start["sha256"]:
         raise UserError(
             f"checkpoint={checkpoint.folder}: holds the head that its training started from, unchanged; train it first"
@@ -58,20 +58,20 @@ def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
 
 
 def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
-    """Acceptance length of a head for every draft length."""
+    """Return the acceptance length of a head by draft length."""
     passes = replay_head(session, stack, traces)
     return {str(k): acceptance_length(passes[k]) for k in passes}
 
 
 def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
-    """The head as a server would find it in an exported folder."""
+    """Return the head as a server reads it from an exported folder."""
     state = from_release(written.only(HEAD_PREFIX), backbone.config, backbone.model.lm_head.weight.dtype)
     depth = len({name.split(".")[1] for name in state})
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 
 
 def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
-    """Raise a `UserError` where storing the head costs more acceptance than is allowed."""
+    """Refuse an encoding that costs more acceptance than `export.max_drop`."""
     for k, before in figures["before"].items():
         drop = before - figures["after"][k]
         if drop > config.export.max_drop:
@@ -83,7 +83,7 @@ def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
 
 
 def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
-    """All files of the export but the card."""
+    """Write all files of the export except the card and the seal."""
     head = to_release(checkpoint.tensors(), backbone.config, scheme)
     trained = checkpoint.head_identity(backbone.fingerprint)
     facts = {"version": mtptrain.__version__, "mode": trained.mode.value, "steps": trained.steps, "scheme": scheme}
@@ -97,7 +97,7 @@ def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, 
 
 
 def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
-    """The head that the model came with, by released names; empty where there is none."""
+    """Return the stock head by released names; empty if the model came without one."""
     if not has_stock(backbone):
         return {}
     stock = backbone.shards.only(HEAD_PREFIX)
@@ -107,10 +107,10 @@ def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
 def check_folder(
     config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, written: Shards
 ) -> dict[str, Any]:
-    """What reading the folder back shows: `errors`, `changed` and `untouched` of `Export`.
+    """Read the folder back and return `errors`, `changed` and `untouched` of `Export`.
 
     Raises:
-        UserError: a tensor is not what it has to be.
+        UserError: a tensor of the model differs from its source, or the head is the stock head.
     """
     stored = written.only(HEAD_PREFIX)
     errors = compare_head(checkpoint.tensors(), stored, backbone.config, scheme)
@@ -135,7 +135,7 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path)
     before = acceptance(session, head.stack, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={run_folder.path}")
-    seen = check_folder(config, backbone, checkpoint, scheme, written)
+    checks = check_folder(config, backbone, checkpoint, scheme, written)
     after = acceptance(session, reload_head(backbone, written), traces)
     export = Export(
         target=config.target,
@@ -146,7 +146,7 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path)
         warnings=warnings(config.target, run_folder.path, identity.depth),
         training=training_provenance(checkpoint),
         provenance=run_folder.provenance,
-        **seen,
+        **checks,
     )
     check_drop(config, export.acceptance)
     write_text(temporary / "README.md", model_card(identity, export, run_folder.path, backbone.folder))
@@ -156,7 +156,7 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path)
 
 
 def summary(export: Export, folder: Path) -> list[str]:
-    """What the command prints."""
+    """Return the lines that the command prints."""
     changed, total = export.changed
     pairs = (
         f"K={k} {before:.3f} -> {export.acceptance['after'][k]:.3f}"
@@ -172,7 +172,7 @@ def summary(export: Export, folder: Path) -> list[str]:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse an export without a trained head or a target; called before anything is opened."""
+    """Refuse an export without a trained head or a target."""
     require(config.target is not None, "target", None, "export needs target=vllm, target=sglang or target=hf")
     if config.checkpoint in (None, "stock"):
         raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
@@ -187,13 +187,13 @@ def run(session: Session) -> None:
     check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
-    scheme, own = export_scheme(config, backbone), stored_scheme(backbone.shards)
-    check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, own)
+    scheme, backbone_scheme = export_scheme(config, backbone), stored_scheme(backbone.shards)
+    check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, backbone_scheme)
     check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
         with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, temporary)
-    except Exception as error:  # each library raises its own where the disk is full
+    except Exception as error:  # on a full disk each library raises its own error
         reason = no_room(error)
         if reason is None:
             raise

@@ -1,4 +1,4 @@
-"""`+recipe=mini_release`: a small backbone and its head in the official release format, to try the way in and out.
+"""`+recipe=mini_release`: write a small backbone and its head in the official release format, to try import and export.
 
 python -m mtptrain +recipe=mini_release output_dir=R
 python -m mtptrain +recipe=distill backbone.path=R
@@ -21,7 +21,7 @@ from mtptrain.run.storage import write_json
 
 
 def run(session: Session) -> None:
-    """Write the folder; it appears whole or not at all."""
+    """Write the folder, whole or not at all."""
     config, run_folder = session.config, session.folder
     cpu = torch.device("cpu")
     head: dict[str, Tensor]

@@ -30,7 +30,7 @@ from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
 from mtptrain.run.provenance import Provenance
 
-PROCESSES = "none"  # a plan is of other machines than this one: torch is not loaded
+PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
 
 
@@ -50,7 +50,7 @@ def read_profile(plan: PlanConfig) -> Profile:
 
 
 def _from_evaluation(path: Path, name: str | None) -> Profile:
-    """Rates of the longest draft; a position that was never reached counts as never kept."""
+    """Rates of the longest draft; a position that no draft reached counts as never accepted."""
     evaluation = read_evaluation(path, "plan.evaluation")
     heads = {head.name: head for head in evaluation.heads}
     chosen = name or evaluation.last_head.name

@@ -2,7 +2,7 @@
 
 python -m mtptrain +recipe=pretrain
 
-The program is that of `distill`; the objective comes from `loss.divergence`, cross-entropy by default.
+The program is that of `distill`; `loss.divergence`, by default cross-entropy, makes the difference.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""An evaluation for the trackers of its run: tables to look at and compare, and the files as an artifact."""
+"""Send an evaluation to the trackers of its run: tables, plots, and its files as an artifact."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mtptrain.evaluation.head_result import POSITION_METRICS
 from mtptrain.evaluation.report import plots
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.folder import RunFolder
@@ -31,13 +32,14 @@ def acceptance_lengths(evaluation: Evaluation) -> list[Row]:
 
 
 def acceptance_by_position(evaluation: Evaluation) -> list[Row]:
-    """Return a row for every head and position of the longest draft, in decoding and on held-out text."""
-    rows: list[Row] = []
-    for head in evaluation.heads:
-        accepted, heldout = head.replay[evaluation.draft_length].conditional, head.teacher_forced
-        figures = zip(accepted, heldout.alpha, heldout.top1, strict=True)
-        rows += [(head.name, position, *row) for position, row in enumerate(figures, start=1)]
-    return rows
+    """Return a row of `POSITION_METRICS` for every head and position of the longest draft."""
+    return [
+        (head.name, position, *metrics)
+        for head in evaluation.heads
+        for position, metrics in enumerate(
+            zip(*head.by_position(evaluation.draft_length).values(), strict=True), start=1
+        )
+    ]
 
 
 def speedups(evaluation: Evaluation) -> list[Row]:
@@ -56,7 +58,7 @@ def publish(trackers: Trackers, run_folder: RunFolder, evaluation: Evaluation) -
         return
     columns = ["head", "K", "tokens_a_pass", "low", "high"]
     trackers.table("evaluation/acceptance_length", columns, acceptance_lengths(evaluation))
-    columns = ["head", "position", "accepted", "alpha", "top1"]
+    columns = ["head", "position", *(metric.replace("-", "") for metric in POSITION_METRICS)]
     trackers.table("evaluation/acceptance_by_position", columns, acceptance_by_position(evaluation))
     columns = ["head", "batch", "K", "median", "lower_quartile", "upper_quartile"]
     trackers.table("evaluation/speedup", columns, speedups(evaluation))

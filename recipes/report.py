@@ -21,7 +21,7 @@ PROCESSES = "none"
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a report of nothing."""
+    """Refuse a report without an evaluation."""
     if config.path is None:
         raise UserError("path=null: report needs an evaluation.json or the folder of its run; set path=RUN")
 
@@ -30,7 +30,7 @@ def report_path(session: Session) -> Path:
     """Return the path of the new report: in `output_dir`, or beside the evaluation.
 
     Raises:
-        UserError: a report is there already.
+        UserError: the file exists.
     """
     evaluation = Path(str(session.config.path))
     if session.config.output_dir is None:

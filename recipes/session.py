@@ -1,4 +1,4 @@
-"""Everything that a run opens, opened when it is first needed: settings and texts first, weights last."""
+"""The resources of a run, each opened at its first use; those that need no weights come first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtptrain.config import SHARED_PLACEMENTS, DataConfig, DataSource, RunConfig
 from mtptrain.errors import UserError
 from mtptrain.run.folder import RunFolder
 
-if TYPE_CHECKING:  # a plan opens nothing of this, and starts without torch
+if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.chat import ChatTemplate
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
@@ -22,49 +22,49 @@ if TYPE_CHECKING:  # a plan opens nothing of this, and starts without torch
 
 
 def check_reads_documents(config: RunConfig) -> None:
-    """Refuse sources of data other than documents, for a recipe that reads a text once.
+    """Refuse data other than documents, for a recipe that reads a text once.
 
     Raises:
-        UserError: the source is a cache of streams, the backbone's own texts, or a mixture.
+        UserError: the data are cached hidden states, the backbone's own texts, or a mixture.
     """
-    made = {
-        DataSource.streams: "what a backbone made of a text",
-        DataSource.on_policy: "made of a backbone's texts by training",
+    generated = {
+        DataSource.streams: "the hidden states of a text",
+        DataSource.on_policy: "text that the backbone writes during training",
     }
     source = config.data.source
     require(
-        source not in made,
+        source not in generated,
         "data",
         source.value,
-        f"is {made.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
+        f"is {generated.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
     )
     require(
         not config.data.mixture,
         "data.mixture",
         list(config.data.sources()),
-        f"weighs what heads are trained on, and +recipe={config.task} reads a text once; set data.path",
+        f"weighs the training text of heads, and +recipe={config.task} reads a text once; set data.path",
     )
 
 
 class Session:
-    """One run of a recipe.
+    """One run of a recipe, and everything that it opens.
 
     Args:
         config: the settings.
-        folder: where the run writes.
+        folder: the run's output folder.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
 
-    # Without reading a weight
+    # Without weights
 
     @cached_property
     def source(self) -> BackboneSource:
-        """The backbone's folder, config and tokenizer; torch's threads are bounded for a model of its size.
+        """The backbone's folder, config and tokenizer. Also bounds torch's threads by the size of the model.
 
         Raises:
-            UserError: it cannot be opened, or a draft does not fit in its sliding window.
+            UserError: the backbone cannot be opened, or a draft does not fit in its sliding window.
         """
         from mtptrain.backbone.load import open_source
         from mtptrain.run.distributed import bound_threads
@@ -89,7 +89,7 @@ class Session:
 
     @cached_property
     def chat(self) -> ChatTemplate | None:
-        """The template that conversations are rendered with."""
+        """The chat template; None if the run has none."""
         from mtptrain.data.chat import open_chat_template
 
         source = self.source
@@ -97,14 +97,14 @@ class Session:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """From documents to the backbone's tokens."""
+        """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
 
         return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat)
 
     @property
     def cache(self) -> Path:
-        """The folder of tokenised text and other things that later runs use again."""
+        """The folder of tokenised text and other files that later runs reuse."""
         from mtptrain.data.tokens import cache_folder
 
         return cache_folder(self.config.data.cache_dir)
@@ -127,7 +127,7 @@ class Session:
 
     @property
     def document_settings(self) -> DataConfig:
-        """Where documents come from; of a cache of hidden states, the settings of the text that it was made of."""
+        """The settings of the documents; for cached hidden states, those of the text behind them."""
         from mtptrain.hidden_cache.manifest import open_cache
 
         data = self.config.data
@@ -135,19 +135,19 @@ class Session:
 
     @property
     def piece_length(self) -> int:
-        """Most tokens of a document that the backbone reads at once: a row's, or its context where that is shorter."""
+        """Most tokens of a document that the backbone reads at once: the row length, at most its context."""
         return min(self.config.data.sequence_length, int(self.source.config.max_position_embeddings))
 
     @cached_property
     def policy(self) -> Policy:
-        """The decoding policy that heads are measured under."""
+        """The decoding policy under which heads are measured."""
         from mtptrain.decoding.policy import decoding_policy
 
         return decoding_policy(self.config.decoding)
 
     @cached_property
     def limits(self) -> Limits:
-        """Where a measured text ends.
+        """The length and stop tokens that end a measured text.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
@@ -182,7 +182,7 @@ class Session:
 
     @property
     def prompt_room(self) -> int:
-        """Tokens that a prompt may have: the backbone's context less those emitted and drafted after it.
+        """Most tokens of a prompt: the backbone's context minus the tokens emitted and drafted after it.
 
         Raises:
             UserError: no room is left.
@@ -200,12 +200,12 @@ class Session:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The whole frozen backbone on the run's device, in its arithmetic."""
+        """The whole frozen backbone, on the run's device and in its dtype."""
         return self._load(has_layers=True)
 
     @cached_property
     def training_backbone(self) -> Backbone:
-        """The backbone that training needs: training from cached streams runs no decoder layer and loads none."""
+        """The backbone that training needs: without decoder layers if it reads cached hidden states."""
         if self.config.data.source is DataSource.streams:
             return self._load(has_layers=False)
         return self.backbone
@@ -220,7 +220,7 @@ class Session:
 
     @property
     def fingerprint(self) -> str:
-        """The backbone's fingerprint, of whichever form is loaded."""
+        """The fingerprint of the loaded backbone; loads it for training if none is."""
         return (self.__dict__.get("backbone") or self.training_backbone).fingerprint
 
     @property
@@ -232,22 +232,22 @@ class Session:
 
     @property
     def can_decode(self) -> bool:
-        """Whether this process holds every layer of the backbone while it trains."""
+        """Whether this process holds every layer of the backbone during training."""
         is_shared = self.config.backbone.placement in SHARED_PLACEMENTS
         return not is_shared and self.config.data.source is not DataSource.streams
 
     def head(self, setting: str) -> Head:
-        """The head that a setting names: `stock`, or the path of a checkpoint.
+        """Return the head that a setting names: `stock`, or the path of a checkpoint.
 
         Raises:
-            UserError: there is none, or it belongs to another backbone.
+            UserError: the head does not exist or belongs to another backbone.
         """
         from mtptrain.training.checkpoint import find_checkpoint
 
         return self.stock_head() if setting == "stock" else self.trained_head(find_checkpoint(Path(setting)))
 
     def stock_head(self) -> Head:
-        """The head that came with the backbone."""
+        """Return the head that came with the backbone."""
         from mtptrain.evaluation.heads import Head
         from mtptrain.mtp.stack import num_modules, stack_from_tensors
         from mtptrain.mtp.start import place, stock_tensors
@@ -258,7 +258,11 @@ class Session:
         return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, self.backbone).eval())
 
     def trained_head(self, checkpoint: Checkpoint) -> Head:
-        """The head of a checkpoint; raises a `UserError` unless it was trained on this backbone."""
+        """Return the head of a checkpoint.
+
+        Raises:
+            UserError: the head was trained on another backbone.
+        """
         from mtptrain.evaluation.heads import Head
         from mtptrain.mtp.stack import stack_from_tensors
         from mtptrain.mtp.start import place

@@ -1,23 +1,17 @@
-"""The traces that a run measures heads on: read from disk, or prompts continued by the backbone; and their replay."""
+"""The traces that a run measures heads on, read from disk or written by the backbone, and their replay."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Tokenizer
-
 from mtptrain.config import HELDOUT
-from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import Replayed
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
-from mtptrain.traces.conversation import hold_conversations
+from mtptrain.traces.conversation import answer_text, hold_conversations
 from mtptrain.traces.file import (
     Trace,
     TraceHeader,
@@ -34,7 +28,7 @@ from mtptrain.traces.prompts import (
     Source,
     encode_prompt_row,
     read_prompt_rows,
-    slice_prompts,
+    slice_conversations,
     spread_prompt_rows,
 )
 
@@ -44,41 +38,31 @@ TRACES_FILE = "traces.jsonl"
 def _check_room(where: str, tokens: list[int], room: int) -> None:
     if len(tokens) > room:
         raise UserError(
-            f"{where}: the prompt has {len(tokens)} tokens and the backbone's context holds {room} beside what is "
-            "emitted and drafted; shorten it, or lower decoding.max_new_tokens"
+            f"{where}: the prompt has {len(tokens)} tokens and the backbone's context has room for {room} besides "
+            "the emitted and drafted tokens; shorten it, or lower decoding.max_new_tokens"
         )
 
 
-def slice_conversations(
-    corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
-) -> tuple[list[Conversation], Source]:
-    """Prompts cut from a corpus, see `slice_prompts`, and where they came from."""
-    prompts = slice_prompts(corpus, count, length, name, section)
-    digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
-    rows = int((np.diff(corpus.offsets) // length).sum())
-    return [Conversation(prompt) for prompt in prompts], Source(name, digest, rows, count)
-
-
 def prompt_row_conversations(
-    session: Session, found: list[PromptSource], count: int
+    session: Session, prompt_sources: list[PromptSource], count: int
 ) -> tuple[list[tuple[str, Conversation]], list[Source]]:
-    """At most `count` of the questions as prompts, evenly spread, each with its file and line, and their sources."""
+    """Return at most `count` prompt rows as conversations, evenly spread, with file and line; and their sources."""
     source, chat = session.source, session.chat
     conversations: list[tuple[str, Conversation]] = []
     sources = []
-    for one, questions in zip(found, spread_prompt_rows(found, count), strict=True):
-        for question in questions:
-            conversation = encode_prompt_row(question, len(conversations), source.tokenizer, source.bos_eos[0], chat)
-            conversations.append((question.where, conversation))
-        sources.append(Source(one.name, one.sha256, len(one.questions), len(questions)))
+    for origin, rows in zip(prompt_sources, spread_prompt_rows(prompt_sources, count), strict=True):
+        for row in rows:
+            conversation = encode_prompt_row(row, len(conversations), source.tokenizer, source.bos_eos[0], chat)
+            conversations.append((row.where, conversation))
+        sources.append(Source(origin.name, origin.sha256, len(origin.questions), len(rows)))
     return conversations, sources
 
 
 def open_prompts(session: Session, count: int) -> tuple[list[Conversation], list[Source]]:
-    """At most `count` prompts or conversations of `prompts`, evenly spread, and where they came from.
+    """Return at most `count` prompts or conversations of `prompts`, evenly spread, and their sources.
 
     Raises:
-        UserError: there are none, or one cannot be read, is empty or outgrows the context.
+        UserError: there are no prompts, or one cannot be read, is empty or does not fit in the context.
     """
     config, room = session.config, session.prompt_room
     if config.prompts == [HELDOUT]:
@@ -109,7 +93,7 @@ def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeade
 
 
 def _read_traces(session: Session) -> TraceSet:
-    """Read `evaluation.traces`, which this backbone must have written as this run would."""
+    """Read `evaluation.traces`; refuse traces of another backbone, policy or limits."""
     path = Path(str(session.config.evaluation.traces))
     traces = read_trace_set(path)
     check_trace_set(path, traces.header, _header(session, [], 0))
@@ -119,7 +103,7 @@ def _read_traces(session: Session) -> TraceSet:
 
 
 def check_prompts(session: Session) -> None:
-    """Refuse an evaluation whose prompts or traces are missing or unsound; only traces need the backbone's weights.
+    """Refuse missing or unsound prompts or traces; checking traces loads the backbone's weights.
 
     Raises:
         UserError: the first fault.
@@ -131,18 +115,8 @@ def check_prompts(session: Session) -> None:
         _ = session.limits
 
 
-def answer_text(tokenizer: Tokenizer, stop: frozenset[int]) -> Callable[[list[int]], str]:
-    """Return a function from emitted tokens to the assistant's message: no special tokens, no stop token."""
-
-    def answer(tokens: list[int]) -> str:
-        kept = tokens[:-1] if tokens[-1] in stop else tokens
-        return tokenizer.decode(kept, skip_special_tokens=True)
-
-    return answer
-
-
 def gather_traces(session: Session, count: int) -> TraceSet:
-    """Read the traces of `evaluation.traces`, or let the backbone continue at most `count` prompts or conversations."""
+    """Return the traces of `evaluation.traces`, or the backbone's continuations of at most `count` prompts."""
     config = session.config
     if config.evaluation.traces is not None:
         traces = _read_traces(session)
@@ -160,13 +134,13 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     held = hold_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(
-            f"{held.dropped} later turns were not asked: the conversation had outgrown the context"
+            f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
         )
     return TraceSet(_header(session, sources, held.dropped), held.traces)
 
 
 def prepare_traces(session: Session) -> TraceSet:
-    """The traces that an evaluation measures heads on, as its `traces.jsonl` keeps them.
+    """Return the traces that an evaluation measures heads on, after writing them to `traces.jsonl`.
 
     Raises:
         UserError: no trace has a token that could have been drafted.
@@ -182,8 +156,8 @@ def prepare_traces(session: Session) -> TraceSet:
 
 
 def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> Replayed:
-    """Counts of every trace for every draft length, from one rollout."""
+    """Return the counts of every trace by draft length, from one rollout."""
     policy, longest = session.policy, session.config.decoding.draft_length
-    stops = policy.min_confidence > 0
-    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=stops)
+    stops_early = policy.min_confidence > 0
+    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
     return replay_all(drafts, policy)

@@ -1,9 +1,9 @@
-"""The backbone's forward over whole sequences: transformers' eager attention beside `attn_implementation="mtptrain"`.
+"""Time the backbone's forward pass: transformers' eager attention against `attn_implementation="mtptrain"`.
 
 python scripts/benchmark_attention.py
 
-The shipped tiny backbone reads random tokens, both ways in turn, three times. Time is the processor's on one thread on
-a CPU, memory what a forward holds at its peak beyond the model.
+The shipped tiny backbone reads random tokens with both implementations in turn, three times. Time on a CPU is processor
+time on one thread. Memory is the peak of a forward pass beyond the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROUNDS = 3
 
 @torch.inference_mode()
 def forward(model: DeepseekV4ForCausalLM, tokens_BS: torch.Tensor) -> None:
-    """One pass, the states of the last layer and no logits."""
+    """Run one forward pass up to the last layer, without logits."""
     model.model(tokens_BS, use_cache=False)
 
 
@@ -45,10 +45,10 @@ def main() -> None:
         tokens_BS = torch.randint(ours.config.vocab_size, (rows, length), device=device)
         runs = {name: partial(forward, model, tokens_BS) for name, model in models.items()}
         rounds = [{name: observe(run, device) for name, run in runs.items()} for _ in range(ROUNDS)]
-        seen = {name: [one[name] for one in rounds] for name in runs}
-        seconds = [f"{median(one.seconds for one in found):.3f}" for found in seen.values()]
-        held = [max((one.extra_bytes or 0) for one in found) / 1e6 for found in seen.values()]
-        print(f"| {rows} x {length} | {' | '.join(seconds)} | {held[0]:.0f} | {held[1]:.0f} |", flush=True)
+        samples = {name: [measured[name] for measured in rounds] for name in runs}
+        seconds = [f"{median(sample.seconds for sample in kind):.3f}" for kind in samples.values()]
+        peaks = [max((sample.extra_bytes or 0) for sample in kind) / 1e6 for kind in samples.values()]
+        print(f"| {rows} x {length} | {' | '.join(seconds)} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

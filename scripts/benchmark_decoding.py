@@ -1,10 +1,9 @@
-"""Replay against the real loop, the engine against transformers' `generate`, speculative against plain decoding.
+"""Time replay against the decoding loop, the engine against `generate`, and speculative against plain decoding.
 
 python scripts/benchmark_decoding.py [PROMPTS]
 
 On the shipped tiny backbone with its stock head, 96 tokens of held-out text a prompt, 64 new ones, greedy, one thread.
-What is compared runs in turn on each prompt, so that a slow moment of the machine falls on all of it. The last line is
-JSON.
+They run in turn on each prompt, so that a slow moment of the machine affects them all. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ NEW_TOKENS, LONGEST = 64, 8
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of `work`."""
+    """Return the wall time of `work`, seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     lower, median, upper = quantiles(values, n=4, method="inclusive")
     return {"lower": lower, "median": median, "upper": upper}
 
 
 @torch.inference_mode()
-def is_own_text(model: DeepseekV4ForCausalLM, prompt: list[int], text: list[int]) -> bool:
-    """Whether every token is the likeliest of transformers' forward over all of the text."""
+def is_greedy_text(model: DeepseekV4ForCausalLM, prompt: list[int], text: list[int]) -> bool:
+    """Return whether every token is the likeliest one in transformers' forward pass over the whole text."""
     _, hidden_1SD = run_backbone(model, torch.tensor([prompt + text]))
     return model.lm_head(hidden_1SD[0, len(prompt) - 1 : -1]).argmax(-1).tolist() == text
 
@@ -70,9 +69,9 @@ def main() -> None:
     make_indexers_causal(eager)
     stack = place(stack_from_tensors(model.config, 1, stock_tensors(backbone), "stock"), backbone).eval()
     documents = heldout_documents(DataConfig())
-    corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.bos_eos), cache_folder(None))
+    corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.source.bos_eos), cache_folder(None))
     prompts = slice_prompts(corpus, count, 96)
-    limits = Limits(NEW_TOKENS, frozenset(backbone.bos_eos[1]))
+    limits = Limits(NEW_TOKENS, frozenset(backbone.source.bos_eos[1]))
     traces = record_traces(model, prompts, limits, GREEDY, 0)
     rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}
     loops, same = 0.0, {"generate": 0, "engine": 0}
@@ -88,7 +87,7 @@ def main() -> None:
         rows["engine"].append(seconds(lambda p=prompt: decode_plain(model, [p.tokens], limits)))
         texts = (reference[0], trace.tokens)
         for name, text in zip(same, texts, strict=True):
-            same[name] += is_own_text(model, prompt.tokens, text)
+            same[name] += is_greedy_text(model, prompt.tokens, text)
         for k in range(1, LONGEST + 1):
             spent = seconds(
                 lambda p=prompt, k=k: decode_speculative(model, MtpProposer(model, stack), [p.tokens], k, limits)
@@ -107,9 +106,9 @@ def main() -> None:
         },
     }
     print(f"{processor_name()}, one thread, {count} prompts of 96 tokens, {NEW_TOKENS} new, greedy, stock head")
-    print(f"texts that are transformers' full forward's own: engine {same['engine']}, generate {same['generate']}")
-    for name, found in ratios.items():
-        print(f"{name:32s} {found['median']:.2f}x (quartiles {found['lower']:.2f} to {found['upper']:.2f})")
+    print(f"texts equal to transformers' full forward pass: engine {same['engine']}, generate {same['generate']}")
+    for name, ratio in ratios.items():
+        print(f"{name:32s} {ratio['median']:.2f}x (quartiles {ratio['lower']:.2f} to {ratio['upper']:.2f})")
     print(f"replay of K=1..{LONGEST}: {replay:.2f} s; the loop for the same: {loops:.1f} s; {loops / replay:.0f} times")
     result = {"commit": git_commit(), "prompts": count, "same_text": same, "ratios": ratios}
     print(json.dumps({**result, "replay_seconds": replay, "loop_seconds": loops}))

@@ -1,11 +1,11 @@
-"""The decoding engine on the clock: a verify pass recorded in a CUDA graph beside a plain one, and what a head gains.
+"""Time the decoding engine: verify passes recorded in a CUDA graph against plain ones, and the gain of a head.
 
 python scripts/benchmark_engine.py [--backbone FOLDER --head RUN] [--batches 1,8] [--draft-length 4] [--device cpu]
 
-Without a backbone the shipped one with its stock head. A pass reads 1 to K + 1 new tokens of every row after 96 tokens
-of held-out text, both ways in turn; then 64 tokens are decoded greedily, plainly and with every draft length in turn.
-A pass is timed with everything that it starts on the GPU, recording is not timed. On a CPU nothing can be recorded. The
-last line is JSON.
+The defaults are the shipped backbone and its stock head. A pass reads 1 to K + 1 new tokens of every row after 96
+tokens of held-out text, recorded and plain in turn. Then 64 tokens are decoded greedily, plainly and with every draft
+length in turn. The time of a pass includes all its work on the GPU but not the recording. A CPU cannot record. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ WARM_UP, REPETITIONS = 3, 30
 
 
 class Passes:
-    """Passes over the next tokens of some texts, each taken back.
+    """Verify passes over the next tokens of some texts; the cache is rewound after each.
 
     Args:
-        backbone: what verifies.
+        backbone: the verifier.
         prompts: the texts, all of one length.
         longest: most tokens of a pass.
     """
@@ -57,7 +57,7 @@ class Passes:
         model = backbone.model
         self.device = model.lm_head.weight.device
         tokens_BS = torch.tensor([prompt.tokens for prompt in prompts], device=self.device)
-        self.tokens_BL = tokens_BS[:, :longest]  # what is read does not matter
+        self.tokens_BL = tokens_BS[:, :longest]  # any tokens will do
         self.cache = allocate_cache(model, len(prompts), PROMPT_TOKENS + longest, longest)
         for _ in prefill(model, self.cache, tokens_BS, [PROMPT_TOKENS] * len(prompts)):
             pass
@@ -68,7 +68,7 @@ class Passes:
             self.ways["recorded"] = self.recorded
 
     def seconds(self, way: str, num_tokens: int) -> float:
-        """Wall time of one pass."""
+        """Return the wall time of one pass, seconds."""
         tokens_BL = self.tokens_BL[:, :num_tokens].contiguous()
         self._wait()
         begun = time.perf_counter()
@@ -85,15 +85,17 @@ class Passes:
 
 @torch.inference_mode()
 def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict[str, Any]:
-    """By number of tokens: spread of the seconds of each way, and of the paired ratio eager / recorded."""
+    """Return, by number of tokens, the spread of the seconds of each way and of the paired ratio eager / recorded."""
     passes = Passes(backbone, prompts, longest)
-    found: dict[int, dict[str, list[float]]] = {n: {way: [] for way in passes.ways} for n in range(1, longest + 1)}
+    seconds_by_tokens: dict[int, dict[str, list[float]]] = {
+        n: {way: [] for way in passes.ways} for n in range(1, longest + 1)
+    }
     for _ in range(WARM_UP + REPETITIONS):
-        for num_tokens, seconds in found.items():
+        for num_tokens, seconds in seconds_by_tokens.items():
             for way in passes.ways:
                 seconds[way].append(passes.seconds(way, num_tokens))
     result: dict[str, Any] = {}
-    for num_tokens, seconds in found.items():
+    for num_tokens, seconds in seconds_by_tokens.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
         result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
         if "recorded" in kept:
@@ -103,12 +105,12 @@ def time_passes(backbone: Backbone, prompts: list[Prompt], longest: int) -> dict
 
 
 def time_decoding(session: Session, head: Head, prompts: list[Prompt], batch: int) -> dict[str, Any]:
-    """Tokens a second of plain decoding; by draft length the tokens a pass and the ratio to plain decoding."""
+    """Return tokens/s of plain decoding and, by draft length, tokens a pass and the ratio to plain decoding."""
     batches = cut_batches([Trace(prompt, [], [], []) for prompt in prompts], batch, PROMPTS)
     lengths = list(range(1, session.config.decoding.draft_length + 1))
     model, stacks, seed = session.backbone.model, {head.name: head.stack}, session.config.seed
     runs = run_interleaved(model, stacks, batches, lengths, session.limits, GREEDY, seed, lambda *_: None)
-    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([one for run in runs for one in run.plain])}
+    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
     for k in lengths:
         speed = to_json(summarize_speed(runs, head.name, k))
         result[str(k)] = {
@@ -121,39 +123,39 @@ def time_decoding(session: Session, head: Head, prompts: list[Prompt], batch: in
 
 
 def print_batch(batch: int, passes: dict[str, Any], decoding: dict[str, Any]) -> None:
-    """Two tables."""
+    """Print two tables."""
 
-    def cell(found: dict[str, Any], scale: float = 1, form: str = ".2f") -> str:
-        middle, (low, high) = scale * found["median"], (scale * one for one in found["quartiles"])
+    def cell(spread: dict[str, Any], scale: float = 1, form: str = ".2f") -> str:
+        middle, (low, high) = scale * spread["median"], (scale * bound for bound in spread["quartiles"])
         return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
     print(f"\nbatch {batch}\n| tokens of a pass | eager, ms | recorded, ms | eager / recorded |\n|---|---|---|---|")
-    for num_tokens, found in passes.items():
-        cells = [cell(found["eager"], 1e3), "not recorded", "-"]
-        if "recorded" in found:
-            cells[1:] = cell(found["recorded"], 1e3), cell(found["eager_over_recorded"])
+    for num_tokens, times in passes.items():
+        cells = [cell(times["eager"], 1e3), "not recorded", "-"]
+        if "recorded" in times:
+            cells[1:] = cell(times["recorded"], 1e3), cell(times["eager_over_recorded"])
         print(f"| {num_tokens} | " + " | ".join(cells) + " |")
     print(f"\nplain decoding {decoding['plain_tokens_per_second']:.1f} tokens/s")
     print("| K | tokens a pass | tokens/s | over plain | the same without prefill |\n|---|---|---|---|---|")
-    for k, found in decoding.items():
-        if isinstance(found, dict):
-            rate, gain = f"{found['tokens_per_second']:.1f}", f"{cell(found)} | {cell(found['after_prefill'])}"
-            print(f"| {k} | {found['tokens_per_pass']:.2f} | {rate} | {gain} |", flush=True)
+    for k, speed in decoding.items():
+        if isinstance(speed, dict):
+            rate, gain = f"{speed['tokens_per_second']:.1f}", f"{cell(speed)} | {cell(speed['after_prefill'])}"
+            print(f"| {k} | {speed['tokens_per_pass']:.2f} | {rate} | {gain} |", flush=True)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", metavar="FOLDER", help="the shipped one without it")
+    parser.add_argument("--backbone", metavar="FOLDER", help="a model folder (default: the shipped backbone)")
     parser.add_argument("--head", metavar="RUN", default="stock", help="a run or checkpoint folder (default stock)")
     parser.add_argument("--batches", default="1", help="rows decoded together, one after another (default 1)")
     parser.add_argument("--draft-length", type=int, default=4, help="largest K (default 4)")
-    parser.add_argument("--device", choices=[one.value for one in Device], default=Device.auto.value)
+    parser.add_argument("--device", choices=[device.value for device in Device], default=Device.auto.value)
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and return what the JSON line holds."""
+    """Measure, print the tables, and return the content of the JSON line."""
     decoding = DecodingConfig(draft_length=options.draft_length, max_new_tokens=NEW_TOKENS)
     source, device = BackboneConfig(path=options.backbone), Device(options.device)
     config = RunConfig(task="evaluate", backbone=source, device=device, decoding=decoding)
@@ -182,17 +184,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print("nothing is recorded here: only the eager path is timed")
     for batch in batches:
         rows = prompts[:batch]
-        found = {
+        figures = {
             "passes": time_passes(backbone, rows, options.draft_length + 1),
             "decoding": time_decoding(session, head, prompts, batch),
         }
-        result["batches"][str(batch)] = found
-        print_batch(batch, found["passes"], found["decoding"])
+        result["batches"][str(batch)] = figures
+        print_batch(batch, figures["passes"], figures["decoding"])
     return result
 
 
 def main() -> int:
-    """Exit code: 2 with one line on a user's mistake."""
+    """Run the benchmark; return 2 after one line on a user's mistake."""
     options = parse()
     try:
         result = run(options)

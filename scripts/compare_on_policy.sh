@@ -4,7 +4,7 @@
 #
 #   scripts/compare_on_policy.sh FOLDER [SETTING=VALUE ...]
 #
-# Three seeds each. FOLDER keeps texts, runs and comparisons; what is there already is continued or used again.
+# Three seeds each. FOLDER keeps texts, runs and comparisons; existing ones are continued or reused.
 set -euo pipefail
 
 folder=$1
@@ -12,8 +12,8 @@ shift
 # shellcheck source=scripts/split_arguments.sh
 source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
 
-# 240 steps of 4 rows of documents and 272 of 4 rows of own texts (224 of 256 tokens generated) have 0.244 M targets
-# each; hardly a text is trained on twice.
+# 240 steps of 4 rows of documents and 272 steps of 4 rows of own texts (224 of 256 tokens generated) have 0.244 M
+# targets each; hardly any text is used twice.
 off_steps=240 own_steps=272 texts=1088
 seeds=(0 1 2)
 quiet=(evaluation.every=0 evaluate_at_end=false train.keep_checkpoints=1 resume=auto)
@@ -57,8 +57,8 @@ for heat, name in ((0, "greedy"), (1, "sampled at temperature 1")):
     print(f"\nDecoding: {name}\n\n| trained on | K=1 | K=2 | K=3 | K=4 |\n|---|---|---|---|---|")
     for seed in seeds:
         with open(f"{folder}/compare_t{heat}_seed{seed}/comparison.json", encoding="utf-8") as file:
-            found = json.load(file)
-        print(f"| standard library, seed {seed} | {cells(found['heads'][0]['replay'], 'acceptance_length', '{:.2f}')} |")
-        for own, comparison in zip((1, 0), found["comparisons"], strict=True):
+            result = json.load(file)
+        print(f"| standard library, seed {seed} | {cells(result['heads'][0]['replay'], 'acceptance_length', '{:.2f}')} |")
+        for own, comparison in zip((1, 0), result["comparisons"], strict=True):
             print(f"| own texts at T={own}, seed {seed} | {cells(comparison['gain'], 'gain', '{:+.3f}')} |")
 END

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Kill a run of two processes with SIGKILL at random moments until it gets through, and compare its heads, bit by bit,
-# with those of a run that nobody disturbed. A checkpoint is written every step, so many kills fall into one.
+# Kill a run of two processes with SIGKILL at random moments, let it finish, and compare its heads, bit by bit, with the
+# heads of an undisturbed run. The run writes a checkpoint every step, so many kills interrupt one.
 #
 #   scripts/kill_and_resume.sh [KILLS] [SETTING=VALUE ...]
 set -euo pipefail

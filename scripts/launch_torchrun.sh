@@ -5,8 +5,8 @@
 #   scripts/launch_torchrun.sh --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 +recipe=distill ...   (on each)
 #   scripts/launch_torchrun.sh --local-nodes 2 --nproc-per-node 1 +recipe=distill ...
 #
-# What comes before the first setting (NAME=VALUE or +NAME=VALUE) goes to torchrun, but for --local-nodes N, which
-# starts N agents that meet on 127.0.0.1. SIGTERM and SIGUSR1 reach every process of this machine: they save, and this
+# Arguments before the first setting (NAME=VALUE or +NAME=VALUE) go to torchrun, except --local-nodes N, which starts N
+# agents that meet on 127.0.0.1. SIGTERM and SIGUSR1 reach every process of this machine: they save, and this
 # script ends with code 75.
 set -euo pipefail
 
@@ -40,7 +40,7 @@ leaving=
 leave() {
     leaving=yes
     for agent in "${agents[@]}"; do
-        pkill -USR1 -P "$agent" || true # its workers; torchrun itself would give them no time to save
+        pkill -USR1 -P "$agent" || true # its workers; a signal to torchrun would give them no time to save
     done
 }
 trap leave TERM USR1

@@ -3,7 +3,7 @@
 #
 #   scripts/measure_engines.sh [--nproc-per-node 2] [SETTING=VALUE ...]
 #
-# 20 steps of +recipe=distill each; the speed is that of the last ten, the memory the largest peak of a process.
+# 20 steps of +recipe=distill each. Speed is the mean of the last ten, memory the largest peak of any process.
 set -euo pipefail
 
 # shellcheck source=scripts/split_arguments.sh

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Measure on one GPU everything that kernels/README.md wants to know: right first, then fast.
+# Measure all figures of kernels/README.md on one GPU: correctness first, then speed.
 #
 #   scripts/measure_gpu.sh [FOLDER]                 (default outputs/gpu)
 #   DEVICE=cpu scripts/measure_gpu.sh [FOLDER]      rehearsal: the tiny backbone and a few steps; no figure counts
 #
-# Beside torch, triton and transformers it needs, from PyPI: hydra-core tokenizers safetensors rich matplotlib jinja2
-# pytest hypothesis; liger-kernel is a peer in the bench, left out where it is not installed.
+# It needs torch, triton, transformers and, from PyPI, hydra-core tokenizers safetensors rich matplotlib jinja2
+# pytest hypothesis; liger-kernel is compared too if it is installed.
 #
-# FOLDER keeps a log a stage, and a file .done for each that is over: started again, the script does the others. A stage
-# that fails does not stop those after it; what failed is named at the end, with exit code 1. DEVICE=cuda, an H200: about
+# FOLDER keeps a log of every stage, and a file .done for each finished one, which a second start skips. A failed stage
+# does not stop the later ones; the end names the failures, with exit code 1. DEVICE=cuda, an H200: about
 # 20 minutes expected, not measured.
 set -uo pipefail
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launchers: picks PYTHON, and splits the arguments into the launcher's `options` and the run's
+# Sourced by the launchers: choose PYTHON, and split the arguments into the launcher's `options` and the run's
 # `settings`, which begin with the first NAME=VALUE or +NAME=VALUE.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$root/.venv/bin/python}
@@ -15,7 +15,7 @@ while (($#)) && [[ $1 != +*=* && ($1 == -* || $1 != *=*) ]]; do
     shift
 done
 settings=("$@")
-# A run that was cut short is continued.
+# Continue an interrupted run.
 if [[ " ${settings[*]} " != *" resume="* && " ${settings[*]} " == *" output_dir="* ]]; then
     settings+=(resume=auto)
 fi

@@ -1,4 +1,4 @@
-"""`python -m mtptrain` from a test: in this process, or in one of its own where the process matters."""
+"""Run `python -m mtptrain` from a test: in this process, or in a new one if the process matters."""
 
 import json
 import os
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_main(*arguments: str) -> int:
-    """Exit code of the command, run in this process."""
-    from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run where Hydra is not installed
+    """Run the command in this process; return its exit code."""
+    from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run without Hydra installed
 
     from mtptrain import cli
 
@@ -42,12 +42,12 @@ def run_main(*arguments: str) -> int:
 def start_process(
     *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
 ) -> "subprocess.Popen[str]":
-    """The command in a process of its own.
+    """Start the command in a new process.
 
     Args:
         arguments: of the command.
-        folder: its working directory.
-        python_path: holds the package.
+        folder: the working directory.
+        python_path: the folder of the package.
         before: called in the new process before Python starts.
     """
     return subprocess.Popen(
@@ -62,7 +62,7 @@ def start_process(
 
 
 def kill_when(process: "subprocess.Popen[str]", is_due: Callable[[], object]) -> None:
-    """Kill a command, with no chance to tidy up, as soon as something is true; it must not have ended before."""
+    """Kill a command with SIGKILL as soon as `is_due()` is true; it must not have ended before."""
     deadline = time.monotonic() + 120
     while not is_due():
         assert process.poll() is None, process.communicate()[1]
@@ -73,7 +73,7 @@ def kill_when(process: "subprocess.Popen[str]", is_due: Callable[[], object]) ->
 
 
 def hold_folder(folder: Path, beside: bool = False) -> "subprocess.Popen[str]":
-    """A process that holds a folder's lock until it is killed, or its input ends."""
+    """Start a process that holds a folder's lock until it is killed or its input ends."""
     program = (
         "import sys; from pathlib import Path; from mtptrain.run.folder_lock import FolderLock; lock = FolderLock(); "
         "lock.take(Path(sys.argv[1]), 'output_dir', sys.argv[2] == 'True'); print('held', flush=True); "
@@ -94,20 +94,20 @@ def hold_folder(folder: Path, beside: bool = False) -> "subprocess.Popen[str]":
 def run_process(
     *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command in a process of its own."""
+    """Run the command in a new process; return its exit code, stdout and stderr."""
     process = start_process(*arguments, folder=folder, python_path=python_path, before=before)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its relative path."""
+    """Return the SHA-256 of every file below a folder, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl."""
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -119,7 +119,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_tensors(file: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Changes the tensors of one shard of a folder, and the folder's index with them."""
+    """Return a function that changes the tensors of one shard of a folder and updates the folder's index."""
 
     def act(folder: Path) -> None:
         tensors = load_file(folder / file)
@@ -133,7 +133,7 @@ def edit_tensors(file: str, change: Callable[[dict[str, Tensor]], object]) -> Ca
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow past `size` bytes, which a program meets like a full disk."""
+    """Limit the size of files to `size` bytes; a program meets the limit like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a random backbone on disk, a small corpus, and settings that fit both."""
+"""Fixtures of the tests of whole runs: a random backbone on disk, a small corpus, and settings that fit both."""
 
 # ruff: noqa: E402 (the environment is set before anything imports torch or a Hugging Face package: they read it once)
 
@@ -20,7 +20,7 @@ os.environ |= {
 
 import torch
 
-if not torch.cuda.is_available():  # tests of kernels call the Triton functions, interpreted where no GPU is
+if not torch.cuda.is_available():  # tests of kernels call the Triton functions, interpreted without a GPU
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from safetensors.torch import save_file
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus_texts() -> list[str]:
-    """Sixty short documents, in turn English and Python."""
+    """Return sixty short documents, alternately English and Python."""
     texts = []
     for number in range(60):
         subject, verb, thing = SUBJECTS[number % 6], VERBS[number % 5], OBJECTS[number * 7 % 5]
@@ -61,7 +61,7 @@ def corpus_texts() -> list[str]:
 
 
 def save_backbone(folder: Path, **overrides: object) -> None:
-    """A random backbone with a byte-level tokenizer and a stock head, as `backbone.path` wants it."""
+    """Write a random backbone with a byte-level tokenizer and a stock head, for `backbone.path`."""
     bos_eos = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
     model = random_backbone(**{**bos_eos, **overrides})
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_release(folder: Path, variant: ReleaseVariant = ReleaseVariant.release) -> None:
-    """A random backbone and head in the official release format, with the same tokenizer."""
+    """Write a random backbone and head in the official release format, with the same tokenizer."""
     model = random_backbone(vocab_size=VOCAB_SIZE, sliding_window=16, bos_token_id=0, eos_token_id=1)
     folder.mkdir()
     write_shards(folder, miniature_groups(model, random_stack(model).state_dict(), variant))
@@ -104,7 +104,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
-    """Settings with which a recipe on the random backbone takes about a second: two steps, two prompts."""
+    """Return settings that keep a recipe on the random backbone to about a second: two steps, two prompts."""
     return [
         f"backbone.path={backbone_folder}",
         "data=text",
@@ -127,7 +127,7 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
 
 @pytest.fixture
 def refused(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must fail: returns its line, after checking that it is the only one and left nothing."""
+    """Return a function that runs a failing command and returns its line, the only one; the command leaves no file."""
 
     def run(*arguments: str, recipe: str = "distill") -> str:
         folder = tmp_path / "run"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtptrain.config import LossName
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
 from tests.conftest import corpus_texts, save_backbone
@@ -311,11 +312,20 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_half_file(
 # Commands that answer at once
 
 
-def test_help_lists_every_recipe(capfd: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_recipe_with_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("--help") == 0
     output = capfd.readouterr().out
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
-        assert re.search(rf"^ +{path.stem} ", output, re.MULTILINE)
+        assert re.search(rf"^  {path.stem} +[A-Z].*[.?]$", output, re.MULTILINE)
+    assert max(map(len, output.splitlines())) <= 120
+
+
+def test_help_lists_every_loss_and_tracker(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--help") == 0
+    output = capfd.readouterr().out
+    assert f"loss.divergence={'|'.join(LossName)}\n" in output
+    trackers = sorted(path.stem for path in (ROOT / "conf" / "tracking").glob("*.yaml"))
+    assert f"tracking={'|'.join(trackers)} or " in output
 
 
 def test_showing_a_configuration_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:

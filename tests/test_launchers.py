@@ -1,4 +1,4 @@
-"""The launchers start, end and continue runs of several processes; what goes wrong is said in one line."""
+"""The launchers start, end and continue runs of several processes; a failure ends with one line."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Exit code and stderr; nothing of the run is left behind."""
+    """Return exit code and stderr; no process is left behind."""
     try:
         _, errors = process.communicate(timeout=240)
     finally:
@@ -82,7 +82,7 @@ def settings(light: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two nodes with a process each, from beginning to end."""
+    """An uninterrupted run of two nodes with one process each."""
     run = tmp_path_factory.mktemp("launchers") / "whole"
     arguments = ["--local-nodes", "2", "--nproc-per-node", "1", *settings, f"output_dir={run}"]
     code, errors = finish(start("launch_torchrun.sh", *arguments))
@@ -112,7 +112,7 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     assert code != 0
     assert re.search(r"launch_torchrun: a node failed and the job is over \(.* exit status \d+ 137; .*start it", errors)
     assert len(checkpoint_folders(tmp_path / "checkpoints")) > 0
-    assert not (tmp_path / "checkpoints" / f"step_{STEPS:08d}").exists()  # it really ended early
+    assert not (tmp_path / "checkpoints" / f"step_{STEPS:08d}").exists()  # it ended early
 
     code, errors = finish(start("launch_torchrun.sh", *arguments))
     assert code == 0, errors[-3000:]
@@ -120,12 +120,10 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     assert same_heads(tmp_path, whole)
 
 
-def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
-    whole: Path, settings: list[str], tmp_path: Path
-) -> None:
-    """Checkpoints are due at the end only: the one it leaves behind is its answer to the signal.
+def test_a_preempted_run_saves_and_continues_to_the_same_bits(whole: Path, settings: list[str], tmp_path: Path) -> None:
+    """Checkpoints are due at the end only, so the signal is the reason for the one that is written.
 
-    Before, one of its processes stands still for a second, and the other waits.
+    Before the signal, one process is suspended for a second while the other waits.
     """
     arguments = ["--nproc-per-node", "2", *settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
     process = start("launch_torchrun.sh", *arguments)
@@ -149,7 +147,7 @@ def test_a_run_that_is_asked_to_leave_saves_and_continues_to_the_same_bits(
     assert same_heads(tmp_path, whole)
 
 
-def test_a_mistake_of_all_processes_is_said_once_and_ends_them(settings: list[str], tmp_path: Path) -> None:
+def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(settings: list[str], tmp_path: Path) -> None:
     """The folder holds the run of another recipe."""
     assert run_main(*settings, "train.steps=1", f"output_dir={tmp_path}") == 0
     arguments = ["--nproc-per-node", "2", "+recipe=pretrain", *settings[1:], f"output_dir={tmp_path}"]
@@ -191,7 +189,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], str]] = [
 
 
 @pytest.mark.parametrize(("variables", "more", "line"), MISTAKES)
-def test_what_cannot_be_shared_is_refused_before_anything_starts(
+def test_an_impossible_division_of_work_is_refused_before_anything_starts(
     variables: dict[str, str],
     more: list[str],
     line: str,
@@ -210,7 +208,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_other_than_the_first_leave_the_word_to_it(
+def test_only_the_first_process_prints_the_mistake(
     light: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():

@@ -142,21 +142,21 @@ class MtpMode(Enum):
 
 
 class LossName(StrEnum):
-    """Training losses: cross-entropy on data tokens (`ce`), or a distance to the backbone's distribution (others)."""
+    """Training losses: every divergence, and `chain`, the expected accepted length of a whole rollout."""
 
-    ce = Divergence.ce
-    kl = Divergence.kl
-    reverse_kl = Divergence.reverse_kl
-    jsd = Divergence.jsd
-    tv = Divergence.tv
-    neg_log_alpha = Divergence.neg_log_alpha
-    hybrid = Divergence.hybrid
-    chain = "chain"  # of a whole rollout: its expected accepted length
+    _ignore_ = "loss"
+    for loss in (*Divergence, "chain"):  # a new divergence is a loss at once
+        vars()[str(loss)] = str(loss)
+
+    @property
+    def is_chain(self) -> bool:
+        """Return whether the loss is of a whole rollout instead of a mean over tokens."""
+        return self.value == "chain"
 
     @property
     def per_token(self) -> Divergence:
-        """Divergence of one token that the loss is made of; `chain` multiplies 1 - tv along the rollout."""
-        return Divergence.tv if self is LossName.chain else Divergence(self)
+        """Return the divergence of one token; `chain` multiplies 1 - tv along the rollout."""
+        return Divergence.tv if self.is_chain else Divergence(self)
 
 
 class DraftChoice(Enum):

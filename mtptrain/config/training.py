@@ -37,11 +37,14 @@ class MtpConfig:
         return self.depth if self.steps is None else self.steps
 
 
+DEFAULT_LOSS = LossName("kl")
+
+
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
     """The training loss of one draft step."""
 
-    divergence: LossName = LossName.kl
+    divergence: LossName = DEFAULT_LOSS
     temperature: float = ranged(1.0, above=0)  # divides teacher and student logits alike
     step_decay: float = ranged(1.0, above=0, at_most=1)  # step k weighs decay^(k-1), weights sum to 1
     scale: float = ranged(1.0, above=0)  # the lambda of DeepSeek-V3 section 2.2

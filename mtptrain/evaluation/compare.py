@@ -7,7 +7,13 @@ from rich.table import Table
 
 from mtptrain.evaluation.comparison_result import HeadComparison, PromptGains
 from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_position_gain
+from mtptrain.evaluation.metrics import (
+    domain_rows,
+    have_passes,
+    paired_gain,
+    paired_gain_by_domain,
+    paired_position_gain,
+)
 from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
@@ -99,3 +105,16 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
 def _with_interval(gain: Gain) -> str:
     low, high = gain.interval
     return f"{gain.gain:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def compare_with_stock(
+    replays: dict[str, Replayed], prompts: list[Prompt]
+) -> tuple[dict[int, Gain] | None, dict[str, Gain | None] | None]:
+    """Return the gain of the trained over the stock head by K, and by domain at the longest K; None without both."""
+    if not {"stock", "trained"} <= set(replays):
+        return None, None
+    stock, trained = replays["stock"], replays["trained"]
+    groups, longest = [prompt.group for prompt in prompts], max(stock)
+    gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
+    domains = [prompt.domain for prompt in prompts]
+    return gain, paired_gain_by_domain(stock[longest], trained[longest], groups, domains)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -209,6 +210,13 @@ class Sample:
     pieces: list[Piece]
 
 
+POSITION_METRICS = {  # the table by position has a column for each, on the page and in trackers
+    "accepted": "share of drafts kept at this position once all before it were",
+    "alpha": "overlap with the backbone's distribution on held-out text",
+    "top-1": "same first choice as the backbone's on held-out text",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadResult:
     """The figures of one head.
@@ -242,3 +250,8 @@ class HeadResult:
     thresholds: list[Threshold]
     loop: dict[int, Totals]
     samples: list[Sample]
+
+    def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
+        """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""
+        heldout = self.teacher_forced
+        return {"accepted": self.replay[length].conditional, "alpha": heldout.alpha, "top-1": heldout.top1}

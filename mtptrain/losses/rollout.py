@@ -13,7 +13,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
-from mtptrain.config import LossConfig, LossName
+from mtptrain.config import LossConfig
 from mtptrain.kernels.linear_loss import LinearLoss, linear_loss
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.mtp.fake_quantization import as_stored
@@ -122,7 +122,7 @@ class RolloutObjective:
     def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         """Return this micro-batch's share of the step's loss, and the metric sums to log."""
         result, rows = self.per_token(batch)
-        if self.config.divergence is LossName.chain:
+        if self.config.divergence.is_chain:
             loss = chain_loss(*anchor_alpha(result.loss_KT, rows, batch)).sum() / counts_K[0].float()
         else:
             loss = weighted_loss(result.loss_KT, counts_K, self.weights_K.to(counts_K.device))

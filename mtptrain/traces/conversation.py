@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Conversation, Prompt
@@ -21,6 +23,16 @@ class ConversationTraces:
 
     traces: list[Trace]
     dropped: int
+
+
+def answer_text(tokenizer: Tokenizer, stop: frozenset[int]) -> Callable[[list[int]], str]:
+    """Return a function from emitted tokens to the assistant's message: no special tokens, no stop token."""
+
+    def answer(tokens: list[int]) -> str:
+        kept = tokens[:-1] if tokens[-1] in stop else tokens
+        return tokenizer.decode(kept, skip_special_tokens=True)
+
+    return answer
 
 
 def hold_conversations(

@@ -161,6 +161,16 @@ class Source:
     used: int
 
 
+def slice_conversations(
+    corpus: TokenizedCorpus, count: int, length: int, name: str = HELDOUT, section: str = "evaluation"
+) -> tuple[list[Conversation], Source]:
+    """Return the prompts of `slice_prompts` as conversations, and their source."""
+    prompts = slice_prompts(corpus, count, length, name, section)
+    digest = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
+    rows = int((np.diff(corpus.offsets) // length).sum())
+    return [Conversation(prompt) for prompt in prompts], Source(name, digest, rows, count)
+
+
 def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | None = None) -> list[PromptSource]:
     """Read every source of a setting; each file of a folder is a source.
 

@@ -27,7 +27,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_streams_of_conversations_have_the_losses_of_training_online(
     light: list[str], talk: list[str], tmp_path: Path
 ) -> None:
-    """In rows that are longer than the backbone's context, at which conversations are cut."""
+    """Rows are longer than the backbone's context, at which conversations are cut."""
     cache, context = tmp_path / "cache", 23
     save_backbone(tmp_path / "backbone", max_position_embeddings=context)
     both = [*light, *talk, f"backbone.path={tmp_path / 'backbone'}", "data.sequence_length=61"]

@@ -1,4 +1,4 @@
-"""`+recipe=collect`, and training from what it wrote."""
+"""`+recipe=collect`, and training from its cache."""
 
 import json
 import re
@@ -28,14 +28,14 @@ def small(light: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cache(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of fp32 streams; nothing may write into it."""
+    """A cache of fp32 streams; do not write into it."""
     folder = tmp_path_factory.mktemp("streams") / "cache"
     assert run_main("+recipe=collect", *small, f"output_dir={folder}") == 0
     return folder
 
 
 def streams(folder: Path) -> dict[str, str]:
-    """Hashes of a cache's shards and of its manifest."""
+    """Return the hashes of a cache's shards and of its manifest."""
     return {name: digest for name, digest in tree(folder).items() if name.startswith(("shard", "manifest"))}
 
 
@@ -45,7 +45,7 @@ def copied(cache: Path, folder: Path) -> Path:
 
 def train_from(cache: Path, light: list[str], output: Path, *more: str) -> int:
     settings = ["data=streams", f"data.path={cache}", "evaluate_at_end=false", f"output_dir={output}"]
-    kept = [one for one in light if not one.startswith(("data=", "data.path="))]
+    kept = [setting for setting in light if not setting.startswith(("data=", "data.path="))]
     return run_main("+recipe=distill", *kept, *settings, *more)
 
 
@@ -110,7 +110,7 @@ def test_a_killed_collection_continues_to_the_same_bytes(cache: Path, small: lis
         start_process("+recipe=collect", *small, f"output_dir={folder}", folder=tmp_path),
         lambda: list(folder.glob("shard_*.safetensors")),
     )
-    assert not (folder / "manifest.json").exists()  # it really ended early
+    assert not (folder / "manifest.json").exists()  # it ended early
     done = {name: digest for name, digest in streams(folder).items() if (folder / name).with_suffix(".json").exists()}
     assert run_main("+recipe=collect", *small, f"output_dir={folder}", "resume=auto") == 0
     assert streams(folder) == streams(cache)
@@ -127,12 +127,12 @@ def test_two_processes_that_share_a_backbone_collect_what_one_collects(
     assert code == 0, errors[-3000:]
     left, right = open_cache(tmp_path), open_cache(cache)
     assert left.identity == right.identity
-    assert len(right.files) % 2 == 1  # so that one process runs forwards for nothing
-    for one, other in zip(left.files, right.files, strict=True):
-        mine, whole = load_file(tmp_path / one), load_file(cache / other)
-        error = (mine.pop("streams") - (streams_TND := whole.pop("streams"))).norm() / streams_TND.norm()
+    assert len(right.files) % 2 == 1  # so that one process pads with dummy forwards
+    for part, expected in zip(left.files, right.files, strict=True):
+        written, whole = load_file(tmp_path / part), load_file(cache / expected)
+        error = (written.pop("streams") - (streams_TND := whole.pop("streams"))).norm() / streams_TND.norm()
         assert error < 64 * 2**-24  # experts add up their tokens in another order, in four layers
-        assert all(torch.equal(mine[name], whole[name]) for name in whole)
+        assert all(torch.equal(written[name], whole[name]) for name in whole)
 
 
 def test_an_unfinished_cache_is_not_trained_from(
@@ -235,7 +235,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     ("arguments", "reason"),
     [
         (["+recipe=distill", "--plan"], "--plan=True: belongs to +recipe=collect"),
-        (["+recipe=collect", "data=streams", "data.path=x"], "data=streams: is what a backbone made of a text"),
+        (["+recipe=collect", "data=streams", "data.path=x"], "data=streams: is the hidden states of a text"),
         (["+recipe=collect", "data.streaming=true"], "data.streaming=True: collect counts the tokens"),
         (["+recipe=distill", "data=streams"], "data.path=None: data=streams needs the folder"),
         (["+recipe=distill", "data=streams", "data.path=x", "mtp.init=backbone"], "mtp.init=backbone: copies a layer"),

@@ -1,4 +1,4 @@
-"""The doctor reports on any head, sound or not, and tells by its exit code which."""
+"""The doctor reports on any head; its exit code separates sound from faulty ones."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def spoiled(tensors: dict[str, Tensor]) -> None:
     tensors["mtp.0.e_proj.scale"].view(torch.uint8).fill_(255)
 
 
-# What is done to the head of a release, the kind of fault, how many tensors it has, and the start of one line.
+# A change of a release's head, the kind of fault, the number of faulty tensors, and the start of one line.
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, int, str]] = {
     "names of another code base": (renamed(".attn.", ".self_attn."), "missing", 13, "mtp.0.attn.attn_sink"),
     "no numbers": (spoiled, "non_finite", 2, "mtp.0.enorm.weight: holds NaN or infinity"),
@@ -50,17 +50,17 @@ def test_a_release_whose_head_is_wrong_gets_a_report(
     settings = [*light, f"backbone.path={folder}", "checkpoint=stock", f"output_dir={run}"]
     assert run_main("+recipe=doctor", *settings) == 3
     result = diagnosed(run)
-    found = result["tensors"][kind]
-    assert len(found) == count
-    assert any(one.startswith(line) for one in found)
+    faults = result["tensors"][kind]
+    assert len(faults) == count
+    assert any(fault.startswith(line) for fault in faults)
     assert any(line in finding for finding in result["diagnosis"]["findings"])
     assert result["wirings"] is None
     assert (run / "provenance.json").is_file()
     assert result["tensors"]["is_dspark"] == (fault == "no enorm")
 
 
-def test_a_head_that_drafts_nothing_is_told_from_a_sound_one(light: list[str], tmp_path: Path) -> None:
-    """A random backbone's random head, whichever way it is fed; these prompts tell no wiring from another."""
+def test_a_useless_head_is_not_diagnosed_as_sound(light: list[str], tmp_path: Path) -> None:
+    """A random backbone's random head under every wiring; these prompts separate no two wirings."""
     assert run_main("+recipe=doctor", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 3
     result = diagnosed(tmp_path)
     assert result["tensors"]["errors"] == 0
@@ -75,7 +75,7 @@ def test_a_head_that_drafts_nothing_is_told_from_a_sound_one(light: list[str], t
 def test_a_trained_head_is_examined_beside_a_broken_stock_head(
     release_folder: Path, light: list[str], tmp_path: Path
 ) -> None:
-    """The stock head is only compared with; what is wrong with it is not the trained one's."""
+    """The stock head serves for comparison only; its faults are not the trained head's."""
     folder, trained = shutil.copytree(release_folder, tmp_path / "R"), tmp_path / "trained"
     edit_tensors(LAST, spoiled)(folder)
     settings = [*light, f"backbone.path={folder}"]

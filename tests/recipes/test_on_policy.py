@@ -1,4 +1,4 @@
-"""`data=on_policy`: texts that the backbone writes, made once, and training on them."""
+"""`data=on_policy`: the backbone's own texts, generated once, and training on them."""
 
 import json
 import shutil
@@ -9,11 +9,12 @@ import pytest
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.text import training_documents
-from mtptrain.recipes.on_policy import as_corpus, open_on_policy_prompts
+from mtptrain.recipes.on_policy import open_on_policy_prompts
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder
 from mtptrain.traces.file import Trace, read_trace_set
 from mtptrain.traces.folder import outcome
+from mtptrain.traces.on_policy import as_corpus
 from mtptrain.traces.prompts import Prompt
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
@@ -23,9 +24,9 @@ from tests.test_launchers import finish, start
 @pytest.fixture(scope="module")
 def small(light: list[str]) -> list[str]:
     """Nine prompts of 8 tokens in three files of texts, continued by at most 12 tokens."""
-    kept = [one for one in light if one != "data=text"]
+    other = [setting for setting in light if setting != "data=text"]
     return [
-        *kept,
+        *other,
         "on_policy.num_prompts=9",
         "on_policy.prompt_tokens=8",
         "on_policy.max_new_tokens=12",
@@ -41,7 +42,7 @@ def train(small: list[str], output: Path, texts: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the run `run` and its texts `texts`; nothing may write into it."""
+    """The folder of the run `run` and its texts `texts`; do not write into it."""
     folder = tmp_path_factory.mktemp("on_policy")
     assert train(small, folder / "run", folder / "texts") == 0
     return folder
@@ -58,7 +59,7 @@ def refusal(small: list[str], output: Path, folder: Path, capfd: pytest.CaptureF
     return capfd.readouterr().err.splitlines()[-1]
 
 
-def test_only_what_the_backbone_wrote_is_trained_on() -> None:
+def test_only_tokens_of_the_backbone_are_trained_on() -> None:
     traces = [Trace(Prompt([5, 6, 7], "x", 0), [8, 9], [1.0] * 2, [1.0] * 2)]
     traces += [Trace(Prompt([4], "x", 1), [3, 2, 1], [1.0] * 3, [1.0] * 3)]
     batch = PackedBatches(as_corpus(traces), sequence_length=9, batch_size=1, seed=0).batch(0)
@@ -76,27 +77,27 @@ def test_a_run_trains_on_the_texts_it_made(made: Path) -> None:
     counts = manifest["content"]["counts"]
     assert record["folder"] == str(made / "texts")
     assert {name: record[name] for name in counts} == counts
-    found = texts(made / "texts")
-    ends = [outcome(trace, manifest["identity"]["stop"]) for trace in found]
-    assert (counts["prompts"], len(found), len(manifest["files"])) == (9, 9, 3)
+    traces = texts(made / "texts")
+    ends = [outcome(trace, manifest["identity"]["stop"]) for trace in traces]
+    assert (counts["prompts"], len(traces), len(manifest["files"])) == (9, 9, 3)
     assert {name: ends.count(name) for name in ("stopped", "full", "empty")}.items() <= counts.items()
 
 
 def test_prompts_are_cut_from_training_documents(backbone_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "numbers.jsonl"  # every slice says its document's number
+    path = tmp_path / "numbers.jsonl"  # every slice contains its document's number
     path.write_text("".join(json.dumps({"text": f"{number}," * 30}) + "\n" for number in range(100, 140)))
     data = DataConfig(source=DataSource.on_policy, path=str(path), heldout_every=3, cache_dir=str(tmp_path))
     source, on_policy = BackboneConfig(path=str(backbone_folder)), OnPolicyConfig(num_prompts=60)
     config = RunConfig(task="distill", backbone=source, data=data, on_policy=on_policy)
     session = Session(config, open_run_folder(config, {}))
-    asked = open_on_policy_prompts(session)
-    seen = {
+    prompts = open_on_policy_prompts(session)
+    documents = {
         session.source.tokenizer.decode(conversation.prompt.tokens).split(",")[1]
-        for conversation in asked.conversations
+        for conversation in prompts.conversations
     }
     training = {document.text.split(",")[1] for document in training_documents(data)}
     assert len(training) < 40
-    assert seen == training
+    assert documents == training
 
 
 def test_later_runs_use_the_texts_again(made: Path, small: list[str], tmp_path: Path) -> None:
@@ -119,9 +120,9 @@ def test_a_killed_run_continues_to_the_same_texts(made: Path, small: list[str], 
     folder = tmp_path / "texts"
     settings = ["+recipe=distill_on_policy", *small, f"on_policy.path={folder}", f"output_dir={tmp_path / 'run'}"]
     kill_when(start_process(*settings, folder=tmp_path), lambda: list(folder.glob("texts_*.jsonl")))
-    assert not (folder / "manifest.json").exists()  # it really ended early
+    assert not (folder / "manifest.json").exists()  # it ended early
     done = {name: digest for name, digest in tree(folder).items() if name.startswith("texts")}
-    # A folder is finished the way it was begun, so its files fit together.
+    # A folder keeps the settings it was begun with, so its files fit together.
     assert run_main(*settings, "resume=auto", "on_policy.batch_size=4") == 0
     assert tree(folder) == tree(made / "texts")
     assert done.items() <= tree(folder).items()
@@ -172,7 +173,7 @@ def test_conversations_are_continued_turn_by_turn_and_failures_counted(
 
 
 @pytest.mark.parametrize(("tokens", "named"), [([7, 1], "stopped"), ([7, 7], "full"), ([1], "empty"), ([7], "full")])
-def test_what_became_of_a_prompt_is_told_by_its_last_token(tokens: list[int], named: str) -> None:
+def test_the_last_token_decides_the_outcome_of_a_prompt(tokens: list[int], named: str) -> None:
     trace = Trace(Prompt([5], "x", 0), tokens, [1.0] * len(tokens), [1.0] * len(tokens))
     assert outcome(trace, [1]) == named
 
@@ -189,7 +190,7 @@ def test_what_became_of_a_prompt_is_told_by_its_last_token(tokens: list[int], na
     ],
     ids=["temperature", "top_k", "length", "prompts", "stop", "backbone"],
 )
-def test_texts_of_another_making_are_refused(
+def test_texts_of_other_settings_are_refused(
     setting: str, reason: str, made: Path, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if "OTHER" in setting:
@@ -239,11 +240,11 @@ def test_a_folder_of_something_else_is_left_alone(
         (["on_policy.num_prompts=100000"], "on_policy.num_prompts=100000: the training text has"),
         (["on_policy.max_new_tokens=5000"], "on_policy.max_new_tokens=5000: no prompt has room for it"),
         (["on_policy.prompts=absent.jsonl"], "on_policy.prompts=absent.jsonl: cannot be read"),
-        (["task=collect"], "data=on_policy: is made of a backbone's texts by training"),
+        (["task=collect"], "data=on_policy: is text that the backbone writes during training"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_settings_that_cannot_be_are_refused(
+def test_impossible_settings_are_refused(
     arguments: list[str], reason: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal(small, tmp_path / "run", tmp_path / "texts", capfd, *arguments)

@@ -1,4 +1,4 @@
-"""Prompts and trace sets through the command line: what is measured on, and what is refused."""
+"""Prompts and trace sets through the command line: measured texts and refused ones."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def prompt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prompt files and a chat template; nothing may write into it."""
+    """Two prompt files and a chat template; do not write into the folder."""
     folder = tmp_path_factory.mktemp("prompts")
     for name, rows in ROWS.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -40,7 +40,7 @@ def result_of(folder: Path, name: str = "evaluation.json") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured(light: list[str], prompt_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation on five rows of two files; nothing may write into it."""
+    """The folder of an evaluation on five rows of two files; do not write into it."""
     folder = tmp_path_factory.mktemp("measured") / "run"
     files = f"prompts=[{prompt_folder}/talk.jsonl,{prompt_folder}/code.jsonl]"
     evaluate(light, folder, files, f"data.chat_template={prompt_folder}/template.jinja", "evaluation.num_prompts=5")

@@ -1,4 +1,4 @@
-"""A run that ends early goes on as if nothing had happened; a run that is another one does not."""
+"""An interrupted run continues as if nothing had happened; a different run does not."""
 
 import _thread
 import json
@@ -34,7 +34,7 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
         start_process(*arguments, f"output_dir={killed}", folder=tmp_path),
         lambda: checkpoint_folders(killed / "checkpoints"),
     )
-    assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists()  # it really ended early
+    assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists()  # it ended early
 
     assert run_main(*arguments, f"output_dir={killed}", "resume=auto") == 0
     assert run_main(*arguments, f"output_dir={whole}") == 0
@@ -76,7 +76,7 @@ def test_an_interrupted_run_says_how_to_continue(
 
 @pytest.fixture(scope="module")
 def finished(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished distill run; nothing may write into it."""
+    """The folder of a finished distill run; do not write into it."""
     folder = tmp_path_factory.mktemp("finished")
     assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={folder}") == 0
     return folder

@@ -92,7 +92,7 @@ def test_a_wrong_mixture_or_stream_is_refused(
 @pytest.mark.parametrize("recipe", ["collect", "backbone"])
 def test_what_reads_a_text_once_takes_no_mixture(recipe: str, refused: Refused) -> None:
     line = refused("data.path=null", "data.mixture=[{path:a.jsonl}]", recipe=recipe)
-    assert line.startswith("data.mixture=['a']: weighs what heads are trained on")
+    assert line.startswith("data.mixture=['a']: weighs the training text of heads")
 
 
 @pytest.mark.parametrize("begun", ["true", "false"])

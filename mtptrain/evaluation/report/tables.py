@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.head_result import POSITION_METRICS, Acceptance, Gain
 from mtptrain.evaluation.report.headline import (
     Headline,
     backbone_text,
@@ -98,23 +98,23 @@ def length_table(evaluation: Evaluation) -> Grid:
     return Grid("Acceptance length and speed-up by draft length K", headers, rows, note)
 
 
-def position_table(evaluation: Evaluation) -> Grid:
-    """Return acceptance in decoding at the longest K, and alpha and top-1 on held-out text, by position."""
-    length, heads = evaluation.draft_length, evaluation.heads
-    columns: dict[str, Sequence[float | None]] = {}
-    columns |= {f"{head.name}\naccepted": head.replay[length].conditional for head in heads}
-    columns |= {f"{head.name}\nalpha": head.teacher_forced.alpha for head in heads}
-    columns |= {f"{head.name}\ntop-1": head.teacher_forced.top1 for head in heads}
+def position_table(evaluation: Evaluation, metrics: Sequence[str] = tuple(POSITION_METRICS)) -> Grid:
+    """Return some of `POSITION_METRICS` at the longest K, by position."""
+    length = evaluation.draft_length
+    heads = {head.name: head.by_position(length) for head in evaluation.heads}
+    columns = {f"{head}\n{metric}": heads[head][metric] for metric in metrics for head in heads}
     rows = [
         [Cell(str(position + 1)), *(share_cell(shares[position]) for shares in columns.values())]
         for position in range(length)
     ]
-    note = (
-        f"Accepted: share of drafts kept at this position once all before it were, K={length}. "
-        "Alpha: overlap with the backbone's distribution on held-out text; top-1: same first choice. "
-        f"{MISSING_VALUE}: not measured."
-    )
+    meanings = "; ".join(f"{metric.capitalize()}: {POSITION_METRICS[metric]}" for metric in metrics)
+    note = f"{meanings}. K={length}. {MISSING_VALUE}: not measured."
     return Grid("Acceptance by draft position", ["k", *columns], rows, note)
+
+
+def summary_tables(evaluation: Evaluation) -> list[Grid]:
+    """Return the tables of the terminal, which has room for three metrics by position."""
+    return [length_table(evaluation), position_table(evaluation, tuple(POSITION_METRICS)[:3])]
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:
@@ -126,7 +126,7 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
     console.print(Text(speed_text(evaluation)))
-    for grid in (length_table(evaluation), position_table(evaluation)):
+    for grid in summary_tables(evaluation):
         console.print(Text(f"\n{grid.title}", style="bold"))
         console.print(_rich_table(grid))
         console.print(Text(grid.note, style="dim"))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
-from mtptrain.evaluation.report.tables import MISSING_VALUE, length_table, position_table, print_summary
+from mtptrain.evaluation.report.tables import MISSING_VALUE, position_table, print_summary, summary_tables
 from mtptrain.evaluation.result import Evaluation, Spread
 from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
 from tests.evaluation.report.changes import (
@@ -26,8 +26,7 @@ def printed(evaluation: Evaluation, width: int = 80) -> str:
 
 
 def table_figures(evaluation: Evaluation) -> set[str]:
-    grids = (length_table(evaluation), position_table(evaluation))
-    cells = [cell for grid in grids for row in grid.rows for cell in row]
+    cells = [cell for grid in summary_tables(evaluation) for row in grid.rows for cell in row]
     return {text for cell in cells for text in (cell.value, cell.spread) if text}
 
 

@@ -1,0 +1,37 @@
+"""The diagnosis of a head as the terminal shows it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from rich.console import Console
+from rich.table import Table
+
+from mtptrain.doctor.result import DoctorResult, TensorFaults
+
+
+def print_diagnosis(result: DoctorResult, console: Console) -> None:
+    """Print the verdict, faults and remedies, then the figures."""
+    console.print(result.diagnosis.verdict, style="bold", highlight=False)
+    for finding in result.diagnosis.findings:
+        console.print(f"- {finding}", highlight=False)
+    lists = {field.name: getattr(result.tensors, field.name) for field in fields(TensorFaults)}
+    counts = ", ".join(f"{kind} {len(names)}" for kind, names in lists.items() if isinstance(names, list))
+    console.print(f"\ntensors: {result.tensors.expected} expected; {counts}", highlight=False)
+    if result.wirings is None or result.controls is None:
+        console.print("acceptance: not measured, these tensors do not make a head", highlight=False)
+        return
+    table = Table("wiring", "tokens a pass", "against right", "95 % interval", box=None)
+    for row in result.wirings:
+        low, high = row.against_right.interval
+        gain = row.against_right.gain
+        table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    console.print(table, highlight=False)
+    control, ceiling = result.controls.shifted_target, result.controls.all_accept
+    console.print(
+        f"control: agrees with its own text {control.agreement:.3f}, with another prompt's {control.shifted:.3f} "
+        f"(chance {control.chance:.3f}): {'passed' if control.passed else 'FAILED'}\n"
+        f"control: the backbone drafting for itself emits {ceiling.acceptance_length:.2f} of "
+        f"{ceiling.ceiling} tokens a pass: {'passed' if ceiling.passed else 'FAILED'}",
+        highlight=False,
+    )
