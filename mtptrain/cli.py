@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtptrain.config import RunConfig, register
 from mtptrain.errors import Preempted, UserError
 from mtptrain.help import register_help
-from mtptrain.run.storage import no_room
+from mtptrain.run.storage import disk_full_reason
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
@@ -145,7 +145,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        reason = no_room(error)
+        reason = disk_full_reason(error)
         if reason is None:
             raise
         stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")

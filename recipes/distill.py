@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import SHARED_PLACEMENTS, DataSource, RunConfig, require
+from mtptrain.config import PARTITIONED_PLACEMENTS, DataSource, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
@@ -180,7 +180,7 @@ def run(session: Session) -> None:
 
 def is_measured(config: RunConfig) -> bool:
     """Return whether the trained head is measured at the end; a backbone shared by processes cannot decode."""
-    return config.evaluate_at_end and config.backbone.placement not in SHARED_PLACEMENTS
+    return config.evaluate_at_end and config.backbone.placement not in PARTITIONED_PLACEMENTS
 
 
 def train(session: Session, trackers: Trackers) -> MtpStack:
@@ -195,7 +195,7 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
         f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{note}"
     )
     stack = train_head(session, trackers)
-    if config.backbone.placement in SHARED_PLACEMENTS:
+    if config.backbone.placement in PARTITIONED_PLACEMENTS:
         session.folder.print_status(
             f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
             f"own: python -m mtptrain +recipe=evaluate checkpoint={session.folder.path}"

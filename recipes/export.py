@@ -38,7 +38,7 @@ from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
-from mtptrain.run.storage import no_room, write_text
+from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
@@ -194,7 +194,7 @@ def run(session: Session) -> None:
         with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, temporary)
     except Exception as error:  # on a full disk each library raises its own error
-        reason = no_room(error)
+        reason = disk_full_reason(error)
         if reason is None:
             raise
         raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error

@@ -20,7 +20,7 @@ from mtptrain.recipes.traces import prompt_row_conversations
 from mtptrain.run.artifact import begin, find_parts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.progress import Progress
-from mtptrain.traces.conversation import answer_text, hold_conversations
+from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import TraceSet
 from mtptrain.traces.folder import (
     SETTING,
@@ -112,7 +112,7 @@ def write_texts(
     with Progress("on-policy", len(rank_batches)) as progress:
         for done, number in enumerate(rank_batches, start=1):
             conversations = prompts.conversations[starts[number] : starts[number] + making.batch_size]
-            held = hold_conversations(conversations, prompts.chat, record, answer, prompts.room)
+            held = record_conversations(conversations, prompts.chat, record, answer, prompts.room)
             write_batch(folder, number, TraceSet(describe_batch(identity, making, prompts, held.dropped), held.traces))
             progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
     max_over_processes(0)  # a barrier: all batches are written

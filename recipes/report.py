@@ -15,7 +15,7 @@ from mtptrain.evaluation.report.page import REPORT_FILE, write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.recipes.session import Session
-from mtptrain.run.storage import no_room
+from mtptrain.run.storage import disk_full_reason
 
 PROCESSES = "none"
 
@@ -52,7 +52,7 @@ def run(session: Session) -> None:
     try:
         write_report(evaluation, report)
     except OSError as error:
-        if no_room(error):
+        if disk_full_reason(error):
             raise
         raise UserError(
             f"path={session.config.path}: {report} cannot be written ({error.strerror}); set output_dir to a folder of "

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtptrain.config import SHARED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
+from mtptrain.config import PARTITIONED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.run.folder import RunFolder
 
@@ -233,7 +233,7 @@ class Session:
     @property
     def can_decode(self) -> bool:
         """Whether this process holds every layer of the backbone during training."""
-        is_shared = self.config.backbone.placement in SHARED_PLACEMENTS
+        is_shared = self.config.backbone.placement in PARTITIONED_PLACEMENTS
         return not is_shared and self.config.data.source is not DataSource.streams
 
     def head(self, setting: str) -> Head:

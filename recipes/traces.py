@@ -6,12 +6,12 @@ from pathlib import Path
 
 from mtptrain.config import HELDOUT
 from mtptrain.errors import UserError
-from mtptrain.evaluation.compare import Replayed
+from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
-from mtptrain.traces.conversation import answer_text, hold_conversations
+from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import (
     Trace,
     TraceHeader,
@@ -54,7 +54,7 @@ def prompt_row_conversations(
         for row in rows:
             conversation = encode_prompt_row(row, len(conversations), source.tokenizer, source.bos_eos[0], chat)
             conversations.append((row.where, conversation))
-        sources.append(Source(origin.name, origin.sha256, len(origin.questions), len(rows)))
+        sources.append(Source(origin.name, origin.sha256, len(origin.prompt_rows), len(rows)))
     return conversations, sources
 
 
@@ -131,7 +131,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
         return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
 
     answer = answer_text(session.source.tokenizer, limits.stop)
-    held = hold_conversations(conversations, session.chat, record, answer, session.prompt_room)
+    held = record_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(
             f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
@@ -155,7 +155,7 @@ def prepare_traces(session: Session) -> TraceSet:
     return traces
 
 
-def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> Replayed:
+def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> CountsByLength:
     """Return the counts of every trace by draft length, from one rollout."""
     policy, longest = session.policy, session.config.decoding.draft_length
     stops_early = policy.min_confidence > 0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..choices import Verification
 from ..dispatch import use_triton
-from .draws import Stream, uniforms_reference
+from .draws import DrawKind, uniforms_reference
 from .reference import (
     Emission,
     Sampling,
@@ -17,9 +17,9 @@ from .reference import (
 )
 
 __all__ = [
+    "DrawKind",
     "Emission",
     "Sampling",
-    "Stream",
     "Verification",
     "policy_probabilities",
     "sample_logits",
@@ -44,7 +44,7 @@ def policy_probabilities(logits_BKV: Tensor, sampling: Sampling) -> Tensor:
     return policy_probabilities_reference(logits_BKV, sampling)
 
 
-def uniforms(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+def uniforms(seed_B: Tensor, position_B: Tensor, kind: DrawKind, num_draws: int) -> Tensor:
     """Return `uniforms_reference`.
 
     Raises:
@@ -62,8 +62,8 @@ def uniforms(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -
     if use_triton("uniforms", seed_B):
         from .draws_kernel import uniforms_triton
 
-        return uniforms_triton(seed_B, position_B, Stream(kind), num_draws)
-    return uniforms_reference(seed_B, position_B, Stream(kind), num_draws)
+        return uniforms_triton(seed_B, position_B, DrawKind(kind), num_draws)
+    return uniforms_reference(seed_B, position_B, DrawKind(kind), num_draws)
 
 
 def sample_logits(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:

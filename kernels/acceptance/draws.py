@@ -15,7 +15,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
 
-class Stream(IntEnum):
+class DrawKind(IntEnum):
     """The purpose of a draw; draws of different kinds are independent of each other."""
 
     draft = 0  # draw k chooses drafted token k + 1
@@ -45,7 +45,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def uniforms_reference(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+def uniforms_reference(seed_B: Tensor, position_B: Tensor, kind: DrawKind, num_draws: int) -> Tensor:
     """Return uniform draws in [0, 1) that depend only on the row's seed and position, their kind and their index.
 
     No two passes of a row may share a position: pass the slot of the last known token. The slot of the drafted token

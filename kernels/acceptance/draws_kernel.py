@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch
-from .draws import KEY_STEPS, MULTIPLIERS, ROUNDS, Stream
+from .draws import KEY_STEPS, MULTIPLIERS, ROUNDS, DrawKind
 
 BLOCK = 256  # draws a program; not measured on a GPU
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -57,7 +57,7 @@ def _uniforms_kernel(
     tl.store(out_ptr + index, words.to(tl.float64) * 1.1102230246251565e-16, mask=inside)
 
 
-def uniforms_triton(seed_B: Tensor, position_B: Tensor, kind: Stream, num_draws: int) -> Tensor:
+def uniforms_triton(seed_B: Tensor, position_B: Tensor, kind: DrawKind, num_draws: int) -> Tensor:
     """Return `uniforms_reference`, bit by bit, in one launch."""
     out_BN = torch.empty(len(seed_B), num_draws, dtype=torch.float64, device=seed_B.device)
     if out_BN.numel():

@@ -19,7 +19,7 @@ from mtptrain.backbone.attention import use_linear_attention
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections, replace_norms
 from mtptrain.backbone.placement import share_backbone
-from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
+from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
@@ -217,7 +217,7 @@ def _load_model(
         model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
         for name in LAYER_FIELDS:
             setattr(model.config, name, getattr(whole_config, name))
-    if not is_spread and not (has_layers and config.placement in SHARED_PLACEMENTS):  # one GPU may be too small
+    if not is_spread and not (has_layers and config.placement in PARTITIONED_PLACEMENTS):  # one GPU may be too small
         nn.Module.to(model, device)
     if dtype == torch.float32:  # transformers leaves the bf16 tensors of a quantised release in bf16
         for parameter in model.parameters():

@@ -39,9 +39,9 @@ def share_backbone(model: DeepseekV4ForCausalLM, placement: Placement, device: t
             the number of experts.
     """
     if placement is Placement.zero3:
-        from mtptrain.run.deepspeed import share_layers  # importing DeepSpeed takes seconds
+        from mtptrain.run.deepspeed import partition_layers  # importing DeepSpeed takes seconds
 
-        share_layers(model.model.layers)
+        partition_layers(model.model.layers)
     elif placement is Placement.expert_parallel:
         _share_experts(model, device)
     else:

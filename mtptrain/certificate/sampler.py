@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.evaluation.certificate_result import ChiSquare, KeptTest, SamplerTest, VerificationTest
-from mtptrain.kernels.acceptance import Sampling, Stream, Verification, sample_logits, uniforms, verify_logits
+from mtptrain.kernels.acceptance import DrawKind, Sampling, Verification, sample_logits, uniforms, verify_logits
 from mtptrain.kernels.acceptance.reference import Verified
 
 VOCABULARY, DRAFT_LENGTH, TEXT_LENGTH = 5, 2, 3
@@ -99,9 +99,9 @@ def decode_texts(
         position_R = length_R - 1
         last_R = known_RE.gather(1, position_R.unsqueeze(1)).squeeze(1)
         draft_RK, q_RKV, p_RLV = _draft(
-            p_VV, q_KVV, last_R, uniforms(seed_R, position_R, Stream.draft, DRAFT_LENGTH), sample
+            p_VV, q_KVV, last_R, uniforms(seed_R, position_R, DrawKind.draft, DRAFT_LENGTH), sample
         )
-        u_RL = uniforms(seed_R, position_R, Stream.verify, DRAFT_LENGTH + 1)
+        u_RL = uniforms(seed_R, position_R, DrawKind.verify, DRAFT_LENGTH + 1)
         kept_R, token_R = verify(draft_RK, q_RKV, p_RLV, u_RL, verification)
         first_kept_R = kept_R if first_kept_R is None else first_kept_R
         emitted_RL = torch.cat([draft_RK, token_R.unsqueeze(1)], dim=1).scatter(

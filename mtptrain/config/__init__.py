@@ -5,7 +5,7 @@ This package imports neither torch nor transformers, so that `--help` and `--cfg
 
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig, ShapeConfig
 from mtptrain.config.choices import (
-    SHARED_PLACEMENTS,
+    PARTITIONED_PLACEMENTS,
     SPREAD_PLACEMENTS,
     CacheFormat,
     DataSource,
@@ -39,7 +39,7 @@ __all__ = [
     "HELDOUT",
     "MAX_DRAFT_LENGTH",
     "ONE_DTYPE",
-    "SHARED_PLACEMENTS",
+    "PARTITIONED_PLACEMENTS",
     "SPREAD_PLACEMENTS",
     "TRAINING",
     "BackboneConfig",

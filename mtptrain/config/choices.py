@@ -40,7 +40,7 @@ class Placement(Enum):
     sequential = "sequential"
 
 
-SHARED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
+PARTITIONED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
 SPREAD_PLACEMENTS = (Placement.auto, Placement.balanced, Placement.sequential)
 
 

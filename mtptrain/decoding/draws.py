@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtptrain.kernels.acceptance import Stream, uniforms
+from mtptrain.kernels.acceptance import DrawKind, uniforms
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -41,7 +41,7 @@ class Draws:
         self.row_B = torch.arange(len(seeds), device=device)
         self.draft_BEK, self.verify_BEL = (
             uniforms(seed_BE.flatten(), slot_BE.flatten(), use, num).view(*slot_BE.shape, num)
-            for use, num in ((Stream.draft, draft_length), (Stream.verify, draft_length + 1))
+            for use, num in ((DrawKind.draft, draft_length), (DrawKind.verify, draft_length + 1))
         )
 
     def draft(self, emitted_B: Tensor) -> Tensor:

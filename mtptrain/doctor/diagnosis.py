@@ -8,7 +8,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.decoding.policy import Policy
 from mtptrain.doctor.result import Diagnosis, DoctorControls, TensorFaults, WiringResult
 from mtptrain.doctor.wirings import RIGHT, WIRINGS, Wiring
-from mtptrain.evaluation.compare import Replayed
+from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import paired_gain, summarize
 from mtptrain.mtp.stack import MtpStack
@@ -22,13 +22,13 @@ NO_HEAD = 1.05  # tokens a pass below which a head drafts nothing worth verifyin
 
 def replay_wiring(
     model: DeepseekV4ForCausalLM, stack: MtpStack, traces: list[Trace], steps: int, wiring: Wiring
-) -> Replayed:
+) -> CountsByLength:
     """Return the counts of greedy drafts under a wiring, by draft length.
 
     Prompts of one length are replayed together, so the counts stand in the order of the traces only if the traces are
     sorted by the length of their prompts.
     """
-    counts: Replayed = {k: [] for k in range(1, steps + 1)}
+    counts: CountsByLength = {k: [] for k in range(1, steps + 1)}
     for length in sorted({len(trace.prompt.tokens) for trace in traces}):
         group = [trace for trace in traces if len(trace.prompt.tokens) == length]
         drafts = draft_traces(model, stack, group, steps, Policy(), wiring.build(model, length))

@@ -17,11 +17,13 @@ from mtptrain.evaluation.metrics import (
 from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
-Replayed = dict[int, list[Counts]]  # counts of every prompt, by draft length
+CountsByLength = dict[int, list[Counts]]  # counts of every prompt, by draft length
 NO_PASSES = "(no verify pass: its texts end at their first token)"
 
 
-def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]) -> HeadComparison:
+def compare_heads(
+    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
+) -> HeadComparison:
     """Return the gains of `other` over `base`, on all prompts and by domain.
 
     Args:
@@ -49,7 +51,9 @@ def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, promp
     )
 
 
-def compare_prompts(names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]) -> PromptGains:
+def compare_prompts(
+    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
+) -> PromptGains:
     """Return the gains of `other` on some prompts."""
     groups, longest = [prompt.group for prompt in prompts], max(base)
     gain = {k: paired_gain(base[k], other[k], groups) for k in base}
@@ -62,13 +66,13 @@ def compare_prompts(names: tuple[str, str], base: Replayed, other: Replayed, pro
 
 
 def _compare_domain(
-    names: tuple[str, str], base: Replayed, other: Replayed, prompts: list[Prompt]
+    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
 ) -> PromptGains | None:
     """Return `compare_prompts`; None if no text of the domain needed a pass."""
     return compare_prompts(names, base, other, prompts) if have_passes(base[max(base)]) else None
 
 
-def _take(counts: Replayed, rows: list[int]) -> Replayed:
+def _take(counts: CountsByLength, rows: list[int]) -> CountsByLength:
     return {k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()}
 
 
@@ -108,7 +112,7 @@ def _with_interval(gain: Gain) -> str:
 
 
 def compare_with_stock(
-    replays: dict[str, Replayed], prompts: list[Prompt]
+    replays: dict[str, CountsByLength], prompts: list[Prompt]
 ) -> tuple[dict[int, Gain] | None, dict[str, Gain | None] | None]:
     """Return the gain of the trained over the stock head by K, and by domain at the longest K; None without both."""
     if not {"stock", "trained"} <= set(replays):

@@ -115,7 +115,7 @@ def check_origin(cache: StreamCache, backbone: str, tokenizer: str) -> None:
 def check_shards(cache: StreamCache) -> None:
     """Raise a `UserError` that names a damaged shard, if any: each process verifies its share, and all raise."""
     names = list(cache.files)
-    damaged = [number for number in range(rank(), len(names), world_size()) if not cache.is_sound(names[number])]
+    damaged = [number for number in range(rank(), len(names), world_size()) if not cache.is_intact(names[number])]
     named = max_over_processes(max(damaged, default=-1))
     if named >= 0:
         raise cache.damage(names[named])

@@ -15,7 +15,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.batch import Batch
 from mtptrain.decoding.policy import Policy
-from mtptrain.kernels.acceptance import Stream, sample_logits, uniforms
+from mtptrain.kernels.acceptance import DrawKind, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
@@ -150,7 +150,7 @@ class _TraceBatch:
             token_BS = torch.zeros_like(self.batch.tokens_BS)
             row_R, column_R = self.anchors(1)
             slot_R = self.first_B[row_R] + column_R
-            u_R = uniforms(self.seed_B[row_R], slot_R, Stream.draft, self.steps)[:, step - 1]
+            u_R = uniforms(self.seed_B[row_R], slot_R, DrawKind.draft, self.steps)[:, step - 1]
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
                 confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(logits_RV)
                 if self.policy.draws_greedily:

@@ -88,7 +88,7 @@ class Artifact(Generic[Identity, Content]):
     files: dict[str, StoredFile]
     content: Content
 
-    def is_sound(self, name: str) -> bool:
+    def is_intact(self, name: str) -> bool:
         """Return whether a file is listed, present and unaltered; this reads the whole file."""
         stored, path = self.files.get(name), self.folder / name
         if stored is None or not path.is_file() or path.stat().st_size != stored.bytes:
@@ -102,7 +102,7 @@ class Artifact(Generic[Identity, Content]):
             UserError: names the first of `names` that is not sound.
         """
         for name in names:
-            if not self.is_sound(name):
+            if not self.is_intact(name):
                 raise self.damage(name)
 
     def damage(self, name: str) -> UserError:

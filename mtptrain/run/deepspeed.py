@@ -13,7 +13,7 @@ from torch import nn
 
 # Tensors with fewer elements stay whole on every process at stage 3: vectors, small matrices, and attention sinks,
 # which the rollout reads outside the forward of their layer. Gathering each of them would cost more than it saves.
-WHOLE_BELOW = 8192
+PERSISTENT_BELOW = 8192
 
 
 def quiet_deepspeed() -> None:
@@ -23,14 +23,14 @@ def quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def gather_small(optimizer: Any) -> None:
+def gather_persistent(optimizer: Any) -> None:
     """All-gather ZeRO-3's persistent parameters now; DeepSpeed itself does so only after its first step."""
     small = getattr(optimizer, "persistent_parameters", None)
     if small:
         small[0].all_gather(small)
 
 
-def share_layers(layers: nn.ModuleList) -> None:
+def partition_layers(layers: nn.ModuleList) -> None:
     """Partition frozen layers over the processes with ZeRO-3; each layer is gathered whole when it runs.
 
     Layers are ZeRO-3 leaf modules: the submodules that run depend on the input (a compressor without a full window does
@@ -40,8 +40,8 @@ def share_layers(layers: nn.ModuleList) -> None:
     """
     quiet_deepspeed()
     set_z3_leaf_modules(layers, list({type(layer) for layer in layers}))
-    zero = {"stage": 3, "stage3_param_persistence_threshold": WHOLE_BELOW}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_BELOW}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**62}
     deepspeed.zero.Init(module=layers, config_dict_or_path=settings)
     engine, *_ = deepspeed.initialize(model=layers, config=settings, dist_init_required=False)
-    gather_small(engine.optimizer)
+    gather_persistent(engine.optimizer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtptrain.config import SHARED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
+from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
 from mtptrain.errors import UserError
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
@@ -152,7 +152,7 @@ def join(config: RunConfig, is_shared: bool) -> None:
 def _refuse_sharing(config: RunConfig) -> None:
     """Refuse settings that partition tensors over processes, in a run of one process without a launcher."""
     shares = {"engine": config.engine.value} if config.engine is not EngineName.single else {}
-    if config.backbone.placement in SHARED_PLACEMENTS:
+    if config.backbone.placement in PARTITIONED_PLACEMENTS:
         shares["backbone.placement"] = config.backbone.placement.value
     for setting, value in shares.items():
         raise UserError(

@@ -10,14 +10,14 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class LeaveRequest:
+class StopRequest:
     """A context manager in which a preemption signal sets `is_made` instead of ending the process."""
 
     def __init__(self) -> None:
         self.is_made = False
         self._earlier: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> LeaveRequest:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._earlier = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self

@@ -21,7 +21,7 @@ NO_ROOM = {
 }
 
 
-def no_room(error: BaseException) -> str | None:
+def disk_full_reason(error: BaseException) -> str | None:
     """Return the reason if a write failed for lack of space; None for any other error.
 
     safetensors reports the system's error code only in its message; torch.save raises its own error on top of the

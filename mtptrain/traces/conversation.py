@@ -35,7 +35,7 @@ def answer_text(tokenizer: Tokenizer, stop: frozenset[int]) -> Callable[[list[in
     return answer
 
 
-def hold_conversations(
+def record_conversations(
     conversations: list[Conversation],
     chat: ChatTemplate | None,
     record: Callable[[list[Prompt]], list[Trace]],

@@ -136,12 +136,12 @@ class PromptSource:
     Attributes:
         name: the name of the setting, or a file of the folder of that name.
         sha256: SHA-256 of the file's bytes; for a data set, of its rows as JSON lines.
-        questions: the rows, in order.
+        prompt_rows: the rows, in order.
     """
 
     name: str
     sha256: str
-    questions: list[PromptRow]
+    prompt_rows: list[PromptRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +196,9 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
 def spread_prompt_rows(sources: list[PromptSource], count: int) -> list[list[PromptRow]]:
     """Return at most `count` rows by source, as even over the sources as sizes allow, and spread evenly in each."""
     chosen = []
-    for source, used in zip(sources, even_shares([len(source.questions) for source in sources], count), strict=True):
-        rows = np.linspace(0, len(source.questions) - 1, used).round().astype(int)
-        chosen.append([source.questions[row] for row in rows])
+    for source, used in zip(sources, even_shares([len(source.prompt_rows) for source in sources], count), strict=True):
+        rows = np.linspace(0, len(source.prompt_rows) - 1, used).round().astype(int)
+        chosen.append([source.prompt_rows[row] for row in rows])
     return chosen
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mtptrain.config import MtpMode, OptimizerName
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
-from mtptrain.run.storage import no_room
+from mtptrain.run.storage import disk_full_reason
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
@@ -161,7 +161,7 @@ def save_checkpoint(
     try:
         _write_checkpoint(folder, step, tensors, optimizer, identity, counters)
     except Exception as error:  # every library raises a type of its own
-        reason = no_room(error)
+        reason = disk_full_reason(error)
         if reason is None:
             raise
         raise UserError(

@@ -31,7 +31,7 @@ from mtptrain.run.distributed import (
     rank,
     sum_over_processes,
 )
-from mtptrain.run.preemption import LeaveRequest
+from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
@@ -151,7 +151,7 @@ class Trainer:
         self.checkpoints, self.identity, self.label, self.probe = checkpoints, identity, label, probe
         self.device = next(engine.module.parameters()).device
         self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
-        self.stop_request = LeaveRequest()
+        self.stop_request = StopRequest()
         self.step = 0
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 

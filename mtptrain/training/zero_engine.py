@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mtptrain.config import ONE_DTYPE, TrainConfig
 from mtptrain.errors import UserError
-from mtptrain.run.deepspeed import WHOLE_BELOW, gather_small, quiet_deepspeed
+from mtptrain.run.deepspeed import PERSISTENT_BELOW, gather_persistent, quiet_deepspeed
 from mtptrain.run.distributed import rank, world_size
 from mtptrain.training.engine import OptimizerState
 from mtptrain.training.optim import make_adamw
@@ -36,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 def zero_settings(config: TrainConfig, stage: int, offload: bool) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a stage."""
-    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": WHOLE_BELOW}
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": PERSISTENT_BELOW}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -94,7 +94,7 @@ class ZeroEngine:
         )
         self.micro_batches = 0
         self._make_states(groups)
-        gather_small(self.engine.optimizer)
+        gather_persistent(self.engine.optimizer)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch; the factor undoes DeepSpeed's average over processes."""
@@ -121,7 +121,7 @@ class ZeroEngine:
             elif self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     tensors[name] = _on_rank0(parameter.detach())
-        gather_small(self.engine.optimizer)
+        gather_persistent(self.engine.optimizer)
         return tensors if rank() == 0 else {}
 
     def optimizer_state(self) -> OptimizerState:
@@ -144,7 +144,7 @@ class ZeroEngine:
                     parameter.copy_(tensors[name])
                 if name in self.trained:
                     self._set(parameter, tensors[name])
-        gather_small(self.engine.optimizer)
+        gather_persistent(self.engine.optimizer)
         for entry in self.optimizer.state.values():
             entry["step"].copy_(next(iter(state.values()))["step"])
         for name, parameter in self.trained.items():

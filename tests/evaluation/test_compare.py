@@ -7,17 +7,17 @@ import pytest
 from rich.console import Console
 
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.evaluation.compare import Replayed, print_comparison
+from mtptrain.evaluation.compare import CountsByLength, print_comparison
 from mtptrain.evaluation.compare import compare_heads as compare
 from mtptrain.evaluation.comparison_result import HeadComparison
 from mtptrain.replay.replay import count_passes
 from mtptrain.traces.prompts import Prompt
 
 
-def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> Replayed:
+def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> CountsByLength:
     """Return passes whose drafts are accepted position by position at the given rates, K = 1 and 2."""
     rng = np.random.default_rng(seed)
-    counts: Replayed = {}
+    counts: CountsByLength = {}
     for length in (1, 2):
         prompts = []
         for _ in range(num_prompts):
@@ -28,7 +28,9 @@ def replayed(rates: list[float], seed: int, num_prompts: int = 60) -> Replayed:
     return counts
 
 
-def compare_heads(names: tuple[str, str], base: Replayed, other: Replayed, domain: str = "text") -> HeadComparison:
+def compare_heads(
+    names: tuple[str, str], base: CountsByLength, other: CountsByLength, domain: str = "text"
+) -> HeadComparison:
     prompts = [Prompt([0], domain, number) for number in range(len(next(iter(base.values()))))]
     return compare(names, base, other, prompts)
 

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from mtptrain.kernels.acceptance import (
+    DrawKind,
     Sampling,
-    Stream,
     Verification,
     policy_probabilities,
     sample_logits,
@@ -33,9 +33,9 @@ def random_case(rows: int, steps: int, vocabulary: int, dtype: torch.dtype = tor
         for k in (steps, steps + 1)
     )
     seed_B, position_B = torch.arange(rows), torch.arange(rows) + 7
-    u_BK = uniforms(seed_B, position_B, Stream.draft, steps)
+    u_BK = uniforms(seed_B, position_B, DrawKind.draft, steps)
     draft_BK = sample_tokens_reference(q_BKV.flatten(0, 1), u_BK.flatten()).view(rows, steps)
-    return draft_BK, q_BKV, p_BLV, uniforms(seed_B, position_B, Stream.verify, steps + 1)
+    return draft_BK, q_BKV, p_BLV, uniforms(seed_B, position_B, DrawKind.verify, steps + 1)
 
 
 def chi_square_p_value(observed: Tensor, expected: Tensor) -> float:
@@ -145,14 +145,14 @@ class TestDraws:
 
     def test_a_draw_depends_only_on_its_row_and_index(self) -> None:
         seed_B, position_B = int64(5, -1, 2**62, 5), int64(0, 9, 2**33, 1)
-        together_BN = uniforms(seed_B, position_B, Stream.verify, 9)
+        together_BN = uniforms(seed_B, position_B, DrawKind.verify, 9)
         for row in range(4):
-            alone_1N = uniforms(seed_B[row : row + 1], position_B[row : row + 1], Stream.verify, 4)
+            alone_1N = uniforms(seed_B[row : row + 1], position_B[row : row + 1], DrawKind.verify, 4)
             assert torch.equal(alone_1N[0], together_BN[row, :4])
 
     def test_every_part_of_the_counter_changes_the_draw(self) -> None:
-        cases = [(0, 0, Stream.verify), (0, 0, Stream.draft), (0, 1, Stream.draft), (0, 2**32, Stream.draft)]
-        cases += [(1, 0, Stream.draft), (2**32, 0, Stream.draft), (-1, 0, Stream.draft)]
+        cases = [(0, 0, DrawKind.verify), (0, 0, DrawKind.draft), (0, 1, DrawKind.draft), (0, 2**32, DrawKind.draft)]
+        cases += [(1, 0, DrawKind.draft), (2**32, 0, DrawKind.draft), (-1, 0, DrawKind.draft)]
         draws = [u for seed, slot, kind in cases for u in uniforms(int64(seed), int64(slot), kind, 5)[0].tolist()]
         assert len(set(draws)) == 5 * len(cases)
 
@@ -161,7 +161,7 @@ class TestDraws:
         """True whether seed, position or index counts up."""
         seeds, positions, num_draws = shape
         seed_B = torch.arange(seeds).repeat_interleave(positions)
-        u = uniforms(seed_B, torch.arange(positions).repeat(seeds), Stream.draft, num_draws).flatten()
+        u = uniforms(seed_B, torch.arange(positions).repeat(seeds), DrawKind.draft, num_draws).flatten()
         count = u.numel()
         assert count == 40_000
         assert ((u >= 0) & (u < 1)).all()
@@ -183,7 +183,7 @@ class TestDraws:
     )
     def test_unfit_counters_are_refused(self, seed_B: Tensor, position_B: Tensor, num_draws: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            uniforms(seed_B, position_B, Stream.draft, num_draws)
+            uniforms(seed_B, position_B, DrawKind.draft, num_draws)
 
 
 class TestSampling:
@@ -195,7 +195,7 @@ class TestSampling:
     @pytest.mark.parametrize("sampling", [Sampling(1.3), Sampling(0.7, 4), Sampling(0.9, None, 0.8), Sampling(0)])
     def test_a_policy_samples_from_its_distribution(self, sampling: Sampling) -> None:
         logits_BV = torch.randn(63, 17, generator=torch.Generator().manual_seed(0))
-        u_B = uniforms(torch.arange(63), torch.arange(63), Stream.draft, 1)[:, 0]
+        u_B = uniforms(torch.arange(63), torch.arange(63), DrawKind.draft, 1)[:, 0]
         expected_B = sample_tokens_reference(policy_probabilities(logits_BV, sampling), u_B)
         assert torch.equal(sample_logits(logits_BV, sampling, u_B), expected_B)
 
@@ -250,7 +250,7 @@ def test_sampled_texts_pass_a_chi_square_test(verification: Verification, greedy
     every_row_B = torch.arange(rows)
     while int(emitted_B.min()) < length:
         live_B = emitted_B < length
-        u_BK = uniforms(seed_B, emitted_B, Stream.draft, steps)
+        u_BK = uniforms(seed_B, emitted_B, DrawKind.draft, steps)
         states, drafts, q_rows = [state_B], [], []
         for k in range(steps):
             q_rows.append(policy_probabilities(world.q_KSV[k, states[-1]].log(), Sampling(1.0)))
@@ -258,7 +258,7 @@ def test_sampled_texts_pass_a_chi_square_test(verification: Verification, greedy
             states.append(world.follow(states[-1], drafts[-1]))
         draft_BK, q_BKV = torch.stack(drafts, 1), torch.stack(q_rows, 1)
         p_BLV = policy_probabilities(world.p_SV[torch.stack(states, 1)].log(), Sampling(1.0))
-        u_BL = uniforms(seed_B, emitted_B, Stream.verify, steps + 1)
+        u_BL = uniforms(seed_B, emitted_B, DrawKind.verify, steps + 1)
         accepted_B, token_B = verify_draft_reference(draft_BK, q_BKV, p_BLV, u_BL, verification)
         new_BL = torch.cat([draft_BK, token_B[:, None]], 1)
         new_BL[every_row_B, accepted_B] = token_B

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtptrain.kernels.acceptance import Sampling, Stream, Verification, kernel
+from mtptrain.kernels.acceptance import DrawKind, Sampling, Verification, kernel
 from mtptrain.kernels.acceptance.draws import uniforms_reference
 from mtptrain.kernels.acceptance.draws_kernel import uniforms_triton
 from mtptrain.kernels.acceptance.kernel import policy_probabilities_triton, top_tokens_triton, verify_logits_triton
@@ -78,9 +78,9 @@ class Case:
         return actual.accepted_B
 
 
-@pytest.mark.parametrize("kind", list(Stream))
+@pytest.mark.parametrize("kind", list(DrawKind))
 @pytest.mark.parametrize(("rows", "num_draws"), [(1, 1), (63, 5), (3, 129), (3, 0), (0, 4)])
-def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, kind: Stream) -> None:
+def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, kind: DrawKind) -> None:
     generator = torch.Generator().manual_seed(rows)
     seed_B = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     position_B = torch.randint(2**40, (rows,), generator=generator)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtptrain.kernels.acceptance import (
+    DrawKind,
     Sampling,
-    Stream,
     Verification,
     policy_probabilities,
     sample_logits,
@@ -27,9 +27,9 @@ def test_a_cpu_needs_no_triton() -> None:
         "import sys\n"
         "sys.modules['triton'] = None  # importing it fails\n"
         "import torch\n"
-        "from mtptrain.kernels.acceptance import Stream, uniforms\n"
+        "from mtptrain.kernels.acceptance import DrawKind, uniforms\n"
         "from mtptrain.kernels.linear_loss import linear_loss\n"
-        "uniforms(torch.arange(3), torch.arange(3), Stream.draft, 2)\n"
+        "uniforms(torch.arange(3), torch.arange(3), DrawKind.draft, 2)\n"
         "rows = torch.ones(2, 4)\n"
         "linear_loss(rows[None], rows, torch.ones(8, 4), torch.arange(2), divergence='kl')\n"
     )
@@ -40,17 +40,17 @@ def test_a_cpu_needs_no_triton() -> None:
 def test_triton_on_a_cpu_means_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")
     assert use_triton("op", ROW_B)
-    interpreted = uniforms(ROW_B, ROW_B, Stream.draft, 2)
+    interpreted = uniforms(ROW_B, ROW_B, DrawKind.draft, 2)
     monkeypatch.setenv("MTPTRAIN_KERNELS", "reference")
     assert not use_triton("op", ROW_B)
-    assert torch.equal(uniforms(ROW_B, ROW_B, Stream.draft, 2), interpreted)
+    assert torch.equal(uniforms(ROW_B, ROW_B, DrawKind.draft, 2), interpreted)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted on a GPU")
 def test_ops_give_the_same_with_both_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     rows_KTD, weight_VD = torch.randn(2, 3, 8, generator=generator), torch.randn(17, 8, generator=generator)
-    u_BL = uniforms(ROW_B, ROW_B, Stream.verify, 2)
+    u_BL = uniforms(ROW_B, ROW_B, DrawKind.verify, 2)
     results = {}
     for choice in Kernels:
         monkeypatch.setenv("MTPTRAIN_KERNELS", choice)

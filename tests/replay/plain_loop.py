@@ -8,7 +8,7 @@ from mtptrain.backbone.streams import run_backbone
 from mtptrain.batch import Batch
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.kernels.acceptance import Stream, uniforms
+from mtptrain.kernels.acceptance import DrawKind, uniforms
 from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
@@ -38,12 +38,12 @@ def decode_plainly(
     """Return a text of `new` tokens and its passes; a draft has `length` tokens unless the confidence is low."""
     seed_R = torch.tensor([seed])
 
-    def draws(stream: Stream, count: int) -> Tensor:
+    def draws(stream: DrawKind, count: int) -> Tensor:
         return uniforms(seed_R, torch.tensor([len(tokens) - 1]), stream, count)
 
     tokens, passes, probabilities = list(prompt), [], []
     first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]))
-    token = int(sample_tokens_reference(first_RV, draws(Stream.verify, length + 1)[:, -1]))
+    token = int(sample_tokens_reference(first_RV, draws(DrawKind.verify, length + 1)[:, -1]))
     tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
     while len(tokens) - len(prompt) < new:
         anchor, draft, q = len(tokens) - 2, [], []
@@ -52,11 +52,11 @@ def decode_plainly(
             if float(logits_V.softmax(-1).max()) < policy.min_confidence:
                 break
             q.append(policy.proposal(logits_V))
-            draft.append(int(sample_tokens_reference(q[-1][None], draws(Stream.draft, step)[:, -1])))
+            draft.append(int(sample_tokens_reference(q[-1][None], draws(DrawKind.draft, step)[:, -1])))
         _, hidden_RSD = run_backbone(model, torch.tensor([tokens + draft]))
         p_RLV = policy.target(model.lm_head(hidden_RSD[:, len(tokens) - 1 :]))
         q_RKV = torch.stack(q)[None] if q else p_RLV[:, :0]
-        u_RL = draws(Stream.verify, length + 1)
+        u_RL = draws(DrawKind.verify, length + 1)
         u_RL = torch.cat([u_RL[:, : len(draft)], u_RL[:, -1:]], dim=1)
         ended = verify_draft_reference(
             torch.tensor([draft], dtype=torch.int64), q_RKV, p_RLV, u_RL, policy.verification

@@ -154,13 +154,13 @@ def test_a_damaged_file_is_named_and_the_others_are_sound(damage: Callable[[Path
     with pytest.raises(UserError, match=line):
         artifact.verify(artifact.files)
     artifact.verify(NAMES[:1])
-    assert [artifact.is_sound(name) for name in NAMES] == [True, False]
+    assert [artifact.is_intact(name) for name in NAMES] == [True, False]
 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_sound(tmp_path: Path) -> None:
     artifact = write_at_once(tmp_path / "toy")
     (artifact.folder / "extra").touch()
-    assert not artifact.is_sound("extra")
+    assert not artifact.is_intact("extra")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.tokenizer import train_tokenizer
-from mtptrain.traces.conversation import ConversationTraces, hold_conversations
+from mtptrain.traces.conversation import ConversationTraces, record_conversations
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Conversation, Prompt
 from tests.conftest import CHAT_TEMPLATE, corpus_texts
@@ -25,7 +25,7 @@ def answer_in_rounds(conversations: list[Conversation], room: int = 10_000) -> C
         words = [TOKENIZER.encode(str(len(prompt.tokens)), add_special_tokens=False).ids for prompt in prompts]
         return [Trace(prompt, ids, [1.0], [1.0]) for prompt, ids in zip(prompts, words, strict=True)]
 
-    return hold_conversations(conversations, CHAT, record, TOKENIZER.decode, room)
+    return record_conversations(conversations, CHAT, record, TOKENIZER.decode, room)
 
 
 def text_of(trace: Trace) -> str:

@@ -20,7 +20,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def rows_of(path: Path) -> list[PromptRow]:
-    return [row for source in read_prompt_rows([str(path)]) for row in source.questions]
+    return [row for source in read_prompt_rows([str(path)]) for row in source.prompt_rows]
 
 
 def user(text: str) -> dict[str, str]:
@@ -58,8 +58,8 @@ def test_a_folder_is_a_source_a_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"prompt": "a"})
     Dataset.from_dict({"prompt": ["b", "c"], "turns": [None, None]}).to_parquet(tmp_path / "b.parquet")
     sources = read_prompt_rows([str(tmp_path)])
-    assert [[row.text for row in source.questions] for source in sources] == [["a"], ["b", "c"]]
-    assert [source.questions[0].domain for source in sources] == ["a", "b"]
+    assert [[row.text for row in source.prompt_rows] for source in sources] == [["a"], ["b", "c"]]
+    assert [source.prompt_rows[0].domain for source in sources] == ["a", "b"]
     assert (sources[0].name, sources[0].sha256) == (str(first), sha256_file(first))
 
 
@@ -107,6 +107,6 @@ def test_the_test_split_of_a_data_set_is_read_if_there_is_one(files: list[str], 
     for name in files:
         write(tmp_path / f"{name}.jsonl", {"prompt": name})
     source = read_dataset(str(tmp_path))  # `datasets` loads a folder like a name
-    assert [row.text for row in source.questions] == [text]
-    assert source.questions[0].domain == tmp_path.name
+    assert [row.text for row in source.prompt_rows] == [text]
+    assert source.prompt_rows[0].domain == tmp_path.name
     assert len(source.sha256) == 64

@@ -12,7 +12,7 @@ import torch
 
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import backbone_streams
-from mtptrain.config import SHARED_PLACEMENTS, BackboneConfig, RunConfig, TrainConfig
+from mtptrain.config import PARTITIONED_PLACEMENTS, BackboneConfig, RunConfig, TrainConfig
 from mtptrain.run.distributed import join, rank
 from tests.tiny import random_batch
 
@@ -27,7 +27,7 @@ def main(backbone: Path, folder: Path) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         whole = load_backbone(BackboneConfig(path=str(backbone)), torch.device("cpu"), dtype).model
-        for placement in SHARED_PLACEMENTS:
+        for placement in PARTITIONED_PLACEMENTS:
             config = BackboneConfig(path=str(backbone), placement=placement)
             shared = load_backbone(config, torch.device("cpu"), dtype).model
             differences = []
