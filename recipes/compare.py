@@ -6,6 +6,7 @@ python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
 from __future__ import annotations
 
 from pathlib import Path
+from string import ascii_uppercase
 
 from rich.console import Console
 
@@ -23,12 +24,12 @@ from mtptrain.training.checkpoint import find_checkpoint
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a comparison of fewer than two heads."""
+    """Refuse a comparison of one head, or of more heads than there are letters to name them."""
     require(
-        len(config.checkpoints) >= 2,
+        2 <= len(config.checkpoints) <= len(ascii_uppercase),
         "checkpoints",
         config.checkpoints,
-        "compare needs two or more, e.g. checkpoints=[stock,outputs/distill/RUN]",
+        f"compare needs 2 to {len(ascii_uppercase)} of them, e.g. checkpoints=[stock,outputs/distill/RUN]",
     )
 
 
@@ -44,7 +45,7 @@ def run(session: Session) -> None:
     traces = trace_set.traces
     prompts = [trace.prompt for trace in traces]
     groups = [prompt.group for prompt in prompts]
-    names = [f"{letter} ({path})" for letter, path in zip("ABCDEFGHIJ", config.checkpoints, strict=False)]
+    names = [f"{letter} ({path})" for letter, path in zip(ascii_uppercase, config.checkpoints, strict=False)]
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])

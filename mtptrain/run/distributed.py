@@ -198,7 +198,7 @@ def max_over_processes(number: int) -> int:
     return int(box)
 
 
-def broadcast(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Return rank 0's value on every process; it must be picklable."""
     if world_size() == 1:
         return value
@@ -209,7 +209,7 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """Return the values of all processes in the order of their ranks, on every process; they must be picklable."""
     if world_size() == 1:
         return [value]
@@ -229,7 +229,7 @@ def on_rank0(work: Callable[[], T]) -> T:
             result = work()
         except UserError as mistake:
             error = mistake
-    result, error = broadcast((result, error))
+    result, error = broadcast_object((result, error))
     if error is not None:
         raise error
     return result

@@ -23,8 +23,8 @@ from mtptrain.errors import Preempted, UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.distributed import (
-    broadcast,
-    gather,
+    broadcast_object,
+    gather_objects,
     max_over_processes,
     on_rank0,
     peak_memory_bytes,
@@ -176,7 +176,7 @@ class Trainer:
         """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
-        positions, counters = gather(self.batches.position()), dict(self.counters)
+        positions, counters = gather_objects(self.batches.position()), dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
 
@@ -282,7 +282,9 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = broadcast(probe.measure())  # every process must measure, because it may hold a share of the head
+        metrics = broadcast_object(
+            probe.measure()
+        )  # every process must measure, because it may hold a share of the head
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)

@@ -22,7 +22,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=["greedy", "sampled", "cut_block", "stopped"])
 @pytest.mark.parametrize(("depth", "drafted"), [(1, 3), (2, 2)])
 def test_recorded_steps_give_the_same_texts_in_the_same_passes(
     depth: int, drafted: int, policy: Policy, monkeypatch: pytest.MonkeyPatch

@@ -37,7 +37,7 @@ TEXTS = [some_text("code", 5, 30, 4, 0), some_text("chat", 70, 90, 4, 1), some_t
 TRACES, DRAFTS = [trace for trace, _ in TEXTS], [drafts for _, drafts in TEXTS]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=["token", "block", "stopped"])
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_buckets_of_every_kind_add_up_to_the_totals_of_replay(policy: Policy, length: int) -> None:
     counts = replay_all(DRAFTS, policy)[length]
@@ -51,7 +51,7 @@ def test_buckets_of_every_kind_add_up_to_the_totals_of_replay(policy: Policy, le
         assert sum(one.lost_share for one in buckets) == pytest.approx(1, rel=1e-12)
 
 
-@pytest.mark.parametrize("policy", POLICIES[:2])
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=["token", "block"])
 def test_drafted_tokens_are_accepted_or_lost(policy: Policy) -> None:
     drafted = sum(one.drafted_K.sum() for one in replay_all(DRAFTS, policy)[4] if one.drafted_K is not None)
     totals = break_down(TRACES, DRAFTS, policy, 4, TOKENIZER).totals
