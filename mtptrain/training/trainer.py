@@ -282,9 +282,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
-        metrics = broadcast_object(
-            probe.measure()
-        )  # every process must measure, because it may hold a share of the head
+        metrics = broadcast_object(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
         if metrics[probe.score] > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
