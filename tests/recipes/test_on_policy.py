@@ -230,7 +230,7 @@ def test_a_folder_of_something_else_is_left_alone(
     ("arguments", "reason"),
     [
         (["on_policy.prompts=heldout"], "on_policy.prompts=heldout: is for measuring heads"),
-        (["on_policy.prompts=a.jsonl", "prompts=[a.jsonl,b.jsonl]"], "on_policy.prompts=['a.jsonl']: are used to measure"),
+        (["on_policy.prompts=a.jsonl", "prompts=[a.jsonl,b.jsonl]"], "on_policy.prompts=['a.jsonl']: are used"),
         (
             ["on_policy.prompts=[training,a.jsonl]"],
             "on_policy.prompts=['training', 'a.jsonl']: training cannot be combined",
