@@ -82,7 +82,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class Totals:
+class MetricTotals:
     """Metric sums since the last log line."""
 
     counts_K: Tensor | None = None
@@ -252,7 +252,7 @@ class Trainer:
             Preempted: a signal asked the run to stop; the state is saved.
         """
         self.engine.module.train()
-        totals, logged_at, tokens_at = Totals(), time.monotonic(), self.counters["tokens"]
+        totals, logged_at, tokens_at = MetricTotals(), time.monotonic(), self.counters["tokens"]
         with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:
             while self.step < self.config.steps:
                 before = self.counters["tokens"]
@@ -267,7 +267,7 @@ class Trainer:
                     extra["peak_memory_gb"] = max_over_processes(peak_memory_bytes(self.device)) / 1e9
                     extra.update(**self.balancer.figures(), **self._shares())
                     log.write(self.step, {**totals.means(), **extra, **self.counters})
-                    totals, logged_at, tokens_at = Totals(), now, self.counters["tokens"]
+                    totals, logged_at, tokens_at = MetricTotals(), now, self.counters["tokens"]
                 if self.probe is not None and self._is_due(self.probe.every):
                     self._measure(self.probe, log)
                 if self._is_due(self.config.checkpoint_every) or step.stop_requested:
@@ -294,7 +294,7 @@ def _poisoned(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def _figures(totals: Totals) -> str:
+def _figures(totals: MetricTotals) -> str:
     """Return the loss of the first step and, if measured, the acceptance of every step, for the progress line."""
     means = totals.means()
     parts = [f"loss {means['loss/step_1']:.3f}"] if "loss/step_1" in means else []

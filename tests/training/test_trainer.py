@@ -22,7 +22,7 @@ from mtptrain.training.checkpoint import (
     open_checkpoint,
 )
 from mtptrain.training.data_parallel import ReplicatedEngine
-from mtptrain.training.trainer import Probe, Step, Totals, Trainer
+from mtptrain.training.trainer import MetricTotals, Probe, Step, Trainer
 
 # B rows, S tokens a row, V vocabulary, K draft steps
 
@@ -257,7 +257,7 @@ def test_the_gradient_is_clipped_to_its_global_norm(tmp_path: Path) -> None:
 
 
 def test_a_mean_is_the_sum_over_all_steps_divided_by_the_count_once() -> None:
-    totals = Totals()
+    totals = MetricTotals()
     for counts_K, sums_K in [([3, 1], [6.0, 8.0]), ([1, 0], [10.0, 0.0])]:
         totals.add(Step(torch.tensor(counts_K).double(), {"loss": torch.tensor(sums_K).double()}, 1.0, False))
     assert totals.means() == {"loss/step_1": 16 / 4, "loss/step_2": 8.0}
