@@ -31,6 +31,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
+# Prefixes of their tensors, as transformers saves them and as DeepSeek releases them.
+LAYER_PREFIXES = ("model.layers.", "layers.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> Non
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report.get(problem) or [])
         if not has_layers:
-            names = [name for name in names if not name.startswith("model.layers.")]
+            names = [name for name in names if not name.startswith(LAYER_PREFIXES)]
         if names:
             raise UserError(
                 f"backbone.path={folder}: {len(names)} {problem.replace('_', ' ')}, e.g. {', '.join(names[:3])}; "

@@ -56,9 +56,14 @@ def refusal(cache: Path, light: list[str], output: Path, capfd: pytest.CaptureFi
     return capfd.readouterr().err.splitlines()[-1]
 
 
-def test_training_from_streams_has_the_losses_of_training_online(cache: Path, light: list[str], tmp_path: Path) -> None:
-    longer = ["train.steps=5", "train.batch_size=3"]
-    assert train_from(cache, light, tmp_path / "cached", *longer) == 0
+@pytest.mark.parametrize("stored", ["saved", "released"])
+def test_training_from_streams_has_the_losses_of_training_online(
+    stored: str, backbone_folder: Path, release_folder: Path, small: list[str], light: list[str], tmp_path: Path
+) -> None:
+    path = f"backbone.path={release_folder if stored == 'released' else backbone_folder}"
+    longer = ["train.steps=5", "train.batch_size=3", path]
+    assert run_main("+recipe=collect", *small, path, f"output_dir={tmp_path / 'cache'}") == 0
+    assert train_from(tmp_path / "cache", light, tmp_path / "cached", *longer) == 0
     assert run_main("+recipe=distill", *light, *longer, "evaluate_at_end=false", f"output_dir={tmp_path / 'on'}") == 0
     for left, right in zip(read_metrics(tmp_path / "cached"), read_metrics(tmp_path / "on"), strict=True):
         assert left["tokens"] == right["tokens"]
