@@ -120,6 +120,7 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
         "evaluation.num_prompts=2",
         "evaluation.prompt_tokens=12",
         "evaluation.timed_prompts=1",
+        "evaluation.batch_sizes=[1]",
         "evaluation.heldout_sequences=2",
         "evaluation.every=0",
     ]

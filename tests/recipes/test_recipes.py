@@ -141,9 +141,12 @@ def test_a_trained_backbone_and_its_stock_head_can_be_evaluated(light: list[str]
 
 
 def test_evaluate_measures_the_stock_head(light: list[str], tmp_path: Path) -> None:
-    assert run_main("+recipe=evaluate", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 0
+    sizes = "evaluation.batch_sizes=[1,2,4,8]"  # the recipe's own
+    assert run_main("+recipe=evaluate", *light, sizes, "checkpoint=stock", f"output_dir={tmp_path}") == 0
     check_record(tmp_path, "evaluate")
-    assert check_evaluation(tmp_path, ["stock"])["gain"] is None
+    evaluation = check_evaluation(tmp_path, ["stock"])
+    assert evaluation["gain"] is None
+    assert list(evaluation["speedup"]) == list(evaluation["steps"]) == ["1", "2", "4", "8"]
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step_00000002"])
