@@ -7,17 +7,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from io import StringIO
-from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from mtptrain.evaluation.head_result import Bucket, BucketKind, HeadResult, Interval
 from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES, reached_buckets
 from mtptrain.evaluation.result import Evaluation
+
+if TYPE_CHECKING:  # a third of a second of every start, and drawn once at the end
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#1c2127"
 COLOURS = {"stock": "#6f7680", "trained": "#0b6bb0"}
@@ -155,6 +153,8 @@ def _bars(
     evaluation: Evaluation, kind: BucketKind, figure_of: Callable[[Bucket], float], x_label: str
 ) -> tuple[Figure, Axes]:
     """Return horizontal bars of one figure, a group a bucket, the first at the top."""
+    from matplotlib.ticker import MaxNLocator
+
     heads, names = evaluation.heads, reached_buckets(evaluation, kind)
     figure, axes = _canvas(x_label, "", 1)
     figure.set_figheight(1.2 + 0.16 * (1 + len(heads)) * len(names))
@@ -186,6 +186,11 @@ def _dodged(evaluation: Evaluation) -> list[tuple[float, HeadResult]]:
 
 
 def _canvas(x_label: str, y_label: str, longest: int) -> tuple[Figure, Axes]:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     with rc_context(STYLE):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         FigureCanvasSVG(figure)
@@ -209,6 +214,8 @@ def _draw_spans(axes: Axes, name: str, xs: Sequence[float], spans: Sequence[Inte
 
 def _svg(figure: Figure, axes: Axes, name: str, description: str) -> str:
     """Return the figure as an `<svg>` element: the same bytes for the same data, ids of its own, colours as CSS."""
+    from matplotlib import rc_context
+
     target = StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
         _, labels = axes.get_legend_handles_labels()
