@@ -39,7 +39,7 @@ def run(session: Session) -> None:
     checkpoints = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
     check_prompts(session)
     for checkpoint in checkpoints.values():
-        checkpoint.head_identity(session.fingerprint)
+        checkpoint.head_identity(session.backbone.fingerprint)
     stock = session.stock_head() if "stock" in config.checkpoints else None
     trace_set = prepare_traces(session)
     traces = trace_set.traces

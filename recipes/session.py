@@ -200,7 +200,8 @@ class Session:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The whole frozen backbone, on the run's device and in its dtype."""
+        """The whole frozen backbone, on the run's device and in its dtype; it replaces one without decoder layers."""
+        self.__dict__.pop("training_backbone", None)
         return self._load(has_layers=True)
 
     @cached_property
@@ -267,7 +268,7 @@ class Session:
         from mtptrain.mtp.stack import stack_from_tensors
         from mtptrain.mtp.start import place
 
-        identity = checkpoint.head_identity(self.fingerprint)
+        identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
         return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
 

@@ -204,12 +204,23 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint of a run, or None; report damaged ones through `warn` and skip them."""
-    for folder in reversed(checkpoint_folders(root)):
+    """Return the newest usable checkpoint of a run; None if it has none. Report others through `warn` and skip them.
+
+    Raises:
+        UserError: the run has checkpoints and none can be used, because of damage or an older schema.
+    """
+    folders, reason = checkpoint_folders(root), None
+    for folder in reversed(folders):
         try:
             return open_checkpoint(folder)
         except UserError as error:
             warn(f"skipping a damaged checkpoint: {error}")
+            reason = reason or error
+    if reason is not None:  # starting again in this folder would mix two runs and delete the checkpoints of one
+        raise UserError(
+            f"resume=auto: none of the {len(folders)} checkpoints in {root} can be used ({reason}); choose another "
+            "output_dir to start again"
+        )
     return None
 
 

@@ -25,6 +25,7 @@ from mtptrain.training.checkpoint import (
     save_checkpoint,
 )
 from mtptrain.training.engine import OptimizerState
+from tests.command import edit_json
 
 IDENTITY = BackboneIdentity("backbone", seed=2)
 COUNTERS = {"tokens": 17}
@@ -155,6 +156,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path) ->
     assert len(warnings) == 1
     assert checkpoint_name(2) in warnings[0]
     assert TRAINING in warnings[0]
+
+
+def test_a_run_whose_checkpoints_are_all_unusable_is_not_started_again(tmp_path: Path) -> None:
+    for step in (1, 2):
+        edit_json(save(tmp_path, step) / MANIFEST, lambda manifest: manifest.update(schema=2))
+    line = rf"resume=auto: none of the 2 checkpoints in {tmp_path} can be used \(.*{checkpoint_name(2)}: has schema 2"
+    with pytest.raises(UserError, match=line):
+        newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("root", [".", "absent"])
