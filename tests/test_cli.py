@@ -33,6 +33,7 @@ MISTAKES = [
     (["train.beta1=1"], r"train.beta1=1.0: must lie in \[0, 1\)"),
     (["train.weight_decay=-1"], "train.weight_decay=-1.0: must not be negative"),
     (["evaluation.num_prompts=0"], "evaluation.num_prompts=0: must be at least 1"),
+    (["path=my.jsonl"], r"path=my.jsonl: belongs to \+recipe=report; data.path"),
     (["trian.steps=2"], "'trian.steps'.*Key 'trian' not in"),
     (["+trian.steps=2"], "trian: there is no such setting; `--cfg job` lists"),
     (["+train.stps=2"], "train.stps: there is no such setting; `--cfg job` lists"),

@@ -93,6 +93,12 @@ class RunConfig:
             length,
             f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
         )
+        require(
+            self.task == "report" or self.path is None,
+            "path",
+            self.path,
+            "belongs to +recipe=report; data.path and backbone.path name a text and a backbone",
+        )
         if self.task != "plan":  # a plan reads no data
             self.data.require_path()
         self._check_engine()
