@@ -12,19 +12,18 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4Config
 from transformers.utils import logging as transformers_logging
 
-from mtptrain.backbone.attention import use_linear_attention
-from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections, replace_norms
-from mtptrain.backbone.placement import share_backbone
-from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
+from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
+from mtptrain.backbone.placement import check_experts, partition
+from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, Placement, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards
+from mtptrain.run.distributed import on_rank0
 
 SHIPPED = Path(__file__).parent / "shipped"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -175,15 +174,13 @@ def load_backbone(
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
     check_scales(shards)
+    if has_layers and config.placement is Placement.expert_parallel:
+        check_experts(source.config.n_routed_experts)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
-    replace_norms(model)
-    if has_layers:
-        make_indexers_causal(model)
-        replace_connections(model, FrozenHyperConnection)
-        use_linear_attention(model)
-        share_backbone(model, config.placement, device)
-    return Backbone(model, source, shards, fingerprint(shards))
+    if has_layers and config.placement is Placement.zero3:
+        partition(model, device)
+    return Backbone(model, source, shards, on_rank0(lambda: fingerprint(shards)))
 
 
 def _load_model(
@@ -192,7 +189,6 @@ def _load_model(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    is_spread = config.placement in SPREAD_PLACEMENTS and has_layers
     model_config = whole_config = _set_quantisation(config, read_model_config(folder), device)
     if not has_layers:
         model_config = copy.deepcopy(whole_config)
@@ -203,7 +199,7 @@ def _load_model(
             folder,
             config=model_config,
             dtype=dtype,
-            device_map=config.placement.value if is_spread else None,
+            **_placement_options(config.placement if has_layers else Placement.replicate, device),
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
@@ -219,13 +215,24 @@ def _load_model(
         model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
         for name in LAYER_FIELDS:
             setattr(model.config, name, getattr(whole_config, name))
-    if not is_spread and not (has_layers and config.placement in PARTITIONED_PLACEMENTS):  # one GPU may be too small
-        nn.Module.to(model, device)
     if dtype == torch.float32:  # transformers leaves the bf16 tensors of a quantised release in bf16
         for parameter in model.parameters():
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
     return model
+
+
+def _placement_options(placement: Placement, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that send the weights where they belong while they are read."""
+    if placement in SPREAD_PLACEMENTS:
+        return {"device_map": placement.value}
+    if placement is Placement.zero3:  # whole in CPU memory, since one device may be too small for it
+        return {}
+    if placement is Placement.expert_parallel:
+        from transformers.distributed import DistributedConfig  # its newest form; only this placement needs it
+
+        return {"device_map": {"": device}, "distributed_config": DistributedConfig()}
+    return {"device_map": {"": device}}
 
 
 def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:
