@@ -9,6 +9,8 @@ number, and its positions start at 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -16,6 +18,7 @@ from mtptrain.batch import Batch
 from mtptrain.data.tokens import TokenizedCorpus
 
 Piece = tuple[int, int]  # start and length in the corpus's token array
+TOKENS_PER_FORWARD = 4096  # of a forward that measures
 
 
 def cut_document(start: int, length: int, row_length: int) -> list[Piece]:
@@ -98,3 +101,10 @@ def fill_rows(
                 loss_mask_BS[index, span] = torch.from_numpy(loss_mask[start : start + size])
             begin += size
     return Batch(tokens_BS, segment_BS, position_BS, loss_mask_BS)
+
+
+def split_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> Iterator[Batch]:
+    """Yield batches of rows of pieces, each of at most `TOKENS_PER_FORWARD` tokens, but of one row at least."""
+    size = max(1, TOKENS_PER_FORWARD // row_length)
+    for start in range(0, len(rows), size):
+        yield fill_rows(tokens, rows[start : start + size], row_length)
