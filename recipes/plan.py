@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from mtptrain.config import (
-    SPREAD_PLACEMENTS,
     DataSource,
     EngineName,
+    Placement,
     PlanConfig,
     PlanKind,
     Precision,
@@ -72,7 +72,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
             f"mtp.trainable={config.mtp.trainable}: a plan knows the sizes of parts but no tensor names; set all or "
             "no_experts, whichever is closer"
         )
-    if config.backbone.placement in SPREAD_PLACEMENTS:
+    if config.backbone.placement is Placement.auto:
         raise UserError(
             f"backbone.placement={config.backbone.placement.value}: spreads one process over several GPUs, and a plan "
             "has one process per GPU; set replicate, zero3 or expert_parallel"

@@ -1,4 +1,4 @@
-"""The class of a frozen backbone: transformers' DeepSeek-V4 with this project's modules in place before weights are read.
+"""The class of a frozen backbone: transformers' DeepSeek-V4, with this project's modules before weights are read.
 
 `from_pretrained` builds the model on the meta device, attaches accelerate's hooks or splits the experts, and reads the
 weights last. A class that is replaced afterwards would leave accelerate's hooks on the old forward.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import DeepseekV4Config
 
 from mtptrain.backbone.attention import use_linear_attention
@@ -29,7 +28,9 @@ class DeepseekV4ForCausalLM(transformers.DeepseekV4ForCausalLM):
         use_linear_attention(self)
 
     @classmethod
-    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+    def maybe_distribute_model(
+        cls, model: DeepseekV4ForCausalLM, distributed_config: Any, mesh_manager: Any
+    ) -> transformers.DeepseekV4ForCausalLM:
         """Split the experts over the processes; called on the meta model if `from_pretrained` got a distributed config.
 
         The loader then reads only the experts of this process.

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
-from torch import nn
 from transformers import DeepseekV4Config
 from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
-from mtptrain.backbone.placement import check_experts, partition
-from mtptrain.config import SPREAD_PLACEMENTS, BackboneConfig, Placement, StoredWeights
+from mtptrain.backbone.placement import check_experts, partition, placement_options
+from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
@@ -194,12 +193,14 @@ def _load_model(
         model_config = copy.deepcopy(whole_config)
         for name, value_without_layers in LAYER_FIELDS.items():
             setattr(model_config, name, value_without_layers)
+    placement = config.placement if has_layers else Placement.replicate
+    options = placement_options(placement, device, int(model_config.num_hidden_layers))
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
             config=model_config,
             dtype=dtype,
-            **_placement_options(config.placement if has_layers else Placement.replicate, device),
+            **options,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
@@ -220,19 +221,6 @@ def _load_model(
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
     return model
-
-
-def _placement_options(placement: Placement, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that send the weights where they belong while they are read."""
-    if placement in SPREAD_PLACEMENTS:
-        return {"device_map": placement.value}
-    if placement is Placement.zero3:  # whole in CPU memory, since one device may be too small for it
-        return {}
-    if placement is Placement.expert_parallel:
-        from transformers.distributed import DistributedConfig  # its newest form; only this placement needs it
-
-        return {"device_map": {"": device}, "distributed_config": DistributedConfig()}
-    return {"device_map": {"": device}}
 
 
 def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:

@@ -7,6 +7,7 @@ backbone's forward.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.config import Placement
 from mtptrain.errors import UserError
 from mtptrain.run.distributed import world_size
 
@@ -24,6 +26,37 @@ IS_SHARED = "_is_shared_by_processes"
 def is_shared(model: nn.Module) -> bool:
     """Return whether a forward of this backbone needs every process to take part."""
     return getattr(model, IS_SHARED, False)
+
+
+def placement_options(placement: Placement, device: torch.device, num_layers: int) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that send every weight to its device while it is read.
+
+    Args:
+        placement: of the backbone.
+        device: device of this process.
+        num_layers: decoder layers.
+    """
+    if placement is Placement.zero3:  # whole in CPU memory, since one device may be too small for it
+        return {}
+    if placement is Placement.auto and device.type == "cuda":
+        return {"device_map": spread_layers(num_layers, torch.cuda.device_count())}
+    if placement is Placement.expert_parallel:
+        from transformers.distributed import DistributedConfig  # not in transformers 5.17
+
+        return {"device_map": {"": device}, "distributed_config": DistributedConfig()}
+    return {"device_map": {"": device}}
+
+
+def spread_layers(num_layers: int, num_devices: int) -> dict[str, int]:
+    """Return the GPU of every part of the model: equal blocks of layers, and GPU 0 for all that the draft steps use."""
+    around = ("model.embed_tokens", "model.rotary_emb", "model.hc_head", "model.norm", "lm_head")
+    layers = {f"model.layers.{number}": number * num_devices // num_layers for number in range(num_layers)}
+    return {**dict.fromkeys(around, 0), **layers}
+
+
+def layer_devices(model: DeepseekV4ForCausalLM) -> list[torch.device]:
+    """Return the device of each decoder layer."""
+    return [layer.self_attn.sinks.device for layer in model.model.layers]
 
 
 def check_experts(num_experts: int) -> None:
@@ -48,7 +81,7 @@ def check_experts(num_experts: int) -> None:
         )
 
 
-def split_experts(model: nn.Module) -> nn.Module:
+def split_experts(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
     """Replace the experts of a model on the meta device by this process's share, and return the model.
 
     transformers' plan for the model is applied with its all-to-all exchange, because processes hold different tokens.

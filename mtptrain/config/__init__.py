@@ -6,7 +6,6 @@ This package imports neither torch nor transformers, so that `--help` and `--cfg
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig, ShapeConfig
 from mtptrain.config.choices import (
     PARTITIONED_PLACEMENTS,
-    SPREAD_PLACEMENTS,
     CacheFormat,
     DataSource,
     Device,
@@ -40,7 +39,6 @@ __all__ = [
     "MAX_DRAFT_LENGTH",
     "ONE_DTYPE",
     "PARTITIONED_PLACEMENTS",
-    "SPREAD_PLACEMENTS",
     "TRAINING",
     "BackboneConfig",
     "CacheFormat",

@@ -27,21 +27,17 @@ class Placement(Enum):
     """Placement of the backbone's layers.
 
     `replicate`: all on the device of each process. `zero3`: partitioned over the processes, gathered layer by layer.
-    `expert_parallel`: routed experts partitioned over the processes, tokens sent to them. Within one process,
-    accelerate spreads the layers over the GPUs of this machine and the rest over its CPU: `auto` and `balanced` evenly,
-    `sequential` one GPU after the other.
+    `expert_parallel`: routed experts partitioned over the processes, tokens sent to them. `auto`: within one
+    process, the layers are spread evenly over the GPUs of this machine.
     """
 
     replicate = "replicate"
     zero3 = "zero3"
     expert_parallel = "expert_parallel"
     auto = "auto"
-    balanced = "balanced"
-    sequential = "sequential"
 
 
 PARTITIONED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
-SPREAD_PLACEMENTS = (Placement.auto, Placement.balanced, Placement.sequential)
 
 
 class StoredWeights(Enum):

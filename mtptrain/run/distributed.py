@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
+from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, Placement, Precision, RunConfig
 from mtptrain.errors import UserError
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
@@ -128,7 +128,7 @@ def join(config: RunConfig, is_shared: bool) -> None:
             f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
             f"{processes} processes cannot share it evenly; use a multiple of {processes}"
         )
-    if placement in SPREAD_PLACEMENTS and processes > 1:
+    if placement is Placement.auto and processes > 1:
         raise UserError(
             f"backbone.placement={placement.value}: spreads layers within one process and {processes} were started; "
             "set backbone.placement=replicate, zero3 or expert_parallel"

@@ -15,9 +15,7 @@ LENGTH = 20
 
 
 @pytest.mark.parametrize(("tokens", "logits"), [(20, 97), (60, 500), (4096, 1 << 26)])
-def test_the_heldout_loss_depends_on_neither_bound(
-    tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_heldout_loss_depends_on_neither_bound(tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "TOKENS_PER_FORWARD", tokens)
     monkeypatch.setattr(next_token, "LOGITS_AT_ONCE", logits)
     model = random_backbone()
