@@ -112,16 +112,20 @@ def run_task(config: RunConfig, settings: dict[str, object], job_number: int | N
             recipe.run(session)
         return
     from mtptrain.kernels.dispatch import requested
+    from mtptrain.recipes.lead import lead
     from mtptrain.run.distributed import join, leave, on_rank0
 
     try:
         requested()
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
-    join(config, is_shared=processes == "any")
+    join(config, processes)
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
     with closing(session.folder.lock):
-        recipe.run(session)
+        if processes == "led":
+            lead(session, lambda: recipe.run(session))
+        else:
+            recipe.run(session)
     leave()
 
 

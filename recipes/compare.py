@@ -22,6 +22,8 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import find_checkpoint
 
+PROCESSES = "led"
+
 
 def check(config: RunConfig) -> None:
     """Refuse a comparison of one head, or of more heads than there are letters to name them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, DataSource, RunConfig, require
+from mtptrain.config import DataSource, Placement, RunConfig, require
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
@@ -25,13 +25,15 @@ from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
 from mtptrain.recipes.evaluate import evaluate_heads
+from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
-from mtptrain.run.distributed import leave, on_rank0, rank
+from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
+from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
@@ -91,11 +93,19 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
+def shared_traces(session: Session, count: int) -> list[Trace]:
+    """Return the traces of `gather_traces` on every process."""
+    if session.config.backbone.placement is not Placement.expert_parallel:
+        return gather_traces(session, count).traces
+    led = lead(session, lambda: gather_traces(session, count).traces)
+    return broadcast_object(led) or []
+
+
 def make_probe(session: Session, stack: MtpStack) -> Probe:
     """Return a probe that replays a small, fixed set of traces while the head trains."""
     config = session.config
     count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
-    traces = gather_traces(session, count).traces
+    traces = shared_traces(session, count)
     size = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may hold more
     traces = [traces[number * len(traces) // size] for number in range(size)]
 
@@ -172,15 +182,18 @@ def run(session: Session) -> None:
     """Train a head, then measure it beside the stock head."""
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
-        is_rank0 = rank() == 0
-        leave()  # rank 0 measures alone
-        if is_rank0 and is_measured(session.config):
-            measure(session, stack, trackers)
+        if session.config.backbone.placement is not Placement.expert_parallel:
+            is_rank0 = rank() == 0
+            leave()  # rank 0 measures alone
+            if not is_rank0:
+                return
+        if is_measured(session.config):
+            lead(session, lambda: measure(session, stack, trackers))
 
 
 def is_measured(config: RunConfig) -> bool:
-    """Return whether the trained head is measured at the end; a backbone shared by processes cannot decode."""
-    return config.evaluate_at_end and config.backbone.placement not in PARTITIONED_PLACEMENTS
+    """Return whether the trained head is measured at the end; a backbone partitioned by ZeRO-3 does not decode."""
+    return config.evaluate_at_end and config.backbone.placement is not Placement.zero3
 
 
 def train(session: Session, trackers: Trackers) -> MtpStack:
@@ -195,10 +208,11 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
         f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{note}"
     )
     stack = train_head(session, trackers)
-    if config.backbone.placement in PARTITIONED_PLACEMENTS:
+    if config.evaluate_at_end and not is_measured(config):
         session.folder.print_status(
-            f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
-            f"own: python -m mtptrain +recipe=evaluate checkpoint={session.folder.path}"
+            "backbone.placement=zero3: gathers every layer for every token and does not decode; measure the head in a "
+            "run of its own, with backbone.placement=expert_parallel or in one process: "
+            f"+recipe=evaluate checkpoint={session.folder.path}"
         )
     return stack
 

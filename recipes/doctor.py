@@ -29,6 +29,7 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
+PROCESSES = "led"
 UNHEALTHY = 3  # exit code of a diagnosis that found a fault
 
 

@@ -44,6 +44,7 @@ from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import find_checkpoint
 
+PROCESSES = "led"
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate of a run that samples
 

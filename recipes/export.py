@@ -42,6 +42,8 @@ from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
+PROCESSES = "led"
+
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
     """Return the encoding of the exported head: bf16, or the backbone's."""

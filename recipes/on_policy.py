@@ -11,10 +11,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
+from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, Placement
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.recipes.lead import lead
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prompt_row_conversations
 from mtptrain.run.artifact import begin, find_parts
@@ -142,11 +143,14 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
         if not session.can_decode:
             raise UserError(
                 f"backbone.placement={config.backbone.placement.value}: decodes nothing, and {folder} holds no texts "
-                "yet; make them first in a run with backbone.placement=replicate and the same on_policy.path"
+                "yet; make them first in a run with backbone.placement=expert_parallel and the same on_policy.path"
             )
         run_folder.print_status(f"continuing {len(prompts.conversations)} prompts with the backbone, into {folder}")
         head = None if config.mtp.init in ("fresh", "backbone") else stack
-        write_texts(session, head, prompts, folder, identity)
+        if config.backbone.placement is Placement.expert_parallel:
+            lead(session, lambda: write_texts(session, head, prompts, folder, identity))
+        else:
+            write_texts(session, head, prompts, folder, identity)
     texts = open_texts(folder, identity)
     assert texts is not None
     counts, making = texts.content.counts, texts.content.making

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
+from mtptrain.config import DataConfig, DataSource, Placement, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.run.folder import RunFolder
 
@@ -213,11 +213,13 @@ class Session:
 
     def _load(self, has_layers: bool) -> Backbone:
         from mtptrain.backbone.load import load_backbone
-        from mtptrain.run.distributed import choose_device, choose_dtype
+        from mtptrain.run.distributed import LOAD, choose_device, choose_dtype, joining_others
 
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
-        return load_backbone(self.config.backbone, device, dtype, has_layers, self.source)
+        source = self.source
+        with joining_others(LOAD):
+            return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
     def fingerprint(self) -> str:
@@ -233,9 +235,9 @@ class Session:
 
     @property
     def can_decode(self) -> bool:
-        """Whether this process holds every layer of the backbone during training."""
-        is_shared = self.config.backbone.placement in PARTITIONED_PLACEMENTS
-        return not is_shared and self.config.data.source is not DataSource.streams
+        """Whether the backbone decodes during training."""
+        is_streams = self.config.data.source is DataSource.streams
+        return not is_streams and self.config.backbone.placement is not Placement.zero3
 
     def head(self, setting: str) -> Head:
         """Return the head that a setting names: `stock`, or the path of a checkpoint.

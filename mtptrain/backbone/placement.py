@@ -18,7 +18,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import Placement
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import world_size
+from mtptrain.run.distributed import PASS, announce, world_size
 
 IS_SHARED = "_is_shared_by_processes"
 
@@ -93,8 +93,19 @@ def split_experts(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
     names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
     plan = {name: style for rule, style in model.ep_plan.items() for name in names if fnmatchcase(name, rule)}
     apply_expert_parallelism(model, mesh["expert"], mesh["tensor"], plan, "all_to_all")
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda *_: announce(PASS))
     setattr(model, IS_SHARED, True)
     return model
+
+
+@torch.no_grad()
+def run_experts(model: DeepseekV4ForCausalLM) -> None:
+    """Run this process's experts of every layer, in order, on the tokens that rank 0 sends; none are sent from here."""
+    weight, config = model.lm_head.weight, model.config
+    none_0D = weight.new_empty(0, config.hidden_size)
+    routes_0k = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=weight.device)
+    for layer in model.model.layers:
+        layer.mlp.experts(none_0D, routes_0k, weight.new_empty(routes_0k.shape))
 
 
 def partition(model: DeepseekV4ForCausalLM, device: torch.device) -> None:

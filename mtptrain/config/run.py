@@ -61,6 +61,8 @@ class RunConfig:
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
     threads: int | None = ranged(None, at_least=1)
+    # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
+    distributed_timeout: int = ranged(60, at_least=1)
     checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run

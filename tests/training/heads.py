@@ -123,7 +123,7 @@ def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> d
 
 def main(folder: Path) -> None:
     """Train with every engine: uninterrupted, resumed, continued from one process, and with a bad gradient."""
-    join(RunConfig(task="distill", train=CONFIG), is_shared=True)
+    join(RunConfig(task="distill", train=CONFIG), processes="any")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for engine in EngineName:
