@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, Placement, Precision, RunConfig
@@ -43,6 +44,7 @@ class _Group:
 
 
 _joined: list[_Group] = []  # holds one group between `join` and `leave`, otherwise none
+_meetings = count()  # jobs of a sweep that were joined in this process
 _led: list[_Group] = []  # holds that group while rank 0 acts alone
 LOAD, PASS, END = 0, 1, 2  # rank 0's orders to the processes that follow it; an exit code is added to END
 
@@ -138,6 +140,7 @@ def join(config: RunConfig, processes: str) -> None:
     device = choose_device(config.device)
     try:
         store, number, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore(f"mtptrain/{next(_meetings)}", store)  # without the addresses of an earlier job's group
         backend = "nccl" if device.type == "cuda" else "gloo"
         patience = timedelta(minutes=config.distributed_timeout)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
