@@ -140,7 +140,9 @@ def join(config: RunConfig, processes: str) -> None:
     device = choose_device(config.device)
     try:
         store, number, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        store = dist.PrefixStore(f"mtptrain/{next(_meetings)}", store)  # without the addresses of an earlier job's group
+        store = dist.PrefixStore(
+            f"mtptrain/{next(_meetings)}", store
+        )  # without the addresses of an earlier job's group
         backend = "nccl" if device.type == "cuda" else "gloo"
         patience = timedelta(minutes=config.distributed_timeout)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,13 @@ from unittest.mock import patch
 
 import torch
 
+from mtptrain.recipes import evaluate
 from tests.command import run_main
 
 Job = tuple[str, list[str]]  # its name and the arguments of the command
 
 
-def jobs(folder: Path, backbone: Path, corpus: Path, placement: str) -> list[Job]:
+def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False) -> list[Job]:
     """Return the commands for one backbone under one placement, in an order in which each finds what it needs.
 
     Args:
@@ -29,6 +29,7 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str) -> list[Job
         backbone: the backbone's folder.
         corpus: a .jsonl file of documents.
         placement: value of `backbone.placement`.
+        at_end: whether the online training measures its head.
     """
     common = [
         f"backbone.path={backbone}",
@@ -49,10 +50,17 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str) -> list[Job
     texts = ["on_policy.num_prompts=2", "on_policy.prompt_tokens=8", "on_policy.max_new_tokens=6"]
     head = f"{folder}/distill-online"
     commands = {
-        "distill-online": ["+recipe=distill", *text, *training],
+        "distill-online": ["+recipe=distill", *text, *training, f"evaluate_at_end={at_end}"],
         "collect": ["+recipe=collect", *text],
         "distill-streams": ["+recipe=distill", "data=streams", f"data.path={folder}/collect", *training, *short],
-        "distill-on_policy": ["+recipe=distill_on_policy", *text[1:], *training, *texts, f"on_policy.path={folder}/t", *short],
+        "distill-on_policy": [
+            "+recipe=distill_on_policy",
+            *text[1:],
+            *training,
+            *texts,
+            f"on_policy.path={folder}/t",
+            *short,
+        ],
         "pretrain": ["+recipe=pretrain", *text, *training, *short],
         "evaluate": ["+recipe=evaluate", *text, f"checkpoint={head}"],
         "doctor": ["+recipe=doctor", *text, f"checkpoint={head}"],
@@ -80,18 +88,17 @@ def output_in(path: Path) -> Iterator[None]:
                 os.close(number)
 
 
+@patch.object(evaluate, "STEP_REPETITIONS", 1)  # times are not read here
 def run(folder: Path, commands: list[Job]) -> None:
-    """Run commands one after the other; write NAME.code and NAME.txt, of rank 0, into `folder`."""
+    """Run commands one after the other; write NAME.code and NAME.RANK.txt into `folder`."""
     number = os.environ.get("RANK", "0")
     for name, arguments in commands:
-        begun = time.monotonic()
         with output_in(folder / f"{name}.{number}.txt"):
             code = run_main(*arguments)
             if torch.distributed.is_initialized():  # a refused command leaves the group to the end of its process
                 torch.distributed.destroy_process_group()
         if number == "0":
             (folder / f"{name}.code").write_text(str(code), encoding="utf-8")
-            (folder / f"{name}.seconds").write_text(f"{time.monotonic() - begun:.1f}", encoding="utf-8")
 
 
 def main(path: Path) -> None:
