@@ -28,9 +28,7 @@ class DeepseekV4ForCausalLM(transformers.DeepseekV4ForCausalLM):
         use_linear_attention(self)
 
     @classmethod
-    def maybe_distribute_model(
-        cls, model: DeepseekV4ForCausalLM, distributed_config: Any, mesh_manager: Any
-    ) -> transformers.DeepseekV4ForCausalLM:
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """Split the experts over the processes; called on the meta model if `from_pretrained` got a distributed config.
 
         The loader then reads only the experts of this process.
