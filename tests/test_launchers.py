@@ -184,7 +184,11 @@ MISTAKES: list[tuple[dict[str, str], list[str], str]] = [
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=auto"], r"backbone.placement=auto: spreads layers within"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=zero4"], r".*backbone.placement=zero4; .*expert_parallel"),
     ({"RANK": "0", "WORLD_SIZE": "two"}, [], r"WORLD_SIZE=two: must be a number; start every process through"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, ["+recipe=compare"], r"backbone.placement=replicate: .recipe=compare decodes texts, in one process .*2 were started"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        ["+recipe=compare"],
+        r"backbone.placement=replicate: .recipe=compare decodes texts, in one process .*2 were started",
+    ),
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.errors import UserError
-from mtptrain.run.storage import atomic_file
+from mtptrain.run.storage import atomic_file, user_cache
 
 BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
 BATCH_CHARACTERS = 4_000_000
@@ -46,10 +45,7 @@ class TokenizedCorpus:
 
 def cache_folder(configured: str | None) -> Path:
     """Return the folder of tokenised corpora: `configured`, else mtptrain in the user's cache."""
-    if configured:
-        return Path(configured)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "mtptrain"
+    return Path(configured) if configured else user_cache()
 
 
 def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:

@@ -57,6 +57,12 @@ def honour_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def user_cache() -> Path:
+    """Return the folder of files that later runs reuse, in the user's cache; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "mtptrain"
+
+
 def temporary_path(path: Path) -> Path:
     """Return an unused, hidden path beside `path` for incomplete content."""
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")

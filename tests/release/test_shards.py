@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtptrain.errors import UserError
+from mtptrain.release import fingerprint as fingerprint_module
 from mtptrain.release.config import check_config, is_release, stored_scheme
 from mtptrain.release.fingerprint import fingerprint, tensor_hash
 from mtptrain.release.shards import INDEX, Shards
@@ -99,6 +100,47 @@ def test_the_fingerprint_depends_on_everything_else(changed: str, release_folder
             tensors["layers.0.attn.wq_c.weight"] = tensors.pop("layers.0.attn.wq_a.weight")
         save_file(tensors, path)
     assert fingerprint(Shards(folder, "here")) != fingerprint(Shards(release_folder, "here"))
+
+
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of remembered hashes, in which files of any size are remembered at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint_module, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(fingerprint_module, "SETTLED_SECONDS", -1)
+    return tmp_path / "cache" / "mtptrain" / "hashes"
+
+
+def test_hashes_of_unchanged_files_are_not_computed_again(
+    remembering: Path, release_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fingerprint(Shards(release_folder, "here"))
+    assert len(list(remembering.glob("*.json"))) == len(Shards(release_folder, "here").files())
+    monkeypatch.setattr(fingerprint_module, "tensor_hash", None)
+    assert fingerprint(Shards(release_folder, "here")) == expected
+
+
+def test_a_changed_file_or_a_damaged_memory_is_hashed_again(
+    remembering: Path, release_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(release_folder, tmp_path / "R")
+    expected = fingerprint(Shards(folder, "here"))
+    for path in remembering.glob("*.json"):
+        path.write_text("{", encoding="utf-8")
+    assert fingerprint(Shards(folder, "here")) == expected
+    path = folder / "model-00002-of-00007.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert fingerprint(Shards(folder, "here")) != expected
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(
+    remembering: Path, release_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint_module, "SETTLED_SECONDS", 3600)
+    fingerprint(Shards(shutil.copytree(release_folder, tmp_path / "R", copy_function=shutil.copyfile), "here"))
+    assert not remembering.exists()
 
 
 def test_a_tensor_hash_reads_the_bytes_of_that_tensor_only(release_folder: Path, tmp_path: Path) -> None:
