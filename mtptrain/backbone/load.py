@@ -15,6 +15,7 @@ from transformers import DeepseekV4Config
 from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
+from mtptrain.backbone.memory import check_room, weight_bytes
 from mtptrain.backbone.placement import check_experts, partition, placement_options
 from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
@@ -173,8 +174,11 @@ def load_backbone(
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
     check_scales(shards)
-    if has_layers and config.placement is Placement.expert_parallel:
-        check_experts(source.config.n_routed_experts)
+    if has_layers:
+        if config.placement is Placement.expert_parallel:
+            check_experts(source.config.n_routed_experts)
+        decoded = None if _keeps_quantised(config, device) else dtype
+        check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
     if has_layers and config.placement is Placement.zero3:
@@ -247,6 +251,9 @@ def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, de
         return model_config
     if config.weights is StoredWeights.keep and device.type == "cpu":
         raise UserError("backbone.weights=keep: transformers computes on FP8 and FP4 on a GPU only; use dequantize")
-    is_kept = config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
-    model_config.quantization_config = {**quantization, "dequantize": not is_kept}
+    model_config.quantization_config = {**quantization, "dequantize": not _keeps_quantised(config, device)}
     return model_config
+
+
+def _keeps_quantised(config: BackboneConfig, device: torch.device) -> bool:
+    return config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
