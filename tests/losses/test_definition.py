@@ -203,9 +203,7 @@ def test_every_combination_of_loss_settings_equals_the_definition(divergence: Lo
 
 @pytest.mark.parametrize("divergence", LossName)
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_and_loss_equals_the_definition_with_the_backbone_on_packed_rows(
-    head: str, divergence: LossName
-) -> None:
+def test_every_head_and_loss_equals_the_definition(head: str, divergence: LossName) -> None:
     of, settings = world(head, False), Settings(divergence.value, **ODD)
     assert_equal(train(of, settings, False), of, settings)
 
