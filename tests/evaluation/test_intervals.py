@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mtptrain.evaluation.metrics import difference, interval, paired_gain
+from mtptrain.evaluation.metrics import difference, interval, paired_gain, summarize
 from mtptrain.replay.replay import Counts
 
 
@@ -23,3 +23,10 @@ def test_a_gain_is_the_other_heads_lead_and_paired() -> None:
     gain = paired_gain(base, other, list(range(20)))
     assert gain.gain == pytest.approx(0.5)
     assert gain.interval == pytest.approx((0.5, 0.5))
+
+
+def test_a_summary_is_the_ratio_of_sums_not_the_mean_over_prompts() -> None:
+    nothing = np.ones(1)
+    short, long = Counts(1, 4, nothing, nothing, nothing), Counts(9, 9, nothing, nothing, nothing)
+    summary = summarize([short, long], [0, 1])
+    assert (summary.acceptance_length, summary.passes, summary.emitted) == (13 / 10, 10, 13)
