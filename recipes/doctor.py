@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.certificate.controls import all_accept_control, shifted_target_control
+from mtptrain.certificate.controls import all_accept_control
+from mtptrain.certificate.shifted_target import shifted_target_control
 from mtptrain.config import RunConfig
 from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
@@ -31,6 +32,7 @@ from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
 PROCESSES = "led"
 UNHEALTHY = 3  # exit code of a diagnosis that found a fault
+HEAD = "head"  # name of the head under test
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
     traces = prepare_traces(session).traces
     model, draft_length = session.backbone.model, session.config.decoding.draft_length
     return measure_wirings(model, stack, traces, draft_length), DoctorControls(
-        shifted_target=shifted_target_control(model, stack, traces),
+        shifted_target=shifted_target_control(model, {HEAD: stack}, traces, draft_length)[HEAD],
         all_accept=all_accept_control(model, traces[0].prompt.tokens, draft_length),
     )
 
