@@ -13,6 +13,16 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
 from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.config.reads import (
+    ALWAYS,
+    Settings,
+    of_backbone,
+    of_loss,
+    of_traces,
+    of_training,
+    of_training_text,
+    settings,
+)
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.text import heldout_documents, training_documents
@@ -94,6 +104,15 @@ def train_stock_head(session: Session, folder: Path) -> None:
     run_folder.print_status(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
     write_text(folder / "MODEL_CARD.md", backbone_card(run_folder, backbone, (nats, bits), figures))
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that training a backbone and its stock head read."""
+    used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
+    used |= settings("backbone.shape", "stock_head", "evaluation.every", "evaluation.heldout_sequences")
+    if config.evaluation.every > 0:  # while the stock head trains
+        used |= of_traces(config)
+    return used - {"backbone.path", "backbone.revision", "backbone.weights", "train.recompute"}
 
 
 def check(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
 from mtptrain.config import RunConfig, require
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_training_text, settings
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import bytes_a_token
@@ -35,6 +36,11 @@ from mtptrain.run.progress import Progress
 
 PROCESSES = "any"
 TEXT_BYTES = 5  # int32 token id and one byte of loss mask
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a collection reads."""
+    return ALWAYS | of_backbone(config) | of_training_text(config) | settings("collect")
 
 
 def check(config: RunConfig) -> None:

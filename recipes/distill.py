@@ -11,6 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from mtptrain.config import DataSource, Placement, RunConfig, require
+from mtptrain.config.reads import (
+    ALWAYS,
+    Settings,
+    of_backbone,
+    of_heldout_text,
+    of_loss,
+    of_traces,
+    of_training,
+    of_training_text,
+    settings,
+)
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
@@ -40,6 +51,14 @@ from mtptrain.training.trainer import Probe, Trainer
 
 PROCESSES = "any"
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that training a head and measuring it read."""
+    used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
+    used |= of_traces(config) | of_heldout_text(config) | settings("mtp", "evaluation", "evaluate_at_end")
+    is_probed = config.data.source is not DataSource.streams and config.backbone.placement not in PARTITIONED_PLACEMENTS
+    return used if is_probed else used - {"evaluation.every"}
 
 
 def check(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.certificate.controls import all_accept_control
 from mtptrain.certificate.shifted_target import shifted_target_control
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces
 from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
 from mtptrain.doctor.summary import print_diagnosis
@@ -83,6 +84,12 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
         shifted_target=shifted_target_control(model, {HEAD: stack}, traces, draft_length)[HEAD],
         all_accept=all_accept_control(model, traces[0].prompt.tokens, draft_length),
     )
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a diagnosis reads; its drafts have one length and are greedy."""
+    used = ALWAYS | of_backbone(config) | of_traces(config) | {"checkpoint"}
+    return used - {"decoding.min_confidence"}
 
 
 def check(config: RunConfig) -> None:

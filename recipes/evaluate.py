@@ -13,6 +13,7 @@ from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
@@ -168,6 +169,13 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     print_summary(evaluation, Console())
     session.folder.print_status(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
     return evaluation
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that an evaluation reads."""
+    used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
+    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking")
+    return used - {"evaluation.every", "tracking.checkpoints", "tracking.metrics_file"}
 
 
 def check(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import mtptrain
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
@@ -171,6 +172,12 @@ def summary(export: Export, folder: Path) -> list[str]:
         f"acceptance length before and after, {export.acceptance['prompts']} prompts: {', '.join(pairs)}",
         *(f"warning: {line}" for line in export.warnings),
     ]
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that an export reads."""
+    used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
+    return used - {"export.shards"} if config.export.form is ExportForm.draft else used
 
 
 def check(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from mtptrain.config import (
     RunConfig,
     WeightFormat,
 )
+from mtptrain.config.reads import ALWAYS, Settings, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.planning.decoding import plan_decoding
@@ -31,7 +32,36 @@ from mtptrain.recipes.session import Session
 from mtptrain.run.provenance import Provenance
 
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
+# The settings of `training_load`.
+TRAINING_LOAD = (
+    "engine",
+    "offload",
+    "precision",
+    "backbone.placement",
+    "data.source",
+    "data.sequence_length",
+    "mtp.depth",
+    "mtp.steps",
+    "mtp.trainable",
+    "train.accumulation",
+    "train.batch_size",
+    "train.optimizer",
+    "train.recompute",
+    "train.steps",
+)
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a plan reads: of training, also those of the training."""
+    used = ALWAYS | settings("model", "hardware", "plan")
+    used -= settings("model.path", "model.revision", "model.placement", "model.weights")
+    used -= settings("model.shape.max_positions", "model.shape.num_hash_layers", "model.shape.sinkhorn_iterations")
+    plan = config.plan
+    if plan is not None and plan.what is PlanKind.training:
+        used -= {"plan.acceptance", "plan.evaluation", "plan.head", "model.shape.rope_head_dim"}
+        return used | settings(*TRAINING_LOAD)
+    return used - {"plan.head" if plan is None or plan.evaluation is None else "plan.acceptance"}
 
 
 def read_profile(plan: PlanConfig) -> Profile:

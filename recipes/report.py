@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.report.page import REPORT_FILE, write_report
 from mtptrain.evaluation.report.tables import print_summary
@@ -18,6 +19,11 @@ from mtptrain.recipes.session import Session
 from mtptrain.run.storage import disk_full_reason
 
 PROCESSES = "none"
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a report reads."""
+    return ALWAYS | {"path"}
 
 
 def check(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtptrain.config import DataConfig, DataSource, Placement, RunConfig, require
 from mtptrain.errors import UserError
+from mtptrain.recipes import find_recipe
 from mtptrain.run.folder import RunFolder
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
@@ -76,16 +77,15 @@ class Session:
 
     def _check_window(self, source: BackboneSource) -> None:
         window = source.config.sliding_window
+        config, read = self.config, find_recipe(self.config.task).reads(self.config)
         lengths = {
-            "mtp.steps": self.config.mtp.num_steps,
-            "decoding.draft_length": self.config.decoding.draft_length,
-            "on_policy.draft_length": self.config.on_policy.draft_length,
+            "mtp.steps": config.mtp.num_steps,
+            "decoding.draft_length": config.decoding.draft_length,
+            "on_policy.draft_length": config.on_policy.draft_length,
         }
-        name, longest = max(lengths.items(), key=lambda item: item[1])
-        if longest >= window:
-            raise UserError(
-                f"{name}={longest}: a draft must be shorter than the backbone's sliding window of {window} tokens"
-            )
+        for name in lengths.keys() & read:
+            rule = f"a draft must be shorter than the backbone's sliding window of {window} tokens"
+            require(lengths[name] < window, name, lengths[name], rule)
 
     @cached_property
     def chat(self) -> ChatTemplate | None:

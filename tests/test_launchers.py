@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mtptrain.run.folder_lock import LOCK
 from mtptrain.training.checkpoint import checkpoint_folders
-from tests.command import ROOT, read_metrics, run_main
+from tests.command import ROOT, fitting, read_metrics, run_main
 
 SCRIPTS = ROOT / "scripts"
 SHELL_SCRIPTS = sorted(path.relative_to(ROOT) for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -39,7 +39,7 @@ def test_measuring_without_a_gpu_ends_with_one_line(tmp_path: Path) -> None:
 
 def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [SCRIPTS / launcher, *arguments],
+        [SCRIPTS / launcher, *fitting(arguments)],
         env={**os.environ, "PYTHON": sys.executable, "MKL_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

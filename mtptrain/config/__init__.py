@@ -29,7 +29,7 @@ from mtptrain.config.choices import (
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
-from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
+from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, did_you_mean, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 from mtptrain.kernels.choices import Verification
@@ -78,6 +78,7 @@ __all__ = [
     "TrainConfig",
     "Verification",
     "WeightFormat",
+    "did_you_mean",
     "register",
     "require",
 ]

@@ -95,12 +95,6 @@ class RunConfig:
             length,
             f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
         )
-        require(
-            self.task == "report" or self.path is None,
-            "path",
-            self.path,
-            "belongs to +recipe=report; data.path and backbone.path name a text and a backbone",
-        )
         if self.task != "plan":  # a plan reads no data
             self.data.require_path()
         self._check_engine()
@@ -125,9 +119,8 @@ class RunConfig:
         )
 
     def _check_streams(self) -> None:
-        """Check the rules of collecting streams and of training from them."""
+        """Check the rule of training from cached streams."""
         from_streams = self.data.source is DataSource.streams
-        require(self.task == "collect" or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
         require(
             not from_streams or self.mtp.init != "backbone",
             "mtp.init",
