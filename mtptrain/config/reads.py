@@ -53,7 +53,9 @@ def of_backbone(config: RunConfig) -> Settings:
     """Return the settings of a loaded backbone, of the run's device and of its seed."""
     path = config.backbone.path
     is_on_hub = path is not None and not Path(path).exists()
-    used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout") - settings("backbone.shape")
+    used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout") - settings(
+        "backbone.shape"
+    )
     return used if is_on_hub else used - {"backbone.revision"}
 
 

@@ -1,15 +1,13 @@
 """The settings that a recipe declares are those that its code reads; another one that a user gives is refused."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mtptrain.config.reads import ALWAYS, SAMPLING, all_settings
+from mtptrain.config.reads import ALWAYS, SAMPLING
 from mtptrain.recipes import find_recipe
-from tests.command import ROOT, Light, Refused, read_metrics, run_main
+from tests.command import Light, run_main
 from tests.conftest import corpus_texts
 from tests.reads import recorded_reads
 from tests.recipes.test_recipes import SHAPE
@@ -41,8 +39,14 @@ PROGRAMS = {
     "plan of training": "+recipe=plan plan.what=training",
     "report": "+recipe=report path={head}",
 }
-# Read only in a state that no small run reaches: on the hub, after many bad steps, in a tracker, or without a path.
-RARELY_READ = {"backbone.revision", "train.max_bad_steps", "stock_head.max_bad_steps", "backbone.name"}
+# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker, or without a path.
+RARELY_READ = {
+    "backbone.revision",
+    "distributed_timeout",
+    "train.max_bad_steps",
+    "stock_head.max_bad_steps",
+    "backbone.name",
+}
 RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
 READ_WITHOUT_EFFECT = {
