@@ -6,7 +6,6 @@ python -m mtptrain +recipe=collect output_dir=streams
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -75,8 +74,6 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
 def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
     """Return the identity of this run's cache."""
     config, backbone, chat = session.config, session.backbone, session.chat
-    text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
-    text.update(corpus.loss_mask.tobytes() if corpus.loss_mask is not None else b"")
     return StreamIdentity(
         backbone=backbone.fingerprint,
         stream=STREAM,
@@ -87,7 +84,7 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
         dtype=session.dtype_name,
         tokenizer=hash_tokenizer(backbone.tokenizer),
         chat_template=chat.sha256 if chat is not None and corpus.loss_mask is not None else None,
-        text=text.hexdigest(),
+        text=corpus.digest(),
         sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
         data=TextOrigin.of(config.data),

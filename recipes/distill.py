@@ -27,12 +27,13 @@ from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, init
 from mtptrain.recipes.evaluate import evaluate_heads
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
+from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
-from mtptrain.run.distributed import leave, on_rank0, rank
+from mtptrain.run.distributed import leave, rank
 from mtptrain.run.tracking import Trackers
-from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
+from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
 
@@ -115,33 +116,29 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     """Return the trainer of a head, restored from the newest checkpoint if the run is resumed."""
     config, backbone = session.config, session.training_backbone
     scheme = stored_scheme(backbone.shards) if config.mtp.quant_aware else None
+    batches = training_batches(session, stack)
+    data = batches.corpus.digest() if isinstance(batches, PackedBatches) else data_digest(session)
     identity = HeadIdentity(
         task=config.task,
         backbone=backbone.fingerprint,
         mode=config.mtp.mode,
         depth=config.mtp.depth,
         steps=config.mtp.num_steps,
-        trainable=config.mtp.trainable,
-        optimizer=config.train.optimizer,
         start=start,
         quant_aware=scheme,
+        data=data,
+        settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
-    batches = training_batches(session, stack)
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
     trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
-    checkpoint = (
-        on_rank0(lambda: newest_checkpoint(folder, session.folder.print_status)) if config.resume == "auto" else None
-    )
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        session.folder.print_status(f"continuing from step {trainer.step}")
+    resume(session, trainer)
     return trainer
 
 
@@ -186,6 +183,7 @@ def is_measured(config: RunConfig) -> bool:
 def train(session: Session, trackers: Trackers) -> MtpStack:
     """Check the prompts, print the backbone's size, and train."""
     config = session.config
+    check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
         check_prompts(session)
     model = session.training_backbone.model

@@ -286,6 +286,7 @@ def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(
 ) -> None:
     arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
     assert run_main(*arguments, "train.steps=1") == 0
+    arguments.append("resume_allow=[train.steps]")
     first = tmp_path / "checkpoints" / "step_00000001"
     before = tree(first)
     with largest_file((first / file).stat().st_size - 1):

@@ -43,6 +43,12 @@ class TokenizedCorpus:
         """Return the token ids of a document, int32."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def digest(self) -> str:
+        """Return the SHA-256 of token ids, boundaries and loss mask in hexadecimal."""
+        content = hashlib.sha256(self.tokens.tobytes() + self.offsets.tobytes())
+        content.update(self.loss_mask.tobytes() if self.loss_mask is not None else b"")
+        return content.hexdigest()
+
 
 def cache_folder(configured: str | None) -> Path:
     """Return the folder of tokenised corpora: `configured`, else mtptrain in the user's cache."""
@@ -75,7 +81,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
     if path.is_file():
         try:
             return _read_cache(path)
-        except (ValueError, KeyError, BadZipFile):
+        except (ValueError, KeyError, EOFError, BadZipFile):  # EOFError: an empty file
             path.unlink()  # damaged, so it is written anew below
     corpus = join_documents(list(encoder.encode(documents)))
     arrays: dict[str, Any] = {
