@@ -101,14 +101,16 @@ def find_recipe(task: str) -> Any:
 def run_task(config: RunConfig, settings: dict[str, object], job_number: int | None) -> None:
     """Open the run's folder and run the recipe's program."""
     from mtptrain.recipes.session import Session
-    from mtptrain.run.folder import open_run_folder
+    from mtptrain.run.folder import FolderUse, open_run_folder
 
     recipe = find_recipe(config.task)
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
+    use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
-        session = Session(config, open_run_folder(config, settings, job_number))
+        session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
+            session.folder.claim()
             recipe.run(session)
         return
     from mtptrain.kernels.dispatch import requested
@@ -119,8 +121,9 @@ def run_task(config: RunConfig, settings: dict[str, object], job_number: int | N
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
     join(config, is_shared=processes == "any")
-    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
+        on_rank0(session.folder.claim)
         recipe.run(session)
     leave()
 

@@ -29,9 +29,10 @@ from mtptrain.hidden_cache.writer import (
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
-from mtptrain.run.folder import RunFolder
+from mtptrain.run.folder import FolderUse, RunFolder
 from mtptrain.run.progress import Progress
 
+FOLDER = FolderUse.own
 PROCESSES = "any"
 TEXT_BYTES = 5  # int32 token id and one byte of loss mask
 
@@ -100,7 +101,6 @@ def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
     folder = run_folder.path
     if is_begun(folder) and run_folder.config.resume != "auto":
         raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
-    run_folder.take()
     begin(STREAM_CACHE, "output_dir", folder, identity, making=None)
 
 
@@ -137,6 +137,8 @@ def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> Non
 def run(session: Session) -> None:
     """Plan the shards, check the disk, write the shards and then the manifest."""
     config, run_folder = session.config, session.folder
+    if not config.collect.plan_only:
+        on_rank0(run_folder.take)
     corpus = on_rank0(lambda: session.training_corpus)
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:

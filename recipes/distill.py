@@ -18,6 +18,7 @@ from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
+from mtptrain.evaluation.result import EVALUATION_FILE
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
@@ -33,7 +34,7 @@ from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import leave, rank
 from mtptrain.run.tracking import Trackers
-from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint
+from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
 
@@ -171,8 +172,22 @@ def run(session: Session) -> None:
         stack = train(session, trackers)
         is_rank0 = rank() == 0
         leave()  # rank 0 measures alone
-        if is_rank0 and is_measured(session.config):
+        if is_rank0 and is_measured(session.config) and not has_result(session):
             measure(session, stack, trackers)
+
+
+def has_result(session: Session) -> bool:
+    """Return whether evaluation.json is younger than the last checkpoint and may stay; say what happens to it."""
+    evaluation, folder = session.folder.path / EVALUATION_FILE, session.folder
+    if not evaluation.exists():
+        return False
+    last = checkpoint_folders(folder.path / "checkpoints")[-1]
+    is_current = evaluation.stat().st_mtime >= (last / MANIFEST).stat().st_mtime
+    if is_current and not session.config.overwrite:
+        folder.print_status(f"{evaluation} measures this head already; overwrite=true measures it again")
+        return True
+    folder.print_status(f"{evaluation} is replaced" + ("" if is_current else ": it measures an earlier checkpoint"))
+    return False
 
 
 def is_measured(config: RunConfig) -> bool:

@@ -25,10 +25,12 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
+FOLDER = FolderUse.result
 UNHEALTHY = 3  # exit code of a diagnosis that found a fault
 
 

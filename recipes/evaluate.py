@@ -40,10 +40,12 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import find_checkpoint
 
+FOLDER = FolderUse.result
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate of a run that samples
 

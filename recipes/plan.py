@@ -28,8 +28,10 @@ from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.provenance import Provenance
 
+FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
 

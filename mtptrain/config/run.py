@@ -55,7 +55,7 @@ class RunConfig:
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
     resume: str = one_of("never", "never", "auto")  # auto: continue from the newest whole checkpoint in output_dir
     resume_allow: list[str] = field(default_factory=list)  # settings or sections that may differ from the resumed run
-    overwrite: bool = False  # evaluate, compare, doctor, plan, report: replace the result in output_dir
+    overwrite: bool = False  # replace a result in output_dir, such as evaluation.json, doctor.json or report.html
     seed: int = ranged(0, at_least=0)
     device: Device = Device.auto
     precision: Precision = Precision.auto

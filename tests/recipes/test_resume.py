@@ -111,9 +111,11 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("distill", ["resume=auto", "data.sequence_length=31"], "data.sequence_length 32 -> 31; set them back, choose"),
         ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
-        ("evaluate", ["checkpoint=stock"], "already holds a run"),
+        ("collect", ["resume=auto"], "holds other files than a stream cache; choose"),
+        ("export", ["target=hf", "checkpoint=RUN"], "is not empty; choose another folder, nothing is overwritten"),
+        ("evaluate", ["checkpoint=stock", "overwrite=true"], "already holds a training run; choose another folder"),
     ],
-    ids=["task", "mode", "backbone", "several", "rows", "no_resume", "evaluate"],
+    ids=["task", "mode", "backbone", "several", "rows", "no_resume", "collect", "export", "evaluate"],
 )
 def test_another_run_leaves_the_folder_as_it_is(
     recipe: str,
@@ -129,7 +131,7 @@ def test_another_run_leaves_the_folder_as_it_is(
     before = tree(finished)
     emptier = tmp_path / "emptier.jsonl"
     emptier.write_text("".join(corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)[:30]))
-    places = {"OTHER": other_backbone, "EMPTIER": emptier, "WHOLE": corpus_file}
+    places = {"OTHER": other_backbone, "EMPTIER": emptier, "WHOLE": corpus_file, "RUN": finished}
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]
         reason = reason.replace(place, str(path))
@@ -138,7 +140,7 @@ def test_another_run_leaves_the_folder_as_it_is(
     assert message.startswith("mtptrain: ")
     assert reason in message
     assert str(finished) in message
-    assert "choose another" in message
+    assert re.search("choose (another|an empty)", message)
     assert tree(finished) == before
 
 
