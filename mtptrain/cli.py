@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,9 +24,13 @@ from mtptrain.errors import Preempted, UserError
 from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
 
+if TYPE_CHECKING:
+    from mtptrain.recipes.session import Session
+
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
-USER_MISTAKE, PREEMPTED = 2, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
+# Exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later; 130 is that of a shell after SIGINT.
+USER_MISTAKE, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 def stop(message: str) -> NoReturn:
@@ -111,7 +115,7 @@ def run_task(config: RunConfig, settings: dict[str, object], job_number: int | N
         session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
             session.folder.claim()
-            recipe.run(session)
+            run_recipe(recipe, session)
         return
     from mtptrain.kernels.dispatch import requested
     from mtptrain.run.distributed import join, leave, on_rank0
@@ -124,8 +128,26 @@ def run_task(config: RunConfig, settings: dict[str, object], job_number: int | N
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
         on_rank0(session.folder.claim)
-        recipe.run(session)
+        run_recipe(recipe, session)
     leave()
+
+
+def run_recipe(recipe: Any, session: Session) -> None:
+    """Run a recipe's program; after a signal, say what is on disk and how to go on.
+
+    Raises:
+        Preempted: a signal ended the run.
+    """
+    from mtptrain.run.preemption import Terminated, terminable
+
+    try:
+        with terminable():
+            recipe.run(session)
+    except Preempted as ending:
+        way_on = f"continue with resume=auto output_dir={session.folder.path}"
+        raise Preempted(f"{ending}; {way_on}", ending.is_by_user) from None
+    except KeyboardInterrupt as ending:
+        raise Preempted(session.folder.describe_rest(), not isinstance(ending, Terminated)) from None
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -142,11 +164,11 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
-        raise SystemExit(PREEMPTED) from None
-    except KeyboardInterrupt:
-        print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
-        raise SystemExit(130) from None
+            print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
+    except KeyboardInterrupt:  # before there is a folder
+        print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         reason = disk_full_reason(error)
         if reason is None:

@@ -18,14 +18,14 @@ from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
-from mtptrain.evaluation.result import EVALUATION_FILE
+from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
-from mtptrain.recipes.evaluate import evaluate_heads
+from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
@@ -167,27 +167,32 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
 
 
 def run(session: Session) -> None:
-    """Train a head, then measure it beside the stock head."""
+    """Train a head, then measure it beside the stock head; the exit code is 3 if the certificate failed."""
+    evaluation = None
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
         is_rank0 = rank() == 0
         leave()  # rank 0 measures alone
-        if is_rank0 and is_measured(session.config) and not has_result(session):
-            measure(session, stack, trackers)
+        if is_rank0 and is_measured(session.config):
+            evaluation = kept_evaluation(session) or measure(session, stack, trackers)
+    if evaluation is not None:
+        require_certificate(evaluation)
 
 
-def has_result(session: Session) -> bool:
-    """Return whether evaluation.json is younger than the last checkpoint and may stay; say what happens to it."""
-    evaluation, folder = session.folder.path / EVALUATION_FILE, session.folder
-    if not evaluation.exists():
-        return False
-    last = checkpoint_folders(folder.path / "checkpoints")[-1]
-    is_current = evaluation.stat().st_mtime >= (last / MANIFEST).stat().st_mtime
-    if is_current and not session.config.overwrite:
-        folder.print_status(f"{evaluation} measures this head already; overwrite=true measures it again")
-        return True
-    folder.print_status(f"{evaluation} is replaced" + ("" if is_current else ": it measures an earlier checkpoint"))
-    return False
+def kept_evaluation(session: Session) -> Evaluation | None:
+    """Return the evaluation of an earlier start if it measures the last checkpoint; None if there has to be one."""
+    path, print_status = session.folder.path / EVALUATION_FILE, session.folder.print_status
+    if not path.exists():
+        return None
+    last = checkpoint_folders(session.folder.path / "checkpoints")[-1]
+    if path.stat().st_mtime < (last / MANIFEST).stat().st_mtime:
+        print_status(f"{path} measures an earlier checkpoint and is replaced")
+    elif session.config.overwrite:
+        print_status(f"{path} is replaced")
+    else:
+        print_status(f"{path} measures this head already; overwrite=true measures it again")
+        return read_evaluation(path, "output_dir")
+    return None
 
 
 def is_measured(config: RunConfig) -> bool:
@@ -216,10 +221,12 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
     return stack
 
 
-def measure(session: Session, stack: MtpStack, trackers: Trackers) -> None:
+def measure(session: Session, stack: MtpStack, trackers: Trackers) -> Evaluation:
     """Measure the trained head beside the stock head."""
     checkpoints = str(session.folder.path / "checkpoints")
     heads = [Head("trained", checkpoints, session.config.mtp.mode.value, stack)]
     if session.config.evaluation.include_stock and has_stock(session.backbone):
         heads.insert(0, session.stock_head())
-    publish(trackers, session.folder, evaluate_heads(session, heads))
+    evaluation = evaluate_heads(session, heads)
+    publish(trackers, session.folder, evaluation)
+    return evaluation

@@ -18,7 +18,7 @@ from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
 from mtptrain.doctor.summary import print_diagnosis
 from mtptrain.doctor.tensors import examine_tensors, expected_shapes
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, read_stock
 from mtptrain.recipes.session import Session
@@ -31,7 +31,6 @@ from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
 FOLDER = FolderUse.result
-UNHEALTHY = 3  # exit code of a diagnosis that found a fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +119,4 @@ def run(session: Session) -> None:
     print_diagnosis(result, Console())
     run_folder.print_status(f"wrote {run_folder.path / 'doctor.json'}")
     if not diagnosis.healthy:
-        raise SystemExit(UNHEALTHY)
+        raise SystemExit(CHECK_FAILED)

@@ -14,7 +14,7 @@ from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs,
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.decoding.policy import GREEDY
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import compare_with_stock
@@ -171,6 +171,12 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     return evaluation
 
 
+def require_certificate(evaluation: Evaluation) -> None:
+    """End the run with exit code 3 if the certificate failed; call it once everything is written."""
+    if not evaluation.certificate.passed:
+        raise SystemExit(CHECK_FAILED)
+
+
 def check(config: RunConfig) -> None:
     """Refuse an evaluation without a head."""
     if config.checkpoint is None:
@@ -178,7 +184,10 @@ def check(config: RunConfig) -> None:
 
 
 def run(session: Session) -> None:
-    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself."""
+    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself.
+
+    The exit code is 3 if the certificate failed.
+    """
     setting = str(session.config.checkpoint)
     checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
     check_prompts(session)
@@ -188,4 +197,6 @@ def run(session: Session) -> None:
     if checkpoint is not None:
         heads.append(session.trained_head(checkpoint))
     with session.folder.open_trackers() as trackers:
-        publish(trackers, session.folder, evaluate_heads(session, heads))
+        evaluation = evaluate_heads(session, heads)
+        publish(trackers, session.folder, evaluation)
+    require_certificate(evaluation)

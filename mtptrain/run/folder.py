@@ -126,6 +126,22 @@ class RunFolder:
         with atomic_folder(self.path, replaces=False) as temporary:
             yield temporary
 
+    def describe_rest(self) -> str:
+        """Return what an interruption left of the run, and how to go on."""
+        on = f"continue with resume=auto output_dir={self.path}"
+        steps = sorted((self.path / "checkpoints").glob("step_[0-9]*"))
+        parts = [folder for folder in self.lock.folders if is_begun(folder)]
+        written = [name for name in RESULTS if (self.path / name).exists()]
+        if self.use is FolderUse.run and steps:
+            return f"step {int(steps[-1].name.removeprefix('step_'))} is saved; {on}"
+        if parts:
+            return f"the finished parts in {parts[0]} are kept; {on}"
+        if self.use is FolderUse.result and written and not self.config.overwrite:
+            return f"{self.path / written[0]} is written"
+        if self.use is FolderUse.whole and self.path.exists():
+            return f"{self.path} is complete"
+        return "nothing is saved yet; start it again"
+
     def record(self) -> None:
         """Write config.yaml and provenance.json from rank 0; call it after everything that the run needs was checked.
 

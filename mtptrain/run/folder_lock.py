@@ -75,6 +75,11 @@ class FolderLock:
     def __init__(self) -> None:
         self._held: dict[Path, _Held] = {}
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders whose lock file is inside them."""
+        return [path.parent for path in self._held if path.name == LOCK]
+
     def take(self, folder: Path, setting: str, beside: bool = False) -> None:
         """Lock a folder, create it if necessary, and delete half-written files of killed runs.
 

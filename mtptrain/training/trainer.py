@@ -19,7 +19,7 @@ from torch import Tensor
 from mtptrain.batch import Batch
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
-from mtptrain.errors import Preempted, UserError
+from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.distributed import (
     broadcast_object,
@@ -283,8 +283,8 @@ class Trainer:
                     self._measure(self.probe, log)
                 if self._is_due(self.config.checkpoint_every) or step.stop_requested:
                     self.save()
-                if step.stop_requested and self.step < self.config.steps:
-                    raise Preempted(f"step {self.step} of {self.config.steps} is saved")
+                if step.stop_requested:
+                    raise self.stop_request.ending(f"step {self.step} of {self.config.steps} is saved")
         self.engine.module.eval()
         if self.counters["skipped_steps"] and rank() == 0:
             print(f"{self.counters['skipped_steps']} steps were skipped: not finite", file=sys.stderr)

@@ -1,11 +1,7 @@
 """An interrupted run continues as if nothing had happened; a different run does not."""
 
-import _thread
 import json
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -47,31 +43,6 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
     assert read_metrics(killed)[-1]["tokens"] == read_metrics(whole)[-1]["tokens"]
     assert not [*killed.rglob("*.tmp"), *killed.rglob("*.lock")]
     assert "continues" in json.loads((killed / "provenance.json").read_text(encoding="utf-8"))
-
-
-def test_an_interrupted_run_says_how_to_continue(
-    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # A shell starts its background jobs, a test run among them, with Ctrl-C ignored.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        while not checkpoint_folders(tmp_path / "checkpoints"):
-            time.sleep(0.01)
-        _thread.interrupt_main()  # what Ctrl-C does
-
-    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
-    threading.Thread(target=interrupt, daemon=True).start()
-    try:
-        assert run_main(*arguments, "train.steps=500") == 130
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
-    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.lock")]
-    step = int(checkpoint_folders(tmp_path / "checkpoints")[-1].name.removeprefix("step_"))
-    assert run_main(*arguments, "resume=auto", f"train.steps={step + 1}", "resume_allow=[train.steps]") == 0
-    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 2))
 
 
 @pytest.fixture(scope="module")
