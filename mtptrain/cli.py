@@ -133,10 +133,11 @@ def run_task(config: RunConfig, settings: dict[str, object], job_number: int | N
 
 
 def run_recipe(recipe: Any, session: Session) -> None:
-    """Run a recipe's program; after a signal, say what is on disk and how to go on.
+    """Run a recipe's program; after a signal or on a full disk, say what is saved and how to go on.
 
     Raises:
         Preempted: a signal ended the run.
+        UserError: the user made a mistake, or the disk is full.
     """
     from mtptrain.run.preemption import Terminated, terminable
 
@@ -148,6 +149,14 @@ def run_recipe(recipe: Any, session: Session) -> None:
         raise Preempted(f"{ending}; {way_on}", ending.is_by_user) from None
     except KeyboardInterrupt as ending:
         raise Preempted(session.folder.describe_rest(), not isinstance(ending, Terminated)) from None
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -169,11 +178,6 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     except KeyboardInterrupt:  # before there is a folder
         print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        reason = disk_full_reason(error)
-        if reason is None:
-            raise
-        stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
 
 
 def composition_message(text: str, cause: BaseException | None) -> str:

@@ -156,8 +156,12 @@ def _create(path: Path, where: str) -> Holder:
             continue
         except FileNotFoundError:  # the former holder has just removed the folder that it had made
             continue
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(to_json(holder), file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(to_json(holder), file)
+        except OSError:  # the disk is full; an empty lock would keep others out
+            path.unlink(missing_ok=True)
+            raise
         return holder
 
 
