@@ -32,7 +32,7 @@ from mtptrain.recipes.resume import check_resumable, data_digest, head_settings,
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
-from mtptrain.run.distributed import leave, rank
+from mtptrain.run.distributed import leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
 from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
 from mtptrain.training.engine import make_engine
@@ -168,13 +168,14 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
 
 def run(session: Session) -> None:
     """Train a head, then measure it beside the stock head; the exit code is 3 if the certificate failed."""
-    evaluation = None
+    is_due = is_measured(session.config)
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
+        evaluation = on_rank0(lambda: kept_evaluation(session)) if is_due else None
         is_rank0 = rank() == 0
         leave()  # rank 0 measures alone
-        if is_rank0 and is_measured(session.config):
-            evaluation = kept_evaluation(session) or measure(session, stack, trackers)
+        if is_rank0 and is_due and evaluation is None:
+            evaluation = measure(session, stack, trackers)
     if evaluation is not None:
         require_certificate(evaluation)
 

@@ -79,7 +79,8 @@ def setting_differences(stored: TrainingIdentity, settings: Settings, data: str 
     is_same_data = data == stored.data
     kept = [name for name in names if not (is_same_data and selects_data(name))]
     found = [Difference(name, stored.settings.get(name), settings.get(name)) for name in kept]
-    if data is not None and not is_same_data and not any(map(selects_data, names)):
+    is_explained = any(selects_data(name) or name == "data.streaming" for name in names)
+    if data is not None and not is_same_data and not is_explained:
         found.append(Difference("data", f"(digest of its tokens) {stored.data[:12]}", data[:12]))
     return found
 
