@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.errors import UserError
-from mtptrain.run.storage import atomic_file
+from mtptrain.run.storage import atomic_file, clear_leftovers
 
 BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
 BATCH_CHARACTERS = 4_000_000
+KILLED_AFTER = 3600.0  # seconds without a write after which a file of the cache belongs to a killed run
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
     }
     if corpus.loss_mask is not None:
         arrays["loss_mask"] = corpus.loss_mask
+    clear_leftovers(cache, idle_seconds=KILLED_AFTER)
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)

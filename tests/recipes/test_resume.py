@@ -12,6 +12,7 @@ from mtptrain.run.folder_lock import lock_path
 from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import hold_folder, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
+from tests.recipes.test_recipes import SHAPE
 
 STEPS = 24
 
@@ -107,9 +108,10 @@ def test_another_run_leaves_the_folder_as_it_is(
         arguments = [argument.replace(place, str(path)) for argument in arguments]
         reason = reason.replace(place, str(path))
     assert run_main(f"+recipe={recipe}", *light, f"output_dir={finished}", *arguments) == 2
-    message = capfd.readouterr().err.splitlines()[-1]
+    *lines, message = capfd.readouterr().err.splitlines()
     assert message.startswith("mtptrain: ")
     assert reason in message
+    assert any("frozen" in line for line in lines) == ("fingerprint" in reason)  # else before the backbone is loaded
     assert str(finished) in message
     assert re.search("choose (another|an empty)", message)
     assert tree(finished) == before
@@ -192,6 +194,25 @@ def test_more_steps_for_a_finished_run_are_a_choice_that_names_the_learning_rate
     assert said in capfd.readouterr().err
     rates = [row["learning_rate"] for row in read_metrics(tmp_path)]
     assert rates == pytest.approx([4e-3, 2e-3, 2e-3, 0.000585786], rel=1e-4)
+
+
+def test_a_backbone_and_its_stock_head_are_continued_with_their_own_settings(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = [one for one in light if not one.startswith("backbone.path=")]
+    arguments = ["+recipe=backbone", *kept, *SHAPE, "data.packages=[]", "stock_head.steps=2", "stock_head.batch_size=2"]
+    arguments += [f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    arguments += ["resume=auto"]
+    assert run_main(*arguments) == 0
+    assert "step 2 of 2 is done: nothing is left to train" in capfd.readouterr().err
+    for change, difference in {
+        "train.weight_decay=0.2": "train.weight_decay 0.1 -> 0.2",
+        "stock_head.learning_rate=0.5": "stock_head.learning_rate 0.002 -> 0.5",
+        "backbone.shape.index_topk=3": "backbone.shape.index_topk 16 -> 3; set them back, or choose another output_dir",
+    }.items():
+        assert run_main(*arguments, change) == 2
+        assert difference in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_resume_without_a_checkpoint_says_that_it_starts(
