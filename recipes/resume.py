@@ -29,10 +29,11 @@ NO_CONTENT = {"path", "cache_dir", "workers", "sequence_length"}  # of a streame
 def head_settings(session: Session) -> dict[str, Any]:
     """Return the settings that change the result of the training of a head."""
     config = session.config
-    sections = ["data", "loss", "mtp", "train"]
+    settings = result_settings(config, ["data", "loss", "mtp", "train"], session.dtype_name)
     if config.data.source is DataSource.on_policy:
-        sections.append("on_policy")
-    return result_settings(config, sections, session.dtype_name)
+        settings |= result_settings(config, ["on_policy"], session.dtype_name)
+        settings["decoding.stop"] = config.decoding.stop
+    return settings
 
 
 def data_digest(session: Session) -> str:

@@ -87,7 +87,8 @@ def setting_differences(stored: TrainingIdentity, settings: Settings, data: str 
 
 def selects_data(name: str) -> bool:
     """Return whether a setting chooses the documents, whose digest tells whether they are the same."""
-    return name.startswith(("data.", "on_policy.")) and name not in ("data.sequence_length", "data.streaming")
+    chosen = name.startswith(("data.", "on_policy.")) or name == "decoding.stop"
+    return chosen and name not in ("data.sequence_length", "data.streaming")
 
 
 def differences(stored: TrainingIdentity, wanted: TrainingIdentity) -> list[Difference]:
