@@ -209,9 +209,10 @@ def _clear_after_the_dead(parent: Path) -> None:
 
 
 def _keep_fresh(path: Path, held: _Held) -> None:
-    """Touch a lock until it is released or another process has taken it over."""
+    """Touch a lock until it is released; if it is deleted or taken over, print a warning and end."""
     while not held.released.wait(TOUCH_SECONDS):
         if _read(path) != held.holder:
+            print(f"{path}: is no longer this run's; another run may write there: end one of them", file=sys.stderr)
             return
         with suppress(OSError):
             os.utime(path)

@@ -134,6 +134,19 @@ def test_a_held_lock_is_touched(lock: FolderLock, tmp_path: Path, monkeypatch: p
         time.sleep(0.01)
 
 
+def test_the_loss_of_a_lock_is_said(
+    lock: FolderLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folder_lock, "TOUCH_SECONDS", 0.01)
+    take(lock, tmp_path)
+    write_lock(tmp_path, ELSEWHERE)
+    deadline, said = time.monotonic() + 30, ""
+    while "is no longer this run's" not in said:
+        assert time.monotonic() < deadline
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+
+
 def test_a_released_folder_is_free_and_the_others_stay_held(lock: FolderLock, tmp_path: Path) -> None:
     for name in ("texts", "run"):
         lock.take(tmp_path / name, "output_dir")
