@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from dataclasses import is_dataclass
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,13 +20,15 @@ from mtptrain.config import RunConfig, register
 from mtptrain.config.given import Given, choose_source, given_settings
 from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
-from mtptrain.errors import Preempted, UserError
+from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
 
+if TYPE_CHECKING:
+    from mtptrain.recipes.session import Session
+
 VERSION_FLAG = "--version"
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
-USER_MISTAKE, PREEMPTED = 2, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
@@ -88,16 +90,18 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     """Check the settings, open the run's folder and run the recipe's program."""
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
-    from mtptrain.run.folder import open_run_folder
+    from mtptrain.run.folder import FolderUse, open_run_folder
 
     recipe = find_recipe(config.task)
     check_given(given, config, recipe.reads(config), lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
+    use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
-        session = Session(config, open_run_folder(config, settings, job_number))
+        session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
-            recipe.run(session)
+            session.folder.claim()
+            run_recipe(recipe, session)
         return
     from mtptrain.kernels.dispatch import requested
     from mtptrain.recipes.lead import lead
@@ -108,13 +112,41 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
     join(config, processes)
-    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
+        on_rank0(session.folder.claim)
         if processes == "led":
-            lead(session, lambda: recipe.run(session))
+            lead(session, lambda: run_recipe(recipe, session))
         else:
-            recipe.run(session)
+            run_recipe(recipe, session)
     leave()
+
+
+def run_recipe(recipe: Any, session: Session) -> None:
+    """Run a recipe's program; after a signal or on a full disk, say what is saved and how to go on.
+
+    Raises:
+        Preempted: a signal ended the run.
+        UserError: the user made a mistake, or the disk is full.
+    """
+    from mtptrain.run.preemption import Terminated, terminable
+
+    try:
+        with terminable():
+            recipe.run(session)
+    except Preempted as ending:
+        way_on = f"continue with resume=auto output_dir={session.folder.path}"
+        raise Preempted(f"{ending}; {way_on}", ending.is_by_user) from None
+    except KeyboardInterrupt as ending:
+        raise Preempted(session.folder.describe_rest(), not isinstance(ending, Terminated)) from None
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -133,16 +165,11 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
-        raise SystemExit(PREEMPTED) from None
-    except KeyboardInterrupt:
-        print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        reason = disk_full_reason(error)
-        if reason is None:
-            raise
-        stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
+            print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
+    except KeyboardInterrupt:  # before there is a folder
+        print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def main() -> None:

@@ -19,11 +19,13 @@ from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import find_checkpoint
 
 PROCESSES = "led"
+FOLDER = FolderUse.result
 
 
 def reads(config: RunConfig) -> Settings:

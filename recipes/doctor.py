@@ -20,19 +20,20 @@ from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
 from mtptrain.doctor.summary import print_diagnosis
 from mtptrain.doctor.tensors import examine_tensors, expected_shapes
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, read_stock
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
 PROCESSES = "led"
-UNHEALTHY = 3  # exit code of a diagnosis that found a fault
+FOLDER = FolderUse.result
 HEAD = "head"  # name of the head under test
 
 
@@ -128,4 +129,4 @@ def run(session: Session) -> None:
     print_diagnosis(result, Console())
     run_folder.print_status(f"wrote {run_folder.path / 'doctor.json'}")
     if not diagnosis.healthy:
-        raise SystemExit(UNHEALTHY)
+        raise SystemExit(CHECK_FAILED)

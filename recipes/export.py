@@ -39,11 +39,13 @@ from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
 PROCESSES = "led"
+FOLDER = FolderUse.whole
 
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
@@ -192,7 +194,7 @@ def run(session: Session) -> None:
     config, run_folder = session.config, session.folder
     assert config.target is not None
     checkpoint = find_checkpoint(Path(str(config.checkpoint)))
-    folder = run_folder.require_empty()
+    folder = run_folder.path
     check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)

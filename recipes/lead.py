@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from mtptrain.errors import UserError
+from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.recipes.session import Session
 from mtptrain.run.distributed import END, LOAD, acting_alone, announce, await_order, rank, world_size
 
 T = TypeVar("T")
-
-USER_MISTAKE = 2  # exit code
 
 
 def lead(session: Session, work: Callable[[], T]) -> T | None:
@@ -26,7 +24,7 @@ def lead(session: Session, work: Callable[[], T]) -> T | None:
         work: may load `session.backbone` and decode with it.
 
     Raises:
-        SystemExit: rank 0 ended with an exit code, or on a user's mistake; every process ends with it.
+        SystemExit: on other ranks: rank 0 ended with this exit code, or on a user's mistake or a signal.
     """
     if world_size() == 1:
         return work()
@@ -38,6 +36,9 @@ def lead(session: Session, work: Callable[[], T]) -> T | None:
             result = work()
         except UserError:
             announce(END + USER_MISTAKE)
+            raise
+        except Preempted as ending:
+            announce(END + (INTERRUPTED if ending.is_by_user else PREEMPTED))
             raise
         except SystemExit as ending:
             announce(END + int(ending.code or 0))

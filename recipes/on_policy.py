@@ -20,6 +20,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prompt_row_conversations
 from mtptrain.run.artifact import begin, find_parts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
+from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import TraceSet
@@ -95,7 +96,11 @@ def text_folder(session: Session, identity: TextIdentity) -> Path:
 def write_texts(
     session: Session, head: MtpStack | None, prompts: PromptSet, folder: Path, identity: TextIdentity
 ) -> None:
-    """Write the missing batches, divided among the processes, and then the manifest."""
+    """Write the missing batches, divided among the processes, and then the manifest.
+
+    Raises:
+        Preempted: a signal asked the run to stop; finished batches are kept.
+    """
     config, settings = session.config, session.config.on_policy
 
     def open_folder() -> TextMaking:
@@ -110,13 +115,17 @@ def write_texts(
     names = [text_file(number) for number in range(len(starts))]
     written = on_rank0(lambda: set(find_parts(folder, names)))
     rank_batches = [number for number, name in enumerate(names) if name not in written][rank() :: world_size()]
-    with Progress("on-policy", len(rank_batches)) as progress:
+    with Progress("on-policy", len(rank_batches)) as progress, StopRequest("batch of texts") as stop:
         for done, number in enumerate(rank_batches, start=1):
             conversations = prompts.conversations[starts[number] : starts[number] + making.batch_size]
             held = record_conversations(conversations, prompts.chat, record, answer, prompts.room)
             write_batch(folder, number, TraceSet(describe_batch(identity, making, prompts, held.dropped), held.traces))
             progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
-    max_over_processes(0)  # a barrier: all batches are written
+            if stop.is_made:
+                break
+    if max_over_processes(int(stop.is_made)):  # a barrier, too: all batches are written
+        num_kept = on_rank0(lambda: len(find_parts(folder, names)))
+        raise stop.ending(f"{num_kept} of {len(names)} batches of texts are kept in {folder}")
 
     def close_folder() -> None:
         finish_texts(folder, identity, making, names, prompts.too_long)

@@ -29,8 +29,10 @@ from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.provenance import Provenance
 
+FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
 # The settings of `training_load`.
 TRAINING_LOAD = (

@@ -54,6 +54,8 @@ class RunConfig:
     task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
     resume: str = one_of("never", "never", "auto")  # auto: continue from the newest whole checkpoint in output_dir
+    resume_allow: list[str] = field(default_factory=list)  # settings or sections that may differ from the resumed run
+    overwrite: bool = False  # replace a result in output_dir, such as evaluation.json, doctor.json or report.html
     seed: int = ranged(0, at_least=0)
     device: Device = Device.auto
     precision: Precision = Precision.auto
@@ -106,6 +108,12 @@ class RunConfig:
             "resume",
             self.resume,
             "needs the folder of the run to continue; set output_dir",
+        )
+        require(
+            self.resume == "auto" or not self.resume_allow,
+            "resume_allow",
+            self.resume_allow,
+            "names settings that may differ from the run to continue; add resume=auto",
         )
 
     def _check_prompts(self) -> None:

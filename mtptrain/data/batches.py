@@ -34,6 +34,9 @@ class BatchSource:
     def close(self) -> None:
         """Stop background workers; no batch may be requested afterwards."""
 
+    def restart(self, index: int) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+
     def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
         """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
 

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.errors import UserError
-from mtptrain.run.storage import atomic_file, user_cache
+from mtptrain.run.storage import atomic_file, clear_leftovers, user_cache
 
 BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
 BATCH_CHARACTERS = 4_000_000
+KILLED_AFTER = 3600.0  # seconds without a write after which a file of the cache belongs to a killed run
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,12 @@ class TokenizedCorpus:
     def document(self, index: int) -> np.ndarray:
         """Return the token ids of a document, int32."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of token ids, boundaries and loss mask in hexadecimal."""
+        content = hashlib.sha256(self.tokens.tobytes() + self.offsets.tobytes())
+        content.update(self.loss_mask.tobytes() if self.loss_mask is not None else b"")
+        return content.hexdigest()
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -71,7 +78,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
     if path.is_file():
         try:
             return _read_cache(path)
-        except (ValueError, KeyError, BadZipFile):
+        except (ValueError, KeyError, EOFError, BadZipFile):  # EOFError: an empty file
             path.unlink()  # damaged, so it is written anew below
     corpus = join_documents(list(encoder.encode(documents)))
     arrays: dict[str, Any] = {
@@ -81,6 +88,7 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
     }
     if corpus.loss_mask is not None:
         arrays["loss_mask"] = corpus.loss_mask
+    clear_leftovers(cache, idle_seconds=KILLED_AFTER)
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)

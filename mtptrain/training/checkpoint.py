@@ -7,6 +7,7 @@ random-number state) and the manifest `checkpoint.json` (identity, step and coun
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtptrain.config import MtpMode, OptimizerName
+from mtptrain.config import MtpMode
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
 from mtptrain.run.storage import disk_full_reason
@@ -34,11 +35,11 @@ class HeadIdentity:
         backbone: fingerprint of the backbone.
         mode, depth: how the modules are shared, and their number.
         steps: draft steps of the rollout.
-        trainable: the setting `mtp.trainable`.
-        optimizer: the optimiser whose state the checkpoint holds.
         start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
             and their `conversion`.
         quant_aware: the export format that training simulates; None trains with unrounded values.
+        data: digest of the training data.
+        settings: every setting that changes the result, by name; see resume.py.
     """
 
     task: str
@@ -46,18 +47,19 @@ class HeadIdentity:
     mode: MtpMode
     depth: int
     steps: int
-    trainable: str
-    optimizer: OptimizerName
     start: dict[str, str | int]
     quant_aware: str | None
+    data: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneIdentity:
-    """The training that a backbone's checkpoint belongs to."""
+    """The training that a backbone's checkpoint belongs to; see `HeadIdentity`."""
 
     task: str
-    seed: int
+    data: str
+    settings: dict[str, Any]
 
 
 TrainingIdentity = HeadIdentity | BackboneIdentity
@@ -73,21 +75,10 @@ class TrainerState:
 
 CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
     name="checkpoint",
-    schema=3,
+    schema=4,
     identity=TrainingIdentity,
     content=TrainerState,
-    settings={
-        "task": "+recipe",
-        "seed": "seed",
-        "backbone": "backbone.path",
-        "mode": "mtp.mode",
-        "depth": "mtp.depth",
-        "steps": "mtp.steps",
-        "trainable": "mtp.trainable",
-        "optimizer": "train.optimizer",
-        "start": "mtp.init",
-        "quant_aware": "mtp.quant_aware",
-    },
+    settings={},  # resume.py compares trainings
     manifest=MANIFEST,
     missing="give a step_* folder or the run's folder",
     damaged="use an older checkpoint",
@@ -196,6 +187,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
     artifact.verify([TENSORS, TRAINING])
     return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
+
+
+def newest_identity(root: Path) -> TrainingIdentity | None:
+    """Return the training of a run's newest checkpoint from its manifest; None if no manifest can be read."""
+    for folder in reversed(checkpoint_folders(root)):
+        with suppress(UserError):
+            return open_artifact(CHECKPOINT, "checkpoint", folder).identity
+    return None
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def head_trainer(
     freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
-    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
+    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
 
 
 def train(trainer: Trainer) -> dict[str, Any]:

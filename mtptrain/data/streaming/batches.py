@@ -56,6 +56,10 @@ class StreamingBatches(BatchSource):
             check_position(self.plan, self._position)
         self._loaders: list[Items] | None = None
 
+    def restart(self, index: int) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+        self.index, self._position, self._loaders = index, {}, None
+
     def batch(self, index: int) -> Batch:
         """Return this process's rows of micro-batch `index`; micro-batches must be requested in order.
 
