@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.config import RunConfig, register
+from mtptrain.config.paths import expand_argument
 from mtptrain.errors import Preempted, UserError
 from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
@@ -171,7 +172,7 @@ def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
     register_help()
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
+    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")

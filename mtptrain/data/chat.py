@@ -143,7 +143,7 @@ class ChatTemplate:
         if opening is None:
             return start
         start = min(start, _num_shared(closed, opening))
-        if before and start < _num_shared(opening, self.render(before, False, tools)):
+        if before and start < _num_shared(closed, self.render(before, False, tools)):
             raise UserError(
                 f"chat template {self.source}: its generation prompt is no beginning of the finished turn, so the "
                 "assistant's tokens cannot be located; set data.chat_template to another one"

@@ -105,7 +105,7 @@ def read_text(setting: str, path: Path) -> str:
         UserError: the file is not UTF-8, or cannot be read.
     """
     with open_bytes(setting, path) as file:
-        return _decode(setting, file.read())
+        return _decode(f"{setting}:", file.read())
 
 
 def read_rows(setting: str, path: Path) -> NumberedRows:
@@ -223,7 +223,7 @@ def _read_json(setting: str, path: Path) -> NumberedRows:
     with open_bytes(setting, path) as file:
         content = file.read()
     try:
-        value = json.loads(_decode(setting, content))
+        value = json.loads(_decode(f"{setting}:", content))
     except json.JSONDecodeError as error:
         raise UserError(f"{setting}: is not JSON ({error}); write a list of objects, or one object a line") from None
     rows = value if isinstance(value, list) else [value]

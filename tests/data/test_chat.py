@@ -222,8 +222,7 @@ def test_an_answer_without_the_thought_that_its_opening_begins_counts_whole(
 
 
 def test_an_opening_that_is_no_beginning_of_a_finished_turn_is_refused(tmp_path: Path) -> None:
-    text = CHAT_TEMPLATE + "{%- if add_generation_prompt -%}{%- endif -%}"
-    text = text.replace("{{- bos_token -}}", "{{- 'open' if add_generation_prompt else 'done' -}}")
+    text = CHAT_TEMPLATE.replace("{{- bos_token -}}", "{{- 'open' if add_generation_prompt else 'done' -}}")
     with pytest.raises(UserError, match="its generation prompt is no beginning of the finished turn"):
         template_of(tmp_path, text).encode_rows(CHAT)
 

@@ -269,7 +269,8 @@ def test_rows_of_several_forms_are_read_side_by_side(tmp_path: Path, capsys: pyt
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    columns = {name: [row.get(name) for row in rows] for name in ("text", "messages", "conversations")}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     documents = list(TextReader(config_of(tmp_path)))
     assert [document.text for document in documents] == ["plain", "q\na", "q\na"] * 2
@@ -300,8 +301,8 @@ def test_a_small_try_reads_the_first_documents_of_each_side(streaming: bool, tmp
 def test_subset_and_split_reach_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
 
-    def load_dataset(name: str, **chosen: object) -> Dataset:
-        calls.append({"path": name, **chosen})
+    def load_dataset(path: str, /, **chosen: object) -> Dataset:
+        calls.append({"path": path, **chosen})
         return Dataset.from_dict({"text": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
