@@ -274,6 +274,8 @@ def open_chat_template(config: DataConfig, folder: Path, tokenizer: Tokenizer, b
     else:
         source = folder / "tokenizer_config.json"
         text = _stored_template(settings.get("chat_template"))
+    if path and not str(text).strip():
+        raise UserError(f"data.chat_template={path}: is empty; give a jinja template")
     if not text:
         return None
     named = {name: value for name, value in settings.items() if name.endswith("_token") and value}

@@ -22,6 +22,7 @@ from mtptrain.data.notes import note
 from mtptrain.errors import UserError
 from mtptrain.run.storage import atomic_file
 
+DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, BadZipFile)  # raised by numpy for cut or altered files
 BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
 BATCH_CHARACTERS = 4_000_000
 
@@ -88,7 +89,7 @@ def tokenize_corpus(
     if path.is_file():
         try:
             return _read_cache(path)
-        except (ValueError, KeyError, EOFError, BadZipFile):
+        except DAMAGE:
             path.unlink()  # damaged or empty, so it is written anew below
     bad_rows = BadRows(encoder.on_bad_row)
     corpus = join_documents(list(_leading(encoder.encode(documents, bad_rows), max_tokens)))

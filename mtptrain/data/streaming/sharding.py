@@ -101,9 +101,10 @@ class DocumentShardReader:
             self._record_position()
 
     def _report(self) -> None:
-        """Note the rows that were left out in this epoch, and the conversations that the template rejected."""
-        if self.reader is not None:
-            self.reader.report()
+        """Note the rows that were left out in the first epoch, and the conversations that the template rejected."""
+        if self.reader is None or self.epoch:
+            return
+        self.reader.report()
         if self.bad_rows.count:
             note(f"data.path={self.config.path}: {self.bad_rows.summary()}")
 
