@@ -19,6 +19,7 @@ from mtptrain.data.notes import note
 from mtptrain.errors import UserError
 
 BUILTIN = "builtin"  # of data.chat_template: the template beside this file
+FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)  # in a template's code
 PROBE = "\ue000"  # a private character, so no content begins with it
 
 
@@ -81,13 +82,21 @@ class ChatTemplate:
         named = {**self.special_tokens, **self.arguments, "add_generation_prompt": add_generation_prompt}
         try:
             return _render(self.text, _as_read(messages, _call_style(self.text)), tools, named)
-        except (TemplateError, TypeError) as error:
+        except FAULTS as error:
             reason = " ".join(str(error).split())
             raise UserError(f"chat template {self.source}: cannot render a conversation ({reason}); mend it") from None
 
     def encode(self, messages: list[Message], tools: list[Tool] | None = None) -> list[int]:
-        """Return the token ids of a conversation that ends with the opening of an assistant message."""
-        return self._open(self.tokenizer.encode(self.render(messages, tools=tools), add_special_tokens=False).ids)
+        """Return the token ids of a conversation that ends with the opening of an assistant message.
+
+        Raises:
+            UserError: the template rejects the messages or leaves out a tool call.
+        """
+        text = self.render(messages, tools=tools)
+        self._note_tools(text, tools)
+        for one in messages:
+            self._check_calls(one, text)
+        return self._open(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_rows(self, messages: list[Message], tools: list[Tool] | None = None) -> list[ChatRow]:
         """Return a conversation as training rows: one, or with `Turns.each` one for every answer.
@@ -122,7 +131,8 @@ class ChatTemplate:
                 "cannot be located in one row; set data.turns=each for a row an answer, or data.turns=last"
             )
         start = self._start(messages[:number], closed, tools)
-        self._check_kept(messages[number], closed[start:])
+        self._check_calls(messages[number], closed[start:])
+        self._note_thoughts(messages[number], closed[start:])
         return start, len(closed)
 
     def _start(self, before: list[Message], closed: str, tools: list[Tool] | None) -> int:
@@ -130,12 +140,7 @@ class ChatTemplate:
 
         A generation prompt may open a thought that the finished turn lacks; then the turn begins where its text does.
         """
-        try:
-            opening = self.render(before, True, tools)
-        except UserError:
-            if before:
-                raise
-            opening = None  # a template may need a first message, and this conversation begins with the assistant
+        opening = self._opening(before, tools)
         if opening is not None and closed.startswith(opening):
             return len(opening)
         probed = self.render([*before, {"role": "assistant", "content": PROBE}], False, tools)
@@ -149,18 +154,22 @@ class ChatTemplate:
                 "assistant's tokens cannot be located; set data.chat_template to another one"
             )
         note(
-            f"chat template {self.source}: decoding begins after {opening[start:]!r}, which answers in the data lack; "
-            "give their reasoning_content, or another opening with data.chat_template_kwargs"
+            f"chat template {self.source}: decoding begins after {opening[start:]!r}, which finished answers lack; "
+            "give their reasoning_content, or choose another opening with data.chat_template_kwargs"
         )
         return start
 
-    def _check_kept(self, message: Message, written: str) -> None:
-        """Refuse a template that drops a tool call, and note one that drops a thought.
+    def _opening(self, before: list[Message], tools: list[Tool] | None) -> str | None:
+        """Return the text before an answer; None if no message comes before it and the template needs one."""
+        try:
+            return self.render(before, True, tools)
+        except UserError:
+            if before:
+                raise
+            return None
 
-        Args:
-            message: an answer.
-            written: its text.
-        """
+    def _check_calls(self, message: Message, written: str) -> None:
+        """Refuse a template whose text lacks a tool call of a message."""
         for call in message.get("tool_calls", []):
             name = call["function"]["name"]
             if name not in written:
@@ -168,11 +177,15 @@ class ChatTemplate:
                     f"chat template {self.source}: leaves out the call of {name}; set data.chat_template to one that "
                     "writes tool_calls, such as builtin"
                 )
+
+    def _note_thoughts(self, message: Message, written: str) -> None:
+        """Note a template that drops the thought of an answer."""
         thoughts = [str(message[key]).strip() for key in REASONING if message.get(key)]
         if any(thought not in written for thought in thoughts):
             note(f"chat template {self.source}: leaves out the reasoning_content of answers")
 
     def _note_tools(self, text: str, tools: list[Tool] | None) -> None:
+        """Note a template that drops the tools of a conversation."""
         names = [str(tool.get("function", tool).get("name")) for tool in tools or []]
         if names and not any(name in text for name in names):
             note(f"chat template {self.source}: leaves out the tools of the rows")
@@ -219,7 +232,7 @@ def _call_style(template: str) -> tuple[str | None, bool]:
         messages = _as_read([{"role": "user", "content": "?"}, answer], (content, as_strings))
         try:
             text = _render(template, messages, None, {"bos_token": "", "eos_token": ""})
-        except (TemplateError, TypeError):
+        except FAULTS:
             continue
         # As Python prints null and objects, which no model writes.
         if "probe" in text and "None" not in text and "{'key': 'value'}" not in text:
@@ -243,11 +256,11 @@ def _as_read(messages: list[Message], style: tuple[str | None, bool]) -> list[Me
 
 
 def _with_argument(call: dict[str, Any], as_strings: bool) -> dict[str, Any]:
-    given = call["function"]["arguments"]
-    if as_strings:
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    else:
-        arguments = json.loads(given) if isinstance(given, str) else given
+    arguments = call["function"]["arguments"]
+    if as_strings and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_strings and isinstance(arguments, str):
+        arguments = json.loads(arguments)
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
@@ -282,8 +295,8 @@ def open_chat_template(config: DataConfig, folder: Path, tokenizer: Tokenizer, b
     special = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
     words = {name: value for name, value in special.items() if isinstance(value, str)}
     # The copy reads special tokens in a text as such: tokenizer.json does not store `encode_special_tokens`.
-    own = Tokenizer.from_str(tokenizer.to_str())
-    return ChatTemplate(text, source, words, own, begin, config.chat_template_kwargs, config.turns)
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    return ChatTemplate(text, source, words, copy, begin, config.chat_template_kwargs, config.turns)
 
 
 def _read(path: Path, setting: str) -> str:

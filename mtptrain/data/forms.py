@@ -87,10 +87,11 @@ def read_content(where: str, row: Row, column: str, form: DataFormat) -> Content
     Raises:
         UserError: the row has no known form, or does not keep to its form.
     """
-    known = _known_form(where, row, column) if form is DataFormat.auto else form
-    if known is DataFormat.text:
-        return Content(known, _text(where, row, column))
-    return read_conversation(where, row, column, known)
+    if form is DataFormat.auto:
+        form = _recognised(where, row, column)
+    if form is DataFormat.text:
+        return Content(form, _text(where, row, column))
+    return read_conversation(where, row, column, form)
 
 
 def read_conversation(where: str, row: Row, column: str, form: DataFormat) -> Content:
@@ -99,16 +100,16 @@ def read_conversation(where: str, row: Row, column: str, form: DataFormat) -> Co
     return Content(form, "", messages, read_tools(where, row.get("tools") or row.get("functions")))
 
 
-def _known_form(where: str, row: Row, column: str) -> DataFormat:
-    known = recognise(row, column)
-    if known is None:
+def _recognised(where: str, row: Row, column: str) -> DataFormat:
+    form = recognise(row, column)
+    if form is None:
         _refuse_null(where, row, column)
         if column in LIST_COLUMNS:
             parse_json(where, column, row.get(column))
-    known = known or recognise(row, column, row)  # names the column of the form that holds null
-    if known is None:
+        form = recognise(row, column, row)  # the reader of the form names the column that holds null
+    if form is None:
         raise UserError(f"data.field_name={column}: {where} has no text of that name; {describe_columns(row)}")
-    return known
+    return form
 
 
 def _text(where: str, row: Row, column: str) -> str:
@@ -150,23 +151,23 @@ def _sharegpt(where: str, row: Row, column: str) -> list[Message]:
     return read_messages(where, [_sharegpt_message(where, one) for one in _list_of(where, row, column)])
 
 
-def _sharegpt_message(where: str, given: Any) -> Message:
-    if not isinstance(given, dict) or not isinstance(given.get("from"), str):
+def _sharegpt_message(where: str, item: Any) -> Message:
+    if not isinstance(item, dict) or not isinstance(item.get("from"), str):
         raise UserError(f"{where}: each of `conversations` must have `from` and `value`; see docs/data.md")
-    name = given["from"].strip().lower()
+    name = item["from"].strip().lower()
     if name not in ROLES:
-        raise UserError(f"{where}: `from` is {given['from']!r}, and must be one of {', '.join(ROLES)}")
-    message = {key: value for key, value in given.items() if key not in ("from", "value")}
+        raise UserError(f"{where}: `from` is {item['from']!r}, and must be one of {', '.join(ROLES)}")
+    message = {key: value for key, value in item.items() if key not in ("from", "value")}
     if name in CALLS:
-        return {**message, "role": "assistant", "tool_calls": read_calls(where, given.get("value"))}
-    return {**message, "role": ROLES[name], "content": given.get("value")}
+        return {**message, "role": "assistant", "tool_calls": read_calls(where, item.get("value"))}
+    return {**message, "role": ROLES[name], "content": item.get("value")}
 
 
 def _prompt_completion(where: str, row: Row, column: str) -> list[Message]:
     messages: list[Any] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(name)
-        messages += value if isinstance(value, list) else [_said(where, role, name, value)]
+        messages += value if isinstance(value, list) else [_turn(where, role, name, value)]
     return read_messages(where, messages)
 
 
@@ -176,16 +177,18 @@ def _alpaca(where: str, row: Row, column: str) -> list[Message]:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise UserError(f"{where}: each of `history` must be an instruction and its output; see docs/data.md")
         messages += [
-            _said(where, role, "history", text) for role, text in zip(("user", "assistant"), turn, strict=True)
+            _turn(where, role, "history", text) for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-    asked, given = row.get("instruction"), row.get("input")
-    if given is not None and given != "" and not (isinstance(given, str) and given.isspace()):
-        asked = "\n".join(text for text in (asked, check_text(where, "input", given)) if text)
-    messages.append(_said(where, "user", "instruction", asked))
-    return [*messages, _said(where, "assistant", "output", row.get("output"))]
+    parts = [check_text(where, name, row[name]) for name in ("instruction", "input") if not _is_blank(row.get(name))]
+    messages.append(_turn(where, "user", "instruction", "\n".join(parts) if parts else row.get("instruction")))
+    return [*messages, _turn(where, "assistant", "output", row.get("output"))]
 
 
-def _said(where: str, role: str, name: str, value: Any) -> Message:
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _turn(where: str, role: str, name: str, value: Any) -> Message:
     return {"role": role, "content": check_text(where, name, value)}
 
 

@@ -62,10 +62,10 @@ def read_messages(where: str, value: list[Any]) -> list[Message]:
     return [_message(where, one) for one in value]
 
 
-def _message(where: str, given: Any) -> Message:
-    if not isinstance(given, dict) or not isinstance(given.get("role"), str) or not given["role"].strip():
+def _message(where: str, source: Any) -> Message:
+    if not isinstance(source, dict) or not isinstance(source.get("role"), str) or not source["role"].strip():
         raise UserError(f"{where}: each of `messages` must have a role and a content; see docs/data.md")
-    message = {key: value for key, value in given.items() if value is not None}
+    message = {key: value for key, value in source.items() if value is not None}
     if message["role"] == "function":  # OpenAI's name before there were tools
         message["role"] = "tool"
     calls = read_calls(where, message.pop("tool_calls", None)) + read_calls(where, message.pop("function_call", None))

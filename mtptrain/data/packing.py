@@ -45,15 +45,15 @@ def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
     rows_by_room: dict[int, list[int]] = {}
     for piece in order:
         size = piece[1]
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
+        nearest = bisect_left(rooms, size)
+        if nearest == len(rooms):
             rows.append([piece])
             index, left = len(rows) - 1, row_length - size
         else:
-            room = rooms[place]
+            room = rooms[nearest]
             index = rows_by_room[room].pop()
             if not rows_by_room[room]:
-                del rows_by_room[room], rooms[place]
+                del rows_by_room[room], rooms[nearest]
             rows[index].append(piece)
             left = room - size
         if left > 1:

@@ -269,7 +269,7 @@ def _prompt_row(where: str, domain: str, row: Row) -> PromptRow:
     if form is None:
         raise UserError(f"{where}: `messages` must be a list that is not empty; see docs/prompts.md")
     content = read_conversation(where, row, "messages", form)
-    return PromptRow(where, domain, "", _asked(where, content.messages), tools=content.tools)
+    return PromptRow(where, domain, "", _unanswered(where, content.messages), tools=content.tools)
 
 
 def _holds_messages(value: Any) -> bool:
@@ -282,7 +282,7 @@ def _filled_list(where: str, key: str, value: Any) -> list[Any]:
     return value
 
 
-def _asked(where: str, messages: list[Message]) -> list[Message]:
+def _unanswered(where: str, messages: list[Message]) -> list[Message]:
     """Return the messages without assistant messages at the end: the backbone gives its own answer."""
     _filled_list(where, "messages", messages)
     while messages and messages[-1]["role"] == "assistant":

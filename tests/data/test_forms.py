@@ -146,6 +146,7 @@ def test_alpaca_has_a_system_text_an_input_and_a_history() -> None:
         ({"conversations": [{"from": "human"}]}, "`messages` must hold text, not NoneType"),
         ({"prompt": "Why?", "completion": None}, "`completion` must hold text, not NoneType"),
         ({"instruction": "Why?", "input": 3, "output": "Because."}, "`input` must hold text, not int"),
+        ({"instruction": 3, "input": "Why?", "output": "Because."}, "`instruction` must hold text, not int"),
         ({"instruction": "Why?", "output": ""}, "`output` is empty"),
         ({"messages": [USER, ANSWER], "tools": "weather"}, "`tools` is a string that is not JSON"),
         ({"messages": [USER, ANSWER], "tools": [3]}, "each of `tools` must be"),
