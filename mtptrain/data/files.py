@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -114,7 +114,12 @@ def read_rows(setting: str, path: Path) -> NumberedRows:
     Raises:
         UserError: the file cannot be read at all.
     """
-    return {".jsonl": read_json_lines, ".json": _read_json, ".csv": _read_csv}[kind_of(path)](setting, path)
+    readers: dict[str, Callable[[str, Path], NumberedRows]] = {
+        ".jsonl": read_json_lines,
+        ".json": _read_json,
+        ".csv": _read_csv,
+    }
+    return readers[kind_of(path)](setting, path)
 
 
 def json_lines(setting: str, path: Path) -> Iterator[tuple[int, Row]]:

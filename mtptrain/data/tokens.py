@@ -202,8 +202,9 @@ class Encoder:
         try:
             rows = self.chat.encode_rows(document.messages, document.tools)
         except UserError as error:
-            file, _, number = document.name.rpartition(":")
-            bad_rows.add(UserError(f"data.path: {file}, row {int(number) + 1}: {error}"))
+            file, _, number = document.name.rpartition(":")  # rows are counted from 1 in errors
+            where = f"{file}, row {int(number) + 1}" if number.isdecimal() else document.name
+            bad_rows.add(UserError(f"data.path: {where}: {error}"))
             return []
         return [
             EncodedDocument(np.asarray(row.tokens, np.int32), np.asarray(row.loss_mask, bool), _num_bytes(row.text))
