@@ -46,14 +46,14 @@ def test_streams_of_conversations_have_the_losses_of_training_online(
 
 
 def test_the_settings_of_conversations_reach_a_recipe(
-    light: list[str], talk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    light: list[str], talk: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The number of tokens that a plan counts shows each of them."""
     plan = ["+recipe=collect", "collect.plan_only=true", *light, *talk, f"output_dir={tmp_path / 'plan'}"]
 
     def tokens(*settings: str) -> int:
         assert run_main(*plan, *settings) == 0
-        found = re.search(r"([\d,]+) tokens in ([\d,]+) documents", capsys.readouterr().err)
+        found = re.search(r"([\d,]+) tokens in ([\d,]+) documents", capfd.readouterr().err)
         assert found is not None
         return int(found[1].replace(",", ""))
 
