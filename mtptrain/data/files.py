@@ -176,8 +176,8 @@ def _parse(where: str, line: bytes) -> Row | None:
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); mend or drop it") from None
+    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, nested too deeply
+        raise UserError(f"{where} is not JSON ({getattr(error, 'msg', error)}); mend or drop it") from None
     return _as_row(where, _repair(where, value, line), "write one object a line")
 
 
@@ -229,7 +229,7 @@ def _read_json(setting: str, path: Path) -> NumberedRows:
         content = file.read()
     try:
         value = json.loads(_decode(f"{setting}:", content))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{setting}: is not JSON ({error}); write a list of objects, or one object a line") from None
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(_repair(setting, rows, content), start=1):
@@ -245,9 +245,7 @@ def _read_csv(setting: str, path: Path) -> NumberedRows:
     with open_bytes(setting, path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, strict=True)  # or a lost quotation mark would swallow all rows after it
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{setting}: names a column twice in its header {header}; rename one")
+        header = _header(setting, reader)
         number = 0
         while True:
             try:
@@ -261,6 +259,18 @@ def _read_csv(setting: str, path: Path) -> NumberedRows:
             if fields:
                 number += 1
                 yield number, _csv_row(f"{setting}: row {number}", header, fields)
+
+
+def _header(setting: str, reader: Iterator[list[str]]) -> list[str]:
+    try:
+        header = next((fields for fields in reader if fields), [])
+    except csv.Error as error:
+        raise UserError(f"{setting}: has a header that is not CSV ({error}); mend its quotation marks") from None
+    if any(LONE_SURROGATE.search(name) for name in header):
+        raise UserError(f"{setting}: is not UTF-8; convert it")
+    if len(set(header)) < len(header):
+        raise UserError(f"{setting}: names a column twice in its header {header}; rename one")
+    return header
 
 
 def _csv_row(where: str, header: list[str], fields: list[str]) -> Row | UserError:

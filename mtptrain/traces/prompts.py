@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.config import HELDOUT
+from mtptrain.config import HELDOUT, DataFormat
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Message, Tool
 from mtptrain.data.files import ROW_KINDS, Row, check_readable, kind_of, local_files, read_rows, stem_of
 from mtptrain.data.forms import read_conversation, recognise
 from mtptrain.data.messages import check_text
+from mtptrain.data.notes import note
 from mtptrain.data.rows import load_rows
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
@@ -97,12 +98,15 @@ def encode_prompt_row(
         chat: renders conversations; None if there is no template.
 
     Raises:
-        UserError: the row is a conversation and there is no chat template.
+        UserError: the row is a conversation and there is no chat template, or it rejects the conversation.
     """
     if not row.messages:
         tokens = begin + tokenizer.encode(row.text, add_special_tokens=False).ids
     elif chat is not None:
-        tokens = chat.encode(row.messages, row.tools)
+        try:
+            tokens = chat.encode(row.messages, row.tools)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
     else:
         raise UserError(
             f"{row.where} is a conversation and the backbone's tokenizer has no chat template; set "
@@ -268,6 +272,8 @@ def _prompt_row(where: str, domain: str, row: Row) -> PromptRow:
         raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
     if form is None:
         raise UserError(f"{where}: `messages` must be a list that is not empty; see docs/prompts.md")
+    if form is not DataFormat.messages:
+        note(f"{where.rpartition(': line ')[0]}: rows are read as {form.value} conversations")
     content = read_conversation(where, row, "messages", form)
     return PromptRow(where, domain, "", _unanswered(where, content.messages), tools=content.tools)
 

@@ -75,6 +75,11 @@ def test_an_empty_file_has_no_rows(content: bytes, suffix: str, packed: str, tmp
             b'{"a": 1}\n{"a\n[1]\nnull\n\xff\n{"a": 2}',
             ["line 2 is not JSON", "line 3 is not a", "line 4 is not a", "line 5 is not UTF-8"],
         ),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"b": ' + b"9" * 5000 + b"}\n" + b'{"b": ' + b"[" * 9999 + b'\n{"a": 2}',
+            ["line 2 is not JSON", "line 3 is not JSON"],
+        ),
         ("a.json", b'[{"a": 1}, 3, null, {"a": 2}]', ["row 2 is not a JSON object", "row 3 is not a JSON object"]),
         (
             "a.csv",
@@ -151,7 +156,15 @@ def test_a_text_is_read_without_its_byte_order_mark(tmp_path: Path) -> None:
     assert read_text("F", tmp_path / "a.txt") == "äöü"
 
 
-def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,text\na,b\n", encoding="utf-8")
-    with pytest.raises(UserError, match="names a column twice"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"text,text\na,b\n", "names a column twice"),
+        ("text\nä\n".encode("utf-16"), "is not UTF-8; convert it"),
+        (b'"text\na\n', "has a header that is not CSV"),
+    ],
+)
+def test_a_header_that_names_no_columns_is_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=reason):
         rows_of(tmp_path / "a.csv")
