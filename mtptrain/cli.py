@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.given import Given, choose_source, given_settings
+from mtptrain.config.paths import expand_argument
 from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
@@ -179,7 +180,7 @@ def main() -> None:
     if VERSION_FLAG in sys.argv[1:]:  # Hydra would print its own version
         print(f"mtptrain {mtptrain.__version__}")
         return
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
+    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")

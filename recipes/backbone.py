@@ -54,8 +54,10 @@ def train_backbone(session: Session) -> Path:
         with atomic_folder(tokenizer_folder) as temporary:
             save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
-    chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, BOS_EOS[0])
-    corpus = tokenize_corpus(documents, Encoder(tokenizer, BOS_EOS, chat), session.cache)
+    chat = open_chat_template(config.data, tokenizer_folder, tokenizer, BOS_EOS[0])
+    corpus = tokenize_corpus(
+        documents, Encoder(tokenizer, BOS_EOS, chat, config.data.on_bad_row), session.cache, config.data.max_tokens
+    )
     run_folder.print_status(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"

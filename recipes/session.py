@@ -93,14 +93,14 @@ class Session:
         from mtptrain.data.chat import open_chat_template
 
         source = self.source
-        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.bos_eos[0])
+        return open_chat_template(self.config.data, source.folder, source.tokenizer, source.bos_eos[0])
 
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
 
-        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat)
+        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat, self.config.data.on_bad_row)
 
     @property
     def cache(self) -> Path:
@@ -115,7 +115,8 @@ class Session:
         from mtptrain.data.text import training_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
+        data = self.config.data
+        return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -123,7 +124,8 @@ class Session:
         from mtptrain.data.text import heldout_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
+        data = self.document_settings
+        return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @property
     def document_settings(self) -> DataConfig:

@@ -7,6 +7,7 @@ from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
 from mtptrain.config.choices import (
     PARTITIONED_PLACEMENTS,
     CacheFormat,
+    DataFormat,
     DataSource,
     Device,
     DraftChoice,
@@ -16,6 +17,7 @@ from mtptrain.config.choices import (
     ExportTarget,
     LossName,
     MtpMode,
+    OnBadRow,
     OptimizerName,
     Placement,
     PlanKind,
@@ -24,6 +26,7 @@ from mtptrain.config.choices import (
     ShardCopies,
     StoredWeights,
     StreamFormat,
+    Turns,
     WeightFormat,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
@@ -44,6 +47,7 @@ __all__ = [
     "CacheFormat",
     "CollectConfig",
     "DataConfig",
+    "DataFormat",
     "DataSource",
     "DecodingConfig",
     "Device",
@@ -60,6 +64,7 @@ __all__ = [
     "MixtureConfig",
     "MtpConfig",
     "MtpMode",
+    "OnBadRow",
     "OnPolicyConfig",
     "OptimizerName",
     "Placement",
@@ -76,6 +81,7 @@ __all__ = [
     "StreamFormat",
     "TrackingConfig",
     "TrainConfig",
+    "Turns",
     "Verification",
     "WeightFormat",
     "did_you_mean",

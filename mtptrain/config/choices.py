@@ -122,6 +122,35 @@ class DataSource(Enum):
     on_policy = "on_policy"
 
 
+class DataFormat(Enum):
+    """Form of a row; `auto` recognises it by its columns, row by row.
+
+    `messages` is OpenAI's, `sharegpt` has `from` and `value`, `alpaca` has instruction, input and output.
+    """
+
+    auto = "auto"
+    text = "text"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+
+
+class Turns(Enum):
+    """Answers of a conversation that are targets: all in one row, the last, or each in a row of its own."""
+
+    all = "all"
+    last = "last"
+    each = "each"
+
+
+class OnBadRow(Enum):
+    """Treatment of a row that cannot be used: end the run, or leave it out and count it."""
+
+    error = "error"
+    skip = "skip"
+
+
 class StreamFormat(Enum):
     """Storage format of cached residual streams; `fp8` is e4m3 with one scale per token and stream."""
 

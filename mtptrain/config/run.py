@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any
 
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
@@ -16,6 +17,7 @@ from mtptrain.config.choices import (
 )
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.paths import expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, check_fields, one_of, prompt_names, ranged, require
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
@@ -89,6 +91,7 @@ class RunConfig:
     plan: PlanConfig | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_fields(self, "")
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(
@@ -181,4 +184,4 @@ def register() -> None:
 
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     # Hydra writes multirun.yaml there, regardless of settings.
-    OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or "outputs/sweep"), replace=True)

@@ -11,7 +11,7 @@ from mtptrain.batch import Batch
 from mtptrain.data.packing import Piece, fill_rows, pack_corpus
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import rank_rows
+from mtptrain.run.distributed import on_rank0, rank_rows
 
 
 class BatchSource:
@@ -82,7 +82,7 @@ class RowOrder:
 
 
 class PackedBatches(BatchSource):
-    """Batches of a tokenised corpus, shuffled anew each epoch.
+    """Batches of a tokenised corpus, shuffled anew each epoch; rank 0 packs the rows for all processes.
 
     Args:
         corpus: the documents.
@@ -105,7 +105,8 @@ class PackedBatches(BatchSource):
     ) -> None:
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.order = RowOrder(pack_corpus(corpus, sequence_length, piece_length), batch_size, seed)
+        rows = on_rank0(lambda: pack_corpus(corpus, sequence_length, piece_length))
+        self.order = RowOrder(rows, batch_size, seed)
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of batch `index`."""

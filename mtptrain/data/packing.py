@@ -9,6 +9,7 @@ number, and its positions start at 0.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,18 +43,24 @@ def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
     """
     order = sorted((piece for piece in pieces if piece[1] > 1), key=lambda piece: (-piece[1], piece[0]))
     rows: list[list[Piece]] = []
+    rooms: list[int] = []  # of the open rows, sorted, each number once
     rows_by_room: dict[int, list[int]] = {}
     for piece in order:
         size = piece[1]
-        room = next((room for room in range(size, row_length + 1) if rows_by_room.get(room)), None)
-        if room is None:
+        nearest = bisect_left(rooms, size)
+        if nearest == len(rooms):
             rows.append([piece])
             index, left = len(rows) - 1, row_length - size
         else:
+            room = rooms[nearest]
             index = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[nearest]
             rows[index].append(piece)
             left = room - size
         if left > 1:
+            if left not in rows_by_room:
+                insort(rooms, left)
             rows_by_room.setdefault(left, []).append(index)
     return rows
 

@@ -36,7 +36,7 @@ class StreamingBatches(BatchSource):
         for config in plan.sources.values():
             reader = DocumentShardReader(config, range(plan.num_rows), plan.num_rows)
             first = [reader.next(number)[1] for number in range(plan.num_rows)]
-            next(plan.encoder.encode(document for document in first if document is not None))
+            next(plan.encoder.encode(document for document in first if document is not None), None)
         self.row_numbers = list(rank_rows(plan.num_rows))
         self.seek(0, [])
 
