@@ -32,7 +32,7 @@ from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
-from mtptrain.release.config import stored_scheme
+from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
@@ -84,7 +84,7 @@ def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
 
 def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
     """Write all files of the export except the card and the seal."""
-    head = to_release(checkpoint.tensors(), backbone.config, scheme)
+    head = to_release(checkpoint.tensors(), backbone.config, scheme, scale_dtype=stored_scales(backbone.shards))
     trained = checkpoint.head_identity(backbone.fingerprint)
     facts = {"version": mtptrain.__version__, "mode": trained.mode.value, "steps": trained.steps, "scheme": scheme}
     if config.export.form is ExportForm.draft:
