@@ -64,7 +64,7 @@ class RunConfig:
     checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run
-    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang or hf
+    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
