@@ -36,7 +36,7 @@ from mtptrain.export.folder import (
     write_draft,
     write_full,
 )
-from mtptrain.export.origin import find_origin, own_evaluation
+from mtptrain.export.origin import find_origin, hub_id, own_evaluation
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
 from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
@@ -49,9 +49,12 @@ from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
+from mtptrain.run.hub import check_upload, upload_folder
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
+
+PUSH = "export.push_to_hub"
 
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
@@ -205,14 +208,22 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str
         provenance=run_folder.provenance,
         **checks,
     )
-    write_text(temporary / "README.md", model_card(identity, export, run_folder.path, backbone.folder))
+    write_text(temporary / "README.md", model_card(identity, export, *addresses(session)))
     files = [path for path in sorted(temporary.iterdir()) if not path.is_symlink() and path.stat().st_nlink == 1]
     seal(EXPORT, temporary, identity, export, [path.name for path in files])  # a link's bytes are the source's
     return export
 
 
-def summary(export: Export, depth: int, folder: Path, source: Path) -> list[str]:
-    """Return the lines that the command prints; the last ones are how to serve the folder."""
+def addresses(session: Session) -> tuple[Path, Path]:
+    """Return the export and its model as a serving command names them: on the hub if that is where they are."""
+    config, folder = session.config, session.folder.path
+    name = hub_id(session.backbone.folder, config.backbone.path)
+    pushed = Path(config.export.push_to_hub) if config.export.push_to_hub else None
+    return pushed or folder, Path(name) if name and pushed else session.backbone.folder
+
+
+def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path]) -> list[str]:
+    """Return the lines that the command prints; the last ones are how to serve the folder, as `addresses` names it."""
     (changed, total), measured, best = export.changed, export.acceptance, export.draft_length
     shown = shown_lengths(export.target, depth, list(measured.before))
     pairs = (f"K={k} {measured.before[k]:.3f} -> {measured.after[k]:.3f}" for k in shown)
@@ -225,7 +236,7 @@ def summary(export: Export, depth: int, folder: Path, source: Path) -> list[str]
         *(f"warning: {line}" for line in export.warnings),
         *serving_notes(export.target),
         f"serve at K={best.served} ({best.reason}):",
-        serve_command(export.target, export.form, folder, source, best.served),
+        serve_command(export.target, export.form, *served, best.served),
     ]
 
 
@@ -243,6 +254,8 @@ def run(session: Session) -> None:
     checkpoint = find_checkpoint(Path(str(config.checkpoint)))
     folder = run_folder.require_empty()
     warned = check_path(config.target, folder, config.export.force)
+    if config.export.push_to_hub:
+        check_upload(config.export.push_to_hub, PUSH)
     check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
@@ -256,5 +269,8 @@ def run(session: Session) -> None:
         if reason is None:
             raise
         raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error
-    for line in summary(export, head.stack.depth, folder, backbone.folder):
+    for line in summary(export, head.stack.depth, folder, addresses(session)):
         run_folder.print_status(line)
+    if config.export.push_to_hub:
+        page = upload_folder(folder, config.export.push_to_hub, PUSH)
+        run_folder.print_status(f"uploaded to {page}, private if it is new")

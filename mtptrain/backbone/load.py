@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from mtptrain.release.config import check_config, check_scales, read_config_json
 from mtptrain.release.family import check_family
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards, head_name
+from mtptrain.run.hub import HUB_ID
 
 SHIPPED = Path(__file__).parent / "shipped"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from mtptrain.export.servers import SERVERS
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
 from mtptrain.run.provenance import Provenance
-from mtptrain.training.checkpoint import HeadIdentity
+from mtptrain.training.checkpoint import EXPORT_MANIFEST, HeadIdentity
+from mtptrain.training.exported import EXPORTED
 
-RECORD = "mtptrain_export.json"
 WORST = 5  # tensors that the card lists
 NO_GAIN = "NOT BETTER THAN THE MODEL'S OWN HEAD on these prompts"
 TAGS = ["multi-token-prediction", "speculative-decoding", "deepseek_v4"]
@@ -130,17 +130,7 @@ class Export:
     provenance: Provenance
 
 
-EXPORT: Kind[HeadIdentity, Export] = Kind(
-    name="exported model",
-    schema=2,
-    identity=HeadIdentity,
-    content=Export,
-    settings={"backbone": "backbone.path"},
-    manifest=RECORD,
-    missing="give the folder of +recipe=export",
-    damaged="export it anew",
-    repair="export it anew",
-)
+EXPORT: Kind[HeadIdentity, Export] = replace(EXPORTED, content=Export)
 
 
 def verdict(measured: Measured, k: int) -> str:
@@ -249,7 +239,7 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
     shown = shown_lengths(export.target, head.depth, list(measured.before))
     return CARD.format(
         metadata=_metadata(export, folder.name, shown),
-        record=RECORD,
+        record=EXPORT_MANIFEST,
         facts=_facts(head, export),
         verdict=verdict(measured, served),
         policy=measured.policy,

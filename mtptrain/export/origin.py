@@ -46,7 +46,7 @@ def find_origin(checkpoint: Checkpoint, source: Path, path: str | None) -> Origi
     """
     provenance = _in_run(checkpoint, "provenance.json")
     training: dict[str, Any] = json.loads(provenance.read_text(encoding="utf-8")) if provenance else {}
-    return Origin(_hub_id(source, path), _license(source), _training_data(checkpoint), training)
+    return Origin(hub_id(source, path), _license(source), _training_data(checkpoint), training)
 
 
 def own_evaluation(checkpoint: Checkpoint) -> Evaluation | None:
@@ -67,7 +67,8 @@ def _in_run(checkpoint: Checkpoint, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _hub_id(source: Path, path: str | None) -> str | None:
+def hub_id(source: Path, path: str | None) -> str | None:
+    """Return the hub id of a model from the setting `backbone.path` or from its folder in the hub's cache, or None."""
     if path is not None and path.count("/") == 1 and not Path(path).exists():
         return path
     cached = HUB_FOLDER.search(str(source.absolute()))

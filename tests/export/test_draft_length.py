@@ -1,6 +1,4 @@
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,20 +13,14 @@ from mtptrain.export.draft_length import (
     own_warnings,
     shown_lengths,
 )
-from mtptrain.run.typed_json import from_json
+from tests.evaluation.recorded import recorded_evaluation
 
-RECORDED = Path(__file__).parents[1] / "evaluation"
 H200 = HardwareConfig(name="h200", memory=1.41e11, bandwidth=4.8e12, fp8_flops=2e15, bf16_flops=1e15, fp32_flops=5e14)
 
 
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    """A recorded evaluation with both heads."""
-    for file in sorted(RECORDED.rglob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and len(content.get("heads", [])) == 2 and "certificate" in content:
-            return from_json(Evaluation, content)
-    raise AssertionError("no recorded evaluation of two heads")
+    return recorded_evaluation()
 
 
 def test_the_measured_length_comes_before_the_planned_one_and_that_before_the_trained_steps() -> None:

@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfig
 from mtptrain.errors import UserError
-from mtptrain.export.card import EXPORT, RECORD, Measured
+from mtptrain.export.card import EXPORT, Measured
 from mtptrain.export.folder import check_room, save_tensors
 from mtptrain.recipes.export import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table
 from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
+from mtptrain.training.checkpoint import EXPORT_MANIFEST
 from tests.command import edit_json, largest_file, run_main, tree
 from tests.conftest import save_release
+from tests.hub import stand_in
 
 FAST = ["export.max_drop=1"]  # two training steps change little, and two prompts are too few to measure it
 
@@ -39,7 +41,7 @@ def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.Te
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the manifest's facts about the head and about the export."""
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
     return {**record["identity"], **record["content"]}
 
 
@@ -325,3 +327,40 @@ def test_a_drop_beyond_the_bound_is_an_error() -> None:
 
 def measured(before: dict[int, float], after: dict[int, float]) -> Measured:
     return Measured(8, "temperature 0", before, after, [0.5, 0.4], None)
+
+
+@pytest.mark.parametrize("form", ["full", "draft"])
+def test_an_export_on_the_hub_is_a_checkpoint(
+    form: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the head's files come back, not the model's; the figures are those of the export."""
+    with stand_in(monkeypatch, tmp_path / "cache") as hub:
+        pushed = ["target=vllm", f"export.form={form}", "export.push_to_hub=someone/head"]
+        record = export(settings, tmp_path / "X", *pushed)
+        assert hub.models["someone/head"].keys() == {path.name for path in (tmp_path / "X").iterdir()}
+        again = [
+            *settings,
+            "checkpoint=hf://someone/head",
+            "evaluation.include_stock=false",
+            f"output_dir={tmp_path}/E",
+        ]
+        assert run_main("+recipe=evaluate", *again) == 0
+    assert set(hub.fetched) == {EXPORT_MANIFEST, "config.json", *record["head_files"]}
+    evaluation = json.loads((tmp_path / "E" / "evaluation.json").read_text())
+    lengths = {k: figures["acceptance_length"] for k, figures in evaluation["heads"][0]["replay"].items()}
+    assert lengths == pytest.approx(record["acceptance"]["after"])
+    command = (tmp_path / "X" / "README.md").read_text()
+    assert ("vllm serve someone/head " in command) == (form == "full")
+    assert ('"model": "someone/head"' in command) == (form == "draft")
+
+
+def test_without_the_hub_nothing_is_exported_for_it(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arguments = ["target=vllm", "export.push_to_hub=someone/head", f"output_dir={tmp_path}/X"]
+    assert run_main("+recipe=export", *settings, *arguments) == 2
+    assert re.search(
+        r"^mtptrain: export\.push_to_hub=.* is switched off by HF_HUB_OFFLINE", capfd.readouterr().err, re.M
+    )
+    assert not (tmp_path / "X").exists()
