@@ -57,10 +57,20 @@ from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoi
 PUSH = "export.push_to_hub"
 
 
-def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
-    """Return the encoding of the exported head: bf16, or the backbone's."""
-    backbone_scheme: Scheme = stored_scheme(backbone.shards)
+def export_scheme(config: RunConfig, shards: Shards) -> Scheme:
+    """Return the encoding of the exported head: bf16, or that of the backbone with these shards."""
+    backbone_scheme: Scheme = stored_scheme(shards)
     return backbone_scheme if config.export.scheme is ExportScheme.target else "bf16"
+
+
+def check_loads(session: Session, checkpoint: Checkpoint) -> None:
+    """Refuse an export that the target cannot load, before the backbone's weights are read."""
+    config, folder = session.config, session.source.folder
+    assert config.target is not None
+    if isinstance(checkpoint.identity, HeadIdentity):  # otherwise loading the head says what the checkpoint holds
+        shards = Shards(folder, f"backbone.path={folder}")
+        scheme = export_scheme(config, shards)
+        check_target(config.target, config.export.form, scheme, checkpoint.identity.depth, shards)
 
 
 def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
@@ -184,7 +194,7 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str
         temporary: the folder until it is complete.
     """
     config, run_folder, backbone = session.config, session.folder, session.backbone
-    scheme, identity = export_scheme(config, backbone), checkpoint.head_identity(backbone.fingerprint)
+    scheme, identity = export_scheme(config, backbone.shards), checkpoint.head_identity(backbone.fingerprint)
     assert config.target is not None
     traces = gather_traces(session, config.evaluation.num_prompts).traces
     before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
@@ -256,10 +266,10 @@ def run(session: Session) -> None:
     warned = check_path(config.target, folder, config.export.force)
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
+    check_loads(session, checkpoint)
     check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
-    check_target(config.target, config.export.form, export_scheme(config, backbone), head.stack.depth, backbone.shards)
     check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
         with run_folder.write_whole() as temporary:

@@ -61,7 +61,7 @@ class RunConfig:
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
     threads: int | None = ranged(None, at_least=1)
-    # evaluate, doctor, export: a checkpoint folder, a run folder, an exported folder, hf://ORGANISATION/NAME, or `stock`.
+    # evaluate, doctor, export: a checkpoint's, a run's or an export's folder, hf://ORGANISATION/NAME, or `stock`.
     checkpoint: str | None = None
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run

@@ -190,7 +190,7 @@ def _read_index(path: Path, setting: str) -> tuple[dict[str, str] | None, bool]:
         index = content["weight_map"]
         if not all(isinstance(part, str) for pair in index.items() for part in pair):
             raise TypeError("weight_map must map names to files")
-        return dict(index), "metadata" in content
+        return dict(index), isinstance(content.get("metadata"), dict)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{setting}: {INDEX} is damaged ({error}); restore it") from None
 

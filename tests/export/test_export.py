@@ -17,12 +17,13 @@ from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfi
 from mtptrain.errors import UserError
 from mtptrain.export.card import EXPORT, Measured
 from mtptrain.export.folder import check_room, save_tensors
+from mtptrain.mtp.stack import head_digest
 from mtptrain.recipes.export import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table
 from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
-from mtptrain.training.checkpoint import EXPORT_MANIFEST
+from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
 from tests.command import edit_json, largest_file, run_main, tree
 from tests.conftest import save_release
 from tests.hub import stand_in
@@ -327,6 +328,13 @@ def test_a_drop_beyond_the_bound_is_an_error() -> None:
 
 def measured(before: dict[int, float], after: dict[int, float]) -> Measured:
     return Measured(8, "temperature 0", before, after, [0.5, 0.4], None)
+
+
+def test_training_starts_from_an_exported_head(exported: Path, settings: list[str], tmp_path: Path) -> None:
+    arguments = [f"mtp.init={exported}", "train.steps=1", "evaluate_at_end=false", f"output_dir={tmp_path}/run"]
+    assert run_main("+recipe=distill", *settings, *arguments) == 0
+    start = find_checkpoint(tmp_path / "run").head_identity(read_record(exported)["backbone"]).start
+    assert start["sha256"] == head_digest(find_checkpoint(exported).tensors())
 
 
 @pytest.mark.parametrize("form", ["full", "draft"])

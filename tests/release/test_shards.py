@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,9 +106,12 @@ def without_head(weight_map: dict[str, str]) -> dict[str, str]:
     return {name: file for name, file in weight_map.items() if file != LAST}
 
 
-def test_an_index_without_metadata_is_refused_with_the_way_out(release_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [lambda index: index.pop("metadata"), lambda index: index.update(metadata=None)])
+def test_an_index_without_metadata_is_refused_with_the_way_out(
+    change: Callable[[dict[str, Any]], object], release_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(release_folder, tmp_path / "R")
-    edit_json(folder / INDEX, lambda index: index.pop("metadata"))
+    edit_json(folder / INDEX, change)
     with pytest.raises(
         UserError, match=rf'{INDEX} has no "metadata", which transformers requires; add "metadata": {{}}'
     ):
