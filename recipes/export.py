@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import DeepseekV4Config
 
 import mtptrain
 from mtptrain.backbone.load import Backbone
@@ -94,7 +95,8 @@ def replay_stock(session: Session, traces: list[Trace]) -> CountsByLength | None
 
 def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
     """Return the head as a server reads it from an exported folder."""
-    state = from_release(written.only(HEAD_PREFIX), backbone.config, backbone.model.lm_head.weight.dtype)
+    config = DeepseekV4Config.from_pretrained(written.folder)  # says no more that the model came with DSpark blocks
+    state = from_release(written.only(HEAD_PREFIX), config, backbone.model.lm_head.weight.dtype)
     depth = len({name.split(".")[1] for name in state})
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 

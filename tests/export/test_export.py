@@ -173,6 +173,21 @@ def test_the_scales_of_a_head_are_stored_as_the_models(
     assert warned == (container != torch.float32)
 
 
+def test_a_new_module_replaces_the_blocks_of_a_release_with_dspark(light: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "R"
+    save_release(folder, ReleaseVariant.dspark)
+    arguments = [*light, *FAST, f"backbone.path={folder}"]
+    training = ["mtp.init=backbone", "evaluate_at_end=false", f"output_dir={tmp_path}/run"]
+    assert run_main("+recipe=distill", *arguments, *training) == 0
+    record = export(arguments, tmp_path / "X", f"checkpoint={tmp_path}/run", "target=vllm")
+    assert record["acceptance"]["gain"] is None
+    config = json.loads((tmp_path / "X" / "config.json").read_text())
+    assert not [key for key in config if key.startswith("dspark")]
+    assert config["num_nextn_predict_layers"] == 1
+    names = {row.released for row in release_table(DeepseekV4Config.from_pretrained(tmp_path / "X"))}
+    assert {name for name in Shards(tmp_path / "X", "X") if name.startswith("mtp.")} == {f"mtp.0.{n}" for n in names}
+
+
 def test_llama_cpp_gets_a_full_folder_and_the_commands_of_its_converter(settings: list[str], tmp_path: Path) -> None:
     export(settings, tmp_path / "X", "target=llama_cpp")
     card = (tmp_path / "X" / "README.md").read_text()
