@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
+from mtptrain.release.family import check_family
 from mtptrain.release.fingerprint import fingerprint
-from mtptrain.release.shards import Shards
+from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
+from mtptrain.run.hub import HUB_ID
 
 SHIPPED = Path(__file__).parent / "shipped"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
@@ -72,14 +72,15 @@ def read_model_config(folder: Path) -> DeepseekV4Config:
     """Read config.json as a DeepSeek-V4 config.
 
     Raises:
-        UserError: the file is damaged or describes another model.
+        UserError: the file is damaged, or describes another model or a quantisation that is not read.
     """
-    read_config_json(folder, f"backbone.path={folder}")
+    setting = f"backbone.path={folder}"
+    check_family(read_config_json(folder, setting), folder, setting)
     try:
         return DeepseekV4Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
         summary = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+        raise UserError(f"{setting}: config.json is not DeepSeek-V4's ({summary})") from error
 
 
 def backbone_folder(config: BackboneConfig) -> Path:
@@ -215,7 +216,7 @@ def _load_model(
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_report(report, folder, has_layers)
+    _check_report(report, folder, has_layers, whole_config.num_hidden_layers)
     if not has_layers:
         model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
         for name in LAYER_FIELDS:
@@ -227,10 +228,13 @@ def _load_model(
     return model
 
 
-def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:
-    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have."""
+def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_layers: int) -> None:
+    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have.
+
+    A head's tensors are not the model's; transformers ignores those below `mtp.` and reports other prefixes.
+    """
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in report.get(problem) or [])
+        names = sorted(str(name) for name in report.get(problem) or [] if head_name(str(name), num_layers) is None)
         if not has_layers:
             names = [name for name in names if not name.startswith(LAYER_PREFIXES)]
         if names:

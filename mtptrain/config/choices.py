@@ -57,11 +57,12 @@ class ExportTarget(Enum):
 
     vllm = "vllm"
     sglang = "sglang"
+    llama_cpp = "llama_cpp"
     hf = "hf"
 
 
 class ExportForm(Enum):
-    """`full`: a complete model folder. `draft`: head, embedding and lm_head, which vLLM loads beside the model."""
+    """`full`: a complete model folder. `draft`: the head alone, which vLLM loads beside the model."""
 
     full = "full"
     draft = "draft"

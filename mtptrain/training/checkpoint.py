@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from mtptrain.config import MtpMode
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.run.hub import is_address
 from mtptrain.run.storage import disk_full_reason
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
+EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -224,11 +226,20 @@ def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at a user's path: a step folder, a run folder, or its `checkpoints` folder.
+    """Return the checkpoint at a user's path: a step folder, a run folder, its `checkpoints` folder, or an export.
+
+    Args:
+        path: a folder, or an address on the hub as `hf://NAME`.
 
     Raises:
         UserError: the path holds no usable checkpoint.
     """
+    if is_address(path) or (path / EXPORT_MANIFEST).is_file():
+        from mtptrain.training.exported import download_head, open_exported  # it imports this module
+
+        path = download_head(path) if is_address(path) else path
+        if (path / EXPORT_MANIFEST).is_file():
+            return open_exported(path)
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return open_checkpoint(path)
     for root in (path / "checkpoints", path):
