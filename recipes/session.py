@@ -158,14 +158,14 @@ class Session:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end a text: the backbone's end token and those of `decoding.stop`.
+        """The tokens that end a text: the backbone's end tokens and those of `decoding.stop`.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
         tokenizer = self.source.tokenizer
         size = tokenizer.get_vocab_size()
-        stop = set(self.source.bos_eos[1])
+        stop = set(self.source.ends.stop)
         for entry in self.config.decoding.stop:
             if isinstance(entry, int):
                 ids = [entry] if 0 <= entry < size else []
