@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
@@ -50,6 +50,10 @@ def open_on_policy_prompts(session: Session) -> PromptSet:
         corpus = session.training_corpus
         conversations, source = slice_conversations(corpus, count, settings.prompt_tokens, TRAINING, "on_policy")
         sources = [source]
+        # The draws of a text depend on its group, so slices of one document need groups of their own.
+        conversations = [
+            replace(one, prompt=replace(one.prompt, group=number)) for number, one in enumerate(conversations)
+        ]
     else:
         rows = read_prompt_rows(settings.prompts, "on_policy.prompts", "train")
         named, sources = prompt_row_conversations(session, rows, count)

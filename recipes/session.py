@@ -13,6 +13,7 @@ from mtptrain.run.folder import RunFolder
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
     from mtptrain.decoding.results import Limits
@@ -94,6 +95,13 @@ class Session:
 
         source = self.source
         return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.bos_eos[0])
+
+    @cached_property
+    def hasher(self) -> PassageHasher:
+        """Hashes passages, to compare prompts with the training text."""
+        from mtptrain.data.passages import PassageHasher
+
+        return PassageHasher(self.source.tokenizer, int(self.source.config.vocab_size))
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -270,7 +278,8 @@ class Session:
 
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
-        return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
+        stack = place(stack, self.backbone).eval()
+        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

@@ -11,9 +11,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import DraftChoice, LossConfig
 from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
+from mtptrain.data.passages import FOUND, PassageHasher, Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.head_result import TeacherForced
+from mtptrain.evaluation.head_result import SeenPrompts, TeacherForced
 from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
@@ -31,12 +32,14 @@ class Head:
         checkpoint: folder of the checkpoint, or `stock`.
         mode: `shared` or `stacked`.
         stack: its modules, in eval mode.
+        passages: of the text that it was trained on; None if unknown.
     """
 
     name: str
     checkpoint: str
     mode: str
     stack: MtpStack
+    passages: Passages | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +76,20 @@ def teacher_forced(
         top1=(top1_match_K / counts_K).tolist(),
         tokens=[int(count) for count in counts_K],
     )
+
+
+def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[list[int]]) -> SeenPrompts | None:
+    """Return the number of prompts at least half of whose passages were trained on; None if no passages are known.
+
+    Args:
+        passages: of a head's training text.
+        hasher: hashes the prompts.
+        prompts: token ids.
+    """
+    if passages is None:
+        return None
+    shares = [share for tokens in prompts if (share := passages.share_of(hasher.prompt(tokens))) is not None]
+    return SeenPrompts(prompts=len(prompts), checked=len(shares), seen=sum(share >= FOUND for share in shares))
 
 
 def describe_prompts(traces: TraceSet) -> PromptsResult:

@@ -221,3 +221,38 @@ def test_traces_of_another_backbone_or_policy_are_refused(
     message = refused(traces, change(other_backbone), "checkpoint=stock", recipe="evaluate")
     assert message.startswith(f"{traces}: holds ")
     assert line in message
+
+
+def test_copies_of_a_prompt_are_one_group(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": text} for text in ("The river is", "the  RIVER\nis", "Our teacher", "The river is")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    traces = evaluate(light, tmp_path / "run", f"prompts={file}", "evaluation.num_prompts=4")
+    assert [trace.prompt.group for trace in traces.traces] == [0, 0, 2, 0]
+    prompts = result_of(tmp_path / "run")["prompts"]
+    assert (prompts["count"], prompts["conversations"]) == (4, 2)
+    output, errors = capfd.readouterr()
+    assert "the 4 prompts are 2 independent groups: copies" in errors
+    assert "interval over 2 groups of 4 prompts" in " ".join(output.split())
+
+
+def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_with_the_checkpoint(
+    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    measured = (f"prompts={file}", "evaluation.num_prompts=60")
+    run = tmp_path / "run"
+    assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
+    output, errors = capfd.readouterr()
+    stock, trained = result_of(run)["heads"]
+    seen = trained["seen_prompts"]
+    assert stock["seen_prompts"] is None
+    assert seen["prompts"] == seen["checked"] == 60
+    assert 30 <= seen["seen"] < 60  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 60 prompts are trained on" in errors.partition("continuing 60 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 60 prompts in training" in " ".join(output.split())
+    evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
+    assert result_of(tmp_path / "again")["heads"][0]["seen_prompts"] == seen

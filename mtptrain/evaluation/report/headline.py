@@ -7,7 +7,7 @@ from __future__ import annotations
 from enum import Enum
 
 from mtptrain.evaluation.certificate_result import Certificate, PassDifference, TextDifference
-from mtptrain.evaluation.head_result import Gain, Interval
+from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
 from mtptrain.evaluation.result import Evaluation
 
 
@@ -66,6 +66,13 @@ def speed_text(evaluation: Evaluation) -> str:
     if timed[best].median > 1:
         return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
     return f"on the clock: no K is faster than {plain}; the best is {figure}"
+
+
+def seen_text(head: str, seen: SeenPrompts) -> str:
+    """Return the number of prompts that a head saw in training, as one sentence."""
+    unknown = seen.prompts - seen.checked
+    note = f" ({unknown} more are too short to be looked up)" if unknown else ""
+    return f"the {head} head saw {seen.seen} of {seen.checked} prompts in training{note}"
 
 
 def span(interval: Interval, signed: bool = False) -> str:

@@ -18,6 +18,7 @@ from mtptrain.evaluation.report.headline import (
     certificate_text,
     headline,
     headline_text,
+    seen_text,
     speed_text,
 )
 from mtptrain.evaluation.report.tables import length_table, position_table
@@ -111,6 +112,7 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         f"{head.name} head": f"{head.checkpoint} ({head.mode}, depth {head.depth}, {head.parameters:,} parameters)"
         for head in evaluation.heads
     }
+    seen = [seen_text(head.name, head.seen_prompts) for head in evaluation.heads if head.seen_prompts is not None]
     top_k = "" if policy.top_k is None else f"top_k {policy.top_k}, "
     return {
         "Command": shlex.join(origin.command),
@@ -124,7 +126,7 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         f"fingerprint {backbone.fingerprint}",
         **heads,
         "Prompts": f"{prompts.count} {prompts.source} prompts of {prompts.prompt_tokens} tokens, "
-        f"{prompts.new_tokens} new tokens each",
+        f"{prompts.new_tokens} new tokens each; " + "; ".join([f"{prompts.conversations} independent groups", *seen]),
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
         f"verification {policy.verification.value}, min_confidence {policy.min_confidence}",
         "Plain decoding": "; ".join(
