@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.decoding.results import Limits
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
@@ -108,7 +109,7 @@ def write_texts(
 
     making = on_rank0(open_folder)
     record = text_recorder(session.backbone, head if making.draft_length else None, identity, making)
-    answer = answer_text(session.source.tokenizer, frozenset(identity.stop))
+    answer = answer_text(session.source.tokenizer, Limits(identity.max_new_tokens, frozenset(identity.stop)))
     starts = range(0, len(prompts.conversations), making.batch_size)
     names = [text_file(number) for number in range(len(starts))]
     written = on_rank0(lambda: set(find_parts(folder, names)))

@@ -155,14 +155,16 @@ class Session:
 
     @cached_property
     def limits(self) -> Limits:
-        """The length and stop tokens that end a measured text.
+        """The length, stop tokens and stop strings that end a measured text.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
-        from mtptrain.decoding.results import Limits
+        from mtptrain.decoding.results import Limits, StopStrings
 
-        return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
+        decoding = self.config.decoding
+        strings = StopStrings(tuple(decoding.stop_strings), self.source.tokenizer) if decoding.stop_strings else None
+        return Limits(decoding.max_new_tokens, self.stop_ids, strings)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -95,6 +95,11 @@ def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeade
         chat_template=chat.sha256 if chat else None,
         sources=sources,
         dropped=dropped,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
+        stop_strings=list(limits.strings.texts) if limits.strings else [],
     )
 
 
@@ -168,7 +173,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     def record(prompts: list[Prompt]) -> list[Trace]:
         return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
 
-    answer = answer_text(session.source.tokenizer, limits.stop)
+    answer = answer_text(session.source.tokenizer, limits)
     held = record_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(

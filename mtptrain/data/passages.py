@@ -127,7 +127,8 @@ class PassageHasher:
         found = Passages.none()
         for begin in range(0, len(tokens), CHUNK_TOKENS):
             part = tokens[begin : begin + CHUNK_TOKENS]
-            inside = starts[(starts >= begin) & (starts < begin + len(part))] - begin
+            first, last = np.searchsorted(starts, [begin, begin + len(part)])
+            inside = starts[first:last] - begin
             text_N = self.text(np.insert(part.astype(np.int64), inside, self.boundary))
             hash_M = passage_hashes(text_N)
             crosses_end_M = (text_N[: len(hash_M)] != 0) & (text_N[-len(hash_M) :] == 0) if len(hash_M) else []

@@ -114,4 +114,8 @@ def describe_policy(policy: Policy) -> PolicyResult:
         draft=DraftChoice.greedy if policy.draws_greedily else policy.draft,
         verification=policy.verification,
         min_confidence=policy.min_confidence,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
     )

@@ -124,6 +124,10 @@ class PolicyResult:
     draft: DraftChoice
     verification: Verification
     min_confidence: float
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -116,6 +117,8 @@ POLICIES = {
     "cut_block": Policy(temperature=0.7, top_k=20, top_p=0.9, verification=Verification.block),
     "greedy_drafts_stopped": Policy(temperature=1.3, draft=DraftChoice.greedy, min_confidence=0.05),
     "block_stopped": Policy(temperature=1.0, min_confidence=0.06, verification=Verification.block),
+    "greedy_penalised": Policy(penalties=Penalties(1.3, 0.5, 0.2)),
+    "penalised_min_p": Policy(temperature=1.0, min_p=0.1, top_p=0.9, penalties=Penalties(0.7, -0.2, 1.0)),
 }
 
 

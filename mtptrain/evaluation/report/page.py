@@ -128,7 +128,9 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         "Prompts": f"{prompts.count} {prompts.source} prompts of {prompts.prompt_tokens} tokens, "
         f"{prompts.new_tokens} new tokens each; " + "; ".join([f"{prompts.conversations} independent groups", *seen]),
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
-        f"verification {policy.verification.value}, min_confidence {policy.min_confidence}",
+        f"verification {policy.verification.value}, min_confidence {policy.min_confidence}, min_p {policy.min_p}, "
+        f"penalties: repetition {policy.repetition_penalty}, frequency {policy.frequency_penalty}, "
+        f"presence {policy.presence_penalty}",
         "Plain decoding": "; ".join(
             f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation.plain_tokens_per_second.items()
         ),
