@@ -19,6 +19,7 @@ from mtptrain.evaluation.report.headline import (
     headline,
     headline_text,
     seen_text,
+    seen_texts,
     speed_text,
 )
 from mtptrain.evaluation.report.tables import length_table, position_table
@@ -50,6 +51,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "headline": headline(evaluation).value,
         "headline_text": _sentence(headline_text(evaluation)),
         "speed_text": _sentence(speed_text(evaluation)),
+        "seen_texts": [_sentence(text) for text in seen_texts(evaluation)],
         "certificate_text": certificate_text(certificate),
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,

@@ -20,7 +20,7 @@ from mtptrain.evaluation.report.headline import (
     certificate_text,
     headline,
     headline_text,
-    seen_text,
+    seen_texts,
     span,
     speed_text,
 )
@@ -133,9 +133,8 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
     console.print(Text(speed_text(evaluation)))
-    for head in evaluation.heads:
-        if head.seen_prompts is not None and head.seen_prompts.seen:
-            console.print(Text(seen_text(head.name, head.seen_prompts), style="bold yellow"))
+    for line in seen_texts(evaluation):
+        console.print(Text(line, style="bold yellow"))
     for grid in summary_tables(evaluation):
         console.print(Text(f"\n{grid.title}", style="bold"))
         console.print(_rich_table(grid))
