@@ -23,6 +23,8 @@ from mtptrain.config.reads import (
     settings,
 )
 from mtptrain.data.batches import BatchSource, PackedBatches
+from mtptrain.data.passages import Passages
+from mtptrain.data.recorded import RecordedBatches
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
 from mtptrain.data.streaming.row_stream import RowShape
@@ -42,7 +44,7 @@ from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
@@ -122,6 +124,12 @@ def shared_traces(session: Session, count: int) -> list[Trace]:
     return broadcast_object(led) or []
 
 
+def passages_before(init: str) -> Passages:
+    """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
+    known = None if init in ("stock", "fresh", "backbone") else find_checkpoint(Path(init)).passages()
+    return known or Passages.none()
+
+
 def make_probe(session: Session, stack: MtpStack) -> Probe:
     """Return a probe that replays a small, fixed set of traces while the head trains."""
     config = session.config
@@ -163,6 +171,9 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
+    batches = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
+    if is_measured(config) and not batches.is_stream:
+        say_seen_prompts(session, batches.passages())
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
@@ -257,8 +268,9 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
 
 def measure(session: Session, stack: MtpStack, trackers: Trackers) -> Evaluation:
     """Measure the trained head beside the stock head."""
-    checkpoints = str(session.folder.path / "checkpoints")
-    heads = [Head("trained", checkpoints, session.config.mtp.mode.value, stack)]
+    checkpoints = session.folder.path / "checkpoints"
+    passages = find_checkpoint(checkpoints).passages()
+    heads = [Head("trained", str(checkpoints), session.config.mtp.mode.value, stack, passages)]
     if session.config.evaluation.include_stock and has_stock(session.backbone):
         heads.insert(0, session.stock_head())
     evaluation = evaluate_heads(session, heads)

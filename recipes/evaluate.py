@@ -20,7 +20,7 @@ from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_threshold
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
-from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
+from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
@@ -142,6 +142,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 thresholds=sweep_thresholds(drafts, policy, longest),
                 loop={k: loop_totals(first, head.name, k) for k in counts},
                 samples=sample_texts(backbone.tokenizer, first, head.name, longest),
+                seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
             )
         )
     gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])

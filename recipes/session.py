@@ -14,6 +14,7 @@ from mtptrain.run.folder import RunFolder
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
     from mtptrain.decoding.results import Limits
@@ -96,6 +97,13 @@ class Session:
         return open_chat_template(self.config.data, source.folder, source.tokenizer, source.bos_eos[0])
 
     @cached_property
+    def hasher(self) -> PassageHasher:
+        """Hashes passages, to compare prompts with the training text."""
+        from mtptrain.data.passages import PassageHasher
+
+        return PassageHasher(self.source.tokenizer, int(self.source.config.vocab_size))
+
+    @cached_property
     def encoder(self) -> Encoder:
         """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
@@ -149,25 +157,27 @@ class Session:
 
     @cached_property
     def limits(self) -> Limits:
-        """The length and stop tokens that end a measured text.
+        """The length, stop tokens and stop strings that end a measured text.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
-        from mtptrain.decoding.results import Limits
+        from mtptrain.decoding.results import Limits, StopStrings
 
-        return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
+        decoding = self.config.decoding
+        strings = StopStrings(tuple(decoding.stop_strings), self.source.tokenizer) if decoding.stop_strings else None
+        return Limits(decoding.max_new_tokens, self.stop_ids, strings)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end a text: the backbone's end token and those of `decoding.stop`.
+        """The tokens that end a text: the backbone's end tokens and those of `decoding.stop`.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
         tokenizer = self.source.tokenizer
         size = tokenizer.get_vocab_size()
-        stop = set(self.source.bos_eos[1])
+        stop = set(self.source.ends.stop)
         for entry in self.config.decoding.stop:
             if isinstance(entry, int):
                 ids = [entry] if 0 <= entry < size else []
@@ -274,7 +284,8 @@ class Session:
 
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
-        return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
+        stack = place(stack, self.backbone).eval()
+        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

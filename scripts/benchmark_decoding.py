@@ -71,7 +71,7 @@ def main() -> None:
     documents = heldout_documents(DataConfig())
     corpus = tokenize_corpus(documents, Encoder(backbone.tokenizer, backbone.source.bos_eos), cache_folder(None))
     prompts = slice_prompts(corpus, count, 96)
-    limits = Limits(NEW_TOKENS, frozenset(backbone.source.bos_eos[1]))
+    limits = Limits(NEW_TOKENS, backbone.source.ends.stop)
     traces = record_traces(model, prompts, limits, GREEDY, 0)
     rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}
     loops, same = 0.0, {"generate": 0, "engine": 0}

@@ -17,6 +17,7 @@ from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
 from mtptrain.backbone.memory import check_room, weight_bytes
 from mtptrain.backbone.placement import check_experts, partition, placement_options
 from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.data.text_ends import TextEnds, read_text_ends
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
@@ -42,19 +43,18 @@ class BackboneSource:
         folder: holds config.json, the tokenizer and the weights.
         config: transformers' config.
         tokenizer: from the same folder.
+        ends: the tokens at both ends of a text.
     """
 
     folder: Path
     config: DeepseekV4Config
     tokenizer: Tokenizer
+    ends: TextEnds
 
     @property
     def bos_eos(self) -> tuple[list[int], list[int]]:
-        """Return the ids before and after a document: the config's begin and end tokens, if the tokenizer has them."""
-        size = self.tokenizer.get_vocab_size()
-        begin, end = self.config.bos_token_id, self.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+        """Return the ids before and after a training document."""
+        return self.ends.begin, self.ends.close
 
 
 def open_source(config: BackboneConfig) -> BackboneSource:
@@ -65,7 +65,10 @@ def open_source(config: BackboneConfig) -> BackboneSource:
     """
     folder = backbone_folder(config)
     model_config = read_model_config(folder)
-    return BackboneSource(folder, model_config, load_tokenizer(folder, model_config.vocab_size))
+    size, end = model_config.vocab_size, model_config.eos_token_id
+    tokenizer = load_tokenizer(folder, size)
+    ends = read_text_ends(folder, tokenizer, model_config.bos_token_id, end, size)
+    return BackboneSource(folder, model_config, tokenizer, ends)
 
 
 def read_model_config(folder: Path) -> DeepseekV4Config:

@@ -18,6 +18,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import SlidingRing
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.decoding.captured import Captured
+from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.kernels.acceptance import sample_logits
@@ -187,6 +188,7 @@ class MtpProposer:
                 # Base steps run to the end, because later drafts need the keys of their anchors.
                 if newest is not None and step >= self.num_base and not bool(active_B.any()):
                     break
+            logits_BV = self._adjust(logits_BV, length_B + step - 1)
             if u_BK is None or is_certain:
                 token_B = logits_BV.argmax(-1)
             else:
@@ -203,6 +205,14 @@ class MtpProposer:
         """Return the logits [B, V] of a step at the last anchor."""
         hidden_BD = self.stack.block(step).hidden(state_BAND[:, -1:])[:, 0]
         return self.model.lm_head(hidden_BD.to(self.model.lm_head.weight.dtype))
+
+    def _adjust(self, logits_BV: Tensor, length_B: Tensor) -> Tensor:
+        """Return the logits after the policy's penalties and min-p, given the first `length_B` tokens of each text."""
+        if not self.policy.penalties.are_on:
+            return self.policy.adjust(logits_BV, None)
+        texts = self.texts
+        context = count_context(texts.tokens_BT, texts.prompt_B, length_B, logits_BV.shape[-1])
+        return self.policy.adjust(logits_BV, context)
 
     def _base_step(self, step: int, rows: slice, anchor_BA: Tensor, state_BAND: Tensor) -> Tensor:
         attend = partial(self.caches[step - 1].attend_base, rows, anchor_BA)

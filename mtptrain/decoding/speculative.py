@@ -195,4 +195,4 @@ class _Run:
     def _verify(self, draft: Draft, logits_BLV: Tensor) -> Emission:
         draws = self.draws
         u_BL = None if draws is None else draws.verify(self.texts.emitted_B, draft.tokens_BK.shape[1])
-        return verify(self.policy, draft, logits_BLV, u_BL)
+        return verify(self.policy, draft, self.texts.adjust(self.policy, draft, logits_BLV), u_BL)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.kernels.acceptance import Emission, verify_logits
@@ -41,7 +42,7 @@ def verify(policy: Policy, draft: Draft, logits_BLV: Tensor, u_BL: Tensor | None
     Args:
         policy: decoding policy of the run.
         draft: K = L - 1 tokens per row.
-        logits_BLV: the backbone's, at the last known token and at each drafted one.
+        logits_BLV: the backbone's, at the last known token and at each drafted one, after `Texts.adjust`.
         u_BL: float64 draws, see `Draws.verify`; None for a greedy policy.
     """
     return verify_logits(
@@ -90,6 +91,23 @@ class Texts:
         """The last known token of each row, int64."""
         return self.tokens_BT.gather(1, self.length_B.unsqueeze(1) - 1)
 
+    def adjust(self, policy: Policy, draft: Draft, logits_BLV: Tensor) -> Tensor:
+        """Return the backbone's logits after the policy's penalties and min-p; a drafted token is context of the next.
+
+        Args:
+            policy: of the run.
+            draft: K = L - 1 tokens per row.
+            logits_BLV: at the last known token and at each drafted one.
+        """
+        if not policy.penalties.are_on:
+            return policy.adjust(logits_BLV, None)
+        context = count_context(self.tokens_BT, self.prompt_B, self.length_B, logits_BLV.shape[-1])
+        adjusted = [policy.adjust(logits_BLV[:, 0], context)]
+        for k, token_B in enumerate(draft.tokens_BK.unbind(1), start=1):
+            context = context.after(token_B)
+            adjusted.append(policy.adjust(logits_BLV[:, k], context))
+        return torch.stack(adjusted, dim=1)
+
     def emit(self, emission: Emission, draft: Draft | None) -> None:
         """Append the tokens of a pass, up to the end of each text.
 
@@ -122,6 +140,9 @@ class Texts:
         """Return `new` up to the end of the text, and close the row if the text ends there."""
         room = self.limits.max_new_tokens - len(self.records[row].tokens)
         ends = [index + 1 for index, token in enumerate(new) if token in self.limits.stop]
+        if self.limits.strings is not None:
+            completed = self.limits.strings.end(self.records[row].tokens, new)
+            ends += [] if completed is None else [completed]
         end = min([room, *ends])
         self.is_open[row] = len(new) < end
         return new[:end]

@@ -13,6 +13,7 @@ from mtptrain.backbone.decode import decode_step
 from mtptrain.certificate.controls import BackboneProposer
 from mtptrain.decoding.captured import captured_verify, recording_obstacle
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
@@ -22,6 +23,7 @@ from tests.tiny import random_backbone, random_stack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a GPU, passes and drafts are really recorded
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
+PENALISED = Policy(temperature=0.7, min_p=0.1, penalties=Penalties(1.2, 0.1, 0.1))
 
 
 def without_values(work: Callable[[], object]) -> None:
@@ -70,7 +72,9 @@ def test_a_step_that_looks_at_a_value_is_caught() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(min_confidence=0.3)])
+@pytest.mark.parametrize(
+    "policy", [GREEDY, Policy(temperature=0.7, top_k=20, top_p=0.9), Policy(min_confidence=0.3), PENALISED]
+)
 def test_a_draft_waits_for_nothing(depth: int, policy: Policy) -> None:
     model = bfloat16_model()
     proposer = MtpProposer(model, random_stack(model, depth).to(torch.bfloat16))

@@ -6,6 +6,7 @@ import torch
 from mtptrain.backbone.decode import decode_step
 from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
@@ -19,10 +20,11 @@ POLICIES = [
     Policy(temperature=0.9),
     Policy(temperature=0.8, top_k=20, top_p=0.9, verification=Verification.block),
     Policy(min_confidence=0.02),
+    Policy(temperature=0.9, min_p=0.1, penalties=Penalties(1.2, 0.3, 0.1)),
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["greedy", "sampled", "cut_block", "stopped"])
+@pytest.mark.parametrize("policy", POLICIES, ids=["greedy", "sampled", "cut_block", "stopped", "penalised"])
 @pytest.mark.parametrize(("depth", "drafted"), [(1, 3), (2, 2)])
 def test_recorded_steps_give_the_same_texts_in_the_same_passes(
     depth: int, drafted: int, policy: Policy, monkeypatch: pytest.MonkeyPatch

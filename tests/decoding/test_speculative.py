@@ -11,6 +11,7 @@ from torch import Tensor
 from mtptrain.backbone.decode import PrefilledPart
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -116,6 +117,8 @@ POLICIES = {
     "cut_block": Policy(temperature=0.7, top_k=20, top_p=0.9, verification=Verification.block),
     "greedy_drafts_stopped": Policy(temperature=1.3, draft=DraftChoice.greedy, min_confidence=0.05),
     "block_stopped": Policy(temperature=1.0, min_confidence=0.06, verification=Verification.block),
+    "greedy_penalised": Policy(penalties=Penalties(1.3, 0.5, 0.2)),
+    "penalised_min_p": Policy(temperature=1.0, min_p=0.1, top_p=0.9, penalties=Penalties(0.7, -0.2, 1.0)),
 }
 
 
@@ -133,7 +136,7 @@ def test_decoding_equals_a_loop_without_cache_or_batch(depth: int, policy: Polic
 
 
 # Each policy at one depth and each depth with several policies: the whole product takes twice the time.
-@pytest.mark.parametrize(("name", "depth"), zip(POLICIES, [1, 3, 3, 1, 1, 3], strict=True))
+@pytest.mark.parametrize(("name", "depth"), zip(POLICIES, [1, 3, 3, 1, 1, 3, 1, 3], strict=True))
 def test_a_row_does_not_depend_on_its_batch(name: str, depth: int) -> None:
     policy = POLICIES[name]
     stack = random_stack(MODEL, depth)
