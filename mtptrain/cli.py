@@ -56,8 +56,8 @@ def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> li
     return unknown
 
 
-def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
-    """Return the typed configuration, and the same as plain values.
+def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[str, object]]:
+    """Return the typed configuration, and the same as plain values; `given` is the user's part of it.
 
     Raises:
         UserError: a key is unknown, a type is wrong or a value is out of range.
@@ -73,6 +73,7 @@ def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
+    choose_source(settings, given)
     schema = OmegaConf.structured(RunConfig)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
@@ -91,7 +92,8 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     from mtptrain.run.folder import open_run_folder
 
     recipe = find_recipe(config.task)
-    check_given(given, config, recipe.reads(config), lambda name: tasks_that_read(name, config))
+    reads = recipe.reads(config)
+    check_given(given, config, reads, lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
     if processes == "none":
@@ -100,6 +102,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
             recipe.run(session)
         return
     from mtptrain.kernels.dispatch import requested
+    from mtptrain.recipes.inputs import check_inputs
     from mtptrain.run.distributed import join, leave, on_rank0
 
     try:
@@ -109,6 +112,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     join(config, is_shared=processes == "any")
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
     with closing(session.folder.lock):
+        check_inputs(session, reads)
         recipe.run(session)
     leave()
 
@@ -122,8 +126,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
         given = given_settings()
-        choose_source(composed, given)
-        config, settings = typed_config(composed)
+        config, settings = typed_config(composed, given)
         run_task(config, settings, given, job_number)
     except UserError as error:
         stop(str(error))

@@ -32,7 +32,7 @@ from mtptrain.export.servers import check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.recipes.traces import gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
@@ -41,7 +41,7 @@ from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
-from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
+from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 
 def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
@@ -189,9 +189,8 @@ def run(session: Session) -> None:
     """Export `checkpoint` for `target`; a failure leaves nothing behind."""
     config, run_folder = session.config, session.folder
     assert config.target is not None
-    checkpoint = find_checkpoint(Path(str(config.checkpoint)))
+    checkpoint = session.checkpoint(str(config.checkpoint))
     folder = run_folder.require_empty()
-    check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
     scheme, backbone_scheme = export_scheme(config, backbone), stored_scheme(backbone.shards)
