@@ -18,8 +18,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 
 from mtptrain.cli import typed_config
-from mtptrain.config.given import Given
 from mtptrain.config import RunConfig, register
+from mtptrain.config.given import Given
 from mtptrain.recipes import collect
 from mtptrain.recipes.distill import make_trainer, start_stack
 from mtptrain.recipes.session import Session
