@@ -171,9 +171,9 @@ class MtpProposer:
         logits_BKV = None if draft.logits_BKV is None or longest == 0 else draft.logits_BKV[:, :longest]
         return Draft(draft.tokens_BK[:, :longest], logits_BKV, draft.drafted_B)
 
-    def _propose(self, length_B: Tensor, active_B: Tensor, *draws: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors of `propose`; the draws are absent for a greedy policy."""
-        draft = self.propose(length_B, active_B, *draws)
+    def _propose(self, length_B: Tensor, active_B: Tensor, u_BK: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the tensors of `propose`."""
+        draft = self.propose(length_B, active_B, u_BK)
         logits = () if draft.logits_BKV is None else (draft.logits_BKV,)
         return draft.tokens_BK, draft.drafted_B, *logits
 

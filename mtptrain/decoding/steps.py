@@ -22,14 +22,17 @@ class Step(Protocol):
     """A function of tensors.
 
     Attributes:
-        function: the computation, from tensors to a tuple of tensors.
         is_static: whether the shapes of its inputs must not depend on the texts.
         records_first: whether its first call with new shapes takes long, and is not to be timed.
     """
 
-    function: TensorFunction
     is_static: bool
     records_first: bool
+
+    @property
+    def function(self) -> TensorFunction:
+        """The computation, from tensors to a tuple of tensors."""
+        ...
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's result."""
