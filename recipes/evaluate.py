@@ -104,7 +104,7 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
-        times = measure_steps(session.backbone.model, head.stack, prompts, longest, STEP_REPETITIONS)
+        times = measure_steps(session.backbone.model, head.stack, prompts, longest, session.limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
