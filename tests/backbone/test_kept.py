@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("shape", [(128, 128), (3, 32), (200, 160), (129, 288)])
 def test_decoding_gives_the_values_of_its_definition(
     shape: tuple[int, int],
-    encode: Callable[..., tuple[Tensor, Tensor]],
-    define: Callable[..., Tensor],
+    codec: tuple[Callable[..., Any], Callable[..., Tensor]],
     dtype: torch.dtype,
 ) -> None:
+    encode, define = codec
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, shape[1])
     codes, scale = encode(weight)
     assert torch.equal(decode(codes, scale, dtype), define(codes, scale, dtype))
