@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.attention import use_linear_attention
 from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections, replace_norms
-from mtptrain.backbone.placement import share_backbone
+from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections, replace_experts, replace_norms
+from mtptrain.backbone.placement import is_shared, share_backbone
 from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
@@ -183,6 +183,8 @@ def load_backbone(
         replace_connections(model, FrozenHyperConnection)
         use_linear_attention(model)
         share_backbone(model, config.placement, device)
+        if not is_shared(model):
+            replace_experts(model)
     return Backbone(model, source, shards, fingerprint(shards))
 
 
