@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.backbone.modules import replace_norms
+from mtptrain.backbone.modules import replace_experts, replace_norms
 from mtptrain.batch import Batch
 from mtptrain.mtp.stack import MtpStack
 
@@ -60,6 +60,7 @@ def random_backbone(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
             _fill_routing(layer.mlp.gate, config)
     make_indexers_causal(model)  # with two index heads, entries that score exactly 0 are common
     replace_norms(model)
+    replace_experts(model)
     return model.eval().requires_grad_(False)
 
 

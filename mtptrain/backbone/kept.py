@@ -20,6 +20,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from mtptrain.backbone.modules import replace_experts
 from mtptrain.release.codec import FP4_BLOCK, FP4_GRID, FP8_BLOCK
 
 METHOD = "mtptrain_kept"  # `quant_method` of a loaded config
@@ -107,7 +108,9 @@ class KeptExperts(FP8Experts):
     def plain_module(self) -> nn.Module:
         """Return transformers' module for decoded weights, without any."""
         with torch.device("meta"):
-            return DeepseekV4Experts(self.config)
+            plain = DeepseekV4Experts(self.config)
+        replace_experts(plain)
+        return plain
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the output [T, D] of tokens [T, D] with routes [T, k]."""

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
 from mtptrain.backbone.memory import check_room, weight_bytes
-from mtptrain.backbone.placement import check_experts, partition, placement_options
+from mtptrain.backbone.modules import replace_experts
+from mtptrain.backbone.placement import check_experts, is_shared, partition, placement_options
 from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.text_ends import TextEnds, read_text_ends
 from mtptrain.data.tokenizer import load_tokenizer
@@ -187,6 +188,8 @@ def load_backbone(
     model.eval().requires_grad_(False)
     if has_layers and config.placement is Placement.zero3:
         partition(model, device)
+    if not is_shared(model):
+        replace_experts(model)
     return Backbone(model, source, shards, on_rank0(lambda: fingerprint(shards)))
 
 

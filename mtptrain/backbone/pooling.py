@@ -48,6 +48,8 @@ def _overlap(x_BMTF: Tensor) -> Tensor:
 def rotate_(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate the last 2r channels of x in place, pair by pair, in float32; return x. rope is complex64, broadcast."""
     rotated = x[..., -2 * rope.shape[-1] :]
-    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))
-    rotated.copy_(torch.view_as_real(pairs * rope).flatten(-2))
+    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))  # a view if x is float32
+    pairs *= rope
+    if x.dtype is not torch.float32:
+        rotated.copy_(torch.view_as_real(pairs).flatten(-2))
     return x

@@ -132,15 +132,17 @@ class MtpProposer:
 
         On a CPU a draft that ends early saves more than a trace, so a policy with a confidence threshold has none.
         """
-        modules = [self.stack, self.model.model.embed_tokens, self.model.lm_head]
+        if self.policy.min_confidence > 0 and self.model.lm_head.weight.is_cpu:
+            return Eager(self._propose)
         rings = [self.streams, *(cache.ring for cache in self.caches)]
-        state = [self.texts.tokens_BT, *(ring.values_BRC for ring in rings)]
-        constants = ("draft", self.policy, self.draft_length)
-        step = make_step(
-            self.model,
-            Recordable(self._propose, modules, state, constants=constants, calls=self.texts.num_passes),
+        step = Recordable(
+            self._propose,
+            modules=[self.stack, self.model.model.embed_tokens, self.model.lm_head],
+            state=[self.texts.tokens_BT, *(ring.values_BRC for ring in rings)],
+            constants=("draft", self.policy, self.draft_length),
+            calls=self.texts.num_passes,
         )
-        return Eager(self._propose) if self.policy.min_confidence > 0 and not step.records_first else step
+        return make_step(self.model, step)
 
     def read(self, part: PrefilledPart) -> None:
         """See `Proposer`. The first draft recomputes the keys of the last anchors, whose tokens are not known yet."""

@@ -17,7 +17,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_norms
+from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_experts, replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
@@ -58,6 +58,7 @@ class MtpBlock(nn.Module):
         self.norm = DeepseekV4RMSNorm(width, eps=eps)
         self.rotary_emb = DeepseekV4RotaryEmbedding(single)
         replace_norms(self)
+        replace_experts(self)
 
     def combine(self, embedding_BSD: Tensor, state_BSND: Tensor) -> Tensor:
         """Return the decoder layer's input [B, S, N, D]."""

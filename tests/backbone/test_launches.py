@@ -17,7 +17,7 @@ from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections
 from tests.tiny import LAYER_TYPES, random_backbone
 
-MOST = 80  # a layer, on average over the four kinds
+MOST = 70  # a layer, on average over the four kinds
 
 
 class Launches(TorchDispatchMode):

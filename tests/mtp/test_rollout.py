@@ -1,5 +1,7 @@
 """The rollout that trains the heads equals the computation that serves them."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,8 +41,8 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
         proposer.start(texts, steps, Policy())
         proposer.read(PrefilledPart(slice(0, 1), 0, streams[:, :7], streams[:, :7, 0]))
         known = 7
-        # Irregular advances, like those of accepted drafts of different lengths.
-        for anchor in (6, 7, 9, 12, 13, 17, 18, 19, 22):
+        # Irregular advances, like those of accepted drafts of different lengths: at most K + 1.
+        for anchor in accumulate((min(advance, steps + 1) for advance in (1, 2, 3, 1, 4, 1, 1, 3)), initial=6):
             proposer.keep(torch.tensor([known - 1]), streams[:, known - 1 : anchor + 1])
             texts.newest, known = anchor + 2 - known, anchor + 2
             texts.tokens_BT[0, :known] = torch.tensor(tokens[:known])
