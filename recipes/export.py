@@ -189,6 +189,27 @@ def check_folder(
     return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
 
 
+def write_measured(
+    session: Session, checkpoint: Checkpoint, head: Head, temporary: Path
+) -> tuple[Shards, dict[str, Any], Measured]:
+    """Write the folder, check it, and replay the head before and after; return its tensors, the checks, and both.
+
+    Raises:
+        UserError: a check fails, or storing the head costs too much acceptance.
+    """
+    config, backbone = session.config, session.backbone
+    scheme = export_scheme(config, backbone.shards)
+    traces = gather_traces(session, config.evaluation.num_prompts).traces
+    before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
+    write_folder(config, backbone, checkpoint, scheme, temporary)
+    written = Shards(temporary, f"output_dir={session.folder.path}")
+    checks = check_folder(config, backbone, checkpoint, scheme, written)
+    after = replay_head(session, reload_head(backbone, written), traces)
+    measured = measure(session, traces, before, after, stock)
+    check_drop(config, measured)
+    return written, {"scheme": scheme, **checks}, measured
+
+
 def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str], temporary: Path) -> Export:
     """Write the folder, read it back, replay its head, and write its card.
 
@@ -199,29 +220,21 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str
         warned: warnings known so far.
         temporary: the folder until it is complete.
     """
-    config, run_folder, backbone = session.config, session.folder, session.backbone
-    scheme, identity = export_scheme(config, backbone.shards), checkpoint.head_identity(backbone.fingerprint)
-    assert config.target is not None
-    traces = gather_traces(session, config.evaluation.num_prompts).traces
-    before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
-    write_folder(config, backbone, checkpoint, scheme, temporary)
-    written = Shards(temporary, f"output_dir={run_folder.path}")
-    checks = check_folder(config, backbone, checkpoint, scheme, written)
-    measured = measure(session, traces, before, replay_head(session, reload_head(backbone, written), traces), stock)
-    check_drop(config, measured)
+    config, backbone, target = session.config, session.backbone, session.config.target
+    assert target is not None
+    identity = checkpoint.head_identity(backbone.fingerprint)
+    written, checks, measured = write_measured(session, checkpoint, head, temporary)
     evaluation, planned = own_evaluation(checkpoint), plan_length(config, backbone, measured)
-    fastest = fastest_measured(evaluation)
     export = Export(
-        target=config.target,
+        target=target,
         form=config.export.form,
-        scheme=scheme,
         checkpoint=f"{checkpoint.folder} (step {checkpoint.step})",
         acceptance=measured,
-        draft_length=choose_draft_length(config.target, identity.depth, identity.steps, fastest, planned),
+        draft_length=choose_draft_length(target, identity.depth, identity.steps, fastest_measured(evaluation), planned),
         head_files=sorted({written.entries[name].file for name in written.only(HEAD_PREFIX)}),
-        warnings=[*warned, *own_warnings(evaluation), *warnings(config.target, backbone.shards, identity.depth)],
+        warnings=[*warned, *own_warnings(evaluation), *warnings(target, backbone.shards, identity.depth)],
         origin=find_origin(checkpoint, backbone.folder, config.backbone.path),
-        provenance=run_folder.provenance,
+        provenance=session.folder.provenance,
         **checks,
     )
     write_text(temporary / "README.md", model_card(identity, export, *addresses(session)))

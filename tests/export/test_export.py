@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -17,46 +15,14 @@ from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfi
 from mtptrain.errors import UserError
 from mtptrain.export.card import EXPORT, Measured
 from mtptrain.export.folder import check_room, save_tensors
-from mtptrain.mtp.stack import head_digest
 from mtptrain.recipes.export import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table
 from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
-from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
 from tests.command import edit_json, largest_file, run_main, tree
 from tests.conftest import save_release
-from tests.hub import stand_in
-
-FAST = ["export.max_drop=1"]  # two training steps change little, and two prompts are too few to measure it
-
-
-@pytest.fixture(scope="module")
-def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return all settings of an export except its target and folder."""
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    arguments = [*light, f"backbone.path={release_folder}", "evaluate_at_end=false"]
-    assert run_main("+recipe=distill", *arguments, f"output_dir={run}") == 0
-    return [*light, *FAST, f"backbone.path={release_folder}", f"checkpoint={run}"]
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the manifest's facts about the head and about the export."""
-    record: dict[str, Any] = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
-    return {**record["identity"], **record["content"]}
-
-
-def export(settings: list[str], folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run an export that must succeed, and return its record."""
-    assert run_main("+recipe=export", *settings, f"output_dir={folder}", *arguments) == 0
-    return read_record(folder)
-
-
-@pytest.fixture(scope="module")
-def exported(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports") / "full"
-    export(settings, folder, "target=vllm")
-    return folder
+from tests.export.exporting import FAST, export, read_record
 
 
 def test_a_full_folder_holds_the_unchanged_model_and_the_trained_head(exported: Path, release_folder: Path) -> None:
@@ -88,46 +54,6 @@ def test_transformers_loads_the_exported_folder(exported: Path) -> None:
     model, report = DeepseekV4ForCausalLM.from_pretrained(exported, output_loading_info=True)
     assert not report["missing_keys"]
     assert isinstance(model.config, DeepseekV4Config)
-
-
-def test_the_record_and_the_card_hold_the_origin_of_the_head(exported: Path, settings: list[str]) -> None:
-    record = read_record(exported)
-    assert (record["mode"], record["depth"], record["steps"], record["scheme"]) == ("shared", 1, 3, "fp8_fp4")
-    assert record["origin"]["training"]["command"][:3] == ["python", "-m", "mtptrain"]
-    assert record["head_files"] == ["model-00007-of-00007.safetensors"]
-    assert record["start"]["init"] == "stock"
-    assert record["changed"][0] > 0
-    table = release_table(DeepseekV4Config.from_pretrained(exported))
-    assert record["errors"].keys() == {f"mtp.0.{row.released}" for row in table if not row.is_scale}
-    card = (exported / "README.md").read_text()
-    for fact in ("shared, 1 module", "3 draft step(s)", "fp8_fp4", record["backbone"], "| K | before | after | gain |"):
-        assert fact in card
-    assert "source text, path " in record["origin"]["data"]
-    assert record["origin"]["data"].endswith(" tokens")
-    command = (
-        '"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"'  # no evaluation and no plan: mtp.steps
-    )
-    assert f'"method": "mtp", {command}' in card
-
-
-def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:
-    data = ModelCard.load(exported / "README.md").data
-    lengths = read_record(exported)["acceptance"]["after"]
-    assert data.tags == ["multi-token-prediction", "speculative-decoding", "deepseek_v4"]
-    assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [
-        ("acceptance_length", pytest.approx(length, abs=1e-4)) for length in lengths.values()
-    ]
-
-
-def test_the_command_prints_how_to_serve_and_a_head_without_a_gain_gets_a_loud_line(
-    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    export(settings, tmp_path / "X", "target=sglang")
-    lines = capfd.readouterr().err.splitlines()
-    assert any(line.startswith("NOT BETTER THAN THE MODEL'S OWN HEAD") for line in lines)
-    assert any("--speculative-use-rejection-sampling" in line for line in lines[-6:])
-    assert "--speculative-num-steps 3" in "".join(lines[-3:])
-    assert "NOT BETTER THAN THE MODEL'S OWN HEAD" in (tmp_path / "X" / "README.md").read_text()
 
 
 def test_the_exported_head_is_evaluated_as_the_stock_head_and_the_checkpoint_still_fits(
@@ -343,47 +269,3 @@ def test_a_drop_beyond_the_bound_is_an_error() -> None:
 
 def measured(before: dict[int, float], after: dict[int, float]) -> Measured:
     return Measured(8, "temperature 0", before, after, [0.5, 0.4], None)
-
-
-def test_training_starts_from_an_exported_head(exported: Path, settings: list[str], tmp_path: Path) -> None:
-    arguments = [f"mtp.init={exported}", "train.steps=1", "evaluate_at_end=false", f"output_dir={tmp_path}/run"]
-    assert run_main("+recipe=distill", *settings, *arguments) == 0
-    start = find_checkpoint(tmp_path / "run").head_identity(read_record(exported)["backbone"]).start
-    assert start["sha256"] == head_digest(find_checkpoint(exported).tensors())
-
-
-@pytest.mark.parametrize("form", ["full", "draft"])
-def test_an_export_on_the_hub_is_a_checkpoint(
-    form: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the head's files come back, not the model's; the figures are those of the export."""
-    with stand_in(monkeypatch, tmp_path / "cache") as hub:
-        pushed = ["target=vllm", f"export.form={form}", "export.push_to_hub=someone/head"]
-        record = export(settings, tmp_path / "X", *pushed)
-        assert hub.models["someone/head"].keys() == {path.name for path in (tmp_path / "X").iterdir()}
-        again = [
-            *settings,
-            "checkpoint=hf://someone/head",
-            "evaluation.include_stock=false",
-            f"output_dir={tmp_path}/E",
-        ]
-        assert run_main("+recipe=evaluate", *again) == 0
-    assert set(hub.fetched) == {EXPORT_MANIFEST, "config.json", *record["head_files"]}
-    evaluation = json.loads((tmp_path / "E" / "evaluation.json").read_text())
-    lengths = {k: figures["acceptance_length"] for k, figures in evaluation["heads"][0]["replay"].items()}
-    assert lengths == pytest.approx(record["acceptance"]["after"])
-    command = (tmp_path / "X" / "README.md").read_text()
-    assert ("vllm serve someone/head " in command) == (form == "full")
-    assert ('"model": "someone/head"' in command) == (form == "draft")
-
-
-def test_without_the_hub_nothing_is_exported_for_it(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    arguments = ["target=vllm", "export.push_to_hub=someone/head", f"output_dir={tmp_path}/X"]
-    assert run_main("+recipe=export", *settings, *arguments) == 2
-    assert re.search(
-        r"^mtptrain: export\.push_to_hub=.* is switched off by HF_HUB_OFFLINE", capfd.readouterr().err, re.M
-    )
-    assert not (tmp_path / "X").exists()
