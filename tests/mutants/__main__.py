@@ -94,7 +94,7 @@ def main() -> int:
     known = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
     uncaught = [name for name in outcomes if name not in known or caught_by(known[name]) != "test"]
     write_json(options.output / "results.json", {name: asdict(outcome) for name, outcome in known.items()})
-    write_text(options.output / "table.md", markdown([m for m in mutants if m.name in known], known))
+    write_text(options.output / "table.md", markdown(mutants, known))
     print(f"{len(mutants)} faults, {len(uncaught)} that no test notices: {', '.join(uncaught) or 'none'}")
     print(f"results.json and table.md are in {options.output}")
     return int(bool(uncaught))

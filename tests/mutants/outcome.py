@@ -23,7 +23,7 @@ EVALUATE = [
     "evaluation.heldout_sequences=2",
     "tracking=none",
 ]
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

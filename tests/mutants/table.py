@@ -23,23 +23,26 @@ def describe(mutant: Mutant, outcome: Outcome) -> str:
 
 
 def markdown(mutants: Sequence[Mutant], outcomes: Mapping[str, Outcome]) -> str:
-    """Return a summary line and the table."""
-    kinds = [caught_by(outcomes[mutant.name]) for mutant in mutants]
+    """Return a summary line and the table; a fault without an outcome was not planted yet."""
+    known = [outcomes[mutant.name] for mutant in mutants if mutant.name in outcomes]
+    kinds = [caught_by(outcome) for outcome in known]
     counts = {kind: kinds.count(kind) for kind in ("test", "certificate", "control", "nothing")}
-    evaluated = [outcomes[mutant.name] for mutant in mutants if outcomes[mutant.name].evaluated]
+    evaluated = [outcome for outcome in known if outcome.evaluated]
     noticed = sum(bool(outcome.certificate or outcome.control) for outcome in evaluated)
     lines = [
-        f"{len(mutants)} faults: a test notices {counts['test']}, only the certificate {counts['certificate']}, only a "
-        f"control {counts['control']}, nothing {counts['nothing']}. Of the {len(evaluated)} faults in code that an "
-        f"evaluation runs, certificate or controls notice {noticed}.",
+        f"{len(known)} of {len(mutants)} faults planted: a test notices {counts['test']}, only the certificate "
+        f"{counts['certificate']}, only a control {counts['control']}, nothing {counts['nothing']}. Certificate or "
+        f"controls notice {noticed} of the {len(evaluated)} faults with which an evaluation ran.",
         "",
         "| area | fault | test | certificate and controls |",
         "|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_row(mutant, outcomes[mutant.name]) for mutant in mutants)]) + "\n"
+    return "\n".join([*lines, *(_row(mutant, outcomes.get(mutant.name)) for mutant in mutants)]) + "\n"
 
 
-def _row(mutant: Mutant, outcome: Outcome) -> str:
+def _row(mutant: Mutant, outcome: Outcome | None) -> str:
+    if outcome is None:
+        return f"| {mutant.area} | {mutant.fault} | not planted yet | |"
     test = outcome.test.removeprefix("tests/").replace("|", "\\|") if outcome.test else ""
     checks = ", ".join(filter(None, [outcome.certificate, outcome.control])).replace("|", "\\|")
     noticed = f"`{test}`" if "::" in test else test or "**nothing**"
