@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from mtptrain.certificate.greedy import LoopRun, certify_greedy
-from mtptrain.decoding.results import Decoded, VerifyPass
-from mtptrain.evaluation.certificate_result import ReplayEqualsLoop, TextDifference
+from mtptrain.decoding.results import VerifyPass
 from mtptrain.evaluation.head_result import Totals
 from mtptrain.evaluation.metrics import (
     acceptance_length,
@@ -98,31 +96,3 @@ def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> No
     assert counted.drafted_K.tolist() == [2, 1, 1]
     assert counted.reached_K.tolist() == [2, 1, 1]
     assert counted.accepted_K.tolist() == [2, 1, 0]
-
-
-def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass] | None) -> LoopRun:
-    return LoopRun(
-        "h", 0, 2, Decoded(plain, [gap] * len(plain)), Decoded(loop, [gap] * len(loop), passes=passes(1)), replayed
-    )
-
-
-def test_a_certificate_needs_identity_and_equal_counts() -> None:
-    def passed(one: LoopRun) -> tuple[bool, bool]:
-        identity, replay = certify_greedy([one], "float32")
-        return identity.passed, replay.passed
-
-    assert passed(run([1, 2], [1, 2], 1.0, passes(1))) == (True, True)
-    assert passed(run([1, 2], [1, 3], 1.0, passes(1))) == (False, True)
-    assert passed(run([1, 2], [1, 2], 1.0, passes(0))) == (True, False)
-
-
-def test_a_loop_without_a_replay_is_not_counted_as_compared() -> None:
-    _, replay = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
-    assert replay == ReplayEqualsLoop(passed=True, compared=0, equal=0, differences=[])
-
-
-def test_a_numerical_tie_is_reported_and_does_not_fail() -> None:
-    identity, _ = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
-    assert identity.passed
-    assert identity.identical == 0
-    assert identity.near_ties == [TextDifference(head="h", prompt=0, draft_length=2, position=1, gap=1e-5)]

@@ -20,7 +20,7 @@ from mtptrain.evaluation.report.headline import (
     headline_text,
     speed_text,
 )
-from mtptrain.evaluation.report.tables import length_table, position_table
+from mtptrain.evaluation.report.tables import length_table, position_table, speed_table
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.storage import write_text
 
@@ -53,6 +53,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
         "lengths": length_table(evaluation),
+        "speeds": speed_table(evaluation),
         "domains": breakdown_tables.domain_table(evaluation),
         "positions": position_table(evaluation),
         "steps": breakdown_tables.step_table(evaluation),
