@@ -17,7 +17,7 @@ from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.export.card import EXPORT, Export, model_card, training_provenance
+from mtptrain.export.card import EXPORT, Export, model_card, shown_length, training_provenance
 from mtptrain.export.folder import (
     bytes_needed,
     check_room,
@@ -57,8 +57,8 @@ def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
         )
 
 
-def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
-    """Return the acceptance length of a head by draft length."""
+def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[str, float | None]:
+    """Return the acceptance length of a head by draft length; None without verify passes."""
     passes = replay_head(session, stack, traces)
     return {str(k): acceptance_length(passes[k]) for k in passes}
 
@@ -73,6 +73,8 @@ def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
 def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
     """Refuse an encoding that costs more acceptance than `export.max_drop`."""
     for k, before in figures["before"].items():
+        if before is None:  # every text ends at its first token
+            continue
         drop = before - figures["after"][k]
         if drop > config.export.max_drop:
             raise UserError(
@@ -159,7 +161,7 @@ def summary(export: Export, folder: Path) -> list[str]:
     """Return the lines that the command prints."""
     changed, total = export.changed
     pairs = (
-        f"K={k} {before:.3f} -> {export.acceptance['after'][k]:.3f}"
+        f"K={k} {shown_length(before)} -> {shown_length(export.acceptance['after'][k])}"
         for k, before in export.acceptance["before"].items()
     )
     return [

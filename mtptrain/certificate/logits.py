@@ -45,9 +45,14 @@ def _recorded(row: Decoded) -> Logits:
 
 
 def distinct_prompts(traces: list[Trace], length: int) -> list[list[int]]:
-    """Return the first `PROMPTS` different prompts, each cut to its first `length` tokens."""
-    cut = dict.fromkeys(tuple(trace.prompt.tokens[:length]) for trace in traces)
-    return [list(prompt) for prompt in cut][:PROMPTS]
+    """Return the first `PROMPTS` different prompts, all cut to their first `length` tokens or all to their last.
+
+    Prompts may begin alike, with a system prompt, or end alike, with an instruction: the cut that leaves more of
+    them different is taken.
+    """
+    prompts = [trace.prompt.tokens for trace in traces]
+    cuts = [dict.fromkeys(tuple(prompt[part]) for prompt in prompts) for part in (slice(length), slice(-length, None))]
+    return [list(prompt) for prompt in max(cuts, key=len)][:PROMPTS]
 
 
 def against_upstream(

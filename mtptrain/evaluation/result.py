@@ -167,7 +167,7 @@ class Evaluation:
         backbone, prompts, policy: of the measurement.
         draft_length: the longest K.
         heads: one or both of the stock and the trained head, in this order.
-        gain: trained minus stock by K; None with one head.
+        gain: trained minus stock by K; None with one head, an entry is None without verify passes.
         gain_by_domain: the same by domain at the longest K; an entry is None for a domain without verify passes.
         certificate: conditions under which a figure counts.
         speedup: by batch size, head and K.
@@ -183,7 +183,7 @@ class Evaluation:
     policy: PolicyResult
     draft_length: int
     heads: list[HeadResult]
-    gain: dict[int, Gain] | None
+    gain: dict[int, Gain | None] | None
     gain_by_domain: dict[str, Gain | None] | None
     certificate: Certificate
     speedup: dict[int, dict[str, dict[int, Speedup]]]

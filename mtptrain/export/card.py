@@ -146,7 +146,12 @@ def _facts(head: HeadIdentity, export: Export) -> str:
 def _lengths(export: Export) -> str:
     """Return table rows of acceptance lengths by draft length."""
     before, after = export.acceptance["before"], export.acceptance["after"]
-    return "\n".join(f"| {k} | {before[k]:.3f} | {after[k]:.3f} |" for k in before)
+    return "\n".join(f"| {k} | {shown_length(before[k])} | {shown_length(after[k])} |" for k in before)
+
+
+def shown_length(length: float | None) -> str:
+    """Return an acceptance length with three decimals, or `-` without verify passes."""
+    return "-" if length is None else f"{length:.3f}"
 
 
 def _roundings(export: Export) -> str:

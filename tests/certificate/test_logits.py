@@ -14,13 +14,15 @@ from mtptrain.backbone.upstream import upstream_modules
 from mtptrain.certificate.differences import Differences, judge, most_by_chance
 from mtptrain.certificate.drafts import against_rollout
 from mtptrain.certificate.greedy import LoopRun
-from mtptrain.certificate.logits import against_plain, against_upstream, judge_all
+from mtptrain.certificate.logits import against_plain, against_upstream, distinct_prompts, judge_all
 from mtptrain.certificate.rounding import disturbed, upstream_logits
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
 from mtptrain.doctor.wirings import RIGHT, WIRINGS
 from mtptrain.evaluation.certificate_result import NoiseLevel, Outcome, Quantity, RoundingNoise, SizeLevel
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt
 from tests.tiny import random_backbone, random_stack
 
 # B rows, N tokens
@@ -133,6 +135,13 @@ def test_disturbed_modules_round_differently_and_recover() -> None:
 )
 def test_the_budget_is_the_tail_of_a_binomial(chance: float, count: int, level: float, most: int) -> None:
     assert most_by_chance(chance, count, level) == most
+
+
+@pytest.mark.parametrize(("begin", "end"), [([], [1] * 9), ([1] * 9, []), ([], [])])
+def test_prompts_that_begin_or_end_alike_are_cut_where_they_differ(begin: list[int], end: list[int]) -> None:
+    prompts = [[*begin, number, number + 1, *end] for number in (3, 4, 5, 3, 6, 7)]
+    found = distinct_prompts([Trace(Prompt(prompt, "text", 0), [1], [1.0], [1.0]) for prompt in prompts], 2)
+    assert found == [[3, 4], [4, 5], [5, 6], [6, 7]]
 
 
 def test_too_few_texts_are_not_tested() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.evaluation.head_result import Totals
+from mtptrain.evaluation.head_result import Interval, Totals
 from mtptrain.evaluation.metrics import (
     acceptance_length,
     by_domain,
@@ -23,6 +23,12 @@ def passes(*accepted: int, draft_length: int = 3) -> list[VerifyPass]:
 
 def counts(*accepted: int, draft_length: int = 3) -> Counts:
     return count_passes(passes(*accepted, draft_length=draft_length), draft_length)
+
+
+def interval_of(prompts: list[Counts], groups: list[int]) -> Interval:
+    interval = summarize(prompts, groups).interval
+    assert interval is not None
+    return interval
 
 
 def test_acceptance_length_is_emitted_tokens_over_passes_of_all_prompts() -> None:
@@ -62,10 +68,21 @@ def test_prompts_of_one_group_are_resampled_together() -> None:
     alone = [counts(*[level] * 5) for level in (0, 1, 1, 2, 3, 0, 2, 3)]
     copied = [one for one in alone for _ in range(4)]
     groups = [number // 4 for number in range(len(copied))]
-    assert summarize(copied, groups).interval == pytest.approx(summarize(alone, list(range(8))).interval)
-    low, high = summarize(copied, list(range(len(copied)))).interval
-    low_grouped, high_grouped = summarize(copied, groups).interval
+    assert interval_of(copied, groups) == pytest.approx(interval_of(alone, list(range(8))))
+    low, high = interval_of(copied, list(range(len(copied))))
+    low_grouped, high_grouped = interval_of(copied, groups)
     assert high - low < 0.7 * (high_grouped - low_grouped)
+
+
+def test_without_a_verify_pass_there_is_no_acceptance_to_report() -> None:
+    """Every text ends at its first token."""
+    nothing = [counts(), counts()]
+    measured = summarize(nothing, [0, 1])
+    assert (measured.acceptance_length, measured.interval, measured.passes, measured.emitted) == (None, None, 0, 0)
+    assert measured.conditional == [None] * 3
+    assert acceptance_length(nothing) is None
+    assert paired_gain(nothing, nothing, [0, 1]) is None
+    assert paired_gain_by_domain(nothing, nothing, [0, 1], ["a", "b"]) == {"a": None, "b": None}
 
 
 def test_domains_are_summarized_apart() -> None:

@@ -47,6 +47,8 @@ def headline_text(evaluation: Evaluation) -> str:
     measured = head.replay[length]
     is_failed = headline(evaluation) is Headline.failed
     warning = "CERTIFICATE FAILED, these figures do not count: " if is_failed else ""
+    if measured.acceptance_length is None or measured.interval is None:
+        return f"{warning}{head.name} head: no verify pass, because every text ends at its first token"
     lead = (
         f"{warning}{head.name} head: {measured.acceptance_length:.2f} tokens a verify pass at K={length} "
         f"({span(measured.interval)})"

@@ -57,7 +57,7 @@ class Grid:
 
 def length_cell(measured: Acceptance | None) -> Cell:
     """Return an acceptance length above its interval."""
-    if measured is None:
+    if measured is None or measured.acceptance_length is None or measured.interval is None:
         return Cell(MISSING_VALUE)
     return Cell(f"{measured.acceptance_length:.2f}", span(measured.interval))
 

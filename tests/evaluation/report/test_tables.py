@@ -6,7 +6,14 @@ import pytest
 from rich.console import Console
 
 from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
-from mtptrain.evaluation.report.tables import MISSING_VALUE, position_table, print_summary, speed_table, summary_tables
+from mtptrain.evaluation.report.tables import (
+    MISSING_VALUE,
+    length_table,
+    position_table,
+    print_summary,
+    speed_table,
+    summary_tables,
+)
 from mtptrain.evaluation.result import Doubt, Evaluation, Spread
 from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
 from tests.evaluation.report.changes import (
@@ -155,3 +162,13 @@ def test_a_doubtful_speed_up_is_marked_in_the_table() -> None:
     assert [row[3].value.startswith("? ") for row in grid.rows] == [False, True, False, False, False, False]
     assert "?: doubtful" in grid.note
     assert "?: doubtful" not in speed_table(recorded_evaluation()).note
+
+
+def test_texts_that_end_at_their_first_token_have_no_figures() -> None:
+    evaluation = recorded_evaluation()
+    acceptance = replace(evaluation.last_head.replay[3], acceptance_length=None, interval=None)
+    evaluation = replace(with_acceptance(evaluation, acceptance), gain={**(evaluation.gain or {}), 3: None})
+    assert [cell.value for cell in length_table(evaluation).rows[-1][2:]] == [MISSING_VALUE] * 2
+    assert "trained head: no verify pass, because every text ends at its first token" in " ".join(
+        printed(evaluation).split()
+    )
