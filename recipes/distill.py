@@ -152,7 +152,8 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
 
     def measure() -> dict[str, float]:
         counts = replay_head(session, stack, traces)
-        figures = {f"replay/acceptance_length_{k}": acceptance_length(counts[k]) for k in counts}
+        lengths = {k: acceptance_length(counts[k]) for k in counts}
+        figures = {f"replay/acceptance_length_{k}": length for k, length in lengths.items() if length is not None}
         for length, prompts in counts.items():
             for k, rate in enumerate(by_position(prompts).conditional, start=1):
                 if rate is not None:

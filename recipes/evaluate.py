@@ -8,7 +8,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from mtptrain.certificate.controls import run_controls
-from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
+from mtptrain.certificate.greedy import certify_greedy
+from mtptrain.certificate.logits import certify_logits
+from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_measuring, settings
@@ -20,19 +22,19 @@ from mtptrain.evaluation.compare import compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
 from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
+from mtptrain.evaluation.plausibility import summarize_heads
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
 from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
-from mtptrain.evaluation.speed import (
+from mtptrain.evaluation.speedup import (
     BatchRuns,
     batch_length,
     cut_batches,
-    describe_times,
-    measure_steps,
+    machine_load,
     run_interleaved,
-    summarize_speed,
     tokens_per_second,
 )
+from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
@@ -83,11 +85,14 @@ def make_certificate(
         policy, seed = GREEDY, session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
-    identity, replay = certify_greedy_runs(model, stacks, greedy, policy)
+    loops = greedy_loops(model, stacks, greedy, policy)
+    logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
+    identity, replay = certify_greedy(loops, logits.backbone.gap)
     sampler, controls = sampler_certificate(), run_controls(model, stacks, traces, longest)
-    parts = [identity.passed, replay.passed, sampler.passed, controls.passed]
+    parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(
         passed=all(parts) and (pass_counts is None or pass_counts.passed),
+        logits=logits,
         greedy_identity=identity,
         replay_equals_loop=replay,
         pass_count_test=pass_counts,
@@ -155,9 +160,10 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
         gain_by_domain=gain_by_domain,
         certificate=make_certificate(session, heads, traces, runs),
         speedup={
-            size: {head.name: {k: summarize_speed(batches, head.name, k) for k in replays[head.name]} for head in heads}
+            size: summarize_heads(batches, {head.name: head.stack.depth for head in heads}, list(range(1, longest + 1)))
             for size, batches in runs.items()
         },
+        machine={size: machine_load(batches) for size, batches in runs.items()},
         steps={size: measure_times(session, heads, batches) for size, batches in runs.items()},
         plain_tokens_per_second={
             size: tokens_per_second([plain for run in batches for plain in run.plain]) for size, batches in runs.items()

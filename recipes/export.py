@@ -20,7 +20,7 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
-from mtptrain.export.card import EXPORT, Export, Measured, model_card, serving_notes, verdict
+from mtptrain.export.card import EXPORT, Export, Measured, model_card, serving_notes, shown_length, verdict
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import (
     PlannedLength,
@@ -111,20 +111,25 @@ def measure(
     """Return the acceptance of a head before and after it was stored, and its gain over the stock head."""
     groups, policy = [trace.prompt.group for trace in traces], session.policy
     drawn = "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+    gains = {} if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after}
+    known = {k: gain for k, gain in gains.items() if gain is not None}
     return Measured(
         prompts=len(traces),
         policy=drawn,
         before={k: acceptance_length(before[k]) for k in before},
         after={k: acceptance_length(after[k]) for k in after},
         positions=by_position(after[max(after)]).conditional,
-        gain=None if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after},
+        gain=known or None,
     )
 
 
 def check_drop(config: RunConfig, measured: Measured) -> None:
     """Refuse an encoding that costs more acceptance than `export.max_drop`."""
     for k, before in measured.before.items():
-        drop = before - measured.after[k]
+        after = measured.after[k]
+        if before is None or after is None:  # every text ends at its first token
+            continue
+        drop = before - after
         if drop > config.export.max_drop:
             raise UserError(
                 f"export.max_drop={config.export.max_drop}: storing the head costs {drop:.3f} tokens a pass at K={k} "
@@ -255,7 +260,7 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
     """Return the lines that the command prints; the last ones are how to serve the folder, as `addresses` names it."""
     (changed, total), measured, best = export.changed, export.acceptance, export.draft_length
     shown = shown_lengths(export.target, depth, list(measured.before))
-    pairs = (f"K={k} {measured.before[k]:.3f} -> {measured.after[k]:.3f}" for k in shown)
+    pairs = (f"K={k} {shown_length(measured.before[k])} -> {shown_length(measured.after[k])}" for k in shown)
     return [
         f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
         f"unchanged: {export.untouched} tensors of the model, by SHA-256",

@@ -25,7 +25,7 @@ PLOTS = (
 def acceptance_lengths(evaluation: Evaluation) -> list[Row]:
     """Return a row for every head and draft length."""
     return [
-        (head.name, length, measured.acceptance_length, *measured.interval)
+        (head.name, length, measured.acceptance_length, *(measured.interval or (None, None)))
         for head in evaluation.heads
         for length, measured in head.replay.items()
     ]

@@ -29,8 +29,9 @@ from mtptrain.decoding.steps import verify_step
 from mtptrain.decoding.traced import BREAK_EVEN
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
-from mtptrain.evaluation.speed import batch_length, cut_batches, run_interleaved, spread, summarize_speed
-from mtptrain.evaluation.speed import tokens_per_second as rate_of
+from mtptrain.evaluation.median import spread
+from mtptrain.evaluation.speedup import batch_length, cut_batches, run_interleaved, summarize_speed
+from mtptrain.evaluation.speedup import tokens_per_second as rate_of
 from mtptrain.kernels.dispatch import requested
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder

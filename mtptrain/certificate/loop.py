@@ -8,14 +8,14 @@ from dataclasses import replace
 from tokenizers import Tokenizer
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.certificate.greedy import LoopRun, certify_greedy
+from mtptrain.certificate.greedy import LoopRun
 from mtptrain.certificate.sampled import certify_pass_counts, sampled_run
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded
-from mtptrain.evaluation.certificate_result import GreedyIdentity, PassCountTest, ReplayEqualsLoop
+from mtptrain.evaluation.certificate_result import PassCountTest
 from mtptrain.evaluation.head_result import Piece, PieceKind, Sample, Totals
 from mtptrain.evaluation.metrics import totals
-from mtptrain.evaluation.speed import BatchRuns
+from mtptrain.evaluation.speedup import BatchRuns
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.replay.drafts import ReplayDrafts, draft_traces
 from mtptrain.replay.replay import count_passes, replay_passes
@@ -39,17 +39,21 @@ def loop_drafts(
     return draft_traces(model, stack, texts, key[1], policy, free_running=policy.min_confidence > 0)
 
 
-def certify_greedy_runs(
+def greedy_loops(
     model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
-) -> tuple[GreedyIdentity, ReplayEqualsLoop]:
-    """Compare greedy loops with plain decoding and with replay."""
+) -> list[LoopRun]:
+    """Return every greedy run of a prompt with plain decoding and replay of the same prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = [(tuple(trace.prompt.tokens), len(run.traces)) for run in runs for trace in run.traces]
     loops = []
     for name, k in runs[0].speculative:
-        for number, (plain, row, drafts) in enumerate(_rows_and_drafts(model, stacks[name], runs, (name, k), policy)):
+        decoded = _rows_and_drafts(model, stacks[name], runs, (name, k), policy)
+        for (prompt, batch), (plain, row, drafts) in zip(rows, decoded, strict=True):
             known = policy.min_confidence == 0 or drafts.free_confidence_KN is not None
             replayed = replay_passes(drafts, policy, k) if known else None
-            loops.append(LoopRun(name, number, k, plain, row, replayed))
-    return certify_greedy(loops, str(model.lm_head.weight.dtype).removeprefix("torch."))
+            number = numbers.setdefault(prompt, len(numbers))
+            loops.append(LoopRun(name, number, k, batch, plain, row, replayed))
+    return loops
 
 
 def certify_sampled_runs(

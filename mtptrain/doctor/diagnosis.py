@@ -46,11 +46,19 @@ def measure_wirings(
     ordered = sorted(traces, key=lambda trace: len(trace.prompt.tokens))
     groups = [trace.prompt.group for trace in ordered]
     counts = {wiring.name: replay_wiring(model, stack, ordered, steps, wiring)[steps] for wiring in WIRINGS}
-    against_right = {name: paired_gain(counts[RIGHT], counts[name], groups) for name in counts}
-    best = counts[best_wiring(against_right)]
+
+    def gain_over(base: str, name: str) -> Gain:
+        gain = paired_gain(counts[base], counts[name], groups)
+        assert gain is not None, "a recipe refuses traces without a verify pass"
+        return gain
+
+    against_right = {name: gain_over(RIGHT, name) for name in counts}
+    best = best_wiring(against_right)
     rows = []
     for wiring in WIRINGS:
         figures = summarize(counts[wiring.name], groups)
+        assert figures.acceptance_length is not None
+        assert figures.interval is not None
         rows.append(
             WiringResult(
                 wiring=wiring.name,
@@ -58,7 +66,7 @@ def measure_wirings(
                 acceptance_length=figures.acceptance_length,
                 interval=figures.interval,
                 against_right=against_right[wiring.name],
-                against_best=paired_gain(best, counts[wiring.name], groups),
+                against_best=gain_over(best, wiring.name),
             )
         )
     return rows

@@ -23,14 +23,14 @@ class TextDifference:
         prompt: number of the prompt.
         draft_length: K.
         position: of the first different token.
-        gap: between the backbone's two largest logits there.
+        gap: between the backbone's two largest logits there; None if one text ends there and the other goes on.
     """
 
     head: str
     prompt: int
     draft_length: int
     position: int
-    gap: float
+    gap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,11 @@ class GreedyIdentity:
     """Texts of greedy loops against plain greedy decoding.
 
     Attributes:
-        passed: there are no differences.
+        passed: there are no differences, and no more ties than the budget.
         compared: number of loops.
         identical: number of loops with the same text.
+        tie_bound: largest gap of a numerical tie, from the noise of this run.
+        tie_budget: most ties that the noise explains; the same position of a prompt counts once.
         near_ties: texts that part at a numerical tie of the two largest logits.
         differences: the other texts that part.
     """
@@ -59,6 +61,8 @@ class GreedyIdentity:
     passed: bool
     compared: int
     identical: int
+    tie_bound: float
+    tie_budget: int
     near_ties: list[TextDifference]
     differences: list[TextDifference]
 
@@ -202,12 +206,118 @@ class Controls:
     shifted_target: dict[str, ShiftedTargetControl]
 
 
+class Quantity(Enum):
+    """A number that the logits give for each emitted token."""
+
+    gap = "gap"  # difference of the two largest logits
+    log_probability = "log-probability"  # of the emitted token, at temperature 1
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLevel:
+    """One measure of the differences along a text, over disturbed texts.
+
+    Attributes:
+        median: over the texts.
+        bound: of a text without a fault.
+        beyond: disturbed texts beyond the bound.
+    """
+
+    median: float
+    bound: float
+    beyond: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """Rounding noise of one quantity, over disturbed texts.
+
+    Attributes:
+        typical: the 75 % quantile of the differences along a text.
+        largest: the largest difference along a text.
+        extreme: the largest difference of all.
+    """
+
+    typical: SizeLevel
+    largest: SizeLevel
+    extreme: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingNoise:
+    """Rounding noise of a computation of logits; `texts` were disturbed."""
+
+    texts: int
+    gap: NoiseLevel
+    log_probability: NoiseLevel
+
+
+@dataclass(frozen=True, slots=True)
+class SizeTest:
+    """One measure of the differences along a text, over compared texts.
+
+    Attributes:
+        median: over the texts.
+        bound: see `SizeLevel`.
+        beyond: texts beyond the bound.
+        budget: most texts beyond the bound that the noise explains.
+        outcome: failed if more are; not tested if even all of them would not be enough.
+    """
+
+    median: float
+    bound: float
+    beyond: int
+    budget: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitComparison:
+    """One quantity from two computations on the same texts.
+
+    Attributes:
+        of, against: the two computations, in words.
+        quantity: the compared quantity.
+        texts: texts, one for each prompt.
+        typical, largest: tests of the measures of `NoiseLevel`.
+        outcome: failed if one of them did, not tested if neither was.
+    """
+
+    of: str
+    against: str
+    quantity: Quantity
+    texts: int
+    typical: SizeTest
+    largest: SizeTest
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsTest:
+    """Logits of decoding against transformers' forward and plain decoding, and of drafts against the rollout.
+
+    Attributes:
+        passed: no comparison failed.
+        level: chance of a false alarm, of all comparisons together.
+        backbone: rounding noise of the backbone's logits.
+        drafts: rounding noise of each head's.
+        comparisons: all of them.
+    """
+
+    passed: bool
+    level: float
+    backbone: RoundingNoise
+    drafts: dict[str, RoundingNoise]
+    comparisons: list[LogitComparison]
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """Conditions under which a figure counts.
 
     Attributes:
         passed: every part passed.
+        logits: of decoding and drafting.
         greedy_identity: of all loops; if the run samples, of two prompts that are also decoded greedily.
         replay_equals_loop: of the same loops.
         pass_count_test: of sampled loops; None in a greedy run.
@@ -216,6 +326,7 @@ class Certificate:
     """
 
     passed: bool
+    logits: LogitsTest
     greedy_identity: GreedyIdentity
     replay_equals_loop: ReplayEqualsLoop
     pass_count_test: PassCountTest | None

@@ -18,7 +18,7 @@ from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
 CountsByLength = dict[int, list[Counts]]  # counts of every prompt, by draft length
-NO_PASSES = "(no verify pass: its texts end at their first token)"
+NO_PASSES = "no verify pass: every text ends at its first token"
 
 
 def compare_heads(
@@ -37,7 +37,8 @@ def compare_heads(
         domain: _compare_domain(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
         for domain, rows in domain_rows([prompt.domain for prompt in prompts]).items()
     }
-    worse = [domain for domain, gains in domains.items() if gains and gains.gain[max(base)].is_clear_loss]
+    at_longest = {domain: gains and gains.gain[max(base)] for domain, gains in domains.items()}
+    worse = [domain for domain, gain in at_longest.items() if gain and gain.is_clear_loss]
     warning = f"; WORSE on {', '.join(worse)}" if worse and len(domains) > 1 else ""
     return HeadComparison(
         base=names[0],
@@ -76,8 +77,10 @@ def _take(counts: CountsByLength, rows: list[int]) -> CountsByLength:
     return {k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()}
 
 
-def gain_sentence(names: tuple[str, str], gain: Gain, draft_length: int) -> str:
+def gain_sentence(names: tuple[str, str], gain: Gain | None, draft_length: int) -> str:
     """Return one sentence about the gain at one draft length."""
+    if gain is None:
+        return NO_PASSES
     base, other = names
     low, high = gain.interval
     if gain.is_clear:
@@ -96,24 +99,26 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
     table = Table("K or k", "gain, tokens a pass at K", "would have shown", "gain in acceptance at k", box=None)
     for k, gain in comparison.gain.items():
         at_position = comparison.gain_by_position[k - 1]
-        shown = "-" if at_position is None else _with_interval(at_position)
-        table.add_row(str(k), _with_interval(gain), f"{gain.detectable:.2f}", shown)
+        detectable = "-" if gain is None else f"{gain.detectable:.2f}"
+        table.add_row(str(k), _with_interval(gain), detectable, _with_interval(at_position))
     console.print(table, highlight=False)
     if len(comparison.domains) > 1:
         for domain, gains in comparison.domains.items():
             style = "red" if domain in comparison.worse_on else None
-            line = f"({gains.prompts} prompts): {gains.verdict}" if gains else NO_PASSES
+            line = f"({gains.prompts} prompts): {gains.verdict}" if gains else f"({NO_PASSES})"
             console.print(f"{domain} {line}", style=style, highlight=False)
 
 
-def _with_interval(gain: Gain) -> str:
+def _with_interval(gain: Gain | None) -> str:
+    if gain is None:
+        return "-"
     low, high = gain.interval
     return f"{gain.gain:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def compare_with_stock(
     replays: dict[str, CountsByLength], prompts: list[Prompt]
-) -> tuple[dict[int, Gain] | None, dict[str, Gain | None] | None]:
+) -> tuple[dict[int, Gain | None] | None, dict[str, Gain | None] | None]:
     """Return the gain of the trained over the stock head by K, and by domain at the longest K; None without both."""
     if not {"stock", "trained"} <= set(replays):
         return None, None

@@ -42,13 +42,13 @@ class PromptGains:
 
     Attributes:
         prompts: their number.
-        gain: in acceptance length, by draft length.
+        gain: in acceptance length, by draft length; None without verify passes.
         gain_by_position: in conditional acceptance at the longest K; None if a resample never reached it.
         verdict: one sentence about the longest K.
     """
 
     prompts: int
-    gain: dict[int, Gain]
+    gain: dict[int, Gain | None]
     gain_by_position: list[Gain | None]
     verdict: str
 

@@ -56,7 +56,7 @@ class Acceptance:
     """Acceptance of one head at one draft length; the lists have an entry for every position.
 
     Attributes:
-        acceptance_length: emitted tokens a verify pass.
+        acceptance_length: emitted tokens a verify pass; this and the interval are None without passes.
         passes: verify passes.
         emitted: tokens that the passes emitted.
         interval: 95 % bootstrap interval of the acceptance length over groups of prompts.
@@ -67,10 +67,10 @@ class Acceptance:
         unconditional: accepted / drafted; None if unknown.
     """
 
-    acceptance_length: float
+    acceptance_length: float | None
     passes: float
     emitted: float
-    interval: Interval
+    interval: Interval | None
     drafted: list[float | None]
     reached: list[float]
     accepted: list[float]

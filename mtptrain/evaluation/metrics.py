@@ -15,9 +15,12 @@ RESAMPLES = 2000
 DETECTABLE = 1.960 + 0.842  # standard errors: two-sided 5 % level, 80 % power
 
 
-def acceptance_length(prompts: list[Counts]) -> float:
-    """Return the tokens emitted per verify pass, the verifier's token included: 1 = no gain, K + 1 = ceiling."""
-    return sum(counts.emitted for counts in prompts) / sum(counts.passes for counts in prompts)
+def acceptance_length(prompts: list[Counts]) -> float | None:
+    """Return the tokens emitted per verify pass, the verifier's token included: 1 = no gain, K + 1 = ceiling.
+
+    None without passes: every text ends at its first token.
+    """
+    return totals(prompts).acceptance_length
 
 
 class Positions(NamedTuple):
@@ -71,16 +74,17 @@ def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
     """Return the acceptance of one head at one draft length, with a 95 % bootstrap interval over groups of prompts.
 
     Args:
-        prompts: counts of each prompt; a prompt without passes (one emitted token) adds nothing.
+        prompts: counts of each prompt; a prompt without passes (one emitted token) adds nothing, and without any
+            passes length and interval are None.
         groups: the group of each prompt.
     """
     passes, emitted = passes_and_tokens(prompts)
     positions = by_position(prompts)
     return Acceptance(
-        acceptance_length=emitted / passes,
+        acceptance_length=emitted / passes if passes else None,
         passes=passes,
         emitted=emitted,
-        interval=interval(_resampled_lengths(prompts, groups)),
+        interval=interval(_resampled_lengths(prompts, groups)) if passes else None,
         drafted=[None] * len(positions.reached) if positions.drafted is None else [*positions.drafted],
         reached=positions.reached,
         accepted=positions.accepted,
@@ -111,10 +115,12 @@ def domain_rows(domains: list[str]) -> dict[str, list[int]]:
     return rows
 
 
-def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> Gain:
-    """Return the difference of acceptance length on the same prompts, `other` minus `base`."""
-    resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
-    return difference(acceptance_length(other) - acceptance_length(base), resampled_R)
+def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> Gain | None:
+    """Return the difference of acceptance length on the same prompts, `other` minus `base`; None without passes."""
+    old, new = acceptance_length(base), acceptance_length(other)
+    if old is None or new is None:
+        return None
+    return difference(new - old, _resampled_lengths(other, groups) - _resampled_lengths(base, groups))
 
 
 def paired_gain_by_domain(
@@ -124,7 +130,7 @@ def paired_gain_by_domain(
     gains: dict[str, Gain | None] = {}
     for domain, rows in domain_rows(domains).items():
         old, new = ([prompts[i] for i in rows] for prompts in (base, other))
-        gains[domain] = paired_gain(old, new, [groups[i] for i in rows]) if have_passes(old) else None
+        gains[domain] = paired_gain(old, new, [groups[i] for i in rows])
     return gains
 
 

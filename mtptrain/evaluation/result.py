@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from mtptrain.config import DraftChoice, Verification
@@ -43,19 +44,50 @@ class TimeShares:
     rewind: float
 
 
-@dataclass(frozen=True, slots=True)
+class Doubt(Enum):
+    """A reason why a measured speed-up cannot be right."""
+
+    above_acceptance_length = "above the acceptance length"  # a verify pass costs at least a plain step
+    ratio_of_heads = "ratio of heads"  # of equal cost, but their speeds differ otherwise than their acceptance
+    busy = "busy machine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speedup(Spread):
     """Tokens a second over those of plain decoding.
 
     Attributes:
+        interval: of the median, without an assumption about the distribution.
+        confidence: of this interval; below 0.95 with fewer than six batches.
         per_batch: the ratio of every timed batch.
         after_prefill: the ratio without the prefill.
+        processor: the ratio of tokens a second of processor time; None if the work was a GPU's.
         shares: of the wall time.
+        doubts: reasons why the ratio cannot be right.
     """
 
+    interval: Interval
+    confidence: float
     per_batch: list[float]
     after_prefill: Spread
+    processor: Spread | None
     shares: TimeShares
+    doubts: list[Doubt]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLoad:
+    """How much of the machine the timed runs had.
+
+    Attributes:
+        processor_share: processor time of this process over the wall time; None if the work was a GPU's.
+        load: highest load average of a minute; None if unknown.
+        cores: of the machine.
+    """
+
+    processor_share: float | None
+    load: float | None
+    cores: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +172,11 @@ class Evaluation:
         backbone, prompts, policy: of the measurement.
         draft_length: the longest K.
         heads: one or both of the stock and the trained head, in this order.
-        gain: trained minus stock by K; None with one head.
+        gain: trained minus stock by K; None with one head, an entry is None without verify passes.
         gain_by_domain: the same by domain at the longest K; an entry is None for a domain without verify passes.
         certificate: conditions under which a figure counts.
         speedup: by batch size, head and K.
+        machine: while these were timed, by batch size.
         steps: by batch size and head.
         plain_tokens_per_second: of plain decoding, by batch size.
     """
@@ -155,10 +188,11 @@ class Evaluation:
     policy: PolicyResult
     draft_length: int
     heads: list[HeadResult]
-    gain: dict[int, Gain] | None
+    gain: dict[int, Gain | None] | None
     gain_by_domain: dict[str, Gain | None] | None
     certificate: Certificate
     speedup: dict[int, dict[str, dict[int, Speedup]]]
+    machine: dict[int, MachineLoad]
     steps: dict[int, dict[str, StepLatency]]
     plain_tokens_per_second: dict[int, float]
 
@@ -171,6 +205,11 @@ class Evaluation:
     def first_batch(self) -> int:
         """The smallest batch that was timed."""
         return min(self.speedup)
+
+    @property
+    def shown_batches(self) -> list[int]:
+        """The smallest and the largest batch that were timed; one if they are the same."""
+        return sorted({min(self.speedup), max(self.speedup)})
 
     @property
     def last_head(self) -> HeadResult:

@@ -79,15 +79,17 @@ class Measured:
     Attributes:
         prompts: their number.
         policy: how tokens were drawn and drafted, for people to read.
-        before, after: acceptance length by K of the trained head, and as read back from the folder.
+        before, after: acceptance length by K of the trained head, and as read back from the folder; None without verify
+            passes, as if every text ends at its first token.
         positions: share kept at each position of the longest draft, as read back; None if never reached.
-        gain: of the head as read back over the model's own, by K; None if the model came without one.
+        gain: of the head as read back over the model's own, by K; None if the model came without one,
+            or without verify passes.
     """
 
     prompts: int
     policy: str
-    before: dict[int, float]
-    after: dict[int, float]
+    before: dict[int, float | None]
+    after: dict[int, float | None]
     positions: list[float | None]
     gain: dict[int, Gain] | None
 
@@ -171,7 +173,8 @@ def _facts(head: HeadIdentity, export: Export) -> str:
 def _lengths(measured: Measured, shown: list[int]) -> str:
     """Return table rows of acceptance lengths by draft length."""
     return "\n".join(
-        f"| {k} | {measured.before[k]:.3f} | {measured.after[k]:.3f} | {_gain(measured, k)} |" for k in shown
+        f"| {k} | {shown_length(measured.before[k])} | {shown_length(measured.after[k])} | {_gain(measured, k)} |"
+        for k in shown
     )
 
 
@@ -186,6 +189,11 @@ def _positions(measured: Measured, shown: list[int]) -> str:
     """Return the share kept at each position that is served."""
     shares = measured.positions[: max(shown)]
     return ", ".join(f"{k}: {'-' if share is None else f'{share:.3f}'}" for k, share in enumerate(shares, start=1))
+
+
+def shown_length(length: float | None) -> str:
+    """Return an acceptance length with three decimals, or `-` without verify passes."""
+    return "-" if length is None else f"{length:.3f}"
 
 
 def _roundings(export: Export) -> str:
@@ -211,9 +219,10 @@ def _metadata(export: Export, name: str, shown: list[int]) -> str:
             dataset_name=f"{export.acceptance.prompts} prompts, continued by the model at {export.acceptance.policy}",
             metric_type="acceptance_length",
             metric_name=f"tokens a verify pass at K={k}",
-            metric_value=round(export.acceptance.after[k], 4),
+            metric_value=round(length, 4),
         )
         for k in shown
+        if (length := export.acceptance.after[k]) is not None
     ]
     data: Any = ModelCardData(
         base_model=export.origin.base_model,

@@ -299,7 +299,7 @@ class Trainer:
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
         metrics = broadcast_object(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
-        if metrics[probe.score] > self.counters.get("best_score", -math.inf):
+        if metrics.get(probe.score, -math.inf) > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
             self.save(BEST)
 

@@ -95,7 +95,7 @@ def test_a_domain_without_passes_is_compared_to_nothing() -> None:
     assert result.worse_on == []
     stream = io.StringIO()
     print_comparison(result, Console(file=stream, width=120))
-    assert "silent (no verify pass: its texts end at their first token)" in stream.getvalue()
+    assert "silent (no verify pass: every text ends at its first token)" in stream.getvalue()
 
 
 def test_one_domain_is_not_flagged_beside_the_whole() -> None:

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from mtptrain.certificate.greedy import LoopRun, certify_greedy
-from mtptrain.decoding.results import Decoded, VerifyPass
-from mtptrain.evaluation.certificate_result import ReplayEqualsLoop, TextDifference
-from mtptrain.evaluation.head_result import Totals
+from mtptrain.decoding.results import VerifyPass
+from mtptrain.evaluation.head_result import Interval, Totals
 from mtptrain.evaluation.metrics import (
     acceptance_length,
     by_domain,
@@ -25,6 +23,12 @@ def passes(*accepted: int, draft_length: int = 3) -> list[VerifyPass]:
 
 def counts(*accepted: int, draft_length: int = 3) -> Counts:
     return count_passes(passes(*accepted, draft_length=draft_length), draft_length)
+
+
+def interval_of(prompts: list[Counts], groups: list[int]) -> Interval:
+    interval = summarize(prompts, groups).interval
+    assert interval is not None
+    return interval
 
 
 def test_acceptance_length_is_emitted_tokens_over_passes_of_all_prompts() -> None:
@@ -64,10 +68,21 @@ def test_prompts_of_one_group_are_resampled_together() -> None:
     alone = [counts(*[level] * 5) for level in (0, 1, 1, 2, 3, 0, 2, 3)]
     copied = [one for one in alone for _ in range(4)]
     groups = [number // 4 for number in range(len(copied))]
-    assert summarize(copied, groups).interval == pytest.approx(summarize(alone, list(range(8))).interval)
-    low, high = summarize(copied, list(range(len(copied)))).interval
-    low_grouped, high_grouped = summarize(copied, groups).interval
+    assert interval_of(copied, groups) == pytest.approx(interval_of(alone, list(range(8))))
+    low, high = interval_of(copied, list(range(len(copied))))
+    low_grouped, high_grouped = interval_of(copied, groups)
     assert high - low < 0.7 * (high_grouped - low_grouped)
+
+
+def test_without_a_verify_pass_there_is_no_acceptance_to_report() -> None:
+    """Every text ends at its first token."""
+    nothing = [counts(), counts()]
+    measured = summarize(nothing, [0, 1])
+    assert (measured.acceptance_length, measured.interval, measured.passes, measured.emitted) == (None, None, 0, 0)
+    assert measured.conditional == [None] * 3
+    assert acceptance_length(nothing) is None
+    assert paired_gain(nothing, nothing, [0, 1]) is None
+    assert paired_gain_by_domain(nothing, nothing, [0, 1], ["a", "b"]) == {"a": None, "b": None}
 
 
 def test_domains_are_summarized_apart() -> None:
@@ -98,31 +113,3 @@ def test_a_draft_that_was_cut_short_does_not_reach_its_missing_positions() -> No
     assert counted.drafted_K.tolist() == [2, 1, 1]
     assert counted.reached_K.tolist() == [2, 1, 1]
     assert counted.accepted_K.tolist() == [2, 1, 0]
-
-
-def run(plain: list[int], loop: list[int], gap: float, replayed: list[VerifyPass] | None) -> LoopRun:
-    return LoopRun(
-        "h", 0, 2, Decoded(plain, [gap] * len(plain)), Decoded(loop, [gap] * len(loop), passes=passes(1)), replayed
-    )
-
-
-def test_a_certificate_needs_identity_and_equal_counts() -> None:
-    def passed(one: LoopRun) -> tuple[bool, bool]:
-        identity, replay = certify_greedy([one], "float32")
-        return identity.passed, replay.passed
-
-    assert passed(run([1, 2], [1, 2], 1.0, passes(1))) == (True, True)
-    assert passed(run([1, 2], [1, 3], 1.0, passes(1))) == (False, True)
-    assert passed(run([1, 2], [1, 2], 1.0, passes(0))) == (True, False)
-
-
-def test_a_loop_without_a_replay_is_not_counted_as_compared() -> None:
-    _, replay = certify_greedy([run([1, 2], [1, 2], 1.0, None)], "float32")
-    assert replay == ReplayEqualsLoop(passed=True, compared=0, equal=0, differences=[])
-
-
-def test_a_numerical_tie_is_reported_and_does_not_fail() -> None:
-    identity, _ = certify_greedy([run([1, 2], [1, 3], 1e-5, passes(1))], "float32")
-    assert identity.passed
-    assert identity.identical == 0
-    assert identity.near_ties == [TextDifference(head="h", prompt=0, draft_length=2, position=1, gap=1e-5)]

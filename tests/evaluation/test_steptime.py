@@ -4,7 +4,7 @@ import torch
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
-from mtptrain.evaluation.speed import StepBench, StepTimes, describe_times, measure_steps
+from mtptrain.evaluation.steptime import StepBench, StepTimes, describe_times, measure_steps
 from tests.tiny import random_backbone, random_stack
 
 TEXT = [7, 3, 11, 5, 2, 13, 8, 1, 60, 33, 21]

@@ -16,6 +16,7 @@ from mtptrain.evaluation.report.tables import (
     length_cell,
     ratio_cell,
     share_cell,
+    speed_cell,
 )
 from mtptrain.evaluation.result import Evaluation, Spread, StepLatency, TimeShares
 
@@ -139,7 +140,7 @@ def time_table(evaluation: Evaluation) -> Grid:
         for length in evaluation.draft_lengths:
             measured = heads[name][length]
             predicted = evaluation.steps[batch][name].predicted_speedup[length]
-            ratios = [ratio_cell(ratio) for ratio in (measured, measured.after_prefill, predicted)]
+            ratios = [speed_cell(measured), ratio_cell(measured.after_prefill), ratio_cell(predicted)]
             shares = [Cell(f"{100 * share:.0f} %") for share in astuple(measured.shares)]
             rows.append([Cell(f"{batch}, {length}"), *ratios, *shares])
     note = (

@@ -9,12 +9,14 @@ from enum import Enum
 from mtptrain.evaluation.certificate_result import (
     Certificate,
     Controls,
+    GreedyIdentity,
+    LogitsTest,
     Outcome,
     PassDifference,
     TextDifference,
 )
 from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
-from mtptrain.evaluation.result import Evaluation
+from mtptrain.evaluation.result import Doubt, Evaluation, Speedup
 
 
 class Headline(Enum):
@@ -45,6 +47,8 @@ def headline_text(evaluation: Evaluation) -> str:
     measured = head.replay[length]
     is_failed = headline(evaluation) is Headline.failed
     warning = "CERTIFICATE FAILED, these figures do not count: " if is_failed else ""
+    if measured.acceptance_length is None or measured.interval is None:
+        return f"{warning}{head.name} head: no verify pass, because every text ends at its first token"
     lead = (
         f"{warning}{head.name} head: {measured.acceptance_length:.2f} tokens a verify pass at K={length} "
         f"({span(measured.interval)})"
@@ -63,12 +67,15 @@ def _gain_text(gain: Gain) -> str:
 
 
 def speed_text(evaluation: Evaluation) -> str:
-    """Return the best speed-up of the last head over plain decoding, or that there is none, as one sentence."""
+    """Return the best speed-up of the last head over plain decoding, or why none can be named, as one sentence."""
     batch = evaluation.first_batch
     timed = evaluation.speedup[batch][evaluation.last_head.name]
     best = max(timed, key=lambda length: timed[length].median)
-    figure = f"{timed[best].median:.2f}x at K={best} (quartiles {span(timed[best].quartiles)})"
+    figure = f"{timed[best].median:.2f}x at K={best} ({_median_span(timed[best])})"
     plain = f"plain decoding, {evaluation.plain_tokens_per_second[batch]:,.1f} tokens/s at batch {batch}"
+    doubts = doubts_text(evaluation)
+    if doubts:
+        return f"on the clock: no K is named as the fastest, because {doubts}; measured, {figure} against {plain}"
     if timed[best].median > 1:
         return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
     return f"on the clock: no K is faster than {plain}; the best is {figure}"
@@ -85,6 +92,35 @@ def seen_text(head: str, seen: SeenPrompts) -> str:
     unknown = seen.prompts - seen.checked
     note = f" ({unknown} more could not be looked up)" if unknown else ""
     return f"the {head} head saw {seen.seen} of {seen.checked} prompts in training{note}"
+
+
+def _median_span(speed: Speedup) -> str:
+    return f"{100 * speed.confidence:.0f} % interval {span(speed.interval)}"
+
+
+def doubts_text(evaluation: Evaluation) -> str:
+    """Return why the shown speed-ups cannot be right, in words; empty if nothing speaks against them."""
+    found = {
+        doubt: (batch, k, head, speed)
+        for batch in reversed(evaluation.shown_batches)
+        for head, by_length in evaluation.speedup[batch].items()
+        for k, speed in by_length.items()
+        for doubt in speed.doubts
+    }
+    return " and ".join(_doubt_text(evaluation, doubt, *found[doubt]) for doubt in Doubt if doubt in found)
+
+
+def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, head: str, speed: Speedup) -> str:
+    where = f"at K={length}, batch {batch}"
+    if doubt is Doubt.above_acceptance_length:
+        highest = max(speed.median, speed.after_prefill.median)
+        return f"{highest:.2f}x of the {head} head {where} is more than the acceptance length, which cannot be"
+    if doubt is Doubt.ratio_of_heads:
+        return f"the speeds of the heads {where} differ otherwise than their acceptance, which cannot be"
+    machine = evaluation.machine[batch]
+    share = "" if machine.processor_share is None else f"{100 * machine.processor_share:.0f} % of a processor"
+    load = "" if machine.load is None else f"load {machine.load:.1f} on {machine.cores} cores"
+    return f"the machine was busy ({', '.join(filter(None, [share, load]))})"
 
 
 def span(interval: Interval, signed: bool = False) -> str:
@@ -110,12 +146,19 @@ def certificate_text(certificate: Certificate) -> str:
     parts = [
         f"output identical to plain greedy {greedy.identical}/{greedy.compared}{tie_text}",
         f"replay = loop {replay.equal}/{replay.compared}",
+        _logits_text(certificate.logits),
     ]
     if counts is not None:
         parts.append(f"pass counts of sampled loops {_word(counts.passed)} ({len(counts.tests)} tests)")
     parts.append(f"sampler {_word(certificate.sampler.passed)}")
     parts.append(f"controls {_word(certificate.controls.passed)}{_not_tested(certificate.controls)}")
     return "; ".join(parts)
+
+
+def _logits_text(logits: LogitsTest) -> str:
+    missing = sum(one.outcome is Outcome.not_tested for one in logits.comparisons)
+    note = f", {missing} not tested" if missing else ""
+    return f"logits {_word(logits.passed)} ({len(logits.comparisons)} comparisons{note})"
 
 
 def _not_tested(controls: Controls) -> str:
@@ -136,10 +179,30 @@ def certificate_details(certificate: Certificate) -> list[str]:
             f"{_run(one)}: {one.loop_passes} passes in the loop, {one.replay_passes} in the replay"
             for one in replay.differences
         ),
+        *_too_many_ties(greedy),
+        *_failed_logits(certificate.logits),
         *_failed_pass_counts(certificate),
         *_failed_sampler(certificate),
         *_failed_controls(certificate),
         *(f"{_run(one)}: near tie {_gap(one)}" for one in greedy.near_ties),
+    ]
+
+
+def _too_many_ties(greedy: GreedyIdentity) -> list[str]:
+    ties = len({(one.prompt, one.position) for one in greedy.near_ties})
+    if ties <= greedy.tie_budget:
+        return []
+    return [f"{ties} near ties, and the rounding noise explains at most {greedy.tie_budget}"]
+
+
+def _failed_logits(logits: LogitsTest) -> list[str]:
+    return [
+        f"{one.of} against {one.against}: the {measure} difference of the {one.quantity.value} along a text is "
+        f"{size.median:.1e}, bound {size.bound:.1e}; {size.beyond} of {one.texts} texts beyond it "
+        f"and {size.budget} by chance"
+        for one in logits.comparisons
+        for measure, size in (("typical", one.typical), ("largest", one.largest))
+        if size.outcome is Outcome.failed
     ]
 
 
@@ -180,4 +243,6 @@ def _run(difference: TextDifference | PassDifference) -> str:
 
 
 def _gap(difference: TextDifference) -> str:
+    if difference.gap is None:
+        return f"at position {difference.position}, where one of the two texts ends"
     return f"at position {difference.position}, logit gap {difference.gap:.1e}"

@@ -60,10 +60,12 @@ def acceptance_length(evaluation: Evaluation) -> str:
     figure, axes = _canvas("draft length K", "tokens a verify pass", longest)
     top = 1.0
     for offset, head in _dodged(evaluation):
-        xs, measured = [k + offset for k in head.replay], list(head.replay.values())
-        _draw_spans(axes, head.name, xs, [one.interval for one in measured])
-        _draw_series(axes, head.name, xs, [one.acceptance_length for one in measured])
-        top = max(top, *(one.interval[1] for one in measured))
+        known = {k + offset: one for k, one in head.replay.items() if one.acceptance_length is not None}
+        spans = [one.interval for one in known.values() if one.interval is not None]
+        lengths = [one.acceptance_length for one in known.values() if one.acceptance_length is not None]
+        _draw_spans(axes, head.name, list(known), spans)
+        _draw_series(axes, head.name, list(known), lengths)
+        top = max([top, *(high for _, high in spans)])
     edges = [0.5, longest + 0.5]
     axes.plot(edges, [edge + 1 for edge in edges], color=INK, linewidth=1, linestyle="--", label="ceiling K+1")
     # The ceiling of a long draft lies far above the measured lengths: let it leave the frame.
@@ -73,9 +75,10 @@ def acceptance_length(evaluation: Evaluation) -> str:
 
 def gain(evaluation: Evaluation) -> str | None:
     """Draw trained minus stock acceptance length against K, with 95 % intervals; None without two heads."""
-    if not evaluation.gain:
+    known = {k: gain for k, gain in (evaluation.gain or {}).items() if gain is not None}
+    if not known:
         return None
-    xs, gains = list(evaluation.gain), list(evaluation.gain.values())
+    xs, gains = list(known), list(known.values())
     figure, axes = _canvas("draft length K", "gain, tokens a pass", max(xs))
     axes.axhline(0, color=INK, linewidth=1, linestyle="--", label="no gain")
     _draw_spans(axes, "trained", xs, [one.interval for one in gains])

@@ -18,15 +18,16 @@ from mtptrain.evaluation.report.headline import (
     backbone_text,
     certificate_details,
     certificate_text,
+    doubts_text,
     headline,
     headline_text,
     seen_texts,
     span,
     speed_text,
 )
-from mtptrain.evaluation.result import Evaluation, PromptsResult, Spread
+from mtptrain.evaluation.result import Evaluation, PromptsResult, Speedup, Spread
 
-MISSING_VALUE = "-"
+MISSING_VALUE, DOUBTFUL = "-", "? "
 SHOWN_DETAILS = 10
 STYLES = {
     Headline.gain: "bold green",
@@ -57,7 +58,7 @@ class Grid:
 
 def length_cell(measured: Acceptance | None) -> Cell:
     """Return an acceptance length above its interval."""
-    if measured is None:
+    if measured is None or measured.acceptance_length is None or measured.interval is None:
         return Cell(MISSING_VALUE)
     return Cell(f"{measured.acceptance_length:.2f}", span(measured.interval))
 
@@ -74,6 +75,11 @@ def ratio_cell(ratio: Spread) -> Cell:
     return Cell(f"{ratio.median:.2f}x", span(ratio.quartiles))
 
 
+def speed_cell(speed: Speedup) -> Cell:
+    """Return a speed-up above the interval of its median; a mark stands before one that is doubtful."""
+    return Cell(f"{DOUBTFUL * bool(speed.doubts)}{speed.median:.2f}x", span(speed.interval))
+
+
 def share_cell(share: float | None) -> Cell:
     """Return a share with three decimals."""
     return Cell(MISSING_VALUE if share is None else f"{share:.3f}")
@@ -86,23 +92,53 @@ def prompts_text(prompts: PromptsResult) -> str:
 
 
 def length_table(evaluation: Evaluation) -> Grid:
-    """Return acceptance length and speed-up of each head, and the gain, by K."""
-    names = [head.name for head in evaluation.heads]
-    gains, speedups = evaluation.gain or {}, evaluation.speedup[evaluation.first_batch]
+    """Return the acceptance length of each head, and the gain, by K."""
+    gains = evaluation.gain or {}
     gain_header = ["gain\ntok/pass"] if gains else []
-    headers = ["K", *(f"{name}\ntok/pass" for name in names), *gain_header, *(f"{name}\nspeed-up" for name in names)]
+    headers = ["K", *(f"{head.name}\ntok/pass" for head in evaluation.heads), *gain_header]
     rows = []
     for length in evaluation.draft_lengths:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in evaluation.heads)]
-        if gains:
-            row.append(gain_cell(gains[length]))
-        rows.append(row + [ratio_cell(speedups[name][length]) for name in names])
-    note = (
-        f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {prompts_text(evaluation.prompts)}. "
-        "Speed-up: tokens/s over plain decoding, median and quartiles of the timed batches of "
-        f"{evaluation.first_batch}."
+        rows.append([*row, gain_cell(gains[length])] if gains else row)
+    note = f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {prompts_text(evaluation.prompts)}."
+    return Grid("Acceptance length by draft length K", headers, rows, note)
+
+
+def speed_table(evaluation: Evaluation) -> Grid:
+    """Return the speed-up of each head on the clock, and in processor time on a CPU, at the shown batches."""
+    heads, batches = [head.name for head in evaluation.heads], evaluation.shown_batches
+    has_processor = all(
+        evaluation.speedup[batch][name][length].processor is not None
+        for batch in batches
+        for name in heads
+        for length in evaluation.draft_lengths
     )
-    return Grid("Acceptance length and speed-up by draft length K", headers, rows, note)
+    parts = ("speed-up", "processor") if has_processor else ("speed-up",)
+    headers = ["batch", "K", *(f"{name}\n{part}" for name in heads for part in parts)]
+    rows = []
+    for batch in batches:
+        for length in evaluation.draft_lengths:
+            row = [Cell(str(batch)), Cell(str(length))]
+            for name in heads:
+                speed = evaluation.speedup[batch][name][length]
+                row.append(speed_cell(speed))
+                if has_processor and speed.processor is not None:
+                    row.append(ratio_cell(speed.processor))
+            rows.append(row)
+    return Grid("Speed-up on the clock", headers, rows, _speed_note(evaluation, has_processor))
+
+
+def _speed_note(evaluation: Evaluation, has_processor: bool) -> str:
+    batches = evaluation.shown_batches
+    confidence = sorted(
+        {one.confidence for size in batches for k in evaluation.speedup[size].values() for one in k.values()}
+    )
+    shown = " or ".join(f"{100 * value:.0f} %" for value in confidence)
+    return (
+        f"Speed-up: tokens/s over plain decoding, median of the timed batches and its {shown} interval."
+        + (" Processor: the same per second of processor time, median and quartiles." if has_processor else "")
+        + (f" {DOUBTFUL.strip()}: doubtful, for the reason given above." if doubts_text(evaluation) else "")
+    )
 
 
 def position_table(evaluation: Evaluation, metrics: Sequence[str] = tuple(POSITION_METRICS)) -> Grid:
@@ -121,18 +157,18 @@ def position_table(evaluation: Evaluation, metrics: Sequence[str] = tuple(POSITI
 
 def summary_tables(evaluation: Evaluation) -> list[Grid]:
     """Return the tables of the terminal, which has room for three metrics by position."""
-    return [length_table(evaluation), position_table(evaluation, tuple(POSITION_METRICS)[:3])]
+    return [length_table(evaluation), speed_table(evaluation), position_table(evaluation, tuple(POSITION_METRICS)[:3])]
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:
-    """Print the headline, the two tables, the backbone's loss and the certificate.
+    """Print the headline, the tables, the backbone's loss and the certificate.
 
     Args:
         evaluation: the result.
         console: of 80 columns or more.
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
-    console.print(Text(speed_text(evaluation)))
+    console.print(Text(speed_text(evaluation), style="bold yellow" if doubts_text(evaluation) else ""))
     for line in seen_texts(evaluation):
         console.print(Text(line, style="bold yellow"))
     for grid in summary_tables(evaluation):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mtptrain.evaluation.certificate_result import PassDifference, TextDifference
 from mtptrain.evaluation.head_result import Acceptance, BucketKind, Gain, HeadResult, SeenPrompts
-from mtptrain.evaluation.result import Evaluation, Spread
+from mtptrain.evaluation.result import Doubt, Evaluation, Spread
 
 DIFFERENCE = TextDifference("trained", prompt=3, draft_length=2, position=17, gap=0.12)
 PASS_DIFFERENCE = PassDifference("stock", prompt=5, draft_length=1, loop_passes=21, replay_passes=22)
@@ -43,8 +43,18 @@ def with_speedup(evaluation: Evaluation, length: int, speedup: Spread) -> Evalua
     """The last head with another speed-up at the smallest batch."""
     batch, name = evaluation.first_batch, evaluation.last_head.name
     of_batch = evaluation.speedup[batch]
-    measured = replace(of_batch[name][length], median=speedup.median, quartiles=speedup.quartiles)
+    measured = replace(
+        of_batch[name][length], median=speedup.median, quartiles=speedup.quartiles, interval=speedup.quartiles
+    )
     heads = {**of_batch, name: {**of_batch[name], length: measured}}
+    return replace(evaluation, speedup={**evaluation.speedup, batch: heads})
+
+
+def with_doubts(evaluation: Evaluation, length: int, doubts: list[Doubt], batch: int | None = None) -> Evaluation:
+    """The last head's speed-up with doubts, by default at the smallest batch."""
+    batch, name = batch or evaluation.first_batch, evaluation.last_head.name
+    of_batch = evaluation.speedup[batch]
+    heads = {**of_batch, name: {**of_batch[name], length: replace(of_batch[name][length], doubts=doubts)}}
     return replace(evaluation, speedup={**evaluation.speedup, batch: heads})
 
 

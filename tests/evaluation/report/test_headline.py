@@ -14,10 +14,12 @@ from mtptrain.evaluation.report.headline import (
     seen_texts,
     speed_text,
 )
-from mtptrain.evaluation.result import Spread
+from mtptrain.evaluation.result import Doubt, MachineLoad, Spread
 from tests.evaluation.recorded import recorded_evaluation
 from tests.evaluation.report.changes import (
+    DIFFERENCE,
     only,
+    with_doubts,
     with_failed_certificate,
     with_gain,
     with_seen_prompts,
@@ -66,7 +68,7 @@ def test_headline_of_a_failed_certificate_withdraws_the_figures() -> None:
 
 def test_speed_text_names_the_fastest_draft_length_or_that_none_gains() -> None:
     evaluation = recorded_evaluation()
-    assert "1.08x at K=1 (quartiles 1.01 to 1.08) against plain decoding, 93.7 tokens/s" in speed_text(evaluation)
+    assert "1.08x at K=1 (75 % interval 0.93 to 1.09) against plain decoding, 93.7 tokens/s" in speed_text(evaluation)
     slower = with_speedup(evaluation, 1, Spread(0.54, (0.5, 0.55)))
     assert "no K is faster than plain decoding" in speed_text(slower)
     assert "the best is 0.88x at K=2" in speed_text(slower)
@@ -88,9 +90,27 @@ def test_prompts_that_were_seen_in_training_are_told(seen: SeenPrompts, expected
     assert seen_texts(with_seen_prompts(recorded_evaluation(), seen)) == expected
 
 
+@pytest.mark.parametrize(
+    ("doubt", "words"),
+    [
+        (Doubt.above_acceptance_length, "is more than the acceptance length, which cannot be"),
+        (Doubt.ratio_of_heads, "differ otherwise than their acceptance, which cannot be"),
+        (Doubt.busy, "the machine was busy (71 % of a processor, load 3.2 on 2 cores)"),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_fastest_draft_length_is_named_if_a_speed_up_is_doubted(doubt: Doubt, words: str, batch: int) -> None:
+    evaluation = with_doubts(recorded_evaluation(), 2, [doubt], batch)
+    loads = dict.fromkeys(evaluation.machine, MachineLoad(processor_share=0.71, load=3.2, cores=2))
+    text = speed_text(replace(evaluation, machine=loads))
+    assert text.startswith("on the clock: no K is named as the fastest, because ")
+    assert words in text
+    assert "the fastest of the K measured" not in text
+
+
 def test_certificate_text_of_a_sampled_run_counts_the_tests_of_its_passes() -> None:
     text = certificate_text(recorded_evaluation("sampled").certificate)
-    assert text.startswith("output identical to plain greedy 4/4; replay = loop 4/4; ")
+    assert text.startswith("output identical to plain greedy 4/4; replay = loop 4/4; logits passed (")
     assert text.endswith("pass counts of sampled loops passed (6 tests); sampler passed; controls passed")
 
 
@@ -130,3 +150,25 @@ def test_certificate_text_says_which_control_was_not_tested() -> None:
     shifted = dict.fromkeys(certificate.controls.shifted_target, not_tested(1))
     text = certificate_text(replace(certificate, controls=replace(certificate.controls, shifted_target=shifted)))
     assert text.endswith("controls passed (shifted target not tested: the texts are too few or too much alike)")
+
+
+def test_certificate_details_name_too_many_ties_and_other_logits() -> None:
+    certificate = recorded_evaluation().certificate
+    ties = [replace(DIFFERENCE, position=position, gap=1e-6) for position in range(3)]
+    greedy = replace(certificate.greedy_identity, passed=False, near_ties=ties, tie_budget=2)
+    first = certificate.logits.comparisons[0]
+    largest = replace(first.largest, median=0.03, beyond=4, outcome=Outcome.failed)
+    logits = replace(certificate.logits, comparisons=[replace(first, largest=largest, outcome=Outcome.failed)])
+    lines = certificate_details(replace(certificate, greedy_identity=greedy, logits=logits))
+    assert lines[:2] == [
+        "3 near ties, and the rounding noise explains at most 2",
+        "plain decoding against transformers' forward: the largest difference of the gap along a text is 3.0e-02, "
+        "bound 2.5e-05; 4 of 4 texts beyond it and 3 by chance",
+    ]
+
+
+def test_a_text_that_goes_on_is_named_as_such() -> None:
+    certificate = recorded_evaluation().certificate
+    greedy = replace(certificate.greedy_identity, differences=[replace(DIFFERENCE, gap=None)])
+    (line,) = certificate_details(replace(certificate, greedy_identity=greedy))
+    assert line.endswith("other token than plain greedy at position 17, where one of the two texts ends")

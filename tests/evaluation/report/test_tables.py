@@ -6,13 +6,21 @@ import pytest
 from rich.console import Console
 
 from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
-from mtptrain.evaluation.report.tables import MISSING_VALUE, position_table, print_summary, summary_tables
-from mtptrain.evaluation.result import Evaluation, Spread
+from mtptrain.evaluation.report.tables import (
+    MISSING_VALUE,
+    length_table,
+    position_table,
+    print_summary,
+    speed_table,
+    summary_tables,
+)
+from mtptrain.evaluation.result import Doubt, Evaluation, Spread
 from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
 from tests.evaluation.report.changes import (
     DIFFERENCE,
     only,
     with_acceptance,
+    with_doubts,
     with_failed_certificate,
     with_head,
     with_speedup,
@@ -122,3 +130,45 @@ def test_time_table_has_every_batch_and_draft_length_and_every_phase() -> None:
     grid = time_table(recorded_evaluation())
     assert [row[0].value for row in grid.rows] == ["1, 1", "1, 2", "1, 3", "2, 1", "2, 2", "2, 3"]
     assert grid.headers[-5:] == ["prefill", "draft", "verify", "sample", "rewind"]
+
+
+def test_speed_table_has_the_smallest_and_the_largest_batch() -> None:
+    grid = speed_table(recorded_evaluation())
+    assert [tuple(cell.value for cell in row[:2]) for row in grid.rows] == [
+        (batch, length) for batch in "12" for length in "123"
+    ]
+    assert grid.headers == ["batch", "K", "stock\nspeed-up", "trained\nspeed-up"]
+
+
+def test_on_a_cpu_processor_time_stands_beside_the_clock() -> None:
+    evaluation = recorded_evaluation()
+    measured = {
+        size: {
+            name: {k: replace(one, processor=Spread(1.02, (0.99, 1.04))) for k, one in by_length.items()}
+            for name, by_length in heads.items()
+        }
+        for size, heads in evaluation.speedup.items()
+    }
+    evaluation = replace(evaluation, speedup=measured)
+    grid = speed_table(evaluation)
+    assert grid.headers[2:] == ["stock\nspeed-up", "stock\nprocessor", "trained\nspeed-up", "trained\nprocessor"]
+    assert grid.rows[0][3].value == "1.02x"
+    assert max(map(len, printed(evaluation).splitlines())) <= 80
+
+
+def test_a_doubtful_speed_up_is_marked_in_the_table() -> None:
+    evaluation = with_doubts(recorded_evaluation(), 2, [Doubt.busy])
+    grid = speed_table(evaluation)
+    assert [row[3].value.startswith("? ") for row in grid.rows] == [False, True, False, False, False, False]
+    assert "?: doubtful" in grid.note
+    assert "?: doubtful" not in speed_table(recorded_evaluation()).note
+
+
+def test_texts_that_end_at_their_first_token_have_no_figures() -> None:
+    evaluation = recorded_evaluation()
+    acceptance = replace(evaluation.last_head.replay[3], acceptance_length=None, interval=None)
+    evaluation = replace(with_acceptance(evaluation, acceptance), gain={**(evaluation.gain or {}), 3: None})
+    assert [cell.value for cell in length_table(evaluation).rows[-1][2:]] == [MISSING_VALUE] * 2
+    assert "trained head: no verify pass, because every text ends at its first token" in " ".join(
+        printed(evaluation).split()
+    )

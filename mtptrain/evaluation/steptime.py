@@ -1,9 +1,4 @@
-"""Wall-clock speed: speculative against plain decoding by batch, and the latency of single steps.
-
-`run_interleaved` decodes batches of prompts plainly and speculatively in one run, and `summarize_speed` gives the
-speed-up. `measure_steps` times single verify passes and drafts, and `describe_times` gives the speed-up that they
-predict.
-"""
+"""The latency of single steps of decoding, and the speed-up that it predicts (`planning.speedup`)."""
 
 # B rows, L tokens of a pass, K drafted tokens
 
@@ -11,141 +6,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
 from mtptrain.decoding.draft import MtpProposer
-from mtptrain.decoding.draws import row_seed
-from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.results import DecodedBatch, Limits
-from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_speculative
+from mtptrain.decoding.policy import GREEDY
+from mtptrain.decoding.results import Limits
+from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.decoding.steps import Step, verify_step
 from mtptrain.decoding.texts import Texts
-from mtptrain.decoding.traced import repeated
-from mtptrain.evaluation.result import Speedup, Spread, StepLatency, TimeShares
+from mtptrain.evaluation.median import spread
+from mtptrain.evaluation.result import StepLatency
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
-from mtptrain.traces.file import Trace
 
-LEAST_BATCHES = 3  # of each size: fewer give no quartiles
 WARM_UP = 2  # repetitions that are not counted
 ADVANCE = 2  # anchors that a draft runs, about the tokens that a pass of a fair head emits
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRuns:
-    """One batch of prompts, decoded plainly before and after all of its speculative runs.
-
-    Attributes:
-        traces: their prompts were decoded, a row each.
-        plain: the two plain runs.
-        speculative: by head and draft length.
-    """
-
-    traces: list[Trace]
-    plain: tuple[DecodedBatch, DecodedBatch]
-    speculative: dict[tuple[str, int], DecodedBatch]
-
-
-def cut_batches(traces: list[Trace], size: int, num_prompts: int) -> list[list[Trace]]:
-    """Return batches of `size` prompts, spread over the traces: `num_prompts` in all, and at least three batches.
-
-    Prompts are repeated if there are too few.
-    """
-    count = max(LEAST_BATCHES, num_prompts // size)
-    chosen = np.linspace(0, len(traces), count * size, endpoint=False).astype(int)
-    return [[traces[i] for i in chosen[start : start + size]] for start in range(0, count * size, size)]
-
-
-def run_interleaved(
-    model: DeepseekV4ForCausalLM,
-    stacks: dict[str, MtpStack],
-    batches: list[list[Trace]],
-    draft_lengths: list[int],
-    limits: Limits,
-    policy: Policy,
-    seed: int,
-    report: Callable[[int, str], None],
-) -> list[BatchRuns]:
-    """Decode every batch plainly and with every head and K.
-
-    Args:
-        model: the backbone.
-        stacks: heads by name.
-        batches: traces whose prompts are decoded.
-        draft_lengths: every K to run.
-        limits: end of the texts.
-        policy: of all runs.
-        seed: of the run; a row's random draws depend on its position among all prompts.
-        report: callback(batches_done, status).
-    """
-    results = []
-    for number, traces in enumerate(batches):
-        prompts = [trace.prompt.tokens for trace in traces]
-        seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
-        with repeated(len(batches)):
-            first = decode_plain(model, prompts, limits, policy, seeds)
-            runs = {
-                (name, k): decode_speculative(model, MtpProposer(model, stack), prompts, k, limits, policy, seeds)
-                for name, stack in stacks.items()
-                for k in draft_lengths
-            }
-            last = decode_plain(model, prompts, limits, policy, seeds)
-        results.append(BatchRuns(traces, (first, last), runs))
-        report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
-    return results
-
-
-def tokens_per_second(runs: list[DecodedBatch]) -> float:
-    """Return the emitted tokens over the wall time, the prefill included."""
-    return sum(len(row.tokens) for run in runs for row in run.rows) / sum(run.seconds.total for run in runs)
-
-
-def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
-    """Return the tokens per verify pass of a whole batch, over the tokens per plain step.
-
-    A batch decodes until its last row ends, and rows that have ended waste their share of a pass: with several rows
-    this falls below the acceptance length of the rows. With one row it is the acceptance length.
-    """
-    speculative = plain = 0.0
-    for run in runs:
-        rows, plain_rows = run.speculative[head, draft_length].rows, run.plain[0].rows
-        tokens, plain_tokens = (sum(len(row.tokens) - 1 for row in batch) for batch in (rows, plain_rows))
-        speculative += max(len(row.passes) for row in rows) / max(tokens, 1)
-        plain += max(len(row.tokens) - 1 for row in plain_rows) / max(plain_tokens, 1)
-    return plain / speculative if speculative else 1.0
-
-
-def summarize_speed(runs: list[BatchRuns], head: str, draft_length: int) -> Speedup:
-    """Return the ratio of tokens a second, speculative over plain, by batch of prompts."""
-    decoded = [run.speculative[head, draft_length] for run in runs]
-    pairs = [(speculative, list(run.plain)) for speculative, run in zip(decoded, runs, strict=True)]
-    ratios = [tokens_per_second([speculative]) / tokens_per_second(plain) for speculative, plain in pairs]
-    after = [_after_prefill([speculative]) / _after_prefill(plain) for speculative, plain in pairs]
-    total = sum(batch.seconds.total for batch in decoded)
-    shares = {
-        phase.name: sum(getattr(batch.seconds, phase.name) for batch in decoded) / total for phase in fields(TimeShares)
-    }
-    ratio = spread(ratios)
-    return Speedup(ratio.median, ratio.quartiles, ratios, spread(after), TimeShares(**shares))
-
-
-def spread(values: list[float]) -> Spread:
-    """Return median and quartiles."""
-    lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
-    return Spread(median, (lower, upper))
-
-
-def _after_prefill(runs: list[DecodedBatch]) -> float:
-    """Return the tokens per second of the passes alone; each row's first token comes from the prefill."""
-    tokens = sum(len(row.tokens) - 1 for run in runs for row in run.rows)
-    return max(tokens, 1) / sum(run.seconds.total - run.seconds.prefill for run in runs)
 
 
 @dataclass(frozen=True, slots=True)
