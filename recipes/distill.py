@@ -58,7 +58,7 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a head and measuring it read."""
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= of_traces(config) | of_heldout_text(config) | settings("mtp", "evaluation", "evaluate_at_end")
+    used |= of_traces(config) | of_heldout_text(config) | settings("mtp", "evaluation", "evaluate_at_end", "overwrite")
     is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
     return used if is_probed else used - {"evaluation.every"}
 

@@ -182,7 +182,7 @@ def require_certificate(evaluation: Evaluation) -> None:
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
     used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
-    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking")
+    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking", "overwrite")
     return used - {"evaluation.every", "tracking.checkpoints", "tracking.metrics_file"}
 
 

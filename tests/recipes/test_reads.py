@@ -21,7 +21,8 @@ PROGRAMS = {
     "distill, streams": "+recipe=distill data=streams data.path={streams}",
     "distill, on_policy": "+recipe=distill_on_policy on_policy.num_prompts=4 on_policy.max_new_tokens=8",
     "distill, on_policy from a text": "+recipe=distill data=on_policy data.path={corpus} on_policy.num_prompts=4",
-    "distill, on_policy from prompts": "+recipe=distill data=on_policy on_policy.prompts={prompts} on_policy.path={new}/t",
+    "distill, on_policy from prompts": "+recipe=distill data=on_policy on_policy.prompts={prompts} "
+    "on_policy.path={new}/t",
     "pretrain": "+recipe=pretrain data=text data.path={corpus} evaluation.every=1",
     "collect": "+recipe=collect data=text data.path={corpus}",
     "evaluate": "+recipe=evaluate data=text data.path={corpus} checkpoint={head}",
@@ -39,13 +40,16 @@ PROGRAMS = {
     "plan of training": "+recipe=plan plan.what=training",
     "report": "+recipe=report path={head}",
 }
-# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker, or without a path.
+# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker,
+# without a path, or in a folder with an earlier run.
 RARELY_READ = {
     "backbone.revision",
     "distributed_timeout",
     "train.max_bad_steps",
     "stock_head.max_bad_steps",
     "backbone.name",
+    "overwrite",
+    "resume_allow",
 }
 RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
