@@ -5,7 +5,6 @@ python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
 
 from __future__ import annotations
 
-from pathlib import Path
 from string import ascii_uppercase
 
 from rich.console import Console
@@ -14,15 +13,15 @@ from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
-from mtptrain.evaluation.heads import describe_prompts
+from mtptrain.evaluation.heads import count_seen, describe_prompts
 from mtptrain.evaluation.metrics import by_domain, summarize
+from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
-from mtptrain.training.checkpoint import find_checkpoint
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -47,8 +46,7 @@ def check(config: RunConfig) -> None:
 def run(session: Session) -> None:
     """Replay every checkpoint on the same traces and compare each with the first."""
     config, folder = session.config, session.folder
-    checkpoints = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
-    check_prompts(session)
+    checkpoints = {path: session.checkpoint(path) for path in config.checkpoints if path != "stock"}
     for checkpoint in checkpoints.values():
         checkpoint.head_identity(session.backbone.fingerprint)
     stock = session.stock_head() if "stock" in config.checkpoints else None
@@ -61,6 +59,9 @@ def run(session: Session) -> None:
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])
         counts = replay_head(session, head.stack, traces)
+        seen = count_seen(head.passages, session.hasher, [prompt.tokens for prompt in prompts])
+        if seen is not None and seen.seen:
+            folder.print_status(seen_text(name, seen))
         heads.append(
             ComparedHead(
                 name=name,
@@ -70,6 +71,7 @@ def run(session: Session) -> None:
                 parameters=head.num_parameters,
                 replay={k: summarize(counts[k], groups) for k in counts},
                 domains=by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts]),
+                seen_prompts=seen,
             )
         )
         replays.append(counts)

@@ -5,22 +5,20 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_measuring, settings
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
-from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
+from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
@@ -38,13 +36,12 @@ from mtptrain.evaluation.speed import (
 from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace
-from mtptrain.training.checkpoint import find_checkpoint
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -107,7 +104,7 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
-        times = measure_steps(session.backbone.model, head.stack, prompts, longest, STEP_REPETITIONS)
+        times = measure_steps(session.backbone.model, head.stack, prompts, longest, session.limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
@@ -142,6 +139,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 thresholds=sweep_thresholds(drafts, policy, longest),
                 loop={k: loop_totals(first, head.name, k) for k in counts},
                 samples=sample_texts(backbone.tokenizer, first, head.name, longest),
+                seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
             )
         )
     gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])
@@ -181,9 +179,8 @@ def require_certificate(evaluation: Evaluation) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
-    used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
-    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking", "overwrite")
-    return used - {"evaluation.every", "tracking.checkpoints", "tracking.metrics_file"}
+    used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking", "overwrite")
+    return used - {"tracking.checkpoints", "tracking.metrics_file"}
 
 
 def check(config: RunConfig) -> None:
@@ -198,8 +195,7 @@ def run(session: Session) -> None:
     The exit code is 3 if the certificate failed.
     """
     setting = str(session.config.checkpoint)
-    checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
-    check_prompts(session)
+    checkpoint = None if setting == "stock" else session.checkpoint(setting)
     heads = []
     if checkpoint is None or (session.config.evaluation.include_stock and has_stock(session.backbone)):
         heads.append(session.stock_head())

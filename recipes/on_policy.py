@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, Placement
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.decoding.results import Limits
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.lead import lead
@@ -52,6 +53,10 @@ def open_on_policy_prompts(session: Session) -> PromptSet:
         corpus = session.training_corpus
         conversations, source = slice_conversations(corpus, count, settings.prompt_tokens, TRAINING, "on_policy")
         sources = [source]
+        # The draws of a text depend on its group, so slices of one document need groups of their own.
+        conversations = [
+            replace(one, prompt=replace(one.prompt, group=number)) for number, one in enumerate(conversations)
+        ]
     else:
         rows = read_prompt_rows(settings.prompts, "on_policy.prompts", "train")
         named, sources = prompt_row_conversations(session, rows, count)
@@ -110,7 +115,7 @@ def write_texts(
 
     making = on_rank0(open_folder)
     record = text_recorder(session.backbone, head if making.draft_length else None, identity, making)
-    answer = answer_text(session.source.tokenizer, frozenset(identity.stop))
+    answer = answer_text(session.source.tokenizer, Limits(identity.max_new_tokens, frozenset(identity.stop)))
     starts = range(0, len(prompts.conversations), making.batch_size)
     names = [text_file(number) for number in range(len(starts))]
     written = on_rank0(lambda: set(find_parts(folder, names)))

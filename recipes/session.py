@@ -13,7 +13,9 @@ from mtptrain.run.folder import RunFolder
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
+    from mtptrain.data.batches import BatchSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
     from mtptrain.decoding.results import Limits
@@ -57,6 +59,7 @@ class Session:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        self._checkpoints: dict[str, Checkpoint] = {}
 
     # Without weights
 
@@ -96,6 +99,13 @@ class Session:
         return open_chat_template(self.config.data, source.folder, source.tokenizer, source.bos_eos[0])
 
     @cached_property
+    def hasher(self) -> PassageHasher:
+        """Hashes passages, to compare prompts with the training text."""
+        from mtptrain.data.passages import PassageHasher
+
+        return PassageHasher(self.source.tokenizer, int(self.source.config.vocab_size))
+
+    @cached_property
     def encoder(self) -> Encoder:
         """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
@@ -127,6 +137,34 @@ class Session:
         data = self.document_settings
         return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
 
+    @cached_property
+    def text_batches(self) -> BatchSource:
+        """The packed rows of the training documents, tokenised before training or, if they are streamed, during it."""
+        data, size, seed = self.config.data, self.config.train.batch_size, self.config.seed
+        if not data.is_streamed:
+            from mtptrain.data.batches import PackedBatches
+
+            return PackedBatches(self.training_corpus, data.sequence_length, size, seed, self.piece_length)
+        from mtptrain.data.streaming.batches import StreamingBatches
+        from mtptrain.data.streaming.dataset import StreamingPlan
+        from mtptrain.data.streaming.row_stream import RowShape
+
+        shape = RowShape(data.sequence_length, self.piece_length)
+        plan = StreamingPlan(data.sources(), data.weights(), self.encoder, shape, size, seed)
+        return StreamingBatches(plan, data.workers)
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Return the checkpoint at a user's path; its files are verified once a run.
+
+        Raises:
+            UserError: the path holds no usable checkpoint.
+        """
+        from mtptrain.training.checkpoint import find_checkpoint
+
+        if path not in self._checkpoints:
+            self._checkpoints[path] = find_checkpoint(Path(path))
+        return self._checkpoints[path]
+
     @property
     def document_settings(self) -> DataConfig:
         """The settings of the documents; for cached hidden states, those of the text behind them."""
@@ -149,25 +187,27 @@ class Session:
 
     @cached_property
     def limits(self) -> Limits:
-        """The length and stop tokens that end a measured text.
+        """The length, stop tokens and stop strings that end a measured text.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
-        from mtptrain.decoding.results import Limits
+        from mtptrain.decoding.results import Limits, StopStrings
 
-        return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
+        decoding = self.config.decoding
+        strings = StopStrings(tuple(decoding.stop_strings), self.source.tokenizer) if decoding.stop_strings else None
+        return Limits(decoding.max_new_tokens, self.stop_ids, strings)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end a text: the backbone's end token and those of `decoding.stop`.
+        """The tokens that end a text: the backbone's end tokens and those of `decoding.stop`.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
         tokenizer = self.source.tokenizer
         size = tokenizer.get_vocab_size()
-        stop = set(self.source.bos_eos[1])
+        stop = set(self.source.ends.stop)
         for entry in self.config.decoding.stop:
             if isinstance(entry, int):
                 ids = [entry] if 0 <= entry < size else []
@@ -247,9 +287,7 @@ class Session:
         Raises:
             UserError: the head does not exist or belongs to another backbone.
         """
-        from mtptrain.training.checkpoint import find_checkpoint
-
-        return self.stock_head() if setting == "stock" else self.trained_head(find_checkpoint(Path(setting)))
+        return self.stock_head() if setting == "stock" else self.trained_head(self.checkpoint(setting))
 
     def stock_head(self) -> Head:
         """Return the head that came with the backbone."""
@@ -274,7 +312,8 @@ class Session:
 
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
-        return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
+        stack = place(stack, self.backbone).eval()
+        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

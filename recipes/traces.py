@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mtptrain.config import HELDOUT
+from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
+from mtptrain.evaluation.heads import count_seen
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.drafts import draft_traces
@@ -27,6 +32,7 @@ from mtptrain.traces.prompts import (
     PromptSource,
     Source,
     encode_prompt_row,
+    independent_groups,
     read_prompt_rows,
     slice_conversations,
     spread_prompt_rows,
@@ -89,6 +95,11 @@ def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeade
         chat_template=chat.sha256 if chat else None,
         sources=sources,
         dropped=dropped,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
+        stop_strings=list(limits.strings.texts) if limits.strings else [],
     )
 
 
@@ -97,22 +108,66 @@ def _read_traces(session: Session) -> TraceSet:
     path = Path(str(session.config.evaluation.traces))
     traces = read_trace_set(path)
     check_trace_set(path, traces.header, _header(session, [], 0))
-    for number, trace in enumerate(traces.traces, start=1):
-        _check_room(f"evaluation.traces={path}: trace {number}", trace.prompt.tokens, session.prompt_room)
+    _check_trace_rooms(session, traces)
     return traces
 
 
+def _check_trace_rooms(session: Session, traces: TraceSet) -> None:
+    where = f"evaluation.traces={session.config.evaluation.traces}"
+    for number, trace in enumerate(traces.traces, start=1):
+        _check_room(f"{where}: trace {number}", trace.prompt.tokens, session.prompt_room)
+
+
 def check_prompts(session: Session) -> None:
-    """Refuse missing or unsound prompts or traces; checking traces loads the backbone's weights.
+    """Refuse missing or unsound prompts or traces, as far as that needs no weights.
 
     Raises:
         UserError: the first fault.
     """
+    _ = session.limits
+    traces = session.config.evaluation.traces
+    if traces is None:
+        open_prompts(session, session.config.evaluation.num_prompts)
+    else:
+        _check_trace_rooms(session, read_trace_set(Path(traces)))
+
+
+def check_traces(session: Session) -> None:
+    """Refuse `evaluation.traces` of another backbone, policy or limits; loads the backbone's weights."""
     if session.config.evaluation.traces is not None:
         _read_traces(session)
+
+
+def say_seen_prompts(session: Session, passages: Passages) -> None:
+    """Say before a training how many of the prompts that will measure the head are in its training text, if any."""
+    if session.config.evaluation.traces is not None:
+        prompts = [trace.prompt for trace in _read_traces(session).traces]
     else:
-        open_prompts(session, session.config.evaluation.num_prompts)
-        _ = session.limits
+        prompts = [one.prompt for one in open_prompts(session, session.config.evaluation.num_prompts)[0]]
+    seen = count_seen(passages, session.hasher, [prompt.tokens for prompt in prompts])
+    if seen is not None and seen.seen:
+        session.folder.print_status(
+            f"{seen.seen} of {seen.checked} prompts are trained on, so they do not measure unseen text; give others in "
+            "`prompts`"
+        )
+
+
+def _join_copies(session: Session, traces: list[Trace]) -> list[Trace]:
+    """Put copies of a prompt into one group, and say how many independent groups there are."""
+    prompts = [trace.prompt for trace in traces]
+    keys = [session.hasher.text(np.array(prompt.tokens)).tobytes() for prompt in prompts]
+    groups = independent_groups([prompt.group for prompt in prompts], keys)
+    count = len(set(groups))
+    if count < len(prompts):
+        note = ", and an interval over one group says nothing" if count == 1 else ""
+        session.folder.print_status(
+            f"the {len(prompts)} prompts are {count} independent groups: copies, turns of a conversation and slices of "
+            f"a document count as one in every interval{note}"
+        )
+    return [
+        replace(trace, prompt=replace(prompt, group=group))
+        for trace, prompt, group in zip(traces, prompts, groups, strict=True)
+    ]
 
 
 def gather_traces(session: Session, count: int) -> TraceSet:
@@ -121,7 +176,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     if config.evaluation.traces is not None:
         traces = _read_traces(session)
         session.folder.print_status(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
-        return traces
+        return replace(traces, traces=_join_copies(session, traces.traces))
     conversations, sources = open_prompts(session, count)
     limits = session.limits
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
@@ -130,13 +185,13 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     def record(prompts: list[Prompt]) -> list[Trace]:
         return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
 
-    answer = answer_text(session.source.tokenizer, limits.stop)
+    answer = answer_text(session.source.tokenizer, limits)
     held = record_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(
             f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
         )
-    return TraceSet(_header(session, sources, held.dropped), held.traces)
+    return TraceSet(_header(session, sources, held.dropped), _join_copies(session, held.traces))
 
 
 def prepare_traces(session: Session) -> TraceSet:

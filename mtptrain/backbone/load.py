@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,17 @@ from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
 from mtptrain.backbone.memory import check_room, weight_bytes
 from mtptrain.backbone.placement import check_experts, partition, placement_options
 from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.data.text_ends import TextEnds, read_text_ends
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
+from mtptrain.release.family import check_family
 from mtptrain.release.fingerprint import fingerprint
-from mtptrain.release.shards import Shards
+from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
+from mtptrain.run.hub import HUB_ID
 
 SHIPPED = Path(__file__).parent / "shipped"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
@@ -42,19 +43,18 @@ class BackboneSource:
         folder: holds config.json, the tokenizer and the weights.
         config: transformers' config.
         tokenizer: from the same folder.
+        ends: the tokens at both ends of a text.
     """
 
     folder: Path
     config: DeepseekV4Config
     tokenizer: Tokenizer
+    ends: TextEnds
 
     @property
     def bos_eos(self) -> tuple[list[int], list[int]]:
-        """Return the ids before and after a document: the config's begin and end tokens, if the tokenizer has them."""
-        size = self.tokenizer.get_vocab_size()
-        begin, end = self.config.bos_token_id, self.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        return [i for i in [begin] if i is not None and i < size], [i for i in [end] if i is not None and i < size]
+        """Return the ids before and after a training document."""
+        return self.ends.begin, self.ends.close
 
 
 def open_source(config: BackboneConfig) -> BackboneSource:
@@ -65,21 +65,25 @@ def open_source(config: BackboneConfig) -> BackboneSource:
     """
     folder = backbone_folder(config)
     model_config = read_model_config(folder)
-    return BackboneSource(folder, model_config, load_tokenizer(folder, model_config.vocab_size))
+    size, end = model_config.vocab_size, model_config.eos_token_id
+    tokenizer = load_tokenizer(folder, size)
+    ends = read_text_ends(folder, tokenizer, model_config.bos_token_id, end, size)
+    return BackboneSource(folder, model_config, tokenizer, ends)
 
 
 def read_model_config(folder: Path) -> DeepseekV4Config:
     """Read config.json as a DeepSeek-V4 config.
 
     Raises:
-        UserError: the file is damaged or describes another model.
+        UserError: the file is damaged, or describes another model or a quantisation that is not read.
     """
-    read_config_json(folder, f"backbone.path={folder}")
+    setting = f"backbone.path={folder}"
+    check_family(read_config_json(folder, setting), folder, setting)
     try:
         return DeepseekV4Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
         summary = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+        raise UserError(f"{setting}: config.json is not DeepSeek-V4's ({summary})") from error
 
 
 def backbone_folder(config: BackboneConfig) -> Path:
@@ -215,7 +219,7 @@ def _load_model(
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_report(report, folder, has_layers)
+    _check_report(report, folder, has_layers, whole_config.num_hidden_layers)
     if not has_layers:
         model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
         for name in LAYER_FIELDS:
@@ -227,10 +231,13 @@ def _load_model(
     return model
 
 
-def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:
-    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have."""
+def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_layers: int) -> None:
+    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have.
+
+    A head's tensors are not the model's; transformers ignores those below `mtp.` and reports other prefixes.
+    """
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in report.get(problem) or [])
+        names = sorted(str(name) for name in report.get(problem) or [] if head_name(str(name), num_layers) is None)
         if not has_layers:
             names = [name for name in names if not name.startswith(LAYER_PREFIXES)]
         if names:
@@ -241,17 +248,16 @@ def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> Non
 
 
 def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> DeepseekV4Config:
-    """Set in a model's config whether quantised weights are decoded while they are read.
-
-    Raises:
-        UserError: quantised weights are to be kept on a CPU.
-    """
+    """Set in a model's config whether quantised weights are decoded while they are read, or when they are used."""
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
         return model_config
-    if config.weights is StoredWeights.keep and device.type == "cpu":
-        raise UserError("backbone.weights=keep: transformers computes on FP8 and FP4 on a GPU only; use dequantize")
-    model_config.quantization_config = {**quantization, "dequantize": not _keeps_quantised(config, device)}
+    if _keeps_quantised(config, device):
+        from mtptrain.backbone.kept import METHOD  # registers it
+
+        model_config.quantization_config = {**quantization, "dequantize": False, "quant_method": METHOD}
+    else:
+        model_config.quantization_config = {**quantization, "dequantize": True}
     return model_config
 
 

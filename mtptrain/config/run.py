@@ -67,10 +67,11 @@ class RunConfig:
     threads: int | None = ranged(None, at_least=1)
     # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
     distributed_timeout: int = ranged(60, at_least=1)
-    checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
+    # evaluate, doctor, export: a checkpoint's, a run's or an export's folder, hf://ORGANISATION/NAME, or `stock`.
+    checkpoint: str | None = None
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run
-    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang or hf
+    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mtptrain.batch import Batch
 from mtptrain.data.packing import Piece, fill_rows, pack_corpus
+from mtptrain.data.passages import Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.distributed import on_rank0, rank_rows
@@ -31,14 +32,22 @@ class BatchSource:
         """Return this process's position in the data, as plain values; {} if the micro-batch number is enough."""
         return {}
 
+    def documents(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return all training text as tokens with the start of each document; None if it is read during training."""
+        return None
+
+    def passages(self) -> Passages | None:
+        """Return the passages of all text that was trained on; None if they are not kept. Every process calls it."""
+        return None
+
     def close(self) -> None:
         """Stop background workers; no batch may be requested afterwards."""
 
-    def restart(self, index: int) -> None:
-        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+    def restart(self, index: int, passages: Passages | None = None) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data, with these passages."""
 
-    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
-        """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
+    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+        """Resume at micro-batch `index` from the positions of all processes of the interrupted run and its passages.
 
         Raises:
             UserError: the positions belong to other data.
@@ -107,6 +116,10 @@ class PackedBatches(BatchSource):
         self.sequence_length = sequence_length
         rows = on_rank0(lambda: pack_corpus(corpus, sequence_length, piece_length))
         self.order = RowOrder(rows, batch_size, seed)
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `BatchSource`."""
+        return self.corpus.tokens, self.corpus.offsets[:-1]
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of batch `index`."""

@@ -11,9 +11,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import DraftChoice, LossConfig
 from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
+from mtptrain.data.passages import FOUND, PassageHasher, Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.head_result import TeacherForced
+from mtptrain.evaluation.head_result import SeenPrompts, TeacherForced
 from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
@@ -29,12 +30,14 @@ class Head:
         checkpoint: folder of the checkpoint, or `stock`.
         mode: `shared` or `stacked`.
         stack: its modules, in eval mode.
+        passages: of the text that it was trained on; None if unknown.
     """
 
     name: str
     checkpoint: str
     mode: str
     stack: MtpStack
+    passages: Passages | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -72,6 +75,20 @@ def teacher_forced(
     )
 
 
+def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[list[int]]) -> SeenPrompts | None:
+    """Return the number of prompts at least half of whose passages were trained on; None if no passages are known.
+
+    Args:
+        passages: of a head's training text.
+        hasher: hashes the prompts.
+        prompts: token ids.
+    """
+    if passages is None:
+        return None
+    shares = [share for tokens in prompts if (share := passages.share_of(hasher.prompt(tokens))) is not None]
+    return SeenPrompts(prompts=len(prompts), checked=len(shares), seen=sum(share >= FOUND for share in shares))
+
+
 def describe_prompts(traces: TraceSet) -> PromptsResult:
     """Return the origin and the size of a trace set."""
     return PromptsResult(
@@ -94,4 +111,8 @@ def describe_policy(policy: Policy) -> PolicyResult:
         draft=DraftChoice.greedy if policy.draws_greedily else policy.draft,
         verification=policy.verification,
         min_confidence=policy.min_confidence,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import DeepseekV4ForCausalLM
@@ -76,6 +76,8 @@ class TraceHeader:
         chat_template: SHA-256 of the chat template, or None.
         sources: sources of the prompts.
         dropped: number of turns left out because their conversation had outgrown the context.
+        min_p, repetition_penalty, frequency_penalty, presence_penalty: of the decoding policy.
+        stop_strings: texts that ended a text.
     """
 
     backbone: str
@@ -89,6 +91,11 @@ class TraceHeader:
     chat_template: str | None
     sources: list[Source]
     dropped: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop_strings: list[str] = field(default_factory=list)
 
 
 # Fields that must agree with the run that reads the traces, with the setting of each.
@@ -100,6 +107,10 @@ BINDING = {
     "top_p": "decoding.top_p",
     "max_new_tokens": "decoding.max_new_tokens",
     "stop": "decoding.stop",
+    **{
+        name: f"decoding.{name}"
+        for name in ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "stop_strings")
+    },
 }
 
 

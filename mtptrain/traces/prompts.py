@@ -32,7 +32,8 @@ class Prompt:
     Attributes:
         tokens: token ids, at least one.
         domain: kind of text; results are broken down by domain.
-        group: number shared by the prompts of a conversation; confidence intervals resample groups, as independent.
+        group: number shared by prompts that depend on each other: those of a conversation, slices of one document and
+            copies; confidence intervals resample groups, as independent.
     """
 
     tokens: list[int]
@@ -80,9 +81,31 @@ def slice_prompts(
             f"{section}.num_prompts={count}: the {name} text has {len(starts)} prompts of "
             f"{section}.prompt_tokens={length}; lower one of them"
         )
-    chosen = np.linspace(0, len(starts) - 1, count).round().astype(int)
-    tokens = (corpus.tokens[starts[i] : starts[i] + length].tolist() for i in chosen)
-    return [Prompt(ids, name, number) for number, ids in enumerate(tokens)]
+    chosen = [starts[i] for i in np.linspace(0, len(starts) - 1, count).round().astype(int)]
+    documents = (np.searchsorted(corpus.offsets, chosen, side="right") - 1).tolist()
+    return [
+        Prompt(corpus.tokens[start : start + length].tolist(), name, document)
+        for start, document in zip(chosen, documents, strict=True)
+    ]
+
+
+def independent_groups(groups: list[int], keys: list[bytes]) -> list[int]:
+    """Return the groups after joining, in chains if need be, all that share a key: copies of a prompt depend on it.
+
+    ([0, 1, 1, 2], [a, a, b, b]) -> [0, 0, 0, 0]
+    """
+    leader: dict[int, int] = {}
+    by_key: dict[bytes, int] = {}
+
+    def first(group: int) -> int:
+        while leader.setdefault(group, group) != group:
+            group = leader[group]
+        return group
+
+    for group, key in zip(groups, keys, strict=True):
+        one, other = first(group), first(by_key.setdefault(key, group))
+        leader[max(one, other)] = min(one, other)
+    return [first(group) for group in groups]
 
 
 def encode_prompt_row(

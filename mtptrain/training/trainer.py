@@ -36,6 +36,7 @@ from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
     Checkpoint,
+    TrainerState,
     TrainingIdentity,
     checkpoint_name,
     fitting_tensors,
@@ -177,22 +178,25 @@ class Trainer:
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
         index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
+        passages = checkpoint.passages()
         if checkpoint.identity.data == self.identity.data:
-            self.batches.seek(index, positions)
+            self.batches.seek(index, positions, passages)
         else:
-            self.batches.restart(index)
+            self.batches.restart(index, passages)
         return found
 
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
         tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
-        positions, counters = gather_objects(self.batches.position()), dict(self.counters)
+        positions, passages = gather_objects(self.batches.position()), self.batches.passages()
+        counters = dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
 
         def write() -> None:
-            save_checkpoint(folder, self.step, tensors, state, self.identity, counters)
+            progress = TrainerState(self.step, counters)
+            save_checkpoint(folder, tensors, state, self.identity, progress, passages)
             prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
 
         on_rank0(write)

@@ -14,6 +14,7 @@ from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import Draws
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache
@@ -23,6 +24,7 @@ from tests.tiny import random_backbone, random_stack
 
 ELSEWHERE = torch.device("meta")
 SAMPLED = Policy(temperature=0.7, top_k=20, top_p=0.9)
+PENALISED = Policy(temperature=0.7, min_p=0.1, penalties=Penalties(1.2, 0.1, 0.1))
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def test_whole_sequences_run_on_the_backbones_device(model: DeepseekV4ForCausalL
     assert {output.device for output in run_backbone(model, tokens_BS)} == {ELSEWHERE}
 
 
-@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3)])
+@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3), PENALISED])
 def test_drafts_are_made_and_verified_on_the_backbones_device(
     model: DeepseekV4ForCausalLM, stack: MtpStack, policy: Policy
 ) -> None:
@@ -95,5 +97,5 @@ def test_drafts_are_made_and_verified_on_the_backbones_device(
     draft = proposer.propose(texts.length_B, active_B, u_BK)
     proposer.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
     logits_BLV = torch.zeros(2, 4, 97, dtype=torch.bfloat16, device=ELSEWHERE)
-    emission = verify(policy, draft, logits_BLV, draws.verify(texts.emitted_B, 3))
+    emission = verify(policy, draft, texts.adjust(policy, draft, logits_BLV), draws.verify(texts.emitted_B, 3))
     assert emission.tokens_BL.device == ELSEWHERE

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from mtptrain.config import DataConfig
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
 from mtptrain.traces.prompts import (
     PromptRow,
     encode_prompt_row,
     even_shares,
+    independent_groups,
     read_dataset,
     read_prompt_rows,
+    slice_prompts,
     spread_prompt_rows,
 )
 
@@ -169,3 +173,23 @@ def test_the_test_split_of_a_data_set_is_read_if_there_is_one(files: list[str], 
     assert [row.text for row in source.prompt_rows] == [text]
     assert source.prompt_rows[0].domain == tmp_path.name
     assert len(source.sha256) == 64
+
+
+def test_slices_of_a_document_share_a_group() -> None:
+    corpus = TokenizedCorpus(np.arange(30, dtype=np.int32), np.array([0, 9, 9, 12, 30]), 0)
+    prompts = slice_prompts(corpus, 4, 6)
+    assert [(prompt.tokens[0], prompt.group) for prompt in prompts] == [(0, 0), (12, 3), (18, 3), (24, 3)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "keys", "joined"),
+    [
+        ([0, 1, 2], "abc", [0, 1, 2]),
+        ([0, 1, 2, 3], "abab", [0, 1, 0, 1]),
+        ([0, 1, 1, 2], "aabb", [0, 0, 0, 0]),
+        ([3, 2, 1, 0], "abcb", [3, 0, 1, 0]),
+        ([2, 1, 1, 0, 2], "axyxz", [2, 0, 0, 0, 2]),
+    ],
+)
+def test_copies_join_their_groups(groups: list[int], keys: str, joined: list[int]) -> None:
+    assert independent_groups(groups, [key.encode() for key in keys]) == joined

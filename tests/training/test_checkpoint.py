@@ -15,6 +15,7 @@ from mtptrain.training.checkpoint import (
     TENSORS,
     TRAINING,
     BackboneIdentity,
+    TrainerState,
     checkpoint_folders,
     checkpoint_name,
     find_checkpoint,
@@ -48,7 +49,7 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerSt
 def save(root: Path, step: int, seed: int = 0) -> Path:
     module, optimizer = trained(seed)
     folder = root / checkpoint_name(step)
-    save_checkpoint(folder, step, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
+    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(step, COUNTERS))
     return folder
 
 
@@ -65,7 +66,7 @@ def flip_a_bit(path: Path) -> None:
 def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
     folder = tmp_path / checkpoint_name(30)
-    save_checkpoint(folder, 30, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
+    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(30, COUNTERS))
     rng = torch.get_rng_state()
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.step, checkpoint.identity, checkpoint.counters) == (30, IDENTITY, COUNTERS)

@@ -13,7 +13,7 @@ from mtptrain.evaluation.certificate_result import (
     PassDifference,
     TextDifference,
 )
-from mtptrain.evaluation.head_result import Gain, Interval
+from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
 from mtptrain.evaluation.result import Evaluation
 
 
@@ -72,6 +72,19 @@ def speed_text(evaluation: Evaluation) -> str:
     if timed[best].median > 1:
         return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
     return f"on the clock: no K is faster than {plain}; the best is {figure}"
+
+
+def seen_texts(evaluation: Evaluation) -> list[str]:
+    """Return a sentence for each head that saw some of the prompts in training."""
+    heads = [(head.name, head.seen_prompts) for head in evaluation.heads]
+    return [seen_text(name, seen) for name, seen in heads if seen is not None and seen.seen]
+
+
+def seen_text(head: str, seen: SeenPrompts) -> str:
+    """Return the number of prompts that a head saw in training, as one sentence."""
+    unknown = seen.prompts - seen.checked
+    note = f" ({unknown} more could not be looked up)" if unknown else ""
+    return f"the {head} head saw {seen.seen} of {seen.checked} prompts in training{note}"
 
 
 def span(interval: Interval, signed: bool = False) -> str:

@@ -4,17 +4,25 @@ import pytest
 
 from mtptrain.certificate.shifted_target import not_tested
 from mtptrain.evaluation.certificate_result import Outcome, PassCount, PassCountTest
+from mtptrain.evaluation.head_result import SeenPrompts
 from mtptrain.evaluation.report.headline import (
     Headline,
     certificate_details,
     certificate_text,
     headline,
     headline_text,
+    seen_texts,
     speed_text,
 )
 from mtptrain.evaluation.result import Spread
 from tests.evaluation.recorded import recorded_evaluation
-from tests.evaluation.report.changes import only, with_failed_certificate, with_gain, with_speedup
+from tests.evaluation.report.changes import (
+    only,
+    with_failed_certificate,
+    with_gain,
+    with_seen_prompts,
+    with_speedup,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,22 @@ def test_speed_text_names_the_fastest_draft_length_or_that_none_gains() -> None:
     slower = with_speedup(evaluation, 1, Spread(0.54, (0.5, 0.55)))
     assert "no K is faster than plain decoding" in speed_text(slower)
     assert "the best is 0.88x at K=2" in speed_text(slower)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (SeenPrompts(8, 8, 0), []),
+        (SeenPrompts(8, 8, 3), ["the trained head saw 3 of 8 prompts in training"]),
+        (
+            SeenPrompts(8, 6, 3),
+            ["the trained head saw 3 of 6 prompts in training (2 more could not be looked up)"],
+        ),
+    ],
+)
+def test_prompts_that_were_seen_in_training_are_told(seen: SeenPrompts, expected: list[str]) -> None:
+    assert seen_texts(recorded_evaluation()) == []
+    assert seen_texts(with_seen_prompts(recorded_evaluation(), seen)) == expected
 
 
 def test_certificate_text_of_a_sampled_run_counts_the_tests_of_its_passes() -> None:
