@@ -1,8 +1,7 @@
 """Exceptions that end a run in a known way: a mistake of the user, or preemption."""
 
-# Exit code of a recipe whose result is written and says that something is wrong: a fault of a head, or a certificate
-# that failed.
-# Exit codes. 75 is EX_TEMPFAIL of sysexits.h: try again later; 130 is that of a shell after SIGINT.
+# Exit codes. 3: the result is written and says that something is wrong, a fault of a head or a certificate that failed.
+# 75 is EX_TEMPFAIL of sysexits.h: try again later; 130 is that of a shell after SIGINT.
 USER_MISTAKE, CHECK_FAILED, PREEMPTED, INTERRUPTED = 2, 3, 75, 130
 
 

@@ -30,7 +30,7 @@ FOLDER = FolderUse.result
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a comparison reads."""
     used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
-    return used | settings("checkpoints", "data.sequence_length", "evaluation.heldout_sequences")
+    return used | settings("checkpoints", "data.sequence_length", "evaluation.heldout_sequences", "overwrite")
 
 
 def check(config: RunConfig) -> None:

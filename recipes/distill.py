@@ -56,7 +56,7 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a head and measuring it read."""
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= of_measuring(config) | settings("mtp", "evaluate_at_end")
+    used |= of_measuring(config) | settings("mtp", "evaluate_at_end", "overwrite")
     is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
     return used | {"evaluation.every"} if is_probed else used
 

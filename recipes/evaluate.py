@@ -185,7 +185,7 @@ def require_certificate(evaluation: Evaluation) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
-    used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking")
+    used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking", "overwrite")
     return used - {"tracking.checkpoints", "tracking.metrics_file"}
 
 

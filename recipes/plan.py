@@ -58,7 +58,7 @@ STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, Engine
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a plan reads: of training, also those of the training."""
-    used = ALWAYS | settings("model", "hardware", "plan")
+    used = ALWAYS | settings("model", "hardware", "plan", "overwrite")
     used -= settings("model.path", "model.revision", "model.placement", "model.weights")
     used -= settings("model.shape.max_positions", "model.shape.num_hash_layers", "model.shape.sinkhorn_iterations")
     plan = config.plan or PlanConfig()

@@ -25,7 +25,7 @@ PROCESSES = "none"
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a report reads."""
-    return ALWAYS | {"path"}
+    return ALWAYS | {"path", "overwrite"}
 
 
 def check(config: RunConfig) -> None:

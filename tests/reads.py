@@ -25,6 +25,8 @@ WITHOUT_EFFECT = {
     "fitting",
     "join",
     "open_run_folder",
+    "result_settings",
+    "_streamed_source",
     "reads",
     "TextOrigin.of",
     "_refuse_sharing",

@@ -123,4 +123,4 @@ def of_loss(config: RunConfig) -> Settings:
 
 def of_training(config: RunConfig) -> Settings:
     """Return the settings of a training loop and of its engine."""
-    return settings("train", "engine", "offload", "tracking")
+    return settings("train", "engine", "offload", "tracking", "resume_allow")

@@ -48,13 +48,15 @@ PROGRAMS = {
     "report": "+recipe=report path={head}",
 }
 # Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker,
-# or without a path.
+# without a path, or in a folder with an earlier run.
 RARELY_READ = {
     "backbone.revision",
     "distributed_timeout",
     "train.max_bad_steps",
     "stock_head.max_bad_steps",
     "backbone.name",
+    "overwrite",
+    "resume_allow",
 }
 RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
