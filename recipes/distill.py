@@ -38,6 +38,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import leave, on_rank0, rank
+from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, newest_checkpoint
 from mtptrain.training.engine import make_engine
@@ -72,7 +73,8 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
         check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        check_shards(cache)
+        with waiting(f"verifying the streams in {data.path}"):
+            check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
         return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
     if data.source is DataSource.on_policy:

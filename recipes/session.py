@@ -10,6 +10,7 @@ from mtptrain.config import PARTITIONED_PLACEMENTS, DataConfig, DataSource, RunC
 from mtptrain.errors import UserError
 from mtptrain.recipes import find_recipe
 from mtptrain.run.folder import RunFolder
+from mtptrain.run.progress import waiting
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
@@ -117,7 +118,8 @@ class Session:
         from mtptrain.data.text import training_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
+        with waiting("reading and tokenising the training documents"):
+            return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -125,7 +127,8 @@ class Session:
         from mtptrain.data.text import heldout_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
+        with waiting("reading and tokenising the held-out documents"):
+            return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
 
     @cached_property
     def text_batches(self) -> BatchSource:
@@ -152,7 +155,8 @@ class Session:
         from mtptrain.training.checkpoint import find_checkpoint
 
         if path not in self._checkpoints:
-            self._checkpoints[path] = find_checkpoint(Path(path))
+            with waiting(f"verifying the checkpoint {path}"):
+                self._checkpoints[path] = find_checkpoint(Path(path))
         return self._checkpoints[path]
 
     @property
@@ -247,7 +251,9 @@ class Session:
 
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
-        return load_backbone(self.config.backbone, device, dtype, has_layers, self.source)
+        source = self.source
+        with waiting(f"loading the backbone from {source.folder}"):
+            return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
     def fingerprint(self) -> str:
@@ -306,7 +312,8 @@ class Session:
         from mtptrain.losses.next_token import bits_per_byte
 
         backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
-        nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
+        with waiting("measuring the backbone on held-out text"):
+            nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
         return BackboneResult(
             name=self.config.backbone.name,
             fingerprint=backbone.fingerprint,
