@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from dataclasses import is_dataclass
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,15 +18,19 @@ from omegaconf.errors import OmegaConfBaseException
 import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.given import Given, choose_source, given_settings
+from mtptrain.config.paths import expand_argument
 from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
-from mtptrain.errors import Preempted, UserError
+from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
 
+if TYPE_CHECKING:
+    from mtptrain.config.reads import Settings
+    from mtptrain.recipes.session import Session
+
 VERSION_FLAG = "--version"
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
-USER_MISTAKE, PREEMPTED = 2, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
@@ -89,7 +93,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     """Check the settings, open the run's folder and run the recipe's program."""
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
-    from mtptrain.run.folder import open_run_folder
+    from mtptrain.run.folder import FolderUse, open_run_folder
     from mtptrain.run.progress import waiting
 
     with waiting("importing PyTorch"):
@@ -98,25 +102,63 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     check_given(given, config, reads, lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
+    use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
-        session = Session(config, open_run_folder(config, settings, job_number))
+        session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
-            recipe.run(session)
+            run_recipe(recipe, session, reads)
         return
     from mtptrain.kernels.dispatch import requested
-    from mtptrain.recipes.inputs import check_inputs
+    from mtptrain.recipes.lead import lead
     from mtptrain.run.distributed import join, leave, on_rank0
 
     try:
         requested()
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
-    join(config, is_shared=processes == "any")
-    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
+    join(config, processes)
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
-        check_inputs(session, reads)
-        recipe.run(session)
+        if processes == "led":
+            lead(session, lambda: run_recipe(recipe, session, reads))
+        else:
+            run_recipe(recipe, session, reads)
     leave()
+
+
+def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
+    """Check what a recipe reads, lock its folder and run it; after a signal or on a full disk, say how to go on.
+
+    Raises:
+        Preempted: a signal ended the run.
+        UserError: the user made a mistake, or the disk is full.
+    """
+    from mtptrain.run.preemption import Terminated, terminable
+
+    if getattr(recipe, "PROCESSES", "one") == "none":
+        session.folder.claim()
+    else:
+        from mtptrain.recipes.inputs import check_inputs
+        from mtptrain.run.distributed import on_rank0
+
+        check_inputs(session, reads)
+        on_rank0(session.folder.claim)
+    try:
+        with terminable():
+            recipe.run(session)
+    except Preempted as ending:
+        way_on = f"continue with resume=auto output_dir={session.folder.path}"
+        raise Preempted(f"{ending}; {way_on}", ending.is_by_user) from None
+    except KeyboardInterrupt as ending:
+        raise Preempted(session.folder.describe_rest(), not isinstance(ending, Terminated)) from None
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -134,16 +176,11 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
-        raise SystemExit(PREEMPTED) from None
-    except KeyboardInterrupt:
-        print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        reason = disk_full_reason(error)
-        if reason is None:
-            raise
-        stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
+            print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
+    except KeyboardInterrupt:  # before there is a folder
+        print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def main() -> None:
@@ -153,7 +190,7 @@ def main() -> None:
     if VERSION_FLAG in sys.argv[1:]:  # Hydra would print its own version
         print(f"mtptrain {mtptrain.__version__}")
         return
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
+    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")

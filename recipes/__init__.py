@@ -5,8 +5,9 @@ A recipe defines
 - `run(session)`: the program;
 - `reads(config)`: the settings that it reads with this configuration; another setting that a user gives is refused;
 - `check(config)`, optional: refuse settings before anything is opened;
-- `PROCESSES`, optional: "one" (default), "any" if a launcher may start several processes, or "none" if the program
-  needs no torch.
+- `PROCESSES`, optional: "one" (default); "any" if a launcher may start several processes; "led" if several may share
+  the backbone's experts while rank 0 runs the program; "none" if the program needs no torch;
+- `FOLDER`, optional: a `FolderUse`, its use of `output_dir` (default `run`), which is locked before `run` is called.
 """
 
 from __future__ import annotations

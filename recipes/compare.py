@@ -13,14 +13,19 @@ from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
-from mtptrain.evaluation.heads import describe_prompts
+from mtptrain.evaluation.heads import count_seen, describe_prompts
 from mtptrain.evaluation.metrics import by_domain, summarize
+from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import waiting
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
+
+PROCESSES = "led"
+FOLDER = FolderUse.result
 
 
 def reads(config: RunConfig) -> Settings:
@@ -56,6 +61,9 @@ def run(session: Session) -> None:
         head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])
         with waiting(f"replaying {name} on {len(traces)} texts"):
             counts = replay_head(session, head.stack, traces)
+        seen = count_seen(head.passages, session.hasher, [prompt.tokens for prompt in prompts])
+        if seen is not None and seen.seen:
+            folder.print_status(seen_text(name, seen))
         heads.append(
             ComparedHead(
                 name=name,
@@ -65,6 +73,7 @@ def run(session: Session) -> None:
                 parameters=head.num_parameters,
                 replay={k: summarize(counts[k], groups) for k in counts},
                 domains=by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts]),
+                seen_prompts=seen,
             )
         )
         replays.append(counts)

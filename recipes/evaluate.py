@@ -13,12 +13,12 @@ from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_measuring, settings
 from mtptrain.decoding.policy import GREEDY
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
-from mtptrain.evaluation.heads import Head, describe_policy, describe_prompts, teacher_forced
+from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
@@ -39,9 +39,12 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace
 
+PROCESSES = "led"
+FOLDER = FolderUse.result
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate of a run that samples
 
@@ -105,8 +108,9 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
+        model, limits = session.backbone.model, session.limits
         with waiting(f"timing single steps of the {head.name} head at batch {len(prompts)}"):
-            times = measure_steps(session.backbone.model, head.stack, prompts, longest, STEP_REPETITIONS)
+            times = measure_steps(model, head.stack, prompts, longest, limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
@@ -144,6 +148,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 thresholds=sweep_thresholds(drafts, policy, longest),
                 loop={k: loop_totals(first, head.name, k) for k in counts},
                 samples=sample_texts(backbone.tokenizer, first, head.name, longest),
+                seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
             )
         )
     gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])
@@ -175,6 +180,12 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     return evaluation
 
 
+def require_certificate(evaluation: Evaluation) -> None:
+    """End the run with exit code 3 if the certificate failed; call it once everything is written."""
+    if not evaluation.certificate.passed:
+        raise SystemExit(CHECK_FAILED)
+
+
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
     used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking")
@@ -188,7 +199,10 @@ def check(config: RunConfig) -> None:
 
 
 def run(session: Session) -> None:
-    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself."""
+    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself.
+
+    The exit code is 3 if the certificate failed.
+    """
     setting = str(session.config.checkpoint)
     checkpoint = None if setting == "stock" else session.checkpoint(setting)
     heads = []
@@ -197,4 +211,6 @@ def run(session: Session) -> None:
     if checkpoint is not None:
         heads.append(session.trained_head(checkpoint))
     with session.folder.open_trackers() as trackers:
-        publish(trackers, session.folder, evaluate_heads(session, heads))
+        evaluation = evaluate_heads(session, heads)
+        publish(trackers, session.folder, evaluation)
+    require_certificate(evaluation)

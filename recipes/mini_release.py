@@ -19,7 +19,10 @@ from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.mtp.stack import fresh_stack, num_modules
 from mtptrain.mtp.start import stock_tensors
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
+
+FOLDER = FolderUse.whole
 
 
 def reads(config: RunConfig) -> Settings:

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from mtptrain.config import (
-    SPREAD_PLACEMENTS,
     DataSource,
     EngineName,
+    Placement,
     PlanConfig,
     PlanKind,
     Precision,
@@ -29,8 +29,10 @@ from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.provenance import Provenance
 
+FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
 DECODING_ONLY = {f"plan.{name}" for name in ("acceptance", "batch", "cache", "context", "evaluation", "head")}
 DECODING_ONLY |= {"hardware.layer_seconds", "model.shape.rope_head_dim"}
@@ -105,7 +107,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
             f"mtp.trainable={config.mtp.trainable}: a plan knows the sizes of parts but no tensor names; set all or "
             "no_experts, whichever is closer"
         )
-    if config.backbone.placement in SPREAD_PLACEMENTS:
+    if config.backbone.placement is Placement.auto:
         raise UserError(
             f"backbone.placement={config.backbone.placement.value}: spreads one process over several GPUs, and a plan "
             "has one process per GPU; set replicate, zero3 or expert_parallel"

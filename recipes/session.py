@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
+from mtptrain.config import DataConfig, DataSource, Placement, RunConfig, require
 from mtptrain.errors import UserError
 from mtptrain.recipes import find_recipe
 from mtptrain.run.folder import RunFolder
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.batches import BatchSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
     from mtptrain.decoding.results import Limits
@@ -96,14 +97,21 @@ class Session:
         from mtptrain.data.chat import open_chat_template
 
         source = self.source
-        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.bos_eos[0])
+        return open_chat_template(self.config.data, source.folder, source.tokenizer, source.bos_eos[0])
+
+    @cached_property
+    def hasher(self) -> PassageHasher:
+        """Hashes passages, to compare prompts with the training text."""
+        from mtptrain.data.passages import PassageHasher
+
+        return PassageHasher(self.source.tokenizer, int(self.source.config.vocab_size))
 
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
 
-        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat)
+        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat, self.config.data.on_bad_row)
 
     @property
     def cache(self) -> Path:
@@ -118,8 +126,9 @@ class Session:
         from mtptrain.data.text import training_documents
         from mtptrain.data.tokens import tokenize_corpus
 
+        data = self.config.data
         with waiting("reading and tokenising the training documents"):
-            return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
+            return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -127,8 +136,9 @@ class Session:
         from mtptrain.data.text import heldout_documents
         from mtptrain.data.tokens import tokenize_corpus
 
+        data = self.document_settings
         with waiting("reading and tokenising the held-out documents"):
-            return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
+            return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def text_batches(self) -> BatchSource:
@@ -181,25 +191,27 @@ class Session:
 
     @cached_property
     def limits(self) -> Limits:
-        """The length and stop tokens that end a measured text.
+        """The length, stop tokens and stop strings that end a measured text.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
-        from mtptrain.decoding.results import Limits
+        from mtptrain.decoding.results import Limits, StopStrings
 
-        return Limits(self.config.decoding.max_new_tokens, self.stop_ids)
+        decoding = self.config.decoding
+        strings = StopStrings(tuple(decoding.stop_strings), self.source.tokenizer) if decoding.stop_strings else None
+        return Limits(decoding.max_new_tokens, self.stop_ids, strings)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end a text: the backbone's end token and those of `decoding.stop`.
+        """The tokens that end a text: the backbone's end tokens and those of `decoding.stop`.
 
         Raises:
             UserError: an entry of `decoding.stop` is not one token.
         """
         tokenizer = self.source.tokenizer
         size = tokenizer.get_vocab_size()
-        stop = set(self.source.bos_eos[1])
+        stop = set(self.source.ends.stop)
         for entry in self.config.decoding.stop:
             if isinstance(entry, int):
                 ids = [entry] if 0 <= entry < size else []
@@ -247,12 +259,12 @@ class Session:
 
     def _load(self, has_layers: bool) -> Backbone:
         from mtptrain.backbone.load import load_backbone
-        from mtptrain.run.distributed import choose_device, choose_dtype
+        from mtptrain.run.distributed import LOAD, choose_device, choose_dtype, joining_others
 
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
         source = self.source
-        with waiting(f"loading the backbone from {source.folder}"):
+        with joining_others(LOAD), waiting(f"loading the backbone from {source.folder}"):
             return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
@@ -269,9 +281,9 @@ class Session:
 
     @property
     def can_decode(self) -> bool:
-        """Whether this process holds every layer of the backbone during training."""
-        is_shared = self.config.backbone.placement in PARTITIONED_PLACEMENTS
-        return not is_shared and self.config.data.source is not DataSource.streams
+        """Whether the backbone decodes during training."""
+        is_streams = self.config.data.source is DataSource.streams
+        return not is_streams and self.config.backbone.placement is not Placement.zero3
 
     def head(self, setting: str) -> Head:
         """Return the head that a setting names: `stock`, or the path of a checkpoint.
@@ -304,7 +316,8 @@ class Session:
 
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
-        return Head("trained", str(checkpoint.folder), identity.mode.value, place(stack, self.backbone).eval())
+        stack = place(stack, self.backbone).eval()
+        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

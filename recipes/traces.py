@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mtptrain.config import HELDOUT
+from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
+from mtptrain.evaluation.heads import count_seen
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.drafts import draft_traces
@@ -28,6 +33,7 @@ from mtptrain.traces.prompts import (
     PromptSource,
     Source,
     encode_prompt_row,
+    independent_groups,
     read_prompt_rows,
     slice_conversations,
     spread_prompt_rows,
@@ -90,6 +96,11 @@ def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeade
         chat_template=chat.sha256 if chat else None,
         sources=sources,
         dropped=dropped,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
+        stop_strings=list(limits.strings.texts) if limits.strings else [],
     )
 
 
@@ -128,20 +139,52 @@ def check_traces(session: Session) -> None:
         _read_traces(session)
 
 
+def say_seen_prompts(session: Session, passages: Passages) -> None:
+    """Say before a training how many of the prompts that will measure the head are in its training text, if any."""
+    if session.config.evaluation.traces is not None:
+        prompts = [trace.prompt for trace in _read_traces(session).traces]
+    else:
+        prompts = [one.prompt for one in open_prompts(session, session.config.evaluation.num_prompts)[0]]
+    seen = count_seen(passages, session.hasher, [prompt.tokens for prompt in prompts])
+    if seen is not None and seen.seen:
+        session.folder.print_status(
+            f"{seen.seen} of {seen.checked} prompts are trained on, so they do not measure unseen text; give others in "
+            "`prompts`"
+        )
+
+
+def _join_copies(session: Session, traces: list[Trace]) -> list[Trace]:
+    """Put copies of a prompt into one group, and say how many independent groups there are."""
+    prompts = [trace.prompt for trace in traces]
+    keys = [session.hasher.text(np.array(prompt.tokens)).tobytes() for prompt in prompts]
+    groups = independent_groups([prompt.group for prompt in prompts], keys)
+    count = len(set(groups))
+    if count < len(prompts):
+        note = ", and an interval over one group says nothing" if count == 1 else ""
+        session.folder.print_status(
+            f"the {len(prompts)} prompts are {count} independent groups: copies, turns of a conversation and slices of "
+            f"a document count as one in every interval{note}"
+        )
+    return [
+        replace(trace, prompt=replace(prompt, group=group))
+        for trace, prompt, group in zip(traces, prompts, groups, strict=True)
+    ]
+
+
 def gather_traces(session: Session, count: int) -> TraceSet:
     """Return the traces of `evaluation.traces`, or the backbone's continuations of at most `count` prompts."""
     config = session.config
     if config.evaluation.traces is not None:
         traces = _read_traces(session)
         session.folder.print_status(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
-        return traces
+        return replace(traces, traces=_join_copies(session, traces.traces))
     conversations, sources = open_prompts(session, count)
     limits = session.limits
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
     session.folder.print_status(f"continuing {len(conversations)} prompts with the backbone ({used})")
 
     model, done = session.backbone.model, 0
-    answer = answer_text(session.source.tokenizer, limits.stop)
+    answer = answer_text(session.source.tokenizer, limits)
     with Progress("decoding prompts", sum(1 + len(one.turns) for one in conversations)) as progress:
 
         def report(count: int, tokens: int) -> None:
@@ -157,7 +200,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
         session.folder.print_status(
             f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
         )
-    return TraceSet(_header(session, sources, held.dropped), held.traces)
+    return TraceSet(_header(session, sources, held.dropped), _join_copies(session, held.traces))
 
 
 def prepare_traces(session: Session) -> TraceSet:

@@ -65,6 +65,10 @@ class SlidingRing:
         last_B1 = length_B.unsqueeze(1) - 1
         return last_B1 - (last_B1 - slot_1R) % self.size
 
+    def to(self, device: torch.device) -> Self:
+        """Return the ring on a device."""
+        return type(self)(self.values_BRC.to(device))
+
     def rows(self, part: slice) -> Self:
         """Return a view of some rows; writes to it change this ring."""
         return type(self)(self.values_BRC[part])
@@ -89,9 +93,17 @@ class CompressorState:
     rate: int
     span: int
 
+    def to(self, device: torch.device) -> Self:
+        """Return the state on a device."""
+        return type(self)(self.raw.to(device), self.entries_BWC.to(device), self.rate, self.span)
+
     def rows(self, part: slice) -> Self:
         """Return a view of some rows."""
         return type(self)(self.raw.rows(part), self.entries_BWC[part], self.rate, self.span)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        return [self.raw.values_BRC, self.entries_BWC]
 
 
 @dataclass(slots=True)
@@ -105,11 +117,29 @@ class LayerCache:
     compressor: CompressorState | None = None
     indexer: CompressorState | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the layer."""
+        return self.ring.values_BRC.device
+
+    def to(self, device: torch.device) -> Self:
+        """Return the state on a device."""
+        return type(self)(
+            self.ring.to(device),
+            self.compressor and self.compressor.to(device),
+            self.indexer and self.indexer.to(device),
+        )
+
     def rows(self, part: slice) -> Self:
         """Return a view of some rows."""
         compressor = self.compressor and self.compressor.rows(part)
         indexer = self.indexer and self.indexer.rows(part)
         return type(self)(self.ring.rows(part), compressor, indexer)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        states = [state for state in (self.compressor, self.indexer) if state is not None]
+        return [self.ring.values_BRC, *(tensor for state in states for tensor in state.tensors())]
 
 
 @dataclass(slots=True)
@@ -173,6 +203,15 @@ class BackboneCache:
             max_length=max_length,
             max_step=max_step,
         )
+
+    def spread(self, devices: list[torch.device]) -> None:
+        """Move the state of every layer to the device of its layer; the lengths and tables stay."""
+        self.layers = [layer.to(device) for layer, device in zip(self.layers, devices, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        of_layers = [tensor for layer in self.layers for tensor in layer.tensors()]
+        return [*of_layers, self.length_B, self.written_B, *self.rope_Pr.values()]
 
     def require_room(self, num_tokens: int) -> None:
         """Raise a ValueError if a row has no room for `num_tokens` more tokens."""

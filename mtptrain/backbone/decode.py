@@ -62,7 +62,11 @@ def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tens
     plan = plan_step(cache, num_tokens, embedded_BSD.dtype, has_masks)
     streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
     for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
+        if streams_BSND.device != layer_cache.device:  # the layers are spread over several devices
+            streams_BSND, plan = streams_BSND.to(layer_cache.device), plan.to(layer_cache.device)
+            tokens_BS = tokens_BS.to(layer_cache.device)
         streams_BSND = _decode_layer(layer, layer_cache, plan, streams_BSND, tokens_BS)
+    streams_BSND = streams_BSND.to(embedded_BSD.device)
     cache.advance(num_tokens)
     return streams_BSND, backbone.norm(backbone.hc_head(streams_BSND))
 
@@ -118,10 +122,11 @@ def make_indexers_causal(model: DeepseekV4ForCausalLM) -> None:
     """Apply `break_zero_ties` in transformers' forward too, which makes it causal and equal to decoding."""
     for module in model.modules():
         if isinstance(module, DeepseekV4IndexerScorer):
-            module.register_forward_hook(_break_zero_ties_hook)
+            module.register_forward_hook(break_zero_ties_hook)
 
 
-def _break_zero_ties_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], scores_BSW: Tensor) -> Tensor:
+def break_zero_ties_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], scores_BSW: Tensor) -> Tensor:
+    """Return `break_zero_ties`, as a forward hook of an indexer's scorer."""
     return break_zero_ties(scores_BSW)
 
 

@@ -41,7 +41,7 @@ def given_settings() -> Given:
     from hydra.types import RunMode
 
     job = HydraConfig.get()
-    overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False)]
+    overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False) or []]
     values = set(_file_values(overrides))
     groups = {}
     for override in OverridesParser.create().parse_overrides(overrides):

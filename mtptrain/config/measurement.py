@@ -22,11 +22,21 @@ class DecodingConfig:
     max_new_tokens: int = ranged(64, at_least=2, rule="must be at least 2: the prompt's pass gives the first")
     # Tokens, by text or id, that end a text in addition to the end-of-text token.
     stop: list[Any] = field(default_factory=list)
+    # Texts of any number of tokens: a text ends with the token that completes the first of them.
+    stop_strings: list[str] = field(default_factory=list)
     temperature: float = ranged(0.0, at_least=0, rule="must be 0 (greedy) or above")
     # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
     # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
+    # Excludes tokens whose probability is below this share of the likeliest one's; 0 = none. Needs a temperature.
+    min_p: float = ranged(0.0, at_least=0, at_most=1, rule="must lie in [0, 1]; 0 excludes no token")
+    # Divides the positive logits of tokens of prompt and text, and multiplies the negative ones; 1 = none.
+    repetition_penalty: float = ranged(1.0, above=0, rule="must be above 0; 1 changes nothing")
+    # Subtracted from a token's logit for each time that it occurs in the text so far; 0 = none.
+    frequency_penalty: float = ranged(0.0, at_least=-2, at_most=2, rule="must lie in [-2, 2]; 0 changes nothing")
+    # Subtracted from a token's logit if it occurs in the text so far; 0 = none.
+    presence_penalty: float = ranged(0.0, at_least=-2, at_most=2, rule="must lie in [-2, 2]; 0 changes nothing")
     # At a temperature above 0: a sample from the head, or its most likely token.
     draft: DraftChoice = DraftChoice.sampled
     verification: Verification = Verification.token  # of sampled drafts: token by token as in servers, or by block
@@ -36,6 +46,12 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         check_fields(self, "decoding")
         is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
+        is_sampled = self.min_p == 0 or self.temperature > 0
+        require(
+            is_sampled, "decoding.min_p", self.min_p, "excludes tokens from sampling; set decoding.temperature above 0"
+        )
+        has_texts = all(isinstance(one, str) and one for one in self.stop_strings)
+        require(has_texts, "decoding.stop_strings", self.stop_strings, "must be a list of texts that are not empty")
         require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")
 
 

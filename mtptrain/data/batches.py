@@ -9,9 +9,10 @@ import numpy as np
 
 from mtptrain.batch import Batch
 from mtptrain.data.packing import Piece, fill_rows, pack_corpus
+from mtptrain.data.passages import Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import rank_rows
+from mtptrain.run.distributed import on_rank0, rank_rows
 
 
 class BatchSource:
@@ -31,11 +32,22 @@ class BatchSource:
         """Return this process's position in the data, as plain values; {} if the micro-batch number is enough."""
         return {}
 
+    def documents(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return all training text as tokens with the start of each document; None if it is read during training."""
+        return None
+
+    def passages(self) -> Passages | None:
+        """Return the passages of all text that was trained on; None if they are not kept. Every process calls it."""
+        return None
+
     def close(self) -> None:
         """Stop background workers; no batch may be requested afterwards."""
 
-    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
-        """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
+    def restart(self, index: int, passages: Passages | None = None) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data, with these passages."""
+
+    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+        """Resume at micro-batch `index` from the positions of all processes of the interrupted run and its passages.
 
         Raises:
             UserError: the positions belong to other data.
@@ -79,7 +91,7 @@ class RowOrder:
 
 
 class PackedBatches(BatchSource):
-    """Batches of a tokenised corpus, shuffled anew each epoch.
+    """Batches of a tokenised corpus, shuffled anew each epoch; rank 0 packs the rows for all processes.
 
     Args:
         corpus: the documents.
@@ -102,7 +114,12 @@ class PackedBatches(BatchSource):
     ) -> None:
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.order = RowOrder(pack_corpus(corpus, sequence_length, piece_length), batch_size, seed)
+        rows = on_rank0(lambda: pack_corpus(corpus, sequence_length, piece_length))
+        self.order = RowOrder(rows, batch_size, seed)
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `BatchSource`."""
+        return self.corpus.tokens, self.corpus.offsets[:-1]
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of batch `index`."""

@@ -46,6 +46,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a backbone folder.
 
+    A truncation or padding stored in tokenizer.json is switched off: it is left over from an earlier use of the
+    tokenizer, and transformers does not apply it either (`PreTrainedTokenizerFast.set_truncation_and_padding`).
+
     Args:
         folder: the folder, with tokenizer.json.
         vocab_size: rows of the backbone's embedding, the maximum size of the tokenizer's vocabulary.
@@ -65,4 +68,6 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             f"backbone.path={folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the backbone's "
             f"embedding {vocab_size}; use the tokenizer that the backbone was trained with"
         )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return read_special_tokens_as_text(tokenizer)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtptrain.config import DecodingConfig, DraftChoice
+from mtptrain.decoding.penalties import Context, Penalties, exclude_below, penalise
 from mtptrain.kernels.acceptance import Sampling, Verification, policy_probabilities
+
+NO_PENALTIES = Penalties()
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A decoding policy. The output has the backbone's own distribution under temperature, top-k and top-p.
+    """A decoding policy. The output has the backbone's own distribution under it.
+
+    Penalties apply first, then temperature, min-p, top-k and top-p, as in vLLM.
 
     Attributes:
         temperature: 0 is greedy.
@@ -23,6 +28,8 @@ class Policy:
         verification: token by token, or by block.
         min_confidence: a draft ends before the first step whose largest head probability, at temperature 1, lies below
             this. The stop is decided before the step's token is drawn, so the output distribution is unaffected.
+        min_p: in [0, 1]; excludes tokens whose probability is below this share of the likeliest one's.
+        penalties: on tokens that have occurred.
     """
 
     temperature: float = 0.0
@@ -31,6 +38,8 @@ class Policy:
     draft: DraftChoice = DraftChoice.sampled
     verification: Verification = Verification.token
     min_confidence: float = 0.0
+    min_p: float = 0.0
+    penalties: Penalties = NO_PENALTIES
 
     @property
     def is_greedy(self) -> bool:
@@ -47,15 +56,27 @@ class Policy:
         """Temperature, top-k and top-p, for the kernels."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
-    def target(self, logits: Tensor) -> Tensor:
-        """Return the output distribution, from the backbone's logits [..., V]; float32, one-hot when greedy."""
-        return policy_probabilities(logits, self.sampling)
+    def adjust(self, logits: Tensor, context: Context | None) -> Tensor:
+        """Return logits of target or draft [..., V] after penalties and min-p; unchanged if the policy has neither.
 
-    def proposal(self, logits: Tensor) -> Tensor:
+        Args:
+            logits: floating; [R, V] with a context.
+            context: the tokens before; read only with penalties, which need it.
+        """
+        if self.penalties.are_on:
+            assert context is not None, "penalties need the tokens before"
+            logits = penalise(logits, self.penalties, context)
+        return logits if self.min_p == 0 or self.is_greedy else exclude_below(logits, self.min_p, self.temperature)
+
+    def target(self, logits: Tensor, context: Context | None = None) -> Tensor:
+        """Return the output distribution, from the backbone's logits [..., V]; float32, one-hot when greedy."""
+        return policy_probabilities(self.adjust(logits, context), self.sampling)
+
+    def proposal(self, logits: Tensor, context: Context | None = None) -> Tensor:
         """Return the draft distribution, from the head's logits [..., V]; float32, one-hot for greedy drafts."""
         if self.draws_greedily:
-            return policy_probabilities(logits, Sampling(0.0))
-        return self.target(logits)
+            return policy_probabilities(self.adjust(logits, context), Sampling(0.0))
+        return self.target(logits, context)
 
 
 GREEDY = Policy()
@@ -70,4 +91,6 @@ def decoding_policy(config: DecodingConfig) -> Policy:
         draft=config.draft,
         verification=config.verification,
         min_confidence=config.min_confidence,
+        min_p=config.min_p,
+        penalties=Penalties(config.repetition_penalty, config.frequency_penalty, config.presence_penalty),
     )

@@ -7,8 +7,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tokenizers import Tokenizer
 
 from mtptrain.config import require
+from mtptrain.decoding.traced import recording_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StopStrings:
+    """Texts that end a row, of any number of tokens.
+
+    Attributes:
+        texts: one or more, none empty.
+        tokenizer: the backbone's.
+    """
+
+    texts: tuple[str, ...]
+    tokenizer: Tokenizer
+
+    def end(self, before: list[int], new: list[int]) -> int | None:
+        """Return the number of `new` tokens up to the end of the row, or None if it does not end.
+
+        The row ends with the first of its tokens after which the decoded output contains one of the texts; special
+        tokens are decoded too, and the prompt does not count. So the end depends on the tokens alone, not on the passes
+        that emit them.
+
+        Args:
+            before: tokens emitted earlier, whose text contains none of the texts.
+            new: tokens of this pass.
+        """
+        if not self._is_in([*before, *new]):
+            return None
+        return next(end for end in range(1, len(new) + 1) if self._is_in([*before, *new[:end]]))
+
+    def _is_in(self, tokens: list[int]) -> bool:
+        output = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(text in output for text in self.texts)
+
+    def cut(self, output: str) -> str:
+        """Return an output up to the first of the texts, as servers answer it."""
+        return output[: min((at for text in self.texts if (at := output.find(text)) >= 0), default=None)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +56,12 @@ class Limits:
     Attributes:
         max_new_tokens: tokens per row, at least 1.
         stop: token ids that end a row; the token itself is emitted.
+        strings: texts that end a row with the token that completes one; None if there are none.
     """
 
     max_new_tokens: int
     stop: frozenset[int] = frozenset()
+    strings: StopStrings | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "must be at least 1")
@@ -91,8 +131,8 @@ class Seconds:
         verify: the backbone's pass and its lm_head.
         sample: acceptance, the verifier's own token, and the transfer of both to the host.
         rewind: dropping rejected tokens from the cache.
-        record: recording the run's steps in CUDA graphs. It is not in the total, because a server records once for all
-            texts.
+        record: recording the run's steps in CUDA graphs or traces. It is not in the total, because a server records
+            once for all texts.
     """
 
     total: float = 0.0
@@ -122,12 +162,15 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, Seconds()
         self.started = self.last = self._now()
+        self.recording = recording_seconds()
 
     def lap(self, phase: str) -> None:
-        """Add the time since the last lap to `phase`, a field of `Seconds`."""
-        now = self._now()
-        setattr(self.seconds, phase, getattr(self.seconds, phase) + now - self.last)
-        self.last = now
+        """Add the time since the last lap to `phase`, a field of `Seconds`; that of traces made in it to `record`."""
+        now, recording = self._now(), recording_seconds()
+        self.seconds.record += recording - self.recording
+        spent = now - self.last - (recording - self.recording)
+        setattr(self.seconds, phase, getattr(self.seconds, phase) + spent)
+        self.last, self.recording = now, recording
 
     def stop(self) -> Seconds:
         """Set the total, which excludes recording, and return the seconds."""

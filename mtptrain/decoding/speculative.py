@@ -14,11 +14,12 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
-from mtptrain.decoding.captured import captured_verify
+from mtptrain.backbone.placement import layer_devices
 from mtptrain.decoding.draft import Proposer
 from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Clock, DecodedBatch, Limits
+from mtptrain.decoding.steps import verify_step
 from mtptrain.decoding.texts import Draft, Texts, verify
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Emission
@@ -97,7 +98,7 @@ def _check_token_ids(model: DeepseekV4ForCausalLM, prompts: list[list[int]], lim
 
 
 def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
-    """Return an empty cache in the model's dtype and on its device.
+    """Return an empty cache in the model's dtype and on its devices.
 
     Args:
         model: the backbone.
@@ -106,7 +107,9 @@ def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, ma
         max_step: most tokens of one verify step, K + 1 for K drafts.
     """
     weight = model.lm_head.weight
-    return BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+    cache = BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+    cache.spread(layer_devices(model))
+    return cache
 
 
 class _Run:
@@ -137,7 +140,7 @@ class _Run:
         if not policy.is_greedy:
             self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
         self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
-        self.verify_pass = captured_verify(model, self.cache)
+        self.verify_pass = verify_step(model, self.cache, texts.num_passes)
         self.empty_draft = Draft.nothing(torch.zeros_like(texts.length_B))
         if proposer is not None:
             proposer.start(texts, draft_length, policy)
@@ -158,11 +161,11 @@ class _Run:
         self.clock.lap("sample")
 
     def record(self) -> None:
-        """Record draft and verify pass in CUDA graphs before the first timed pass, if they can be recorded.
+        """Record draft and verify pass before the first timed pass, on a GPU.
 
         The draft made here is made again by the first pass, so `Proposer.draft` must be idempotent.
         """
-        if not self.verify_pass.records or not any(self.texts.is_open):
+        if not self.verify_pass.records_first or not any(self.texts.is_open):
             return
         self.verify_pass(torch.cat([self.texts.last_B1, self._draft().tokens_BK], dim=1))
         self.cache.rewind(self.texts.length_B - 1)
@@ -192,4 +195,4 @@ class _Run:
     def _verify(self, draft: Draft, logits_BLV: Tensor) -> Emission:
         draws = self.draws
         u_BL = None if draws is None else draws.verify(self.texts.emitted_B, draft.tokens_BK.shape[1])
-        return verify(self.policy, draft, logits_BLV, u_BL)
+        return verify(self.policy, draft, self.texts.adjust(self.policy, draft, logits_BLV), u_BL)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.kernels.acceptance import Emission, verify_logits
+
+SLOTS = 64  # the number of slots of a row is a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def verify(policy: Policy, draft: Draft, logits_BLV: Tensor, u_BL: Tensor | None
     Args:
         policy: decoding policy of the run.
         draft: K = L - 1 tokens per row.
-        logits_BLV: the backbone's, at the last known token and at each drafted one.
+        logits_BLV: the backbone's, at the last known token and at each drafted one, after `Texts.adjust`.
         u_BL: float64 draws, see `Draws.verify`; None for a greedy policy.
     """
     return verify_logits(
@@ -64,11 +67,14 @@ class Texts:
         length_B: int64, known tokens of each row.
         is_open: for each row, whether it continues.
         newest: most tokens that a row gained in the last pass.
+        num_passes: passes of a text without a stop token, at least.
     """
 
     def __init__(self, prompts: list[list[int]], limits: Limits, draft_length: int, device: torch.device) -> None:
         self.lengths, self.limits = [len(prompt) for prompt in prompts], limits
-        self.max_length = max(self.lengths) + limits.max_new_tokens + draft_length + 1
+        # Rounded up, so that texts of similar lengths share the traces of their steps.
+        self.max_length = -(-(max(self.lengths) + limits.max_new_tokens + draft_length + 1) // SLOTS) * SLOTS
+        self.num_passes = (limits.max_new_tokens - 1) // (draft_length + 1)
         rows = [prompt + [0] * (self.max_length - len(prompt)) for prompt in prompts]
         self.tokens_BT = torch.tensor(rows, device=device)
         self.prompt_B = torch.tensor(self.lengths, device=device)
@@ -89,6 +95,23 @@ class Texts:
     def last_B1(self) -> Tensor:
         """The last known token of each row, int64."""
         return self.tokens_BT.gather(1, self.length_B.unsqueeze(1) - 1)
+
+    def adjust(self, policy: Policy, draft: Draft, logits_BLV: Tensor) -> Tensor:
+        """Return the backbone's logits after the policy's penalties and min-p; a drafted token is context of the next.
+
+        Args:
+            policy: of the run.
+            draft: K = L - 1 tokens per row.
+            logits_BLV: at the last known token and at each drafted one.
+        """
+        if not policy.penalties.are_on:
+            return policy.adjust(logits_BLV, None)
+        context = count_context(self.tokens_BT, self.prompt_B, self.length_B, logits_BLV.shape[-1])
+        adjusted = [policy.adjust(logits_BLV[:, 0], context)]
+        for k, token_B in enumerate(draft.tokens_BK.unbind(1), start=1):
+            context = context.after(token_B)
+            adjusted.append(policy.adjust(logits_BLV[:, k], context))
+        return torch.stack(adjusted, dim=1)
 
     def emit(self, emission: Emission, draft: Draft | None) -> None:
         """Append the tokens of a pass, up to the end of each text.
@@ -122,6 +145,9 @@ class Texts:
         """Return `new` up to the end of the text, and close the row if the text ends there."""
         room = self.limits.max_new_tokens - len(self.records[row].tokens)
         ends = [index + 1 for index, token in enumerate(new) if token in self.limits.stop]
+        if self.limits.strings is not None:
+            completed = self.limits.strings.end(self.records[row].tokens, new)
+            ends += [] if completed is None else [completed]
         end = min([room, *ends])
         self.is_open[row] = len(new) < end
         return new[:end]

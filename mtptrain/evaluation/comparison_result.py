@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.head_result import Acceptance, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PromptsResult
 from mtptrain.run.provenance import Provenance
 
@@ -23,6 +23,7 @@ class ComparedHead:
         parameters: of all modules.
         replay: by draft length.
         domains: by domain, at the longest draft length; None for a domain without verify passes.
+        seen_prompts: prompts that the head saw in training; None if its training text is unknown.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ComparedHead:
     parameters: int
     replay: dict[int, Acceptance]
     domains: dict[str, Acceptance | None]
+    seen_prompts: SeenPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,21 @@ class TeacherForced:
     tokens: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class SeenPrompts:
+    """Prompts that a head saw in training.
+
+    Attributes:
+        prompts: all prompts.
+        checked: prompts with a passage that could be looked up in the sample of the training text.
+        seen: prompts at least half of whose passages were found there.
+    """
+
+    prompts: int
+    checked: int
+    seen: int
+
+
 class BucketKind(Enum):
     """A way of sorting drafted tokens into buckets."""
 
@@ -234,6 +249,7 @@ class HeadResult:
         breakdown, calibration, thresholds: at the longest draft length.
         loop: of the prompts that the loop decoded, by draft length, smallest batch.
         samples: some of the decoded texts.
+        seen_prompts: prompts that the head saw in training; None if its training text is unknown.
     """
 
     name: str
@@ -250,6 +266,7 @@ class HeadResult:
     thresholds: list[Threshold]
     loop: dict[int, Totals]
     samples: list[Sample]
+    seen_prompts: SeenPrompts | None = None
 
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""

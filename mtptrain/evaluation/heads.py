@@ -10,16 +10,15 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import DraftChoice, LossConfig
-from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
+from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
+from mtptrain.data.passages import FOUND, PassageHasher, Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.head_result import TeacherForced
+from mtptrain.evaluation.head_result import SeenPrompts, TeacherForced
 from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import TraceSet
-
-ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +30,14 @@ class Head:
         checkpoint: folder of the checkpoint, or `stock`.
         mode: `shared` or `stacked`.
         stack: its modules, in eval mode.
+        passages: of the text that it was trained on; None if unknown.
     """
 
     name: str
     checkpoint: str
     mode: str
     stack: MtpStack
+    passages: Passages | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -62,8 +63,7 @@ def teacher_forced(
     objective = RolloutObjective(model, stack, LossConfig(), steps)
     counts_K = torch.zeros(steps, dtype=torch.float64)
     alpha_K, top1_match_K = counts_K.clone(), counts_K.clone()
-    for start in range(0, len(rows), ROWS_A_FORWARD):
-        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length)
+    for batch in split_rows(corpus.tokens, rows, row_length):
         result, _ = objective.per_token(batch.to(model.lm_head.weight.device))
         counts_K += objective.counts(batch)
         alpha_K += result.alpha_KT.double().sum(1).cpu()
@@ -73,6 +73,20 @@ def teacher_forced(
         top1=(top1_match_K / counts_K).tolist(),
         tokens=[int(count) for count in counts_K],
     )
+
+
+def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[list[int]]) -> SeenPrompts | None:
+    """Return the number of prompts at least half of whose passages were trained on; None if no passages are known.
+
+    Args:
+        passages: of a head's training text.
+        hasher: hashes the prompts.
+        prompts: token ids.
+    """
+    if passages is None:
+        return None
+    shares = [share for tokens in prompts if (share := passages.share_of(hasher.prompt(tokens))) is not None]
+    return SeenPrompts(prompts=len(prompts), checked=len(shares), seen=sum(share >= FOUND for share in shares))
 
 
 def describe_prompts(traces: TraceSet) -> PromptsResult:
@@ -97,4 +111,8 @@ def describe_policy(policy: Policy) -> PolicyResult:
         draft=DraftChoice.greedy if policy.draws_greedily else policy.draft,
         verification=policy.verification,
         min_confidence=policy.min_confidence,
+        min_p=policy.min_p,
+        repetition_penalty=policy.penalties.repetition,
+        frequency_penalty=policy.penalties.frequency,
+        presence_penalty=policy.penalties.presence,
     )

@@ -20,7 +20,7 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
 from mtptrain.traces.prompts import Source
 
-SCHEMA = 3  # of evaluation.json and comparison.json
+SCHEMA = 4  # of evaluation.json and comparison.json
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -98,7 +98,8 @@ class PromptsResult:
         source: names of the sources.
         sources: origins of the prompts.
         count: prompts.
-        conversations: groups of prompts.
+        conversations: independent groups of prompts: the turns of a conversation, copies of a prompt and the slices of
+            one document are one group.
         dropped_turns: turns left out because their conversation had outgrown the context.
         prompt_tokens: of the longest prompt.
         new_tokens: most tokens of a continuation.
@@ -123,6 +124,10 @@ class PolicyResult:
     draft: DraftChoice
     verification: Verification
     min_confidence: float
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from mtptrain.data.packing import Piece, fill_rows, pack_pieces
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import decode_streams
 from mtptrain.hidden_cache.manifest import StreamCache
+from mtptrain.run.distributed import on_rank0
 
 
 class HiddenStateBatches(BatchSource):
@@ -52,8 +53,12 @@ class HiddenStateBatches(BatchSource):
         self.tokens = np.concatenate([file.get_tensor("tokens").numpy() for file in self.files])
         self.loss_mask = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
         sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()
-        pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
-        self.order = RowOrder(pack_pieces(pieces, sequence_length), batch_size, seed)
+        self.pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+        self.order = RowOrder(on_rank0(lambda: pack_pieces(self.pieces, sequence_length)), batch_size, seed)
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `BatchSource`; a piece counts as a document."""
+        return self.tokens, np.array([start for start, _ in self.pieces])
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of batch `index`, with their streams."""

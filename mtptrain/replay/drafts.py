@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.batch import Batch
+from mtptrain.decoding.penalties import Context, count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.kernels.acceptance import DrawKind, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
@@ -137,7 +138,8 @@ class _TraceBatch:
             target_R = self.batch.tokens_BS[row_R, slot_R + step + 1]
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
                 entries = (row_R[part], step - 1, column_R[part])
-                q_R1 = self.policy.proposal(logits_RV).gather(1, target_R[part].unsqueeze(1))
+                context = self._context(row_R[part], slot_R[part] + step + 1)
+                q_R1 = self.policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
                 q_BKN[entries] = q_R1.squeeze(1).double()
                 confidence_BKN[entries] = _confidence(logits_RV)
         return q_BKN.cpu().numpy(), confidence_BKN.cpu().numpy()
@@ -145,25 +147,41 @@ class _TraceBatch:
     def free(self, stack: MtpStack) -> np.ndarray:
         """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""
         confidence_BKN = self._zeros(self.steps)
+        drafted: list[Tensor] = []
 
         def choose(step: int, hidden_BSD: Tensor) -> Tensor:
             token_BS = torch.zeros_like(self.batch.tokens_BS)
             row_R, column_R = self.anchors(1)
             slot_R = self.first_B[row_R] + column_R
             u_R = uniforms(self.seed_B[row_R], slot_R, DrawKind.draft, self.steps)[:, step - 1]
-            for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
-                confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(logits_RV)
+            for part, raw_RV in self._logits(hidden_BSD[row_R, slot_R]):
+                confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(raw_RV)
+                context = self._context(
+                    row_R[part], slot_R[part] + 2, [token_BS[row_R[part], slot_R[part]] for token_BS in drafted]
+                )
+                logits_RV = self.policy.adjust(raw_RV, context)
                 if self.policy.draws_greedily:
                     token_R = logits_RV.argmax(-1)
                 else:
                     token_R = sample_logits(logits_RV, self.policy.sampling, u_R[part])
                 token_BS[row_R[part], slot_R[part]] = token_R
+            drafted.append(token_BS)
             return token_BS
 
         embed = self.model.model.embed_tokens
         states = rollout(stack, embed, self.streams_BSND, self.batch, self.steps, choose)
         choose(self.steps, states[-1])  # the last step's confidence; its token is not fed to any step
         return confidence_BKN.cpu().numpy()
+
+    def _context(self, row_R: Tensor, length_R: Tensor, drafted: Sequence[Tensor] = ()) -> Context | None:
+        """Return the context after the first `length_R` tokens of each row and a draft; None without penalties."""
+        if not self.policy.penalties.are_on:
+            return None
+        vocab_size = len(self.model.lm_head.weight)
+        context = count_context(self.batch.tokens_BS[row_R], self.first_B[row_R] + 1, length_R, vocab_size)
+        for token_R in drafted:
+            context = context.after(token_R)
+        return context
 
     def entropy(self) -> np.ndarray:
         """Return the entropy of the backbone's distribution of every token that passes emit, nats [B, N]."""

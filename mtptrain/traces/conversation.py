@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from mtptrain.data.chat import ChatTemplate
+from mtptrain.decoding.results import Limits
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Conversation, Prompt
 
@@ -25,12 +26,13 @@ class ConversationTraces:
     dropped: int
 
 
-def answer_text(tokenizer: Tokenizer, stop: frozenset[int]) -> Callable[[list[int]], str]:
-    """Return a function from emitted tokens to the assistant's message: no special tokens, no stop token."""
+def answer_text(tokenizer: Tokenizer, limits: Limits) -> Callable[[list[int]], str]:
+    """Return a function from emitted tokens to the assistant's message: no special tokens, no stop token or string."""
 
     def answer(tokens: list[int]) -> str:
-        kept = tokens[:-1] if tokens[-1] in stop else tokens
-        return tokenizer.decode(kept, skip_special_tokens=True)
+        kept = tokens[:-1] if tokens[-1] in limits.stop else tokens
+        output = tokenizer.decode(kept, skip_special_tokens=True)
+        return output if limits.strings is None else limits.strings.cut(output)
 
     return answer
 
@@ -64,11 +66,13 @@ def record_conversations(
             turn, *later = conversation.turns
             reply = {"role": "assistant", "content": answer(trace.tokens)}
             messages = [*conversation.messages, reply, {"role": "user", "content": turn}]
-            prompt = Prompt(chat.encode(messages), conversation.prompt.domain, conversation.prompt.group)
+            prompt = Prompt(
+                chat.encode(messages, conversation.tools), conversation.prompt.domain, conversation.prompt.group
+            )
             if len(prompt.tokens) > room:
                 dropped += len(conversation.turns)
             else:
-                following.append(Conversation(prompt, messages, later))
+                following.append(Conversation(prompt, messages, later, conversation.tools))
         active = following
     traces.sort(key=lambda trace: trace.prompt.group)  # a stable sort, so turns keep their order
     return ConversationTraces(traces, dropped)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.data.rows import check_readable, json_lines
+from mtptrain.data.files import check_readable, json_lines
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
@@ -84,6 +84,8 @@ class TraceHeader:
         chat_template: SHA-256 of the chat template, or None.
         sources: sources of the prompts.
         dropped: number of turns left out because their conversation had outgrown the context.
+        min_p, repetition_penalty, frequency_penalty, presence_penalty: of the decoding policy.
+        stop_strings: texts that ended a text.
     """
 
     backbone: str
@@ -97,6 +99,11 @@ class TraceHeader:
     chat_template: str | None
     sources: list[Source]
     dropped: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop_strings: list[str] = field(default_factory=list)
 
 
 # Fields that must agree with the run that reads the traces, with the setting of each.
@@ -108,6 +115,10 @@ BINDING = {
     "top_p": "decoding.top_p",
     "max_new_tokens": "decoding.max_new_tokens",
     "stop": "decoding.stop",
+    **{
+        name: f"decoding.{name}"
+        for name in ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "stop_strings")
+    },
 }
 
 

@@ -1,12 +1,14 @@
 """Checkpoints: artifacts that are complete or absent, with a checksum for every file.
 
 A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
-random-number state) and the manifest `checkpoint.json` (identity, step and counters).
+random-number state), the manifest `checkpoint.json` (identity, step and counters) and, with a head, `passages.npz`
+(hashes of the text that it was trained on).
 """
 
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtptrain.config import MtpMode, OptimizerName
+from mtptrain.config import MtpMode
+from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.run.hub import is_address
 from mtptrain.run.storage import disk_full_reason
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
+EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
+PASSAGES = "passages.npz"
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -34,11 +40,11 @@ class HeadIdentity:
         backbone: fingerprint of the backbone.
         mode, depth: how the modules are shared, and their number.
         steps: draft steps of the rollout.
-        trainable: the setting `mtp.trainable`.
-        optimizer: the optimiser whose state the checkpoint holds.
         start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
             and their `conversion`.
         quant_aware: the export format that training simulates; None trains with unrounded values.
+        data: digest of the training data.
+        settings: every setting that changes the result, by name; see resume.py.
     """
 
     task: str
@@ -46,18 +52,19 @@ class HeadIdentity:
     mode: MtpMode
     depth: int
     steps: int
-    trainable: str
-    optimizer: OptimizerName
     start: dict[str, str | int]
     quant_aware: str | None
+    data: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneIdentity:
-    """The training that a backbone's checkpoint belongs to."""
+    """The training that a backbone's checkpoint belongs to; see `HeadIdentity`."""
 
     task: str
-    seed: int
+    data: str
+    settings: dict[str, Any]
 
 
 TrainingIdentity = HeadIdentity | BackboneIdentity
@@ -73,21 +80,10 @@ class TrainerState:
 
 CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
     name="checkpoint",
-    schema=3,
+    schema=4,
     identity=TrainingIdentity,
     content=TrainerState,
-    settings={
-        "task": "+recipe",
-        "seed": "seed",
-        "backbone": "backbone.path",
-        "mode": "mtp.mode",
-        "depth": "mtp.depth",
-        "steps": "mtp.steps",
-        "trainable": "mtp.trainable",
-        "optimizer": "train.optimizer",
-        "start": "mtp.init",
-        "quant_aware": "mtp.quant_aware",
-    },
+    settings={},  # resume.py compares trainings
     manifest=MANIFEST,
     missing="give a step_* folder or the run's folder",
     damaged="use an older checkpoint",
@@ -120,6 +116,11 @@ class Checkpoint:
         state: dict[str, Any] = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
         return state
 
+    def passages(self) -> Passages | None:
+        """Return the passages of the text that the head was trained on; None if they were not kept."""
+        path = self.folder / PASSAGES
+        return read_passages(path) if path.is_file() else None
+
     def head_identity(self, fingerprint: str) -> HeadIdentity:
         """Return the identity of the stored head, checked against the backbone.
 
@@ -147,42 +148,52 @@ def checkpoint_name(step: int) -> str:
 
 def save_checkpoint(
     folder: Path,
-    step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
     identity: TrainingIdentity,
-    counters: dict[str, Any],
+    state: TrainerState,
+    passages: Passages | None = None,
 ) -> None:
-    """Write the checkpoint of a step; it appears as `folder` only when it is complete.
+    """Write a checkpoint; it appears as `folder` only when it is complete.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: the trained tensors.
+        optimizer: state of the optimiser.
+        identity: of the training.
+        state: progress of the training.
+        passages: of the text that a head was trained on; None if they are not kept.
 
     Raises:
         UserError: the disk is full; earlier checkpoints are unchanged.
     """
     try:
-        _write_checkpoint(folder, step, tensors, optimizer, identity, counters)
+        _write_checkpoint(folder, tensors, optimizer, identity, state, passages)
     except Exception as error:  # every library raises a type of its own
         reason = disk_full_reason(error)
         if reason is None:
             raise
         raise UserError(
-            f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {step}); the checkpoints before it are "
-            "whole: free some room and continue with resume=auto"
+            f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {state.step}); the checkpoints before it "
+            "are whole: free some room and continue with resume=auto"
         ) from error
 
 
 def _write_checkpoint(
     folder: Path,
-    step: int,
     tensors: dict[str, Tensor],
     optimizer: OptimizerState,
     identity: TrainingIdentity,
-    counters: dict[str, Any],
+    state: TrainerState,
+    passages: Passages | None,
 ) -> None:
-    with new_artifact(CHECKPOINT, folder, identity, TrainerState(step, counters)) as temporary:
+    with new_artifact(CHECKPOINT, folder, identity, state) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
         if torch.cuda.is_available():
             training["cuda_rng"] = torch.cuda.get_rng_state()
+        if passages is not None:
+            passages.write(temporary / PASSAGES)
         with (temporary / TRAINING).open("wb") as file:  # with a path, torch hides the cause of a failed write
             torch.save(training, file)
 
@@ -194,8 +205,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: the checkpoint is missing, incomplete or damaged.
     """
     artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
-    artifact.verify([TENSORS, TRAINING])
+    artifact.verify([TENSORS, TRAINING, *({PASSAGES} & artifact.files.keys())])
     return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
+
+
+def newest_identity(root: Path) -> TrainingIdentity | None:
+    """Return the training of a run's newest checkpoint from its manifest; None if no manifest can be read."""
+    for folder in reversed(checkpoint_folders(root)):
+        with suppress(UserError):
+            return open_artifact(CHECKPOINT, "checkpoint", folder).identity
+    return None
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -225,11 +244,20 @@ def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at a user's path: a step folder, a run folder, or its `checkpoints` folder.
+    """Return the checkpoint at a user's path: a step folder, a run folder, its `checkpoints` folder, or an export.
+
+    Args:
+        path: a folder, or an address on the hub as `hf://NAME`.
 
     Raises:
         UserError: the path holds no usable checkpoint.
     """
+    if is_address(path) or (path / EXPORT_MANIFEST).is_file():
+        from mtptrain.training.exported import download_head, open_exported  # it imports this module
+
+        path = download_head(path) if is_address(path) else path
+        if (path / EXPORT_MANIFEST).is_file():
+            return open_exported(path)
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return open_checkpoint(path)
     for root in (path / "checkpoints", path):

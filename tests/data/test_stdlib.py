@@ -98,3 +98,11 @@ def test_package_documents_are_named_by_package_and_path(library: list[Document]
 def test_an_unknown_package_is_named(package: str, library: list[Document], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.packages: {package} is not an installed package; install"):
         package_documents([package], library, heldout=[])
+
+
+def test_no_heldout_document_repeats_training_lines(library: list[Document], heldout: list[Document]) -> None:
+    trained = set().union(*(line_runs(document.text) for document in library))
+    assert max(len(line_runs(one.text) & trained) / max(1, len(line_runs(one.text))) for one in heldout) <= 1 / 32
+    for copy in ("lzma", "pydoc_data.topics:numeric-types"):  # of bz2, and of another topic
+        assert split_of(copy, HELDOUT_EVERY) is Split.heldout
+        assert copy not in {document.name for document in heldout}

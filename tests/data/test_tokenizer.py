@@ -67,3 +67,15 @@ def test_a_damaged_tokenizer_is_refused(damage: bytes | None, folder: Path) -> N
     path.write_bytes(path.read_bytes()[:-200] if damage is None else damage)
     with pytest.raises(UserError, match=r"backbone\.path=.*: tokenizer\.json cannot be read"):
         load_tokenizer(folder, VOCAB_SIZE)
+
+
+def test_a_stored_truncation_or_padding_is_switched_off(folder: Path) -> None:
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=200)
+    stored.save(str(folder / "tokenizer.json"))
+    text = "the cat and the hat " * 20
+    loaded = load_tokenizer(folder, VOCAB_SIZE)
+    assert encode(loaded, text) == encode(TOKENIZER, text)
+    assert loaded.encode_batch_fast([text, "the"], add_special_tokens=False)[1].ids == encode(TOKENIZER, "the")
+    assert loaded.to_str() == TOKENIZER.to_str()

@@ -14,6 +14,7 @@ from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import Draws
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache
@@ -23,6 +24,7 @@ from tests.tiny import random_backbone, random_stack
 
 ELSEWHERE = torch.device("meta")
 SAMPLED = Policy(temperature=0.7, top_k=20, top_p=0.9)
+PENALISED = Policy(temperature=0.7, min_p=0.1, penalties=Penalties(1.2, 0.1, 0.1))
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,15 @@ def model() -> DeepseekV4ForCausalLM:
 
 
 @pytest.fixture(scope="module")
+def spread_model() -> DeepseekV4ForCausalLM:
+    """The same with its last two layers on another device."""
+    model = nn.Module.to(random_backbone(), dtype=torch.bfloat16)
+    for name, part in [*model.model.named_children(), ("lm_head", model.lm_head)]:
+        nn.Module.to(part[:2] if name == "layers" else part, device=ELSEWHERE)
+    return model
+
+
+@pytest.fixture(scope="module")
 def stack(model: DeepseekV4ForCausalLM) -> MtpStack:
     return random_stack(model, 2).to(device=ELSEWHERE, dtype=torch.bfloat16)
 
@@ -59,12 +70,21 @@ def test_a_step_runs_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> No
     assert {output.device for output in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
 
 
+def test_a_step_follows_layers_that_are_spread_over_two_devices(spread_model: DeepseekV4ForCausalLM) -> None:
+    model = spread_model
+    cache = allocate_cache(model, 2, 64, 4)
+    assert [layer.device.type for layer in cache.layers] == ["meta", "meta", "cpu", "cpu"]
+    cache.advance(21)
+    tokens_BL = torch.zeros(2, 4, dtype=torch.int64, device=ELSEWHERE)
+    assert {output.device for output in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
+
+
 def test_whole_sequences_run_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> None:
     tokens_BS = torch.zeros(2, 40, dtype=torch.int64, device=ELSEWHERE)
     assert {output.device for output in run_backbone(model, tokens_BS)} == {ELSEWHERE}
 
 
-@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3)])
+@pytest.mark.parametrize("policy", [GREEDY, SAMPLED, Policy(min_confidence=0.3), PENALISED])
 def test_drafts_are_made_and_verified_on_the_backbones_device(
     model: DeepseekV4ForCausalLM, stack: MtpStack, policy: Policy
 ) -> None:
@@ -77,5 +97,5 @@ def test_drafts_are_made_and_verified_on_the_backbones_device(
     draft = proposer.propose(texts.length_B, active_B, u_BK)
     proposer.keep(texts.length_B, torch.zeros(2, 4, 2, 64, dtype=torch.bfloat16, device=ELSEWHERE))
     logits_BLV = torch.zeros(2, 4, 97, dtype=torch.bfloat16, device=ELSEWHERE)
-    emission = verify(policy, draft, logits_BLV, draws.verify(texts.emitted_B, 3))
+    emission = verify(policy, draft, texts.adjust(policy, draft, logits_BLV), draws.verify(texts.emitted_B, 3))
     assert emission.tokens_BL.device == ELSEWHERE

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from mtptrain.backbone.decode import decode_step
-from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
+from mtptrain.decoding.steps import verify_step
 from mtptrain.kernels.acceptance import Verification
 from tests.decoding.recorded_ops import RecordedOps, record_on_cpu
 from tests.tiny import random_backbone, random_stack
@@ -19,10 +20,11 @@ POLICIES = [
     Policy(temperature=0.9),
     Policy(temperature=0.8, top_k=20, top_p=0.9, verification=Verification.block),
     Policy(min_confidence=0.02),
+    Policy(temperature=0.9, min_p=0.1, penalties=Penalties(1.2, 0.3, 0.1)),
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["greedy", "sampled", "cut_block", "stopped"])
+@pytest.mark.parametrize("policy", POLICIES, ids=["greedy", "sampled", "cut_block", "stopped", "penalised"])
 @pytest.mark.parametrize(("depth", "drafted"), [(1, 3), (2, 2)])
 def test_recorded_steps_give_the_same_texts_in_the_same_passes(
     depth: int, drafted: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +44,7 @@ def test_a_recorded_pass_reads_the_current_lengths(monkeypatch: pytest.MonkeyPat
     record_on_cpu(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     recorded, plain = (allocate_cache(model, 2, 96, 3) for _ in range(2))
-    verify = captured_verify(model, recorded)
+    verify = verify_step(model, recorded)
     with torch.inference_mode():
         for _ in range(24):
             tokens_BL = torch.randint(97, (2, 3), generator=generator)

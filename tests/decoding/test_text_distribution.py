@@ -1,5 +1,7 @@
 """Whole texts of the decoding engine follow the backbone's own distribution, computed by enumeration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from mtptrain.certificate.sampler import chi_square
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer, Proposer
+from mtptrain.decoding.penalties import Context, Penalties
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
@@ -30,6 +33,8 @@ POLICIES = {
     "block": BLOCK,
     "token, top-k and top-p, greedy drafts": Policy(temperature=3.0, top_k=3, top_p=0.9, draft=DraftChoice.greedy),
     "block, drafts that stop": Policy(temperature=2.0, verification=Verification.block, min_confidence=0.5),
+    "token, penalties and min-p": Policy(temperature=2.0, min_p=0.05, penalties=Penalties(1.4, 0.3, -0.4)),
+    "block, penalties": replace(BLOCK, penalties=Penalties(0.8, -0.3, 0.9)),
 }
 
 
@@ -39,8 +44,19 @@ def text_probabilities(policy: Policy) -> Tensor:
     prompts_RP = torch.tensor(PROMPT).expand(len(texts_RE), -1)
     with torch.inference_mode():
         logits_RSV = MODEL(input_ids=torch.cat([prompts_RP, texts_RE], 1), use_cache=False).logits
-    p_REV = policy.target(logits_RSV[:, len(PROMPT) - 1 : -1])
+    p_REV = torch.stack(
+        [_target(policy, logits_RSV, prompts_RP, texts_RE, emitted) for emitted in range(TEXT_LENGTH)], 1
+    )
     return p_REV.gather(2, texts_RE.unsqueeze(2)).double().prod(1).squeeze(1)
+
+
+def _target(policy: Policy, logits_RSV: Tensor, prompts_RP: Tensor, texts_RE: Tensor, emitted: int) -> Tensor:
+    """Return the distribution of the token after `emitted` tokens of every text, with counts made one by one."""
+    output_RV, text_RV = torch.zeros(2, len(texts_RE), VOCABULARY)
+    for token in range(VOCABULARY):
+        output_RV[:, token] = (texts_RE[:, :emitted] == token).sum(1)
+        text_RV[:, token] = output_RV[:, token] + (prompts_RP == token).sum(1)
+    return policy.target(logits_RSV[:, len(PROMPT) - 1 + emitted], Context(text_RV, output_RV))
 
 
 def decoded(policy: Policy, proposer: Proposer) -> tuple[Tensor, float]:
@@ -68,6 +84,19 @@ def test_decoded_texts_follow_the_distribution_of_the_backbone(policy: Policy) -
     assert follows_the_backbone(policy, MtpProposer(MODEL, STACK))
 
 
+class ForgetfulProposer(MtpProposer):
+    """Draws from the penalised logits and reports those without penalties."""
+
+    def draft(self, u_BK: Tensor | None) -> Draft:
+        """See `Proposer`."""
+        policy = self.policy
+        drawn = super().draft(u_BK)
+        self.policy = replace(policy, penalties=Penalties())
+        reported = super().draft(u_BK)
+        self.policy = policy
+        return Draft(drawn.tokens_BK, reported.logits_BKV, drawn.drafted_B)
+
+
 class MisreportingProposer(MtpProposer):
     """Reports a flatter distribution of its drafts than their true one."""
 
@@ -86,6 +115,12 @@ def no_residual(draft: Tensor, q: Tensor, p: Tensor, u: Tensor, way: Verificatio
 
 def test_a_draft_that_misreports_its_distribution_is_noticed() -> None:
     assert not follows_the_backbone(TOKEN, MisreportingProposer(MODEL, STACK))
+
+
+def test_a_draft_without_the_penalties_of_its_distribution_is_noticed() -> None:
+    policy = replace(TOKEN, penalties=Penalties(frequency=1.5, presence=-2.0))
+    assert follows_the_backbone(policy, MtpProposer(MODEL, STACK))
+    assert not follows_the_backbone(policy, ForgetfulProposer(MODEL, STACK))
 
 
 def test_a_wrong_token_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

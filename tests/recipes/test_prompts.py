@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.traces.file import TraceSet, read_trace_set
 from tests.command import Refused, read_metrics, run_main
-from tests.conftest import CHAT_TEMPLATE, save_backbone
+from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
 
 ROWS = {
     "talk.jsonl": [{"turns": ["Why?", "And then?"]}, {"turns": ["Who?"]}],
@@ -177,6 +178,8 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["decoding.temperature=-1"], "decoding.temperature=-1.0: must be 0 (greedy) or above"),
     (["decoding.top_p=0"], "decoding.top_p=0.0: must lie in (0, 1]"),
     (["decoding.top_p=1.1"], "decoding.top_p=1.1: must lie in (0, 1]"),
+    (["decoding.repetition_penalty=0"], "decoding.repetition_penalty=0.0: must be above 0"),
+    (["decoding.frequency_penalty=3"], "decoding.frequency_penalty=3.0: must lie in [-2, 2]"),
     (["decoding.max_new_tokens=4096"], "decoding.max_new_tokens=4096: leaves no room for a prompt"),
     (["evaluation.prompt_tokens=30", "decoding.max_new_tokens=4090"], "evaluation.prompt_tokens=30: the prompt has 30"),
     (["evaluation.traces=absent"], "evaluation.traces=absent: cannot be read"),
@@ -209,6 +212,8 @@ REUSE: list[tuple[Callable[[Path], str], str]] = [
     (lambda _: "decoding.top_p=0.5", "top_p=1.0 and this run has top_p=0.5"),
     (lambda _: "decoding.temperature=1", "temperature=0.0 and this run has temperature=1.0"),
     (lambda _: "decoding.stop=[7]", "stop=[1] and this run has stop=[1, 7]"),
+    (lambda _: "decoding.presence_penalty=0.5", "presence_penalty=0.0 and this run has presence_penalty=0.5"),
+    (lambda _: "decoding.stop_strings=[road]", "stop_strings=[] and this run has stop_strings=['road']"),
     (lambda _: "precision=bf16", "dtype=float32 and this run has dtype=bfloat16"),
 ]
 
@@ -221,3 +226,56 @@ def test_traces_of_another_backbone_or_policy_are_refused(
     message = refused(traces, change(other_backbone), "checkpoint=stock", recipe="evaluate")
     assert message.startswith(f"{traces}: holds ")
     assert line in message
+
+
+@pytest.mark.parametrize("sampled", [[], ["decoding.temperature=1", "decoding.min_p=0.01"]], ids=["greedy", "sampled"])
+def test_a_penalised_text_that_ends_with_a_string_is_certified(
+    sampled: list[str], light: list[str], tmp_path: Path
+) -> None:
+    penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "presence_penalty": -0.2}
+    settings = [f"decoding.{name}={value}" for name, value in penalties.items()]
+    length = ["decoding.max_new_tokens=12", "evaluation.timed_prompts=2"]
+    whole = evaluate(light, tmp_path / "whole", *settings, *sampled, *length)
+    end = load_tokenizer(Path(light[0].partition("=")[2]), VOCAB_SIZE).decode(whole.traces[0].tokens[3:5])
+    traces = evaluate(light, tmp_path / "cut", *settings, *sampled, *length, f'decoding.stop_strings=["{end}"]')
+    assert traces.traces[0].tokens == whole.traces[0].tokens[: len(traces.traces[0].tokens)]
+    assert len(traces.traces[0].tokens) <= 5
+    assert traces.header.stop_strings == [end]
+    result = result_of(tmp_path / "cut")
+    assert result["certificate"]["passed"]
+    assert result["policy"] | penalties == result["policy"]
+
+
+def test_copies_of_a_prompt_are_one_group(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": text} for text in ("The river is", "the  RIVER\nis", "Our teacher", "The river is")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    traces = evaluate(light, tmp_path / "run", f"prompts={file}", "evaluation.num_prompts=4")
+    assert [trace.prompt.group for trace in traces.traces] == [0, 0, 2, 0]
+    prompts = result_of(tmp_path / "run")["prompts"]
+    assert (prompts["count"], prompts["conversations"]) == (4, 2)
+    output, errors = capfd.readouterr()
+    assert "the 4 prompts are 2 independent groups: copies" in errors
+    assert "interval over 2 groups of 4 prompts" in " ".join(output.split())
+
+
+def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_with_the_checkpoint(
+    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    measured = (f"prompts={file}", "evaluation.num_prompts=60")
+    run = tmp_path / "run"
+    assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
+    output, errors = capfd.readouterr()
+    stock, trained = result_of(run)["heads"]
+    seen = trained["seen_prompts"]
+    assert stock["seen_prompts"] is None
+    assert seen["prompts"] == seen["checked"] == 60
+    assert 30 <= seen["seen"] < 60  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 60 prompts are trained on" in errors.partition("continuing 60 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 60 prompts in training" in " ".join(output.split())
+    evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
+    assert result_of(tmp_path / "again")["heads"][0]["seen_prompts"] == seen

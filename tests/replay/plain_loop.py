@@ -6,6 +6,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.batch import Batch
+from mtptrain.decoding.penalties import Context, count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
 from mtptrain.kernels.acceptance import DrawKind, uniforms
@@ -41,8 +42,12 @@ def decode_plainly(
     def draws(stream: DrawKind, count: int) -> Tensor:
         return uniforms(seed_R, torch.tensor([len(tokens) - 1]), stream, count)
 
+    def context(tokens: list[int]) -> Context:
+        length_R = torch.tensor([len(tokens)])
+        return count_context(torch.tensor([tokens]), torch.tensor([len(prompt)]), length_R, model.config.vocab_size)
+
     tokens, passes, probabilities = list(prompt), [], []
-    first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]))
+    first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]), context(tokens))
     token = int(sample_tokens_reference(first_RV, draws(DrawKind.verify, length + 1)[:, -1]))
     tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
     while len(tokens) - len(prompt) < new:
@@ -51,10 +56,12 @@ def decode_plainly(
             logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
             if float(logits_V.softmax(-1).max()) < policy.min_confidence:
                 break
-            q.append(policy.proposal(logits_V))
+            q.append(policy.proposal(logits_V[None], context(tokens + draft))[0])
             draft.append(int(sample_tokens_reference(q[-1][None], draws(DrawKind.draft, step)[:, -1])))
         _, hidden_RSD = run_backbone(model, torch.tensor([tokens + draft]))
-        p_RLV = policy.target(model.lm_head(hidden_RSD[:, len(tokens) - 1 :]))
+        logits_LV = model.lm_head(hidden_RSD[0, len(tokens) - 1 :])
+        p_LV = [policy.target(row_V[None], context(tokens + draft[:k]))[0] for k, row_V in enumerate(logits_LV)]
+        p_RLV = torch.stack(p_LV)[None]
         q_RKV = torch.stack(q)[None] if q else p_RLV[:, :0]
         u_RL = draws(DrawKind.verify, length + 1)
         u_RL = torch.cat([u_RL[:, : len(draft)], u_RL[:, -1:]], dim=1)

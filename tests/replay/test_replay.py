@@ -10,6 +10,7 @@ import torch
 from mtptrain.certificate.sampled import SampledRun, certify_pass_counts, sampled_run
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties, count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
@@ -27,6 +28,8 @@ from tests.tiny import random_backbone, random_stack
 # K draft steps, N anchors
 MODEL = random_backbone()
 SAMPLED = Policy(temperature=0.8, top_k=12, top_p=0.95)
+NONE, PENALTIES = Penalties(), Penalties(1.3, 0.4, -0.3)
+MIN_P = Policy(temperature=0.8, min_p=0.02, penalties=PENALTIES)
 
 
 def random_trace(prompt: int, new: int, seed: int) -> Trace:
@@ -34,7 +37,7 @@ def random_trace(prompt: int, new: int, seed: int) -> Trace:
     return Trace(Prompt(tokens[:prompt], "text", seed), tokens[prompt:], [1.0] * new, [0.5] * new)
 
 
-@pytest.mark.parametrize("policy", [Policy(), SAMPLED, replace(SAMPLED, draft=DraftChoice.greedy)])
+@pytest.mark.parametrize("policy", [Policy(), SAMPLED, replace(SAMPLED, draft=DraftChoice.greedy), MIN_P])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_drafts_of_a_padded_batch_equal_single_rollouts(
     policy: Policy, depth: int, monkeypatch: pytest.MonkeyPatch
@@ -54,7 +57,9 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
                     continue
                 with torch.inference_mode():
                     logits_V = draft_logits(MODEL, stack, text, anchor, step)
-                q = policy.proposal(logits_V)[text[anchor + step + 1]]
+                sizes = torch.tensor([[len(trace.prompt.tokens)], [anchor + step + 1]])
+                context = count_context(torch.tensor([text]), *sizes, vocab_size=97)
+                q = policy.proposal(logits_V[None], context)[0, text[anchor + step + 1]]
                 # fp32 rounding of logits of order 10, through a softmax at temperature 0.8.
                 assert drafts.q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
                 confidence = float(logits_V.softmax(-1).max())
@@ -63,9 +68,13 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
             assert drafts.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(("depth", "min_confidence"), [(1, 0.0), (2, 0.0), (1, 0.12)])
-def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: float) -> None:
-    policy, stack, length = Policy(min_confidence=min_confidence), random_stack(MODEL, depth), 3
+@pytest.mark.parametrize(
+    ("depth", "min_confidence", "penalties"),
+    [(1, 0.0, NONE), (2, 0.0, NONE), (1, 0.12, NONE), (2, 0.0, PENALTIES), (1, 0.12, PENALTIES)],
+)
+def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: float, penalties: Penalties) -> None:
+    policy = Policy(min_confidence=min_confidence, penalties=penalties)
+    stack, length = random_stack(MODEL, depth), 3
     trace, passes = decode_plainly(MODEL, stack, [5, 17, 40, 3, 8, 8, 21], length, policy, new=24, seed=0)
     (drafts,) = draft_traces(MODEL, stack, [trace], length + 1, policy, free_running=min_confidence > 0)
     assert replay_passes(drafts, policy, length) == passes
@@ -80,8 +89,12 @@ def test_greedy_replay_equals_the_loop_pass_by_pass(depth: int, min_confidence: 
 
 @pytest.mark.parametrize(
     "policy",
-    [SAMPLED, replace(SAMPLED, verification=Verification.block, min_confidence=0.1)],
-    ids=["token", "block, stopped"],
+    [
+        SAMPLED,
+        replace(SAMPLED, verification=Verification.block, min_confidence=0.1),
+        replace(MIN_P, min_confidence=0.1),
+    ],
+    ids=["token", "block, stopped", "penalised, stopped"],
 )
 def test_passes_of_a_sampling_loop_follow_their_distribution(policy: Policy) -> None:
     """Over many texts, passes, drafted and accepted tokens agree with the expectations of replay."""
@@ -109,6 +122,7 @@ LIMITS, LENGTH = Limits(16), 4
 TOKEN = Policy(temperature=2.0)
 BLOCK = replace(TOKEN, verification=Verification.block)
 STOPPED = replace(BLOCK, min_confidence=0.4)
+PENALISED = replace(TOKEN, min_p=0.05, penalties=Penalties(1.5, 0.4, -0.3))
 
 
 @cache
@@ -133,13 +147,13 @@ def looped_length(policy: Policy) -> float:
     return acceptance_length([count_passes(row.passes, LENGTH) for row in rows])
 
 
-@pytest.mark.parametrize("policy", [TOKEN, BLOCK, STOPPED], ids=["token", "block", "block, stopped"])
+@pytest.mark.parametrize("policy", [TOKEN, BLOCK, STOPPED, PENALISED], ids=["token", "block", "stopped", "penalised"])
 def test_the_mean_of_the_sampling_loop_lies_in_the_interval_of_replay(policy: Policy) -> None:
     low, high = replayed_interval(policy)
     assert low <= looped_length(policy) <= high
 
 
-@pytest.mark.parametrize(("policy", "other"), [(TOKEN, BLOCK), (BLOCK, TOKEN), (BLOCK, STOPPED)])
+@pytest.mark.parametrize(("policy", "other"), [(TOKEN, BLOCK), (BLOCK, TOKEN), (BLOCK, STOPPED), (PENALISED, TOKEN)])
 def test_the_loop_of_another_policy_lies_outside_the_interval(policy: Policy, other: Policy) -> None:
     low, high = replayed_interval(policy)
     assert not low <= looped_length(other) <= high

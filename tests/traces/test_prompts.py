@@ -1,17 +1,32 @@
 """Rows of prompt files."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtptrain.config import DataConfig
+from mtptrain.data.chat import open_chat_template
+from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
+from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
-from mtptrain.traces.prompts import PromptRow, even_shares, read_dataset, read_prompt_rows, spread_prompt_rows
+from mtptrain.traces.prompts import (
+    PromptRow,
+    encode_prompt_row,
+    even_shares,
+    independent_groups,
+    read_dataset,
+    read_prompt_rows,
+    slice_prompts,
+    spread_prompt_rows,
+)
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -47,6 +62,54 @@ def test_a_row_is_parsed_by_its_key(
 ) -> None:
     (parsed,) = rows_of(write(tmp_path / "a.jsonl", row))
     assert (parsed.text, parsed.messages, parsed.turns) == (text, messages, turns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("a"), assistant("b")]},
+        {"messages": json.dumps([user("a")])},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+        {"instruction": "a", "input": "", "output": "b"},
+    ],
+)
+def test_a_conversation_is_asked_for_its_last_answer_in_every_form(row: dict[str, Any], tmp_path: Path) -> None:
+    (parsed,) = rows_of(write(tmp_path / "a.jsonl", {**row, "tools": [{"name": "f"}]}))
+    assert (parsed.text, parsed.messages, parsed.turns) == ("", [user("a")], [])
+    assert parsed.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_tools_and_thoughts_reach_the_template_of_a_prompt(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        user("a"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+    ]
+    (parsed,) = rows_of(write(tmp_path / "a.jsonl", {"messages": messages, "tools": [{"name": "f"}]}))
+    tokenizer = train_tokenizer(["a few words"], 300)
+    save_tokenizer(tokenizer, tmp_path)
+    config = DataConfig(chat_template="builtin", chat_template_kwargs={"enable_thinking": True})
+    chat = open_chat_template(config, tmp_path, tokenizer, [0])
+    conversation = encode_prompt_row(parsed, 0, tokenizer, [0], chat)
+    text = tokenizer.decode(conversation.prompt.tokens)
+    assert text.startswith('<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>\n<user>')
+    assert '<call>{"name": "f", "arguments": {}}</call>' in text
+    assert text.endswith("<tool>\nr\n</tool>\n<assistant>\n<think>\n")
+    assert conversation.tools == parsed.tools
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".jsonl.gz"])
+def test_prompts_are_read_from_files_of_every_kind(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"code{suffix}"
+    content = {
+        ".json": json.dumps([{"prompt": "a, b"}, {"prompt": "c"}]).encode(),
+        ".csv": b'prompt\n"a, b"\nc\n',
+        ".jsonl.gz": gzip.compress(b'{"prompt": "a, b"}\n{"prompt": "c"}\n'),
+    }
+    path.write_bytes(content[suffix])
+    assert [(row.text, row.domain) for row in rows_of(path)] == [("a, b", "code"), ("c", "code")]
 
 
 def test_the_domain_is_the_rows_own_or_the_files_name(tmp_path: Path) -> None:
@@ -110,3 +173,23 @@ def test_the_test_split_of_a_data_set_is_read_if_there_is_one(files: list[str], 
     assert [row.text for row in source.prompt_rows] == [text]
     assert source.prompt_rows[0].domain == tmp_path.name
     assert len(source.sha256) == 64
+
+
+def test_slices_of_a_document_share_a_group() -> None:
+    corpus = TokenizedCorpus(np.arange(30, dtype=np.int32), np.array([0, 9, 9, 12, 30]), 0)
+    prompts = slice_prompts(corpus, 4, 6)
+    assert [(prompt.tokens[0], prompt.group) for prompt in prompts] == [(0, 0), (12, 3), (18, 3), (24, 3)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "keys", "joined"),
+    [
+        ([0, 1, 2], "abc", [0, 1, 2]),
+        ([0, 1, 2, 3], "abab", [0, 1, 0, 1]),
+        ([0, 1, 1, 2], "aabb", [0, 0, 0, 0]),
+        ([3, 2, 1, 0], "abcb", [3, 0, 1, 0]),
+        ([2, 1, 1, 0, 2], "axyxz", [2, 0, 0, 0, 2]),
+    ],
+)
+def test_copies_join_their_groups(groups: list[int], keys: str, joined: list[int]) -> None:
+    assert independent_groups(groups, [key.encode() for key in keys]) == joined

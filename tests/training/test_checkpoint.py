@@ -15,6 +15,7 @@ from mtptrain.training.checkpoint import (
     TENSORS,
     TRAINING,
     BackboneIdentity,
+    TrainerState,
     checkpoint_folders,
     checkpoint_name,
     find_checkpoint,
@@ -27,7 +28,7 @@ from mtptrain.training.checkpoint import (
 from mtptrain.training.engine import OptimizerState
 from tests.command import edit_json
 
-IDENTITY = BackboneIdentity("backbone", seed=2)
+IDENTITY = BackboneIdentity("backbone", "ab" * 32, {"seed": 2})
 COUNTERS = {"tokens": 17}
 
 
@@ -48,7 +49,7 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerSt
 def save(root: Path, step: int, seed: int = 0) -> Path:
     module, optimizer = trained(seed)
     folder = root / checkpoint_name(step)
-    save_checkpoint(folder, step, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
+    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(step, COUNTERS))
     return folder
 
 
@@ -65,7 +66,7 @@ def flip_a_bit(path: Path) -> None:
 def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
     folder = tmp_path / checkpoint_name(30)
-    save_checkpoint(folder, 30, module.state_dict(), state_of(module, optimizer), IDENTITY, COUNTERS)
+    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(30, COUNTERS))
     rng = torch.get_rng_state()
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.step, checkpoint.identity, checkpoint.counters) == (30, IDENTITY, COUNTERS)
@@ -100,7 +101,7 @@ def test_a_damaged_file_is_refused_by_name(name: str, damage: Callable[[Path], N
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 3, "files": 3, "identity": {}, "content": {}}']
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 4, "files": 3, "identity": {}, "content": {}}']
 )
 def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
@@ -112,7 +113,7 @@ def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", 99, "has schema 99 and .* reads 3"),
+        ("schema", 99, "has schema 99 and .* reads 4"),
         ("files", {}, TENSORS),
         ("kind", "stream cache", "is of the kind .stream cache. and not"),
     ],
@@ -128,7 +129,7 @@ def test_a_manifest_that_does_not_match_is_refused(key: str, value: object, mess
 def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / MANIFEST).write_text(json.dumps({"format": 2, "step": 1, "owner": {}, "counters": {}, "sha256": {}}))
-    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 3; use the version that"):
+    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 4; use the version that"):
         open_checkpoint(folder)
 
 

@@ -6,8 +6,14 @@ from __future__ import annotations
 
 from enum import Enum
 
-from mtptrain.evaluation.certificate_result import Certificate, PassDifference, TextDifference
-from mtptrain.evaluation.head_result import Gain, Interval
+from mtptrain.evaluation.certificate_result import (
+    Certificate,
+    Controls,
+    Outcome,
+    PassDifference,
+    TextDifference,
+)
+from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
 from mtptrain.evaluation.result import Evaluation
 
 
@@ -68,6 +74,19 @@ def speed_text(evaluation: Evaluation) -> str:
     return f"on the clock: no K is faster than {plain}; the best is {figure}"
 
 
+def seen_texts(evaluation: Evaluation) -> list[str]:
+    """Return a sentence for each head that saw some of the prompts in training."""
+    heads = [(head.name, head.seen_prompts) for head in evaluation.heads]
+    return [seen_text(name, seen) for name, seen in heads if seen is not None and seen.seen]
+
+
+def seen_text(head: str, seen: SeenPrompts) -> str:
+    """Return the number of prompts that a head saw in training, as one sentence."""
+    unknown = seen.prompts - seen.checked
+    note = f" ({unknown} more could not be looked up)" if unknown else ""
+    return f"the {head} head saw {seen.seen} of {seen.checked} prompts in training{note}"
+
+
 def span(interval: Interval, signed: bool = False) -> str:
     """Return `low to high` with two decimals."""
     low, high = interval
@@ -95,8 +114,13 @@ def certificate_text(certificate: Certificate) -> str:
     if counts is not None:
         parts.append(f"pass counts of sampled loops {_word(counts.passed)} ({len(counts.tests)} tests)")
     parts.append(f"sampler {_word(certificate.sampler.passed)}")
-    parts.append(f"controls {_word(certificate.controls.passed)}")
+    parts.append(f"controls {_word(certificate.controls.passed)}{_not_tested(certificate.controls)}")
     return "; ".join(parts)
+
+
+def _not_tested(controls: Controls) -> str:
+    is_missing = any(one.outcome is Outcome.not_tested for one in controls.shifted_target.values())
+    return " (shifted target not tested: the texts are too few or too much alike)" if is_missing else ""
 
 
 def _word(passed: bool) -> str:
@@ -142,9 +166,13 @@ def _failed_sampler(certificate: Certificate) -> list[str]:
 
 def _failed_controls(certificate: Certificate) -> list[str]:
     controls = certificate.controls
-    results = {"all accept": controls.all_accept.passed}
-    results |= {f"shifted target of the {head} head": one.passed for head, one in controls.shifted_target.items()}
-    return [f"control failed: {name}" for name, passed in results.items() if not passed]
+    failed = [] if controls.all_accept.passed else ["control failed: all accept"]
+    return failed + [
+        f"control failed: shifted target of the {head} head: drafts agree {one.shifted:.3f} with tokens that they "
+        f"cannot know (chance {one.chance:.3f}, p={one.p_value:.1e})"
+        for head, one in controls.shifted_target.items()
+        if one.outcome is Outcome.failed
+    ]
 
 
 def _run(difference: TextDifference | PassDifference) -> str:

@@ -18,6 +18,8 @@ from mtptrain.evaluation.report.headline import (
     certificate_text,
     headline,
     headline_text,
+    seen_text,
+    seen_texts,
     speed_text,
 )
 from mtptrain.evaluation.report.tables import length_table, position_table
@@ -49,6 +51,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "headline": headline(evaluation).value,
         "headline_text": _sentence(headline_text(evaluation)),
         "speed_text": _sentence(speed_text(evaluation)),
+        "seen_texts": [_sentence(text) for text in seen_texts(evaluation)],
         "certificate_text": certificate_text(certificate),
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
@@ -111,6 +114,7 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         f"{head.name} head": f"{head.checkpoint} ({head.mode}, depth {head.depth}, {head.parameters:,} parameters)"
         for head in evaluation.heads
     }
+    seen = [seen_text(head.name, head.seen_prompts) for head in evaluation.heads if head.seen_prompts is not None]
     top_k = "" if policy.top_k is None else f"top_k {policy.top_k}, "
     return {
         "Command": shlex.join(origin.command),
@@ -124,9 +128,11 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         f"fingerprint {backbone.fingerprint}",
         **heads,
         "Prompts": f"{prompts.count} {prompts.source} prompts of {prompts.prompt_tokens} tokens, "
-        f"{prompts.new_tokens} new tokens each",
+        f"{prompts.new_tokens} new tokens each; " + "; ".join([f"{prompts.conversations} independent groups", *seen]),
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
-        f"verification {policy.verification.value}, min_confidence {policy.min_confidence}",
+        f"verification {policy.verification.value}, min_confidence {policy.min_confidence}, min_p {policy.min_p}, "
+        f"penalties: repetition {policy.repetition_penalty}, frequency {policy.frequency_penalty}, "
+        f"presence {policy.presence_penalty}",
         "Plain decoding": "; ".join(
             f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation.plain_tokens_per_second.items()
         ),

@@ -20,10 +20,11 @@ from mtptrain.evaluation.report.headline import (
     certificate_text,
     headline,
     headline_text,
+    seen_texts,
     span,
     speed_text,
 )
-from mtptrain.evaluation.result import Evaluation, Spread
+from mtptrain.evaluation.result import Evaluation, PromptsResult, Spread
 
 MISSING_VALUE = "-"
 SHOWN_DETAILS = 10
@@ -78,6 +79,12 @@ def share_cell(share: float | None) -> Cell:
     return Cell(MISSING_VALUE if share is None else f"{share:.3f}")
 
 
+def prompts_text(prompts: PromptsResult) -> str:
+    """Return the number of prompts and, if they are not independent, of the groups that intervals resample."""
+    groups = prompts.conversations
+    return f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
+
+
 def length_table(evaluation: Evaluation) -> Grid:
     """Return acceptance length and speed-up of each head, and the gain, by K."""
     names = [head.name for head in evaluation.heads]
@@ -91,7 +98,7 @@ def length_table(evaluation: Evaluation) -> Grid:
             row.append(gain_cell(gains[length]))
         rows.append(row + [ratio_cell(speedups[name][length]) for name in names])
     note = (
-        f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {evaluation.prompts.count} prompts. "
+        f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {prompts_text(evaluation.prompts)}. "
         "Speed-up: tokens/s over plain decoding, median and quartiles of the timed batches of "
         f"{evaluation.first_batch}."
     )
@@ -126,6 +133,8 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
     console.print(Text(speed_text(evaluation)))
+    for line in seen_texts(evaluation):
+        console.print(Text(line, style="bold yellow"))
     for grid in summary_tables(evaluation):
         console.print(Text(f"\n{grid.title}", style="bold"))
         console.print(_rich_table(grid))

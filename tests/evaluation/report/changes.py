@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mtptrain.evaluation.certificate_result import PassDifference, TextDifference
-from mtptrain.evaluation.head_result import Acceptance, BucketKind, Gain, HeadResult
+from mtptrain.evaluation.head_result import Acceptance, BucketKind, Gain, HeadResult, SeenPrompts
 from mtptrain.evaluation.result import Evaluation, Spread
 
 DIFFERENCE = TextDifference("trained", prompt=3, draft_length=2, position=17, gap=0.12)
@@ -17,6 +17,11 @@ def with_gain(evaluation: Evaluation, gain: float, interval: tuple[float, float]
 
 def with_head(evaluation: Evaluation, head: HeadResult) -> Evaluation:
     return replace(evaluation, heads=[head if one.name == head.name else one for one in evaluation.heads])
+
+
+def with_seen_prompts(evaluation: Evaluation, seen: SeenPrompts) -> Evaluation:
+    """The last head with prompts that it saw in training."""
+    return with_head(evaluation, replace(evaluation.last_head, seen_prompts=seen))
 
 
 def with_acceptance(evaluation: Evaluation, acceptance: Acceptance) -> Evaluation:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.evaluation.head_result import Piece, PieceKind
+from mtptrain.evaluation.head_result import Piece, PieceKind, SeenPrompts
 from mtptrain.evaluation.report.headline import headline_text, speed_text
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import Grid, length_table, position_table
 from mtptrain.evaluation.result import Evaluation
 from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
-from tests.evaluation.report.changes import with_failed_certificate, with_head
+from tests.evaluation.report.changes import with_failed_certificate, with_head, with_seen_prompts
 
 VOID_TAGS = {"meta", "link", "br"}
 NUM_PLOTS = {"greedy": 11, "sampled": 10, "single": 7}
@@ -176,3 +176,9 @@ def test_report_works_without_samples(report: Report) -> None:
     text = report(with_head(evaluation, replace(evaluation.last_head, samples=[])))
     assert "No samples were kept." in text
     assert "<pre>" not in text
+
+
+def test_prompts_that_were_seen_in_training_stand_below_the_headline(report: Report) -> None:
+    text = report(with_seen_prompts(recorded_evaluation(), SeenPrompts(prompts=8, checked=8, seen=3)))
+    assert '<p class="lead">The trained head saw 3 of 8 prompts in training.</p>' in text
+    assert "saw" not in Page(report(recorded_evaluation())).text
