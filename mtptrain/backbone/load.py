@@ -248,17 +248,16 @@ def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_la
 
 
 def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> DeepseekV4Config:
-    """Set in a model's config whether quantised weights are decoded while they are read.
-
-    Raises:
-        UserError: quantised weights are to be kept on a CPU.
-    """
+    """Set in a model's config whether quantised weights are decoded while they are read, or when they are used."""
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
         return model_config
-    if config.weights is StoredWeights.keep and device.type == "cpu":
-        raise UserError("backbone.weights=keep: transformers computes on FP8 and FP4 on a GPU only; use dequantize")
-    model_config.quantization_config = {**quantization, "dequantize": not _keeps_quantised(config, device)}
+    if _keeps_quantised(config, device):
+        from mtptrain.backbone.kept import METHOD  # registers it
+
+        model_config.quantization_config = {**quantization, "dequantize": False, "quant_method": METHOD}
+    else:
+        model_config.quantization_config = {**quantization, "dequantize": True}
     return model_config
 
 

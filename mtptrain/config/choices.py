@@ -43,8 +43,8 @@ PARTITIONED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
 class StoredWeights(Enum):
     """Storage of a release's FP8 and FP4 weights in memory.
 
-    `keep` computes on them as transformers does, which needs a GPU; `dequantize` decodes them while loading; `auto`
-    keeps them on a GPU and decodes them on a CPU.
+    `keep` leaves them as they are, and a layer decodes its own when it runs; `dequantize` decodes them while they are
+    read; `auto` keeps them on a GPU and decodes them on a CPU.
     """
 
     auto = "auto"

@@ -97,6 +97,8 @@ def tracing_obstacle(modules: Sequence[nn.Module]) -> str | None:
         return "Triton kernels are interpreted"
     if not all(weight.is_cpu for module in modules for weight in module.parameters()):
         return "the backbone is spread over devices"
+    if any(weight.itemsize == 1 for module in modules for weight in module.parameters()):
+        return "weights are decoded when they are used"
     parts = [part for module in modules for part in module.modules()]
     if any(part._forward_pre_hooks or {*part._forward_hooks.values()} - PURE_HOOKS for part in parts):
         return "a module has hooks"

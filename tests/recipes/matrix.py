@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 
 from mtptrain.recipes import evaluate
-from tests.command import run_main
+from tests.command import Light, run_main
 
-Job = tuple[str, list[str]]  # its name and the arguments of the command
+Job = tuple[str, list[str], list[str]]  # its name, the settings of the command, and small sizes where it reads them
 
 
 def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False) -> list[Job]:
@@ -29,11 +29,10 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
         backbone: the backbone's folder.
         corpus: a .jsonl file of documents.
         placement: value of `backbone.placement`.
-        at_end: whether the online training measures its head.
+        at_end: whether the online training measures its head, and its head is measured with weights as they are stored.
     """
-    common = [
-        f"backbone.path={backbone}",
-        f"backbone.placement={placement}",
+    where = [f"backbone.path={backbone}", f"backbone.placement={placement}"]
+    small = [
         "data.sequence_length=32",
         "data.heldout_every=3",
         "decoding.draft_length=2",
@@ -67,7 +66,9 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
         "compare": ["+recipe=compare", *text, f"checkpoints=[stock,{head}]"],
         "export": ["+recipe=export", *text, f"checkpoint={head}", "target=hf", "export.max_drop=9"],
     }
-    return [(name, [*command, *common, f"output_dir={folder}/{name}"]) for name, command in commands.items()]
+    if at_end:
+        commands["evaluate-kept"] = [*commands["evaluate"], "backbone.weights=keep"]
+    return [(name, [*command, *where, f"output_dir={folder}/{name}"], small) for name, command in commands.items()]
 
 
 @contextmanager
@@ -92,9 +93,9 @@ def output_in(path: Path) -> Iterator[None]:
 def run(folder: Path, commands: list[Job]) -> None:
     """Run commands one after the other; write NAME.code and NAME.RANK.txt into `folder`."""
     number = os.environ.get("RANK", "0")
-    for name, arguments in commands:
+    for name, arguments, small in commands:
         with output_in(folder / f"{name}.{number}.txt"):
-            code = run_main(*arguments)
+            code = run_main(*arguments, *map(Light, small))
             if torch.distributed.is_initialized():  # a refused command leaves the group to the end of its process
                 torch.distributed.destroy_process_group()
         if number == "0":

@@ -21,7 +21,7 @@ from tests.training.test_engines import run_in_two
 FORMATS = {"shipped": save_backbone, "release": save_release}
 ONE = ("alone", "auto")  # placements of one process
 TWO = ("replicate", "expert_parallel", "zero3")
-TASKS = [name for name, _ in matrix.jobs(Path(), Path(), Path(), "auto")]
+TASKS = [name for name, *_ in matrix.jobs(Path(), Path(), Path(), "auto")]
 DECODED = ("evaluate", "doctor", "compare", "export")
 REFUSED = {
     **{
@@ -105,6 +105,11 @@ def test_a_shared_backbone_measures_what_a_whole_one_measures(kind: str, placeme
 def test_a_head_is_measured_at_the_end_of_its_training_by_the_same_processes(cells: Path) -> None:
     one, two = (cells / "release" / placement / "distill-online" for placement in ("alone", "expert_parallel"))
     compare_evaluations(one, two)
+
+
+@pytest.mark.parametrize("placement", ["alone", "expert_parallel"])
+def test_weights_that_are_kept_as_stored_measure_what_decoded_ones_measure(placement: str, cells: Path) -> None:
+    compare_evaluations(cells / "release" / "alone" / "evaluate", cells / "release" / placement / "evaluate-kept")
 
 
 @pytest.mark.parametrize("placement", ["auto", *TWO])
