@@ -138,9 +138,10 @@ def shared_traces(session: Session, count: int) -> list[Trace]:
     return broadcast_object(led) or []
 
 
-def passages_before(init: str) -> Passages:
+def passages_before(session: Session) -> Passages:
     """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
-    known = None if init in ("stock", "fresh", "backbone") else find_checkpoint(Path(init)).passages()
+    init = session.config.mtp.init
+    known = None if init in ("stock", "fresh", "backbone") else session.checkpoint(init).passages()
     return known or Passages.none()
 
 
@@ -186,7 +187,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
     session.folder.print_status(describe_text(session, batches))
-    batches = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
+    batches = RecordedBatches(batches, session.hasher, passages_before(session))
     if is_measured(config) and not batches.is_stream:
         say_seen_prompts(session, batches.passages())
     folder = session.folder.path / "checkpoints"
