@@ -94,8 +94,10 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
     from mtptrain.run.folder import FolderUse, open_run_folder
+    from mtptrain.run.progress import waiting
 
-    recipe = find_recipe(config.task)
+    with waiting("importing PyTorch"):
+        recipe = find_recipe(config.task)
     reads = recipe.reads(config)
     check_given(given, config, reads, lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)

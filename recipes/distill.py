@@ -43,6 +43,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
+from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
@@ -78,7 +79,8 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
         check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        check_shards(cache)
+        with waiting(f"verifying the streams in {data.path}"):
+            check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
         return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
     if data.source is DataSource.on_policy:
@@ -136,9 +138,10 @@ def shared_traces(session: Session, count: int) -> list[Trace]:
     return broadcast_object(led) or []
 
 
-def passages_before(init: str) -> Passages:
+def passages_before(session: Session) -> Passages:
     """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
-    known = None if init in ("stock", "fresh", "backbone") else find_checkpoint(Path(init)).passages()
+    init = session.config.mtp.init
+    known = None if init in ("stock", "fresh", "backbone") else session.checkpoint(init).passages()
     return known or Passages.none()
 
 
@@ -185,7 +188,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
     session.folder.print_status(describe_text(session, batches))
-    batches = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
+    batches = RecordedBatches(batches, session.hasher, passages_before(session))
     if is_measured(config) and not batches.is_stream:
         say_seen_prompts(session, batches.passages())
     folder = session.folder.path / "checkpoints"

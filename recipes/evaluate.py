@@ -42,7 +42,7 @@ from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
 from mtptrain.run.folder import FolderUse
-from mtptrain.run.progress import Progress
+from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace
 
 PROCESSES = "led"
@@ -85,10 +85,14 @@ def make_certificate(
         policy, seed = GREEDY, session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
-    loops = greedy_loops(model, stacks, greedy, policy)
-    logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
-    identity, replay = certify_greedy(loops, logits.backbone.gap)
-    sampler, controls = sampler_certificate(), run_controls(model, stacks, traces, longest)
+    with waiting("certificate: comparing loops with the backbone's texts and with the replay"):
+        loops = greedy_loops(model, stacks, greedy, policy)
+        logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
+        identity, replay = certify_greedy(loops, logits.backbone.gap)
+    with waiting("certificate: testing the sampler"):
+        sampler = sampler_certificate()
+    with waiting("certificate: running the controls"):
+        controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(
         passed=all(parts) and (pass_counts is None or pass_counts.passed),
@@ -109,7 +113,9 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
-        times = measure_steps(session.backbone.model, head.stack, prompts, longest, session.limits, STEP_REPETITIONS)
+        model, limits = session.backbone.model, session.limits
+        with waiting(f"timing single steps of the {head.name} head at batch {len(prompts)}"):
+            times = measure_steps(model, head.stack, prompts, longest, limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
@@ -126,8 +132,11 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     rows = config.evaluation.heldout_sequences
     entries, replays = [], {}
     for head in heads:
-        drafts = draft_traces(backbone.model, head.stack, traces, longest, policy, free_running=True)
-        counts = replays[head.name] = replay_all(drafts, policy)
+        with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
+            drafts = draft_traces(backbone.model, head.stack, traces, longest, policy, free_running=True)
+            counts = replays[head.name] = replay_all(drafts, policy)
+        with waiting(f"measuring the {head.name} head on held-out text"):
+            forced = teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest)
         entries.append(
             HeadResult(
                 name=head.name,
@@ -135,7 +144,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
                 mode=head.mode,
                 depth=head.stack.depth,
                 parameters=head.num_parameters,
-                teacher_forced=teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest),
+                teacher_forced=forced,
                 replay={k: summarize(counts[k], groups) for k in counts},
                 per_prompt={k: [totals([prompt]) for prompt in counts[k]] for k in counts},
                 domains=by_domain(counts[longest], groups, domains),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtptrain.config import DataSource, Placement, RunConfig
+from mtptrain.config import DataSource
 from mtptrain.config.reads import Settings
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.manifest import open_cache
+from mtptrain.recipes.distill import is_measured as is_measured_at_end
 from mtptrain.recipes.on_policy import open_on_policy_prompts
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts
@@ -37,7 +38,7 @@ def check_inputs(session: Session, reads: Settings) -> None:
     if "data.chat_template" in reads:
         _ = session.chat
     check_heads(session, reads)
-    if "prompts" in reads and is_measured(config, reads):
+    if "prompts" in reads and is_measured(session, reads):
         check_prompts(session)
         if "evaluation.heldout_sequences" in reads:
             _ = session.heldout_corpus
@@ -58,12 +59,12 @@ def check_heads(session: Session, reads: Settings) -> None:
             raise UserError(f"mtp.init={config.mtp.init}: {error}") from None
 
 
-def is_measured(config: RunConfig, reads: Settings) -> bool:
+def is_measured(session: Session, reads: Settings) -> bool:
     """Return whether a run measures heads: a training run may leave it out, or be unable to decode."""
     if "evaluate_at_end" not in reads:
         return True
-    can_decode = config.backbone.placement is not Placement.zero3
-    return can_decode and (config.evaluate_at_end or ("evaluation.every" in reads and config.evaluation.every > 0))
+    is_probed = "evaluation.every" in reads and session.config.evaluation.every > 0 and session.can_decode
+    return is_probed or is_measured_at_end(session.config)
 
 
 def check_training_text(session: Session) -> None:

@@ -10,6 +10,7 @@ from mtptrain.config import DataConfig, DataSource, Placement, RunConfig, requir
 from mtptrain.errors import UserError
 from mtptrain.recipes import find_recipe
 from mtptrain.run.folder import RunFolder
+from mtptrain.run.progress import waiting
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
@@ -126,7 +127,8 @@ class Session:
         from mtptrain.data.tokens import tokenize_corpus
 
         data = self.config.data
-        return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
+        with waiting("reading and tokenising the training documents"):
+            return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -135,7 +137,8 @@ class Session:
         from mtptrain.data.tokens import tokenize_corpus
 
         data = self.document_settings
-        return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
+        with waiting("reading and tokenising the held-out documents"):
+            return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def text_batches(self) -> BatchSource:
@@ -162,7 +165,8 @@ class Session:
         from mtptrain.training.checkpoint import find_checkpoint
 
         if path not in self._checkpoints:
-            self._checkpoints[path] = find_checkpoint(Path(path))
+            with waiting(f"verifying the checkpoint {path}"):
+                self._checkpoints[path] = find_checkpoint(Path(path))
         return self._checkpoints[path]
 
     @property
@@ -260,7 +264,7 @@ class Session:
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
         source = self.source
-        with joining_others(LOAD):
+        with joining_others(LOAD), waiting(f"loading the backbone from {source.folder}"):
             return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
@@ -321,7 +325,8 @@ class Session:
         from mtptrain.losses.next_token import bits_per_byte
 
         backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
-        nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
+        with waiting("measuring the backbone on held-out text"):
+            nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
         return BackboneResult(
             name=self.config.backbone.name,
             fingerprint=backbone.fingerprint,

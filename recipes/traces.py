@@ -16,6 +16,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
+from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import (
     Trace,
@@ -182,11 +183,19 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
     session.folder.print_status(f"continuing {len(conversations)} prompts with the backbone ({used})")
 
-    def record(prompts: list[Prompt]) -> list[Trace]:
-        return record_traces(session.backbone.model, prompts, limits, session.policy, config.seed)
-
+    model, done = session.backbone.model, 0
     answer = answer_text(session.source.tokenizer, limits)
-    held = record_conversations(conversations, session.chat, record, answer, session.prompt_room)
+    with Progress("decoding prompts", sum(1 + len(one.turns) for one in conversations)) as progress:
+
+        def report(count: int, tokens: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(done, "by the backbone alone", tokens)
+
+        def record(prompts: list[Prompt]) -> list[Trace]:
+            return record_traces(model, prompts, limits, session.policy, config.seed, report)
+
+        held = record_conversations(conversations, session.chat, record, answer, session.prompt_room)
     if held.dropped:
         session.folder.print_status(
             f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,17 +50,17 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     source = next((one.removeprefix("data=") for one in reversed(arguments) if one.startswith("data=")), source)
     source = source if source in {"chat", *(one.value for one in DataSource)} else "stdlib"
     is_mixed = any(one.startswith("data.mixture") for one in arguments)
-    evaluation = EvaluationConfig(
-        traces="t" if any(one.startswith("evaluation.traces=") for one in arguments) else None
-    )
-    prompts = "file" if any(one.startswith("prompts=") for one in arguments) else HELDOUT
+    has_traces = any(one.startswith("evaluation.traces=") for one in arguments)
+    has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
+    evaluation = EvaluationConfig(traces="traces" if has_traces else None)
     release = ReleaseConfig(random="release.random=true" in arguments)
     data = DataConfig(
         source=DataSource.text if source == "chat" else DataSource(source),
         path=None if is_mixed else "text",
         mixture=[MixtureConfig(path="text")] if is_mixed else [],
     )
-    task = {"distill_on_policy": "distill"}.get(recipe, recipe)
+    task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head
+    prompts = "file" if has_prompts else HELDOUT
     config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release)
     read = find_recipe(task).reads(config) | {"data"}
     return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]

@@ -17,6 +17,10 @@ from mtptrain.config.rules import HELDOUT, TRAINING
 from mtptrain.config.run import RunConfig
 
 Settings = frozenset[str]  # dotted names of single settings
+TEMPLATE = ("data.chat_template", "data.chat_template_kwargs")
+ROWS = tuple(
+    f"data.{name}" for name in ("path", "subset", "split", "field_name", "format", "streaming")
+)  # of data=text
 SAMPLING = ("decoding.top_k", "decoding.top_p", "decoding.draft", "decoding.verification")  # at a temperature above 0
 
 
@@ -46,30 +50,28 @@ def settings(*names: str) -> Settings:
     return frozenset(one for one in all_settings() for name in names if f"{one}.".startswith(f"{name}."))
 
 
-ALWAYS = settings("task", "output_dir", "resume")
+ALWAYS = settings("task", "output_dir", "resume", "resume_allow", "overwrite")
 
 
 def of_backbone(config: RunConfig) -> Settings:
     """Return the settings of a loaded backbone, of the run's device and of its seed."""
     path = config.backbone.path
     is_on_hub = path is not None and not Path(path).exists()
-    used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout") - settings(
-        "backbone.shape"
-    )
+    used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout")
+    used -= settings("backbone.shape")
     return used if is_on_hub else used - {"backbone.revision"}
 
 
 def of_heldout_text(config: RunConfig) -> Settings:
     """Return the settings of the held-out documents as tokens."""
     data = config.data
-    used = settings("data.source", "data.chat_template", "data.cache_dir")
+    used = settings("data.source", "data.turns", "data.on_bad_row", "data.cache_dir", *TEMPLATE)
     if data.source is DataSource.streams:  # the cache knows its documents
         return used | {"data.path"}
+    used |= settings("data.heldout_every", "data.max_documents", "data.max_tokens")
     if data.mixture:
-        return used | {"data.heldout_every", "data.mixture", "data.streaming"}
-    if data.source is DataSource.stdlib or data.path is None:
-        return used | {"data.heldout_every"}
-    return used | {"data.heldout_every", "data.path", "data.field_name", "data.streaming"}
+        return used | {"data.mixture", "data.streaming"}
+    return used if data.source is DataSource.stdlib or data.path is None else used | settings(*ROWS)
 
 
 def of_training_text(config: RunConfig) -> Settings:
@@ -105,7 +107,7 @@ def of_traces(config: RunConfig) -> Settings:
     if config.evaluation.traces is not None:
         return used
     if config.prompts != [HELDOUT]:
-        return used | {"evaluation.num_prompts", "data.chat_template"}
+        return used | {"evaluation.num_prompts", *TEMPLATE}
     return used | of_heldout_text(config) | {"evaluation.num_prompts", "evaluation.prompt_tokens"}
 
 

@@ -30,6 +30,7 @@ OTHER_SETTINGS = {
     "backbone.revision": "it names a version on the hub, and this backbone is shipped or a folder",
     "backbone.shape": "sizes are those of config.json in backbone.path; only +recipe=backbone builds others",
     "data.field_name": "it names a column of your text: set data=text data.path=FILE, or field_name in data.mixture",
+    "data.format": "it names the form of your rows: set data=text data.path=FILE, or format in data.mixture",
     "data.heldout_every": "streams have the hold-out of +recipe=collect; collect them again with another number",
     "data.packages": "they extend the standard library: set data=stdlib",
     "data.path": "set data=text, data=chat or data=streams to read it",

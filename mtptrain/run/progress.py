@@ -1,9 +1,14 @@
-"""Progress of a long loop: a live line on a terminal, otherwise a plain line every few seconds."""
+"""Progress of a long loop, as a live line on a terminal and otherwise a plain line every few seconds, and of a wait."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -13,12 +18,40 @@ from rich.text import Text
 from mtptrain.run.distributed import rank
 
 SECONDS_BETWEEN_LINES = 5.0
+QUIET_SECONDS = 2.0  # a wait that ends earlier prints nothing
+SECONDS_BETWEEN_SIGNS = 30.0  # of a wait
 
 
 def clock(seconds: float) -> str:
     """Return a duration as `minutes:seconds`, or from an hour on as `1h05m`."""
     whole = int(seconds)
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Print what the block is doing if it takes longer than a moment, and again with its time every half minute.
+
+    For work that cannot count its steps; on rank 0 only.
+    """
+    ended, begun = threading.Event(), time.monotonic()
+
+    def print_signs() -> None:
+        pause = QUIET_SECONDS
+        while not ended.wait(pause):
+            spent = time.monotonic() - begun
+            print(f"{label}, for {clock(spent)} so far", file=sys.stderr, flush=True)
+            pause = SECONDS_BETWEEN_SIGNS
+
+    thread = threading.Thread(target=print_signs, daemon=True)
+    if os.environ.get("RANK", "0") == "0":
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
 
 
 class Progress:
@@ -62,7 +95,7 @@ class Progress:
         """
         self.amount += amount
         elapsed = max(time.monotonic() - self.begun, 1e-9)
-        left = elapsed / max(step - self.start, 1) * (self.total - step)
+        left = math.ceil(elapsed / max(step - self.start, 1) * (self.total - step))  # 0:00 is the end
         rate = self.amount / elapsed
         speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
         line = f"{self.label} {step}/{self.total}  {figures}  {speed}  {clock(left)} left"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,12 @@ class Trace:
 
 
 def record_traces(
-    model: DeepseekV4ForCausalLM, prompts: list[Prompt], limits: Limits, policy: Policy, seed: int
+    model: DeepseekV4ForCausalLM,
+    prompts: list[Prompt],
+    limits: Limits,
+    policy: Policy,
+    seed: int,
+    report: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> list[Trace]:
     """Continue every prompt with the backbone alone; return traces in the order of the prompts.
 
@@ -51,6 +57,7 @@ def record_traces(
         limits: maximum length and stop tokens of a text.
         policy: decoding policy.
         seed: seed of the draws, which depend only on it and on the prompt's index.
+        report: gets the number of prompts and of tokens of each group that is done.
     """
     traces: dict[int, Trace] = {}
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].tokens))
@@ -60,6 +67,7 @@ def record_traces(
         run = decode_plain(model, tokens, limits, policy, [row_seed(seed, number) for number in group])
         for number, record in zip(group, run.rows, strict=True):
             traces[number] = Trace(prompts[number], record.tokens, record.gaps, record.probabilities)
+        report(len(group), sum(len(record.tokens) for record in run.rows))
     return [traces[number] for number in range(len(prompts))]
 
 

@@ -97,12 +97,12 @@ class MetricTotals:
             self.sums_K[name] = self.sums_K.get(name, torch.zeros_like(value_K)) + value_K
 
     def means(self) -> dict[str, float]:
-        """Return `name/step_k`: the mean over the valid tokens of draft step k."""
+        """Return `name/step_k`: the mean over the valid tokens of draft step k, NaN if there are none."""
         if self.counts_K is None:
             return {}
         means = {}
         for name, sum_K in self.sums_K.items():
-            mean_K = sum_K / self.counts_K.clamp(min=1)
+            mean_K = sum_K / self.counts_K.where(self.counts_K > 0, math.nan)
             means.update({f"{name}/step_{k}": value for k, value in enumerate(mean_K.tolist(), start=1)})
         return means
 
@@ -312,8 +312,13 @@ def _poisoned(loss: Tensor) -> Tensor:
 def _figures(totals: MetricTotals) -> str:
     """Return the loss of the first step and, if measured, the acceptance of every step, for the progress line."""
     means = totals.means()
-    parts = [f"loss {means['loss/step_1']:.3f}"] if "loss/step_1" in means else []
-    alphas = [f"{value:.3f}" for name, value in means.items() if name.startswith("alpha/")]
+    parts = [f"loss {_figure(means['loss/step_1'])}"] if "loss/step_1" in means else []
+    alphas = [_figure(value) for name, value in means.items() if name.startswith("alpha/")]
     if alphas:
         parts.append("acceptance " + "/".join(alphas))
     return "  ".join(parts)
+
+
+def _figure(value: float) -> str:
+    """Return a figure with three decimals, or `-` for the mean of nothing."""
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -209,7 +209,7 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 REUSE: list[tuple[Callable[[Path], str], str]] = [
     (lambda other: f"backbone.path={other}", "set backbone.path to match, or record"),
     (lambda _: "decoding.max_new_tokens=5", "max_new_tokens=6 and this run has max_new_tokens=5"),
-    (lambda _: "decoding.top_p=0.5", "top_p=1.0 and this run has top_p=0.5"),
+    (lambda _: "decoding.top_p=0.5 decoding.temperature=1", "top_p=1.0 and this run has temperature=1.0, top_p=0.5"),
     (lambda _: "decoding.temperature=1", "temperature=0.0 and this run has temperature=1.0"),
     (lambda _: "decoding.stop=[7]", "stop=[1] and this run has stop=[1, 7]"),
     (lambda _: "decoding.presence_penalty=0.5", "presence_penalty=0.0 and this run has presence_penalty=0.5"),
@@ -223,7 +223,7 @@ def test_traces_of_another_backbone_or_policy_are_refused(
     change: Callable[[Path], str], line: str, measured: Path, other_backbone: Path, refused: Refused
 ) -> None:
     traces = f"evaluation.traces={measured}/traces.jsonl"
-    message = refused(traces, change(other_backbone), "checkpoint=stock", recipe="evaluate")
+    message = refused(traces, *change(other_backbone).split(), "checkpoint=stock", recipe="evaluate")
     assert message.startswith(f"{traces}: holds ")
     assert line in message
 

@@ -4,15 +4,16 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mtptrain import cli
-from mtptrain.config import RunConfig
+from mtptrain.config import MixtureConfig, RunConfig
 from mtptrain.config.given import Given
-from mtptrain.config.reads import ALWAYS, SAMPLING
+from mtptrain.config.reads import ALWAYS, ROWS, SAMPLING
 from mtptrain.config.unread import check_given
 from mtptrain.recipes import find_recipe
 from tests.command import ROOT, Light, Refused, read_metrics, run_main
@@ -65,8 +66,9 @@ READ_WITHOUT_EFFECT = {
     "backbone.path",  # recipe=backbone replaces it by its own folder
     *("decoding.min_confidence", "loss.temperature", "loss.step_decay"),
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off
-    *("data.path", "data.field_name", "data.mixture.path", "data.mixture.field_name"),  # copied from parts of a mixture
-    *("data.mixture.name", "data.mixture.source", "data.mixture.weight"),
+    *ROWS,  # copied from parts of a mixture
+    *(f"data.mixture.{part.name}" for part in fields(MixtureConfig)),
+    *("data.turns", "data.on_bad_row", "data.max_tokens"),  # the chat template and the encoder are made whole
 }
 
 
@@ -125,6 +127,7 @@ UNREAD = [
     ("plan", "data.path=a.txt", "data.path=a.txt: belongs to"),
     ("plan", "backbone=small", "backbone=small: belongs to .* model=NAME"),
     ("report", "path=a seed=5", "seed=5: belongs to"),
+    ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]
 
 

@@ -1,0 +1,72 @@
+"""Whatever needs no weights is checked before a backbone is loaded, by every recipe."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mtptrain.backbone import load
+from tests.command import Refused, run_main
+
+WRONG = [
+    # recipe, arguments; pattern of the line
+    ("distill", "data.path={new}/nowhere.jsonl", "data.path=.*nowhere.jsonl: cannot be read"),
+    ("distill", "data.path={new}/nowhere.jsonl data.streaming=true", "data.path=.*nowhere.jsonl: cannot be read"),
+    ("distill", "data.mixture=[{{path:{new}/no.jsonl}}]", "data.path=.*no.jsonl: cannot be read"),
+    ("distill", "data.field_name=body", "data.field_name=body: "),
+    ("distill", "data.path={talk} data.field_name=messages", "data.path: .* no chat template"),
+    ("distill", "data.chat_template={new}/no.jinja", "data.chat_template=.*no.jinja: "),
+    ("distill", "data=streams data.path={new}/no", "data.path=.*/no: "),
+    ("distill", "mtp.init={new}/no", "mtp.init=.*/no: checkpoint=.* no checkpoint there"),
+    ("distill", "prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
+    ("distill", "evaluation.traces={new}/no.jsonl", "evaluation.traces=.*no.jsonl: "),
+    ("distill", 'decoding.stop=["two words of a text"]', "decoding.stop=two words of a text: is not one token"),
+    ("distill_on_policy", "on_policy.prompts={new}/no.jsonl", "on_policy.prompts=.*no.jsonl: "),
+    ("pretrain", "data.path={new}/nowhere.jsonl", "data.path=.*nowhere.jsonl: cannot be read"),
+    ("collect", "data.path={new}/nowhere.jsonl", "data.path=.*nowhere.jsonl: cannot be read"),
+    ("evaluate", "checkpoint={new}/no", "checkpoint=.*/no: no checkpoint there"),
+    ("evaluate", "checkpoint=stock prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
+    ("evaluate", "checkpoint=stock prompts={prompts} data.path={new}/no.jsonl", "data.path=.*no.jsonl: "),
+    ("evaluate", "checkpoint=stock decoding.max_new_tokens=99999", "decoding.max_new_tokens=99999: leaves no room"),
+    ("doctor", "checkpoint={new}/no", "checkpoint=.*/no: no checkpoint there"),
+    ("doctor", "checkpoint=stock prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
+    ("compare", "checkpoints=[stock,{new}/no]", "checkpoint=.*/no: no checkpoint there"),
+    ("compare", "checkpoints=[stock,stock] prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
+    ("export", "target=vllm checkpoint={new}/no", "checkpoint=.*/no: no checkpoint there"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "arguments", "line"), WRONG)
+def test_a_wrong_input_is_found_before_a_backbone_is_loaded(
+    recipe: str, arguments: str, line: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_backbone(*_: object) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr(load, "load_backbone", load_backbone)
+    talk, prompts = tmp_path / "talk.jsonl", tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
+    talk.write_text((json.dumps({"messages": messages}) + "\n") * 30, encoding="utf-8")
+    prompts.write_text(json.dumps({"prompt": "The river follows"}) + "\n", encoding="utf-8")
+    given = re.split(" (?=[a-z_.]+=)", arguments.format(new=tmp_path, talk=talk, prompts=prompts))
+    assert re.match(line, refused(*given, recipe=recipe))
+
+
+def test_a_run_says_what_it_trains_on(
+    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}") == 0
+    errors = capfd.readouterr().err
+    line = rf"training on data.path={corpus_file}: \d+ documents, [\d,]+ tokens; one document in 3 is held out"
+    assert re.search(f"^{line}$", errors, re.MULTILINE)
+
+
+def test_a_draft_step_without_targets_has_no_figure(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.jsonl"  # two tokens with the begin and end of a text: a target for step 1 only
+    text.write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefghijklmnopqrstuvwxyz"))
+    arguments = [f"data.path={text}", "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
+    assert run_main("+recipe=distill", *light, *arguments) == 0
+    assert re.search(r"acceptance 0\.\d{3}/-/-", capfd.readouterr().err)

@@ -1,0 +1,36 @@
+"""No long silence, and no remaining time that is not true."""
+
+import time
+
+import pytest
+
+from mtptrain.run import progress
+from mtptrain.run.progress import Progress, waiting
+
+
+def test_a_wait_says_what_it_waits_for_and_how_long_so_far(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
+    with waiting("loading"):
+        while capfd.readouterr().err.count("loading, for 0:00 so far\n") < 2:
+            time.sleep(0.001)
+    capfd.readouterr()
+    time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_short_wait_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with waiting("loading"):
+        pass
+    assert capfd.readouterr().err == ""
+
+
+def test_no_time_is_left_only_at_the_end(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with Progress("train", 3) as shown:
+        for step in (1, 2, 3):
+            shown.update(step, "loss 1.0", 10)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == ["0:01 left", "0:01 left", "0:00 left"]
