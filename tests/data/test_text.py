@@ -174,7 +174,7 @@ def test_a_folder_without_a_readable_file_is_refused(name: str, tmp_path: Path) 
     (tmp_path / name).mkdir()
     with pytest.raises(
         UserError,
-        match=r"data\.path=.*folder.*: the folder holds no file that ends in .txt, .jsonl, .json, .csv, .parq.*; g",
+        match=r"data\.path=.*folder.*: the folder holds no .txt, .jsonl, .json, .csv, .parquet file; give",
     ):
         texts_of(tmp_path / name)
 
