@@ -134,7 +134,7 @@ def test_too_many_prompts_are_refused_before_any_training(recipe: str, refused: 
         ("list.jsonl", b'["text"]\n', "line 1 is not a JSON object; write one object a line"),
         ("empty.txt", b"", "no document on the .* side; .*give more documents"),
         ("empty.jsonl", b"\n", "no document on the .* side; .*give more documents"),
-        ("table.csv", b"text\na\n", "a file must end in .txt, .jsonl, .parquet; convert or rename it"),
+        ("table.pdf", b"text\na\n", "a file must end in .txt, .jsonl, .json, .csv, .parquet, .*; convert or rename it"),
         ("table.parquet", b"PAR1", "datasets cannot load it .*check the file"),
     ],
 )
@@ -152,7 +152,9 @@ def test_text_that_cannot_be_read_is_named(
 def test_an_empty_folder_of_text_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "empty").mkdir()
     line = refused(f"data.path={tmp_path}/empty")
-    assert re.match(rf"data.path={tmp_path}/empty: the folder holds no .txt, .jsonl, .parquet file; give one", line)
+    assert re.match(
+        rf"data.path={tmp_path}/empty: the folder holds no .txt, .jsonl, .json, .csv, .parquet file; give", line
+    )
 
 
 def test_a_missing_column_is_answered_with_the_existing_ones(refused: Refused) -> None:

@@ -183,6 +183,8 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(schema.data.chat_template_kwargs, False)  # its keys are the user's
+    ConfigStore.instance().store(name="run_schema", node=schema)
     # Hydra writes multirun.yaml there, regardless of settings.
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or "outputs/sweep"), replace=True)

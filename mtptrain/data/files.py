@@ -48,17 +48,17 @@ def local_files(setting: str, path: Path, kinds: tuple[str, ...]) -> list[Path]:
     Raises:
         UserError: the file is of another kind, or the folder holds no such file.
     """
-    listed = f"{', '.join(kinds)}, or of one of these as .gz or .zst"
+    listed = ", ".join(kinds)
     if not path.is_dir():
         if not is_readable_kind(path, kinds):
-            raise UserError(f"{setting}: a file must end in {listed}; convert or rename it")
+            raise UserError(f"{setting}: a file must end in {listed}, perhaps with .gz or .zst; convert or rename it")
         return [path]
     files = sorted(file for file in path.rglob("*") if is_readable_kind(file, kinds) and file.is_file())
     shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if len(shown) < len(files):
         note(f"{setting}: {len(files) - len(shown)} hidden files (names with a leading dot) are not read")
     if not shown:
-        raise UserError(f"{setting}: the folder holds no file that ends in {listed}; give one that does")
+        raise UserError(f"{setting}: the folder holds no {listed} file; give one that does")
     return shown
 
 
@@ -185,7 +185,7 @@ def _decode(where: str, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason}); convert it") from None
+        raise UserError(f"{where} is not UTF-8 text ({error.reason}); convert it") from None
 
 
 def _as_row(where: str, value: Any, rule: str) -> Row:

@@ -76,16 +76,20 @@ def _message(where: str, source: Any) -> Message:
 
 
 def _content(where: str, message: Message) -> str | None:
-    """Return the content as text; it may be null or blank if the message says something else, or answers nobody."""
+    """Return the content as text; it may be blank beside calls or a thought, and in the messages of systems and tools.
+
+    It is None only beside calls, which some templates write only then.
+    """
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(where, one) for one in content)
-    says_more = "tool_calls" in message or any(message.get(key) for key in REASONING)
-    if content is None and says_more:
-        return None  # some templates write calls only if the content is null
-    if content is None and message["role"] == "tool":
+    if content is None and "tool_calls" in message:
+        return None
+    has_thought = any(message.get(key) for key in REASONING)
+    if content is None and (has_thought or message["role"] == "tool"):
         return ""
-    if isinstance(content, str) and (says_more or message["role"] not in ("user", "assistant")):
+    may_be_blank = "tool_calls" in message or has_thought or message["role"] not in ("user", "assistant")
+    if isinstance(content, str) and may_be_blank:
         return content
     return check_text(where, "messages", content)
 

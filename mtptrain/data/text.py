@@ -43,7 +43,8 @@ def _row_document(row: dict[str, Any], name: str, where: str, config: DataConfig
     content = read_content(where, row, config.field_name, config.format)
     if content.form is DataFormat.text:
         return Document(name, content.text)
-    note(f"data.path={config.path}: rows are read as {content.form.value} conversations; data.format sets another form")
+    form = content.form.value
+    note(f"data.path={config.path}: rows are read as conversations of the form {form}; data.format sets another")
     if not any(is_answer(one) for one in content.messages):
         roles = sorted({one["role"] for one in content.messages})
         raise UserError(f"{where}: has no message of role assistant to learn from; drop the row (roles: {roles})")

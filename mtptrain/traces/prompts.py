@@ -296,7 +296,7 @@ def _prompt_row(where: str, domain: str, row: Row) -> PromptRow:
     if form is None:
         raise UserError(f"{where}: `messages` must be a list that is not empty; see docs/prompts.md")
     if form is not DataFormat.messages:
-        note(f"{where.rpartition(': line ')[0]}: rows are read as {form.value} conversations")
+        note(f"{where.rpartition(': line ')[0]}: rows are read as conversations of the form {form.value}")
     content = read_conversation(where, row, "messages", form)
     return PromptRow(where, domain, "", _unanswered(where, content.messages), tools=content.tools)
 

@@ -39,7 +39,7 @@ def test_the_example_data_set_has_rows_of_every_form_on_both_sides(
     for split in Split:
         assert text_documents(EXAMPLES, split)
     noted = capsys.readouterr().err
-    assert all(f"rows are read as {form.value} conversations" in noted for form in FORMS)
+    assert all(f"rows are read as conversations of the form {form.value}" in noted for form in FORMS)
 
 
 def test_every_example_has_targets_and_tools_in_the_builtin_template(tmp_path: Path) -> None:

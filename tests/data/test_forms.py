@@ -107,6 +107,19 @@ def test_tools_are_read_in_every_spelling(tools: object, column: str) -> None:
     assert content_of({"messages": [USER, ANSWER], column: tools}).tools == [TOOL]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "reasoning_content": "so"},
+        {"role": "tool", "content": None},
+        {"role": "tool", "content": ""},
+        {"role": "system", "content": ""},
+    ],
+)
+def test_a_message_that_says_something_else_or_answers_nobody_may_be_blank(message: dict[str, Any]) -> None:
+    assert content_of({"messages": [message]}).messages == [{**message, "content": ""}]
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_no_tools_are_none(tools: object) -> None:
     assert content_of({"messages": [USER, ANSWER], "tools": tools}).tools == []

@@ -174,7 +174,7 @@ def test_a_folder_without_a_readable_file_is_refused(name: str, tmp_path: Path) 
     (tmp_path / name).mkdir()
     with pytest.raises(
         UserError,
-        match=r"data\.path=.*folder.*: the folder holds no file that ends in .txt, .jsonl, .json, .csv, .parq.*; g",
+        match=r"data\.path=.*folder.*: the folder holds no .txt, .jsonl, .json, .csv, .parquet file; give",
     ):
         texts_of(tmp_path / name)
 
@@ -277,7 +277,7 @@ def test_rows_of_several_forms_are_read_side_by_side(tmp_path: Path, capsys: pyt
     assert [document.messages for document in documents[1::3]] == [rows[1]["messages"]] * 2
     assert documents[1].messages == documents[2].messages
     noted = capsys.readouterr().err
-    assert noted.count("read as messages") == noted.count("read as sharegpt") == 1
+    assert noted.count("of the form messages") == noted.count("of the form sharegpt") == 1
 
 
 def test_a_conversation_without_an_answer_is_named(tmp_path: Path) -> None:
