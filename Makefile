@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test quality kernels lock clean
+.PHONY: run test quality kernels mutants lock clean
 
 # The locked pip comes first: it applies the lock also where a package is built from source (--build-constraint).
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need 
 
 test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+mutants: $(VENV)/installed-dev ## plant single faults and print the test, certificate or control that notices each
+	$(BIN)/python -m tests.mutants
 
 lock: ## choose the newest versions that pyproject.toml allows, and write them to constraints.txt
 	$(PYTHON) scripts/lock.py

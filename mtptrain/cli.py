@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from contextlib import closing
 from dataclasses import is_dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import mtptrain
 from mtptrain.config import RunConfig, register
-from mtptrain.errors import Preempted, UserError
+from mtptrain.config.given import Given, choose_source, given_settings
+from mtptrain.config.paths import expand_argument
+from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
+from mtptrain.config.unread import check_given
+from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
 
-RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
+if TYPE_CHECKING:
+    from mtptrain.recipes.session import Session
+
+VERSION_FLAG = "--version"
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
-USER_MISTAKE, PREEMPTED = 2, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def stop(message: str) -> NoReturn:
     """Print one line and end with the exit code of a user's mistake; if all ranks fail, only rank 0 prints."""
-    message += "".join(f"; {old} is now called {new}" for old, new in RENAMED.items() if old in message)
     distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
     if number == "0":
@@ -73,56 +75,79 @@ def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
         raise UserError("no recipe is chosen; add +recipe=distill (or another recipe that --help lists); see --help")
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
-        raise UserError(f"{unknown[0]}: there is no such setting; `--cfg job` lists all of them")
+        raise UserError(no_such_setting(unknown[0]))
     schema = OmegaConf.structured(RunConfig)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except UserError:
         raise
     except OmegaConfBaseException as error:
-        raise UserError(str(error)) from None
+        raise UserError(wrong_value(error)) from None
     assert isinstance(config, RunConfig)
     return config, settings
 
 
-def find_recipe(task: str) -> Any:
-    """Return the module of `mtptrain.recipes` that a task names; `mtptrain/recipes/__init__.py` lists its attributes.
-
-    Raises:
-        UserError: no module has this name.
-    """
-    name = f"mtptrain.recipes.{task}"
-    module = import_module(name) if task.isidentifier() and find_spec(name) else None
-    if not hasattr(module, "run"):
-        raise UserError(f"task={task}: there is no such program; leave it to +recipe=NAME, see --help")
-    return module
-
-
-def run_task(config: RunConfig, settings: dict[str, object], job_number: int | None) -> None:
-    """Open the run's folder and run the recipe's program."""
+def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_number: int | None) -> None:
+    """Check the settings, open the run's folder and run the recipe's program."""
+    from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
-    from mtptrain.run.folder import open_run_folder
+    from mtptrain.run.folder import FolderUse, open_run_folder
 
     recipe = find_recipe(config.task)
+    check_given(given, config, recipe.reads(config), lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
+    use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
-        session = Session(config, open_run_folder(config, settings, job_number))
+        session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
-            recipe.run(session)
+            session.folder.claim()
+            run_recipe(recipe, session)
         return
     from mtptrain.kernels.dispatch import requested
+    from mtptrain.recipes.lead import lead
     from mtptrain.run.distributed import join, leave, on_rank0
 
     try:
         requested()
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
-    join(config, is_shared=processes == "any")
-    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number)))
+    join(config, processes)
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
-        recipe.run(session)
+        on_rank0(session.folder.claim)
+        if processes == "led":
+            lead(session, lambda: run_recipe(recipe, session))
+        else:
+            run_recipe(recipe, session)
     leave()
+
+
+def run_recipe(recipe: Any, session: Session) -> None:
+    """Run a recipe's program; after a signal or on a full disk, say what is saved and how to go on.
+
+    Raises:
+        Preempted: a signal ended the run.
+        UserError: the user made a mistake, or the disk is full.
+    """
+    from mtptrain.run.preemption import Terminated, terminable
+
+    try:
+        with terminable():
+            recipe.run(session)
+    except Preempted as ending:
+        way_on = f"continue with resume=auto output_dir={session.folder.path}"
+        raise Preempted(f"{ending}; {way_on}", ending.is_by_user) from None
+    except KeyboardInterrupt as ending:
+        raise Preempted(session.folder.describe_rest(), not isinstance(ending, Terminated)) from None
+    except UserError:
+        raise
+    except Exception as error:
+        reason = disk_full_reason(error)
+        if reason is None:
+            raise
+        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
 def run_job(composed: DictConfig, errors: io.StringIO) -> None:
@@ -133,45 +158,29 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     hydra_config = HydraConfig.get()
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
+        given = given_settings()
+        choose_source(composed, given)
         config, settings = typed_config(composed)
-        run_task(config, settings, job_number)
+        run_task(config, settings, given, job_number)
     except UserError as error:
         stop(str(error))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mtptrain: preempted: {ending}; continue with resume=auto", file=sys.stderr)
-        raise SystemExit(PREEMPTED) from None
-    except KeyboardInterrupt:
-        print("mtptrain: interrupted; continue with the same output_dir and resume=auto", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        reason = disk_full_reason(error)
-        if reason is None:
-            raise
-        stop(f"output_dir: {reason} ({error}); free some room and continue with the same output_dir and resume=auto")
-
-
-def composition_message(text: str, cause: BaseException | None) -> str:
-    """Return Hydra's error about a configuration on one line, without hints about Hydra itself.
-
-    Args:
-        text: the lines that Hydra printed.
-        cause: the exception behind them.
-    """
-    if isinstance(cause, OverrideParseException):
-        return f"{cause.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
-    lines = [line.strip() for line in text.splitlines()]
-    if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be created
-        lines = [line for line in lines if re.match(r"\w+Error: ", line)][-1:]
-    dropped = re.compile(r"HYDRA_FULL_ERROR|^full_key|^object_type|^reference_type|^Config search path|provider=|^\|")
-    return "; ".join(line for line in lines if line and not dropped.search(line)) + "; see --help"
+            print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
+    except KeyboardInterrupt:  # before there is a folder
+        print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
     register_help()
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else argument for argument in sys.argv]
+    if VERSION_FLAG in sys.argv[1:]:  # Hydra would print its own version
+        print(f"mtptrain {mtptrain.__version__}")
+        return
+    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")

@@ -1,5 +1,10 @@
 """Exceptions that end a run in a known way: a mistake of the user, or preemption."""
 
+# Exit code of a recipe whose result is written and says that something is wrong: a fault of a head, or a certificate
+# that failed.
+# Exit codes. 75 is EX_TEMPFAIL of sysexits.h: try again later; 130 is that of a shell after SIGINT.
+USER_MISTAKE, CHECK_FAILED, PREEMPTED, INTERRUPTED = 2, 3, 75, 130
+
 
 class UserError(ValueError):
     """A wrong setting, file or value. The message names it, the rule that it breaks and the way out.
@@ -10,4 +15,13 @@ class UserError(ValueError):
 
 
 class Preempted(Exception):
-    """A signal preempted the run, and its state is saved."""
+    """A signal ended the run after its work was saved. The message is a sentence about the work on disk.
+
+    Args:
+        kept: the message.
+        is_by_user: whether the signal was Ctrl-C; otherwise a scheduler preempted the run.
+    """
+
+    def __init__(self, kept: str, is_by_user: bool = False) -> None:
+        super().__init__(kept)
+        self.is_by_user = is_by_user

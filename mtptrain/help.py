@@ -7,6 +7,7 @@ from importlib.resources import files
 from omegaconf import OmegaConf
 
 from mtptrain.config import LossName
+from mtptrain.config.typos import group_choices
 
 INDENT, NAME_WIDTH = "  ", 18
 
@@ -14,7 +15,7 @@ INDENT, NAME_WIDTH = "  ", 18
 def list_recipes() -> str:
     """Return a line for every recipe: its name and the first comment below `# @package` in conf/recipe/NAME.yaml."""
     lines = []
-    for name in _names("recipe"):
+    for name in group_choices("recipe"):
         text = files("mtptrain.conf").joinpath("recipe", f"{name}.yaml").read_text(encoding="utf-8")
         comments = (line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
         summary = next((line for line in comments if not line.startswith("@package")), "")
@@ -22,14 +23,8 @@ def list_recipes() -> str:
     return "\n".join(lines)
 
 
-def _names(group: str) -> list[str]:
-    """Return the names that a folder of conf/ offers, sorted."""
-    folder = files("mtptrain.conf").joinpath(group)
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
-
-
 def register_help() -> None:
     """Register the resolvers that the help text in conf/config.yaml uses."""
     OmegaConf.register_new_resolver("recipes", list_recipes, replace=True)
     OmegaConf.register_new_resolver("losses", lambda: "|".join(LossName), replace=True)
-    OmegaConf.register_new_resolver("options", lambda group: "|".join(_names(group)), replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: "|".join(group_choices(group)), replace=True)

@@ -13,6 +13,16 @@ from transformers.utils import logging as transformers_logging
 
 from mtptrain.backbone.build import build_model
 from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.config.reads import (
+    ALWAYS,
+    Settings,
+    of_backbone,
+    of_loss,
+    of_traces,
+    of_training,
+    of_training_text,
+    settings,
+)
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.text import heldout_documents, training_documents
@@ -22,11 +32,13 @@ from mtptrain.evaluation.backbone_card import HEAD_FILE, backbone_card
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
+from mtptrain.recipes.resume import resume
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.distributed import bound_threads, choose_device
 from mtptrain.run.storage import atomic_file, atomic_folder, write_text
-from mtptrain.training.checkpoint import BackboneIdentity, newest_checkpoint
+from mtptrain.training.checkpoint import BackboneIdentity
 from mtptrain.training.data_parallel import ReplicatedEngine
+from mtptrain.training.resume import result_settings
 from mtptrain.training.trainer import Trainer
 
 BOS_EOS = ([0], [1])  # begin and end of text, DeepSeek-V4's own ids
@@ -42,8 +54,10 @@ def train_backbone(session: Session) -> Path:
         with atomic_folder(tokenizer_folder) as temporary:
             save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
-    chat = open_chat_template(config.data.chat_template, tokenizer_folder, tokenizer, BOS_EOS[0])
-    corpus = tokenize_corpus(documents, Encoder(tokenizer, BOS_EOS, chat), session.cache)
+    chat = open_chat_template(config.data, tokenizer_folder, tokenizer, BOS_EOS[0])
+    corpus = tokenize_corpus(
+        documents, Encoder(tokenizer, BOS_EOS, chat, config.data.on_bad_row), session.cache, config.data.max_tokens
+    )
     run_folder.print_status(
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"
@@ -53,13 +67,11 @@ def train_backbone(session: Session) -> Path:
     length, size = config.data.sequence_length, config.train.batch_size
     batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
     checkpoints = run_folder.path / "checkpoints"
-    identity = BackboneIdentity("backbone", config.seed)
+    settings = result_settings(config, ["backbone.shape", "data", "train"], str(model.dtype).removeprefix("torch."))
+    identity = BackboneIdentity("backbone", corpus.digest(), settings)
     engine = ReplicatedEngine(model, config.train)
     trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, identity, "backbone")
-    checkpoint = newest_checkpoint(checkpoints, run_folder.print_status) if config.resume == "auto" else None
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        run_folder.print_status(f"continuing from step {trainer.step}")
+    resume(session, trainer)
     with run_folder.open_trackers() as trackers:
         log = run_folder.open_log(trackers, trainer.step)
         trainer.run(log)
@@ -94,6 +106,15 @@ def train_stock_head(session: Session, folder: Path) -> None:
     run_folder.print_status(f"held-out loss {nats:.4f} nats a token, {bits:.4f} bits a byte")
     figures = teacher_forced(backbone.model, stack, corpus, length, config.evaluation.heldout_sequences, 4)
     write_text(folder / "MODEL_CARD.md", backbone_card(run_folder, backbone, (nats, bits), figures))
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that training a backbone and its stock head read."""
+    used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
+    used |= settings("backbone.shape", "stock_head", "evaluation.every", "evaluation.heldout_sequences")
+    if config.evaluation.every > 0:  # while the stock head trains
+        used |= of_traces(config)
+    return used - {"backbone.path", "backbone.revision", "backbone.weights", "train.recompute"}
 
 
 def check(config: RunConfig) -> None:

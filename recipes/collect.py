@@ -6,15 +6,17 @@ python -m mtptrain +recipe=collect output_dir=streams
 
 from __future__ import annotations
 
-import hashlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
-from mtptrain.config import RunConfig, require
+from mtptrain.config import PARTITIONED_PLACEMENTS, RunConfig, require
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_training_text, settings
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import bytes_a_token
@@ -30,11 +32,18 @@ from mtptrain.hidden_cache.writer import (
 from mtptrain.recipes.session import Session, check_reads_documents
 from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
-from mtptrain.run.folder import RunFolder
+from mtptrain.run.folder import FolderUse, RunFolder
+from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 
+FOLDER = FolderUse.own
 PROCESSES = "any"
 TEXT_BYTES = 5  # int32 token id and one byte of loss mask
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a collection reads."""
+    return ALWAYS | of_backbone(config) | of_training_text(config) | settings("collect")
 
 
 def check(config: RunConfig) -> None:
@@ -75,8 +84,6 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
 def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
     """Return the identity of this run's cache."""
     config, backbone, chat = session.config, session.backbone, session.chat
-    text = hashlib.sha256(corpus.tokens.tobytes() + corpus.offsets.tobytes())
-    text.update(corpus.loss_mask.tobytes() if corpus.loss_mask is not None else b"")
     return StreamIdentity(
         backbone=backbone.fingerprint,
         stream=STREAM,
@@ -87,7 +94,7 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
         dtype=session.dtype_name,
         tokenizer=hash_tokenizer(backbone.tokenizer),
         chat_template=chat.sha256 if chat is not None and corpus.loss_mask is not None else None,
-        text=text.hexdigest(),
+        text=corpus.digest(),
         sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
         data=TextOrigin.of(config.data),
@@ -101,14 +108,20 @@ def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
         UserError: the folder holds another cache or other files, or a cache without `resume=auto`.
     """
     folder = run_folder.path
-    if is_begun(folder) and run_folder.config.resume != "auto":
+    is_resumed = run_folder.config.resume == "auto"
+    if is_resumed and not is_begun(folder):
+        run_folder.print_status(f"resume=auto: {folder} holds no shard to continue from; starting at the first")
+    if is_begun(folder) and not is_resumed:
         raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
-    run_folder.take()
     begin(STREAM_CACHE, "output_dir", folder, identity, making=None)
 
 
 def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
-    """Write the missing shards, divided among the processes."""
+    """Write the missing shards, divided among the processes.
+
+    Raises:
+        Preempted: a signal asked the run to stop; finished shards are kept.
+    """
     folder, length, model = session.folder.path, session.piece_length, session.backbone.model
     names = [shard_file(number) for number in range(len(shards))]
     written = on_rank0(lambda: set(find_parts(folder, names)))
@@ -118,16 +131,29 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     rank_shards = missing[rank() :: world_size()]
     forwards = sum(num_forwards(shards[number], length) for number in rank_shards)
     padding = max_over_processes(forwards) - forwards  # before the first forward, which is collective itself
-    with Progress("collect", len(rank_shards)) as progress:
+    # A shared backbone needs all processes at every forward, so none may stop by itself: a signal ends them all.
+    is_shared = session.config.backbone.placement in PARTITIONED_PLACEMENTS
+    stop = StopRequest("shard")
+    with Progress("collect", len(rank_shards)) as progress, nullcontext() if is_shared else stop:
         for done, number in enumerate(rank_shards, start=1):
             pieces = [piece for parts in shards[number] for piece in parts]
             streams_TND = piece_streams(model, corpus, pieces, length)
             write_shard(folder, number, shards[number], corpus, streams_TND, session.config.collect.format)
             progress.update(done, "shards", len(streams_TND))
+            if stop.is_made:
+                break
+    if not stop.is_made:
+        pad_forwards(model, padding)
+    if max_over_processes(int(stop.is_made)):  # a barrier, too: all shards are written
+        num_kept = on_rank0(lambda: len(find_parts(folder, names)))
+        raise stop.ending(f"{num_kept} of {len(names)} shards are kept")
+
+
+def pad_forwards(model: DeepseekV4ForCausalLM, count: int) -> None:
+    """Run forwards for nothing: every rank runs the same number, since a shared backbone needs all ranks."""
     token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-    for _ in range(padding):  # every rank runs the same number of forwards, since a shared backbone needs all
+    for _ in range(count):
         backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
-    max_over_processes(0)  # all shards are written
 
 
 def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
@@ -140,6 +166,8 @@ def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> Non
 def run(session: Session) -> None:
     """Plan the shards, check the disk, write the shards and then the manifest."""
     config, run_folder = session.config, session.folder
+    if not config.collect.plan_only:
+        on_rank0(run_folder.take)
     corpus = on_rank0(lambda: session.training_corpus)
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:

@@ -11,6 +11,7 @@ from string import ascii_uppercase
 from rich.console import Console
 
 from mtptrain.config import RunConfig, require
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.evaluation.compare import compare_heads, print_comparison
 from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
 from mtptrain.evaluation.heads import count_seen, describe_prompts
@@ -19,9 +20,19 @@ from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import find_checkpoint
+
+PROCESSES = "led"
+FOLDER = FolderUse.result
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a comparison reads."""
+    used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
+    return used | settings("checkpoints", "data.sequence_length", "evaluation.heldout_sequences")
 
 
 def check(config: RunConfig) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, DataSource, RunConfig, require
+from mtptrain.config import DataSource, Placement, RunConfig, require
+from mtptrain.config.reads import (
+    ALWAYS,
+    Settings,
+    of_backbone,
+    of_heldout_text,
+    of_loss,
+    of_traces,
+    of_training,
+    of_training_text,
+    settings,
+)
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.passages import Passages
 from mtptrain.data.recorded import RecordedBatches
@@ -20,26 +31,38 @@ from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
+from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
-from mtptrain.recipes.evaluate import evaluate_heads
+from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
+from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
+from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
-from mtptrain.run.distributed import leave, on_rank0, rank
+from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
-from mtptrain.training.checkpoint import BEST, HeadIdentity, checkpoint_folders, find_checkpoint, newest_checkpoint
+from mtptrain.traces.file import Trace
+from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
 
 PROCESSES = "any"
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that training a head and measuring it read."""
+    used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
+    used |= of_traces(config) | of_heldout_text(config) | settings("mtp", "evaluation", "evaluate_at_end")
+    is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
+    return used if is_probed else used - {"evaluation.every"}
 
 
 def check(config: RunConfig) -> None:
@@ -99,11 +122,19 @@ def passages_before(init: str) -> Passages:
     return known or Passages.none()
 
 
+def shared_traces(session: Session, count: int) -> list[Trace]:
+    """Return the traces of `gather_traces` on every process."""
+    if session.config.backbone.placement is not Placement.expert_parallel:
+        return gather_traces(session, count).traces
+    led = lead(session, lambda: gather_traces(session, count).traces)
+    return broadcast_object(led) or []
+
+
 def make_probe(session: Session, stack: MtpStack) -> Probe:
     """Return a probe that replays a small, fixed set of traces while the head trains."""
     config = session.config
     count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
-    traces = gather_traces(session, count).traces
+    traces = shared_traces(session, count)
     size = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may hold more
     traces = [traces[number * len(traces) // size] for number in range(size)]
 
@@ -123,35 +154,32 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     """Return the trainer of a head, restored from the newest checkpoint if the run is resumed."""
     config, backbone = session.config, session.training_backbone
     scheme = stored_scheme(backbone.shards) if config.mtp.quant_aware else None
+    batches = training_batches(session, stack)
+    data = batches.corpus.digest() if isinstance(batches, PackedBatches) else data_digest(session)
     identity = HeadIdentity(
         task=config.task,
         backbone=backbone.fingerprint,
         mode=config.mtp.mode,
         depth=config.mtp.depth,
         steps=config.mtp.num_steps,
-        trainable=config.mtp.trainable,
-        optimizer=config.train.optimizer,
         start=start,
         quant_aware=scheme,
+        data=data,
+        settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
-    batches = RecordedBatches(training_batches(session, stack), session.hasher, passages_before(config.mtp.init))
-    if is_measured(config) and not batches.is_stream:
-        say_seen_prompts(session, batches.passages())
+    recorded = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
+    if is_measured(config) and not recorded.is_stream:
+        say_seen_prompts(session, recorded.passages())
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
-    trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
-    checkpoint = (
-        on_rank0(lambda: newest_checkpoint(folder, session.folder.print_status)) if config.resume == "auto" else None
-    )
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        session.folder.print_status(f"continuing from step {trainer.step}")
+    trainer = Trainer(engine, objective, recorded, config.train, folder, identity, config.task, probe)
+    resume(session, trainer)
     return trainer
 
 
@@ -179,23 +207,47 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
 
 
 def run(session: Session) -> None:
-    """Train a head, then measure it beside the stock head."""
+    """Train a head, then measure it beside the stock head; the exit code is 3 if the certificate failed."""
+    is_due = is_measured(session.config)
     with session.folder.open_trackers() as trackers:
         stack = train(session, trackers)
-        is_rank0 = rank() == 0
-        leave()  # rank 0 measures alone
-        if is_rank0 and is_measured(session.config):
-            measure(session, stack, trackers)
+        evaluation = on_rank0(lambda: kept_evaluation(session)) if is_due else None
+        if session.config.backbone.placement is not Placement.expert_parallel:
+            is_rank0 = rank() == 0
+            leave()  # rank 0 measures alone
+            if not is_rank0:
+                return
+        if is_due and evaluation is None:
+            evaluation = lead(session, lambda: measure(session, stack, trackers))
+    if evaluation is not None:
+        require_certificate(evaluation)
+
+
+def kept_evaluation(session: Session) -> Evaluation | None:
+    """Return the evaluation of an earlier start if it measures the last checkpoint; None if there has to be one."""
+    path, print_status = session.folder.path / EVALUATION_FILE, session.folder.print_status
+    if not path.exists():
+        return None
+    last = checkpoint_folders(session.folder.path / "checkpoints")[-1]
+    if path.stat().st_mtime < (last / MANIFEST).stat().st_mtime:
+        print_status(f"{path} measures an earlier checkpoint and is replaced")
+    elif session.config.overwrite:
+        print_status(f"{path} is replaced")
+    else:
+        print_status(f"{path} measures this head already; overwrite=true measures it again")
+        return read_evaluation(path, "output_dir")
+    return None
 
 
 def is_measured(config: RunConfig) -> bool:
-    """Return whether the trained head is measured at the end; a backbone shared by processes cannot decode."""
-    return config.evaluate_at_end and config.backbone.placement not in PARTITIONED_PLACEMENTS
+    """Return whether the trained head is measured at the end; a backbone partitioned by ZeRO-3 does not decode."""
+    return config.evaluate_at_end and config.backbone.placement is not Placement.zero3
 
 
 def train(session: Session, trackers: Trackers) -> MtpStack:
     """Check the prompts, print the backbone's size, and train."""
     config = session.config
+    check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
         check_prompts(session)
     model = session.training_backbone.model
@@ -205,19 +257,22 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
         f"backbone {config.backbone.name}: {num_parameters / 1e6:.2f} M parameters, frozen{note}"
     )
     stack = train_head(session, trackers)
-    if config.backbone.placement in PARTITIONED_PLACEMENTS:
+    if config.evaluate_at_end and not is_measured(config):
         session.folder.print_status(
-            f"backbone.placement={config.backbone.placement.value}: decodes nothing; measure the head in a run of its "
-            f"own: python -m mtptrain +recipe=evaluate checkpoint={session.folder.path}"
+            "backbone.placement=zero3: gathers every layer for every token and does not decode; measure the head in a "
+            "run of its own, with backbone.placement=expert_parallel or in one process: "
+            f"+recipe=evaluate checkpoint={session.folder.path}"
         )
     return stack
 
 
-def measure(session: Session, stack: MtpStack, trackers: Trackers) -> None:
+def measure(session: Session, stack: MtpStack, trackers: Trackers) -> Evaluation:
     """Measure the trained head beside the stock head."""
     checkpoints = session.folder.path / "checkpoints"
     passages = find_checkpoint(checkpoints).passages()
     heads = [Head("trained", str(checkpoints), session.config.mtp.mode.value, stack, passages)]
     if session.config.evaluation.include_stock and has_stock(session.backbone):
         heads.insert(0, session.stock_head())
-    publish(trackers, session.folder, evaluate_heads(session, heads))
+    evaluation = evaluate_heads(session, heads)
+    publish(trackers, session.folder, evaluation)
+    return evaluation

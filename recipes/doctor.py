@@ -12,24 +12,29 @@ from rich.console import Console
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
-from mtptrain.certificate.controls import all_accept_control, shifted_target_control
+from mtptrain.certificate.controls import all_accept_control
+from mtptrain.certificate.shifted_target import shifted_target_control
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces
 from mtptrain.doctor.diagnosis import diagnose, measure_wirings
 from mtptrain.doctor.result import DOCTOR_SCHEMA, DoctorControls, DoctorResult, TensorFaults, WiringResult
 from mtptrain.doctor.summary import print_diagnosis
 from mtptrain.doctor.tensors import examine_tensors, expected_shapes
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, read_stock
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
 
-UNHEALTHY = 3  # exit code of a diagnosis that found a fault
+PROCESSES = "led"
+FOLDER = FolderUse.result
+HEAD = "head"  # name of the head under test
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +82,15 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
     traces = prepare_traces(session).traces
     model, draft_length = session.backbone.model, session.config.decoding.draft_length
     return measure_wirings(model, stack, traces, draft_length), DoctorControls(
-        shifted_target=shifted_target_control(model, stack, traces),
+        shifted_target=shifted_target_control(model, {HEAD: stack}, traces, draft_length)[HEAD],
         all_accept=all_accept_control(model, traces[0].prompt.tokens, draft_length),
     )
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a diagnosis reads; its drafts have one length and are greedy."""
+    used = ALWAYS | of_backbone(config) | of_traces(config) | {"checkpoint"}
+    return used - {"decoding.min_confidence"}
 
 
 def check(config: RunConfig) -> None:
@@ -118,4 +129,4 @@ def run(session: Session) -> None:
     print_diagnosis(result, Console())
     run_folder.print_status(f"wrote {run_folder.path / 'doctor.json'}")
     if not diagnosis.healthy:
-        raise SystemExit(UNHEALTHY)
+        raise SystemExit(CHECK_FAILED)

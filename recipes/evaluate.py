@@ -13,8 +13,9 @@ from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.decoding.policy import GREEDY
-from mtptrain.errors import UserError
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import compare_with_stock
@@ -40,10 +41,13 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import find_checkpoint
 
+PROCESSES = "led"
+FOLDER = FolderUse.result
 STEP_REPETITIONS = 20
 GREEDY_PROMPTS = 2  # decoded greedily for the certificate of a run that samples
 
@@ -170,6 +174,19 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     return evaluation
 
 
+def require_certificate(evaluation: Evaluation) -> None:
+    """End the run with exit code 3 if the certificate failed; call it once everything is written."""
+    if not evaluation.certificate.passed:
+        raise SystemExit(CHECK_FAILED)
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that an evaluation reads."""
+    used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
+    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking")
+    return used - {"evaluation.every", "tracking.checkpoints", "tracking.metrics_file"}
+
+
 def check(config: RunConfig) -> None:
     """Refuse an evaluation without a head."""
     if config.checkpoint is None:
@@ -177,7 +194,10 @@ def check(config: RunConfig) -> None:
 
 
 def run(session: Session) -> None:
-    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself."""
+    """Measure `checkpoint`, beside the stock head unless `checkpoint` is the stock head itself.
+
+    The exit code is 3 if the certificate failed.
+    """
     setting = str(session.config.checkpoint)
     checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
     check_prompts(session)
@@ -187,4 +207,6 @@ def run(session: Session) -> None:
     if checkpoint is not None:
         heads.append(session.trained_head(checkpoint))
     with session.folder.open_trackers() as trackers:
-        publish(trackers, session.folder, evaluate_heads(session, heads))
+        evaluation = evaluate_heads(session, heads)
+        publish(trackers, session.folder, evaluation)
+    require_certificate(evaluation)

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import DeepseekV4Config
 
 import mtptrain
 from mtptrain.backbone.load import Backbone
-from mtptrain.config import ExportForm, ExportScheme, RunConfig, require
+from mtptrain.config import ExportForm, ExportScheme, PlanConfig, RunConfig, require
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces, settings
 from mtptrain.errors import UserError
+from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
-from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.export.card import EXPORT, Export, model_card, training_provenance
+from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
+from mtptrain.export.card import EXPORT, Export, Measured, model_card, serving_notes, verdict
+from mtptrain.export.command import serve_command
+from mtptrain.export.draft_length import (
+    PlannedLength,
+    choose_draft_length,
+    fastest_measured,
+    fastest_planned,
+    own_warnings,
+    shown_lengths,
+)
 from mtptrain.export.folder import (
     bytes_needed,
     check_room,
@@ -26,27 +38,44 @@ from mtptrain.export.folder import (
     write_draft,
     write_full,
 )
+from mtptrain.export.origin import find_origin, hub_id, own_evaluation
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
-from mtptrain.export.servers import check_target, warnings
+from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
-from mtptrain.release.config import stored_scheme
+from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
+from mtptrain.run.folder import FolderUse
+from mtptrain.run.hub import check_upload, upload_folder
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
 
+PROCESSES = "led"
+FOLDER = FolderUse.whole
+PUSH = "export.push_to_hub"
 
-def export_scheme(config: RunConfig, backbone: Backbone) -> Scheme:
-    """Return the encoding of the exported head: bf16, or the backbone's."""
-    backbone_scheme: Scheme = stored_scheme(backbone.shards)
+
+def export_scheme(config: RunConfig, shards: Shards) -> Scheme:
+    """Return the encoding of the exported head: bf16, or that of the backbone with these shards."""
+    backbone_scheme: Scheme = stored_scheme(shards)
     return backbone_scheme if config.export.scheme is ExportScheme.target else "bf16"
+
+
+def check_loads(session: Session, checkpoint: Checkpoint) -> None:
+    """Refuse an export that the target cannot load, before the backbone's weights are read."""
+    config, folder = session.config, session.source.folder
+    assert config.target is not None
+    if isinstance(checkpoint.identity, HeadIdentity):  # otherwise loading the head says what the checkpoint holds
+        shards = Shards(folder, f"backbone.path={folder}")
+        scheme = export_scheme(config, shards)
+        check_target(config.target, config.export.form, scheme, checkpoint.identity.depth, shards)
 
 
 def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
@@ -57,38 +86,72 @@ def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
         )
 
 
-def acceptance(session: Session, stack: MtpStack, traces: list[Trace]) -> dict[str, float]:
-    """Return the acceptance length of a head by draft length."""
-    passes = replay_head(session, stack, traces)
-    return {str(k): acceptance_length(passes[k]) for k in passes}
+def replay_stock(session: Session, traces: list[Trace]) -> CountsByLength | None:
+    """Return the counts of the head that came with the model; None if it has none, or one that cannot run."""
+    if not has_stock(session.backbone):
+        return None
+    try:
+        return replay_head(session, session.stock_head().stack, traces)
+    except UserError as error:
+        session.folder.print_status(f"no comparison with the model's own head: {error}")
+        return None
 
 
 def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
     """Return the head as a server reads it from an exported folder."""
-    state = from_release(written.only(HEAD_PREFIX), backbone.config, backbone.model.lm_head.weight.dtype)
+    config = DeepseekV4Config.from_pretrained(written.folder)  # says no more that the model came with DSpark blocks
+    state = from_release(written.only(HEAD_PREFIX), config, backbone.model.lm_head.weight.dtype)
     depth = len({name.split(".")[1] for name in state})
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 
 
-def check_drop(config: RunConfig, figures: dict[str, Any]) -> None:
+def measure(
+    session: Session, traces: list[Trace], before: CountsByLength, after: CountsByLength, stock: CountsByLength | None
+) -> Measured:
+    """Return the acceptance of a head before and after it was stored, and its gain over the stock head."""
+    groups, policy = [trace.prompt.group for trace in traces], session.policy
+    drawn = "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+    return Measured(
+        prompts=len(traces),
+        policy=drawn,
+        before={k: acceptance_length(before[k]) for k in before},
+        after={k: acceptance_length(after[k]) for k in after},
+        positions=by_position(after[max(after)]).conditional,
+        gain=None if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after},
+    )
+
+
+def check_drop(config: RunConfig, measured: Measured) -> None:
     """Refuse an encoding that costs more acceptance than `export.max_drop`."""
-    for k, before in figures["before"].items():
-        drop = before - figures["after"][k]
+    for k, before in measured.before.items():
+        drop = before - measured.after[k]
         if drop > config.export.max_drop:
             raise UserError(
                 f"export.max_drop={config.export.max_drop}: storing the head costs {drop:.3f} tokens a pass at K={k} "
-                f"({before:.3f} to {figures['after'][k]:.3f}); train with mtp.quant_aware=true, or allow more. Nothing "
+                f"({before:.3f} to {measured.after[k]:.3f}); train with mtp.quant_aware=true, or allow more. Nothing "
                 "was written"
             )
 
 
+def plan_length(config: RunConfig, backbone: Backbone, measured: Measured) -> PlannedLength | None:
+    """Return the fastest K of a plan; None if `backbone=` does not state the sizes of this model."""
+    shape, model = config.backbone.shape, backbone.config
+    stated = (shape.hidden_size, len(shape.layer_types), shape.num_experts, shape.vocab_size)
+    actual = (model.hidden_size, model.num_hidden_layers, model.n_routed_experts, model.vocab_size)
+    if config.hardware is None or stated != actual:
+        return None
+    return fastest_planned(shape, config.hardware, config.plan or PlanConfig(), measured.positions)
+
+
 def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
     """Write all files of the export except the card and the seal."""
-    head = to_release(checkpoint.tensors(), backbone.config, scheme)
+    head = to_release(checkpoint.tensors(), backbone.config, scheme, scale_dtype=stored_scales(backbone.shards))
     trained = checkpoint.head_identity(backbone.fingerprint)
     facts = {"version": mtptrain.__version__, "mode": trained.mode.value, "steps": trained.steps, "scheme": scheme}
+    server = SERVERS.get(config.target) if config.target else None
+    facts |= {"checked": f"{server.name} {server.checked}"} if server else {}
     if config.export.form is ExportForm.draft:
-        write_draft(backbone.shards, head, folder)
+        write_draft(backbone.shards, head, folder, config.export.embeddings)
     else:
         layout, head_bytes = plan_layout(backbone.shards), sum(tensor.nbytes for tensor in head.values())
         check_room(folder, bytes_needed(backbone.shards, layout, head_bytes, config.export.shards))
@@ -126,54 +189,82 @@ def check_folder(
     return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
 
 
-def build(session: Session, checkpoint: Checkpoint, head: Head, temporary: Path) -> Export:
-    """Write the folder, read it back, replay its head, and write its card."""
+def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str], temporary: Path) -> Export:
+    """Write the folder, read it back, replay its head, and write its card.
+
+    Args:
+        session: of the run.
+        checkpoint: the trained head on disk.
+        head: the trained head.
+        warned: warnings known so far.
+        temporary: the folder until it is complete.
+    """
     config, run_folder, backbone = session.config, session.folder, session.backbone
-    scheme, identity = export_scheme(config, backbone), checkpoint.head_identity(backbone.fingerprint)
+    scheme, identity = export_scheme(config, backbone.shards), checkpoint.head_identity(backbone.fingerprint)
     assert config.target is not None
     traces = gather_traces(session, config.evaluation.num_prompts).traces
-    before = acceptance(session, head.stack, traces)
+    before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={run_folder.path}")
     checks = check_folder(config, backbone, checkpoint, scheme, written)
-    after = acceptance(session, reload_head(backbone, written), traces)
+    measured = measure(session, traces, before, replay_head(session, reload_head(backbone, written), traces), stock)
+    check_drop(config, measured)
+    evaluation, planned = own_evaluation(checkpoint), plan_length(config, backbone, measured)
+    fastest = fastest_measured(evaluation)
     export = Export(
         target=config.target,
         form=config.export.form,
         scheme=scheme,
         checkpoint=f"{checkpoint.folder} (step {checkpoint.step})",
-        acceptance={"before": before, "after": after, "prompts": len(traces)},
-        warnings=warnings(config.target, run_folder.path, identity.depth),
-        training=training_provenance(checkpoint),
+        acceptance=measured,
+        draft_length=choose_draft_length(config.target, identity.depth, identity.steps, fastest, planned),
+        head_files=sorted({written.entries[name].file for name in written.only(HEAD_PREFIX)}),
+        warnings=[*warned, *own_warnings(evaluation), *warnings(config.target, backbone.shards, identity.depth)],
+        origin=find_origin(checkpoint, backbone.folder, config.backbone.path),
         provenance=run_folder.provenance,
         **checks,
     )
-    check_drop(config, export.acceptance)
-    write_text(temporary / "README.md", model_card(identity, export, run_folder.path, backbone.folder))
+    write_text(temporary / "README.md", model_card(identity, export, *addresses(session)))
     files = [path for path in sorted(temporary.iterdir()) if not path.is_symlink() and path.stat().st_nlink == 1]
     seal(EXPORT, temporary, identity, export, [path.name for path in files])  # a link's bytes are the source's
     return export
 
 
-def summary(export: Export, folder: Path) -> list[str]:
-    """Return the lines that the command prints."""
-    changed, total = export.changed
-    pairs = (
-        f"K={k} {before:.3f} -> {export.acceptance['after'][k]:.3f}"
-        for k, before in export.acceptance["before"].items()
-    )
+def addresses(session: Session) -> tuple[Path, Path]:
+    """Return the export and its model as a serving command names them: on the hub if that is where they are."""
+    config, folder = session.config, session.folder.path
+    name = hub_id(session.backbone.folder, config.backbone.path)
+    pushed = Path(config.export.push_to_hub) if config.export.push_to_hub else None
+    return pushed or folder, Path(name) if name and pushed else session.backbone.folder
+
+
+def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path]) -> list[str]:
+    """Return the lines that the command prints; the last ones are how to serve the folder, as `addresses` names it."""
+    (changed, total), measured, best = export.changed, export.acceptance, export.draft_length
+    shown = shown_lengths(export.target, depth, list(measured.before))
+    pairs = (f"K={k} {measured.before[k]:.3f} -> {measured.after[k]:.3f}" for k in shown)
     return [
         f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
         f"unchanged: {export.untouched} tensors of the model, by SHA-256",
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
-        f"acceptance length before and after, {export.acceptance['prompts']} prompts: {', '.join(pairs)}",
+        f"acceptance length before and after, {measured.prompts} prompts: {', '.join(pairs)}",
+        verdict(measured, best.served),
         *(f"warning: {line}" for line in export.warnings),
+        *serving_notes(export.target),
+        f"serve at K={best.served} ({best.reason}):",
+        serve_command(export.target, export.form, *served, best.served),
     ]
 
 
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that an export reads."""
+    used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
+    return used - {"export.shards"} if config.export.form is ExportForm.draft else used
+
+
 def check(config: RunConfig) -> None:
-    """Refuse an export without a trained head or a target."""
-    require(config.target is not None, "target", None, "export needs target=vllm, target=sglang or target=hf")
+    """Refuse an export without a trained head or a target, or to a path that the target misreads."""
+    require(config.target is not None, "target", None, "export needs target=vllm, sglang, llama_cpp or hf")
     if config.checkpoint in (None, "stock"):
         raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
 
@@ -183,20 +274,25 @@ def run(session: Session) -> None:
     config, run_folder = session.config, session.folder
     assert config.target is not None
     checkpoint = find_checkpoint(Path(str(config.checkpoint)))
-    folder = run_folder.require_empty()
+    folder = run_folder.path
+    warned = check_path(config.target, folder, config.export.force)
+    if config.export.push_to_hub:
+        check_upload(config.export.push_to_hub, PUSH)
+    check_loads(session, checkpoint)
     check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
-    scheme, backbone_scheme = export_scheme(config, backbone), stored_scheme(backbone.shards)
-    check_target(config.target, config.export.form, scheme, head.stack.depth, backbone.shards, backbone_scheme)
     check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
         with run_folder.write_whole() as temporary:
-            export = build(session, checkpoint, head, temporary)
+            export = build(session, checkpoint, head, [warned] if warned else [], temporary)
     except Exception as error:  # on a full disk each library raises its own error
         reason = disk_full_reason(error)
         if reason is None:
             raise
         raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error
-    for line in summary(export, folder):
+    for line in summary(export, head.stack.depth, folder, addresses(session)):
         run_folder.print_status(line)
+    if config.export.push_to_hub:
+        page = upload_folder(folder, config.export.push_to_hub, PUSH)
+        run_folder.print_status(f"uploaded to {page}, private if it is new")

@@ -12,12 +12,24 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import SHIPPED, load_backbone
+from mtptrain.config import RunConfig
+from mtptrain.config.reads import ALWAYS, Settings, settings
 from mtptrain.export.folder import copy_companions, write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.mtp.stack import fresh_stack, num_modules
 from mtptrain.mtp.start import stock_tensors
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
+
+FOLDER = FolderUse.whole
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a miniature reads: of a random one its shape and seed, otherwise its backbone."""
+    if config.release.random:
+        return ALWAYS | settings("backbone.shape", "release", "seed")
+    return ALWAYS | settings("backbone.name", "backbone.path", "backbone.revision", "backbone.placement", "release")
 
 
 def run(session: Session) -> None:

@@ -11,15 +11,17 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING
+from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, Placement
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.results import Limits
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.recipes.lead import lead
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prompt_row_conversations
 from mtptrain.run.artifact import begin, find_parts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
+from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import TraceSet
@@ -99,7 +101,11 @@ def text_folder(session: Session, identity: TextIdentity) -> Path:
 def write_texts(
     session: Session, head: MtpStack | None, prompts: PromptSet, folder: Path, identity: TextIdentity
 ) -> None:
-    """Write the missing batches, divided among the processes, and then the manifest."""
+    """Write the missing batches, divided among the processes, and then the manifest.
+
+    Raises:
+        Preempted: a signal asked the run to stop; finished batches are kept.
+    """
     config, settings = session.config, session.config.on_policy
 
     def open_folder() -> TextMaking:
@@ -114,13 +120,17 @@ def write_texts(
     names = [text_file(number) for number in range(len(starts))]
     written = on_rank0(lambda: set(find_parts(folder, names)))
     rank_batches = [number for number, name in enumerate(names) if name not in written][rank() :: world_size()]
-    with Progress("on-policy", len(rank_batches)) as progress:
+    with Progress("on-policy", len(rank_batches)) as progress, StopRequest("batch of texts") as stop:
         for done, number in enumerate(rank_batches, start=1):
             conversations = prompts.conversations[starts[number] : starts[number] + making.batch_size]
             held = record_conversations(conversations, prompts.chat, record, answer, prompts.room)
             write_batch(folder, number, TraceSet(describe_batch(identity, making, prompts, held.dropped), held.traces))
             progress.update(done, "batches", sum(len(trace.tokens) for trace in held.traces))
-    max_over_processes(0)  # a barrier: all batches are written
+            if stop.is_made:
+                break
+    if max_over_processes(int(stop.is_made)):  # a barrier, too: all batches are written
+        num_kept = on_rank0(lambda: len(find_parts(folder, names)))
+        raise stop.ending(f"{num_kept} of {len(names)} batches of texts are kept in {folder}")
 
     def close_folder() -> None:
         finish_texts(folder, identity, making, names, prompts.too_long)
@@ -147,11 +157,14 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
         if not session.can_decode:
             raise UserError(
                 f"backbone.placement={config.backbone.placement.value}: decodes nothing, and {folder} holds no texts "
-                "yet; make them first in a run with backbone.placement=replicate and the same on_policy.path"
+                "yet; make them first in a run with backbone.placement=expert_parallel and the same on_policy.path"
             )
         run_folder.print_status(f"continuing {len(prompts.conversations)} prompts with the backbone, into {folder}")
         head = None if config.mtp.init in ("fresh", "backbone") else stack
-        write_texts(session, head, prompts, folder, identity)
+        if config.backbone.placement is Placement.expert_parallel:
+            lead(session, lambda: write_texts(session, head, prompts, folder, identity))
+        else:
+            write_texts(session, head, prompts, folder, identity)
     texts = open_texts(folder, identity)
     assert texts is not None
     counts, making = texts.content.counts, texts.content.making

@@ -11,15 +11,16 @@ from pathlib import Path
 from rich.console import Console
 
 from mtptrain.config import (
-    SPREAD_PLACEMENTS,
     DataSource,
     EngineName,
+    Placement,
     PlanConfig,
     PlanKind,
     Precision,
     RunConfig,
     WeightFormat,
 )
+from mtptrain.config.reads import ALWAYS, Settings, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.planning.decoding import plan_decoding
@@ -28,10 +29,41 @@ from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.provenance import Provenance
 
+FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
+# The settings of `training_load`.
+TRAINING_LOAD = (
+    "engine",
+    "offload",
+    "precision",
+    "backbone.placement",
+    "data.source",
+    "data.sequence_length",
+    "mtp.depth",
+    "mtp.steps",
+    "mtp.trainable",
+    "train.accumulation",
+    "train.batch_size",
+    "train.optimizer",
+    "train.recompute",
+    "train.steps",
+)
 STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, EngineName.zero3: 3}
+
+
+def reads(config: RunConfig) -> Settings:
+    """Return the settings that a plan reads: of training, also those of the training."""
+    used = ALWAYS | settings("model", "hardware", "plan")
+    used -= settings("model.path", "model.revision", "model.placement", "model.weights")
+    used -= settings("model.shape.max_positions", "model.shape.num_hash_layers", "model.shape.sinkhorn_iterations")
+    plan = config.plan
+    if plan is not None and plan.what is PlanKind.training:
+        used -= {"plan.acceptance", "plan.evaluation", "plan.head", "model.shape.rope_head_dim"}
+        return used | settings(*TRAINING_LOAD)
+    return used - {"plan.head" if plan is None or plan.evaluation is None else "plan.acceptance"}
 
 
 def read_profile(plan: PlanConfig) -> Profile:
@@ -72,7 +104,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
             f"mtp.trainable={config.mtp.trainable}: a plan knows the sizes of parts but no tensor names; set all or "
             "no_experts, whichever is closer"
         )
-    if config.backbone.placement in SPREAD_PLACEMENTS:
+    if config.backbone.placement is Placement.auto:
         raise UserError(
             f"backbone.placement={config.backbone.placement.value}: spreads one process over several GPUs, and a plan "
             "has one process per GPU; set replicate, zero3 or expert_parallel"

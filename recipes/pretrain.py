@@ -7,6 +7,6 @@ The program is that of `distill`; `loss.divergence`, by default cross-entropy, m
 
 from __future__ import annotations
 
-from mtptrain.recipes.distill import PROCESSES, run
+from mtptrain.recipes.distill import PROCESSES, reads, run
 
-__all__ = ["PROCESSES", "run"]
+__all__ = ["PROCESSES", "reads", "run"]

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, DataConfig, DataSource, RunConfig, require
+from mtptrain.config import DataConfig, DataSource, Placement, RunConfig, require
 from mtptrain.errors import UserError
+from mtptrain.recipes import find_recipe
 from mtptrain.run.folder import RunFolder
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
@@ -77,16 +78,15 @@ class Session:
 
     def _check_window(self, source: BackboneSource) -> None:
         window = source.config.sliding_window
+        config, read = self.config, find_recipe(self.config.task).reads(self.config)
         lengths = {
-            "mtp.steps": self.config.mtp.num_steps,
-            "decoding.draft_length": self.config.decoding.draft_length,
-            "on_policy.draft_length": self.config.on_policy.draft_length,
+            "mtp.steps": config.mtp.num_steps,
+            "decoding.draft_length": config.decoding.draft_length,
+            "on_policy.draft_length": config.on_policy.draft_length,
         }
-        name, longest = max(lengths.items(), key=lambda item: item[1])
-        if longest >= window:
-            raise UserError(
-                f"{name}={longest}: a draft must be shorter than the backbone's sliding window of {window} tokens"
-            )
+        for name in lengths.keys() & read:
+            rule = f"a draft must be shorter than the backbone's sliding window of {window} tokens"
+            require(lengths[name] < window, name, lengths[name], rule)
 
     @cached_property
     def chat(self) -> ChatTemplate | None:
@@ -94,7 +94,7 @@ class Session:
         from mtptrain.data.chat import open_chat_template
 
         source = self.source
-        return open_chat_template(self.config.data.chat_template, source.folder, source.tokenizer, source.bos_eos[0])
+        return open_chat_template(self.config.data, source.folder, source.tokenizer, source.bos_eos[0])
 
     @cached_property
     def hasher(self) -> PassageHasher:
@@ -108,7 +108,7 @@ class Session:
         """The encoder from documents to the backbone's tokens."""
         from mtptrain.data.tokens import Encoder
 
-        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat)
+        return Encoder(self.source.tokenizer, self.source.bos_eos, self.chat, self.config.data.on_bad_row)
 
     @property
     def cache(self) -> Path:
@@ -123,7 +123,8 @@ class Session:
         from mtptrain.data.text import training_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(training_documents(self.config.data), self.encoder, self.cache)
+        data = self.config.data
+        return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -131,7 +132,8 @@ class Session:
         from mtptrain.data.text import heldout_documents
         from mtptrain.data.tokens import tokenize_corpus
 
-        return tokenize_corpus(heldout_documents(self.document_settings), self.encoder, self.cache)
+        data = self.document_settings
+        return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
 
     @property
     def document_settings(self) -> DataConfig:
@@ -223,11 +225,13 @@ class Session:
 
     def _load(self, has_layers: bool) -> Backbone:
         from mtptrain.backbone.load import load_backbone
-        from mtptrain.run.distributed import choose_device, choose_dtype
+        from mtptrain.run.distributed import LOAD, choose_device, choose_dtype, joining_others
 
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
-        return load_backbone(self.config.backbone, device, dtype, has_layers, self.source)
+        source = self.source
+        with joining_others(LOAD):
+            return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
     def fingerprint(self) -> str:
@@ -243,9 +247,9 @@ class Session:
 
     @property
     def can_decode(self) -> bool:
-        """Whether this process holds every layer of the backbone during training."""
-        is_shared = self.config.backbone.placement in PARTITIONED_PLACEMENTS
-        return not is_shared and self.config.data.source is not DataSource.streams
+        """Whether the backbone decodes during training."""
+        is_streams = self.config.data.source is DataSource.streams
+        return not is_streams and self.config.backbone.placement is not Placement.zero3
 
     def head(self, setting: str) -> Head:
         """Return the head that a setting names: `stock`, or the path of a checkpoint.

@@ -6,8 +6,8 @@
 #   scripts/launch_torchrun.sh --local-nodes 2 --nproc-per-node 1 +recipe=distill ...
 #
 # Arguments before the first setting (NAME=VALUE or +NAME=VALUE) go to torchrun, except --local-nodes N, which starts N
-# agents that meet on 127.0.0.1. SIGTERM and SIGUSR1 reach every process of this machine: they save, and this
-# script ends with code 75.
+# agents that meet on 127.0.0.1. After SIGTERM, SIGUSR1 or Ctrl-C every process of this machine saves, and this script
+# ends with code 75, after Ctrl-C with 130; a second Ctrl-C ends everything at once.
 set -euo pipefail
 
 # shellcheck source=scripts/split_arguments.sh
@@ -29,6 +29,11 @@ elif [[ " ${options[*]} " == *" --nnodes"* ]]; then
     rendezvous=(--rdzv-backend c10d)
 fi
 
+# Without SIGINT: torchrun would give its workers 30 seconds after Ctrl-C. Bash lets its background jobs ignore it.
+if [[ " ${options[*]} " != *" --signals"[-_]"to"[-_]"handle"* ]]; then
+    rendezvous+=(--signals-to-handle "SIGTERM,SIGHUP,SIGQUIT")
+fi
+
 agents=()
 for ((node = 0; node < local_nodes; node++)); do
     "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${options[@]}" -m mtptrain "${settings[@]}" &
@@ -37,13 +42,22 @@ done
 
 leaving=
 # shellcheck disable=SC2329 # the trap calls it
-leave() {
-    leaving=yes
+leave() { # SIGNAL
+    if [[ $1 == INT && -n $leaving ]]; then
+        for agent in "${agents[@]}"; do
+            pkill -KILL -P "$agent" || true
+        done
+        exit 130
+    elif [[ $1 == INT ]]; then
+        echo "launch_torchrun: the run ends after this step, which is saved; Ctrl-C again ends it at once" >&2
+    fi
+    leaving=$1
     for agent in "${agents[@]}"; do
         pkill -USR1 -P "$agent" || true # its workers; a signal to torchrun would give them no time to save
     done
 }
-trap leave TERM USR1
+trap 'leave TERM' TERM USR1
+trap 'leave INT' INT
 trap 'kill "${agents[@]}" 2> /dev/null || true' EXIT
 
 failed=0 statuses=()
@@ -55,7 +69,9 @@ for agent in "${agents[@]}"; do
     statuses+=("$status")
     ((failed)) || failed=$status
 done
-if ((failed)) && [[ -n $leaving ]]; then
+if ((failed)) && [[ $leaving == INT ]]; then
+    exit 130
+elif ((failed)) && [[ -n $leaving ]]; then
     exit 75
 elif ((failed)); then
     echo "launch_torchrun: a node failed and the job is over (node by node, exit status ${statuses[*]}; 137 is a kill);" \

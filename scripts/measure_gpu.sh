@@ -66,9 +66,12 @@ stage() { # NAME COMMAND...
     fi
     echo "== $name took $((SECONDS - begun)) s"
 }
-train() { # NAME SETTING...
-    "$PYTHON" -m mtptrain "${@:2}" "device=$device" "data.packages=[]" "data.sequence_length=$length" resume=auto \
+run() { # NAME SETTING...
+    "$PYTHON" -m mtptrain "${@:2}" "device=$device" "data.packages=[]" "data.sequence_length=$length" \
         "output_dir=$folder/$1"
+}
+train() { # NAME SETTING...
+    run "$@" resume=auto
 }
 last_line() { # of a stage's log, its JSON
     [[ -e $folder/$1.done ]] && tail -n 1 "$folder/$1.log" > "$folder/$1.json"
@@ -89,8 +92,9 @@ for kernels in triton reference; do
     export MTPTRAIN_KERNELS=$kernels
     stage "distill_$kernels" train "distill_$kernels" +recipe=distill "${trained[@]}" "train.steps=$distill_steps" \
         "train.batch_size=$distill_batch" train.log_every=1 evaluation.every=0 evaluate_at_end=false
-    stage "evaluate_$kernels" train "evaluate_$kernels" +recipe=evaluate "${trained[@]}" "evaluation.batch_sizes=[1]" \
-        "checkpoint=$folder/distill_$kernels" evaluation.include_stock=false "${measured[@]}"
+    stage "evaluate_$kernels" run "evaluate_$kernels" +recipe=evaluate overwrite=true "${trained[@]}" \
+        "evaluation.batch_sizes=[1]" "checkpoint=$folder/distill_$kernels" evaluation.include_stock=false \
+        "${measured[@]}"
 done
 unset MTPTRAIN_KERNELS
 stage engine "$PYTHON" scripts/benchmark_engine.py --device "$device" --batches "$batches" \

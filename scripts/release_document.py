@@ -37,7 +37,7 @@ def document() -> str:
         "One line for each tensor: its name and storage in a DeepSeek-V4 release, and its name in a checkpoint of this"
         " package. FP8 is e4m3 with one UE8M0 scale for 128 x 128 values; packed FP4 is e2m1, two columns to a byte,"
         " with the even one in the low nibble and one UE8M0 scale for 32 columns of a row. Releases named -Base store"
-        " the experts as FP8 too.\n"
+        " the experts as FP8 too, and every scale as float32, a power of two.\n"
     )
     flash, pro = (table_markdown(preset_config(name)) for name in ("v4_flash", "v4_pro"))
     return f"{head}\n## DeepSeek-V4-Flash\n\n{flash}\n## DeepSeek-V4-Pro\n\n{pro}"

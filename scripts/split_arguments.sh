@@ -15,7 +15,9 @@ while (($#)) && [[ $1 != +*=* && ($1 == -* || $1 != *=*) ]]; do
     shift
 done
 settings=("$@")
-# Continue an interrupted run.
-if [[ " ${settings[*]} " != *" resume="* && " ${settings[*]} " == *" output_dir="* ]]; then
+# Continue an interrupted training or collection; a result is never continued.
+results=' \+recipe=(compare|doctor|evaluate|export|mini_release|plan|report) '
+words=" ${settings[*]} "
+if [[ $words == *" output_dir="* && $words != *" resume="* && ! $words =~ $results ]]; then
     settings+=(resume=auto)
 fi

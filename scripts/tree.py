@@ -12,10 +12,11 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "mtptrain"
-COUNTED = {".py", ".sh", ".sbatch", ".yaml", ".md", ".html", ".css"}
+COUNTED = {".py", ".sh", ".sbatch", ".yaml", ".md", ".html", ".css", ".jsonl"}
 CONTENTS = {
     "conf/": "values only; a recipe's file picks its program by `task`",
     "docs/": "explanations that need more room than a docstring",
+    "examples/": "a small chat data set with rows of every form",
     "kernels/": "compute ops, a folder each: definition, PyTorch, Triton",
     "mtptrain/": "command line, help, errors, `Batch`",
     "mtptrain/backbone/": "the frozen DeepSeek-V4: loading, residual streams, rewindable cache, decode step",

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,40 @@ from torch import Tensor
 from mtptrain.release.shards import INDEX
 from mtptrain.run.storage import sha256_file
 
+
+class Light(str):
+    """A setting that keeps runs small; a recipe that does not read it runs without it."""
+
+    __slots__ = ()
+
+
 Refused = Callable[..., str]  # the fixture that runs a command that must fail
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def fitting(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command without those `Light` settings that its recipe does not read."""
+    from mtptrain.config import HELDOUT, DataConfig, DataSource, EvaluationConfig, MixtureConfig, RunConfig
+    from mtptrain.recipes import find_recipe
+
+    recipe = next((one.removeprefix("+recipe=") for one in arguments if one.startswith("+recipe=")), None)
+    if recipe is None or not any(isinstance(one, Light) for one in arguments):
+        return list(arguments)
+    source = {"distill_on_policy": "on_policy"}.get(recipe, "stdlib")
+    source = next((one.removeprefix("data=") for one in reversed(arguments) if one.startswith("data=")), source)
+    is_mixed = any(one.startswith("data.mixture") for one in arguments)
+    evaluation = EvaluationConfig(
+        traces="t" if any(one.startswith("evaluation.traces=") for one in arguments) else None
+    )
+    prompts = "file" if any(one.startswith("prompts=") for one in arguments) else HELDOUT
+    data = DataConfig(
+        source=DataSource.text if source == "chat" else DataSource(source),
+        path=None if is_mixed else "text",
+        mixture=[MixtureConfig(path="text")] if is_mixed else [],
+    )
+    task = {"distill_on_policy": "distill"}.get(recipe, recipe)
+    read = find_recipe(task).reads(RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts)) | {"data"}
+    return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]
 
 
 def run_main(*arguments: str) -> int:
@@ -29,7 +61,7 @@ def run_main(*arguments: str) -> int:
     from mtptrain import cli
 
     GlobalHydra.instance().clear()
-    with patch.object(sys, "argv", ["mtptrain", *arguments]):
+    with patch.object(sys, "argv", ["mtptrain", *fitting(arguments)]):
         try:
             cli.main()
         except SystemExit as ending:
@@ -51,7 +83,7 @@ def start_process(
         before: called in the new process before Python starts.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "mtptrain", *arguments],
+        [sys.executable, "-m", "mtptrain", *fitting(arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(python_path)},
         stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from mtptrain.export.folder import write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.run.storage import write_json
-from tests.command import Refused, run_main
+from tests.command import Light, Refused, run_main
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
     """Return settings that keep a recipe on the random backbone to about a second: two steps, two prompts."""
-    return [
+    settings = [
         f"backbone.path={backbone_folder}",
         "data=text",
         f"data.path={corpus_file}",
@@ -124,6 +124,7 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
         "evaluation.heldout_sequences=2",
         "evaluation.every=0",
     ]
+    return [Light(setting) for setting in settings]
 
 
 @pytest.fixture

@@ -286,6 +286,7 @@ def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(
 ) -> None:
     arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
     assert run_main(*arguments, "train.steps=1") == 0
+    arguments.append("resume_allow=[train.steps]")
     first = tmp_path / "checkpoints" / "step_00000001"
     before = tree(first)
     with largest_file((first / file).stat().st_size - 1):
@@ -306,7 +307,8 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_half_file(
 ) -> None:
     with largest_file(1000):  # below config.yaml's size, above that of the captured line
         assert run_main("+recipe=evaluate", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 2
-    assert re.search(r"^mtptrain: output_dir: .*free some room .*resume=auto$", capfd.readouterr().err, re.MULTILINE)
+    line = rf"^mtptrain: output_dir={tmp_path}: a file .*; free some room; nothing is saved yet; start it again$"
+    assert re.search(line, capfd.readouterr().err, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 

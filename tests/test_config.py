@@ -8,7 +8,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from mtptrain.config import HardwareConfig, LossName, MixtureConfig, PlanConfig, RunConfig
+from mtptrain.config import (
+    BackboneConfig,
+    DataConfig,
+    DataSource,
+    EvaluationConfig,
+    HardwareConfig,
+    LossName,
+    MixtureConfig,
+    MtpConfig,
+    OnPolicyConfig,
+    PlanConfig,
+    RunConfig,
+)
+from mtptrain.config.paths import expand_argument
 from mtptrain.config.rules import Range
 from mtptrain.errors import UserError
 from mtptrain.kernels.choices import Divergence
@@ -72,7 +85,8 @@ def make(name: str, value: Any) -> RunConfig:
     """Return the typed configuration with one setting, composed as on the command line."""
     config = OmegaConf.structured(RunConfig)
     config.task, config.output_dir, config.plan = "evaluate", "out", PlanConfig()
-    config.data.source, config.data.mixture = "text", [MixtureConfig(name="0", path="a.txt")]
+    if name.startswith("data.mixture"):
+        config.data.source, config.data.mixture = "text", [MixtureConfig(name="0", path="a.txt")]
     config.backbone.shape.experts_per_token = 1
     config.hardware = HardwareConfig(memory=1, bandwidth=1, fp8_flops=1, bf16_flops=1, fp32_flops=1)
     OmegaConf.update(config, name, value)
@@ -124,3 +138,51 @@ def test_a_range_is_written_as_a_rule(bounds: dict[str, float], rule: str) -> No
 def test_the_losses_are_the_divergences_and_the_chain() -> None:
     assert [name.value for name in LossName] == [*Divergence, "chain"]
     assert [name.per_token for name in LossName] == [*Divergence, Divergence.tv]
+
+
+def every_path() -> RunConfig:
+    return RunConfig(
+        task="plan",
+        output_dir="~/a",
+        checkpoint="~/a",
+        checkpoints=["~/a", "stock"],
+        path=None,
+        prompts=["~/a", "org/set"],
+        backbone=BackboneConfig(path="~/a"),
+        data=DataConfig(chat_template="~/a", cache_dir="~/a", mixture=[MixtureConfig(path="~/a")]),
+        on_policy=OnPolicyConfig(path="~/a", prompts="~/a"),
+        mtp=MtpConfig(init="~/a"),
+        model=BackboneConfig(path="~/a"),
+        plan=PlanConfig(evaluation="~/a"),
+    )
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = every_path()
+    assert (config.checkpoints, config.prompts) == (["/home/ada/a", "stock"], ["/home/ada/a", "org/set"])
+    assert config.data.mixture[0].path == "/home/ada/a"
+    assert "~" not in str(config)
+    for name, config in (
+        ("path", RunConfig(task="report", path="~/a")),
+        ("data.path", RunConfig(task="distill", data=DataConfig(source=DataSource.text, path="~/a"))),
+        ("evaluation.traces", RunConfig(task="evaluate", evaluation=EvaluationConfig(traces="~/a"))),
+    ):
+        assert "'/home/ada/a'" in str(config), name
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("data.path=~/a.jsonl", "data.path=/home/ada/a.jsonl"),
+        ("prompts=[~/a,b~/c,~/d]", "prompts=[/home/ada/a,b~/c,/home/ada/d]"),
+        ("data.mixture=[{path:~/a}]", "data.mixture=[{path:/home/ada/a}]"),
+        ("decoding.stop=['~/']", "decoding.stop=['~/']"),
+        ("~data", "~data"),
+    ],
+)
+def test_the_home_folder_needs_no_quotes_on_the_command_line(
+    argument: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert expand_argument(argument) == expanded

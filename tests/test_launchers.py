@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mtptrain.run.folder_lock import LOCK
 from mtptrain.training.checkpoint import checkpoint_folders
-from tests.command import ROOT, read_metrics, run_main
+from tests.command import ROOT, fitting, read_metrics, run_main
 
 SCRIPTS = ROOT / "scripts"
 SHELL_SCRIPTS = sorted(path.relative_to(ROOT) for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -39,12 +39,14 @@ def test_measuring_without_a_gpu_ends_with_one_line(tmp_path: Path) -> None:
 
 def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [SCRIPTS / launcher, *arguments],
+        [SCRIPTS / launcher, *fitting(arguments)],
         env={**os.environ, "PYTHON": sys.executable, "MKL_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell starts its background jobs, a test run among them, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -120,7 +122,10 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     assert same_heads(tmp_path, whole)
 
 
-def test_a_preempted_run_saves_and_continues_to_the_same_bits(whole: Path, settings: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_preempted_run_saves_and_continues_to_the_same_bits(
+    number: signal.Signals, expected: int, whole: Path, settings: list[str], tmp_path: Path
+) -> None:
     """Checkpoints are due at the end only, so the signal is the reason for the one that is written.
 
     Before the signal, one process is suspended for a second while the other waits.
@@ -135,9 +140,9 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(whole: Path, setti
     worker.suspend()
     time.sleep(1)
     worker.resume()
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     code, errors = finish(process)
-    assert code == 75, errors[-3000:]
+    assert code == expected, errors[-3000:]
     line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
@@ -155,11 +160,8 @@ def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(settings: list
     assert code != 0
     lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(lines) == 1
-    assert (
-        "holds task=distill, steps=3 and this run has task=pretrain, steps=1; set +recipe, mtp.steps to match, or"
-        in lines[0]
-    )
-    assert lines[0].endswith("choose another output_dir")
+    assert "belongs to another run: +recipe distill -> pretrain, loss.divergence kl -> ce" in lines[0]
+    assert lines[0].endswith("choose another output_dir (+recipe cannot change within a run)")
 
 
 HOSTFILES: list[tuple[str | None, str]] = [
@@ -184,7 +186,11 @@ MISTAKES: list[tuple[dict[str, str], list[str], str]] = [
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=auto"], r"backbone.placement=auto: spreads layers within"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, ["backbone.placement=zero4"], r".*backbone.placement=zero4; .*expert_parallel"),
     ({"RANK": "0", "WORLD_SIZE": "two"}, [], r"WORLD_SIZE=two: must be a number; start every process through"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, ["+recipe=compare"], r"task=compare: runs in one process and 2 were started"),
+    (
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        ["+recipe=compare"],
+        r"backbone.placement=replicate: .recipe=compare decodes texts, in one process .*2 were started",
+    ),
 ]
 
 

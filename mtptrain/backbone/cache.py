@@ -65,6 +65,10 @@ class SlidingRing:
         last_B1 = length_B.unsqueeze(1) - 1
         return last_B1 - (last_B1 - slot_1R) % self.size
 
+    def to(self, device: torch.device) -> Self:
+        """Return the ring on a device."""
+        return type(self)(self.values_BRC.to(device))
+
     def rows(self, part: slice) -> Self:
         """Return a view of some rows; writes to it change this ring."""
         return type(self)(self.values_BRC[part])
@@ -89,6 +93,10 @@ class CompressorState:
     rate: int
     span: int
 
+    def to(self, device: torch.device) -> Self:
+        """Return the state on a device."""
+        return type(self)(self.raw.to(device), self.entries_BWC.to(device), self.rate, self.span)
+
     def rows(self, part: slice) -> Self:
         """Return a view of some rows."""
         return type(self)(self.raw.rows(part), self.entries_BWC[part], self.rate, self.span)
@@ -104,6 +112,19 @@ class LayerCache:
     ring: SlidingRing
     compressor: CompressorState | None = None
     indexer: CompressorState | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the layer."""
+        return self.ring.values_BRC.device
+
+    def to(self, device: torch.device) -> Self:
+        """Return the state on a device."""
+        return type(self)(
+            self.ring.to(device),
+            self.compressor and self.compressor.to(device),
+            self.indexer and self.indexer.to(device),
+        )
 
     def rows(self, part: slice) -> Self:
         """Return a view of some rows."""
@@ -173,6 +194,10 @@ class BackboneCache:
             max_length=max_length,
             max_step=max_step,
         )
+
+    def spread(self, devices: list[torch.device]) -> None:
+        """Move the state of every layer to the device of its layer; the lengths and tables stay."""
+        self.layers = [layer.to(device) for layer, device in zip(self.layers, devices, strict=True)]
 
     def require_room(self, num_tokens: int) -> None:
         """Raise a ValueError if a row has no room for `num_tokens` more tokens."""

@@ -62,7 +62,11 @@ def run_step(model: DeepseekV4ForCausalLM, cache: BackboneCache, tokens_BS: Tens
     plan = plan_step(cache, num_tokens, embedded_BSD.dtype, has_masks)
     streams_BSND = embedded_BSD.unsqueeze(2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
     for layer, layer_cache in zip(backbone.layers, cache.layers, strict=True):
+        if streams_BSND.device != layer_cache.device:  # the layers are spread over several devices
+            streams_BSND, plan = streams_BSND.to(layer_cache.device), plan.to(layer_cache.device)
+            tokens_BS = tokens_BS.to(layer_cache.device)
         streams_BSND = _decode_layer(layer, layer_cache, plan, streams_BSND, tokens_BS)
+    streams_BSND = streams_BSND.to(embedded_BSD.device)
     cache.advance(num_tokens)
     return streams_BSND, backbone.norm(backbone.hc_head(streams_BSND))
 

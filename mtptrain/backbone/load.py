@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,24 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
-from torch import nn
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4Config
 from transformers.utils import logging as transformers_logging
 
-from mtptrain.backbone.attention import use_linear_attention
-from mtptrain.backbone.decode import make_indexers_causal
-from mtptrain.backbone.modules import FrozenHyperConnection, replace_connections, replace_norms
-from mtptrain.backbone.placement import share_backbone
-from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, BackboneConfig, StoredWeights
+from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
+from mtptrain.backbone.memory import check_room, weight_bytes
+from mtptrain.backbone.placement import check_experts, partition, placement_options
+from mtptrain.config import BackboneConfig, Placement, StoredWeights
 from mtptrain.data.text_ends import TextEnds, read_text_ends
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
 from mtptrain.release.config import check_config, check_scales, read_config_json
+from mtptrain.release.family import check_family
 from mtptrain.release.fingerprint import fingerprint
-from mtptrain.release.shards import Shards
+from mtptrain.release.shards import Shards, head_name
+from mtptrain.run.distributed import on_rank0
+from mtptrain.run.hub import HUB_ID
 
 SHIPPED = Path(__file__).parent / "shipped"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 # The config fields that describe the decoder layers, with their values for a model without any.
 LAYER_FIELDS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
@@ -76,14 +75,15 @@ def read_model_config(folder: Path) -> DeepseekV4Config:
     """Read config.json as a DeepSeek-V4 config.
 
     Raises:
-        UserError: the file is damaged or describes another model.
+        UserError: the file is damaged, or describes another model or a quantisation that is not read.
     """
-    read_config_json(folder, f"backbone.path={folder}")
+    setting = f"backbone.path={folder}"
+    check_family(read_config_json(folder, setting), folder, setting)
     try:
         return DeepseekV4Config.from_pretrained(folder)
     except Exception as error:  # transformers raises many types
         summary = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone.path={folder}: config.json is not DeepSeek-V4's ({summary})") from error
+        raise UserError(f"{setting}: config.json is not DeepSeek-V4's ({summary})") from error
 
 
 def backbone_folder(config: BackboneConfig) -> Path:
@@ -178,15 +178,16 @@ def load_backbone(
     shards = Shards(folder, f"backbone.path={folder}")
     check_config(shards)
     check_scales(shards)
+    if has_layers:
+        if config.placement is Placement.expert_parallel:
+            check_experts(source.config.n_routed_experts)
+        decoded = None if _keeps_quantised(config, device) else dtype
+        check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
-    replace_norms(model)
-    if has_layers:
-        make_indexers_causal(model)
-        replace_connections(model, FrozenHyperConnection)
-        use_linear_attention(model)
-        share_backbone(model, config.placement, device)
-    return Backbone(model, source, shards, fingerprint(shards))
+    if has_layers and config.placement is Placement.zero3:
+        partition(model, device)
+    return Backbone(model, source, shards, on_rank0(lambda: fingerprint(shards)))
 
 
 def _load_model(
@@ -195,18 +196,19 @@ def _load_model(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    is_spread = config.placement in SPREAD_PLACEMENTS and has_layers
     model_config = whole_config = _set_quantisation(config, read_model_config(folder), device)
     if not has_layers:
         model_config = copy.deepcopy(whole_config)
         for name, value_without_layers in LAYER_FIELDS.items():
             setattr(model_config, name, value_without_layers)
+    placement = config.placement if has_layers else Placement.replicate
+    options = placement_options(placement, device, int(model_config.num_hidden_layers))
     try:
         loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
             folder,
             config=model_config,
             dtype=dtype,
-            device_map=config.placement.value if is_spread else None,
+            **options,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
@@ -217,13 +219,11 @@ def _load_model(
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_report(report, folder, has_layers)
+    _check_report(report, folder, has_layers, whole_config.num_hidden_layers)
     if not has_layers:
         model.config = copy.deepcopy(model.config)  # keeps settings that loading added, e.g. the experts' kernels
         for name in LAYER_FIELDS:
             setattr(model.config, name, getattr(whole_config, name))
-    if not is_spread and not (has_layers and config.placement in PARTITIONED_PLACEMENTS):  # one GPU may be too small
-        nn.Module.to(model, device)
     if dtype == torch.float32:  # transformers leaves the bf16 tensors of a quantised release in bf16
         for parameter in model.parameters():
             if parameter.dtype == torch.bfloat16:
@@ -231,10 +231,13 @@ def _load_model(
     return model
 
 
-def _check_report(report: dict[str, Any], folder: Path, has_layers: bool) -> None:
-    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have."""
+def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_layers: int) -> None:
+    """Raise a `UserError` for keys of transformers' loading report that only the model or only the files have.
+
+    A head's tensors are not the model's; transformers ignores those below `mtp.` and reports other prefixes.
+    """
     for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
-        names = sorted(str(name) for name in report.get(problem) or [])
+        names = sorted(str(name) for name in report.get(problem) or [] if head_name(str(name), num_layers) is None)
         if not has_layers:
             names = [name for name in names if not name.startswith(LAYER_PREFIXES)]
         if names:
@@ -255,6 +258,9 @@ def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, de
         return model_config
     if config.weights is StoredWeights.keep and device.type == "cpu":
         raise UserError("backbone.weights=keep: transformers computes on FP8 and FP4 on a GPU only; use dequantize")
-    is_kept = config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
-    model_config.quantization_config = {**quantization, "dequantize": not is_kept}
+    model_config.quantization_config = {**quantization, "dequantize": not _keeps_quantised(config, device)}
     return model_config
+
+
+def _keeps_quantised(config: BackboneConfig, device: torch.device) -> bool:
+    return config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")

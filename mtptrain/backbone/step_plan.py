@@ -4,6 +4,7 @@
 # r channel pairs that are rotated
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class WindowPlan:
     first_BM11: Tensor
     rope_BMr: Tensor
 
+    def to(self, device: torch.device) -> Self:
+        """Return the plan on the device of a layer."""
+        return type(self)(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 @dataclass(slots=True, frozen=True)
 class StepPlan:
@@ -54,6 +59,18 @@ class StepPlan:
     local_BSL: Tensor | None
     windows: dict[tuple[int, int], WindowPlan]
     visible_BSW: dict[tuple[int, int], Tensor]
+
+    def to(self, device: torch.device) -> Self:
+        """Return the plan on the device of a layer."""
+        return type(self)(
+            length_B=self.length_B.to(device),
+            rope_BSr={kind: rope.to(device) for kind, rope in self.rope_BSr.items()},
+            unrope_BSr={kind: rope.to(device) for kind, rope in self.unrope_BSr.items()},
+            ring_slots=self.ring_slots.to(device),
+            local_BSL=None if self.local_BSL is None else self.local_BSL.to(device),
+            windows={kind: plan.to(device) for kind, plan in self.windows.items()},
+            visible_BSW={kind: mask.to(device) for kind, mask in self.visible_BSW.items()},
+        )
 
 
 def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype, has_masks: bool) -> StepPlan:

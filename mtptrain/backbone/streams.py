@@ -31,7 +31,7 @@ def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tenso
         hidden_BSD = model.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
     finally:
         handle.remove()
-    return captured[0], hidden_BSD
+    return captured[0].to(hidden_BSD.device), hidden_BSD
 
 
 def _piece_index(segment_BS: Tensor) -> list[Tensor]:

@@ -6,8 +6,8 @@ This package imports neither torch nor transformers, so that `--help` and `--cfg
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig, ShapeConfig
 from mtptrain.config.choices import (
     PARTITIONED_PLACEMENTS,
-    SPREAD_PLACEMENTS,
     CacheFormat,
+    DataFormat,
     DataSource,
     Device,
     DraftChoice,
@@ -17,6 +17,7 @@ from mtptrain.config.choices import (
     ExportTarget,
     LossName,
     MtpMode,
+    OnBadRow,
     OptimizerName,
     Placement,
     PlanKind,
@@ -25,12 +26,13 @@ from mtptrain.config.choices import (
     ShardCopies,
     StoredWeights,
     StreamFormat,
+    Turns,
     WeightFormat,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
-from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, require
+from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, did_you_mean, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 from mtptrain.kernels.choices import Verification
@@ -40,12 +42,12 @@ __all__ = [
     "MAX_DRAFT_LENGTH",
     "ONE_DTYPE",
     "PARTITIONED_PLACEMENTS",
-    "SPREAD_PLACEMENTS",
     "TRAINING",
     "BackboneConfig",
     "CacheFormat",
     "CollectConfig",
     "DataConfig",
+    "DataFormat",
     "DataSource",
     "DecodingConfig",
     "Device",
@@ -62,6 +64,7 @@ __all__ = [
     "MixtureConfig",
     "MtpConfig",
     "MtpMode",
+    "OnBadRow",
     "OnPolicyConfig",
     "OptimizerName",
     "Placement",
@@ -78,8 +81,10 @@ __all__ = [
     "StreamFormat",
     "TrackingConfig",
     "TrainConfig",
+    "Turns",
     "Verification",
     "WeightFormat",
+    "did_you_mean",
     "register",
     "require",
 ]

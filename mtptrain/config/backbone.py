@@ -68,6 +68,10 @@ class ExportConfig:
     shards: ShardCopies = ShardCopies.hardlink  # of unchanged files
     # Largest loss of acceptance length, in tokens a pass, by storing the head; a larger loss is an error.
     max_drop: float = ranged(0.05, at_least=0, rule="must be 0 or more tokens a pass")
+    # form=draft: with the model's embedding and lm_head, which no checked server reads from there.
+    embeddings: bool = False
+    force: bool = False  # write to a path that vLLM takes for another kind of draft
+    push_to_hub: str | None = None  # ORGANISATION/NAME of a model on the hub that receives the folder
 
     def __post_init__(self) -> None:
         check_fields(self, "export")

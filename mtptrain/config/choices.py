@@ -27,21 +27,17 @@ class Placement(Enum):
     """Placement of the backbone's layers.
 
     `replicate`: all on the device of each process. `zero3`: partitioned over the processes, gathered layer by layer.
-    `expert_parallel`: routed experts partitioned over the processes, tokens sent to them. Within one process,
-    accelerate spreads the layers over the GPUs of this machine and the rest over its CPU: `auto` and `balanced` evenly,
-    `sequential` one GPU after the other.
+    `expert_parallel`: routed experts partitioned over the processes, tokens sent to them. `auto`: within one
+    process, the layers are spread evenly over the GPUs of this machine.
     """
 
     replicate = "replicate"
     zero3 = "zero3"
     expert_parallel = "expert_parallel"
     auto = "auto"
-    balanced = "balanced"
-    sequential = "sequential"
 
 
 PARTITIONED_PLACEMENTS = (Placement.zero3, Placement.expert_parallel)
-SPREAD_PLACEMENTS = (Placement.auto, Placement.balanced, Placement.sequential)
 
 
 class StoredWeights(Enum):
@@ -61,11 +57,12 @@ class ExportTarget(Enum):
 
     vllm = "vllm"
     sglang = "sglang"
+    llama_cpp = "llama_cpp"
     hf = "hf"
 
 
 class ExportForm(Enum):
-    """`full`: a complete model folder. `draft`: head, embedding and lm_head, which vLLM loads beside the model."""
+    """`full`: a complete model folder. `draft`: the head alone, which vLLM loads beside the model."""
 
     full = "full"
     draft = "draft"
@@ -124,6 +121,35 @@ class DataSource(Enum):
     text = "text"
     streams = "streams"
     on_policy = "on_policy"
+
+
+class DataFormat(Enum):
+    """Form of a row; `auto` recognises it by its columns, row by row.
+
+    `messages` is OpenAI's, `sharegpt` has `from` and `value`, `alpaca` has instruction, input and output.
+    """
+
+    auto = "auto"
+    text = "text"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+
+
+class Turns(Enum):
+    """Answers of a conversation that are targets: all in one row, the last, or each in a row of its own."""
+
+    all = "all"
+    last = "last"
+    each = "each"
+
+
+class OnBadRow(Enum):
+    """Treatment of a row that cannot be used: end the run, or leave it out and count it."""
+
+    error = "error"
+    skip = "skip"
 
 
 class StreamFormat(Enum):

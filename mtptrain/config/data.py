@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mtptrain.config.choices import DataSource, StreamFormat
+from mtptrain.config.choices import DataFormat, DataSource, OnBadRow, StreamFormat, Turns
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, check_fields, prompt_names, ranged, require
 
+TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template"}
 DOCUMENTS = (DataSource.stdlib, DataSource.text)  # sources of separate documents
 
 
@@ -20,7 +21,10 @@ class MixtureConfig:
     weight: float = ranged(1.0, above=0)  # share of the rows = weight / sum of all weights
     source: DataSource = DataSource.text
     path: str | None = None  # see DataConfig
+    subset: str | None = None  # see DataConfig
+    split: str | None = None  # see DataConfig
     field_name: str = "text"  # see DataConfig
+    format: DataFormat = DataFormat.auto  # see DataConfig
 
     @property
     def label(self) -> str:
@@ -33,26 +37,48 @@ class DataConfig:
     """Documents and their conversion to sequences."""
 
     source: DataSource = DataSource.stdlib
-    path: str | None = None  # text: a .txt/.jsonl/.parquet file, a folder, or a `datasets` name; streams: a cache
-    field_name: str = "text"  # the column of .jsonl, .parquet and `datasets` rows: a text, or a list of messages
+    # text: a .txt, .jsonl, .json, .csv or .parquet file, a folder, or a `datasets` name; streams: a cache.
+    path: str | None = None
+    subset: str | None = None  # configuration of a `datasets` name; null = the only one
+    split: str | None = None  # split of a `datasets` name; null = train
+    field_name: str = "text"  # the column of rows: a text, or a list of messages
+    format: DataFormat = DataFormat.auto  # of the rows; auto recognises it by their columns
+    on_bad_row: OnBadRow = OnBadRow.error  # skip leaves out rows that cannot be used, and counts them
     streaming: bool = False  # tokenise documents during training instead of before it
     mixture: list[MixtureConfig] = field(default_factory=list)  # weighted sources, all tokenised during training
     # Worker processes that read and tokenise texts per training process; 0 = the training process itself.
     workers: int = ranged(1, at_least=0)
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages added to the training split
     sequence_length: int = ranged(256, at_least=3, rule="must be at least 3 tokens (depth + 2)")
-    chat_template: str | None = None  # a jinja file for conversations; null = the tokenizer's own template
+    chat_template: str | None = (
+        None  # a jinja file for conversations, or `builtin`; null = the tokenizer's own template
+    )
+    # Further variables of the chat template, for prompts too, such as enable_thinking: false.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    turns: Turns = (
+        Turns.all
+    )  # answers of a conversation that are targets: all in one row, the last, each in its own row
+    max_documents: int | None = ranged(None, at_least=1)  # read at most so many on each side of the hold-out
+    max_tokens: int | None = ranged(None, at_least=1)  # tokenise whole documents up to so many on each side
     heldout_every: int = ranged(16, at_least=2)  # one document in this many is held out, by the hash of its name
     cache_dir: str | None = None  # null = $XDG_CACHE_HOME/mtptrain or ~/.cache/mtptrain
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
         self._check_mixture()
+        taken = sorted(TEMPLATE_VARIABLES.intersection(self.chat_template_kwargs))
+        require(not taken, "data.chat_template_kwargs", taken, "are set by mtptrain; give other variables")
         require(
             self.source is DataSource.text or not self.streaming,
             "data.streaming",
             self.streaming,
             "is for data=text; leave it false for other sources, which are finite",
+        )
+        require(
+            self.max_tokens is None or not self.is_streamed,
+            "data.max_tokens",
+            self.max_tokens,
+            "is for text that is tokenised before training; set data.max_documents or train.steps instead",
         )
 
     def require_path(self) -> None:
@@ -61,7 +87,7 @@ class DataConfig:
             self.source is not DataSource.text or bool(self.path) or bool(self.mixture),
             "data.path",
             self.path,
-            "data=text needs a .txt, .jsonl or .parquet file, a folder of them, or a name for datasets.load_dataset",
+            "data=text needs a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a `datasets` name",
         )
         require(
             self.source is not DataSource.streams or bool(self.path),
@@ -86,8 +112,8 @@ class DataConfig:
         return [one.weight for one in self.mixture] or [1.0]
 
     def _of_source(self, one: MixtureConfig) -> DataConfig:
-        is_text = one.source is DataSource.text
-        return replace(self, mixture=[], source=one.source, path=one.path, field_name=one.field_name, streaming=is_text)
+        own = {part.name: getattr(one, part.name) for part in fields(one) if part.name not in ("name", "weight")}
+        return replace(self, mixture=[], streaming=one.source is DataSource.text, **own)
 
     def _check_mixture(self) -> None:
         labels = [one.label for one in self.mixture]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from mtptrain.errors import UserError
@@ -64,7 +65,18 @@ def ranged(default: Any, *, rule: str | None = None, **bounds: float) -> Any:
 
 def one_of(default: Any, *words: str) -> Any:
     """Declare a word or a list of words, with the allowed words that `check_fields` enforces."""
-    return _checked(default, words, f"must be {', '.join(words[:-1])} or {words[-1]}")
+    return _checked(default, words, f"must be {any_of(words)}")
+
+
+def any_of(words: Sequence[str]) -> str:
+    """Return words as a choice: `a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def did_you_mean(word: str, words: Collection[str]) -> str:
+    """Return `; did you mean X?` for the nearest of the existing words, or nothing if none is near."""
+    near = get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _checked(default: Any, allowed: Container[Any], rule: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any
 
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
@@ -16,6 +17,7 @@ from mtptrain.config.choices import (
 )
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.paths import expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, check_fields, one_of, prompt_names, ranged, require
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
@@ -54,6 +56,8 @@ class RunConfig:
     task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
     resume: str = one_of("never", "never", "auto")  # auto: continue from the newest whole checkpoint in output_dir
+    resume_allow: list[str] = field(default_factory=list)  # settings or sections that may differ from the resumed run
+    overwrite: bool = False  # replace a result in output_dir, such as evaluation.json, doctor.json or report.html
     seed: int = ranged(0, at_least=0)
     device: Device = Device.auto
     precision: Precision = Precision.auto
@@ -61,10 +65,13 @@ class RunConfig:
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
     threads: int | None = ranged(None, at_least=1)
-    checkpoint: str | None = None  # evaluate, doctor: a checkpoint folder, a run folder, or `stock`
+    # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
+    distributed_timeout: int = ranged(60, at_least=1)
+    # evaluate, doctor, export: a checkpoint's, a run's or an export's folder, hf://ORGANISATION/NAME, or `stock`.
+    checkpoint: str | None = None
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run
-    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang or hf
+    target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -85,6 +92,7 @@ class RunConfig:
     plan: PlanConfig | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_fields(self, "")
         depth, length = self.mtp.num_steps, self.data.sequence_length
         require(
@@ -92,12 +100,6 @@ class RunConfig:
             "data.sequence_length",
             length,
             f"leaves no target at depth {depth}: step k needs token i+k+1; use at least {depth + 2}",
-        )
-        require(
-            self.task == "report" or self.path is None,
-            "path",
-            self.path,
-            "belongs to +recipe=report; data.path and backbone.path name a text and a backbone",
         )
         if self.task != "plan":  # a plan reads no data
             self.data.require_path()
@@ -111,6 +113,12 @@ class RunConfig:
             self.resume,
             "needs the folder of the run to continue; set output_dir",
         )
+        require(
+            self.resume == "auto" or not self.resume_allow,
+            "resume_allow",
+            self.resume_allow,
+            "names settings that may differ from the run to continue; add resume=auto",
+        )
 
     def _check_prompts(self) -> None:
         """Convert `prompts` to a list of names, and refuse it together with `evaluation.traces`."""
@@ -123,9 +131,8 @@ class RunConfig:
         )
 
     def _check_streams(self) -> None:
-        """Check the rules of collecting streams and of training from them."""
+        """Check the rule of training from cached streams."""
         from_streams = self.data.source is DataSource.streams
-        require(self.task == "collect" or not self.collect.plan_only, "--plan", True, "belongs to +recipe=collect")
         require(
             not from_streams or self.mtp.init != "backbone",
             "mtp.init",
@@ -178,4 +185,4 @@ def register() -> None:
 
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     # Hydra writes multirun.yaml there, regardless of settings.
-    OmegaConf.register_new_resolver("sweep_folder", lambda output_dir: output_dir or "outputs/sweep", replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or "outputs/sweep"), replace=True)

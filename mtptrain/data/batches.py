@@ -12,7 +12,7 @@ from mtptrain.data.packing import Piece, fill_rows, pack_corpus
 from mtptrain.data.passages import Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import rank_rows
+from mtptrain.run.distributed import on_rank0, rank_rows
 
 
 class BatchSource:
@@ -40,11 +40,17 @@ class BatchSource:
         """Return the passages of all text that was trained on; None if they are not kept. Every process calls it."""
         return None
 
+    def remember(self, passages: Passages) -> None:
+        """Add the passages of a checkpoint that training continues from."""
+
     def close(self) -> None:
         """Stop background workers; no batch may be requested afterwards."""
 
-    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
-        """Resume at micro-batch `index` from the positions of all processes of the interrupted run and its passages.
+    def restart(self, index: int) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+
+    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
+        """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
 
         Raises:
             UserError: the positions belong to other data.
@@ -88,7 +94,7 @@ class RowOrder:
 
 
 class PackedBatches(BatchSource):
-    """Batches of a tokenised corpus, shuffled anew each epoch.
+    """Batches of a tokenised corpus, shuffled anew each epoch; rank 0 packs the rows for all processes.
 
     Args:
         corpus: the documents.
@@ -111,7 +117,8 @@ class PackedBatches(BatchSource):
     ) -> None:
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.order = RowOrder(pack_corpus(corpus, sequence_length, piece_length), batch_size, seed)
+        rows = on_rank0(lambda: pack_corpus(corpus, sequence_length, piece_length))
+        self.order = RowOrder(rows, batch_size, seed)
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """See `BatchSource`."""

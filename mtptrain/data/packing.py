@@ -9,6 +9,9 @@ number, and its positions start at 0.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -16,6 +19,7 @@ from mtptrain.batch import Batch
 from mtptrain.data.tokens import TokenizedCorpus
 
 Piece = tuple[int, int]  # start and length in the corpus's token array
+TOKENS_PER_FORWARD = 4096  # of a forward that measures
 
 
 def cut_document(start: int, length: int, row_length: int) -> list[Piece]:
@@ -39,18 +43,24 @@ def pack_pieces(pieces: list[Piece], row_length: int) -> list[list[Piece]]:
     """
     order = sorted((piece for piece in pieces if piece[1] > 1), key=lambda piece: (-piece[1], piece[0]))
     rows: list[list[Piece]] = []
+    rooms: list[int] = []  # of the open rows, sorted, each number once
     rows_by_room: dict[int, list[int]] = {}
     for piece in order:
         size = piece[1]
-        room = next((room for room in range(size, row_length + 1) if rows_by_room.get(room)), None)
-        if room is None:
+        nearest = bisect_left(rooms, size)
+        if nearest == len(rooms):
             rows.append([piece])
             index, left = len(rows) - 1, row_length - size
         else:
+            room = rooms[nearest]
             index = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[nearest]
             rows[index].append(piece)
             left = room - size
         if left > 1:
+            if left not in rows_by_room:
+                insort(rooms, left)
             rows_by_room.setdefault(left, []).append(index)
     return rows
 
@@ -98,3 +108,10 @@ def fill_rows(
                 loss_mask_BS[index, span] = torch.from_numpy(loss_mask[start : start + size])
             begin += size
     return Batch(tokens_BS, segment_BS, position_BS, loss_mask_BS)
+
+
+def split_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> Iterator[Batch]:
+    """Yield batches of rows of pieces, each of at most `TOKENS_PER_FORWARD` tokens, but of one row at least."""
+    size = max(1, TOKENS_PER_FORWARD // row_length)
+    for start in range(0, len(rows), size):
+        yield fill_rows(tokens, rows[start : start + size], row_length)

@@ -48,7 +48,14 @@ class RecordedBatches(BatchSource):
         """See `BatchSource`."""
         self.batches.close()
 
-    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+    def remember(self, passages: Passages) -> None:
+        """See `BatchSource`."""
+        self._passages = self._passages.join(passages)
+
+    def restart(self, index: int) -> None:
+        """See `BatchSource`."""
+        self.batches.restart(index)
+
+    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
         """See `BatchSource`."""
         self.batches.seek(index, positions)
-        self._passages = self._passages.join(passages or Passages.none())

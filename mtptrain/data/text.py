@@ -9,34 +9,46 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtptrain.config import DataConfig, DataSource
-from mtptrain.data.documents import Document, Split, check_messages, split_of
-from mtptrain.data.rows import DatasetRows, check_readable, json_lines, load_rows, local_files
+from mtptrain.config import DataConfig, DataFormat, DataSource, require
+from mtptrain.data.bad_rows import BadRows
+from mtptrain.data.chat import is_answer
+from mtptrain.data.documents import Document, Split, split_of
+from mtptrain.data.files import (
+    ROW_KINDS,
+    Row,
+    check_readable,
+    kind_of,
+    local_files,
+    read_json_lines,
+    read_rows,
+    read_text,
+)
+from mtptrain.data.forms import read_content
+from mtptrain.data.notes import note
+from mtptrain.data.rows import DatasetRows, load_rows
 from mtptrain.data.stdlib import package_documents, stdlib_documents
 from mtptrain.errors import UserError
 
 STREAMED_HELDOUT = 256  # held-out documents of a streamed source, which may be endless
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", *ROW_KINDS)
 
 
 def _row_document(row: dict[str, Any], name: str, where: str, config: DataConfig) -> Document:
-    """Return the document of a row: the text of its column, or a conversation if the column holds a list.
+    """Return the document of a row: a text, or a conversation in one of the usual forms.
 
     Raises:
-        UserError: the column holds neither, or the conversation has no assistant message.
+        UserError: the row has no known form, or is a conversation without an answer to learn from.
     """
-    content = row.get(config.field_name)
-    if isinstance(content, str):
-        return Document(name, content)
-    if not isinstance(content, list):
-        raise UserError(
-            f"data.field_name={config.field_name}: {where} has no text of that name; it has {sorted(row)}; "
-            "set data.field_name to the column that holds the text, or the list of messages"
-        )
-    messages = check_messages(f"data.path={where}", content)
-    if not any(one["role"] == "assistant" for one in messages):
-        raise UserError(f"data.path={where}: has no message of role assistant to learn from; drop the row")
-    return Document(name, "\n".join(one["content"] for one in messages), messages)
+    where = f"data.path={where}"
+    content = read_content(where, row, config.field_name, config.format)
+    if content.form is DataFormat.text:
+        return Document(name, content.text)
+    note(f"data.path={config.path}: rows are read as {content.form.value} conversations; data.format sets another form")
+    if not any(is_answer(one) for one in content.messages):
+        roles = sorted({one["role"] for one in content.messages})
+        raise UserError(f"{where}: has no message of role assistant to learn from; drop the row (roles: {roles})")
+    text = "\n".join(one["content"] for one in content.messages if one["content"])
+    return Document(name, text, content.messages, content.tools)
 
 
 class TextReader:
@@ -52,7 +64,7 @@ class TextReader:
 
     def __init__(self, config: DataConfig, position: dict[str, Any] | None = None) -> None:
         self.config, self.path = config, Path(str(config.path))
-        self.files = _files(self.path)
+        self.files = _files(config)
         self.origin = _origin(config, self.files)
         position = position or {"origin": self.origin, "file": 0, "row": 0, "state": None}
         if position["origin"] != self.origin:
@@ -62,6 +74,7 @@ class TextReader:
             )
         self._file, self._row, self._begin = position["file"], position["row"], position["state"]
         self._state: Callable[[], Any] = lambda: self._begin
+        self.bad_rows, self._num_blank = BadRows(config.on_bad_row), 0
 
     def position(self) -> dict[str, Any]:
         """Return the position after the last document that was yielded, as plain values."""
@@ -73,7 +86,18 @@ class TextReader:
         Raises:
             UserError: a file cannot be read, a line is broken, or the text column is missing.
         """
-        return (document for document in self._documents() if document.text.strip())
+        for document in self._documents():
+            if document.messages or document.text.strip():
+                yield document
+            else:
+                self._num_blank += 1
+
+    def report(self) -> None:
+        """Note the rows that were left out so far."""
+        if self.bad_rows.count:
+            note(f"data.path={self.config.path}: {self.bad_rows.summary()}")
+        if self._num_blank:
+            note(f"data.path={self.config.path}: {self._num_blank} blank texts left out")
 
     def _documents(self) -> Iterator[Document]:
         if self.files is None:
@@ -81,7 +105,7 @@ class TextReader:
             return
         for path, name in self.files[self._file :]:
             check_readable(f"data.path={path}", path)
-            if path.suffix == ".txt":
+            if kind_of(path) == ".txt":
                 yield from self._whole(path, name)
             else:
                 yield from self._rows(self._file_rows(path), name, path)
@@ -94,63 +118,87 @@ class TextReader:
             return
         self._row = 1
         try:
-            yield Document(name, path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.path={path}: is not UTF-8 text ({error.reason}); convert it") from None
+            text = read_text(f"data.path={path}", path)
+        except UserError as error:
+            self.bad_rows.add(error)
+            return
+        yield Document(name, text)
 
-    def _rows(self, rows: Iterable[dict[str, Any]], name: str, path: Path) -> Iterator[Document]:
+    def _rows(self, rows: Iterable[Row | UserError], name: str, path: Path) -> Iterator[Document]:
         for row in rows:
             self._row += 1
-            yield _row_document(row, f"{name}:{self._row - 1}", f"{path}, row {self._row}", self.config)
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                document = _row_document(row, f"{name}:{self._row - 1}", f"{path}, row {self._row}", self.config)
+            except UserError as error:
+                self.bad_rows.add(error)
+                continue
+            yield document
 
-    def _file_rows(self, path: Path) -> Iterable[dict[str, Any]]:
-        if path.suffix == ".jsonl":
-            position = list(self._begin or [0, 0])
-            self._state = lambda: list(position)
-            return (row for _, row in json_lines(f"data.path={path}", path, position))
-        return self._track(DatasetRows(f"data.path={path}", "parquet", self._begin, data_files=str(path)))
+    def _file_rows(self, path: Path) -> Iterable[Row | UserError]:
+        setting = f"data.path={path}"
+        if kind_of(path) == ".parquet":
+            return self._track(DatasetRows(setting, "parquet", self._begin, data_files=str(path), split="train"))
+        if kind_of(path) != ".jsonl":
+            return (row for _, row in islice(read_rows(setting, path), self._row, None))
+        position = list(self._begin or [0, 0])
+        self._state = lambda: list(position)
+        return (row for _, row in read_json_lines(setting, path, position))
 
-    def _dataset_rows(self) -> Iterable[dict[str, Any]]:
+    def _dataset_rows(self) -> Iterable[Row]:
         setting, name = f"data.path={self.config.path}", str(self.config.path)
+        chosen = {"name": self.config.subset, "split": self.config.split or "train"}
         if self.config.streaming:
-            return self._track(DatasetRows(setting, name, self._begin))
-        return load_rows(setting, name, split="train")
+            return self._track(DatasetRows(setting, name, self._begin, **chosen))
+        return load_rows(setting, name, **chosen)
 
     def _track(self, rows: DatasetRows) -> DatasetRows:
         self._state = rows.state
         return rows
 
 
-def _files(path: Path) -> list[tuple[Path, str]] | None:
-    """Return the files at a path with the names of their documents, or None if it names a data set."""
-    if not path.exists() and path.suffix not in SUFFIXES:
+def _files(config: DataConfig) -> list[tuple[Path, str]] | None:
+    """Return the files at `data.path` with the names of their documents, or None if it names a data set.
+
+    Raises:
+        UserError: files are given beside a setting of data sets.
+    """
+    path = Path(str(config.path))
+    if not path.exists() and kind_of(path) not in KINDS:
         return None
+    for name, value in (("subset", config.subset), ("split", config.split)):
+        require(value is None, f"data.{name}", value, f"is of data sets, and data.path={path} is read as files")
     # Relative paths tell a/text.txt and b/text.txt apart; by bare names both would be held out together.
     root = path if path.is_dir() else path.parent
-    return [(file, file.relative_to(root).as_posix()) for file in local_files(f"data.path={path}", path, SUFFIXES)]
+    return [(file, file.relative_to(root).as_posix()) for file in local_files(f"data.path={path}", path, KINDS)]
 
 
 def _origin(config: DataConfig, files: list[tuple[Path, str]] | None) -> str:
-    """Return a hash that identifies the source: names and sizes of its files, or the data set's name."""
-    sizes = [(name, path.stat().st_size) for path, name in files if path.exists()] if files else config.path
+    """Return a hash that identifies the source: names and sizes of its files, or the data set's names."""
+    named = [config.path, config.subset, config.split]
+    sizes = [(name, path.stat().st_size) for path, name in files if path.exists()] if files else named
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def text_documents(config: DataConfig, split: Split) -> list[Document]:
-    """Return the documents of one side of the hold-out.
+    """Return the documents of one side of the hold-out, at most `data.max_documents`.
 
-    A streamed source may be endless: of its held-out documents, return the first `STREAMED_HELDOUT`.
+    A streamed source may be endless: of its held-out documents, return at most `STREAMED_HELDOUT`.
 
     Raises:
         UserError: there are none.
     """
-    of_split = (document for document in TextReader(config) if split_of(document.name, config.heldout_every) is split)
-    is_limited = config.streaming and split is Split.heldout
-    documents = list(islice(of_split, STREAMED_HELDOUT if is_limited else None))
+    reader = TextReader(config)
+    of_split = (document for document in reader if split_of(document.name, config.heldout_every) is split)
+    limits = [config.max_documents, STREAMED_HELDOUT if config.streaming and split is Split.heldout else None]
+    documents = list(islice(of_split, min((one for one in limits if one is not None), default=None)))
+    reader.report()
     if not documents:
+        bad = f"; {reader.bad_rows.summary()}" if reader.bad_rows.count else ""
         raise UserError(
             f"data.path={config.path}: no document on the {split.value} side; one in data.heldout_every="
-            f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number"
+            f"{config.heldout_every} is held out by hash of its name, so give more documents or change that number{bad}"
         )
     return documents
 
@@ -165,9 +213,9 @@ def training_documents(config: DataConfig) -> list[Document]:
     if _is_text(config):
         return text_documents(config, Split.train)
     library = stdlib_documents(Split.train, config.heldout_every)
-    if not config.packages:
-        return library
-    return library + package_documents(config.packages, library, heldout_documents(config))
+    if config.packages:
+        library += package_documents(config.packages, library, heldout_documents(config))
+    return library[: config.max_documents]
 
 
 def heldout_documents(config: DataConfig) -> list[Document]:
@@ -176,4 +224,4 @@ def heldout_documents(config: DataConfig) -> list[Document]:
         return [document for part in config.sources().values() for document in heldout_documents(part)]
     if _is_text(config):
         return text_documents(config, Split.heldout)
-    return stdlib_documents(Split.heldout, config.heldout_every)
+    return stdlib_documents(Split.heldout, config.heldout_every)[: config.max_documents]

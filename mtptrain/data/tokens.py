@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,18 @@ from zipfile import BadZipFile
 import numpy as np
 from tokenizers import Tokenizer
 
+from mtptrain.config import OnBadRow
+from mtptrain.data.bad_rows import BadRows
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
+from mtptrain.data.notes import note
 from mtptrain.errors import UserError
-from mtptrain.run.storage import atomic_file
+from mtptrain.run.storage import atomic_file, clear_leftovers, user_cache
 
+DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, BadZipFile)  # raised by numpy for cut or altered files
 BATCH_DOCUMENTS = 256  # documents per call of the tokenizer, fewer if they are long
 BATCH_CHARACTERS = 4_000_000
+KILLED_AFTER = 3600.0  # seconds without a write after which a file of the cache belongs to a killed run
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +47,64 @@ class TokenizedCorpus:
         """Return the token ids of a document, int32."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def digest(self) -> str:
+        """Return the SHA-256 of token ids, boundaries and loss mask in hexadecimal."""
+        content = hashlib.sha256(self.tokens.tobytes() + self.offsets.tobytes())
+        content.update(self.loss_mask.tobytes() if self.loss_mask is not None else b"")
+        return content.hexdigest()
+
 
 def cache_folder(configured: str | None) -> Path:
     """Return the folder of tokenised corpora: `configured`, else mtptrain in the user's cache."""
-    if configured:
-        return Path(configured)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "mtptrain"
+    return Path(configured) if configured else user_cache()
 
 
 def _fingerprint(documents: Sequence[Document], encoder: Encoder) -> str:
     digest = hashlib.sha256(encoder.tokenizer.to_str().encode())
     digest.update(repr(encoder.bos_eos).encode())
     if encoder.chat is not None and any(document.messages for document in documents):
-        digest.update(encoder.chat.sha256.encode())
+        digest.update(f"{encoder.chat.sha256} {encoder.chat.turns.value} {encoder.on_bad_row.value}".encode())
     for document in documents:
-        content = json.dumps(document.messages) if document.messages else document.text
+        content = json.dumps([document.messages, document.tools]) if document.messages else document.text
         digest.update(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()[:32]
 
 
-def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path) -> TokenizedCorpus:
+def tokenize_corpus(
+    documents: Sequence[Document], encoder: Encoder, cache: Path, max_tokens: int | None = None
+) -> TokenizedCorpus:
     """Tokenise documents, or read them from the cache.
 
     A cached file is used only for the same text, tokenizer, bos_eos and chat template.
 
+    Args:
+        documents: the documents.
+        encoder: turns them into tokens.
+        cache: folder of tokenised corpora.
+        max_tokens: stop before the document that would make more; None = tokenise all.
+
     Raises:
-        UserError: the cache folder cannot be written, or a conversation cannot be rendered.
+        UserError: the cache folder cannot be written, a conversation cannot be rendered, or the first document has
+            more than `max_tokens` tokens.
     """
-    path = cache / f"corpus-{_fingerprint(documents, encoder)}.npz"
+    limited = "" if max_tokens is None else f"-{max_tokens}"
+    path = cache / f"corpus-{_fingerprint(documents, encoder)}{limited}.npz"
     if path.is_file():
         try:
             return _read_cache(path)
-        except (ValueError, KeyError, BadZipFile):
-            path.unlink()  # damaged, so it is written anew below
-    corpus = join_documents(list(encoder.encode(documents)))
+        except DAMAGE:
+            path.unlink()  # damaged or empty, so it is written anew below
+    bad_rows = BadRows(encoder.on_bad_row)
+    corpus = join_documents(list(_leading(encoder.encode(documents, bad_rows), max_tokens)))
     arrays: dict[str, Any] = {
+        "note": np.asarray(_note(bad_rows)),
         "tokens": corpus.tokens,
         "offsets": corpus.offsets,
         "num_bytes": np.int64(corpus.num_bytes),
     }
     if corpus.loss_mask is not None:
         arrays["loss_mask"] = corpus.loss_mask
+    clear_leftovers(cache, idle_seconds=KILLED_AFTER)
     try:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
@@ -93,6 +113,18 @@ def tokenize_corpus(documents: Sequence[Document], encoder: Encoder, cache: Path
             f"data.cache_dir={cache}: cannot be written ({error.strerror}); set it to a folder with room"
         ) from None
     return corpus
+
+
+def _leading(documents: Iterator[EncodedDocument], max_tokens: int | None) -> Iterator[EncodedDocument]:
+    """Yield documents up to a number of tokens in total."""
+    num_tokens = 0
+    for document in documents:
+        size, num_tokens = len(document.tokens), num_tokens + len(document.tokens)
+        if max_tokens is not None and num_tokens > max_tokens:
+            if size == num_tokens:
+                raise UserError(f"data.max_tokens={max_tokens}: the first document has {size}; set at least {size}")
+            return
+        yield document
 
 
 def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
@@ -108,6 +140,7 @@ def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
 
 def _read_cache(path: Path) -> TokenizedCorpus:
     with np.load(path) as stored:
+        _show(str(stored["note"]))
         return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("loss_mask"))
 
 
@@ -134,38 +167,65 @@ class Encoder:
         tokenizer: the backbone's.
         bos_eos: ids before and after a text.
         chat: renders conversations; None if there is no template.
+        on_bad_row: treatment of conversations that the template rejects.
     """
 
     tokenizer: Tokenizer
     bos_eos: tuple[list[int], list[int]]
     chat: ChatTemplate | None = None
+    on_bad_row: OnBadRow = OnBadRow.error
 
-    def encode(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
-        """Yield the documents encoded, in order.
+    def encode(self, documents: Iterable[Document], bad_rows: BadRows | None = None) -> Iterator[EncodedDocument]:
+        """Yield the documents encoded, in order; with `Turns.each`, every answer of a conversation is a document.
+
+        Args:
+            documents: the documents.
+            bad_rows: counts conversations that are left out because the template rejects them.
 
         Raises:
-            UserError: a document is a conversation and there is no chat template.
+            UserError: a document is a conversation and there is no chat template, or it rejects the conversation.
         """
+        bad_rows = bad_rows or BadRows(self.on_bad_row)
         before, after = self.bos_eos
         for batch in _batches(documents):
             texts = [document.text for document in batch if not document.messages]
             encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
             for document in batch:
                 if document.messages:
-                    yield self._encode_conversation(document)
+                    yield from self._encode_conversation(document, bad_rows)
                 else:
                     tokens = np.asarray([*before, *next(encodings).ids, *after], dtype=np.int32)
                     yield EncodedDocument(tokens, None, _num_bytes(document.text))
 
-    def _encode_conversation(self, document: Document) -> EncodedDocument:
+    def _encode_conversation(self, document: Document, bad_rows: BadRows) -> list[EncodedDocument]:
         if self.chat is None:
             raise UserError(
                 f"data.path: {document.name} is a conversation and the backbone's tokenizer has no chat template; set "
-                "data.chat_template to a jinja file, or data.field_name to a column that holds text"
+                "data.chat_template to a jinja file or to builtin, or data.field_name to a column that holds text"
             )
-        tokens, loss_mask = self.chat.encode_with_mask(document.messages)
-        rendered = self.chat.render(document.messages, add_generation_prompt=False)
-        return EncodedDocument(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool), _num_bytes(rendered))
+        try:
+            rows = self.chat.encode_rows(document.messages, document.tools)
+        except UserError as error:
+            file, _, number = document.name.rpartition(":")  # rows are counted from 1 in errors
+            where = f"{file}, row {int(number) + 1}" if number.isdecimal() else document.name
+            bad_rows.add(UserError(f"data.path: {where}: {error}"))
+            return []
+        return [
+            EncodedDocument(np.asarray(row.tokens, np.int32), np.asarray(row.loss_mask, bool), _num_bytes(row.text))
+            for row in rows
+        ]
+
+
+def _note(bad_rows: BadRows) -> str:
+    """Show the conversations that the template rejects, and return the line for later runs that read the cache."""
+    line = f"data.on_bad_row=skip: {bad_rows.summary()}" if bad_rows.count else ""
+    _show(line)
+    return line
+
+
+def _show(line: str) -> None:
+    if line:
+        note(line)
 
 
 def _num_bytes(text: str) -> int:

@@ -14,6 +14,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
+from mtptrain.backbone.placement import layer_devices
 from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import Proposer
 from mtptrain.decoding.draws import Draws, row_seed
@@ -97,7 +98,7 @@ def _check_token_ids(model: DeepseekV4ForCausalLM, prompts: list[list[int]], lim
 
 
 def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, max_step: int) -> BackboneCache:
-    """Return an empty cache in the model's dtype and on its device.
+    """Return an empty cache in the model's dtype and on its devices.
 
     Args:
         model: the backbone.
@@ -106,7 +107,9 @@ def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, ma
         max_step: most tokens of one verify step, K + 1 for K drafts.
     """
     weight = model.lm_head.weight
-    return BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+    cache = BackboneCache.allocate(model.config, batch, max_length, max_step, weight.dtype, weight.device)
+    cache.spread(layer_devices(model))
+    return cache
 
 
 class _Run:

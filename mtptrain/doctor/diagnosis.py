@@ -8,6 +8,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.decoding.policy import Policy
 from mtptrain.doctor.result import Diagnosis, DoctorControls, TensorFaults, WiringResult
 from mtptrain.doctor.wirings import RIGHT, WIRINGS, Wiring
+from mtptrain.evaluation.certificate_result import Outcome
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import paired_gain, summarize
@@ -100,8 +101,11 @@ def diagnose(tensors: TensorFaults, wirings: list[WiringResult] | None, controls
 def _control_findings(controls: DoctorControls | None) -> list[str]:
     if controls is None:
         return []
-    passed = {"shifted_target": controls.shifted_target.passed, "all_accept": controls.all_accept.passed}
-    return [f"The control {name} failed: do not trust these numbers." for name in passed if not passed[name]]
+    failed = {
+        "shifted_target": controls.shifted_target.outcome is Outcome.failed,
+        "all_accept": not controls.all_accept.passed,
+    }
+    return [f"The control {name} failed: do not trust these numbers." for name in failed if failed[name]]
 
 
 def _tensor_findings(tensors: TensorFaults) -> list[str]:

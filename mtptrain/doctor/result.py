@@ -8,7 +8,7 @@ from mtptrain.evaluation.certificate_result import AllAcceptControl, ShiftedTarg
 from mtptrain.evaluation.head_result import Gain, Interval
 from mtptrain.run.provenance import Provenance
 
-DOCTOR_SCHEMA = 3
+DOCTOR_SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtptrain.doctor.result import DoctorResult, TensorFaults
+from mtptrain.evaluation.certificate_result import Outcome, ShiftedTargetControl
 
 
 def print_diagnosis(result: DoctorResult, console: Console) -> None:
@@ -27,11 +28,20 @@ def print_diagnosis(result: DoctorResult, console: Console) -> None:
         gain = row.against_right.gain
         table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
     console.print(table, highlight=False)
-    control, ceiling = result.controls.shifted_target, result.controls.all_accept
+    ceiling = result.controls.all_accept
     console.print(
-        f"control: agrees with its own text {control.agreement:.3f}, with another prompt's {control.shifted:.3f} "
-        f"(chance {control.chance:.3f}): {'passed' if control.passed else 'FAILED'}\n"
+        f"control: {_shifted_target(result.controls.shifted_target)}\n"
         f"control: the backbone drafting for itself emits {ceiling.acceptance_length:.2f} of "
         f"{ceiling.ceiling} tokens a pass: {'passed' if ceiling.passed else 'FAILED'}",
         highlight=False,
+    )
+
+
+def _shifted_target(control: ShiftedTargetControl) -> str:
+    if control.outcome is Outcome.not_tested:
+        return "shifted target: not tested, these texts are too few or too much alike"
+    return (
+        f"drafts agree with their own text {control.agreement:.3f}, with another prompt's in its place "
+        f"{control.shifted:.3f} (chance {control.chance:.3f}, p={control.p_value:.2g}): "
+        f"{'passed' if control.outcome is Outcome.passed else 'FAILED'}"
     )

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class Outcome(Enum):
+    """The outcome of a check that may lack the texts that it needs."""
+
+    passed = "passed"
+    failed = "failed"
+    not_tested = "not tested"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,28 +165,37 @@ class AllAcceptControl:
     passed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShiftedTargetControl:
-    """Drafts compared with another prompt's text.
+    """Drafts of tokens that were replaced by those of another prompt's text.
 
     Attributes:
-        agreement: with their own text.
-        shifted: with the other text.
-        chance: the agreement of independent draws.
-        interval: of shifted minus chance.
-        passed: the interval holds 0.
+        outcome: failed if the drafts agree with the replaced tokens; not tested if the texts are too few or too alike.
+        texts: texts that were compared.
+        positions: of the replaced tokens in their continuations.
+        drafted: drafted tokens that were compared.
+        agreement: share of them that agree with the token of their own text; this and the next three are None if
+            nothing was tested.
+        shifted: share that agree with the token in its place.
+        chance: the same, expected of random dealings of the texts.
+        p_value: exact chance that a random dealing agrees as much.
+        level: the largest p-value that fails.
     """
 
-    agreement: float
-    shifted: float
-    chance: float
-    interval: tuple[float, float]
-    passed: bool
+    outcome: Outcome
+    texts: int
+    positions: list[int]
+    drafted: int
+    agreement: float | None
+    shifted: float | None
+    chance: float | None
+    p_value: float | None
+    level: float
 
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """Negative controls; `shifted_target` by head."""
+    """Negative controls; `shifted_target` by head, and none that failed if they `passed`."""
 
     passed: bool
     all_accept: AllAcceptControl

@@ -10,7 +10,7 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import DraftChoice, LossConfig
-from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
+from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
 from mtptrain.data.passages import FOUND, PassageHasher, Passages
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import Policy
@@ -19,8 +19,6 @@ from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import TraceSet
-
-ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +63,7 @@ def teacher_forced(
     objective = RolloutObjective(model, stack, LossConfig(), steps)
     counts_K = torch.zeros(steps, dtype=torch.float64)
     alpha_K, top1_match_K = counts_K.clone(), counts_K.clone()
-    for start in range(0, len(rows), ROWS_A_FORWARD):
-        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_A_FORWARD], row_length)
+    for batch in split_rows(corpus.tokens, rows, row_length):
         result, _ = objective.per_token(batch.to(model.lm_head.weight.device))
         counts_K += objective.counts(batch)
         alpha_K += result.alpha_KT.double().sum(1).cpu()

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 import mtptrain
 from mtptrain.config import ExportForm, ExportTarget
+from mtptrain.evaluation.compare import gain_sentence
+from mtptrain.evaluation.head_result import Gain
+from mtptrain.export.command import serve_command
+from mtptrain.export.draft_length import DraftLength, shown_lengths
+from mtptrain.export.origin import Origin
+from mtptrain.export.servers import SERVERS
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
 from mtptrain.run.provenance import Provenance
-from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
+from mtptrain.training.checkpoint import EXPORT_MANIFEST, HeadIdentity
+from mtptrain.training.exported import EXPORTED
 
-RECORD = "mtptrain_export.json"
 WORST = 5  # tensors that the card lists
+NO_GAIN = "NOT BETTER THAN THE MODEL'S OWN HEAD on these prompts"
+TAGS = ["multi-token-prediction", "speculative-decoding", "deepseek_v4"]
 CARD = """---
-library_name: mtptrain
-tags: [multi-token-prediction, speculative-decoding, deepseek_v4]
+{metadata}
 ---
 
 # A trained multi-token-prediction head for DeepSeek-V4
@@ -29,20 +38,27 @@ Written by `+recipe=export`; the same facts for programs are in `{record}`.
 |---|---|
 {facts}
 
-## Acceptance length
+## Acceptance
 
-Greedy, on {prompts} prompts that the model continued itself, by draft length K; the trained head before it was \
-stored, and as it was read back from this folder.
+{verdict}
 
-| K | before | after |
-|---|---|---|
+Tokens a pass at {policy}, on {prompts} prompts that the model continued itself, by draft length K: the trained head \
+before it was stored, and as it was read back from this folder; the gain is over the model's own head, with its 95 % \
+interval.
+
+| K | before | after | gain |
+|---|---|---|---|
 {lengths}
+
+Share of drafts kept at each position, once all before it were kept: {positions}.
 
 ## Serve
 
 ```
 {command}
 ```
+
+{notes}
 
 Warnings:
 
@@ -57,6 +73,31 @@ Warnings:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """Acceptance of a head on the prompts of its export.
+
+    Attributes:
+        prompts: their number.
+        policy: how tokens were drawn and drafted, for people to read.
+        before, after: acceptance length by K of the trained head, and as read back from the folder.
+        positions: share kept at each position of the longest draft, as read back; None if never reached.
+        gain: of the head as read back over the model's own, by K; None if the model came without one.
+    """
+
+    prompts: int
+    policy: str
+    before: dict[int, float]
+    after: dict[int, float]
+    positions: list[float | None]
+    gain: dict[int, Gain] | None
+
+    @property
+    def longest(self) -> int:
+        """The longest measured K."""
+        return max(self.before)
+
+
+@dataclass(frozen=True, slots=True)
 class Export:
     """The facts of an export besides the identity of its head.
 
@@ -65,10 +106,12 @@ class Export:
         checkpoint: folder and step of the head.
         untouched: number of tensors outside the head; their bytes equal the source's.
         changed: number of stored weights that differ from the source's head, and number of all stored weights.
-        acceptance: acceptance length by draft length, `before` and `after` storing, and the number of `prompts`.
+        acceptance: of the head on the export's prompts.
+        draft_length: the K to serve it with.
         errors: rounding error of every stored weight, by released name.
+        head_files: files that hold the head.
         warnings: warnings for serving.
-        training: provenance of the training run, empty if it is not recorded.
+        origin: model and training.
         provenance: provenance of the export.
     """
 
@@ -78,63 +121,45 @@ class Export:
     checkpoint: str
     untouched: int
     changed: tuple[int, int]
-    acceptance: dict[str, Any]
+    acceptance: Measured
+    draft_length: DraftLength
     errors: dict[str, EncodingError]
+    head_files: list[str]
     warnings: list[str]
-    training: dict[str, Any]
+    origin: Origin
     provenance: Provenance
 
 
-EXPORT: Kind[HeadIdentity, Export] = Kind(
-    name="exported model",
-    schema=1,
-    identity=HeadIdentity,
-    content=Export,
-    settings={"backbone": "backbone.path"},
-    manifest=RECORD,
-    missing="give the folder of +recipe=export",
-    damaged="export it anew",
-    repair="export it anew",
-)
+EXPORT: Kind[HeadIdentity, Export] = replace(EXPORTED, content=Export)
 
 
-def training_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return provenance.json of the run that holds a checkpoint; empty if the run has none."""
-    for folder in checkpoint.folder.absolute().parents[:2]:
-        path: Path = folder / "provenance.json"
-        if path.is_file():
-            provenance: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return provenance
-    return {}
-
-
-def serve_command(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
-    """Return the command that starts the target with the folder."""
-    if export.target is ExportTarget.sglang:
-        return (
-            f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE \\\n"
-            f"    --speculative-num-steps {head.steps} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {head.steps + 1}"
-        )
-    if export.target is ExportTarget.hf:
-        return f"python -m mtptrain +recipe=evaluate checkpoint=stock backbone.path={folder}"
-    draft = f'"model": "{folder}", ' if export.form is ExportForm.draft else ""
-    model = source if export.form is ExportForm.draft else folder
-    settings = f'{{"method": "mtp", {draft}"num_speculative_tokens": {head.steps}}}'
-    return f"vllm serve {model} --speculative-config '{settings}'"
+def verdict(measured: Measured, k: int) -> str:
+    """Return one sentence about the gain over the model's own head at K = `k`, or at the longest measured K below."""
+    k = min(k, measured.longest)
+    if measured.gain is None:
+        return "The model came without a head to compare with."
+    sentence = gain_sentence(("the model's own head", "this head"), measured.gain[k], k)
+    return sentence if measured.gain[k].is_clear else f"{NO_GAIN}: {sentence}"
 
 
 def _facts(head: HeadIdentity, export: Export) -> str:
     """Return table rows about the head and its origin."""
-    training = export.training
+    training, origin, best = export.origin.training, export.origin, export.draft_length
     command = " ".join(training.get("command", [])) or "not recorded"
     trained = f"{training.get('started', '?')}, commit {training.get('git_commit')}" if training else "not recorded"
+    server = SERVERS.get(export.target)
     facts = {
         "mode": f"{head.mode.value}, {head.depth} module(s)",
         "trained on": f"{head.steps} draft step(s)",
+        "training data": origin.data or "not recorded",
         "stored as": f"{export.scheme}, for {export.target.value}, {export.form.value} folder",
-        "model": f"fingerprint {head.backbone}; {export.untouched} tensors, unchanged byte for byte",
+        "loader checked": f"{server.name} {server.checked}" if server else "transformers",
+        "model": f"{origin.base_model or 'no hub id known'}, fingerprint {head.backbone}; {export.untouched} tensors, "
+        "unchanged byte for byte",
+        "licence": f"{origin.license}, the model's" if origin.license else "not stated in the model's folder",
         "head": f"{export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head",
+        "draft length": f"{best.served}, {best.reason}; fastest in the run's evaluation: {best.measured or 'unknown'}, "
+        f"by the plan: {best.planned.draft_length if best.planned else 'unknown'}",
         "checkpoint": export.checkpoint,
         "started from": json.dumps(head.start),
         "training": f"`{command}` ({trained})",
@@ -143,16 +168,62 @@ def _facts(head: HeadIdentity, export: Export) -> str:
     return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
 
 
-def _lengths(export: Export) -> str:
+def _lengths(measured: Measured, shown: list[int]) -> str:
     """Return table rows of acceptance lengths by draft length."""
-    before, after = export.acceptance["before"], export.acceptance["after"]
-    return "\n".join(f"| {k} | {before[k]:.3f} | {after[k]:.3f} |" for k in before)
+    return "\n".join(
+        f"| {k} | {measured.before[k]:.3f} | {measured.after[k]:.3f} | {_gain(measured, k)} |" for k in shown
+    )
+
+
+def _gain(measured: Measured, k: int) -> str:
+    if measured.gain is None:
+        return "-"
+    low, high = measured.gain[k].interval
+    return f"{measured.gain[k].gain:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _positions(measured: Measured, shown: list[int]) -> str:
+    """Return the share kept at each position that is served."""
+    shares = measured.positions[: max(shown)]
+    return ", ".join(f"{k}: {'-' if share is None else f'{share:.3f}'}" for k, share in enumerate(shares, start=1))
 
 
 def _roundings(export: Export) -> str:
     """Return table rows of the tensors with the largest rounding errors."""
     worst = sorted(export.errors.items(), key=lambda item: -item[1].absolute)[:WORST]
     return "\n".join(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst)
+
+
+def serving_notes(target: ExportTarget) -> list[str]:
+    """Return what a server does differently from this project's measurements, and the switch if there is one."""
+    server = SERVERS.get(target)
+    if server is None:
+        return []
+    return [*([server.sampling] if server.sampling else []), f"{server.name} {server.first_position}."]
+
+
+def _metadata(export: Export, name: str, shown: list[int]) -> str:
+    """Return the Hub's front matter: base model, licence and acceptance lengths."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="prompts",
+            dataset_name=f"{export.acceptance.prompts} prompts, continued by the model at {export.acceptance.policy}",
+            metric_type="acceptance_length",
+            metric_name=f"tokens a verify pass at K={k}",
+            metric_value=round(export.acceptance.after[k], 4),
+        )
+        for k in shown
+    ]
+    data: Any = ModelCardData(
+        base_model=export.origin.base_model,
+        license=export.origin.license,
+        library_name="mtptrain",
+        tags=TAGS,
+        model_name=name,
+        eval_results=results,
+    )
+    return str(data.to_yaml())
 
 
 def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
@@ -164,12 +235,19 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
         folder: final name of the export's folder.
         source: folder of the backbone.
     """
+    measured, served = export.acceptance, export.draft_length.served
+    shown = shown_lengths(export.target, head.depth, list(measured.before))
     return CARD.format(
-        record=RECORD,
+        metadata=_metadata(export, folder.name, shown),
+        record=EXPORT_MANIFEST,
         facts=_facts(head, export),
-        prompts=export.acceptance["prompts"],
-        lengths=_lengths(export),
-        command=serve_command(head, export, folder, source),
+        verdict=verdict(measured, served),
+        policy=measured.policy,
+        prompts=measured.prompts,
+        lengths=_lengths(measured, shown),
+        positions=_positions(measured, shown),
+        command=serve_command(export.target, export.form, folder, source, served),
+        notes="\n\n".join(serving_notes(export.target)),
         warnings="\n".join(f"- {line}" for line in export.warnings or ["none"]),
         roundings=_roundings(export),
     )

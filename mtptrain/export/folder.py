@@ -21,8 +21,8 @@ from mtptrain.run.storage import write_json
 
 HEAD_FILE = "mtp.safetensors"  # holds the head beside a model without an index
 NEW_SHARD = "model-mtp.safetensors"  # holds the head of an indexed model that had none
-SHARED = ("embed.weight", "head.weight")  # vLLM requires them in a separate draft folder
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # files of a model folder beside its weights
+SHARED = ("embed.weight", "head.weight")  # of the model; servers take them from its folder
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # files of a model folder beside its weights
 NOT_COPIED = ("config.json", INDEX)  # the export writes its own
 
 
@@ -103,9 +103,16 @@ def write_full(shards: Shards, layout: Layout, head: Mapping[str, Tensor], folde
     copy_companions(shards.folder, folder)
 
 
-def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a folder with the head, the embedding and the lm_head, except for config.json."""
-    tensors = {name: shards[name] for name in SHARED} | dict(head)
+def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path, has_embeddings: bool) -> None:
+    """Write a folder with the head, except for config.json.
+
+    Args:
+        shards: tensors of the source.
+        head: released names and tensors.
+        folder: an empty folder.
+        has_embeddings: add the embedding and the lm_head.
+    """
+    tensors = {name: shards[name] for name in SHARED if has_embeddings} | dict(head)
     file = shard_name(1, 1)
     save_tensors(tensors, folder / file)
     write_index(folder, dict.fromkeys(tensors, file), sum(tensor.nbytes for tensor in tensors.values()))

@@ -1,22 +1,76 @@
-"""Rules of the servers: exports that they cannot load or misread, from their sources of 2026-11."""
+"""What the servers do with an exported head, and the exports that they cannot load or misread.
+
+Source: the loaders of vLLM 0.33.0 and SGLang 0.5.23, run on a CPU with exported folders; llama.cpp of 2026-10, read
+(ggml-org/llama.cpp#25784).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mtptrain.config import ExportForm, ExportTarget
 from mtptrain.errors import UserError
-from mtptrain.release.config import is_release
+from mtptrain.release.config import is_release, read_config_json, stored_scales, stored_scheme
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import Shards
 
-# vLLM, vllm/config/speculative.py: guesses a draft's method from its path if that contains one of these.
-VLLM_HIJACKS = ("eagle-", "eagle3", "dflash", "dspark")
+# vLLM, vllm/config/speculative.py: a path with one of these changes the method or the architecture of the draft, even
+# with "method": "mtp".
+VLLM_HIJACKS = ("eagle3", "eagle", "dflash", "dspark")
 
 
-def check_target(
-    target: ExportTarget, form: ExportForm, scheme: Scheme, depth: int, shards: Shards, backbone_scheme: Scheme
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The rules of one server.
+
+    Attributes:
+        name: as its project writes it.
+        checked: version whose rules these are.
+        runs_stacked: whether it runs more than one module.
+        sampling: what it does at a temperature above 0, and the switch; empty if that is not known.
+        first_position: what it does with the embedding at position 0.
+    """
+
+    name: str
+    checked: str
+    runs_stacked: bool
+    sampling: str
+    first_position: str
+
+
+AS_TRAINED = "reads the embedding at position 0, as in training"
+SERVERS = {
+    ExportTarget.vllm: Server(
+        name="vLLM",
+        checked="0.33.0",
+        runs_stacked=True,
+        sampling='At a temperature above 0, vLLM drafts greedily without `"draft_sample_method": "probabilistic"`, and '
+        "keeps about half as many drafts (docs/export.md).",
+        first_position="zeroes the embedding at position 0 at the first draft step; only the first tokens of a text "
+        "are drafted worse",
+    ),
+    ExportTarget.sglang: Server(
+        name="SGLang",
+        checked="0.5.23",
+        runs_stacked=False,
+        sampling="At a temperature above 0, SGLang drafts greedily without `--speculative-use-rejection-sampling`, and "
+        "keeps about half as many drafts (docs/export.md).",
+        first_position=AS_TRAINED,
+    ),
+    ExportTarget.llama_cpp: Server(
+        name="llama.cpp",
+        checked="of 2026-10",
+        runs_stacked=False,
+        sampling="",
+        first_position=f"{AS_TRAINED}, and keeps one more key there",
+    ),
+}
+
+
+def check_target(target: ExportTarget, form: ExportForm, scheme: Scheme, depth: int, shards: Shards) -> None:
     """Raise a `UserError` if the target cannot load the requested export.
 
     Args:
@@ -25,9 +79,8 @@ def check_target(
         scheme: storage of the head.
         depth: number of modules.
         shards: tensors of the backbone's folder.
-        backbone_scheme: storage of the backbone.
     """
-    name = target.value
+    name, backbone_scheme = target.value, stored_scheme(shards)
     if form is ExportForm.draft and target is not ExportTarget.vllm:
         raise UserError(f"export.form=draft: only vLLM loads a separate draft folder; use export.form=full for {name}")
     if target is ExportTarget.hf:
@@ -42,23 +95,58 @@ def check_target(
             f"export.scheme=bf16: {name} builds the head with the model's quantisation ({backbone_scheme}) and cannot "
             "load a bf16 head beside it; use export.scheme=target, or target=hf"
         )
-    if target is ExportTarget.sglang and depth > 1:
-        raise UserError(f"target=sglang: SGLang runs exactly one MTP module and this head has {depth}; use target=vllm")
+    if depth > 1 and not SERVERS[target].runs_stacked:
+        raise UserError(
+            f"target={name}: {SERVERS[target].name} runs exactly one MTP module and this head has {depth}; use "
+            "target=vllm"
+        )
+    if form is ExportForm.draft:
+        _check_draft(depth, shards)
 
 
-def warnings(target: ExportTarget, folder: Path, depth: int) -> list[str]:
-    """Return warnings for serving: a path that vLLM misreads, or more modules than its default proposer runs."""
+def _check_draft(depth: int, shards: Shards) -> None:
+    """Refuse a draft folder whose number of modules is not that of the model: vLLM takes it from the model's config."""
+    stated = read_config_json(shards.folder, shards.setting).get("num_nextn_predict_layers")
+    if stated != depth:
+        raise UserError(
+            f"export.form=draft: the head has {depth} modules, and vLLM takes their number from config.json of the "
+            f"model, which says {stated}: it would run others than were trained; use export.form=full"
+        )
+
+
+def check_path(target: ExportTarget, folder: Path, is_forced: bool) -> str | None:
+    """Return a warning if vLLM takes an export of this path for another kind of draft.
+
+    Args:
+        target: the server.
+        folder: the export's final path.
+        is_forced: whether `export.force` allows such a path.
+
+    Raises:
+        UserError: it does, and it is not forced.
+    """
+    word = next((word for word in VLLM_HIJACKS if word in str(folder.absolute()).lower()), None)
+    if target is not ExportTarget.vllm or word is None:
+        return None
+    line = f"the path contains `{word}`, from which vLLM takes the folder for another kind of draft whatever the method"
+    if not is_forced:
+        raise UserError(
+            f"output_dir={folder}: {line}; choose another name, or set export.force=true and rename it before serving"
+        )
+    return f"{line}: rename it before serving"
+
+
+def warnings(target: ExportTarget, shards: Shards, depth: int) -> list[str]:
+    """Return what a user must know before serving the export of a head with `depth` modules."""
     lines = []
-    path = str(folder.absolute()).lower()
-    hijacks = [word for word in VLLM_HIJACKS if word in path]
-    if target is ExportTarget.vllm and hijacks:
+    if target is ExportTarget.vllm and stored_scheme(shards) == "fp8" and stored_scales(shards) != torch.float32:
         lines.append(
-            f"output_dir contains `{hijacks[0]}`, from which vLLM infers another kind of draft; rename the "
-            'folder, or give "method": "mtp" explicitly'
+            "the model's FP8 experts have E8M0 scales, which vLLM reads as the numbers of their bytes "
+            "(vllm-project/vllm#43416); releases hold them as float32"
         )
     if target is ExportTarget.vllm and depth > 1:
         lines.append(
-            f"vLLM's default proposer runs module 0 at every step; where its newer runner uses all {depth} modules, it "
-            f"starts again with module 0 after step {depth}: serve at most num_speculative_tokens={depth}"
+            f"num_speculative_tokens must be a multiple of {depth}, the number of modules; beyond {depth}, vLLM starts "
+            "again with module 0 and overwrites its keys, and every position is kept less often"
         )
     return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mtptrain.config import DataConfig, DataSource, StreamFormat
+from mtptrain.config import DataConfig, DataFormat, DataSource, OnBadRow, StreamFormat
 from mtptrain.run.artifact import Artifact, Kind, check_identity, open_artifact
 from mtptrain.run.distributed import max_over_processes, rank, world_size
 
@@ -21,8 +21,14 @@ class TextOrigin:
 
     source: DataSource
     path: str | None
+    subset: str | None
+    split: str | None
     field_name: str
+    format: DataFormat
+    on_bad_row: OnBadRow
     packages: list[str]
+    max_documents: int | None
+    max_tokens: int | None
     heldout_every: int
 
     @classmethod

@@ -19,6 +19,7 @@ from mtptrain.data.packing import Piece, fill_rows, pack_pieces
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import decode_streams
 from mtptrain.hidden_cache.manifest import StreamCache
+from mtptrain.run.distributed import on_rank0
 
 
 class HiddenStateBatches(BatchSource):
@@ -53,7 +54,7 @@ class HiddenStateBatches(BatchSource):
         self.loss_mask = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
         sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()
         self.pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
-        self.order = RowOrder(pack_pieces(self.pieces, sequence_length), batch_size, seed)
+        self.order = RowOrder(on_rank0(lambda: pack_pieces(self.pieces, sequence_length)), batch_size, seed)
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """See `BatchSource`; a piece counts as a document."""

@@ -12,10 +12,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
-from mtptrain.data.packing import fill_rows, pack_corpus, spread_rows
+from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
 from mtptrain.data.tokens import TokenizedCorpus
 
-ROWS_PER_FORWARD = 16
+LOGITS_AT_ONCE = 1 << 26  # of [targets, V], 256 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,18 @@ def next_token_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
+def heldout_nats(model: DeepseekV4ForCausalLM, batch: Batch) -> Tensor:
+    """Return `next_token_nats`, computed for a bounded number of logits at a time."""
+    mask_BS = batch.target_mask(0)
+    _, hidden_BSD = backbone_streams(model, batch)
+    targets = batch.tokens_BS.roll(-1, dims=1)[mask_BS]
+    size = max(1, LOGITS_AT_ONCE // model.lm_head.weight.shape[0])
+    parts = zip(hidden_BSD[mask_BS].split(size), targets.split(size), strict=True)
+    nats = [F.cross_entropy(model.lm_head(hidden).float(), target, reduction="none") for hidden, target in parts]
+    return torch.cat(nats) if nats else hidden_BSD.new_zeros(0)
+
+
+@torch.no_grad()
 def bits_per_byte(
     model: DeepseekV4ForCausalLM, corpus: TokenizedCorpus, row_length: int, max_rows: int | None = None
 ) -> tuple[float, float]:
@@ -58,9 +70,8 @@ def bits_per_byte(
     num_targets = sum(size - 1 for row in rows for _, size in row)
     rows = spread_rows(rows, max_rows)
     nats, count = 0.0, 0
-    for start in range(0, len(rows), ROWS_PER_FORWARD):
-        batch = fill_rows(corpus.tokens, rows[start : start + ROWS_PER_FORWARD], row_length).to(device)
-        losses = next_token_nats(model, batch)
+    for batch in split_rows(corpus.tokens, rows, row_length):
+        losses = heldout_nats(model, batch.to(device))
         nats, count = nats + losses.double().sum().item(), count + losses.numel()
     return nats / count, nats / count * num_targets / math.log(2) / corpus.num_bytes
 

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from mtptrain.errors import UserError
-from mtptrain.mtp.block import MtpBlock
+from mtptrain.mtp.block import MtpBlock, block_config
 
 
 class MtpStack(nn.Module):
@@ -67,7 +68,9 @@ def head_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, Tensor], source: str) -> MtpStack:
-    """Return modules with stored tensors; a missing module starts as a copy of the one before it.
+    """Return modules of stored tensors, fp32; a missing module starts as a copy of the one before it.
+
+    The modules take fp32 tensors as they are, without a copy: at scale, two heads do not fit in memory.
 
     Args:
         config: config of the backbone.
@@ -84,9 +87,12 @@ def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, 
         raise UserError(
             f"mtp.depth={depth}: {source} holds MTP modules {sorted(stored)}; set mtp.depth to their number"
         )
-    stack = MtpStack(config, num_stored)
+    with torch.device("meta"):
+        stack = MtpStack(config, num_stored)
+    for block in stack.mtp:
+        block.rotary_emb = DeepseekV4RotaryEmbedding(block_config(config))  # its frequencies are in no file
     try:
-        stack.load_state_dict(tensors)
+        stack.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
         summary = " ".join(str(error).split())[:400]
         raise UserError(f"{source}: its MTP tensors do not fit this backbone: {summary}") from None

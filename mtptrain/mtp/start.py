@@ -39,9 +39,11 @@ def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
     """
     head = backbone.shards.only(HEAD_PREFIX)
     if not head:
+        found = backbone.shards.heads_elsewhere()
+        told = f"found {', '.join(found)}: put a file with the head alone beside the model's; or " if found else ""
         raise UserError(
-            f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); train one with mtp.init=fresh or "
-            "mtp.init=backbone, or give a checkpoint's path"
+            f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); {told}train one with "
+            "mtp.init=fresh or mtp.init=backbone, or give a checkpoint's path"
         )
     return head
 

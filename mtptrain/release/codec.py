@@ -4,6 +4,8 @@ A stored code stands for code * 2^(b - 127), where b is the byte of the UE8M0 sc
 FP4 codes are e2m1, two to an int8 byte, with the even column in the low nibble. Products are formed in fp32, where each
 is exact or overflows; a value that the output dtype cannot hold is refused, never rounded.
 
+Files hold the scale of a block as E8M0, as its byte, or as the float32 2^(b - 127), as the -Base releases do.
+
 With the released scales, decoding and encoding again gives the same bytes. Without them, encoding chooses the smallest
 power of two that fits. This keeps every value of a release but may store it under another code: the released scale may
 be larger than needed, on purpose or because it was chosen before the largest value of the block was rounded down.
@@ -30,6 +32,8 @@ OVERFLOW = 16  # entry of the FP4 table for a value beyond the grid, infinity or
 BIAS = 127  # of a scale byte's exponent
 NEUTRAL = 127  # scale byte of an all-zero block: 2^0
 NAN_SCALE = 255
+SCALE_DTYPES = (torch.float8_e8m0fnu, torch.uint8, torch.float32)  # in which files hold scales
+SUBNORMAL = 1 << 22  # bits of the float32 2^-127, the one power with b = 0
 CHUNK = 1 << 18  # values of a piece of rows; of 2^16 to 2^18 the fastest on one core of a Xeon, 2026-11
 
 
@@ -38,7 +42,7 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
 
     Args:
         codes: float8_e4m3fn [R, C].
-        scale: float8_e8m0fnu or uint8 [ceil(R / 128), ceil(C / 128)].
+        scale: of `SCALE_DTYPES` [ceil(R / 128), ceil(C / 128)].
         dtype: torch.bfloat16 or torch.float32.
         name: name of the tensor, for errors.
 
@@ -58,7 +62,7 @@ def decode_fp4(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16
 
     Args:
         codes: int8 [R, P].
-        scale: float8_e8m0fnu or uint8 [R, ceil(2 P / 32)].
+        scale: of `SCALE_DTYPES` [R, ceil(2 P / 32)].
         dtype: torch.bfloat16 or torch.float32.
         name: name of the tensor, for errors.
 
@@ -205,8 +209,7 @@ def _encode(
     shape = scale_shape((weight.shape[0], weight.shape[1]), block)
     chosen = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     if scale is not None:
-        powers(scale, shape, name)
-        chosen.copy_(scale.contiguous().view(torch.uint8))
+        chosen.copy_(_scale_bytes(scale, shape, name))
     all_rows = pieces(weight.shape[0], weight.shape[1], block[0])
     buffers = torch.empty(2, all_rows[0].stop, weight.shape[1], device=weight.device)  # reused: fresh memory is slow
     for rows in all_rows:
@@ -232,21 +235,47 @@ def powers(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     """Return 2^(b - 127) of every scale byte, fp32, exact (2^-127 is subnormal).
 
     Args:
-        scale: float8_e8m0fnu or uint8.
+        scale: of `SCALE_DTYPES`.
         shape: expected shape of the scales.
         name: name of the tensor, for errors.
 
     Raises:
-        UserError: wrong dtype or shape, or a NaN scale.
+        UserError: wrong dtype or shape, a NaN scale, or a float32 scale that is no power of two.
     """
-    if scale.dtype not in (torch.float8_e8m0fnu, torch.uint8):
-        raise UserError(f"{name}: its scale must be float8_e8m0fnu or uint8, is {scale.dtype}")
+    return _power_of(_scale_bytes(scale, shape, name))
+
+
+def _scale_bytes(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    """Return the byte b of every scale, int32; arguments and errors as for `powers`."""
+    if scale.dtype not in SCALE_DTYPES:
+        raise UserError(f"{name}: its scale must be float8_e8m0fnu, uint8 or float32, is {scale.dtype}")
     if tuple(scale.shape) != shape:
         raise UserError(f"{name}: its scale must have the shape {list(shape)}, has {list(scale.shape)}")
+    if scale.dtype == torch.float32:
+        return _float_bytes(scale.contiguous(), name)
     exponents = scale.contiguous().view(torch.uint8).int()
     if exponents.numel() and int(exponents.amax()) == NAN_SCALE:
         raise UserError(f"{name}: a scale is NaN (byte 255); the file is damaged")
-    return _power_of(exponents)
+    return exponents
+
+
+def _float_bytes(scale: Tensor, name: str) -> Tensor:
+    """Return the byte b of every float32 scale 2^(b - 127), int32."""
+    bits = scale.view(torch.int32)
+    exponents = bits >> 23
+    is_power = (bits & ((1 << 23) - 1) == 0) & (exponents > 0) & (exponents < NAN_SCALE) | (bits == SUBNORMAL)
+    if not bool(is_power.all()):
+        wrong = float(scale[~is_power][0])
+        raise UserError(
+            f"{name}: a scale is {wrong:g}, which is no power of two; the file is damaged or of another quantisation"
+        )
+    return exponents
+
+
+def store_scales(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float8_e8m0fnu scales in one of `SCALE_DTYPES`, with the same values."""
+    exponents = scale.view(torch.uint8)
+    return _power_of(exponents.int()) if dtype == torch.float32 else exponents.view(dtype)
 
 
 def _power_of(exponents: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from mtptrain.errors import UserError
 from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, scale_shape
-from mtptrain.release.shards import HEAD_PREFIX, Shards
+from mtptrain.release.shards import HEAD_PREFIX, INDEX, Shards
 
 Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # releases, releases named -Base, no quantisation
 EXPERT = "layers.0.ffn.experts.0.w1.weight"  # its dtype shows how the routed experts are stored
@@ -16,7 +18,9 @@ PREFIXES = ("", "model.")  # as released, and as saved by transformers
 # By the safetensors dtype of the experts.
 EXPERT_SCHEMES: dict[str, Scheme] = {"I8": "fp8_fp4", "F8_E4M3": "fp8"}
 BLOCKS = {"I8": FP4_BLOCK, "F8_E4M3": FP8_BLOCK}
-SCALE_DTYPES = ("F8_E8M0", "U8")
+# By the safetensors dtype of the scales; beside FP8 experts, releases hold them as F32.
+SCALES = {"F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "F32": torch.float32}
+USUAL_SCALES = {"I8": "F8_E8M0", "F8_E4M3": "F32"}
 
 
 def read_config_json(folder: Path, setting: str) -> dict[str, Any]:
@@ -45,6 +49,13 @@ def stored_scheme(shards: Shards) -> Scheme:
     return EXPERT_SCHEMES.get(expert.dtype, "bf16") if expert else "bf16"
 
 
+def stored_scales(shards: Shards) -> torch.dtype | None:
+    """Return the dtype of the experts' scales, which vLLM reads without a conversion; None if they have none."""
+    names = (prefix + EXPERT.removesuffix("weight") + "scale" for prefix in PREFIXES)
+    scale = next((shards.entries[name] for name in names if name in shards), None)
+    return SCALES.get(scale.dtype) if scale else None
+
+
 def check_scales(shards: Shards) -> None:
     """Raise a `UserError` unless every quantised weight of the backbone, and no other, has scales of the right shape.
 
@@ -65,16 +76,21 @@ def check_scales(shards: Shards) -> None:
         if block is None or scale is None:
             continue
         columns = weight.shape[1] * (2 if weight.dtype == "I8" else 1)
+        usual = USUAL_SCALES[weight.dtype] if scale.dtype not in SCALES else scale.dtype
         expected = scale_shape((weight.shape[0], columns), block)
-        if scale.shape != expected or scale.dtype not in SCALE_DTYPES:
+        if scale.shape != expected or scale.dtype not in SCALES:
             raise UserError(
-                f"{shards.setting}: the scale of {weight_name} is {scale.dtype} {list(scale.shape)} instead of F8_E8M0 "
-                f"{list(expected)}; restore {entry.file}"
+                f"{shards.setting}: the scale of {weight_name} is {scale.dtype} {list(scale.shape)} instead of "
+                f"{usual} {list(expected)}; restore {entry.file}"
             )
 
 
 def check_config(shards: Shards) -> None:
-    """Raise a `UserError` if config.json and the stored tensors disagree on the quantisation."""
+    """Raise a `UserError` if config.json and the stored tensors disagree on the quantisation, or about the index."""
+    if shards.index is not None and not shards.has_metadata:
+        raise UserError(
+            f'{shards.setting}: {INDEX} has no "metadata", which transformers requires; add "metadata": {{}} to it'
+        )
     config, scheme = read_config_json(shards.folder, shards.setting), stored_scheme(shards)
     quantization = config.get("quantization_config") or {}
     declared = "bf16" if not quantization else "fp8"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mtptrain.release.shards import HEAD_PREFIX, Shards, StoredTensor
+from mtptrain.run.storage import user_cache, write_json
 
 PIECE = 1 << 22  # bytes read at a time
+WORTH_REMEMBERING = 1 << 26  # bytes; hashing a smaller file takes a tenth of a second
+SETTLED_SECONDS = 60  # a file that changed more recently may change again within one tick of its time stamp
 # Keys of config.json that describe a head or the writer of the file, not the backbone.
 FOREIGN_KEYS = ("num_nextn_predict_layers", "mtptrain", "transformers_version", "_name_or_path")
 
@@ -18,13 +25,36 @@ def fingerprint(shards: Shards) -> str:
     """Return a hex SHA-256 over the config and every tensor outside `mtp.*`.
 
     It does not depend on the distribution of tensors over files, so a folder with another head keeps its fingerprint.
-    Every weight is read once.
+    Every weight is read once; the hashes of large files are remembered in the user's cache until the file changes.
     """
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
+        for of_file in pool.map(lambda file: _file_hashes(shards, file), shards.files()):
+            hashes |= of_file
     digest = hashlib.sha256(_backbone_config(shards.folder / "config.json"))
-    for name in sorted(name for name in shards if not name.startswith(HEAD_PREFIX)):
+    for name in sorted(hashes):
         entry = shards.entries[name]
-        digest.update(f"{name} {entry.dtype} {list(entry.shape)} {tensor_hash(shards.folder, entry)}\n".encode())
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)} {hashes[name]}\n".encode())
     return digest.hexdigest()
+
+
+def _file_hashes(shards: Shards, file: str) -> dict[str, str]:
+    """Return the hash of every tensor of a file outside `mtp.*`, from the cache if the file has not changed."""
+    path = (shards.folder / file).resolve()
+    state = path.stat()
+    key = [str(path), state.st_size, state.st_mtime_ns, state.st_ino]
+    remembered = user_cache() / "hashes" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    names = [name for name, entry in shards.entries.items() if entry.file == file and not name.startswith(HEAD_PREFIX)]
+    with suppress(OSError, ValueError):
+        hashes = json.loads(remembered.read_text(encoding="utf-8"))
+        if isinstance(hashes, dict) and hashes.keys() == set(names):
+            return hashes
+    hashes = {name: tensor_hash(shards.folder, shards.entries[name]) for name in names}
+    if state.st_size >= WORTH_REMEMBERING and time.time() - state.st_mtime > SETTLED_SECONDS:
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_json(remembered, hashes)
+    return hashes
 
 
 def tensor_hash(folder: Path, entry: StoredTensor) -> str:

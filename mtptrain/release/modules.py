@@ -9,7 +9,16 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 from mtptrain.errors import UserError
-from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, decode_fp4, decode_fp8, encode_fp4, encode_fp8
+from mtptrain.release.codec import (
+    FP4_BLOCK,
+    FP8_BLOCK,
+    SCALE_DTYPES,
+    decode_fp4,
+    decode_fp8,
+    encode_fp4,
+    encode_fp8,
+    store_scales,
+)
 from mtptrain.release.encoding_error import EncodingError, encoding_error, rounding_error
 from mtptrain.release.names import Row, Scheme, our_shapes, release_table
 from mtptrain.release.problems import Problems, is_dspark, mismatch, refuse_dspark
@@ -110,6 +119,7 @@ def iterate_release(
     config: DeepseekV4Config,
     scheme: Scheme,
     errors: dict[str, EncodingError] | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the released names and tensors of our modules, one by one.
 
@@ -118,6 +128,7 @@ def iterate_release(
         config: config of the backbone.
         scheme: `fp8_fp4`, `fp8` or `bf16`.
         errors: receives the encoding error of every rounded tensor, by released name.
+        scale_dtype: dtype of the scales; None takes that of the scheme's releases.
 
     Raises:
         UserError: a tensor is missing, unexpected or mis-shaped, or the scheme cannot store a value.
@@ -130,7 +141,7 @@ def iterate_release(
         if tuple(state[name].shape) != expected[name]:
             problems.misshaped.append(f"{name} {list(state[name].shape)} instead of {list(expected[name])}")
     problems.raise_any("the MTP tensors")
-    table = release_table(config, scheme)
+    table = release_table(config, scheme, scale_dtype)
     for d in numbers:
         for row in table:
             if not row.is_scale:
@@ -142,9 +153,10 @@ def to_release(
     config: DeepseekV4Config,
     scheme: Scheme,
     errors: dict[str, EncodingError] | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return all of `iterate_release` at once."""
-    return dict(iterate_release(state, config, scheme, errors))
+    return dict(iterate_release(state, config, scheme, errors, scale_dtype))
 
 
 def _name_differences(expected: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
@@ -180,7 +192,7 @@ def _read(
     stored, scale = tensors[name], None if row.scale == "none" else tensors[scale_name]
     wrong = mismatch(name, stored, row.shape, row.dtype)
     if scale is not None:
-        wrong += mismatch(scale_name, scale, row.scale_shape, torch.float8_e8m0fnu)
+        wrong += mismatch(scale_name, scale, row.scale_shape, row.scale_dtype, *SCALE_DTYPES)
     if wrong:
         problems.misshaped += wrong
         return None
@@ -227,4 +239,4 @@ def store_row(
     if errors is not None:
         errors[name] = encoding_error(weight, decode(codes, scale, torch.float32, name), scale, block)
     yield name, codes
-    yield prefix + row.scale_name, scale
+    yield prefix + row.scale_name, store_scales(scale, row.scale_dtype)

@@ -3,7 +3,8 @@
 The rows are written out because no renaming rule fits: transformers' `.norm.` rule, for one, would turn the module's
 `norm.weight` into a norm of the attention's keys.
 
-Source: the index of deepseek-ai/DeepSeek-V4-Flash and of DeepSeek-V4-Pro.
+Source: the index of deepseek-ai/DeepSeek-V4-Flash and of DeepSeek-V4-Pro; for the scales of the -Base releases, the
+header quoted in NVIDIA-NeMo/Automodel#2034.
 """
 
 # E routed experts
@@ -11,7 +12,7 @@ Source: the index of deepseek-ai/DeepSeek-V4-Flash and of DeepSeek-V4-Pro.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -106,6 +107,7 @@ class Row:
         dtype: dtype as stored.
         scale: encoding of the weight; for a row of scales, of the weight that they scale.
         is_scale: whether this row holds the scales of the weight of the same name.
+        scale_dtype: dtype of the scales as stored; without a meaning if there are none.
         value_shape: shape of the decoded weight; equals `shape` if the weight is not encoded.
         expert: number of its expert; None outside the routed experts.
     """
@@ -116,6 +118,7 @@ class Row:
     dtype: torch.dtype
     scale: ScaleKind
     is_scale: bool
+    scale_dtype: torch.dtype
     value_shape: tuple[int, ...]
     expert: int | None = None
 
@@ -130,18 +133,30 @@ class Row:
         return self.released.removesuffix("weight") + "scale"
 
 
-def release_table(config: DeepseekV4Config, scheme: Scheme = "fp8_fp4") -> list[Row]:
+def scheme_scales(scheme: Scheme) -> torch.dtype:
+    """Return the dtype in which releases of a scheme hold every scale: float32 beside FP8 experts, else E8M0."""
+    return torch.float32 if scheme == "fp8" else torch.float8_e8m0fnu
+
+
+def release_table(
+    config: DeepseekV4Config, scheme: Scheme = "fp8_fp4", scale_dtype: torch.dtype | None = None
+) -> list[Row]:
     """Return every tensor of one released module: 1575 for Flash and 2343 for Pro, including scales.
 
     Args:
         config: config of the backbone.
         scheme: `fp8_fp4` as released, `fp8` with FP8 experts (the -Base releases), `bf16` without scales.
+        scale_dtype: dtype of the scales; None takes that of the scheme's releases.
     """
     known = sizes(config)
     rows = [row for entry in ENTRIES for row in _rows(entry, known, scheme, None)]
     for expert in range(config.n_routed_experts):
         rows += [row for entry in EXPERT_ENTRIES for row in _rows(entry, known, scheme, expert)]
-    return rows
+    return rows if scale_dtype is None else [_with_scales(row, scale_dtype) for row in rows]
+
+
+def _with_scales(row: Row, dtype: torch.dtype) -> Row:
+    return replace(row, scale_dtype=dtype, dtype=dtype if row.is_scale else row.dtype)
 
 
 def our_shapes(config: DeepseekV4Config) -> dict[str, tuple[int, ...]]:
@@ -165,14 +180,15 @@ def stored_rows(
 ) -> Iterator[Row]:
     """Yield the row of one weight of `shape`, then the row of its scales if the scheme has any."""
     kind: ScaleKind = "none"
+    scales = scheme_scales(scheme)
     if scheme != "bf16" and stored in ("fp8", "expert"):
         kind = "fp4" if stored == "expert" and scheme == "fp8_fp4" else "fp8"
     if kind == "none":
         dtype = {"f32": torch.float32, "i64": torch.int64}.get(stored, torch.bfloat16)
-        yield Row(released, ours, shape, dtype, kind, False, shape, expert)
+        yield Row(released, ours, shape, dtype, kind, False, scales, shape, expert)
         return
     packed = (shape[0], shape[1] // 2) if kind == "fp4" else shape
     dtype = torch.int8 if kind == "fp4" else torch.float8_e4m3fn
-    weight = Row(released, ours, packed, dtype, kind, False, shape, expert)
+    weight = Row(released, ours, packed, dtype, kind, False, scales, shape, expert)
     yield weight
-    yield Row(weight.scale_name, ours, weight.scale_shape, torch.float8_e8m0fnu, kind, True, shape, expert)
+    yield Row(weight.scale_name, ours, weight.scale_shape, scales, kind, True, scales, shape, expert)

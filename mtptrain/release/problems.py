@@ -14,10 +14,13 @@ from mtptrain.release.shards import HEAD_PREFIX
 
 LISTED = 8  # names that an error lists for each kind of fault
 DSPARK = (
-    "DSpark blocks, another kind of draft (no enorm, or dspark_block_size in config.json), "
+    "DSpark blocks, another kind of draft (dspark_block_size in config.json, or tensors such as markov_head), "
     "regardless of num_nextn_predict_layers; train a new MTP module with mtp.init=fresh, or with mtp.init=backbone "
-    "from the backbone's sliding-window layer"
+    "from the backbone's sliding-window layer (docs/dspark.md)"
 )
+# Parts of a tensor's name that only DSpark blocks have, and that only MTP modules have.
+DSPARK_PARTS = frozenset({"markov_head", "confidence_head", "main_proj", "main_norm"})
+MTP_PARTS = frozenset({"enorm", "hnorm", "e_proj", "h_proj"})
 
 
 @dataclass
@@ -72,8 +75,9 @@ def is_dspark(names: Collection[str], config: Any) -> bool:
         config: config of the release; a `dspark_block_size` means DSpark.
     """
     modules = [name for name in names if name.startswith(HEAD_PREFIX)]
-    has_embedding_norm = any(name.endswith(".enorm.weight") for name in modules)
-    return bool(modules) and (getattr(config, "dspark_block_size", None) is not None or not has_embedding_norm)
+    parts = {part for name in modules for part in name.split(".")}
+    has_own_parts = not DSPARK_PARTS.isdisjoint(parts) and MTP_PARTS.isdisjoint(parts)
+    return bool(modules) and (getattr(config, "dspark_block_size", None) is not None or has_own_parts)
 
 
 def refuse_dspark(names: Collection[str], config: Any) -> None:
@@ -86,12 +90,11 @@ def refuse_dspark(names: Collection[str], config: Any) -> None:
         raise UserError(f"the mtp.* tensors of this release are {DSPARK}")
 
 
-def mismatch(name: str, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """Return one line if a stored tensor has another shape or dtype than expected; scales may also be uint8."""
-    is_scale = dtype == torch.float8_e8m0fnu
-    if tuple(stored.shape) == shape and (stored.dtype == dtype or (is_scale and stored.dtype == torch.uint8)):
+def mismatch(name: str, stored: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> list[str]:
+    """Return one line if a stored tensor has another shape than expected, or none of `dtypes`, the usual one first."""
+    if tuple(stored.shape) == shape and stored.dtype in dtypes:
         return []
-    return [f"{name} {_described(stored.dtype, tuple(stored.shape))} instead of {_described(dtype, shape)}"]
+    return [f"{name} {_described(stored.dtype, tuple(stored.shape))} instead of {_described(dtypes[0], shape)}"]
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, SPREAD_PLACEMENTS, Device, EngineName, Precision, RunConfig
+from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, Placement, Precision, RunConfig
 from mtptrain.errors import UserError
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
@@ -26,14 +28,25 @@ FAILED = "mtptrain/first_failed"  # key that rank 0 sets in the shared store bef
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The processes of a run, after they have joined."""
+    """The processes of a run, after they have joined.
+
+    Attributes:
+        store: shared by all, on rank 0's machine.
+        rank: of this process.
+        size: number of processes.
+        side: a gloo group of all, for orders and small objects: waiting in it costs no GPU.
+    """
 
     store: dist.Store
     rank: int
     size: int
+    side: dist.ProcessGroup
 
 
 _joined: list[_Group] = []  # holds one group between `join` and `leave`, otherwise none
+_meetings = count()  # jobs of a sweep that were joined in this process
+_led: list[_Group] = []  # holds that group while rank 0 acts alone
+LOAD, PASS, END = 0, 1, 2  # rank 0's orders to the processes that follow it; an exit code is added to END
 
 
 def choose_device(wanted: Device) -> torch.device:
@@ -93,19 +106,18 @@ def world_size() -> int:
     return _joined[0].size if _joined else 1
 
 
-def join(config: RunConfig, is_shared: bool) -> None:
+def join(config: RunConfig, processes: str) -> None:
     """Join the processes that a launcher started with this one; without a launcher the run has one process.
 
     Args:
         config: of the run.
-        is_shared: whether the recipe can run in several processes.
+        processes: how many the recipe can run in: "one", "any", or "led": several if they share the backbone's experts.
 
     Raises:
         UserError: the launcher's variables are incomplete, the task or the batch cannot be shared, or the processes
             do not reach each other.
     """
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
-    placement = config.backbone.placement
     if "RANK" not in present and "WORLD_SIZE" not in present:
         _refuse_sharing(config)
         return
@@ -120,33 +132,52 @@ def join(config: RunConfig, is_shared: bool) -> None:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: must be a number; start every process through one of "
             "scripts/launch_*.sh"
         )
-    processes = int(os.environ["WORLD_SIZE"])
-    if not is_shared and processes > 1:
-        raise UserError(f"task={config.task}: runs in one process and {processes} were started; use one")
-    if config.task != "collect" and config.train.batch_size % processes:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
-            f"{processes} processes cannot share it evenly; use a multiple of {processes}"
-        )
-    if placement in SPREAD_PLACEMENTS and processes > 1:
-        raise UserError(
-            f"backbone.placement={placement.value}: spreads layers within one process and {processes} were started; "
-            "set backbone.placement=replicate, zero3 or expert_parallel"
-        )
+    size = int(os.environ["WORLD_SIZE"])
+    if size > 1:
+        _check_processes(config, processes, size)
     from torch import distributed as dist
 
     device = choose_device(config.device)
     try:
-        store, number, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store, number, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore(
+            f"mtptrain/{next(_meetings)}", store
+        )  # without the addresses of an earlier job's group
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        _joined[:] = [_Group(store, number, size)]
+        patience = timedelta(minutes=config.distributed_timeout)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
+        side: Any = dist.new_group(backend="gloo", timeout=patience)
+        _joined[:] = [_Group(store, number, size, side)]
     except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, a missing peer
         summary = str(error).splitlines()[0]
         raise UserError(
-            f"MASTER_ADDR={os.environ['MASTER_ADDR']}: the {processes} processes did not meet ({summary}); check the "
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']}: the {size} processes did not meet ({summary}); check the "
             "address, the port and that every node was started"
         ) from None
+
+
+def _check_processes(config: RunConfig, processes: str, size: int) -> None:
+    """Refuse several processes if the recipe, the placement or the batch cannot be shared by them."""
+    placement = config.backbone.placement
+    if processes == "one":
+        raise UserError(f"task={config.task}: runs in one process and {size} were started; use one")
+    if processes == "led" and placement is not Placement.expert_parallel:
+        raise UserError(
+            f"backbone.placement={placement.value}: +recipe={config.task} decodes texts, in one process or, to hold a "
+            f"backbone that is too large for one, in several that share its experts; {size} were started: set "
+            "backbone.placement=expert_parallel, or use one"
+        )
+    if placement is Placement.auto:
+        raise UserError(
+            f"backbone.placement={placement.value}: spreads layers within one process and {size} were started; "
+            "set backbone.placement=replicate, zero3 or expert_parallel"
+        )
+    trains = processes == "any" and config.task != "collect"
+    if trains and config.train.batch_size % size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
+            f"{size} processes cannot share it evenly; use a multiple of {size}"
+        )
 
 
 def _refuse_sharing(config: RunConfig) -> None:
@@ -159,6 +190,50 @@ def _refuse_sharing(config: RunConfig) -> None:
             f"{setting}={value}: shares tensors out over processes and this one was started alone; start it with "
             f"scripts/launch_torchrun.sh, or leave {setting} at its default"
         )
+
+
+@contextmanager
+def acting_alone() -> Iterator[None]:
+    """Let rank 0 act as a run of one process while the other processes wait for its orders."""
+    _led[:], _joined[:] = list(_joined), []
+    try:
+        yield
+    finally:
+        _joined[:], _led[:] = list(_led), []
+
+
+@contextmanager
+def joining_others(order: int) -> Iterator[None]:
+    """Give the processes that follow an order that all carry out together; without any, do nothing."""
+    if not _led:
+        yield
+        return
+    announce(order)
+    _joined[:] = _led
+    try:
+        yield
+    finally:
+        _joined[:] = []
+
+
+def announce(order: int) -> None:
+    """Send an order to the processes that follow; without any, do nothing."""
+    if _led:
+        _broadcast_order(order)
+
+
+def await_order() -> int:
+    """Return rank 0's next order."""
+    return _broadcast_order(END)
+
+
+def _broadcast_order(order: int) -> int:
+    import torch
+    from torch import distributed as dist
+
+    box = torch.tensor([order])
+    dist.broadcast(box, src=0, group=(_led or _joined)[0].side)
+    return int(box)
 
 
 def leave() -> None:
@@ -193,8 +268,8 @@ def max_over_processes(number: int) -> int:
     import torch
     from torch import distributed as dist
 
-    box = torch.tensor([number], device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
+    box = torch.tensor([number])
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_joined[0].side)
     return int(box)
 
 
@@ -205,7 +280,7 @@ def broadcast_object(value: T) -> T:
     from torch import distributed as dist
 
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_joined[0].side)
     return box[0]
 
 
@@ -216,7 +291,7 @@ def gather_objects(value: T) -> list[T]:
     from torch import distributed as dist
 
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_joined[0].side)
     return values
 
 

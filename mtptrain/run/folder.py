@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
+from uuid import uuid4
 
 import yaml
 
 from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
+from mtptrain.run.artifact import BEGUN, is_begun
 from mtptrain.run.folder_lock import FolderLock, require_free
 from mtptrain.run.provenance import Provenance, describe_run, hardware
 from mtptrain.run.storage import atomic_folder, write_json, write_text
@@ -23,6 +26,21 @@ from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
 from mtptrain.run.typed_json import from_json, to_json
 
 PROVENANCE_FILE = "provenance.json"
+RESULTS = ("evaluation.json", "comparison.json", "doctor.json", "plan.json", "report.html")
+
+
+class FolderUse(Enum):
+    """Use of `output_dir` by a recipe.
+
+    `run`: written while the run goes on, and continued with `resume=auto`. `result`: a result, which only
+    `overwrite=true` replaces. `whole`: appears when it is complete, and replaces nothing. `own`: the recipe locks and
+    checks what it writes.
+    """
+
+    run = "run"
+    result = "result"
+    whole = "whole"
+    own = "own"
 
 
 @dataclass(slots=True)
@@ -34,6 +52,7 @@ class RunFolder:
         config: the run's configuration.
         settings: the same as plain values, as written to config.yaml.
         provenance: as written to provenance.json.
+        use: what the recipe does with the folder.
         on_policy: folder, making and counts of the on-policy texts, added to provenance.json; None for other data.
         lock: on the folders that the run writes; the command line releases it at the end.
     """
@@ -42,6 +61,7 @@ class RunFolder:
     config: RunConfig
     settings: dict[str, object]
     provenance: Provenance
+    use: FolderUse = FolderUse.run
     on_policy: dict[str, object] | None = None
     lock: FolderLock = field(default_factory=FolderLock)
 
@@ -50,6 +70,20 @@ class RunFolder:
         if is_rank0():
             print(line, file=sys.stderr, flush=True)
 
+    def claim(self) -> None:
+        """Lock the folder before anything is read or written, and refuse one that holds something else; rank 0 only.
+
+        Raises:
+            UserError: another run is writing the folder, it holds another run or a result, or it cannot be created.
+        """
+        if self.use is FolderUse.own:
+            return
+        self.take()
+        if self.use is FolderUse.whole:
+            self._require_empty()
+        else:
+            self._refuse_occupied()
+
     def take(self) -> None:
         """Lock the folder until this run ends; call it on rank 0 only.
 
@@ -57,33 +91,56 @@ class RunFolder:
             UserError: another run is writing the folder, or it cannot be created.
         """
         try:
-            self.lock.take(self.path, "output_dir")
+            self.lock.take(self.path, "output_dir", beside=self.use is FolderUse.whole)
         except OSError as error:
             raise UserError(
                 f"output_dir={self.path}: cannot be created ({error.strerror}); choose another one"
             ) from None
 
-    def require_empty(self) -> Path:
-        """Return the path of the folder, for a program that writes it as a whole.
-
-        Raises:
-            UserError: the folder is not empty.
-        """
+    def _require_empty(self) -> None:
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"output_dir={self.path}: is not empty; choose another folder, nothing is overwritten")
-        return self.path
+
+    def _refuse_occupied(self) -> None:
+        """Refuse a folder with another run, or with a result that `overwrite` does not give up."""
+        where, config = f"output_dir={self.path}", self.config
+        results = [name for name in RESULTS if (self.path / name).exists()]
+        has_training, has_parts = holds_run(self.path), is_begun(self.path)
+        if self.use is FolderUse.result:
+            if has_training or has_parts:
+                kind = "training run" if has_training else "cache or texts"
+                raise UserError(f"{where}: already holds a {kind}; choose another folder")
+            if results and not config.overwrite:
+                raise UserError(
+                    f"{where}: already holds {results[0]}; choose another folder, or set overwrite=true to replace it"
+                )
+        elif has_training and config.resume == "never":
+            raise UserError(f"{where}: already holds a run; choose another folder, or continue it with resume=auto")
+        elif not has_training and (results or has_parts):
+            raise UserError(f"{where}: holds {(*results, BEGUN)[0]} of another run; choose another folder")
 
     @contextmanager
     def write_whole(self) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the run's folder if the block ends without error.
-
-        Raises:
-            UserError: the folder is not empty, or another run is writing it.
-        """
-        self.lock.take(self.path, "output_dir", beside=True)
-        self.require_empty()
+        """Yield a temporary folder that becomes the run's folder if the block ends without error."""
+        self.take()
         with atomic_folder(self.path, replaces=False) as temporary:
             yield temporary
+
+    def describe_rest(self) -> str:
+        """Return what an interruption left of the run, and how to go on."""
+        on = f"continue with resume=auto output_dir={self.path}"
+        steps = sorted((self.path / "checkpoints").glob("step_[0-9]*"))
+        parts = [folder for folder in self.lock.folders if is_begun(folder)]
+        written = [name for name in RESULTS if (self.path / name).exists()]
+        if self.use is FolderUse.run and steps:
+            return f"step {int(steps[-1].name.removeprefix('step_'))} is saved; {on}"
+        if parts:
+            return f"the finished parts in {parts[0]} are kept; {on}"
+        if self.use is FolderUse.result and written and not self.config.overwrite:
+            return f"{self.path / written[0]} is written"
+        if self.use is FolderUse.whole and self.path.exists():
+            return f"{self.path} is complete"
+        return "nothing is saved yet; start it again"
 
     def record(self) -> None:
         """Write config.yaml and provenance.json from rank 0; call it after everything that the run needs was checked.
@@ -123,9 +180,12 @@ def is_rank0() -> bool:
 
 
 def default_output_dir(task: str, job_number: int | None) -> Path:
-    """Return a new folder for a run without `output_dir`; each job of a sweep gets its own."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    return Path("outputs") / task / (stamp if job_number is None else f"{stamp}_job{job_number}")
+    """Return a new folder for a run without `output_dir`.
+
+    The random end of its name keeps runs apart that start in the same second, also on other machines.
+    """
+    stamp, job = time.strftime("%Y-%m-%d_%H-%M-%S"), "" if job_number is None else f"_job{job_number}"
+    return Path("outputs") / task / f"{stamp}{job}_{uuid4().hex[:8]}"
 
 
 def holds_run(path: Path) -> bool:
@@ -164,17 +224,23 @@ def read_provenance(path: Path) -> Provenance:
         ) from None
 
 
-def open_run_folder(config: RunConfig, settings: dict[str, object], job_number: int | None = None) -> RunFolder:
-    """Return the folder of a run, checked but not created: `RunFolder.record` and `open_log` create it.
+def open_run_folder(
+    config: RunConfig,
+    settings: dict[str, object],
+    job_number: int | None = None,
+    use: FolderUse = FolderUse.run,
+) -> RunFolder:
+    """Return the folder of a run, checked but not created: `RunFolder.claim` creates it.
 
     Args:
         config: of the run.
         settings: the same as plain values.
         job_number: number of the job in a sweep; None outside a sweep.
+        use: what the recipe does with the folder.
 
     Raises:
-        UserError: the folder cannot be written, or holds another run and `resume` is `never`; the run to continue has
-            a provenance.json that cannot be read; a tracker is unknown or its package is missing.
+        UserError: the folder cannot be written, or another run is writing it; the run to continue has a
+            provenance.json that cannot be read; a tracker is unknown or its package is missing.
     """
     check_trackers(config.tracking)
     path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task, job_number)
@@ -184,12 +250,8 @@ def open_run_folder(config: RunConfig, settings: dict[str, object], job_number: 
     try:
         check_writable(path)
         require_free(path, "output_dir")
-        if config.resume == "never" and holds_run(path):
-            raise UserError(
-                f"output_dir={path}: already holds a run; choose another folder, or continue it with resume=auto"
-            )
         if config.resume == "auto" and (path / PROVENANCE_FILE).exists():
             provenance = replace(provenance, continues=read_provenance(path))
     except OSError as error:
         raise UserError(f"output_dir={path}: cannot be used ({error.strerror}); choose another folder") from None
-    return RunFolder(path, config, settings, provenance)
+    return RunFolder(path, config, settings, provenance, use)

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -57,20 +58,30 @@ def honour_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def user_cache() -> Path:
+    """Return the folder of files that later runs reuse, in the user's cache; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "mtptrain"
+
+
 def temporary_path(path: Path) -> Path:
     """Return an unused, hidden path beside `path` for incomplete content."""
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
 
 
-def clear_leftovers(folder: Path, name: str | None = None) -> None:
+def clear_leftovers(folder: Path, name: str | None = None, idle_seconds: float = 0.0) -> None:
     """Delete half-written files and folders of killed runs.
 
     Args:
-        folder: locked by this run.
+        folder: locked by this run, unless `idle_seconds` is long enough for other runs to write.
         name: intended name of the leftovers to delete; None for all.
+        idle_seconds: leftovers that have changed since are kept.
     """
-    stem = "*" if name is None else glob.escape(name)
+    stem, newest = "*" if name is None else glob.escape(name), time.time() - idle_seconds
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(FileNotFoundError):  # its run has just finished it
+            if idle_seconds and leftover.stat().st_mtime > newest:
+                continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

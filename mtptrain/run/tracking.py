@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,10 +63,15 @@ class Trackers:
         """Return whether any tracker still gets calls."""
         return any(tracker.is_on for tracker in self.trackers)
 
-    def start_from(self, step: int) -> None:
-        """Set the step at which training starts or continues; call it before anything is sent."""
+    def start_from(self, step: int, last_step: int | None) -> None:
+        """Set the step at which training starts or continues; call it before anything is sent.
+
+        Args:
+            step: the number of steps done.
+            last_step: the last step that an interrupted process has logged.
+        """
         if self.run is not None:
-            self.run.start_step = step
+            self.run.start_step, self.run.last_step = step, last_step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
@@ -106,9 +112,11 @@ class MetricsLog:
     def __init__(self, folder: Path | None, trackers: Trackers, start_step: int = 0) -> None:
         self.trackers = trackers
         self.file: TextIO | None = None
+        last_step = None
         if folder is not None:
+            last_step = _last_step(folder / METRICS_FILE)
             self.file = _open(folder / METRICS_FILE, start_step)
-        trackers.start_from(start_step)
+        trackers.start_from(start_step, last_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step; NaN and infinity become null in the file, since JSON has neither."""
@@ -141,12 +149,20 @@ def _open(path: Path, start_step: int) -> TextIO | None:
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop the rows that an interrupted run wrote after its last checkpoint, at `step`."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line cut short by a kill
-        if row.get("step", 0) <= step:
-            kept.append(line)
+    kept = [json.dumps(row) for row in _rows(path) if row.get("step", 0) <= step]
     write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _last_step(path: Path) -> int | None:
+    """Return the step of the last row; None if there is no row that can be read."""
+    try:
+        return max((row.get("step", 0) for row in _rows(path)), default=None)
+    except OSError:
+        return None
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a log without a line that a kill cut short."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)

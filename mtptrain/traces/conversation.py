@@ -66,11 +66,13 @@ def record_conversations(
             turn, *later = conversation.turns
             reply = {"role": "assistant", "content": answer(trace.tokens)}
             messages = [*conversation.messages, reply, {"role": "user", "content": turn}]
-            prompt = Prompt(chat.encode(messages), conversation.prompt.domain, conversation.prompt.group)
+            prompt = Prompt(
+                chat.encode(messages, conversation.tools), conversation.prompt.domain, conversation.prompt.group
+            )
             if len(prompt.tokens) > room:
                 dropped += len(conversation.turns)
             else:
-                following.append(Conversation(prompt, messages, later))
+                following.append(Conversation(prompt, messages, later, conversation.tools))
         active = following
     traces.sort(key=lambda trace: trace.prompt.group)  # a stable sort, so turns keep their order
     return ConversationTraces(traces, dropped)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.data.rows import check_readable, json_lines
+from mtptrain.data.files import check_readable, json_lines
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.config import HELDOUT
+from mtptrain.config import HELDOUT, DataFormat
 from mtptrain.data.chat import ChatTemplate
-from mtptrain.data.documents import Message, check_messages, check_text
-from mtptrain.data.rows import check_readable, json_lines, load_rows, local_files
+from mtptrain.data.documents import Message, Tool
+from mtptrain.data.files import ROW_KINDS, Row, check_readable, kind_of, local_files, read_rows, stem_of
+from mtptrain.data.forms import read_conversation, recognise
+from mtptrain.data.messages import check_text
+from mtptrain.data.notes import note
+from mtptrain.data.rows import load_rows
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
@@ -45,11 +49,13 @@ class Conversation:
         prompt: the first prompt.
         messages: the conversation so far; empty if the prompt is a text.
         turns: later user turns, each to follow an answer.
+        tools: the functions that the assistant may call.
     """
 
     prompt: Prompt
     messages: list[Message] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
 
 
 def slice_prompts(
@@ -115,21 +121,23 @@ def encode_prompt_row(
         chat: renders conversations; None if there is no template.
 
     Raises:
-        UserError: the row is a conversation and there is no chat template.
+        UserError: the row is a conversation and there is no chat template, or it rejects the conversation.
     """
     if not row.messages:
         tokens = begin + tokenizer.encode(row.text, add_special_tokens=False).ids
     elif chat is not None:
-        tokens = chat.encode(row.messages)
+        try:
+            tokens = chat.encode(row.messages, row.tools)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
     else:
         raise UserError(
             f"{row.where} is a conversation and the backbone's tokenizer has no chat template; set "
-            "data.chat_template to a jinja file, or write the text itself as `prompt`"
+            "data.chat_template to a jinja file or to builtin, or write the text itself as `prompt`"
         )
-    return Conversation(Prompt(tokens, row.domain, group), row.messages, row.turns)
+    return Conversation(Prompt(tokens, row.domain, group), row.messages, row.turns, row.tools)
 
 
-SUFFIXES = (".jsonl", ".parquet")
 KEYS = ("turns", "messages", "prompt")
 
 
@@ -143,13 +151,15 @@ class PromptRow:
         text: a text to continue as it is; empty for a conversation.
         messages: the conversation up to the first answer to record; empty for a text.
         turns: later user turns, each to follow an answer.
+        tools: the functions that the assistant may call.
     """
 
     where: str
     domain: str
     text: str
-    messages: list[Message]
-    turns: list[str]
+    messages: list[Message] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +218,8 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
     sources = []
     for name in names:
         path = Path(name)
-        if path.exists() or path.suffix in SUFFIXES:
-            files = local_files(f"{setting}={name}", path, SUFFIXES)
+        if path.exists() or kind_of(path) in ROW_KINDS:
+            files = local_files(f"{setting}={name}", path, ROW_KINDS)
             sources += [_read_file(file, f"{setting}={file}") for file in files]
         else:
             sources.append(read_dataset(name, setting, split))
@@ -236,11 +246,12 @@ def even_shares(sizes: list[int], count: int) -> list[int]:
 
 def _read_file(path: Path, setting: str) -> PromptSource:
     check_readable(setting, path)
-    if path.suffix == ".jsonl":
-        rows = json_lines(setting, path)
-    else:
+    rows: Iterator[tuple[int, Row | UserError]]
+    if kind_of(path) == ".parquet":
         rows = enumerate(load_rows(setting, "parquet", split="train", data_files=str(path)), start=1)
-    return PromptSource(str(path), sha256_file(path), _prompt_rows(setting, path.stem, rows))
+    else:
+        rows = read_rows(setting, path)
+    return PromptSource(str(path), sha256_file(path), _prompt_rows(setting, stem_of(path), rows))
 
 
 def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> PromptSource:
@@ -252,40 +263,59 @@ def read_dataset(name: str, setting: str = "prompts", split: str | None = None) 
     return PromptSource(name, sha256, _prompt_rows(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
 
 
-def _prompt_rows(setting: str, domain: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> list[PromptRow]:
-    prompt_rows = [_prompt_row(f"{setting}: line {number}", domain, row) for number, row in rows]
+def _prompt_rows(setting: str, domain: str, rows: Iterator[tuple[int, Row | UserError]]) -> list[PromptRow]:
+    prompt_rows = []
+    for number, row in rows:
+        if isinstance(row, UserError):
+            raise row
+        prompt_rows.append(_prompt_row(f"{setting}: line {number}", domain, row))
     if not prompt_rows:
         raise UserError(f"{setting}: holds no prompt; write a row with {', '.join(KEYS[:2])} or prompt")
     return prompt_rows
 
 
-def _prompt_row(where: str, domain: str, row: dict[str, Any]) -> PromptRow:
-    """Parse a row by the first of the keys `turns`, `messages` and `prompt` that it has.
+def _prompt_row(where: str, domain: str, row: Row) -> PromptRow:
+    """Parse a row by the first of the keys `turns`, `messages` and `prompt` that it has, else as training rows are.
 
     Raises:
-        UserError: the row has none of the keys, or the value is empty or has another form.
+        UserError: the row has none of the keys and no known form, or the value is empty or has another form.
     """
     row_domain = row.get("domain")
     domain = row_domain if isinstance(row_domain, str) and row_domain else domain
     key = next((key for key in KEYS if row.get(key) is not None), None)
-    if key is None:
-        raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
-    value = row[key]
+    if key == "turns":
+        first, *later = [check_text(where, key, turn) for turn in _filled_list(where, key, row[key])]
+        return PromptRow(where, domain, "", [{"role": "user", "content": first}], later)
+    if key == "prompt" and not _holds_messages(row[key]):
+        return PromptRow(where, domain, check_text(where, key, row[key]))
     if key == "prompt":
-        return PromptRow(where, domain, check_text(where, key, value), [], [])
+        row = {"messages": row[key], "tools": row.get("tools")}  # without its completion
+    form = recognise(row, "messages")
+    if form is None and key is None:
+        raise UserError(f"{where} has none of {', '.join(KEYS)}; it has {sorted(row)}; rename the key that holds it")
+    if form is None:
+        raise UserError(f"{where}: `messages` must be a list that is not empty; see docs/prompts.md")
+    if form is not DataFormat.messages:
+        note(f"{where.rpartition(': line ')[0]}: rows are read as {form.value} conversations")
+    content = read_conversation(where, row, "messages", form)
+    return PromptRow(where, domain, "", _unanswered(where, content.messages), tools=content.tools)
+
+
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _filled_list(where: str, key: str, value: Any) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: `{key}` must be a list that is not empty; see docs/prompts.md")
-    if key == "turns":
-        first, *later = [check_text(where, key, turn) for turn in value]
-        return PromptRow(where, domain, "", [{"role": "user", "content": first}], later)
-    return PromptRow(where, domain, "", _messages(where, value), [])
+    return value
 
 
-def _messages(where: str, value: list[Any]) -> list[Message]:
+def _unanswered(where: str, messages: list[Message]) -> list[Message]:
     """Return the messages without assistant messages at the end: the backbone gives its own answer."""
-    messages = check_messages(where, value)
+    _filled_list(where, "messages", messages)
     while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+        messages = messages[:-1]
     if not any(one["role"] == "user" for one in messages):
         raise UserError(f"{where}: `messages` asks nothing; it needs a message of role user")
     return messages

@@ -8,6 +8,7 @@ random-number state), the manifest `checkpoint.json` (identity, step and counter
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtptrain.config import MtpMode, OptimizerName
+from mtptrain.config import MtpMode
 from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.run.hub import is_address
 from mtptrain.run.storage import disk_full_reason
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
 PASSAGES = "passages.npz"
+EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -37,11 +40,11 @@ class HeadIdentity:
         backbone: fingerprint of the backbone.
         mode, depth: how the modules are shared, and their number.
         steps: draft steps of the rollout.
-        trainable: the setting `mtp.trainable`.
-        optimizer: the optimiser whose state the checkpoint holds.
         start: `init`, the `sha256` of the tensors before training and, for a start from a head, its number of `modules`
             and their `conversion`.
         quant_aware: the export format that training simulates; None trains with unrounded values.
+        data: digest of the training data.
+        settings: every setting that changes the result, by name; see resume.py.
     """
 
     task: str
@@ -49,18 +52,19 @@ class HeadIdentity:
     mode: MtpMode
     depth: int
     steps: int
-    trainable: str
-    optimizer: OptimizerName
     start: dict[str, str | int]
     quant_aware: str | None
+    data: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneIdentity:
-    """The training that a backbone's checkpoint belongs to."""
+    """The training that a backbone's checkpoint belongs to; see `HeadIdentity`."""
 
     task: str
-    seed: int
+    data: str
+    settings: dict[str, Any]
 
 
 TrainingIdentity = HeadIdentity | BackboneIdentity
@@ -76,21 +80,10 @@ class TrainerState:
 
 CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
     name="checkpoint",
-    schema=3,
+    schema=4,
     identity=TrainingIdentity,
     content=TrainerState,
-    settings={
-        "task": "+recipe",
-        "seed": "seed",
-        "backbone": "backbone.path",
-        "mode": "mtp.mode",
-        "depth": "mtp.depth",
-        "steps": "mtp.steps",
-        "trainable": "mtp.trainable",
-        "optimizer": "train.optimizer",
-        "start": "mtp.init",
-        "quant_aware": "mtp.quant_aware",
-    },
+    settings={},  # resume.py compares trainings
     manifest=MANIFEST,
     missing="give a step_* folder or the run's folder",
     damaged="use an older checkpoint",
@@ -216,6 +209,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
 
 
+def newest_identity(root: Path) -> TrainingIdentity | None:
+    """Return the training of a run's newest checkpoint from its manifest; None if no manifest can be read."""
+    for folder in reversed(checkpoint_folders(root)):
+        with suppress(UserError):
+            return open_artifact(CHECKPOINT, "checkpoint", folder).identity
+    return None
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, unverified."""
     return sorted(path for path in root.glob("step_*") if path.is_dir()) if root.is_dir() else []
@@ -243,11 +244,20 @@ def newest_checkpoint(root: Path, warn: Any = print) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at a user's path: a step folder, a run folder, or its `checkpoints` folder.
+    """Return the checkpoint at a user's path: a step folder, a run folder, its `checkpoints` folder, or an export.
+
+    Args:
+        path: a folder, or an address on the hub as `hf://NAME`.
 
     Raises:
         UserError: the path holds no usable checkpoint.
     """
+    if is_address(path) or (path / EXPORT_MANIFEST).is_file():
+        from mtptrain.training.exported import download_head, open_exported  # it imports this module
+
+        path = download_head(path) if is_address(path) else path
+        if (path / EXPORT_MANIFEST).is_file():
+            return open_exported(path)
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return open_checkpoint(path)
     for root in (path / "checkpoints", path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import Tensor
 from mtptrain.batch import Batch
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
-from mtptrain.errors import Preempted, UserError
+from mtptrain.data.passages import Passages
+from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
-from mtptrain.run.artifact import check_identity
 from mtptrain.run.distributed import (
     broadcast_object,
     gather_objects,
@@ -36,7 +36,6 @@ from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
-    CHECKPOINT,
     Checkpoint,
     TrainerState,
     TrainingIdentity,
@@ -47,6 +46,7 @@ from mtptrain.training.checkpoint import (
 )
 from mtptrain.training.engine import Engine
 from mtptrain.training.optim import learning_rate
+from mtptrain.training.resume import Difference, differences, require_allowed
 from mtptrain.training.router_balance import RouterBalancer
 
 
@@ -156,14 +156,21 @@ class Trainer:
         self.step = 0
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> list[Difference]:
         """Continue from a checkpoint of any engine: module, optimiser, random numbers, counts and data position.
 
+        Args:
+            checkpoint: of this training.
+            allowed: settings that may differ; see `require_allowed`.
+
+        Returns:
+            The settings that differ. Other data start from their beginning.
+
         Raises:
-            UserError: the checkpoint belongs to another task, backbone or shape of heads.
+            UserError: the checkpoint belongs to another training.
         """
-        where, way_out = f"resume=auto: {checkpoint.folder}", "choose another output_dir"
-        check_identity(where, checkpoint.identity, self.identity, CHECKPOINT.settings, way_out)
+        found = differences(checkpoint.identity, self.identity)
+        require_allowed(f"resume=auto: {checkpoint.folder}", found, allowed)
         training = checkpoint.training()
         self.engine.load(fitting_tensors(checkpoint, self.engine.module), training["optimizer"])
         torch.set_rng_state(training["torch_rng"])
@@ -171,8 +178,13 @@ class Trainer:
             torch.cuda.set_rng_state(training["cuda_rng"])
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
-        first, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
-        self.batches.seek(first, positions, checkpoint.passages())
+        index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
+        if checkpoint.identity.data == self.identity.data:
+            self.batches.seek(index, positions)
+        else:
+            self.batches.restart(index)
+        self.batches.remember(checkpoint.passages() or Passages.none())
+        return found
 
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""
@@ -276,8 +288,8 @@ class Trainer:
                     self._measure(self.probe, log)
                 if self._is_due(self.config.checkpoint_every) or step.stop_requested:
                     self.save()
-                if step.stop_requested and self.step < self.config.steps:
-                    raise Preempted(f"step {self.step} of {self.config.steps} is saved")
+                if step.stop_requested:
+                    raise self.stop_request.ending(f"step {self.step} of {self.config.steps} is saved")
         self.engine.module.eval()
         if self.counters["skipped_steps"] and rank() == 0:
             print(f"{self.counters['skipped_steps']} steps were skipped: not finite", file=sys.stderr)

@@ -142,3 +142,9 @@ def test_the_choice_among_entries_scored_zero_does_not_depend_on_later_entries()
     for more in (1, 30, 400):
         future_BSW = torch.full((5, 40, more), float("-inf"))
         assert torch.equal(torch.cat([ordered_BSW, future_BSW], dim=-1).topk(4).indices, chosen_BSk)
+
+
+def test_of_entries_scored_zero_the_earlier_ones_win_and_no_other_order_changes() -> None:
+    scores_BSW = torch.tensor([[[0.0, 0.5, 0.0, -1e-3, 0.0]]])
+    order_W = break_zero_ties(scores_BSW)[0, 0].argsort(descending=True)
+    assert order_W.tolist() == [1, 0, 2, 4, 3]

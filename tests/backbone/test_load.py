@@ -2,17 +2,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from mtptrain.backbone.build import preset_config
-from mtptrain.backbone.load import SHIPPED, Backbone, backbone_folder, load_backbone
-from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.backbone.decode import decode_step
+from mtptrain.backbone.load import SHIPPED, Backbone, backbone_folder, load_backbone, read_model_config
+from mtptrain.backbone.placement import spread_layers
+from mtptrain.backbone.streams import run_backbone
+from mtptrain.config import BackboneConfig, Placement, ReleaseVariant, StoredWeights
+from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.mtp.start import has_stock, stock_tensors
 from mtptrain.release.backbone import iterate_backbone
 from mtptrain.release.codec import decode_fp4, decode_fp8
 from mtptrain.release.modules import from_release
+from mtptrain.release.shards import Shards
+from tests.conftest import save_release
 
 CPU = torch.device("cpu")
 
@@ -66,10 +74,43 @@ def test_norms_with_fp32_weights_keep_bf16_inputs_in_bf16(release_folder: Path) 
 
 
 def test_layers_can_be_placed_by_accelerate(release_folder: Path) -> None:
-    spread = load(release_folder, placement=Placement.auto).model
+    spread, whole = load(release_folder, placement=Placement.auto).model, load(release_folder).model
+    parts = spread_layers(len(whole.model.layers), num_devices=2)
+    dispatch_model(spread, dict.fromkeys(parts, "cpu"), force_hooks=True)  # as for layers on several devices
+    assert hasattr(spread.model.layers[1], "_hf_hook")
     tokens_BS = torch.arange(24).view(1, 24)
-    expected = load(release_folder).model(tokens_BS, use_cache=False).logits
-    assert torch.equal(spread(tokens_BS, use_cache=False).logits, expected)
+    for one, other in zip(run_backbone(spread, tokens_BS), run_backbone(whole, tokens_BS), strict=True):
+        assert torch.equal(one, other)
+    steps = [decode_step(model, allocate_cache(model, 1, 24, 3), tokens_BS) for model in (spread, whole)]
+    for one, other in zip(*steps, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_spread_layers_stay_in_order_and_leave_what_drafts_use_on_the_first_gpu() -> None:
+    parts = spread_layers(num_layers=43, num_devices=8)
+    numbers = [parts[f"model.layers.{layer}"] for layer in range(43)]
+    assert numbers == sorted(numbers)
+    assert {numbers.count(gpu) for gpu in range(8)} == {5, 6}
+    assert {parts["model.embed_tokens"], parts["model.norm"], parts["model.hc_head"], parts["lm_head"]} == {0}
+
+
+@pytest.mark.parametrize("variant", [ReleaseVariant.release, ReleaseVariant.base])
+def test_kept_weights_have_the_scales_of_the_files(
+    variant: ReleaseVariant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A -Base release holds them as float32 and transformers as E8M0; loads only, since computing needs a GPU."""
+    save_release(tmp_path / "R", variant)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    config = read_model_config(tmp_path / "R")
+    config.quantization_config = {**config.quantization_config, "dequantize": False}
+    model = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "R", config=config, dtype=torch.bfloat16)
+    state, shards = model.state_dict(), Shards(tmp_path / "R", "R")
+    query = state["model.layers.1.self_attn.q_b_proj.weight_scale_inv"]
+    assert query.dtype == torch.float8_e8m0fnu
+    assert torch.equal(query.float(), shards["layers.1.attn.wq_b.scale"].float())
+    experts = state["model.layers.2.mlp.experts.down_proj_scale_inv"]
+    assert torch.equal(experts[3].float(), shards["layers.2.ffn.experts.3.w2.scale"].float())
 
 
 def test_quantised_weights_cannot_be_kept_without_a_gpu(release_folder: Path) -> None:

@@ -6,6 +6,7 @@ from mtptrain.batch import Batch
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
+from mtptrain.run import distributed
 
 # S tokens per row
 
@@ -73,3 +74,15 @@ def test_documents_are_cut_at_the_context_in_rows_that_are_longer() -> None:
         targets += batch.tokens_BS.roll(-1, dims=1)[batch.target_mask(0)].tolist()
     assert sorted(targets) == sorted(set(range(sum(lengths))) - set(offsets.tolist()))
     assert max(sizes) > 2 * context
+
+
+def test_rows_are_packed_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has another corpus here, so rows that it packed itself would differ."""
+    sent = packed_batches(num_documents=5).order.rows
+
+    def receive(box: list[object], src: int) -> None:
+        box[:] = [(sent, None)]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    monkeypatch.setattr(distributed, "_joined", [distributed._Group(None, 1, 2)])
+    assert packed_batches(batch_size=4).order.rows is sent

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtptrain.batch import Batch
-from mtptrain.data.packing import cut_document, fill_rows, pack_corpus, pack_pieces
+from mtptrain.data.packing import Piece, cut_document, fill_rows, pack_corpus, pack_pieces
 from mtptrain.data.tokens import TokenizedCorpus
 
 # S tokens per row
@@ -120,6 +120,34 @@ def test_positions_restart_with_every_piece_and_padding_is_zero() -> None:
 def test_packing_does_not_depend_on_the_order_of_the_pieces(lengths: list[int], S: int) -> None:
     pieces = [(100 * number, min(length, S)) for number, length in enumerate(lengths)]
     assert pack_pieces(pieces, S) == pack_pieces(pieces[::-1], S)
+
+
+def best_fit_reference(pieces: list[Piece], S: int) -> list[list[Piece]]:
+    """Each piece, longest first, into the row with the least room that holds it; of equal rows the newest."""
+    rows: list[list[Piece]] = []
+    rooms: list[tuple[int, int]] = []  # room and number of rows, the row that was filled last at the end
+    for piece in sorted((piece for piece in pieces if piece[1] > 1), key=lambda piece: (-piece[1], piece[0])):
+        fitting = [(room, -place) for place, (room, _) in enumerate(rooms) if room >= piece[1]]
+        room, row = rooms.pop(-min(fitting)[1]) if fitting else (S, len(rows))
+        rows[row:] = [[*rows[row], piece], *rows[row + 1 :]] if row < len(rows) else [[piece]]
+        rooms.append((room - piece[1], row))
+    return rows
+
+
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60), S=st.integers(2, 50))
+@settings(max_examples=100, deadline=None)
+def test_packing_is_best_fit(lengths: list[int], S: int) -> None:
+    pieces = [(100 * number, min(length, S)) for number, length in enumerate(lengths)]
+    assert pack_pieces(pieces, S) == best_fit_reference(pieces, S)
+
+
+@pytest.mark.parametrize("S", [64, 2**30])
+def test_packing_does_not_scan_the_row(S: int) -> None:
+    """With a scan, the second row length would take an hour."""
+    pieces = [(number, 2 + number % 31) for number in range(2000)]
+    rows = pack_pieces(pieces, S)
+    assert sorted(piece for row in rows for piece in row) == pieces
+    assert sum(size for _, size in pieces) <= len(rows) * S < 1.1 * sum(size for _, size in pieces) + S
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:

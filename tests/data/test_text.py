@@ -1,5 +1,7 @@
+import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -7,7 +9,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset
 
-from mtptrain.config import DataConfig, DataSource
+from mtptrain.config import DataConfig, DataSource, OnBadRow
 from mtptrain.data.documents import Document, Split
 from mtptrain.data.text import TextReader, text_documents
 from mtptrain.errors import UserError
@@ -65,7 +67,7 @@ def test_a_folder_gives_the_documents_of_all_its_files_and_ignores_others(stream
     for write in (write_txt, write_jsonl, write_parquet):
         (tmp_path / "deeper").mkdir(exist_ok=True)
         write(tmp_path / "deeper")
-    (tmp_path / "notes.csv").write_text("not, read", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
     assert texts_of(tmp_path, streaming=streaming) == [*TEXTS, *TEXTS, TEXTS[1]]
 
 
@@ -171,16 +173,17 @@ def test_a_damaged_parquet_file_is_named(streaming: bool, tmp_path: Path) -> Non
 def test_a_folder_without_a_readable_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(
-        UserError, match=r"data\.path=.*folder.*: the folder holds no .txt, .jsonl, .parquet file; give"
+        UserError,
+        match=r"data\.path=.*folder.*: the folder holds no file that ends in .txt, .jsonl, .json, .csv, .parq.*; g",
     ):
         texts_of(tmp_path / name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.csv"
+    path = tmp_path / "corpus.pdf"
     path.write_text("text\nx\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"data\.path=.*corpus\.csv: a file must end in .txt, .jsonl, .parquet; convert"
+        UserError, match=r"data\.path=.*corpus\.pdf: a file must end in .txt, .jsonl, .json, .csv, .parquet.*; convert"
     ):
         texts_of(path)
 
@@ -198,3 +201,122 @@ def test_data_without_a_document_is_refused(content: str, streaming: bool, tmp_p
 def test_a_name_that_datasets_does_not_know_is_refused(streaming: bool) -> None:
     with pytest.raises(UserError, match=r"data\.path=nobody/nothing: datasets cannot load it .*; check"):
         texts_of("nobody/nothing", streaming=streaming)
+
+
+def write_csv(folder: Path) -> Path:
+    path = folder / "corpus.csv"
+    quoted = ('"' + text.replace('"', '""') + '"' for text in TEXTS)
+    path.write_text("id,text\n" + "".join(f"{n},{text}\n" for n, text in enumerate(quoted)), encoding="utf-8")
+    return path
+
+
+def write_json(folder: Path) -> Path:
+    path = folder / "corpus.json"
+    path.write_text(json.dumps([{"text": text, "id": 3} for text in TEXTS], indent=1), encoding="utf-8")
+    return path
+
+
+def write_gz(folder: Path) -> Path:
+    path = folder / "corpus.jsonl.gz"
+    path.write_bytes(gzip.compress(write_jsonl(folder).read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("write", [write_txt, write_jsonl, write_parquet, write_csv, write_json, write_gz])
+def test_reading_resumes_after_every_document(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    config = config_of(write(tmp_path), streaming=True)
+    reader = TextReader(config)
+    for number, _ in enumerate(reader, start=1):
+        rest = [document.text for document in TextReader(config, reader.position())]
+        assert rest == texts_of(config.path or "")[number:]
+
+
+BAD = '{"text": "a"}\n{"text": null}\n{"text": "b"}\n{"no": 1}\n[]\nnull\n{"text": "c"}\n'
+
+
+def test_bad_rows_are_left_out_and_the_first_three_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(BAD, encoding="utf-8")
+    config = config_of(path, on_bad_row=OnBadRow.skip, heldout_every=10**9)
+    assert [document.name for document in text_documents(config, Split.train)] == [f"bad.jsonl:{n}" for n in (0, 2, 6)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "4 bad rows left out" in line
+    assert all(
+        f"bad.jsonl{where}" in line for where in (", row 2: `text` is null", ", row 4 has no text", ": line 5 is not")
+    )
+    assert line.endswith("and 1 more")
+
+
+def test_a_bad_row_ends_the_run_and_names_the_way_to_leave_it_out(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(BAD, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl, row 2: `text` is null; .*; data\.on_bad_row=skip leaves such rows out"
+    ):
+        texts_of(path)
+
+
+def test_a_text_of_bad_rows_alone_is_refused_with_their_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"no": 1}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"no document on the train side.*; 1 bad row left out: .*row 1 has no text"):
+        text_documents(config_of(path, on_bad_row=OnBadRow.skip), Split.train)
+
+
+def test_rows_of_several_forms_are_read_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"text": "plain"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ]
+    columns = {name: [row.get(name) for row in rows] for name in ("text", "messages", "conversations")}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    documents = list(TextReader(config_of(tmp_path)))
+    assert [document.text for document in documents] == ["plain", "q\na", "q\na"] * 2
+    assert [document.messages for document in documents[1::3]] == [rows[1]["messages"]] * 2
+    assert documents[1].messages == documents[2].messages
+    noted = capsys.readouterr().err
+    assert noted.count("read as messages") == noted.count("read as sharegpt") == 1
+
+
+def test_a_conversation_without_an_answer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    silent = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    path.write_text(json.dumps({"messages": silent}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="row 1: has no message of role assistant to learn from; drop"):
+        texts_of(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_small_try_reads_the_first_documents_of_each_side(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(f'{{"text": "text {n}"}}\n' for n in range(40)), encoding="utf-8")
+    whole = config_of(path, heldout_every=4, streaming=streaming)
+    for split in Split:
+        few = text_documents(replace(whole, max_documents=3), split)
+        assert few == text_documents(whole, split)[:3]
+
+
+def test_subset_and_split_reach_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+
+    def load_dataset(path: str, /, **chosen: object) -> Dataset:
+        calls.append({"path": path, **chosen})
+        return Dataset.from_dict({"text": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts_of("org/set", subset="main", split="validation") == ["a"]
+    assert texts_of("org/set") == ["a"]
+    assert calls == [
+        {"path": "org/set", "name": "main", "split": "validation"},
+        {"path": "org/set", "name": None, "split": "train"},
+    ]
+
+
+@pytest.mark.parametrize("setting", ["subset", "split"])
+def test_settings_of_data_sets_are_refused_beside_files(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"data\.{setting}=x: is of data sets, and data\.path=.*corpus\.jsonl is read as"
+    ):
+        texts_of(write_jsonl(tmp_path), **{setting: "x"})

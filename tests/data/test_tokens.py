@@ -1,14 +1,18 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from mtptrain.config import OnBadRow, Turns
+from mtptrain.data import notes
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.data.tokenizer import BOS, train_tokenizer
 from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder, cache_folder, tokenize_corpus
+from mtptrain.errors import UserError
 from tests.conftest import CHAT_TEMPLATE
 
 BOS_EOS = ([0], [1])
@@ -136,3 +140,68 @@ def test_the_cache_lies_where_it_is_set_or_else_in_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("here") == Path("here")
     assert cache_folder(None) == tmp_path / "mtptrain"
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[: len(content) // 2], lambda _: b"no"])
+def test_a_damaged_cache_is_made_anew(damage: Callable[[bytes], bytes], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    again = tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
+    assert np.array_equal(again.tokens, whole.tokens)
+    assert path.read_bytes() == content
+
+
+def test_a_small_try_holds_whole_documents_up_to_a_number_of_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    encoder = Encoder(tokenizer, BOS_EOS)
+    whole = tokenize_corpus(DOCUMENTS, encoder, tmp_path)
+    limits = range(int(whole.offsets[1]), len(whole.tokens) + 3)
+    for limit in limits:
+        few = tokenize_corpus(DOCUMENTS, encoder, tmp_path, limit)
+        size = max(end for end in whole.offsets.tolist() if end <= limit)
+        assert few.tokens.tolist() == whole.tokens[:size].tolist()
+    with pytest.raises(UserError, match=rf"data\.max_tokens=2: the first document has {limits[0]}; set at least"):
+        tokenize_corpus(DOCUMENTS, encoder, tmp_path, 2)
+
+
+def test_conversations_that_the_template_rejects_are_left_out_and_named_from_the_cache_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(["one two three four"], 280)
+    chat = ChatTemplate(
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE,
+        Path("x.jinja"),
+        {},
+        tokenizer,
+        [0],
+    )
+    answer = {"role": "assistant", "content": "two."}
+    talk = [
+        Document(f"talk.jsonl:{n}", "", [{"role": "user", "content": text}, answer])
+        for n, text in enumerate(["one?", "bad", "bad"])
+    ]
+    encoder = Encoder(tokenizer, BOS_EOS, chat, OnBadRow.skip)
+    for _ in range(2):
+        monkeypatch.setattr(notes, "_shown", set())
+        assert len(tokenize_corpus(talk, encoder, tmp_path).offsets) == 2
+        line = capsys.readouterr().err
+        assert "2 bad rows left out: data.path: talk.jsonl, row 2: chat template x.jinja: cannot render" in line
+    with pytest.raises(UserError, match=r"talk\.jsonl, row 2: .*; data\.on_bad_row=skip leaves such rows out"):
+        tokenize_corpus(talk, replace(encoder, on_bad_row=OnBadRow.error), tmp_path)
+
+
+def test_tools_and_turns_have_a_file_of_their_own(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three four"], 280)
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
+    chat = ChatTemplate("{{ tools }}" + CHAT_TEMPLATE, Path("x.jinja"), {}, tokenizer, [0])
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    made = [
+        (Document("talk:0", "", messages), chat),
+        (Document("talk:0", "", messages, tools), chat),
+        (Document("talk:0", "", messages), replace(chat, turns=Turns.each)),
+        (Document("talk:0", "", messages), replace(chat, arguments={"a": 1})),
+    ]
+    for document, template in made:
+        tokenize_corpus([document], Encoder(tokenizer, BOS_EOS, template), tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(made)

@@ -45,6 +45,15 @@ def model() -> DeepseekV4ForCausalLM:
 
 
 @pytest.fixture(scope="module")
+def spread_model() -> DeepseekV4ForCausalLM:
+    """The same with its last two layers on another device."""
+    model = nn.Module.to(random_backbone(), dtype=torch.bfloat16)
+    for name, part in [*model.model.named_children(), ("lm_head", model.lm_head)]:
+        nn.Module.to(part[:2] if name == "layers" else part, device=ELSEWHERE)
+    return model
+
+
+@pytest.fixture(scope="module")
 def stack(model: DeepseekV4ForCausalLM) -> MtpStack:
     return random_stack(model, 2).to(device=ELSEWHERE, dtype=torch.bfloat16)
 
@@ -56,6 +65,15 @@ def test_a_tensor_on_the_wrong_device_is_noticed(model: DeepseekV4ForCausalLM) -
 
 def test_a_step_runs_on_the_backbones_device(model: DeepseekV4ForCausalLM) -> None:
     cache = allocate_cache(model, 2, 64, 4)
+    cache.advance(21)
+    tokens_BL = torch.zeros(2, 4, dtype=torch.int64, device=ELSEWHERE)
+    assert {output.device for output in run_step(model, cache, tokens_BL)} == {ELSEWHERE}
+
+
+def test_a_step_follows_layers_that_are_spread_over_two_devices(spread_model: DeepseekV4ForCausalLM) -> None:
+    model = spread_model
+    cache = allocate_cache(model, 2, 64, 4)
+    assert [layer.device.type for layer in cache.layers] == ["meta", "meta", "cpu", "cpu"]
     cache.advance(21)
     tokens_BL = torch.zeros(2, 4, dtype=torch.int64, device=ELSEWHERE)
     assert {output.device for output in run_step(model, cache, tokens_BL)} == {ELSEWHERE}

@@ -1,15 +1,20 @@
 """Each wrong wiring changes its own input, and a head trained under one is recognised."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mtptrain.backbone.streams import run_backbone
-from mtptrain.certificate.controls import all_accept_control, shifted_target_control
+from mtptrain.certificate.controls import all_accept_control
+from mtptrain.certificate.shifted_target import not_tested
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain
 from mtptrain.doctor.diagnosis import diagnose, measure_wirings
+from mtptrain.doctor.result import DoctorControls
 from mtptrain.doctor.tensors import examine_tensors
 from mtptrain.doctor.wirings import RIGHT, WIRINGS, Wiring
+from mtptrain.evaluation.certificate_result import AllAcceptControl, Outcome
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
@@ -100,19 +105,12 @@ def test_a_head_that_learned_one_wiring_is_recognised(name: str) -> None:
     assert result.healthy == (name == RIGHT)
 
 
-def test_the_shifted_target_control_is_at_chance() -> None:
-    result = shifted_target_control(MODEL, random_stack(MODEL), traces(8))
-    assert result.passed
-    low, high = result.interval
-    assert low <= result.shifted - result.chance <= high
-
-
-def test_the_shifted_target_control_fails_where_prompts_share_their_text() -> None:
-    one = traces(1)
-    stack = random_stack(MODEL)
-    drafts = shifted_target_control(MODEL, stack, one * 6)
-    assert drafts.shifted == drafts.agreement
-    assert drafts.passed == (abs(drafts.agreement - drafts.chance) < 1e-12)
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_a_head_is_unhealthy_if_its_control_failed_and_not_if_it_could_not_be_tested(outcome: Outcome) -> None:
+    tensors = examine_tensors(random_stack(MODEL).state_dict(), MODEL.config, 1)
+    controls = DoctorControls(replace(not_tested(1), outcome=outcome), AllAcceptControl(2.0, 2, passed=True))
+    diagnosis = diagnose(tensors, None, controls)
+    assert diagnosis.healthy == (outcome is not Outcome.failed)
 
 
 @pytest.mark.parametrize("draft_length", [1, 3])

@@ -42,8 +42,8 @@ def stored(**changes: object) -> str:
     ("content", "reason"),
     [
         ("{", "Expecting property name"),
-        ("[]", "schema: expected 3, got None"),
-        (stored(schema=SCHEMA - 1), "schema: expected 3, got 2"),
+        ("[]", f"schema: expected {SCHEMA}, got None"),
+        (stored(schema=SCHEMA - 1), f"schema: expected {SCHEMA}, got {SCHEMA - 1}"),
         (stored(heads=[{}]), r"heads\[0\].name: missing field of HeadResult"),
         (stored(speedup={"one": {}}), "speedup: expected an object with whole numbers as keys"),
         (stored(draft_length="4"), "draft_length: expected int, got '4'"),

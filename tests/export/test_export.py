@@ -9,19 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from mtptrain.config import ExportConfig, ExportTarget, RunConfig
+from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfig
 from mtptrain.errors import UserError
-from mtptrain.export.card import EXPORT, RECORD
-from mtptrain.export.folder import check_room
+from mtptrain.export.card import EXPORT, Measured
+from mtptrain.export.folder import check_room, save_tensors
+from mtptrain.mtp.stack import head_digest
 from mtptrain.recipes.export import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table
 from mtptrain.release.shards import INDEX, Shards
 from mtptrain.run.artifact import open_artifact
+from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
 from tests.command import edit_json, largest_file, run_main, tree
+from tests.conftest import save_release
+from tests.hub import stand_in
 
 FAST = ["export.max_drop=1"]  # two training steps change little, and two prompts are too few to measure it
 
@@ -37,7 +42,7 @@ def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.Te
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the manifest's facts about the head and about the export."""
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))
     return {**record["identity"], **record["content"]}
 
 
@@ -74,7 +79,8 @@ def test_untouched_shards_are_the_same_files(exported: Path, release_folder: Pat
 
 def test_the_config_describes_the_head_of_the_folder(exported: Path, release_folder: Path) -> None:
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (release_folder, exported))
-    assert after.pop("mtptrain") == {"version": "0.1.0", "mode": "shared", "steps": 3, "scheme": "fp8_fp4"}
+    facts = {"version": "0.1.0", "mode": "shared", "steps": 3, "scheme": "fp8_fp4", "checked": "vLLM 0.33.0"}
+    assert after.pop("mtptrain") == facts
     assert after == before
 
 
@@ -87,15 +93,41 @@ def test_transformers_loads_the_exported_folder(exported: Path) -> None:
 def test_the_record_and_the_card_hold_the_origin_of_the_head(exported: Path, settings: list[str]) -> None:
     record = read_record(exported)
     assert (record["mode"], record["depth"], record["steps"], record["scheme"]) == ("shared", 1, 3, "fp8_fp4")
-    assert record["training"]["command"][:3] == ["python", "-m", "mtptrain"]
+    assert record["origin"]["training"]["command"][:3] == ["python", "-m", "mtptrain"]
+    assert record["head_files"] == ["model-00007-of-00007.safetensors"]
     assert record["start"]["init"] == "stock"
     assert record["changed"][0] > 0
     table = release_table(DeepseekV4Config.from_pretrained(exported))
     assert record["errors"].keys() == {f"mtp.0.{row.released}" for row in table if not row.is_scale}
     card = (exported / "README.md").read_text()
-    for fact in ("shared, 1 module", "3 draft step(s)", "fp8_fp4", record["backbone"], "| K | before | after |"):
+    for fact in ("shared, 1 module", "3 draft step(s)", "fp8_fp4", record["backbone"], "| K | before | after | gain |"):
         assert fact in card
-    assert '"method": "mtp", "num_speculative_tokens": 3' in card
+    assert "source text, path " in record["origin"]["data"]
+    assert record["origin"]["data"].endswith(" tokens")
+    command = (
+        '"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"'  # no evaluation and no plan: mtp.steps
+    )
+    assert f'"method": "mtp", {command}' in card
+
+
+def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:
+    data = ModelCard.load(exported / "README.md").data
+    lengths = read_record(exported)["acceptance"]["after"]
+    assert data.tags == ["multi-token-prediction", "speculative-decoding", "deepseek_v4"]
+    assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [
+        ("acceptance_length", pytest.approx(length, abs=1e-4)) for length in lengths.values()
+    ]
+
+
+def test_the_command_prints_how_to_serve_and_a_head_without_a_gain_gets_a_loud_line(
+    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export(settings, tmp_path / "X", "target=sglang")
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("NOT BETTER THAN THE MODEL'S OWN HEAD") for line in lines)
+    assert any("--speculative-use-rejection-sampling" in line for line in lines[-6:])
+    assert "--speculative-num-steps 3" in "".join(lines[-3:])
+    assert "NOT BETTER THAN THE MODEL'S OWN HEAD" in (tmp_path / "X" / "README.md").read_text()
 
 
 def test_the_exported_head_is_evaluated_as_the_stock_head_and_the_checkpoint_still_fits(
@@ -110,14 +142,58 @@ def test_the_exported_head_is_evaluated_as_the_stock_head_and_the_checkpoint_sti
         assert lengths == pytest.approx(record["acceptance"][moment])
 
 
-def test_a_draft_folder_holds_the_tensors_that_vllm_requires(
-    settings: list[str], release_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("shared", [(), ("embed.weight", "head.weight")])
+def test_a_draft_folder_holds_the_head_and_on_request_what_it_shares_with_the_model(
+    shared: tuple[str, ...], settings: list[str], release_folder: Path, tmp_path: Path
 ) -> None:
-    export(settings, tmp_path / "draft", "target=vllm", "export.form=draft")
+    """vLLM 0.33.0 takes embedding and lm_head from the model: 2.1 GB for V4-Flash."""
+    export(settings, tmp_path / "draft", "target=vllm", "export.form=draft", f"export.embeddings={bool(shared)}")
     written = Shards(tmp_path / "draft", "draft")
     names = {name for name in Shards(release_folder, "R") if name.startswith("mtp.")}
-    assert set(written) == names | {"embed.weight", "head.weight"}
+    assert set(written) == names | set(shared)
     assert f'"model": "{tmp_path}/draft"' in (tmp_path / "draft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("container", [torch.float32, torch.float8_e8m0fnu])
+def test_the_scales_of_a_head_are_stored_as_the_models(
+    container: torch.dtype, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """-Base releases hold them as float32; beside FP8 experts vLLM takes an E8M0 scale for the number of its byte."""
+    folder, run = tmp_path / "R", tmp_path / "run"
+    save_release(folder, ReleaseVariant.base)
+    for file in folder.glob("*.safetensors"):
+        scaled = {n: t.to(container) if n.endswith(".scale") else t for n, t in load_file(file).items()}
+        save_tensors(scaled, file)
+    arguments = [*light, *FAST, f"backbone.path={folder}"]
+    assert run_main("+recipe=distill", *arguments, f"output_dir={run}", "evaluate_at_end=false") == 0
+    export(arguments, tmp_path / "X", f"checkpoint={run}", "target=vllm")
+    scales = {t.dtype for name, t in Shards(tmp_path / "X", "X").items() if name.endswith(".scale")}
+    assert scales == {container}
+    warned = "E8M0 scales, which vLLM reads as the numbers of their bytes" in capfd.readouterr().err
+    assert warned == (container != torch.float32)
+
+
+def test_a_new_module_replaces_the_blocks_of_a_release_with_dspark(light: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "R"
+    save_release(folder, ReleaseVariant.dspark)
+    arguments = [*light, *FAST, f"backbone.path={folder}"]
+    training = ["mtp.init=backbone", "evaluate_at_end=false", f"output_dir={tmp_path}/run"]
+    assert run_main("+recipe=distill", *arguments, *training) == 0
+    record = export(arguments, tmp_path / "X", f"checkpoint={tmp_path}/run", "target=vllm")
+    assert record["acceptance"]["gain"] is None
+    config = json.loads((tmp_path / "X" / "config.json").read_text())
+    assert not [key for key in config if key.startswith("dspark")]
+    assert config["num_nextn_predict_layers"] == 1
+    names = {row.released for row in release_table(DeepseekV4Config.from_pretrained(tmp_path / "X"))}
+    assert {name for name in Shards(tmp_path / "X", "X") if name.startswith("mtp.")} == {f"mtp.0.{n}" for n in names}
+
+
+def test_llama_cpp_gets_a_full_folder_and_the_commands_of_its_converter(settings: list[str], tmp_path: Path) -> None:
+    export(settings, tmp_path / "X", "target=llama_cpp")
+    card = (tmp_path / "X" / "README.md").read_text()
+    assert f"python convert_hf_to_gguf.py {tmp_path}/X --mtp --outfile head.gguf" in card
+    assert "--spec-type draft-mtp" in card
+    assert "--spec-draft-n-max 3" in card
 
 
 @pytest.mark.parametrize("copies", ["symlink", "copy"])
@@ -168,10 +244,23 @@ def test_stacked_modules_and_a_release_without_a_head(
     stacked = [*settings, f"backbone.path={bare}", f"checkpoint={tmp_path}/run"]
     assert run_main("+recipe=export", *stacked, "target=sglang", f"output_dir={tmp_path}/Y") == 2
     assert "SGLang runs exactly one MTP module" in capfd.readouterr().err
-    record = export(stacked, tmp_path / "eagle3-X", "target=vllm")
+    assert run_main("+recipe=export", *stacked, "target=vllm", f"output_dir={tmp_path}/eagle3-X") == 2
+    line = capfd.readouterr().err
+    assert re.search(r"^mtptrain: output_dir=.*eagle3-X: the path contains `eagle3`, .*; choose another name, or", line)
+    assert not (tmp_path / "eagle3-X").exists()
+    assert run_main("+recipe=export", *stacked, "target=vllm", "export.form=draft", f"output_dir={tmp_path}/Z") == 2
+    assert "export.form=draft: the head has 2 modules, and vLLM takes their number" in capfd.readouterr().err
+    longer = ["export.force=true", "decoding.draft_length=3"]
+    record = export(stacked, tmp_path / "eagle3-X", "target=vllm", *longer)
     assert record["depth"] == 2
-    assert [word in record["warnings"][0] for word in ("eagle3", "method")] == [True, True]
-    assert "at most num_speculative_tokens=2" in record["warnings"][1]
+    assert record["warnings"][0].endswith("rename it before serving")
+    assert "must be a multiple of 2" in record["warnings"][1]
+    assert record["draft_length"]["served"] == 2
+    assert list(record["acceptance"]["after"]) == ["1", "2", "3"]
+    card, printed = (tmp_path / "eagle3-X" / "README.md").read_text(), capfd.readouterr().err
+    assert "| 2 |" in card
+    assert "| 3 |" not in card  # vLLM runs no third step as it was trained
+    assert "K=3" not in card + printed
     config = json.loads((tmp_path / "eagle3-X" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 2
     assert config["compress_ratios"][-3:] == [0, 0, 0]
@@ -196,6 +285,7 @@ REFUSED = [
     (["target=sglang", "export.form=draft"], r"export\.form=draft: only vLLM loads a separate draft"),
     (["target=vllm", "checkpoint=stock"], r"checkpoint=stock: export needs a trained head"),
     ([], r"target=None: export needs target=vllm"),
+    (["target=llama_cpp", "export.form=draft"], r"export\.form=draft: only vLLM loads a separate draft"),
     (["target=llama"], r"target"),
     (["target=vllm", "export.max_drop=-1"], r"export\.max_drop=-1\.0: must be 0 or more"),
 ]
@@ -245,7 +335,55 @@ def test_an_export_that_would_not_fit_is_refused_before_it_is_written(tmp_path: 
 
 def test_a_drop_beyond_the_bound_is_an_error() -> None:
     config = RunConfig(task="export", target=ExportTarget.hf, export=ExportConfig(max_drop=0.05))
-    check_drop(config, {"before": {"1": 1.5, "2": 1.7}, "after": {"1": 1.46, "2": 1.9}})
+    check_drop(config, measured({1: 1.5, 2: 1.7}, {1: 1.46, 2: 1.9}))
     line = r"^export\.max_drop=0\.05: storing the head costs 0\.100 tokens a pass at K=2 \(1\.700 to 1\.600\)"
     with pytest.raises(UserError, match=line):
-        check_drop(config, {"before": {"1": 1.5, "2": 1.7}, "after": {"1": 1.5, "2": 1.6}})
+        check_drop(config, measured({1: 1.5, 2: 1.7}, {1: 1.5, 2: 1.6}))
+
+
+def measured(before: dict[int, float], after: dict[int, float]) -> Measured:
+    return Measured(8, "temperature 0", before, after, [0.5, 0.4], None)
+
+
+def test_training_starts_from_an_exported_head(exported: Path, settings: list[str], tmp_path: Path) -> None:
+    arguments = [f"mtp.init={exported}", "train.steps=1", "evaluate_at_end=false", f"output_dir={tmp_path}/run"]
+    assert run_main("+recipe=distill", *settings, *arguments) == 0
+    start = find_checkpoint(tmp_path / "run").head_identity(read_record(exported)["backbone"]).start
+    assert start["sha256"] == head_digest(find_checkpoint(exported).tensors())
+
+
+@pytest.mark.parametrize("form", ["full", "draft"])
+def test_an_export_on_the_hub_is_a_checkpoint(
+    form: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the head's files come back, not the model's; the figures are those of the export."""
+    with stand_in(monkeypatch, tmp_path / "cache") as hub:
+        pushed = ["target=vllm", f"export.form={form}", "export.push_to_hub=someone/head"]
+        record = export(settings, tmp_path / "X", *pushed)
+        assert hub.models["someone/head"].keys() == {path.name for path in (tmp_path / "X").iterdir()}
+        again = [
+            *settings,
+            "checkpoint=hf://someone/head",
+            "evaluation.include_stock=false",
+            f"output_dir={tmp_path}/E",
+        ]
+        assert run_main("+recipe=evaluate", *again) == 0
+    assert set(hub.fetched) == {EXPORT_MANIFEST, "config.json", *record["head_files"]}
+    evaluation = json.loads((tmp_path / "E" / "evaluation.json").read_text())
+    lengths = {k: figures["acceptance_length"] for k, figures in evaluation["heads"][0]["replay"].items()}
+    assert lengths == pytest.approx(record["acceptance"]["after"])
+    command = (tmp_path / "X" / "README.md").read_text()
+    assert ("vllm serve someone/head " in command) == (form == "full")
+    assert ('"model": "someone/head"' in command) == (form == "draft")
+
+
+def test_without_the_hub_nothing_is_exported_for_it(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arguments = ["target=vllm", "export.push_to_hub=someone/head", f"output_dir={tmp_path}/X"]
+    assert run_main("+recipe=export", *settings, *arguments) == 2
+    assert re.search(
+        r"^mtptrain: export\.push_to_hub=.* is switched off by HF_HUB_OFFLINE", capfd.readouterr().err, re.M
+    )
+    assert not (tmp_path / "X").exists()

@@ -143,6 +143,11 @@ class TestDraws:
         result = philox(tuple(int64(x) for x in counter), tuple(int64(x) for x in key))
         assert " ".join(f"{int(word):08x}" for word in result) == words
 
+    def test_a_draw_joins_the_53_highest_bits_of_two_words(self) -> None:
+        """With seed, position, kind and index 0, they are the words of the first known answer."""
+        draw = uniforms(int64(0), int64(0), DrawKind.draft, 1).item()
+        assert draw == (0x6627E8D5 >> 5) / 2**27 + (0xE169C58D >> 6) / 2**53
+
     def test_a_draw_depends_only_on_its_row_and_index(self) -> None:
         seed_B, position_B = int64(5, -1, 2**62, 5), int64(0, 9, 2**33, 1)
         together_BN = uniforms(seed_B, position_B, DrawKind.verify, 9)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_streams_of_conversations_have_the_losses_of_training_online(
     identity = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["identity"]
     assert identity["sequence_length"] == context
     assert identity["chat_template"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+
+
+def test_the_settings_of_conversations_reach_a_recipe(
+    light: list[str], talk: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The number of tokens that a plan counts shows each of them."""
+    plan = ["+recipe=collect", "collect.plan_only=true", *light, *talk, f"output_dir={tmp_path / 'plan'}"]
+
+    def tokens(*settings: str) -> int:
+        assert run_main(*plan, *settings) == 0
+        found = re.search(r"([\d,]+) tokens in ([\d,]+) documents", capfd.readouterr().err)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    whole = tokens()
+    assert tokens("data.turns=last") == whole
+    assert whole < tokens("data.turns=each") < 2 * whole
+    assert tokens("data.max_documents=3") < whole / 3
+    assert tokens("data.max_tokens=300") <= 300
+    assert tokens("data.chat_template=builtin") < tokens(
+        "data.chat_template=builtin", "data.chat_template_kwargs={enable_thinking:true}"
+    )
 
 
 @pytest.mark.parametrize("recipe", ["distill", "collect"])

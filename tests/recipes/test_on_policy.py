@@ -106,6 +106,19 @@ def test_later_runs_use_the_texts_again(made: Path, small: list[str], tmp_path: 
     assert tree(made / "texts") == before
 
 
+def test_a_run_is_continued_with_the_same_texts_only(
+    made: Path, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    assert train(small, run, made / "texts", "resume=auto", "on_policy.batch_size=4") == 0
+    capfd.readouterr()
+    changes = ["on_policy.temperature=0.5", "decoding.stop=[7]"]
+    assert train(small, run, tmp_path / "other", "resume=auto", *changes) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "another run: on_policy.temperature 1.0 -> 0.5, decoding.stop [] -> [7]; set them back" in line
+    assert not (tmp_path / "other").exists()
+
+
 def test_texts_without_a_folder_are_kept_in_the_cache(small: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     settings = ["+recipe=distill_on_policy", *small, f"data.cache_dir={cache}"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtptrain.evaluation.result import SCHEMA
-from tests.command import ROOT, run_main
+from tests.command import ROOT, hold_folder, run_main
 from tests.evaluation.recorded import EVALUATIONS
 
 HEADLINE = "trained head: 1.67 tokens a verify pass at K=3 (1.50 to 1.86)"
@@ -49,12 +49,24 @@ def test_a_report_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixtur
     run, other = stored_run(tmp_path / "run"), tmp_path / "other"
     (run / "report.html").write_text("mine")
     line = refusal(capfd, f"path={run}")
-    assert line.startswith(f"path={run}: {run / 'report.html'} exists and is not overwritten; set output_dir ")
+    assert line.startswith(f"path={run}: {run / 'report.html'} exists; set output_dir to another")
     assert run_main("+recipe=report", f"path={run}", f"output_dir={other}") == 0
     capfd.readouterr()
     assert refusal(capfd, f"path={run}", f"output_dir={other}").startswith(f"output_dir={other}: {other / 'report'}")
     assert (run / "report.html").read_text() == "mine"
     assert os.listdir(other) == ["report.html"]
+    assert run_main("+recipe=report", f"path={run}", "overwrite=true") == 0
+    assert (run / "report.html").read_text() != "mine"
+
+
+def test_a_report_waits_for_a_run_that_writes_its_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = stored_run(tmp_path / "run")
+    process = hold_folder(run)
+    try:
+        assert refusal(capfd, f"path={run}").startswith(f"path={run}: process {process.pid} on ")
+    finally:
+        process.communicate()
+    assert not (run / "report.html").exists()
 
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

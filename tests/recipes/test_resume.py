@@ -1,11 +1,7 @@
 """An interrupted run continues as if nothing had happened; a different run does not."""
 
-import _thread
 import json
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from mtptrain.run.folder_lock import lock_path
 from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import hold_folder, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
+from tests.recipes.test_recipes import SHAPE
 
 STEPS = 24
 
@@ -49,31 +46,6 @@ def test_a_killed_run_continues_to_the_same_bits(light: list[str], tmp_path: Pat
     assert "continues" in json.loads((killed / "provenance.json").read_text(encoding="utf-8"))
 
 
-def test_an_interrupted_run_says_how_to_continue(
-    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # A shell starts its background jobs, a test run among them, with Ctrl-C ignored.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        while not checkpoint_folders(tmp_path / "checkpoints"):
-            time.sleep(0.01)
-        _thread.interrupt_main()  # what Ctrl-C does
-
-    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
-    threading.Thread(target=interrupt, daemon=True).start()
-    try:
-        assert run_main(*arguments, "train.steps=500") == 130
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert line == "mtptrain: interrupted; continue with the same output_dir and resume=auto"
-    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.lock")]
-    step = int(checkpoint_folders(tmp_path / "checkpoints")[-1].name.removeprefix("step_"))
-    assert run_main(*arguments, "resume=auto", f"train.steps={step + 1}") == 0
-    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, step + 2))
-
-
 @pytest.fixture(scope="module")
 def finished(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished distill run; do not write into it."""
@@ -96,18 +68,26 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "pretrain",
             ["resume=auto"],
-            "holds task=distill, steps=3 and this run has task=pretrain, steps=1; set +recipe, mtp.steps to match, or",
+            "belongs to another run: +recipe distill -> pretrain, loss.divergence kl -> ce,",
         ),
         (
             "distill",
             ["resume=auto", "mtp.mode=stacked", "evaluation.every=1"],
-            "holds mode=shared and this run has mode=stacked; set mtp.mode to match, or",
+            "belongs to another run: mtp.mode shared -> stacked; set them back, or choose another",
         ),
-        ("distill", ["resume=auto", "backbone.path=OTHER"], "holds backbone="),
+        ("distill", ["resume=auto", "backbone.path=OTHER"], "another run: backbone.path (fingerprint) "),
+        (
+            "distill",
+            ["resume=auto", "data.path=EMPTIER", "loss.divergence=tv", "seed=5", "train.learning_rate=1e-2"],
+            "seed 0 -> 5, data.path WHOLE -> EMPTIER, loss.divergence kl -> tv, train.learning_rate 0.004 -> 0.01; ",
+        ),
+        ("distill", ["resume=auto", "data.sequence_length=31"], "data.sequence_length 32 -> 31; set them back, choose"),
         ("distill", [], "already holds a run; choose another folder, or continue it with resume=auto"),
-        ("evaluate", ["checkpoint=stock"], "already holds a run"),
+        ("collect", ["resume=auto"], "holds other files than a stream cache; choose"),
+        ("export", ["target=hf", "checkpoint=RUN"], "is not empty; choose another folder, nothing is overwritten"),
+        ("evaluate", ["checkpoint=stock", "overwrite=true"], "already holds a training run; choose another folder"),
     ],
-    ids=["task", "mode", "backbone", "no_resume", "evaluate"],
+    ids=["task", "mode", "backbone", "several", "rows", "no_resume", "collect", "export", "evaluate"],
 )
 def test_another_run_leaves_the_folder_as_it_is(
     recipe: str,
@@ -115,17 +95,25 @@ def test_another_run_leaves_the_folder_as_it_is(
     reason: str,
     finished: Path,
     other_backbone: Path,
+    corpus_file: Path,
     light: list[str],
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     before = tree(finished)
-    arguments = [argument.replace("OTHER", str(other_backbone)) for argument in arguments]
+    emptier = tmp_path / "emptier.jsonl"
+    emptier.write_text("".join(corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)[:30]))
+    places = {"OTHER": other_backbone, "EMPTIER": emptier, "WHOLE": corpus_file, "RUN": finished}
+    for place, path in places.items():
+        arguments = [argument.replace(place, str(path)) for argument in arguments]
+        reason = reason.replace(place, str(path))
     assert run_main(f"+recipe={recipe}", *light, f"output_dir={finished}", *arguments) == 2
-    message = capfd.readouterr().err.splitlines()[-1]
+    *lines, message = capfd.readouterr().err.splitlines()
     assert message.startswith("mtptrain: ")
     assert reason in message
+    assert any("frozen" in line for line in lines) == ("fingerprint" in reason)  # else before the backbone is loaded
     assert str(finished) in message
-    assert "choose another" in message
+    assert re.search("choose (another|an empty)", message)
     assert tree(finished) == before
 
 
@@ -154,8 +142,89 @@ def test_a_stack_of_another_depth_is_not_continued(
     assert run_main(*arguments) == 0
     before = tree(tmp_path)
     assert run_main(*arguments, "resume=auto", "mtp.depth=2") == 2
-    assert re.search(r"holds depth=1, .* has depth=2, .*; set mtp.depth, mtp.init to match, or", capfd.readouterr().err)
+    assert re.search(r"another run: mtp\.depth 1 -> 2; set .*mtp\.depth cannot change", capfd.readouterr().err)
     assert tree(tmp_path) == before
+
+
+def test_the_same_data_under_another_path_are_the_same_run(
+    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / corpus_file.name
+    moved.write_bytes(corpus_file.read_bytes())
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
+    assert run_main(*arguments) == 0
+    assert run_main(*arguments, "resume=auto", f"data.path={moved}") == 0
+    moved.write_bytes(b"".join(moved.read_bytes().splitlines(keepends=True)[:40]))
+    assert run_main(*arguments, "resume=auto", f"data.path={moved}") == 2
+    assert f"data.path {corpus_file} -> {moved}" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_change_that_is_allowed_by_name_is_said_and_trained(
+    streaming: bool, light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)[:40]))
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
+    arguments += [f"data.streaming={streaming}", "data.workers=0"]
+    assert run_main(*arguments) == 0
+    arguments += ["resume=auto", "resume_allow=[data.path,train]", "train.steps=4"]
+    assert run_main(*arguments, f"data.path={other}") == 0
+    lines = capfd.readouterr().err
+    assert f"changed as resume_allow permits: data.path {corpus_file} -> {other}, train.steps 2 -> 4\n" in lines
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_more_steps_for_a_finished_run_are_a_choice_that_names_the_learning_rate(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["+recipe=distill", *light, "train.warmup_steps=0", "evaluate_at_end=false", f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    more = [*arguments, "resume=auto", "train.steps=4"]
+    assert run_main(*more) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.endswith(
+        "train.steps 2 -> 4; set them back, choose another output_dir, or accept the change: resume_allow=[train.steps]"
+    )
+    assert run_main(*more, "resume_allow=[train.steps]") == 0
+    # 4e-3 times 1, 1/2 of the old cosine; (1 + cos(pi/2)) / 2, (1 + cos(3 pi/4)) / 2 of the new one
+    said = (
+        "learning rate: 0.002 at step 2; under the new schedule it goes on to 0.002 at step 3 and ends at 0.000586 at"
+    )
+    assert said in capfd.readouterr().err
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path)]
+    assert rates == pytest.approx([4e-3, 2e-3, 2e-3, 0.000585786], rel=1e-4)
+
+
+def test_a_backbone_and_its_stock_head_are_continued_with_their_own_settings(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = [one for one in light if not one.startswith("backbone.path=")]
+    arguments = ["+recipe=backbone", *kept, *SHAPE, "data.packages=[]", "stock_head.steps=2", "stock_head.batch_size=2"]
+    arguments += [f"output_dir={tmp_path}"]
+    assert run_main(*arguments) == 0
+    arguments += ["resume=auto"]
+    assert run_main(*arguments) == 0
+    assert "step 2 of 2 is done: nothing is left to train" in capfd.readouterr().err
+    for change, difference in {
+        "train.weight_decay=0.2": "train.weight_decay 0.1 -> 0.2",
+        "stock_head.learning_rate=0.5": "stock_head.learning_rate 0.002 -> 0.5",
+        "backbone.shape.index_topk=3": "backbone.shape.index_topk 16 -> 3; set them back, or choose another output_dir",
+    }.items():
+        assert run_main(*arguments, change) == 2
+        assert difference in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_starts(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}", "resume=auto"]
+    assert run_main(*arguments) == 0
+    root = tmp_path / "checkpoints"
+    said = f"resume=auto: {root} holds no checkpoint to continue; starting at step 0"
+    assert capfd.readouterr().err.splitlines().count(said) == 1
+    assert run_main(*arguments) == 0
+    assert "step 2 of 2 is done: nothing is left to train" in capfd.readouterr().err.splitlines()
 
 
 def test_a_finished_run_is_not_trained_again(light: list[str], tmp_path: Path) -> None:

@@ -102,9 +102,10 @@ def test_a_stream_is_continued_as_a_stream_of_as_many_rows(
     settings = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
     assert run_main(*settings, f"data.streaming={begun}") == 0
     other = "false" if begun == "true" else "true"
-    changes = {f"data.streaming={other}": f"data.streaming={other.title()}: the interrupted run"}
+    changes = {f"data.streaming={other}": f"data.streaming {begun} -> {other}; set them back, or choose another output"}
     if begun == "true":
         changes["train.batch_size=3"] = "train.batch_size=3: the interrupted run read its data as a stream with 2"
     for change, reason in changes.items():
-        assert run_main(*settings, f"data.streaming={begun}", change, "resume=auto", "train.steps=4") == 2
+        more = [change, "resume=auto", "train.steps=4", "resume_allow=[train.steps,train.batch_size]"]
+        assert run_main(*settings, f"data.streaming={begun}", *more) == 2
         assert reason in capfd.readouterr().err.splitlines()[-1]

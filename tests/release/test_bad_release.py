@@ -54,6 +54,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_json(folder / "config.json", lambda config: config.update(expert_dtype="fp8")),
         "experts are stored as fp8 and the tensors are fp8_fp4",
     ),
+    "another model": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.update(model_type="llama")),
+        "model_type llama is not deepseek_v4",
+    ),
+    "another quantisation": (
+        lambda folder: edit_json(
+            folder / "config.json", lambda config: config["quantization_config"].update(quant_method="modelopt")
+        ),
+        "quant_method modelopt, .* is not supported",
+    ),
+    "no embedding norm": (
+        edit_tensors(LAST, lambda tensors: tensors.pop("mtp.0.enorm.weight")),
+        r"\(scheme fp8_fp4\) do not fit this backbone: 1 missing: mtp\.0\.enorm\.weight",
+    ),
     "no head": (
         edit_tensors(LAST, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")]),
         r"holds no stock head \(mtp\.\* tensors\); train one with mtp\.init=fresh or mtp\.init=backbone",

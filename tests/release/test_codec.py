@@ -9,11 +9,14 @@ from mtptrain.release.codec import (
     FP4_BLOCK,
     FP4_GRID,
     FP8_BLOCK,
+    SCALE_DTYPES,
     decode_fp4,
     decode_fp8,
     encode_fp4,
     encode_fp8,
+    powers,
     scale_shape,
+    store_scales,
 )
 from mtptrain.release.encoding_error import encoding_error, rounding_error
 
@@ -277,8 +280,20 @@ def test_damaged_or_mismatched_input_is_refused_by_name() -> None:
         decode_fp8(codes, scale[:1], name="x")
     with pytest.raises(UserError, match=r"x: its scale must have the shape \[3, 2\], has \[3, 1\]"):
         decode_fp4(packed, groups[:, :1], name="x")
-    with pytest.raises(UserError, match=r"x: its scale must be float8_e8m0fnu or uint8, is torch.float32"):
-        decode_fp8(codes, scale.float(), name="x")
+    with pytest.raises(UserError, match=r"x: its scale must be float8_e8m0fnu, uint8 or float32, is torch.bfloat16"):
+        decode_fp8(codes, scale.bfloat16(), name="x")
+    for wrong, shown in (
+        (1.5, "1.5"),
+        (0.0, "0"),
+        (-2.0, "-2"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+        (1e-39, "1e-39"),
+    ):
+        floats = scale.float()
+        floats[0, 1] = wrong
+        with pytest.raises(UserError, match=f"x: a scale is {shown}, which is no power of two"):
+            decode_fp8(codes, floats, name="x")
     with pytest.raises(UserError, match=r"x: must be torch.int8"):
         decode_fp4(packed.view(torch.uint8), groups, name="x")
     with pytest.raises(UserError, match=r"x: must be torch.float8_e4m3fn"):
@@ -289,6 +304,19 @@ def test_damaged_or_mismatched_input_is_refused_by_name() -> None:
         encode_fp8(torch.ones(3), None, "x")
     with pytest.raises(ValueError, match="decoded to bfloat16 or float32"):
         decode_fp8(codes, scale, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+def test_a_scale_has_the_same_value_in_every_dtype_that_files_use(dtype: torch.dtype) -> None:
+    """All 255 powers, of which 2^-127 is a subnormal float32."""
+    every = torch.arange(255, dtype=torch.uint8).view(torch.float8_e8m0fnu)[:, None]
+    stored = store_scales(every, dtype)
+    assert stored.dtype == dtype
+    assert powers(stored, (255, 1), "x")[:, 0].tolist() == [2.0 ** (byte - 127) for byte in range(255)]
+    codes, scale = random_fp8(129, 130)
+    value, other = decode_fp8(codes, scale), store_scales(scale, dtype)
+    assert same_bytes(decode_fp8(codes, other), value)
+    assert all(map(same_bytes, encode_fp8(value, other), (codes, scale)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,6 +11,7 @@ from transformers import DeepseekV4Config
 from mtptrain.backbone.build import preset_config
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
+from mtptrain.release.codec import SCALE_DTYPES
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.release.modules import from_release, iterate_release, read_release, to_release
 from mtptrain.release.names import ENTRIES, EXPERT_ENTRIES, Scheme, our_shapes, release_table
@@ -222,10 +223,22 @@ def test_tensors_are_read_one_by_one_and_once(released: dict[str, Tensor]) -> No
     assert {name for name, count in tensors.reads.items() if count > 1} == {"mtp.0.ffn.experts.0.w1.weight"}
 
 
-def test_scale_bytes_may_come_as_uint8(released: dict[str, Tensor]) -> None:
-    as_bytes = {name: t.view(torch.uint8) if name.endswith(".scale") else t for name, t in released.items()}
-    expected = from_release(released, CONFIG)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in from_release(as_bytes, CONFIG).items())
+@pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
+@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+def test_scales_are_written_and_read_in_every_dtype(stack: MtpStack, scheme: Scheme, dtype: torch.dtype) -> None:
+    usual = to_release(stack.state_dict(), CONFIG, scheme)
+    other = to_release(stack.state_dict(), CONFIG, scheme, scale_dtype=dtype)
+    assert {tensor.dtype for name, tensor in other.items() if name.endswith(".scale")} == {dtype}
+    expected = from_release(usual, CONFIG)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in from_release(other, CONFIG).items())
+
+
+def test_a_base_release_holds_its_scales_as_float32(stack: MtpStack) -> None:
+    """As in the header of DeepSeek-V4-Flash-Base that NVIDIA-NeMo/Automodel#2034 quotes; vLLM needs it so."""
+    stored = to_release(stack.state_dict(), CONFIG, "fp8")
+    scales = [tensor for name, tensor in stored.items() if name.endswith(".scale")]
+    assert {tensor.dtype for tensor in scales} == {torch.float32}
+    assert all(bool((torch.frexp(tensor).mantissa == 0.5).all()) for tensor in scales)
 
 
 def test_missing_and_unexpected_tensors_are_listed(released: dict[str, Tensor]) -> None:
@@ -320,6 +333,14 @@ def test_a_state_that_is_no_head_is_refused_before_anything_is_written(stack: Mt
         "mtp.1.e_proj.weight [64, 63] instead of [64, 64]",
     ):
         assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["enorm.weight", "hnorm.weight", "e_proj.weight", "norm.weight"])
+def test_a_head_that_lacks_a_tensor_is_not_taken_for_dspark(part: str, released: dict[str, Tensor]) -> None:
+    tensors = {name: tensor for name, tensor in released.items() if not name.endswith(f".0.{part}")}
+    assert not is_dspark(tensors.keys(), CONFIG)
+    with pytest.raises(UserError, match=rf"1 missing: mtp\.0\.{part}"):
+        from_release(tensors, CONFIG)
 
 
 def test_dspark_blocks_are_recognised_and_explained(released: dict[str, Tensor]) -> None:

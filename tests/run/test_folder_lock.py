@@ -42,7 +42,17 @@ def test_a_lock_names_its_process_and_is_gone_after_it(tmp_path: Path) -> None:
         holder = take(lock, tmp_path / "run")
         assert (holder.host, holder.process) == (socket.gethostname(), os.getpid())
         assert take(lock, tmp_path / "run") == holder  # held already
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # nor does the folder, which was made for it, stay behind empty
+
+
+def test_a_folder_that_was_there_or_is_used_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with closing(FolderLock()) as lock:
+        lock.take(tmp_path / "there", "output_dir")
+        lock.take(tmp_path / "deep" / "used", "output_dir")
+        (tmp_path / "deep" / "used" / "file").touch()
+        lock.take(tmp_path / "empty" / "whole", "output_dir", beside=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "file", "there", "used"]
 
 
 @pytest.mark.parametrize("is_beside", [False, True], ids=["inside", "beside"])
@@ -104,6 +114,16 @@ def test_an_unreadable_lock_counts_as_one_of_another_machine(lock: FolderLock, t
     assert take(lock, tmp_path).process == os.getpid()
 
 
+def test_the_age_of_a_lock_does_not_depend_on_this_machines_clock(
+    lock: FolderLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lock(tmp_path, ELSEWHERE)
+    now = time.time()
+    monkeypatch.setattr(folder_lock.time, "time", lambda: now + 3600)
+    with pytest.raises(UserError, match="process 7 on another-machine"):
+        lock.take(tmp_path, "output_dir")
+
+
 def test_a_held_lock_is_touched(lock: FolderLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "TOUCH_SECONDS", 0.01)
     take(lock, tmp_path)
@@ -111,6 +131,19 @@ def test_a_held_lock_is_touched(lock: FolderLock, tmp_path: Path, monkeypatch: p
     deadline = time.monotonic() + 30
     while (tmp_path / LOCK).stat().st_mtime < time.time() - 60:
         assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_loss_of_a_lock_is_said(
+    lock: FolderLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folder_lock, "TOUCH_SECONDS", 0.01)
+    take(lock, tmp_path)
+    write_lock(tmp_path, ELSEWHERE)
+    deadline, said = time.monotonic() + 30, ""
+    while "is no longer this run's" not in said:
+        assert time.monotonic() < deadline
+        said += capfd.readouterr().err
         time.sleep(0.01)
 
 
@@ -140,5 +173,27 @@ def test_taking_a_folder_deletes_what_a_killed_run_left_and_nothing_else(lock: F
 def test_taking_a_folder_from_beside_leaves_its_neighbours_alone(lock: FolderLock, tmp_path: Path) -> None:
     for name in (".run.0123abcd.tmp", ".other.0123abcd.tmp"):
         (tmp_path / name).mkdir()
+    process = hold_folder(tmp_path / "held", beside=True)
+    (tmp_path / ".held.0123abcd.tmp").mkdir()
     lock.take(tmp_path / "run", "output_dir", beside=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.tmp", ".run.lock"]
+    process.communicate()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".held.0123abcd.tmp",
+        ".other.0123abcd.tmp",
+        ".run.lock",
+    ]
+
+
+def test_the_next_export_clears_what_killed_ones_left_under_other_names(lock: FolderLock, tmp_path: Path) -> None:
+    process = hold_folder(tmp_path / "killed", beside=True)
+    (tmp_path / ".killed.0123abcd.tmp").mkdir()
+    process.kill()
+    process.communicate()
+    lock.take(tmp_path / "next", "output_dir", beside=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".next.lock"]
+
+
+def test_a_lock_that_a_killed_run_was_removing_is_cleared(lock: FolderLock, tmp_path: Path) -> None:
+    (tmp_path / f"{LOCK}.0123.stale").touch()
+    lock.take(tmp_path, "output_dir")
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]

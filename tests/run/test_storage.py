@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtptrain.run.storage import atomic_file, atomic_folder, sha256_file, write_json, write_text
+from mtptrain.run.storage import atomic_file, atomic_folder, clear_leftovers, sha256_file, write_json, write_text
 
 
 class Interrupted(Exception):
@@ -142,3 +142,11 @@ def test_json_that_no_other_program_could_read_is_refused(tmp_path: Path) -> Non
 def test_a_checksum_is_that_of_the_bytes(tmp_path: Path) -> None:
     write_text(tmp_path / "text", "äöü\n")
     assert sha256_file(tmp_path / "text") == hashlib.sha256("äöü\n".encode()).hexdigest()
+
+
+def test_leftovers_are_cleared_where_others_write_once_they_are_idle(tmp_path: Path) -> None:
+    for name in (".a.0123abcd.tmp", ".b.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".a.0123abcd.tmp", (0, 0))
+    clear_leftovers(tmp_path, idle_seconds=3600)
+    assert names(tmp_path) == [".b.0123abcd.tmp"]

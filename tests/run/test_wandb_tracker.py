@@ -1,5 +1,6 @@
 """Rows, tables and artifacts sent to W&B, read back from the record of offline runs."""
 
+import json
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
@@ -65,6 +66,41 @@ def test_a_killed_run_is_sent_from_the_resumed_step_on(tmp_path: Path) -> None:
     sent_records = records(tmp_path)
     assert [row["loss"] for row in history(sent_records)] == [31]
     assert {record.run.run_id for record in sent_records if record.HasField("run")} == {"killed"}
+
+
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_a_resumed_run_loses_no_row_whose_step_was_passed_before(was_killed: bool, tmp_path: Path) -> None:
+    """W&B ignores rows whose number is not above all earlier ones; the interrupted process got as far as step 30."""
+    with open_trackers(tmp_path) as trackers:
+        log = MetricsLog(tmp_path, trackers, 0)
+        for step in (10, 20, 30):
+            log.write(step, {"loss": float(step)})
+        log.close()
+    if was_killed:
+        write_json(tmp_path / "wandb_run.json", {"id": json.loads((tmp_path / "wandb_run.json").read_text())["id"]})
+    with open_trackers(tmp_path) as trackers:
+        log = MetricsLog(tmp_path, trackers, 10)
+        for step in (20, 30):
+            log.write(step, {"loss": step + 0.5, "replay": float(step)})
+        log.write(40, {"loss": 40.0})
+        trackers.table("evaluation", ["x"], [[1]])
+        log.close()
+    with open_trackers(tmp_path) as trackers:  # a finished run measures again
+        trackers.table("again", ["x"], [[1]])
+    rows = history(records(tmp_path))
+    sent = [(row["step"], row[name]) for name in ("loss", "replay") for row in rows if name in row]
+    again = [(20, 20.5), (30, 30.5)] if was_killed else []
+    assert sent == [(10, 10), (20, 20), (30, 30), *again, (40, 40), (20, 20), (30, 30)]
+    assert {"evaluation/_type", "again/_type"} <= {name for row in rows for name in row}
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers))
+
+
+def test_the_training_step_is_the_axis_of_every_metric(tmp_path: Path) -> None:
+    with open_trackers(tmp_path) as trackers:
+        trackers.log(7, {"loss": 0.25})
+    metrics = [record.metric for record in records(tmp_path) if record.HasField("metric")]
+    assert ("*", "step") in [(metric.glob_name, metric.step_metric) for metric in metrics]
 
 
 def test_nothing_is_written_before_something_is_sent(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Rows of prompt files."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtptrain.config import DataConfig
+from mtptrain.data.chat import open_chat_template
+from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
 from mtptrain.traces.prompts import (
     PromptRow,
+    encode_prompt_row,
     even_shares,
     independent_groups,
     read_dataset,
@@ -57,6 +62,54 @@ def test_a_row_is_parsed_by_its_key(
 ) -> None:
     (parsed,) = rows_of(write(tmp_path / "a.jsonl", row))
     assert (parsed.text, parsed.messages, parsed.turns) == (text, messages, turns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("a"), assistant("b")]},
+        {"messages": json.dumps([user("a")])},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+        {"instruction": "a", "input": "", "output": "b"},
+    ],
+)
+def test_a_conversation_is_asked_for_its_last_answer_in_every_form(row: dict[str, Any], tmp_path: Path) -> None:
+    (parsed,) = rows_of(write(tmp_path / "a.jsonl", {**row, "tools": [{"name": "f"}]}))
+    assert (parsed.text, parsed.messages, parsed.turns) == ("", [user("a")], [])
+    assert parsed.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_tools_and_thoughts_reach_the_template_of_a_prompt(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        user("a"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+    ]
+    (parsed,) = rows_of(write(tmp_path / "a.jsonl", {"messages": messages, "tools": [{"name": "f"}]}))
+    tokenizer = train_tokenizer(["a few words"], 300)
+    save_tokenizer(tokenizer, tmp_path)
+    config = DataConfig(chat_template="builtin", chat_template_kwargs={"enable_thinking": True})
+    chat = open_chat_template(config, tmp_path, tokenizer, [0])
+    conversation = encode_prompt_row(parsed, 0, tokenizer, [0], chat)
+    text = tokenizer.decode(conversation.prompt.tokens)
+    assert text.startswith('<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>\n<user>')
+    assert '<call>{"name": "f", "arguments": {}}</call>' in text
+    assert text.endswith("<tool>\nr\n</tool>\n<assistant>\n<think>\n")
+    assert conversation.tools == parsed.tools
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".jsonl.gz"])
+def test_prompts_are_read_from_files_of_every_kind(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"code{suffix}"
+    content = {
+        ".json": json.dumps([{"prompt": "a, b"}, {"prompt": "c"}]).encode(),
+        ".csv": b'prompt\n"a, b"\nc\n',
+        ".jsonl.gz": gzip.compress(b'{"prompt": "a, b"}\n{"prompt": "c"}\n'),
+    }
+    path.write_bytes(content[suffix])
+    assert [(row.text, row.domain) for row in rows_of(path)] == [("a, b", "code"), ("c", "code")]
 
 
 def test_the_domain_is_the_rows_own_or_the_files_name(tmp_path: Path) -> None:

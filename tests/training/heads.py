@@ -95,7 +95,7 @@ def head_trainer(
     freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
-    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", 0))
+    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> d
 
 def main(folder: Path) -> None:
     """Train with every engine: uninterrupted, resumed, continued from one process, and with a bad gradient."""
-    join(RunConfig(task="distill", train=CONFIG), is_shared=True)
+    join(RunConfig(task="distill", train=CONFIG), processes="any")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for engine in EngineName:

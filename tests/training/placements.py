@@ -22,7 +22,7 @@ ROWS = [[[24], [24]], [[1, 2, 5, 9], [24]], [[3], [2]]]
 
 def main(backbone: Path, folder: Path) -> None:
     """Save the largest difference, and the share of an expert tensor in this process, by placement and dtype."""
-    join(RunConfig(task="distill", train=TrainConfig(batch_size=2)), is_shared=True)
+    join(RunConfig(task="distill", train=TrainConfig(batch_size=2)), processes="any")
     torch.set_num_threads(1)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -28,7 +28,7 @@ from mtptrain.training.checkpoint import (
 from mtptrain.training.engine import OptimizerState
 from tests.command import edit_json
 
-IDENTITY = BackboneIdentity("backbone", seed=2)
+IDENTITY = BackboneIdentity("backbone", "ab" * 32, {"seed": 2})
 COUNTERS = {"tokens": 17}
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_refused_by_name(name: str, damage: Callable[[Path], N
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 3, "files": 3, "identity": {}, "content": {}}']
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 4, "files": 3, "identity": {}, "content": {}}']
 )
 def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
@@ -113,7 +113,7 @@ def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", 99, "has schema 99 and .* reads 3"),
+        ("schema", 99, "has schema 99 and .* reads 4"),
         ("files", {}, TENSORS),
         ("kind", "stream cache", "is of the kind .stream cache. and not"),
     ],
@@ -129,7 +129,7 @@ def test_a_manifest_that_does_not_match_is_refused(key: str, value: object, mess
 def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / MANIFEST).write_text(json.dumps({"format": 2, "step": 1, "owner": {}, "counters": {}, "sha256": {}}))
-    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 3; use the version that"):
+    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 4; use the version that"):
         open_checkpoint(folder)
 
 

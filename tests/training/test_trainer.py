@@ -12,7 +12,6 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.tracking import MetricsLog, Trackers
-from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import (
     BEST,
     HeadIdentity,
@@ -33,10 +32,10 @@ IDENTITY = HeadIdentity(
     mode=MtpMode.shared,
     depth=1,
     steps=3,
-    trainable="all",
-    optimizer=OptimizerName.adamw,
     start={"init": "stock", "sha256": "cd" * 32},
     quant_aware=None,
+    data="ef" * 32,
+    settings={"mtp.mode": "shared", "train.learning_rate": 0.05},
 )
 CONFIG = TrainConfig(
     steps=9, batch_size=2, learning_rate=0.05, warmup_steps=3, log_every=3, checkpoint_every=1, keep_checkpoints=99
@@ -282,20 +281,40 @@ def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
     assert trainer.counters["tokens"] == int((trainer.batches.batch(0).segment_BS > 0).sum())
 
 
-@pytest.mark.parametrize(("key", "value"), [("task", "pretrain"), ("depth", 2), ("quant_aware", "fp8")])
-def test_a_checkpoint_of_another_identity_is_refused(key: str, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"task": "pretrain"}, r"\+recipe distill -> pretrain; .*choose another output_dir \(\+recipe cannot change"),
+        ({"backbone": "0" * 64}, r"backbone\.path \(fingerprint\) abababababab -> 000000000000; "),
+        ({"settings": {**IDENTITY.settings, "mtp.mode": "stacked"}}, r"mtp\.mode shared -> stacked; "),
+        (
+            {"settings": {**IDENTITY.settings, "train.learning_rate": 0.5}, "data": "0" * 64},
+            r"train\.learning_rate 0\.05 -> 0\.5, data .* efefefefefef -> 000000000000; .*"
+            r"resume_allow=\[train\.learning_rate,data\]",
+        ),
+    ],
+    ids=["task", "backbone", "mode", "rate_and_data"],
+)
+def test_a_checkpoint_of_another_training_is_refused(change: dict[str, Any], line: str, tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path)
     trainer.train_step()
     checkpoint = open_checkpoint(trainer.save())
     other = toy_trainer(tmp_path)
-    other.identity = replace(IDENTITY, **{key: value})
-    have, want = (to_json(getattr(trainer.identity, key)) for trainer in (trainer, other))
+    other.identity = replace(IDENTITY, **change)
     before = state(other)
-    with pytest.raises(
-        UserError, match=rf"resume=auto: .* holds {key}={have} and this run has {key}={want}; .* choose another outpu"
-    ):
+    with pytest.raises(UserError, match=rf"^resume=auto: {checkpoint.folder}: belongs to another run: {line}"):
         other.restore(checkpoint)
     assert equal_states(state(other), before)
+
+
+def test_a_difference_that_is_allowed_by_name_is_returned(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.train_step()
+    checkpoint = open_checkpoint(trainer.save())
+    other = toy_trainer(tmp_path)
+    other.identity = replace(IDENTITY, settings={**IDENTITY.settings, "train.learning_rate": 0.5})
+    assert list(map(str, other.restore(checkpoint, ["train"]))) == ["train.learning_rate 0.05 -> 0.5"]
+    assert other.step == 1
 
 
 def test_the_checkpoint_with_the_best_score_is_kept(tmp_path: Path) -> None:

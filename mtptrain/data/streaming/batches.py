@@ -11,7 +11,6 @@ import torch
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import fill_rows
-from mtptrain.data.passages import Passages
 from mtptrain.data.streaming.dataset import Position, StreamingPlan, check_position, join_positions, source_of
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.data.streaming.sharding import DocumentShardReader
@@ -37,11 +36,11 @@ class StreamingBatches(BatchSource):
         for config in plan.sources.values():
             reader = DocumentShardReader(config, range(plan.num_rows), plan.num_rows)
             first = [reader.next(number)[1] for number in range(plan.num_rows)]
-            next(plan.encoder.encode(document for document in first if document is not None))
+            next(plan.encoder.encode(document for document in first if document is not None), None)
         self.row_numbers = list(rank_rows(plan.num_rows))
         self.seek(0, [])
 
-    def seek(self, index: int, positions: list[Position], passages: Passages | None = None) -> None:
+    def seek(self, index: int, positions: list[Position]) -> None:
         """Resume at micro-batch `index` from the positions of all processes of an earlier run.
 
         Raises:
@@ -56,6 +55,10 @@ class StreamingBatches(BatchSource):
         if positions:
             check_position(self.plan, self._position)
         self._loaders: list[Items] | None = None
+
+    def restart(self, index: int) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+        self.index, self._position, self._loaders = index, {}, None
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of micro-batch `index`; micro-batches must be requested in order.

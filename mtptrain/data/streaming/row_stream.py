@@ -102,9 +102,10 @@ class RowStream:
                     check_enough(self.reader.config, 0, self.reader.num_rows)
                 continue
             first = first or index
-            for piece in _pieces(next(self.encoder.encode([document])), self.shape.piece_length):
-                pieces.append(piece)
-                num_tokens += len(piece[0])
+            for encoded in self.encoder.encode([document], self.reader.bad_rows):
+                for piece in _pieces(encoded, self.shape.piece_length):
+                    pieces.append(piece)
+                    num_tokens += len(piece[0])
         assert first is not None
         self.position.epoch, self.position.number = first
         packed = pack_pieces(list(enumerate(len(tokens) for tokens, _ in pieces)), self.shape.row_length)

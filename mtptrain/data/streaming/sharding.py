@@ -8,7 +8,9 @@ from itertools import islice
 from typing import Any
 
 from mtptrain.config import DataConfig, DataSource
+from mtptrain.data.bad_rows import BadRows
 from mtptrain.data.documents import Document, Split, split_of
+from mtptrain.data.notes import note
 from mtptrain.data.text import TextReader, training_documents
 from mtptrain.errors import UserError
 
@@ -41,6 +43,7 @@ class DocumentShardReader:
     ) -> None:
         self.config, self.num_rows = config, num_rows
         self.starts = starts or {}
+        self.bad_rows = BadRows(config.on_bad_row)  # conversations that the template rejects
         self.queues: dict[int, deque[tuple[DocumentIndex, Document | None]]] = {row: deque() for row in row_numbers}
         self.positions: deque[ReaderPosition] = deque()
         position = position or {"epoch": 0, "number": 0, "text": None}
@@ -72,9 +75,9 @@ class DocumentShardReader:
         if self.reader is None:
             yield from islice(training_documents(self.config), self.number, None)
             return
-        for document in self.reader:
-            if split_of(document.name, self.config.heldout_every) is Split.train:
-                yield document
+        of_split = (one for one in self.reader if split_of(one.name, self.config.heldout_every) is Split.train)
+        limit = self.config.max_documents
+        yield from of_split if limit is None else islice(of_split, max(0, limit - self.number))
 
     def _record_position(self) -> None:
         text = self.reader.position() if self.reader else None
@@ -84,6 +87,7 @@ class DocumentShardReader:
         """Queue one more document, or the end of the epoch for every row."""
         document = next(self.documents, None)
         if document is None:
+            self._report()
             check_enough(self.config, self.number, self.num_rows)
             for row_number in self.queues:
                 self._queue(row_number, None)
@@ -95,6 +99,14 @@ class DocumentShardReader:
         self.number += 1
         if self.number % POSITION_EVERY == 0:
             self._record_position()
+
+    def _report(self) -> None:
+        """Note the rows that were left out in the first epoch, and the conversations that the template rejected."""
+        if self.reader is None or self.epoch:
+            return
+        self.reader.report()
+        if self.bad_rows.count:
+            note(f"data.path={self.config.path}: {self.bad_rows.summary()}")
 
     def _queue(self, row_number: int, document: Document | None) -> None:
         if (self.epoch, self.number) >= self.starts.get(row_number, (0, 0)):

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
+from mtptrain.data.notes import silence
 from mtptrain.data.streaming.dataset import Position, StreamingDataset, StreamingPlan
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.errors import UserError
@@ -65,6 +66,10 @@ def _bind_to_run(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # A worker whose prepared rows are never fetched would otherwise not end by itself.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    worker = get_worker_info()
+    dataset = worker.dataset if worker is not None else None
+    if isinstance(dataset, StreamingDataset) and 0 not in dataset.row_numbers:
+        silence()  # every worker reads the whole text
 
 
 @contextmanager

@@ -6,7 +6,13 @@ from __future__ import annotations
 
 from enum import Enum
 
-from mtptrain.evaluation.certificate_result import Certificate, PassDifference, TextDifference
+from mtptrain.evaluation.certificate_result import (
+    Certificate,
+    Controls,
+    Outcome,
+    PassDifference,
+    TextDifference,
+)
 from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
 from mtptrain.evaluation.result import Evaluation
 
@@ -108,8 +114,13 @@ def certificate_text(certificate: Certificate) -> str:
     if counts is not None:
         parts.append(f"pass counts of sampled loops {_word(counts.passed)} ({len(counts.tests)} tests)")
     parts.append(f"sampler {_word(certificate.sampler.passed)}")
-    parts.append(f"controls {_word(certificate.controls.passed)}")
+    parts.append(f"controls {_word(certificate.controls.passed)}{_not_tested(certificate.controls)}")
     return "; ".join(parts)
+
+
+def _not_tested(controls: Controls) -> str:
+    is_missing = any(one.outcome is Outcome.not_tested for one in controls.shifted_target.values())
+    return " (shifted target not tested: the texts are too few or too much alike)" if is_missing else ""
 
 
 def _word(passed: bool) -> str:
@@ -155,9 +166,13 @@ def _failed_sampler(certificate: Certificate) -> list[str]:
 
 def _failed_controls(certificate: Certificate) -> list[str]:
     controls = certificate.controls
-    results = {"all accept": controls.all_accept.passed}
-    results |= {f"shifted target of the {head} head": one.passed for head, one in controls.shifted_target.items()}
-    return [f"control failed: {name}" for name, passed in results.items() if not passed]
+    failed = [] if controls.all_accept.passed else ["control failed: all accept"]
+    return failed + [
+        f"control failed: shifted target of the {head} head: drafts agree {one.shifted:.3f} with tokens that they "
+        f"cannot know (chance {one.chance:.3f}, p={one.p_value:.1e})"
+        for head, one in controls.shifted_target.items()
+        if one.outcome is Outcome.failed
+    ]
 
 
 def _run(difference: TextDifference | PassDifference) -> str:

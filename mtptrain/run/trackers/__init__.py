@@ -47,12 +47,14 @@ class TrackedRun:
         folder: the run's folder.
         settings: the resolved configuration as plain values.
         start_step: the step at which training starts or continues; None before training.
+        last_step: the last step that an interrupted process of the run has logged; None if there was none.
     """
 
     config: TrackingConfig
     folder: Path
     settings: dict[str, object]
     start_step: int | None = None
+    last_step: int | None = None
 
     @property
     def group(self) -> str:

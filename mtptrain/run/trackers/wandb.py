@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,42 +16,56 @@ from mtptrain.run.trackers import TrackedRun, unlogged
 from mtptrain.run.typed_json import from_json, to_json
 
 PACKAGES = ("wandb",)
+STEP = "step"  # the training step, as a metric
 RUN_FILE = "wandb_run.json"  # W&B's id of the run, so that a resumed run continues it, and the rows that it has
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Content of `RUN_FILE`: W&B's id of the run, and the last step that was sent, by metric."""
+    """Content of `RUN_FILE`: W&B's id of the run, the last step that was sent, by metric, and W&B's last row number."""
 
     id: str
     sent_steps: dict[str, int] = field(default_factory=dict)
+    row: int = -1
 
 
 class WandbTracker:
     """A W&B run.
 
+    W&B ignores rows whose number is not above that of every earlier row, and a resumed run may log steps that its
+    interrupted process has passed. Rows are therefore numbered on their own, by the step where that is free, and
+    carry the step as a metric, which is the axis of all others.
+
     Args:
         run: as `wandb.init` returns it.
         folder: the run's folder, where `RUN_FILE` is written for a resumed run.
-        sent_steps: the last step of each metric that W&B has from earlier processes.
+        sent: the rows that W&B has from earlier processes.
         is_offline: whether the user has to upload the run.
     """
 
-    def __init__(self, run: Any, folder: Path, sent_steps: dict[str, int], is_offline: bool) -> None:
-        self.run, self.folder, self.sent_steps, self.is_offline = run, folder, sent_steps, is_offline
+    def __init__(self, run: Any, folder: Path, sent: _Record, is_offline: bool) -> None:
+        self.run, self.folder, self.is_offline = run, folder, is_offline
+        self.sent_steps, self.row = dict(sent.sent_steps), sent.row
+        self.step: int | None = None  # of the last row
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step, except those that W&B already has: offline it only appends."""
         fresh = unlogged(step, metrics, self.sent_steps)
         if fresh:
-            self.run.log(fresh, step=step)
+            if step != self.step:
+                self.step, self.row = step, max(self.row + 1, step)
+            self.run.log({STEP: step, **fresh}, step=self.row)
             self.sent_steps |= dict.fromkeys(fresh, step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Send a table."""
+        """Send a table, in a row of its own."""
         import wandb
 
-        self.run.log({name: wandb.Table(columns=[*columns], data=[list(row) for row in rows])})
+        self.step, self.row = None, self.row + 1
+        table = wandb.Table(columns=[*columns], data=[list(row) for row in rows])
+        self.run.log({name: table}, step=self.row)
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], texts: Mapping[str, str]) -> None:
         """Store files, folders and texts as one artifact of this run."""
@@ -70,7 +84,7 @@ class WandbTracker:
         """End the run and print the command that uploads an offline one."""
         try:
             self.run.finish(exit_code=int(failed))
-            write_json(self.folder / RUN_FILE, to_json(_Record(self.run.id, self.sent_steps)))
+            write_json(self.folder / RUN_FILE, to_json(_Record(self.run.id, self.sent_steps, self.row)))
         finally:
             if self.is_offline:  # each restart adds a folder
                 folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
@@ -85,7 +99,7 @@ def begin(run: TrackedRun) -> WandbTracker:
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     path = run.folder / RUN_FILE
     stored = _Record(uuid4().hex[:8])
-    if path.exists():
+    if is_continued := path.exists():
         stored = from_json(_Record, json.loads(path.read_text(encoding="utf-8")))
     # Without `sent_steps` until the end: a killed process loses an unknown number of W&B's last rows.
     write_json(path, {"id": stored.id})
@@ -101,4 +115,6 @@ def begin(run: TrackedRun) -> WandbTracker:
         config=run.settings,
         settings=wandb.Settings(silent=True, console="off"),
     )
-    return WandbTracker(begun, run.folder, stored.sent_steps, mode == "offline")
+    # A killed process has recorded no row; metrics.jsonl, or W&B's server, has its last one.
+    last_row = max(stored.row, run.last_step or 0, int(begun.step) - 1) if is_continued else -1
+    return WandbTracker(begun, run.folder, replace(stored, row=last_row), mode == "offline")

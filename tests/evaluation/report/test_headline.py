@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from mtptrain.evaluation.certificate_result import PassCount, PassCountTest
+from mtptrain.certificate.shifted_target import not_tested
+from mtptrain.evaluation.certificate_result import Outcome, PassCount, PassCountTest
 from mtptrain.evaluation.head_result import SeenPrompts
 from mtptrain.evaluation.report.headline import (
     Headline,
@@ -101,7 +102,10 @@ def test_certificate_details_name_the_failed_parts() -> None:
     certificate = recorded_evaluation("sampled").certificate
     sampler, controls = certificate.sampler, certificate.controls
     block = replace(sampler.block, passed=False, statistic=99.5, dof=40, p_value=1e-6)
-    shifted = {**controls.shifted_target, "stock": replace(controls.shifted_target["stock"], passed=False)}
+    leaking = replace(
+        controls.shifted_target["stock"], outcome=Outcome.failed, shifted=0.9, chance=0.0125, p_value=1e-5
+    )
+    shifted = {**controls.shifted_target, "stock": leaking}
     count = PassCount(
         head="stock", draft_length=2, runs=9, passes=90, expected=70.25, standard_error=3.0, z=6.6, p_value=1e-9
     )
@@ -116,5 +120,13 @@ def test_certificate_details_name_the_failed_parts() -> None:
     assert certificate_details(failed) == [
         "stock head, K=2: 90 passes in the loop, 70.2 expected, p=1.0e-09",
         "sampler, block verification: chi-square 99.5 at 40 degrees of freedom, p=1.0e-06",
-        "control failed: shifted target of the stock head",
+        "control failed: shifted target of the stock head: drafts agree 0.900 with tokens that they cannot know "
+        "(chance 0.013, p=1.0e-05)",
     ]
+
+
+def test_certificate_text_says_which_control_was_not_tested() -> None:
+    certificate = recorded_evaluation().certificate
+    shifted = dict.fromkeys(certificate.controls.shifted_target, not_tested(1))
+    text = certificate_text(replace(certificate, controls=replace(certificate.controls, shifted_target=shifted)))
+    assert text.endswith("controls passed (shifted target not tested: the texts are too few or too much alike)")

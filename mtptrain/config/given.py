@@ -1,0 +1,98 @@
+"""The settings that a user gave: on the command line, and in YAML files of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mtptrain.config.choices import DataSource
+
+MANIFEST = "manifest.json"  # of a folder that +recipe=collect wrote
+OUR_PROVIDERS = ("hydra", "main", "schema")  # of Hydra's search path; a user's folders have other names
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The settings that a user gave.
+
+    Attributes:
+        values: dotted names of single settings; mixtures and other lists count as one.
+        groups: the chosen file of a config group by its name, such as `data: text`, except that of the recipe.
+        is_sweep: whether this is one of several jobs, which share a command line.
+    """
+
+    values: frozenset[str]
+    groups: Mapping[str, str]
+    is_sweep: bool = False
+
+    def chose_source(self) -> bool:
+        """Return whether the user named a source of data."""
+        return "data.source" in self.values or "data.mixture" in self.values or "data" in self.groups
+
+
+def given_settings() -> Given:
+    """Return the settings that the user gave to the running Hydra job."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    values = set(_file_values(overrides))
+    groups = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_delete():
+            continue
+        if override.key_or_group in job.runtime.choices:
+            groups[override.key_or_group] = str(job.runtime.choices[override.key_or_group])
+        else:
+            values.update(_flat(override.value(), override.key_or_group))
+    groups.pop("recipe", None)
+    return Given(frozenset(values), groups, job.mode == RunMode.MULTIRUN)
+
+
+def _file_values(overrides: list[str]) -> Iterator[str]:
+    """Yield the settings in the YAML files of the user's folders that take part in a job."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(one.path) for one in sources if one.provider not in OUR_PROVIDERS and one.schema == "file"]
+    if not folders:
+        return
+    name = HydraConfig.get().job.config_name
+    defaults = GlobalHydra.instance().config_loader().compute_defaults_list(name, overrides, RunMode.RUN)
+    for part in defaults.defaults:
+        file = next((path for folder in folders if (path := folder / f"{part.config_path}.yaml").is_file()), None)
+        if file is not None:
+            content = OmegaConf.to_container(OmegaConf.load(file))
+            assert isinstance(content, dict)
+            content.pop("defaults", None)
+            yield from _flat(content, part.package or "")
+
+
+def _flat(value: Any, name: str) -> Iterator[str]:
+    """Yield the dotted name of every leaf of nested mappings."""
+    if not isinstance(value, dict):
+        yield name
+        return
+    for key, one in value.items():
+        yield from _flat(one, f"{name}.{key}".removeprefix("."))
+
+
+def choose_source(composed: DictConfig, given: Given) -> None:
+    """Set `data.source` to that of `data.path`, if the user gave a path and neither user nor recipe chose a source.
+
+    A folder with a manifest holds the streams of `+recipe=collect`; any other path is text.
+    """
+    path = composed.data.path
+    if "data.path" not in given.values or path is None or given.chose_source():
+        return
+    if composed.data.source is DataSource.stdlib:
+        has_manifest = (Path(str(path)) / MANIFEST).is_file()
+        composed.data.source = DataSource.streams if has_manifest else DataSource.text

@@ -1,0 +1,50 @@
+"""The user's home folder, `~`, at the beginning of the settings that hold paths."""
+
+from __future__ import annotations
+
+import re
+from os.path import expanduser
+from typing import Any
+
+PATHS = (
+    "output_dir",
+    "checkpoint",
+    "checkpoints",
+    "path",
+    "prompts",
+    "backbone.path",
+    "data.path",
+    "data.chat_template",
+    "data.cache_dir",
+    "on_policy.path",
+    "on_policy.prompts",
+    "mtp.init",
+    "evaluation.traces",
+    "model.path",
+    "plan.evaluation",
+)
+
+
+def expand_home(config: Any) -> None:
+    """Replace `~` in the paths of a `RunConfig`, those of the sources of a mixture among them."""
+    for name in PATHS:
+        *sections, setting = name.split(".")
+        section = config
+        for part in sections:
+            section = getattr(section, part)
+        if section is not None:
+            setattr(section, setting, _expanded(getattr(section, setting)))
+    for source in config.data.mixture:
+        source.path = _expanded(source.path)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return expanduser(value) if isinstance(value, str) else value
+
+
+def expand_argument(argument: str) -> str:
+    """Replace an unquoted `~/` of a command-line argument: neither a shell nor Hydra reads `data.path=~/a.jsonl`."""
+    home = expanduser("~")
+    return re.sub(r"(?<=[=\[,:])~(?=/)", lambda _: home, argument)

@@ -1,0 +1,120 @@
+"""The settings that a run reads, in the parts that recipes put together; `recipes/__init__.py` says how.
+
+A recipe that is given another setting refuses it. `tests/recipes/test_reads.py` compares every declaration with the
+settings that the recipe's code reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from mtptrain.config.choices import DataSource
+from mtptrain.config.rules import HELDOUT, TRAINING
+from mtptrain.config.run import RunConfig
+
+Settings = frozenset[str]  # dotted names of single settings
+SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
+
+
+def _names(schema: type, prefix: str = "") -> Iterator[str]:
+    types = get_type_hints(schema)
+    for part in fields(schema):
+        section = section_of(types[part.name])
+        name = prefix + part.name
+        yield from [name] if section is None else _names(section, f"{name}.")
+
+
+def section_of(kind: Any) -> Any:
+    """Return the dataclass of a field's type, also of an optional section; None for a single setting or a list."""
+    parts = () if get_origin(kind) is list else (kind, *get_args(kind))
+    return next(filter(is_dataclass, parts), None)
+
+
+@cache
+def all_settings() -> Settings:
+    """Return the names of all settings."""
+    return frozenset(_names(RunConfig))
+
+
+@cache
+def settings(*names: str) -> Settings:
+    """Return the settings of these names and those of the sections of these names."""
+    return frozenset(one for one in all_settings() for name in names if f"{one}.".startswith(f"{name}."))
+
+
+ALWAYS = settings("task", "output_dir", "resume")
+
+
+def of_backbone(config: RunConfig) -> Settings:
+    """Return the settings of a loaded backbone, of the run's device and of its seed."""
+    path = config.backbone.path
+    is_on_hub = path is not None and not Path(path).exists()
+    used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout") - settings(
+        "backbone.shape"
+    )
+    return used if is_on_hub else used - {"backbone.revision"}
+
+
+def of_heldout_text(config: RunConfig) -> Settings:
+    """Return the settings of the held-out documents as tokens."""
+    data = config.data
+    used = settings("data.source", "data.chat_template", "data.cache_dir")
+    if data.source is DataSource.streams:  # the cache knows its documents
+        return used | {"data.path"}
+    if data.mixture:
+        return used | {"data.heldout_every", "data.mixture", "data.streaming"}
+    if data.source is DataSource.stdlib or data.path is None:
+        return used | {"data.heldout_every"}
+    return used | {"data.heldout_every", "data.path", "data.field_name", "data.streaming"}
+
+
+def of_training_text(config: RunConfig) -> Settings:
+    """Return the settings of the documents to train on, as rows of tokens."""
+    data = config.data
+    used = of_heldout_text(config) | {"data.sequence_length"}
+    has_library = any(one.source is DataSource.stdlib for one in data.sources().values())
+    if data.source is DataSource.on_policy:
+        used |= of_on_policy(config)
+        has_library = data.path is None and config.on_policy.prompts == [TRAINING]
+    if has_library:
+        used |= {"data.packages"}
+    if data.source is DataSource.text or data.is_streamed:
+        used |= {"data.streaming"}
+    return used | {"data.workers"} if data.is_streamed else used
+
+
+def of_on_policy(config: RunConfig) -> Settings:
+    """Return the settings of the backbone's own texts."""
+    used = settings("on_policy", "decoding.stop")
+    return used if config.on_policy.prompts == [TRAINING] else used - {"on_policy.prompt_tokens"}
+
+
+def of_decoding(config: RunConfig) -> Settings:
+    """Return the settings of decoding: at temperature 0 without those of sampling."""
+    used = settings("decoding")
+    return used if config.decoding.temperature > 0 else used - set(SAMPLING)
+
+
+def of_traces(config: RunConfig) -> Settings:
+    """Return the settings of the texts that heads are measured on, and of their decoding."""
+    used = of_decoding(config) | {"prompts", "evaluation.traces"}
+    if config.evaluation.traces is not None:
+        return used
+    if config.prompts != [HELDOUT]:
+        return used | {"evaluation.num_prompts", "data.chat_template"}
+    return used | of_heldout_text(config) | {"evaluation.num_prompts", "evaluation.prompt_tokens"}
+
+
+def of_loss(config: RunConfig) -> Settings:
+    """Return the settings of the loss: without the temperature for cross-entropy, without the decay for `chain`."""
+    unread = {"ce": "loss.temperature", "chain": "loss.step_decay"}.get(config.loss.divergence.value)
+    return settings("loss") - {unread}
+
+
+def of_training(config: RunConfig) -> Settings:
+    """Return the settings of a training loop and of its engine."""
+    return settings("train", "engine", "offload", "tracking")

@@ -1,0 +1,138 @@
+"""Answers to mistyped names and values, in place of Hydra's: the nearest existing one, and the rule."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from importlib.resources import files
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from mtptrain.config.reads import all_settings
+from mtptrain.config.rules import any_of, did_you_mean
+from mtptrain.config.run import RunConfig
+
+RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+ITEMS = {int: "whole numbers", float: "numbers", str: "texts"}
+SELECTED = r"^(?:Could not (?:override|delete from config\.)|Multiple values for) '?([\w.@/]+?)'?\.?(?:$| )"
+
+# Lines of Hydra's errors about itself, or with advice that leads to a second error.
+HINTS = re.compile(
+    r"HYDRA_FULL_ERROR|^(full_key|object_type|reference_type|Config search|To append|\|)|provider=|hydra\.cc"
+)
+
+
+def group_choices(group: str) -> list[str]:
+    """Return the names that a folder of conf/ offers, sorted; none if there is no such folder."""
+    folder = files("mtptrain.conf").joinpath(group)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def no_such_setting(name: str) -> str:
+    """Return the answer to an unknown setting."""
+    if name in RENAMED:
+        return f"{name}: there is no such setting; {name} is now called {RENAMED[name]}"
+    ending = f".{name}"
+    same = [] if "." in name else sorted(one for one in all_settings() if one.endswith(ending))
+    near = f"; did you mean {any_of(same)}?" if same else did_you_mean(name, _all_names())
+    return f"{name}: there is no such setting{near or '; `--cfg job` lists all of them'}"
+
+
+def _all_names() -> list[str]:
+    names = all_settings()
+    return sorted(names | {name.partition(".")[0] for name in names})
+
+
+def no_such_choice(group: str, choice: str) -> str:
+    """Return the answer to an unknown file of a config group, such as a recipe."""
+    names = group_choices(group)
+    plus = "" if group in ("backbone", "data", "tracking") else "+"
+    kind = "recipe" if group == "recipe" else f"choice of {group}"
+    return f"{plus}{group}={choice}: there is no such {kind}{did_you_mean(choice, names)}; there are {', '.join(names)}"
+
+
+def wrong_value(error: OmegaConfBaseException) -> str:
+    """Return the answer to a value of the wrong type, with the words or the kind of value that its setting accepts."""
+    name, value = re.sub(r"\[.*", "", str(error.full_key)), error.value
+    return f"{name}={value}: {_rule(_type_of(name), name, str(value))}"
+
+
+def _type_of(name: str) -> Any:
+    """Return the type of a setting or section, that of the items for a list; None if there is none."""
+    kind: Any = RunConfig
+    for key in name.split("."):
+        kind = next(filter(is_dataclass, (kind, *get_args(kind))), None)
+        kind = get_type_hints(kind).get(key) if kind is not None else None
+    return kind
+
+
+def _rule(kind: Any, name: str, value: str) -> str:
+    parts = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and one is not type(None)]
+    section = next(filter(is_dataclass, parts), None)
+    if get_origin(kind) is list:
+        return f"must be a list of {ITEMS.get(parts[-1], 'values')}, such as {name}=[A,B]"
+    if section is not None:
+        return f"{name} is a section; give one of its settings, such as {name}.{fields(section)[0].name}=VALUE"
+    words = [one.value for one in parts[0]] if parts and issubclass(parts[0], Enum) else []
+    return f"must be {_words(parts[0])}{did_you_mean(value, words)}"
+
+
+def _words(kind: type) -> str:
+    if issubclass(kind, Enum):
+        return any_of([str(one.value) for one in kind])
+    return KINDS.get(kind, "another kind of value")
+
+
+def composition_message(text: str, error: BaseException | None) -> str:
+    """Return the answer to Hydra's error about a command line, on one line.
+
+    Args:
+        text: the lines that Hydra printed.
+        error: the exception behind them.
+    """
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return no_such_choice(group, choice)
+    if isinstance(error, ConfigCompositionException):
+        answer = _composition_answer(str(error), error.__cause__)
+        if answer is not None:
+            return answer
+    return _own_lines(text)
+
+
+def _composition_answer(text: str, cause: BaseException | None) -> str | None:
+    if isinstance(cause, ValidationError) and not str(cause.full_key).startswith("hydra"):
+        return wrong_value(cause)
+    found = re.search(SELECTED, text, re.MULTILINE)
+    if found is None or found[1].startswith("hydra"):
+        return None
+    name = found[1]
+    if "Multiple values" in text:
+        return f"+{name}: there is a choice of {name} already; write {name}=NAME without the plus to change it"
+    if group_choices(name) and "defaults list" in text:
+        return (
+            f"{name}: is not chosen yet; write it with a plus, +{name}=NAME, such as +{name}={group_choices(name)[0]}"
+        )
+    if isinstance(cause, OmegaConfBaseException) and name in all_settings():
+        if not is_dataclass(cause.object_type):
+            return f"{name}: cannot be replaced as a whole; add to it with +{name}.{cause.key}=VALUE"
+        known = [part.name for part in fields(cause.object_type)]
+        return (
+            f"{name}: its parts have no {cause.key}{did_you_mean(str(cause.key), known)}; they have {', '.join(known)}"
+        )
+    return no_such_setting(name)
+
+
+def _own_lines(text: str) -> str:
+    """Return Hydra's lines without hints about Hydra itself."""
+    lines = [line.strip() for line in text.splitlines()]
+    if "Traceback (most recent call last):" in lines:  # the folder of a sweep cannot be created
+        lines = [line for line in lines if re.match(r"\w+Error: ", line)][-1:]
+    return "; ".join(line for line in lines if line and not HINTS.search(line)) + "; see --help"

@@ -1,0 +1,115 @@
+"""Refuse settings that a user gave and that the run does not read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mtptrain.config.given import Given
+from mtptrain.config.reads import Settings, all_settings, settings
+from mtptrain.config.rules import any_of
+from mtptrain.config.run import RunConfig
+from mtptrain.errors import UserError
+
+LEAVE_OUT = "leave it out"
+# The way out by setting or section, of which the longest name counts: for settings of other recipes...
+OTHER_RECIPE = {
+    "backbone": "a plan takes model=NAME, any other recipe needs none",
+    "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
+    "backbone.shape": "other recipes take sizes from config.json in backbone.path",
+    "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
+    "checkpoints": "evaluate, doctor and export take one head: checkpoint=PATH",
+    "hardware": "a run uses the hardware of its machine",
+    "path": "data.path and backbone.path name a text and a backbone",
+}
+# ...and for settings that the recipe reads only together with others.
+OTHER_SETTINGS = {
+    "backbone.path": "release.random=true builds a backbone from backbone.shape; leave one of them out",
+    "backbone.revision": "it names a version on the hub, and this backbone is shipped or a folder",
+    "backbone.shape": "sizes are those of config.json in backbone.path; only +recipe=backbone builds others",
+    "data.field_name": "it names a column of your text: set data=text data.path=FILE, or field_name in data.mixture",
+    "data.heldout_every": "streams have the hold-out of +recipe=collect; collect them again with another number",
+    "data.packages": "they extend the standard library: set data=stdlib",
+    "data.path": "set data=text, data=chat or data=streams to read it",
+    "data.workers": "they read text during training: set data.streaming=true or data.mixture",
+    "decoding.draft": "it matters at a decoding.temperature above 0; set one",
+    "decoding.top_k": "it matters at a decoding.temperature above 0; set one",
+    "decoding.top_p": "it matters at a decoding.temperature above 0; set one",
+    "decoding.verification": "it matters at a decoding.temperature above 0; set one",
+    "loss.step_decay": "loss.divergence=chain weighs whole drafts",
+    "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",
+    "on_policy": "set data=on_policy",
+    "on_policy.prompt_tokens": "prompts of a file keep their length; leave on_policy.prompts out to cut prompts",
+    "plan.acceptance": "plan.evaluation brings its own; leave one of them out",
+    "plan.head": "it names a head of an evaluation: set plan.evaluation",
+}
+
+
+def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callable[[str], list[str]]) -> None:
+    """Refuse the first setting that was given and is not read; a default value is accepted.
+
+    Sizes of an evaluation are only noted, so that one list of them fits every recipe that measures heads; so is
+    everything in a sweep, whose jobs share a command line.
+
+    Args:
+        given: the user's settings.
+        config: of the run.
+        reads: the settings that the recipe reads with this configuration.
+        owners: returns the tasks that read a setting.
+
+    Raises:
+        UserError: names the setting, its value, the reader that it belongs to and the way out.
+    """
+    named = {_setting(name) for name in given.values} & all_settings()
+    unread = sorted(name for name in named - reads if not _is_default(config, name))
+    measures = any(name.startswith("evaluation.") for name in reads)
+    noted = [name for name in unread if given.is_sweep or (measures and name.startswith("evaluation."))]
+    for name in unread:
+        if name not in noted:
+            raise UserError(f"{name}={_shown(config, name)}: {_reason(name, config, owners(name))}")
+    for group, choice in sorted(given.groups.items()):
+        changed = [name for name in sorted(settings(group)) if not _is_default(config, name)]
+        if changed and reads.isdisjoint(changed):
+            raise UserError(f"{group}={choice}: {_reason(group, config, owners(changed[0]))}")
+    if noted and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
+        print(f"note: +recipe={config.task} does not read {names} with these settings", file=sys.stderr)
+
+
+def _setting(name: str) -> str:
+    """Return the setting that a dotted name lies in, such as `tracking.trackers` of `tracking.trackers.wandb`."""
+    while name not in all_settings() and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
+    if owners:
+        reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
+        return f"{reason}; {_way_out(name, OTHER_RECIPE)}"
+    source = f" with data={config.data.source.value}" if name.startswith(("data", "on_policy")) else ""
+    return f"+recipe={config.task}{source} does not read it; {_way_out(name, OTHER_SETTINGS)}"
+
+
+def _way_out(name: str, ways: dict[str, str]) -> str:
+    while name not in ways and "." in name:
+        name = name.rpartition(".")[0]
+    return ways.get(name, LEAVE_OUT)
+
+
+def _value(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = getattr(config, key, None)
+    return config
+
+
+def _shown(config: RunConfig, name: str) -> str:
+    value = _value(config, name)
+    return str(getattr(value, "value", value))
+
+
+def _is_default(config: RunConfig, name: str) -> bool:
+    """Return whether a setting has the value of a run to which nothing was given."""
+    return bool(_value(config, name) == _value(RunConfig(task="distill"), name))

@@ -1,0 +1,113 @@
+"""Every recipe on every kind of backbone, source of data and placement; each command leaves its exit code and output.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.recipes.matrix JOBS.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from mtptrain.recipes import evaluate
+from tests.command import run_main
+
+Job = tuple[str, list[str]]  # its name and the arguments of the command
+
+
+def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False) -> list[Job]:
+    """Return the commands for one backbone under one placement, in an order in which each finds what it needs.
+
+    Args:
+        folder: of all results; a command writes to the folder of its name.
+        backbone: the backbone's folder.
+        corpus: a .jsonl file of documents.
+        placement: value of `backbone.placement`.
+        at_end: whether the online training measures its head.
+    """
+    common = [
+        f"backbone.path={backbone}",
+        f"backbone.placement={placement}",
+        "data.sequence_length=32",
+        "data.heldout_every=3",
+        "decoding.draft_length=2",
+        "decoding.max_new_tokens=6",
+        "evaluation.num_prompts=2",
+        "evaluation.prompt_tokens=12",
+        "evaluation.timed_prompts=1",
+        "evaluation.batch_sizes=[1]",
+        "evaluation.heldout_sequences=2",
+    ]
+    text = ["data=text", f"data.path={corpus}"]
+    training = ["train.steps=2", "train.batch_size=2", "train.log_every=1", "evaluation.every=2"]
+    short = ["evaluate_at_end=false"]
+    texts = ["on_policy.num_prompts=2", "on_policy.prompt_tokens=8", "on_policy.max_new_tokens=6"]
+    head = f"{folder}/distill-online"
+    commands = {
+        "distill-online": ["+recipe=distill", *text, *training, f"evaluate_at_end={at_end}"],
+        "collect": ["+recipe=collect", *text],
+        "distill-streams": ["+recipe=distill", "data=streams", f"data.path={folder}/collect", *training, *short],
+        "distill-on_policy": [
+            "+recipe=distill_on_policy",
+            *text[1:],
+            *training,
+            *texts,
+            f"on_policy.path={folder}/t",
+            *short,
+        ],
+        "pretrain": ["+recipe=pretrain", *text, *training, *short],
+        "evaluate": ["+recipe=evaluate", *text, f"checkpoint={head}"],
+        "doctor": ["+recipe=doctor", *text, f"checkpoint={head}"],
+        "compare": ["+recipe=compare", *text, f"checkpoints=[stock,{head}]"],
+        "export": ["+recipe=export", *text, f"checkpoint={head}", "target=hf", "export.max_drop=9"],
+    }
+    return [(name, [*command, *common, f"output_dir={folder}/{name}"]) for name, command in commands.items()]
+
+
+@contextmanager
+def output_in(path: Path) -> Iterator[None]:
+    """Send stdout and stderr of this process to a file."""
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("wb") as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+            for number in kept:
+                os.close(number)
+
+
+@patch.object(evaluate, "STEP_REPETITIONS", 1)  # times are not read here
+def run(folder: Path, commands: list[Job]) -> None:
+    """Run commands one after the other; write NAME.code and NAME.RANK.txt into `folder`."""
+    number = os.environ.get("RANK", "0")
+    for name, arguments in commands:
+        with output_in(folder / f"{name}.{number}.txt"):
+            code = run_main(*arguments)
+            if torch.distributed.is_initialized():  # a refused command leaves the group to the end of its process
+                torch.distributed.destroy_process_group()
+        if number == "0":
+            (folder / f"{name}.code").write_text(str(code), encoding="utf-8")
+
+
+def main(path: Path) -> None:
+    """Run the groups of commands of a file, each with its folder."""
+    torch.set_num_threads(1)
+    for folder, commands in json.loads(path.read_text(encoding="utf-8")):
+        with patch.dict(os.environ):
+            run(Path(folder), commands)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

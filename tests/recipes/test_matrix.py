@@ -1,0 +1,132 @@
+"""Backbones x sources of data x placements x recipes: a combination runs, or is refused with the reason."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import transformers
+
+from mtptrain.backbone.placement import spread_layers
+from mtptrain.errors import CHECK_FAILED
+from mtptrain.evaluation.result import read_evaluation
+from tests.command import read_metrics
+from tests.conftest import save_backbone, save_release
+from tests.recipes import matrix
+from tests.shared import shared_folder
+from tests.training.test_engines import run_in_two
+
+FORMATS = {"shipped": save_backbone, "release": save_release}
+ONE = ("alone", "auto")  # placements of one process
+TWO = ("replicate", "expert_parallel", "zero3")
+TASKS = [name for name, _ in matrix.jobs(Path(), Path(), Path(), "auto")]
+DECODED = ("evaluate", "doctor", "compare", "export")
+REFUSED = {
+    **{
+        ("replicate", task): r"backbone\.placement=replicate: .*set backbone\.placement=expert_parallel"
+        for task in DECODED
+    },
+    **{("zero3", task): r"backbone\.placement=zero3: .*set backbone\.placement=expert_parallel" for task in DECODED},
+    ("zero3", "distill-on_policy"): r"backbone\.placement=zero3: decodes nothing, .*expert_parallel",
+}
+
+
+def spread_on_one_device(folder: Path, jobs: list[matrix.Job], patch: pytest.MonkeyPatch) -> None:
+    """Run commands with accelerate's hooks on every layer, as for layers on several devices."""
+    load = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def load_with_hooks(kind: Any, *arguments: Any, **options: Any) -> Any:
+        model, report = load(kind, *arguments, **options)
+        if layers := len(model.model.layers):
+            accelerate.dispatch_model(model, dict.fromkeys(spread_layers(layers, 1), "cpu"), force_hooks=True)
+        return model, report
+
+    patch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(load_with_hooks))
+    matrix.run(folder, jobs)
+
+
+def run_all(folder: Path) -> None:
+    """Run every cell, in `folder`/FORMAT/PLACEMENT."""
+    corpus = folder / "corpus.jsonl"
+    texts = [f"Line {number} of a {number % 7}th text, and one more." for number in range(40)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    together = []
+    for kind, save in FORMATS.items():
+        (folder / kind).mkdir()
+        save(folder / kind / "backbone")
+        for placement in (*ONE, *TWO):
+            own = folder / kind / placement
+            own.mkdir()
+            setting = {"alone": "replicate"}.get(placement, placement)
+            at_end = kind == "release" and placement in ("alone", "expert_parallel")
+            jobs = matrix.jobs(own, folder / kind / "backbone", corpus, setting, at_end)
+            if placement in TWO:
+                together.append((str(own), jobs))
+            elif placement == "auto":
+                with pytest.MonkeyPatch.context() as patch:
+                    spread_on_one_device(own, jobs, patch)
+            else:
+                matrix.run(own, jobs)
+    (folder / "jobs.json").write_text(json.dumps(together), encoding="utf-8")
+    run_in_two("tests.recipes.matrix", str(folder / "jobs.json"))
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_folder(tmp_path_factory, "matrix", run_all)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("placement", [*ONE, *TWO])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_combination_runs_or_is_refused_with_the_reason(kind: str, placement: str, task: str, cells: Path) -> None:
+    folder = cells / kind / placement
+    output = (folder / f"{task}.0.txt").read_text(encoding="utf-8")
+    code, reason = int((folder / f"{task}.code").read_text(encoding="utf-8")), REFUSED.get((placement, task))
+    assert "Traceback" not in output, output[-3000:]
+    if reason is None:
+        assert code == (CHECK_FAILED if task == "doctor" else 0), output[-3000:]  # the random head gains nothing
+        assert (folder / task).is_dir()
+    else:
+        lines = [line for line in output.splitlines() if line.startswith("mtptrain:")]
+        assert (code, len(lines)) == (2, 1), output[-3000:]
+        assert re.search(reason, lines[0])
+        assert not (folder / task).exists()
+
+
+@pytest.mark.parametrize("placement", ["auto", "expert_parallel"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_shared_backbone_measures_what_a_whole_one_measures(kind: str, placement: str, cells: Path) -> None:
+    compare_evaluations(cells / kind / "alone" / "evaluate", cells / kind / placement / "evaluate")
+
+
+def test_a_head_is_measured_at_the_end_of_its_training_by_the_same_processes(cells: Path) -> None:
+    one, two = (cells / "release" / placement / "distill-online" for placement in ("alone", "expert_parallel"))
+    compare_evaluations(one, two)
+
+
+@pytest.mark.parametrize("placement", ["auto", *TWO])
+@pytest.mark.parametrize("task", ["distill-online", "distill-streams", "distill-on_policy", "pretrain"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_shared_backbone_trains_as_a_whole_one(kind: str, task: str, placement: str, cells: Path) -> None:
+    if (placement, task) in REFUSED:
+        pytest.skip("refused")
+    alone, other = (read_metrics(cells / kind / where / task) for where in ("alone", placement))
+    if placement == "zero3":  # does not decode, hence replays nothing
+        alone = [row for row in alone if "loss/step_1" in row]
+    assert len(alone) == len(other) > 1
+    for left, right in zip(alone, other, strict=True):
+        for name in [name for name in left if name.startswith(("loss/", "alpha/", "replay/"))]:
+            assert right[name] == pytest.approx(left[name], rel=1e-4), name
+
+
+def compare_evaluations(one: Path, other: Path) -> None:
+    left, right = (read_evaluation(folder / "evaluation.json", "path") for folder in (one, other))
+    assert left.certificate.passed
+    assert right.certificate.passed
+    assert (one / "traces.jsonl").read_bytes() == (other / "traces.jsonl").read_bytes()
+    for head, shared in zip(left.heads, right.heads, strict=True):
+        assert head.per_prompt == shared.per_prompt
+        assert head.teacher_forced.alpha == pytest.approx(shared.teacher_forced.alpha, abs=1e-5)
