@@ -26,6 +26,7 @@ from mtptrain.help import register_help
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
+    from mtptrain.config.reads import Settings
     from mtptrain.recipes.session import Session
 
 VERSION_FLAG = "--version"
@@ -59,8 +60,8 @@ def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> li
     return unknown
 
 
-def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
-    """Return the typed configuration, and the same as plain values.
+def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[str, object]]:
+    """Return the typed configuration, and the same as plain values; `given` is the user's part of it.
 
     Raises:
         UserError: a key is unknown, a type is wrong or a value is out of range.
@@ -76,6 +77,7 @@ def typed_config(composed: DictConfig) -> tuple[RunConfig, dict[str, object]]:
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
+    choose_source(settings, given)
     schema = OmegaConf.structured(RunConfig)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
@@ -94,15 +96,15 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     from mtptrain.run.folder import FolderUse, open_run_folder
 
     recipe = find_recipe(config.task)
-    check_given(given, config, recipe.reads(config), lambda name: tasks_that_read(name, config))
+    reads = recipe.reads(config)
+    check_given(given, config, reads, lambda name: tasks_that_read(name, config))
     getattr(recipe, "check", lambda _: None)(config)
     processes = getattr(recipe, "PROCESSES", "one")
     use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
         session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
-            session.folder.claim()
-            run_recipe(recipe, session)
+            run_recipe(recipe, session, reads)
         return
     from mtptrain.kernels.dispatch import requested
     from mtptrain.recipes.lead import lead
@@ -115,16 +117,15 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     join(config, processes)
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
-        on_rank0(session.folder.claim)
         if processes == "led":
-            lead(session, lambda: run_recipe(recipe, session))
+            lead(session, lambda: run_recipe(recipe, session, reads))
         else:
-            run_recipe(recipe, session)
+            run_recipe(recipe, session, reads)
     leave()
 
 
-def run_recipe(recipe: Any, session: Session) -> None:
-    """Run a recipe's program; after a signal or on a full disk, say what is saved and how to go on.
+def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
+    """Check what a recipe reads, lock its folder and run it; after a signal or on a full disk, say how to go on.
 
     Raises:
         Preempted: a signal ended the run.
@@ -132,6 +133,14 @@ def run_recipe(recipe: Any, session: Session) -> None:
     """
     from mtptrain.run.preemption import Terminated, terminable
 
+    if getattr(recipe, "PROCESSES", "one") == "none":
+        session.folder.claim()
+    else:
+        from mtptrain.recipes.inputs import check_inputs
+        from mtptrain.run.distributed import on_rank0
+
+        check_inputs(session, reads)
+        on_rank0(session.folder.claim)
     try:
         with terminable():
             recipe.run(session)
@@ -159,8 +168,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
         given = given_settings()
-        choose_source(composed, given)
-        config, settings = typed_config(composed)
+        config, settings = typed_config(composed, given)
         run_task(config, settings, given, job_number)
     except UserError as error:
         stop(str(error))

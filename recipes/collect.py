@@ -43,7 +43,7 @@ TEXT_BYTES = 5  # int32 token id and one byte of loss mask
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a collection reads."""
-    return ALWAYS | of_backbone(config) | of_training_text(config) | settings("collect")
+    return ALWAYS | of_training_text(config) | settings("collect") | of_backbone(config) - {"seed"}
 
 
 def check(config: RunConfig) -> None:

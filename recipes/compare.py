@@ -5,7 +5,6 @@ python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
 
 from __future__ import annotations
 
-from pathlib import Path
 from string import ascii_uppercase
 
 from rich.console import Console
@@ -19,11 +18,10 @@ from mtptrain.evaluation.metrics import by_domain, summarize
 from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, prepare_traces, replay_head
+from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
-from mtptrain.training.checkpoint import find_checkpoint
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -48,8 +46,7 @@ def check(config: RunConfig) -> None:
 def run(session: Session) -> None:
     """Replay every checkpoint on the same traces and compare each with the first."""
     config, folder = session.config, session.folder
-    checkpoints = {path: find_checkpoint(Path(path)) for path in config.checkpoints if path != "stock"}
-    check_prompts(session)
+    checkpoints = {path: session.checkpoint(path) for path in config.checkpoints if path != "stock"}
     for checkpoint in checkpoints.values():
         checkpoint.head_identity(session.backbone.fingerprint)
     stock = session.stock_head() if "stock" in config.checkpoints else None

@@ -15,9 +15,8 @@ from mtptrain.config.reads import (
     ALWAYS,
     Settings,
     of_backbone,
-    of_heldout_text,
     of_loss,
-    of_traces,
+    of_measuring,
     of_training,
     of_training_text,
     settings,
@@ -25,9 +24,6 @@ from mtptrain.config.reads import (
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.passages import Passages
 from mtptrain.data.recorded import RecordedBatches
-from mtptrain.data.streaming.batches import StreamingBatches
-from mtptrain.data.streaming.dataset import StreamingPlan
-from mtptrain.data.streaming.row_stream import RowShape
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
@@ -44,7 +40,7 @@ from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head, say_seen_prompts
+from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
@@ -60,9 +56,9 @@ PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two traini
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a head and measuring it read."""
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= of_traces(config) | of_heldout_text(config) | settings("mtp", "evaluation", "evaluate_at_end")
+    used |= of_measuring(config) | settings("mtp", "evaluate_at_end")
     is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
-    return used if is_probed else used - {"evaluation.every"}
+    return used | {"evaluation.every"} if is_probed else used
 
 
 def check(config: RunConfig) -> None:
@@ -85,14 +81,30 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
         check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
         return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
-    longest = session.piece_length
     if data.source is DataSource.on_policy:
-        return PackedBatches(on_policy_corpus(session, stack), data.sequence_length, size, config.seed, longest)
-    if data.is_streamed:
-        shape = RowShape(data.sequence_length, longest)
-        plan = StreamingPlan(data.sources(), data.weights(), session.encoder, shape, size, config.seed)
-        return StreamingBatches(plan, data.workers)
-    return PackedBatches(session.training_corpus, data.sequence_length, size, config.seed, longest)
+        corpus = on_policy_corpus(session, stack)
+        return PackedBatches(corpus, data.sequence_length, size, config.seed, session.piece_length)
+    return session.text_batches
+
+
+def describe_text(session: Session, batches: BatchSource) -> str:
+    """Return the line that says what is trained on: the text's origin and size, and its held-out share."""
+    data = session.config.data
+    share = f"one document in {data.heldout_every} is held out"
+    if data.source is DataSource.streams:
+        cache = open_cache(Path(str(data.path)))
+        counts, origin = cache.content, cache.identity.data
+        size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of cached streams"
+        return f"training on data.path={data.path}: {size}; one document in {origin.heldout_every} was held out"
+    if isinstance(batches, PackedBatches):
+        name = {DataSource.stdlib: "the standard library", DataSource.on_policy: "the backbone's own texts"}
+        what = name.get(data.source, f"data.path={data.path}")
+        corpus = batches.corpus
+        return f"training on {what}: {len(corpus.offsets) - 1:,} documents, {len(corpus.tokens):,} tokens; {share}"
+    total = sum(data.weights())
+    parts = [f"{name} {weight / total:.0%}" for name, weight in zip(data.sources(), data.weights(), strict=True)]
+    what = ", ".join(parts) if data.mixture else f"data.path={data.path}"
+    return f"training on {what}, read and tokenised during training; {share}"
 
 
 def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
@@ -107,7 +119,7 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
         tensors = stock_tensors(backbone)
     elif config.init not in ("fresh", "backbone"):
         try:
-            start = find_checkpoint(Path(config.init))
+            start = session.checkpoint(config.init)
             start.head_identity(backbone.fingerprint)
         except UserError as error:
             raise UserError(f"mtp.init={config.init}: {error}") from None
@@ -116,18 +128,18 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
-def passages_before(init: str) -> Passages:
-    """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
-    known = None if init in ("stock", "fresh", "backbone") else find_checkpoint(Path(init)).passages()
-    return known or Passages.none()
-
-
 def shared_traces(session: Session, count: int) -> list[Trace]:
     """Return the traces of `gather_traces` on every process."""
     if session.config.backbone.placement is not Placement.expert_parallel:
         return gather_traces(session, count).traces
     led = lead(session, lambda: gather_traces(session, count).traces)
     return broadcast_object(led) or []
+
+
+def passages_before(init: str) -> Passages:
+    """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
+    known = None if init in ("stock", "fresh", "backbone") else find_checkpoint(Path(init)).passages()
+    return known or Passages.none()
 
 
 def make_probe(session: Session, stack: MtpStack) -> Probe:
@@ -171,14 +183,15 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
-    recorded = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
-    if is_measured(config) and not recorded.is_stream:
-        say_seen_prompts(session, recorded.passages())
+    session.folder.print_status(describe_text(session, batches))
+    batches = RecordedBatches(batches, session.hasher, passages_before(config.mtp.init))
+    if is_measured(config) and not batches.is_stream:
+        say_seen_prompts(session, batches.passages())
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
     engine = make_engine(config.engine, stack, config.train, config.offload)
-    trainer = Trainer(engine, objective, recorded, config.train, folder, identity, config.task, probe)
+    trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
     resume(session, trainer)
     return trainer
 
@@ -249,7 +262,7 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
     config = session.config
     check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
-        check_prompts(session)
+        check_traces(session)
     model = session.training_backbone.model
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # whole, if shared
     note = ", its decoder layers left on disk" if config.data.source is DataSource.streams else ""

@@ -6,7 +6,6 @@ python -m mtptrain +recipe=doctor checkpoint=outputs/distill/RUN
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
@@ -24,13 +23,13 @@ from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, read_stock
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.recipes.traces import prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
-from mtptrain.training.checkpoint import Checkpoint, find_checkpoint
+from mtptrain.training.checkpoint import Checkpoint
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -107,8 +106,7 @@ def run(session: Session) -> None:
     """Examine the tensors, measure every wiring and print the diagnosis; exit with code 3 if the head has a fault."""
     config, run_folder = session.config, session.folder
     setting = str(config.checkpoint)
-    checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
-    check_prompts(session)
+    checkpoint = None if setting == "stock" else session.checkpoint(setting)
     backbone = session.backbone
     head = examine_stock(backbone) if checkpoint is None else examine_checkpoint(session, checkpoint)
     stack = usable_stack(backbone, head)

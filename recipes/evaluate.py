@@ -5,15 +5,13 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.loop import certify_greedy_runs, certify_sampled_runs, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_measuring, settings
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
@@ -38,13 +36,12 @@ from mtptrain.evaluation.speed import (
 from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, prepare_traces
+from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace
-from mtptrain.training.checkpoint import find_checkpoint
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -107,7 +104,7 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     latencies = {}
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
-        times = measure_steps(session.backbone.model, head.stack, prompts, longest, STEP_REPETITIONS)
+        times = measure_steps(session.backbone.model, head.stack, prompts, longest, session.limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
@@ -182,9 +179,8 @@ def require_certificate(evaluation: Evaluation) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
-    used = ALWAYS | of_backbone(config) | of_heldout_text(config) | of_traces(config)
-    used |= settings("checkpoint", "data.sequence_length", "evaluation", "tracking")
-    return used - {"evaluation.every", "tracking.checkpoints", "tracking.metrics_file"}
+    used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking")
+    return used - {"tracking.checkpoints", "tracking.metrics_file"}
 
 
 def check(config: RunConfig) -> None:
@@ -199,8 +195,7 @@ def run(session: Session) -> None:
     The exit code is 3 if the certificate failed.
     """
     setting = str(session.config.checkpoint)
-    checkpoint = None if setting == "stock" else find_checkpoint(Path(setting))
-    check_prompts(session)
+    checkpoint = None if setting == "stock" else session.checkpoint(setting)
     heads = []
     if checkpoint is None or (session.config.evaluation.include_stock and has_stock(session.backbone)):
         heads.append(session.stock_head())

@@ -44,7 +44,7 @@ from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import check_prompts, gather_traces, replay_head
+from mtptrain.recipes.traces import gather_traces, replay_head
 from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
@@ -55,7 +55,7 @@ from mtptrain.run.folder import FolderUse
 from mtptrain.run.hub import check_upload, upload_folder
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
-from mtptrain.training.checkpoint import Checkpoint, HeadIdentity, find_checkpoint
+from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 PROCESSES = "led"
 FOLDER = FolderUse.whole
@@ -273,13 +273,12 @@ def run(session: Session) -> None:
     """Export `checkpoint` for `target`; a failure leaves nothing behind."""
     config, run_folder = session.config, session.folder
     assert config.target is not None
-    checkpoint = find_checkpoint(Path(str(config.checkpoint)))
+    checkpoint = session.checkpoint(str(config.checkpoint))
     folder = run_folder.path
     warned = check_path(config.target, folder, config.export.force)
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
     check_loads(session, checkpoint)
-    check_prompts(session)
     backbone = session.backbone
     head = session.trained_head(checkpoint)
     check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))

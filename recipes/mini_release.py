@@ -13,7 +13,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import SHIPPED, load_backbone
 from mtptrain.config import RunConfig
-from mtptrain.config.reads import ALWAYS, Settings, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, settings
 from mtptrain.export.folder import copy_companions, write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.mtp.stack import fresh_stack, num_modules
@@ -29,7 +29,7 @@ def reads(config: RunConfig) -> Settings:
     """Return the settings that a miniature reads: of a random one its shape and seed, otherwise its backbone."""
     if config.release.random:
         return ALWAYS | settings("backbone.shape", "release", "seed")
-    return ALWAYS | settings("backbone.name", "backbone.path", "backbone.revision", "backbone.placement", "release")
+    return ALWAYS | settings("release") | of_backbone(config) - {"seed", "device", "precision", "threads"}
 
 
 def run(session: Session) -> None:

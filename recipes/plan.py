@@ -34,6 +34,8 @@ from mtptrain.run.provenance import Provenance
 
 FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
+DECODING_ONLY = {f"plan.{name}" for name in ("acceptance", "batch", "cache", "context", "evaluation", "head")}
+DECODING_ONLY |= {"hardware.layer_seconds", "model.shape.rope_head_dim"}
 # The settings of `training_load`.
 TRAINING_LOAD = (
     "engine",
@@ -59,11 +61,12 @@ def reads(config: RunConfig) -> Settings:
     used = ALWAYS | settings("model", "hardware", "plan")
     used -= settings("model.path", "model.revision", "model.placement", "model.weights")
     used -= settings("model.shape.max_positions", "model.shape.num_hash_layers", "model.shape.sinkhorn_iterations")
-    plan = config.plan
-    if plan is not None and plan.what is PlanKind.training:
-        used -= {"plan.acceptance", "plan.evaluation", "plan.head", "model.shape.rope_head_dim"}
-        return used | settings(*TRAINING_LOAD)
-    return used - {"plan.head" if plan is None or plan.evaluation is None else "plan.acceptance"}
+    plan = config.plan or PlanConfig()
+    if not plan.measured:
+        used -= {"hardware.measured_bandwidth", "hardware.measured_bf16_flops"}
+    if plan.what is PlanKind.training:
+        return used - DECODING_ONLY | settings(*TRAINING_LOAD)
+    return used - {"plan.head" if plan.evaluation is None else "plan.acceptance"}
 
 
 def read_profile(plan: PlanConfig) -> Profile:

@@ -13,6 +13,7 @@ from mtptrain.run.folder import RunFolder
 
 if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
+    from mtptrain.data.batches import BatchSource
     from mtptrain.data.chat import ChatTemplate
     from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
@@ -58,6 +59,7 @@ class Session:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        self._checkpoints: dict[str, Checkpoint] = {}
 
     # Without weights
 
@@ -134,6 +136,34 @@ class Session:
 
         data = self.document_settings
         return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
+
+    @cached_property
+    def text_batches(self) -> BatchSource:
+        """The packed rows of the training documents, tokenised before training or, if they are streamed, during it."""
+        data, size, seed = self.config.data, self.config.train.batch_size, self.config.seed
+        if not data.is_streamed:
+            from mtptrain.data.batches import PackedBatches
+
+            return PackedBatches(self.training_corpus, data.sequence_length, size, seed, self.piece_length)
+        from mtptrain.data.streaming.batches import StreamingBatches
+        from mtptrain.data.streaming.dataset import StreamingPlan
+        from mtptrain.data.streaming.row_stream import RowShape
+
+        shape = RowShape(data.sequence_length, self.piece_length)
+        plan = StreamingPlan(data.sources(), data.weights(), self.encoder, shape, size, seed)
+        return StreamingBatches(plan, data.workers)
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Return the checkpoint at a user's path; its files are verified once a run.
+
+        Raises:
+            UserError: the path holds no usable checkpoint.
+        """
+        from mtptrain.training.checkpoint import find_checkpoint
+
+        if path not in self._checkpoints:
+            self._checkpoints[path] = find_checkpoint(Path(path))
+        return self._checkpoints[path]
 
     @property
     def document_settings(self) -> DataConfig:
@@ -257,9 +287,7 @@ class Session:
         Raises:
             UserError: the head does not exist or belongs to another backbone.
         """
-        from mtptrain.training.checkpoint import find_checkpoint
-
-        return self.stock_head() if setting == "stock" else self.trained_head(find_checkpoint(Path(setting)))
+        return self.stock_head() if setting == "stock" else self.trained_head(self.checkpoint(setting))
 
     def stock_head(self) -> Head:
         """Return the head that came with the backbone."""

@@ -108,22 +108,34 @@ def _read_traces(session: Session) -> TraceSet:
     path = Path(str(session.config.evaluation.traces))
     traces = read_trace_set(path)
     check_trace_set(path, traces.header, _header(session, [], 0))
-    for number, trace in enumerate(traces.traces, start=1):
-        _check_room(f"evaluation.traces={path}: trace {number}", trace.prompt.tokens, session.prompt_room)
+    _check_trace_rooms(session, traces)
     return traces
 
 
+def _check_trace_rooms(session: Session, traces: TraceSet) -> None:
+    where = f"evaluation.traces={session.config.evaluation.traces}"
+    for number, trace in enumerate(traces.traces, start=1):
+        _check_room(f"{where}: trace {number}", trace.prompt.tokens, session.prompt_room)
+
+
 def check_prompts(session: Session) -> None:
-    """Refuse missing or unsound prompts or traces; checking traces loads the backbone's weights.
+    """Refuse missing or unsound prompts or traces, as far as that needs no weights.
 
     Raises:
         UserError: the first fault.
     """
+    _ = session.limits
+    traces = session.config.evaluation.traces
+    if traces is None:
+        open_prompts(session, session.config.evaluation.num_prompts)
+    else:
+        _check_trace_rooms(session, read_trace_set(Path(traces)))
+
+
+def check_traces(session: Session) -> None:
+    """Refuse `evaluation.traces` of another backbone, policy or limits; loads the backbone's weights."""
     if session.config.evaluation.traces is not None:
         _read_traces(session)
-    else:
-        open_prompts(session, session.config.evaluation.num_prompts)
-        _ = session.limits
 
 
 def say_seen_prompts(session: Session, passages: Passages) -> None:

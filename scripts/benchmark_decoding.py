@@ -3,7 +3,8 @@
 python scripts/benchmark_decoding.py [PROMPTS]
 
 On the shipped tiny backbone with its stock head, 96 tokens of held-out text a prompt, 64 new ones, greedy, one thread.
-They run in turn on each prompt, so that a slow moment of the machine affects them all. The last line is JSON.
+They run in turn on each prompt, so that a slow moment of the machine affects them all. Times are those of the
+processor, which other programs disturb less; recording the engine's steps is not counted. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import quantiles
 
 import torch
@@ -27,22 +29,23 @@ from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
+from mtptrain.decoding.traced import BREAK_EVEN, repeated
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import place, stock_tensors
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
 from mtptrain.run.provenance import git_commit, processor_name
 from mtptrain.traces.file import record_traces
-from mtptrain.traces.prompts import slice_prompts
+from mtptrain.traces.prompts import Prompt, slice_prompts
 
-NEW_TOKENS, LONGEST = 64, 8
+NEW_TOKENS, LONGEST, BATCH = 64, 8, 8
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the wall time of `work`, seconds."""
-    started = time.perf_counter()
+    """Return the processor time of `work`, seconds."""
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -56,6 +59,26 @@ def is_greedy_text(model: DeepseekV4ForCausalLM, prompt: list[int], text: list[i
     """Return whether every token is the likeliest one in transformers' forward pass over the whole text."""
     _, hidden_1SD = run_backbone(model, torch.tensor([prompt + text]))
     return model.lm_head(hidden_1SD[0, len(prompt) - 1 : -1]).argmax(-1).tolist() == text
+
+
+def generate(model: DeepseekV4ForCausalLM, prompts: list[Prompt], least: int = 0) -> list[list[int]]:
+    """Return at least `least` tokens of transformers' `generate`, greedy, for prompts of one length."""
+    ids = torch.tensor([prompt.tokens for prompt in prompts])
+    out = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=least, do_sample=False, pad_token_id=0)
+    texts: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return texts
+
+
+def time_batches(eager: DeepseekV4ForCausalLM, model: DeepseekV4ForCausalLM, prompts: list[Prompt]) -> list[float]:
+    """Return the time of `generate` over the engine's for each batch of `BATCH` prompts."""
+    ratios = []
+    tokens = [prompt.tokens for prompt in prompts]
+    decode_plain(model, tokens[:BATCH], Limits(NEW_TOKENS))  # records the step
+    for start in range(0, len(prompts) - BATCH + 1, BATCH // 2):
+        rows = slice(start, start + BATCH)
+        reference = seconds(partial(generate, eager, prompts[rows], NEW_TOKENS))
+        ratios.append(reference / seconds(partial(decode_plain, model, tokens[rows], Limits(NEW_TOKENS))))
+    return ratios
 
 
 def main() -> None:
@@ -74,18 +97,13 @@ def main() -> None:
     limits = Limits(NEW_TOKENS, backbone.source.ends.stop)
     traces = record_traces(model, prompts, limits, GREEDY, 0)
     rows: dict[str, list[float]] = {name: [] for name in ("transformers", "engine", "k1", "k2", "k4")}
+    for k in range(LONGEST + 1):  # records the steps
+        decode_speculative(model, MtpProposer(model, stack) if k else None, [prompts[0].tokens], k, limits)
     loops, same = 0.0, {"generate": 0, "engine": 0}
     for prompt, trace in zip(prompts, traces, strict=True):
-        ids = torch.tensor([prompt.tokens])
-        reference: list[list[int]] = []
-
-        def generate(ids: torch.Tensor = ids, reference: list[list[int]] = reference) -> None:
-            out = eager.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-            reference.append(out[0, ids.shape[1] :].tolist())
-
-        rows["transformers"].append(seconds(generate))
+        rows["transformers"].append(seconds(partial(generate, eager, [prompt])))
         rows["engine"].append(seconds(lambda p=prompt: decode_plain(model, [p.tokens], limits)))
-        texts = (reference[0], trace.tokens)
+        texts = (generate(eager, [prompt])[0], trace.tokens)
         for name, text in zip(same, texts, strict=True):
             same[name] += is_greedy_text(model, prompt.tokens, text)
         for k in range(1, LONGEST + 1):
@@ -99,6 +117,7 @@ def main() -> None:
         seconds(lambda: replay_all(draft_traces(model, stack, traces, LONGEST, GREEDY), GREEDY)) for _ in range(3)
     )
     ratios = {
+        f"engine over transformers, batch {BATCH}": spread(time_batches(eager, model, prompts)),
         "engine over transformers": spread([a / b for a, b in zip(rows["transformers"], rows["engine"], strict=True)]),
         **{
             f"speculative K={k} over plain": spread([a / b for a, b in zip(rows["engine"], rows[f"k{k}"], strict=True)])
@@ -115,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with repeated(BREAK_EVEN):
+        main()

@@ -1,11 +1,11 @@
-"""Time the decoding engine: verify passes recorded in a CUDA graph against plain ones, and the gain of a head.
+"""Time the decoding engine: recorded verify passes against eager ones, and the gain of a head.
 
 python scripts/benchmark_engine.py [--backbone FOLDER --head RUN] [--batches 1,8] [--draft-length 4] [--device cpu]
 
 The defaults are the shipped backbone and its stock head. A pass reads 1 to K + 1 new tokens of every row after 96
 tokens of held-out text, recorded and plain in turn. Then 64 tokens are decoded greedily, plainly and with every draft
-length in turn. The time of a pass includes all its work on the GPU but not the recording. A CPU cannot record. The last
-line is JSON.
+length in turn. The time of a pass includes all its work on the GPU but not the recording. A GPU records CUDA graphs, a
+CPU traces. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import BackboneConfig, DecodingConfig, Device, RunConfig
-from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.speculative import allocate_cache
+from mtptrain.decoding.steps import verify_step
+from mtptrain.decoding.traced import BREAK_EVEN
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.speed import batch_length, cut_batches, run_interleaved, spread, summarize_speed
@@ -62,10 +63,10 @@ class Passes:
         for _ in prefill(model, self.cache, tokens_BS, [PROMPT_TOKENS] * len(prompts)):
             pass
         self.length_B = self.cache.length_B.clone()
-        self.recorded = captured_verify(model, self.cache)
-        self.ways: dict[str, Callable[[Tensor], Any]] = {"eager": self.recorded.function}
-        if self.recorded.records:
-            self.ways["recorded"] = self.recorded
+        recorded = verify_step(model, self.cache, BREAK_EVEN)
+        self.ways: dict[str, Callable[[Tensor], Any]] = {"eager": recorded.function}
+        if recorded.is_static:
+            self.ways["recorded"] = recorded
 
     def seconds(self, way: str, num_tokens: int) -> float:
         """Return the wall time of one pass, seconds."""
@@ -164,7 +165,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = backbone.model
     batches = [int(text) for text in options.batches.split(",")]
     prompts = slice_prompts(session.heldout_corpus, max(PROMPTS, *batches), PROMPT_TOKENS)
-    records = captured_verify(model, allocate_cache(model, 1, 1, 1)).records
+    records = verify_step(model, allocate_cache(model, 1, 1, 1)).is_static
     result: dict[str, Any] = {
         "hardware": to_json(hardware()),
         "versions": package_versions(),

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_module
 
 from mtptrain.cli import typed_config
 from mtptrain.config import RunConfig, register
+from mtptrain.config.given import Given
 from mtptrain.recipes import collect
 from mtptrain.recipes.distill import make_trainer, start_stack
 from mtptrain.recipes.session import Session
@@ -29,7 +30,8 @@ from mtptrain.training.trainer import Trainer
 def distill_config(settings: list[str]) -> RunConfig:
     """Return the configuration of +recipe=distill with some settings."""
     with initialize_config_module("mtptrain.conf", version_base="1.3"):
-        return typed_config(compose("config", ["+recipe=distill", "evaluation.every=0", *settings]))[0]
+        composed = compose("config", ["+recipe=distill", "evaluation.every=0", *settings])
+        return typed_config(composed, Given(frozenset(), {}))[0]
 
 
 def open_trainer(config: RunConfig, folder: Path) -> Trainer:

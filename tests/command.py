@@ -31,7 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def fitting(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command without those `Light` settings that its recipe does not read."""
-    from mtptrain.config import HELDOUT, DataConfig, DataSource, EvaluationConfig, MixtureConfig, RunConfig
+    from mtptrain.config import (
+        HELDOUT,
+        DataConfig,
+        DataSource,
+        EvaluationConfig,
+        MixtureConfig,
+        ReleaseConfig,
+        RunConfig,
+    )
     from mtptrain.recipes import find_recipe
 
     recipe = next((one.removeprefix("+recipe=") for one in arguments if one.startswith("+recipe=")), None)
@@ -39,18 +47,21 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     source = {"distill_on_policy": "on_policy"}.get(recipe, "stdlib")
     source = next((one.removeprefix("data=") for one in reversed(arguments) if one.startswith("data=")), source)
+    source = source if source in {"chat", *(one.value for one in DataSource)} else "stdlib"
     is_mixed = any(one.startswith("data.mixture") for one in arguments)
     evaluation = EvaluationConfig(
         traces="t" if any(one.startswith("evaluation.traces=") for one in arguments) else None
     )
     prompts = "file" if any(one.startswith("prompts=") for one in arguments) else HELDOUT
+    release = ReleaseConfig(random="release.random=true" in arguments)
     data = DataConfig(
         source=DataSource.text if source == "chat" else DataSource(source),
         path=None if is_mixed else "text",
         mixture=[MixtureConfig(path="text")] if is_mixed else [],
     )
     task = {"distill_on_policy": "distill"}.get(recipe, recipe)
-    read = find_recipe(task).reads(RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts)) | {"data"}
+    config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release)
+    read = find_recipe(task).reads(config) | {"data"}
     return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]
 
 

@@ -15,6 +15,7 @@ from mtptrain.config import RunConfig
 WITHOUT_EFFECT = {
     "Session._check_window",
     "__post_init__",
+    "backbone_card",
     "check",
     "check_given",
     "check_trackers",

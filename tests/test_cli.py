@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mtptrain
 from mtptrain.config import LossName
 from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
@@ -33,24 +34,46 @@ MISTAKES = [
     (["train.beta1=1"], r"train.beta1=1.0: must lie in \[0, 1\)"),
     (["train.weight_decay=-1"], "train.weight_decay=-1.0: must not be negative"),
     (["evaluation.num_prompts=0"], "evaluation.num_prompts=0: must be at least 1"),
-    (["path=my.jsonl"], r"path=my.jsonl: belongs to \+recipe=report; data.path"),
-    (["trian.steps=2"], "'trian.steps'.*Key 'trian' not in"),
-    (["+trian.steps=2"], "trian: there is no such setting; `--cfg job` lists"),
-    (["+train.stps=2"], "train.stps: there is no such setting; `--cfg job` lists"),
-    (["decoding.stop_below=0.4"], "'decoding.stop_below'.*; decoding.stop_below is now called decoding.min_confidence"),
-    (["+decoding.stop_below=0.4"], "decoding.stop_below: there is no .* is now called decoding.min_confidence"),
+    (["path=my.jsonl"], r"path=my.jsonl: belongs to \+recipe=report, and \+recipe=distill does not .*; data.path"),
+    (["trian.steps=2"], r"trian.steps: there is no such setting; did you mean train.steps\?$"),
+    (["+trian.steps=2"], r"trian: there is no such setting; did you mean train\?$"),
+    (["+train.stps=2"], r"train.stps: there is no such setting; did you mean train.steps\?$"),
+    (["train.step=2"], r"train.step: there is no such setting; did you mean train.steps\?$"),
+    (["++train.step=2"], r"train.step: there is no such setting; did you mean train.steps\?$"),
+    (["~mtp.depht"], r"mtp.depht: there is no such setting; did you mean mtp.depth\?$"),
+    (["steps=2"], r"steps: there is no such setting; did you mean mtp.steps, stock_head.steps or train.steps\?$"),
+    (["xyzzy=2"], "xyzzy: there is no such setting; `--cfg job` lists all of them$"),
+    (["data.mixture=[{pth:a.txt}]"], r"data.mixture: its parts have no pth; did you mean path\?; they have name, "),
+    (["decoding.stop_below=0.4"], "decoding.stop_below: there is no .* is now called decoding.min_confidence$"),
+    (["+decoding.stop_below=0.4"], "decoding.stop_below: there is no .* is now called decoding.min_confidence$"),
     (["stock_head.steps=0"], "stock_head.steps=0: must be at least 1"),
     (["train.learning_rate=inf"], "train.learning_rate=inf: must be finite"),
-    (["train.steps=many"], "train.steps=many; Value 'many' .* could not be converted to Integer"),
-    (["loss.divergence=foo"], r"loss.divergence=foo; Invalid value 'foo', expected one of \[.*chain\]"),
-    (["engine=zero4"], r"engine=zero4; .*expected one of \[single, zero1, zero2, zero3\]"),
+    (["train.steps=many"], "train.steps=many: must be a whole number$"),
+    (["train.steps=2.5"], "train.steps=2.5: must be a whole number$"),
+    (["train.learning_rate=fast"], "train.learning_rate=fast: must be a number$"),
+    (["data.streaming=maybe"], "data.streaming=maybe: must be true or false$"),
+    (["evaluation.batch_sizes=2"], r"evaluation.batch_sizes=2: must be a list of whole numbers, such as .*=\[A,B\]$"),
+    (["train=5"], "train=5: train is a section; give one of its settings, such as train.steps=VALUE$"),
+    (["loss.divergence=foo"], "loss.divergence=foo: must be ce, kl, .* or chain$"),
+    (["loss.divergence=reversekl"], r"loss.divergence=reversekl: must be .*; did you mean reverse_kl\?$"),
+    (["engine=zero4"], r"engine=zero4: must be single, zero1, zero2 or zero3; did you mean zero3\?$"),
+    (["++engine=zero4"], r"engine=zero4: must be single, zero1, zero2 or zero3; did you mean zero3\?$"),
     (["offload=true"], "offload=True: needs engine=zero1, zero2 or zero3"),
     (["engine=zero1", "train.optimizer=muon"], "train.optimizer=muon: needs whole matrices .*; set engine=single"),
     (["engine=zero3", "precision=bf16"], "precision=bf16: DeepSpeed's stage 3 holds .*; set engine=zero2"),
     (["engine=zero2"], "engine=zero2: shares tensors out .* was started alone; start it with scripts/launch_"),
     (["backbone.placement=zero3"], "backbone.placement=zero3: shares tensors out .* was started alone"),
-    (["device=tpu"], r"device=tpu; .*expected one of \[auto, cpu, cuda\]"),
-    (["data=csv"], "'data/csv'; Available options in 'data':; .*stdlib; streams; text"),
+    (["device=tpu"], "device=tpu: must be auto, cpu or cuda"),
+    (["data=csv"], "data=csv: there is no such choice of data; there are chat, .*, stdlib, streams, text$"),
+    (["data=txt"], r"data=txt: there is no such choice of data; did you mean text\?; there are "),
+    (
+        ["tracking=[wandb,tensorbord]"],
+        r"tracking=tensorbord: there is no such .*; did you mean tensorboard\?; there are",
+    ),
+    (["+model=v4flash"], r"\+model=v4flash: there is no such choice of model; did you mean v4_flash\?; there are"),
+    (["model=v4_flash"], r"model: is not chosen yet; write it with a plus: \+model=v4_flash$"),
+    (["+data=stdlib"], r"\+data: there is a choice of data already; write data=NAME without the plus to change it$"),
+    (["task=distil"], r"task=distil: there is no such program; did you mean distill\?; leave it to \+recipe=NAME"),
     (["seed=${nowhere}"], "seed: .*'nowhere' not found; write a value"),
     (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
     (["distill"], "distill: is not setting=value"),
@@ -65,8 +88,9 @@ def test_a_wrong_setting_is_named_with_its_rule(arguments: list[str], line: str,
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     code, output, errors = run_process("+recipe=distil", folder=tmp_path)
     assert (code, output) == (2, "")
-    known = "; ".join(sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")))
-    assert re.fullmatch(rf"mtptrain: .*'recipe/distil'; .*'recipe':; {known}; see --help\n", errors)
+    known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")))
+    line = f"+recipe=distil: there is no such recipe; did you mean distill?; there are {known}"
+    assert errors == f"mtptrain: {line}\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,7 +115,8 @@ def test_evaluate_needs_a_checkpoint(refused: Refused) -> None:
 
 @pytest.mark.parametrize("recipe", ["distill", "evaluate"])
 def test_too_many_prompts_are_refused_before_any_training(recipe: str, refused: Refused) -> None:
-    line = refused("evaluation.num_prompts=5000", "checkpoint=stock", recipe=recipe)
+    head = ["checkpoint=stock"] if recipe == "evaluate" else []
+    line = refused("evaluation.num_prompts=5000", *head, recipe=recipe)
     assert re.match(r"evaluation.num_prompts=5000: .* has \d+ prompts of evaluation.prompt_tokens=12; lower", line)
 
 
@@ -208,7 +233,8 @@ def test_a_preset_that_is_not_shipped_needs_a_path(refused: Refused) -> None:
 def test_a_draft_as_long_as_the_window_is_refused(recipe: str, setting: str, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "narrow").mkdir()
     save_backbone(tmp_path / "narrow", sliding_window=4)
-    line = refused(f"backbone.path={tmp_path}/narrow", setting, "checkpoint=stock", recipe=recipe)
+    head = ["checkpoint=stock"] if recipe == "evaluate" else []
+    line = refused(f"backbone.path={tmp_path}/narrow", setting, *head, recipe=recipe)
     assert setting in line
     assert "must be shorter than the backbone's sliding window of 4 tokens" in line
 
@@ -321,6 +347,11 @@ def test_help_lists_every_recipe_with_a_line(capfd: pytest.CaptureFixture[str]) 
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
         assert re.search(rf"^  {path.stem} +[A-Z].*[.?]$", output, re.MULTILINE)
     assert max(map(len, output.splitlines())) <= 120
+
+
+def test_the_version_is_that_of_this_package(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("--version") == 0
+    assert capfd.readouterr().out == f"mtptrain {mtptrain.__version__}\n"
 
 
 def test_help_lists_every_loss_and_tracker(capfd: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,10 @@ class CompressorState:
         """Return a view of some rows."""
         return type(self)(self.raw.rows(part), self.entries_BWC[part], self.rate, self.span)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        return [self.raw.values_BRC, self.entries_BWC]
+
 
 @dataclass(slots=True)
 class LayerCache:
@@ -131,6 +135,11 @@ class LayerCache:
         compressor = self.compressor and self.compressor.rows(part)
         indexer = self.indexer and self.indexer.rows(part)
         return type(self)(self.ring.rows(part), compressor, indexer)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        states = [state for state in (self.compressor, self.indexer) if state is not None]
+        return [self.ring.values_BRC, *(tensor for state in states for tensor in state.tensors())]
 
 
 @dataclass(slots=True)
@@ -198,6 +207,11 @@ class BackboneCache:
     def spread(self, devices: list[torch.device]) -> None:
         """Move the state of every layer to the device of its layer; the lengths and tables stay."""
         self.layers = [layer.to(device) for layer, device in zip(self.layers, devices, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a step reads and writes."""
+        of_layers = [tensor for layer in self.layers for tensor in layer.tensors()]
+        return [*of_layers, self.length_B, self.written_B, *self.rope_Pr.values()]
 
     def require_room(self, num_tokens: int) -> None:
         """Raise a ValueError if a row has no room for `num_tokens` more tokens."""

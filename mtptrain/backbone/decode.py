@@ -122,10 +122,11 @@ def make_indexers_causal(model: DeepseekV4ForCausalLM) -> None:
     """Apply `break_zero_ties` in transformers' forward too, which makes it causal and equal to decoding."""
     for module in model.modules():
         if isinstance(module, DeepseekV4IndexerScorer):
-            module.register_forward_hook(_break_zero_ties_hook)
+            module.register_forward_hook(break_zero_ties_hook)
 
 
-def _break_zero_ties_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], scores_BSW: Tensor) -> Tensor:
+def break_zero_ties_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], scores_BSW: Tensor) -> Tensor:
+    """Return `break_zero_ties`, as a forward hook of an indexer's scorer."""
     return break_zero_ties(scores_BSW)
 
 

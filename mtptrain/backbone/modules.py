@@ -7,8 +7,13 @@ Both replace the class of an existing module, so its tensors and their names sta
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4RMSNorm
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HyperConnection,
+    DeepseekV4RMSNorm,
+    DeepseekV4UnweightedRMSNorm,
+)
 
 from mtptrain.kernels.hyper_connection import Connection, connect
 
@@ -46,16 +51,30 @@ def replace_connections(module: nn.Module, kind: type[HyperConnection]) -> None:
 
 
 class Norm(DeepseekV4RMSNorm):
-    """transformers' module, but its output has the input's dtype: in transformers 5.17 an fp32 weight makes it fp32."""
+    """transformers' module in one call, with the input's dtype: in transformers 5.17 an fp32 weight makes it fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the normed input, in its dtype."""
-        normed: Tensor = super().forward(hidden_states)
+        """Return the normed input, computed in float32, in its dtype."""
+        weight = self.weight.float()
+        normed = F.rms_norm(hidden_states.float(), weight.shape, weight, self.variance_epsilon)
         return normed.to(hidden_states.dtype)
 
 
+class UnweightedNorm(DeepseekV4UnweightedRMSNorm):
+    """transformers' module in one call; it rounds once, not twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed input, in its dtype."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    DeepseekV4RMSNorm: Norm,
+    DeepseekV4UnweightedRMSNorm: UnweightedNorm,
+}
+
+
 def replace_norms(module: nn.Module) -> None:
-    """Turn every norm of a module into a `Norm`."""
+    """Turn every norm of a module into ours."""
     for child in module.modules():
-        if type(child) is DeepseekV4RMSNorm:
-            child.__class__ = Norm
+        child.__class__ = NORMS.get(type(child), type(child))

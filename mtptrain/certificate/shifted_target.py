@@ -183,7 +183,7 @@ def p_value(matches: list[Matches], generator: np.random.Generator) -> float:
     while drawn < MOST_DEALINGS and as_much < ENOUGH:
         count = min(max(FEWEST_DEALINGS, drawn), MOST_DEALINGS - drawn)
         agreed_C = sum(_dealt(one, derangements(generator, count, len(one.futures))) for one in matches)
-        as_much += int((agreed_C >= actual).sum())
+        as_much += int(np.count_nonzero(agreed_C >= actual))
         drawn += count
     return (as_much + 1) / (drawn + 1)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from mtptrain.config.choices import DataSource
 
@@ -41,7 +41,7 @@ def given_settings() -> Given:
     from hydra.types import RunMode
 
     job = HydraConfig.get()
-    overrides = list(job.overrides.task)
+    overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False) or []]
     values = set(_file_values(overrides))
     groups = {}
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -85,14 +85,14 @@ def _flat(value: Any, name: str) -> Iterator[str]:
         yield from _flat(one, f"{name}.{key}".removeprefix("."))
 
 
-def choose_source(composed: DictConfig, given: Given) -> None:
+def choose_source(settings: dict[str, Any], given: Given) -> None:
     """Set `data.source` to that of `data.path`, if the user gave a path and neither user nor recipe chose a source.
 
     A folder with a manifest holds the streams of `+recipe=collect`; any other path is text.
     """
-    path = composed.data.path
-    if "data.path" not in given.values or path is None or given.chose_source():
+    data = settings["data"]
+    if "data.path" not in given.values or data["path"] is None or given.chose_source():
         return
-    if composed.data.source is DataSource.stdlib:
-        has_manifest = (Path(str(path)) / MANIFEST).is_file()
-        composed.data.source = DataSource.streams if has_manifest else DataSource.text
+    if data["source"] == DataSource.stdlib.value:
+        has_manifest = (Path(str(data["path"])) / MANIFEST).is_file()
+        data["source"] = (DataSource.streams if has_manifest else DataSource.text).value

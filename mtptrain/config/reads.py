@@ -109,6 +109,12 @@ def of_traces(config: RunConfig) -> Settings:
     return used | of_heldout_text(config) | {"evaluation.num_prompts", "evaluation.prompt_tokens"}
 
 
+def of_measuring(config: RunConfig) -> Settings:
+    """Return the settings of a whole evaluation of heads."""
+    sizes = settings("evaluation.batch_sizes", "evaluation.heldout_sequences", "evaluation.timed_prompts")
+    return sizes | of_traces(config) | of_heldout_text(config) | {"data.sequence_length", "evaluation.include_stock"}
+
+
 def of_loss(config: RunConfig) -> Settings:
     """Return the settings of the loss: without the temperature for cross-entropy, without the decay for `chain`."""
     unread = {"ce": "loss.temperature", "chain": "loss.step_decay"}.get(config.loss.divergence.value)

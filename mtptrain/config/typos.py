@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.resources import files
@@ -18,7 +19,7 @@ from mtptrain.config.run import RunConfig
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 ITEMS = {int: "whole numbers", float: "numbers", str: "texts"}
-SELECTED = r"^(?:Could not (?:override|delete from config\.)|Multiple values for) '?([\w.@/]+?)'?\.?(?:$| )"
+NAMED = r"^Could not (?:override|delete from config\.) '([\w.@/]+)'"
 
 # Lines of Hydra's errors about itself, or with advice that leads to a second error.
 HINTS = re.compile(
@@ -48,9 +49,8 @@ def _all_names() -> list[str]:
     return sorted(names | {name.partition(".")[0] for name in names})
 
 
-def no_such_choice(group: str, choice: str) -> str:
-    """Return the answer to an unknown file of a config group, such as a recipe."""
-    names = group_choices(group)
+def no_such_choice(group: str, choice: str, names: Sequence[str]) -> str:
+    """Return the answer to an unknown file of a config group, such as a recipe; `names` are the existing ones."""
     plus = "" if group in ("backbone", "data", "tracking") else "+"
     kind = "recipe" if group == "recipe" else f"choice of {group}"
     return f"{plus}{group}={choice}: there is no such {kind}{did_you_mean(choice, names)}; there are {', '.join(names)}"
@@ -99,7 +99,7 @@ def composition_message(text: str, error: BaseException | None) -> str:
         return f"{error.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        return no_such_choice(group, choice)
+        return no_such_choice(group, choice, error.options or group_choices(group))
     if isinstance(error, ConfigCompositionException):
         answer = _composition_answer(str(error), error.__cause__)
         if answer is not None:
@@ -110,16 +110,16 @@ def composition_message(text: str, error: BaseException | None) -> str:
 def _composition_answer(text: str, cause: BaseException | None) -> str | None:
     if isinstance(cause, ValidationError) and not str(cause.full_key).startswith("hydra"):
         return wrong_value(cause)
-    found = re.search(SELECTED, text, re.MULTILINE)
+    twice = re.search(r"^(?:Multiple values for )?(\w+)(?:\.| appears more than once)", text)
+    if twice is not None:
+        name = twice[1]
+        return f"+{name}: there is a choice of {name} already; write {name}=NAME without the plus to change it"
+    found = re.search(NAMED, text, re.MULTILINE)
     if found is None or found[1].startswith("hydra"):
         return None
     name = found[1]
-    if "Multiple values" in text:
-        return f"+{name}: there is a choice of {name} already; write {name}=NAME without the plus to change it"
     if group_choices(name) and "defaults list" in text:
-        return (
-            f"{name}: is not chosen yet; write it with a plus, +{name}=NAME, such as +{name}={group_choices(name)[0]}"
-        )
+        return f"{name}: is not chosen yet; write it with a plus: {text.split()[-1]}"
     if isinstance(cause, OmegaConfBaseException) and name in all_settings():
         if not is_dataclass(cause.object_type):
             return f"{name}: cannot be replaced as a whole; add to it with +{name}.{cause.key}=VALUE"

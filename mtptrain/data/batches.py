@@ -40,17 +40,14 @@ class BatchSource:
         """Return the passages of all text that was trained on; None if they are not kept. Every process calls it."""
         return None
 
-    def remember(self, passages: Passages) -> None:
-        """Add the passages of a checkpoint that training continues from."""
-
     def close(self) -> None:
         """Stop background workers; no batch may be requested afterwards."""
 
-    def restart(self, index: int) -> None:
-        """Begin the data at micro-batch `index`, whose predecessors were of other data."""
+    def restart(self, index: int, passages: Passages | None = None) -> None:
+        """Begin the data at micro-batch `index`, whose predecessors were of other data, with these passages."""
 
-    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
-        """Resume at micro-batch `index` from the positions of all processes of the interrupted run.
+    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+        """Resume at micro-batch `index` from the positions of all processes of the interrupted run and its passages.
 
         Raises:
             UserError: the positions belong to other data.

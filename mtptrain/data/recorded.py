@@ -48,14 +48,12 @@ class RecordedBatches(BatchSource):
         """See `BatchSource`."""
         self.batches.close()
 
-    def remember(self, passages: Passages) -> None:
-        """See `BatchSource`."""
-        self._passages = self._passages.join(passages)
-
-    def restart(self, index: int) -> None:
+    def restart(self, index: int, passages: Passages | None = None) -> None:
         """See `BatchSource`."""
         self.batches.restart(index)
+        self._passages = self._passages.join(passages or Passages.none())
 
-    def seek(self, index: int, positions: list[dict[str, Any]]) -> None:
+    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
         """See `BatchSource`."""
         self.batches.seek(index, positions)
+        self._passages = self._passages.join(passages or Passages.none())

@@ -1,21 +1,16 @@
 """Decoding steps recorded in CUDA graphs: one launch instead of the hundreds that a small model's step takes."""
 
-# B rows, L verified positions, N residual streams, D model width, V vocabulary
-
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.backbone.cache import BackboneCache
-from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.placement import is_shared
+from mtptrain.decoding.traced import TensorFunction, log_once
 
 WARM_UPS = 2  # libraries and kernels initialise in their first runs, and a graph cannot record that
 
@@ -25,7 +20,7 @@ class Recording(NamedTuple):
 
     inputs: list[Tensor]
     graph: torch.cuda.CUDAGraph
-    outputs: Any
+    outputs: tuple[Tensor, ...]
 
 
 def can_record(model: DeepseekV4ForCausalLM) -> bool:
@@ -35,7 +30,7 @@ def can_record(model: DeepseekV4ForCausalLM) -> bool:
         return False
     reason = recording_obstacle(model, torch.cuda.get_device_capability(weight.device))
     if reason is not None:
-        _log_once(f"decoding without CUDA graphs, because {reason}")
+        log_once(f"decoding without CUDA graphs, because {reason}")
     return reason is None
 
 
@@ -59,35 +54,26 @@ def recording_obstacle(model: DeepseekV4ForCausalLM, capability: tuple[int, int]
     return None
 
 
-@cache
-def _log_once(message: str) -> None:
-    logging.getLogger("mtptrain.decoding").warning(message)
-
-
 class Captured:
-    """A function of tensors that is recorded by its first call on a GPU and then replayed; elsewhere it simply runs.
+    """A function of tensors that is recorded by its first call on a GPU and then replayed.
 
     A result stays valid until the next call with inputs of the same shapes. Apart from its inputs, the function may
     only read and write tensors that live as long as this object, and must not wait for the device.
 
     Args:
-        function: maps tensors to any structure of tensors.
-        model: the backbone that the function calls; `can_record` decides whether it is recorded.
+        function: maps tensors to a tuple of tensors.
         counters: tensors that a call advances. They are restored after each warm-up run. Anything else that a warm-up
             run writes must be written again by the next run, as the cache slots of a rejected draft are.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], model: DeepseekV4ForCausalLM, counters: Sequence[Tensor] = ()
-    ) -> None:
+    is_static, records_first = True, True
+
+    def __init__(self, function: TensorFunction, counters: Sequence[Tensor] = ()) -> None:
         self.function, self.counters = function, counters
-        self.records = can_record(model)
         self.recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's result."""
-        if not self.records:
-            return self.function(*inputs)
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self.recordings:
             self.recordings[shapes] = self._record(inputs)
@@ -116,16 +102,3 @@ class Captured:
         with torch.cuda.graph(graph):
             outputs = self.function(*static_inputs)
         return Recording(static_inputs, graph, outputs)
-
-
-def captured_verify(model: DeepseekV4ForCausalLM, cache: BackboneCache) -> Captured:
-    """Return a verify pass, from int64 tokens [B, L] to streams [B, L, N, D] and logits [B, L, V].
-
-    The caller must make sure that the cache has room for the tokens; a recorded step cannot check it.
-    """
-
-    def verify(tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        streams_BLND, hidden_BLD = run_step(model, cache, tokens_BL)
-        return streams_BLND, model.lm_head(hidden_BLD)
-
-    return Captured(verify, model, (cache.length_B, cache.written_B))

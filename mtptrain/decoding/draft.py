@@ -17,9 +17,9 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.cache import SlidingRing
 from mtptrain.backbone.decode import PrefilledPart
-from mtptrain.decoding.captured import Captured
 from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.steps import Eager, Recordable, Step, make_step
 from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.kernels.acceptance import sample_logits
 from mtptrain.kernels.sink_attention import masked_attention
@@ -116,7 +116,6 @@ class MtpProposer:
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Proposer`."""
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
-        self.captured = Captured(self.propose, self.model)
         weight, config = self.model.lm_head.weight, self.model.config
         batch, depth = len(texts.lengths), self.stack.depth
         # Anchors lie at most K + depth behind the newest one and drafts K ahead of it.
@@ -126,6 +125,22 @@ class MtpProposer:
         width = config.hc_mult * config.hidden_size
         self.streams = SlidingRing.allocate(batch, slack, width, weight.dtype, weight.device)
         self.shape_ND = (config.hc_mult, config.hidden_size)
+        self.step = self._make_step()
+
+    def _make_step(self) -> Step:
+        """Return the whole draft as a step of static shapes.
+
+        On a CPU a draft that ends early saves more than a trace, so a policy with a confidence threshold has none.
+        """
+        modules = [self.stack, self.model.model.embed_tokens, self.model.lm_head]
+        rings = [self.streams, *(cache.ring for cache in self.caches)]
+        state = [self.texts.tokens_BT, *(ring.values_BRC for ring in rings)]
+        constants = ("draft", self.policy, self.draft_length)
+        step = make_step(
+            self.model,
+            Recordable(self._propose, modules, state, constants=constants, calls=self.texts.num_passes),
+        )
+        return Eager(self._propose) if self.policy.min_confidence > 0 and not step.records_first else step
 
     def read(self, part: PrefilledPart) -> None:
         """See `Proposer`. The first draft recomputes the keys of the last anchors, whose tokens are not known yet."""
@@ -146,16 +161,22 @@ class MtpProposer:
         """See `Proposer`."""
         texts = self.texts
         active_B = torch.tensor(texts.is_open, device=texts.length_B.device)
-        if self.captured.records:
+        if self.step.is_static:
             draws = () if u_BK is None else (u_BK,)
-            recorded: Draft = self.captured(texts.length_B, active_B, *draws)
-            return recorded
+            tokens_BK, drafted_B, *logits = self.step(texts.length_B, active_B, *draws)
+            return Draft(tokens_BK, logits[0] if logits else None, drafted_B)
         draft = self.propose(texts.length_B, active_B, u_BK, texts.newest)
         if self.policy.min_confidence == 0:
             return draft
         longest = int(draft.drafted_B.max())
         logits_BKV = None if draft.logits_BKV is None or longest == 0 else draft.logits_BKV[:, :longest]
         return Draft(draft.tokens_BK[:, :longest], logits_BKV, draft.drafted_B)
+
+    def _propose(self, length_B: Tensor, active_B: Tensor, u_BK: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the tensors of `propose`."""
+        draft = self.propose(length_B, active_B, u_BK)
+        logits = () if draft.logits_BKV is None else (draft.logits_BKV,)
+        return draft.tokens_BK, draft.drafted_B, *logits
 
     def propose(
         self, length_B: Tensor, active_B: Tensor, u_BK: Tensor | None = None, newest: int | None = None
@@ -167,7 +188,7 @@ class MtpProposer:
             active_B: bool, True for rows that draft.
             u_BK: float64 draws; None for a greedy policy.
             newest: most tokens that a row gained in the last pass. None assumes the largest possible number and drafts
-                all K tokens, as a CUDA graph needs: no shape depends on the texts, and nothing waits for the device.
+                all K tokens, as a recorded step needs: no shape depends on the texts, and nothing waits for the device.
         """
         anchor_B1 = (length_B - 2).unsqueeze(1)
         num_anchors = (self.draft_length + 1 if newest is None else newest) + self.num_base - 1

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mtptrain.config import require
+from mtptrain.decoding.traced import recording_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,8 @@ class Seconds:
         verify: the backbone's pass and its lm_head.
         sample: acceptance, the verifier's own token, and the transfer of both to the host.
         rewind: dropping rejected tokens from the cache.
-        record: recording the run's steps in CUDA graphs. It is not in the total, because a server records once for all
-            texts.
+        record: recording the run's steps in CUDA graphs or traces. It is not in the total, because a server records
+            once for all texts.
     """
 
     total: float = 0.0
@@ -161,12 +162,15 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, Seconds()
         self.started = self.last = self._now()
+        self.recording = recording_seconds()
 
     def lap(self, phase: str) -> None:
-        """Add the time since the last lap to `phase`, a field of `Seconds`."""
-        now = self._now()
-        setattr(self.seconds, phase, getattr(self.seconds, phase) + now - self.last)
-        self.last = now
+        """Add the time since the last lap to `phase`, a field of `Seconds`; that of traces made in it to `record`."""
+        now, recording = self._now(), recording_seconds()
+        self.seconds.record += recording - self.recording
+        spent = now - self.last - (recording - self.recording)
+        setattr(self.seconds, phase, getattr(self.seconds, phase) + spent)
+        self.last, self.recording = now, recording
 
     def stop(self) -> Seconds:
         """Set the total, which excludes recording, and return the seconds."""

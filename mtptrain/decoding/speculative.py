@@ -15,11 +15,11 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.placement import layer_devices
-from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import Proposer
 from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Clock, DecodedBatch, Limits
+from mtptrain.decoding.steps import verify_step
 from mtptrain.decoding.texts import Draft, Texts, verify
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Emission
@@ -140,7 +140,7 @@ class _Run:
         if not policy.is_greedy:
             self.draws = Draws(seeds, texts.lengths, texts.limits.max_new_tokens, draft_length, device)
         self.cache = allocate_cache(model, len(texts.lengths), texts.max_length, draft_length + 1)
-        self.verify_pass = captured_verify(model, self.cache)
+        self.verify_pass = verify_step(model, self.cache, texts.num_passes)
         self.empty_draft = Draft.nothing(torch.zeros_like(texts.length_B))
         if proposer is not None:
             proposer.start(texts, draft_length, policy)
@@ -161,11 +161,11 @@ class _Run:
         self.clock.lap("sample")
 
     def record(self) -> None:
-        """Record draft and verify pass in CUDA graphs before the first timed pass, if they can be recorded.
+        """Record draft and verify pass before the first timed pass, on a GPU.
 
         The draft made here is made again by the first pass, so `Proposer.draft` must be idempotent.
         """
-        if not self.verify_pass.records or not any(self.texts.is_open):
+        if not self.verify_pass.records_first or not any(self.texts.is_open):
             return
         self.verify_pass(torch.cat([self.texts.last_B1, self._draft().tokens_BK], dim=1))
         self.cache.rewind(self.texts.length_B - 1)

@@ -14,6 +14,8 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Decoded, Limits, settle_passes
 from mtptrain.kernels.acceptance import Emission, verify_logits
 
+SLOTS = 64  # the number of slots of a row is a multiple of it
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -65,11 +67,14 @@ class Texts:
         length_B: int64, known tokens of each row.
         is_open: for each row, whether it continues.
         newest: most tokens that a row gained in the last pass.
+        num_passes: passes of a text without a stop token, at least.
     """
 
     def __init__(self, prompts: list[list[int]], limits: Limits, draft_length: int, device: torch.device) -> None:
         self.lengths, self.limits = [len(prompt) for prompt in prompts], limits
-        self.max_length = max(self.lengths) + limits.max_new_tokens + draft_length + 1
+        # Rounded up, so that texts of similar lengths share the traces of their steps.
+        self.max_length = -(-(max(self.lengths) + limits.max_new_tokens + draft_length + 1) // SLOTS) * SLOTS
+        self.num_passes = (limits.max_new_tokens - 1) // (draft_length + 1)
         rows = [prompt + [0] * (self.max_length - len(prompt)) for prompt in prompts]
         self.tokens_BT = torch.tensor(rows, device=device)
         self.prompt_B = torch.tensor(self.lengths, device=device)

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import prefill
-from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_speculative
+from mtptrain.decoding.steps import Step, verify_step
 from mtptrain.decoding.texts import Texts
+from mtptrain.decoding.traced import repeated
 from mtptrain.evaluation.result import Speedup, Spread, StepLatency, TimeShares
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
@@ -87,13 +89,15 @@ def run_interleaved(
     for number, traces in enumerate(batches):
         prompts = [trace.prompt.tokens for trace in traces]
         seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
-        first = decode_plain(model, prompts, limits, policy, seeds)
-        runs = {
-            (name, k): decode_speculative(model, MtpProposer(model, stack), prompts, k, limits, policy, seeds)
-            for name, stack in stacks.items()
-            for k in draft_lengths
-        }
-        results.append(BatchRuns(traces, (first, decode_plain(model, prompts, limits, policy, seeds)), runs))
+        with repeated(len(batches)):
+            first = decode_plain(model, prompts, limits, policy, seeds)
+            runs = {
+                (name, k): decode_speculative(model, MtpProposer(model, stack), prompts, k, limits, policy, seeds)
+                for name, stack in stacks.items()
+                for k in draft_lengths
+            }
+            last = decode_plain(model, prompts, limits, policy, seeds)
+        results.append(BatchRuns(traces, (first, last), runs))
         report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
     return results
 
@@ -174,36 +178,42 @@ class StepTimes:
 class StepBench:
     """Texts of one length whose next pass and draft can be repeated from the same state.
 
+    The steps are those of decoding with K drafts, for each K on its own, so they share its traces.
+
     Args:
         model: the backbone.
         stack: the head that drafts.
         prompts: token ids, all of one length.
         longest: the longest K.
+        limits: end of the texts in the decoding that is timed.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int) -> None:
-        device = model.lm_head.weight.device
-        self.texts = Texts(prompts, Limits(1), longest, device)
-        self.texts.newest = ADVANCE
-        self.cache = allocate_cache(model, len(prompts), self.texts.max_length, longest + 1)
-        self.passes = {n: captured_verify(model, self.cache) for n in range(1, longest + 2)}
-        # One proposer for each K: its rings are sized for that K.
+    def __init__(
+        self, model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int, limits: Limits
+    ) -> None:
         self.proposers = {k: MtpProposer(model, stack) for k in range(1, longest + 1)}
-        for k, proposer in self.proposers.items():
-            proposer.start(self.texts, k, GREEDY)
-        for part in prefill(model, self.cache, self.texts.tokens_BT, self.texts.lengths):
-            for proposer in self.proposers.values():
-                proposer.read(part)
-        self.length_B = self.texts.prompt_B
+        self.passes: dict[int, Step] = {}
+        self.caches: dict[int, BackboneCache] = {}
+        for k in range(longest + 1):
+            texts = Texts(prompts, limits, k, model.lm_head.weight.device)
+            texts.newest = ADVANCE
+            cache = allocate_cache(model, len(prompts), texts.max_length, k + 1)
+            self.passes[k + 1], self.caches[k + 1] = verify_step(model, cache, texts.num_passes), cache
+            if k > 0:
+                self.proposers[k].start(texts, k, GREEDY)
+            for part in prefill(model, cache, texts.tokens_BT, texts.lengths):
+                if k > 0:
+                    self.proposers[k].read(part)
+            self.texts = texts
 
     @torch.inference_mode()
     def verify(self, num_tokens: int) -> list[list[int]]:
         """Run a backbone pass over n new tokens of every row, rewind, and return the tokens that it chose, [B, n]."""
-        first = int(self.length_B[0])
+        first = self.texts.lengths[0]
         _, logits_BLV = self.passes[num_tokens](self.texts.tokens_BT[:, first : first + num_tokens])
         chosen = logits_BLV.argmax(-1).tolist()
-        self.cache.rewind(self.length_B)
+        self.caches[num_tokens].rewind(self.texts.prompt_B)
         return chosen
 
     @torch.inference_mode()
@@ -213,7 +223,12 @@ class StepBench:
 
 
 def measure_steps(
-    model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[list[int]], longest: int, repetitions: int
+    model: DeepseekV4ForCausalLM,
+    stack: MtpStack,
+    prompts: list[list[int]],
+    longest: int,
+    limits: Limits,
+    repetitions: int,
 ) -> StepTimes:
     """Time backbone passes of 1 to `longest` + 1 tokens and drafts of 1 to `longest`.
 
@@ -222,10 +237,11 @@ def measure_steps(
         stack: the head that drafts.
         prompts: token ids that the rows hold before a step; all of one length.
         longest: the longest K.
+        limits: end of the texts in the decoding that is timed.
         repetitions: of every step, interleaved.
     """
     device = model.lm_head.weight.device
-    bench = StepBench(model, stack, prompts, longest)
+    bench = StepBench(model, stack, prompts, longest, limits)
     step: dict[int, list[float]] = {n: [] for n in range(1, longest + 2)}
     drafted: dict[int, list[float]] = {k: [] for k in range(1, longest + 1)}
     for _ in range(WARM_UP + repetitions):

@@ -26,8 +26,8 @@ from mtptrain.run.storage import disk_full_reason
 from mtptrain.training.engine import OptimizerState
 
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
-PASSAGES = "passages.npz"
 EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
+PASSAGES = "passages.npz"
 BEST = "best"  # name of the checkpoint with the best score during training
 
 

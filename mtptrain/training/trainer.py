@@ -19,7 +19,6 @@ from torch import Tensor
 from mtptrain.batch import Batch
 from mtptrain.config import TrainConfig
 from mtptrain.data.batches import BatchSource
-from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.run.distributed import (
@@ -179,11 +178,11 @@ class Trainer:
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
         index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
+        passages = checkpoint.passages()
         if checkpoint.identity.data == self.identity.data:
-            self.batches.seek(index, positions)
+            self.batches.seek(index, positions, passages)
         else:
-            self.batches.restart(index)
-        self.batches.remember(checkpoint.passages() or Passages.none())
+            self.batches.restart(index, passages)
         return found
 
     def save(self, name: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtptrain.decoding import captured
+from mtptrain.decoding import captured, steps
 from mtptrain.decoding.captured import Captured, Recording
 
 
@@ -65,5 +65,5 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[RecordedOps]:
         return Recording(static_inputs, recordings[-1], outputs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Captured, "_record", record)
-    monkeypatch.setattr(captured, "can_record", lambda model: True)
+    monkeypatch.setattr(steps, "can_record", lambda model: True)
     return recordings

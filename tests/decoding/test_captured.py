@@ -11,12 +11,13 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step
 from mtptrain.certificate.controls import BackboneProposer
-from mtptrain.decoding.captured import captured_verify, recording_obstacle
+from mtptrain.decoding.captured import Captured, recording_obstacle
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
+from mtptrain.decoding.steps import verify_step
 from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_stack
@@ -60,7 +61,7 @@ def filled_cache(model: DeepseekV4ForCausalLM, max_step: int) -> BackboneCache:
 
 def test_a_verify_pass_waits_for_nothing() -> None:
     model = bfloat16_model()
-    verify = captured_verify(model, filled_cache(model, 4))
+    verify = verify_step(model, filled_cache(model, 4)).function
     without_values(lambda: verify(torch.zeros(2, 4, dtype=torch.int64)))
 
 
@@ -151,12 +152,14 @@ def test_runs_that_only_warm_up_leave_no_trace() -> None:
     model, _ = backbone_and_stack(1)
     disturbed_cache, plain_cache = filled_cache(model, 4), filled_cache(model, 4)
     tokens_BL = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4]], device=DEVICE)
-    disturbed, plain = captured_verify(model, disturbed_cache), captured_verify(model, plain_cache)
+    plain = verify_step(model, plain_cache).function
+    counters = (disturbed_cache.length_B, disturbed_cache.written_B)
+    disturbed = Captured(verify_step(model, disturbed_cache).function, counters)
     with torch.no_grad():
         for _ in range(3):
             for length in (4, 1, 4):
                 disturbed.warm_up(tokens_BL[:, :length] + 50)
-            outputs, expected = disturbed(tokens_BL), plain(tokens_BL)
+            outputs, expected = disturbed.function(tokens_BL), plain(tokens_BL)
             assert all(torch.equal(left, right) for left, right in zip(outputs, expected, strict=True))
             assert torch.equal(disturbed_cache.length_B, plain_cache.length_B)
             assert torch.equal(disturbed_cache.written_B, plain_cache.written_B)
@@ -167,12 +170,13 @@ def test_runs_that_only_warm_up_leave_no_trace() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="nothing is recorded without a GPU")
 def test_a_recorded_pass_equals_the_function() -> None:
     model, _ = backbone_and_stack(1)
-    recorded, plain = (captured_verify(model, filled_cache(model, 4)) for _ in range(2))
-    assert recorded.records
+    caches = [filled_cache(model, 4) for _ in range(2)]
+    recorded, plain = (verify_step(model, cache) for cache in caches)
+    assert isinstance(recorded, Captured)
     with torch.inference_mode():
         for first in range(1, 60, 7):
             tokens_BL = torch.arange(first, first + 8, device=DEVICE).view(2, 4)
             outputs, expected = recorded(tokens_BL), plain.function(tokens_BL)
             torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
-            for counters in (recorded.counters, plain.counters):
-                counters[0].sub_(torch.tensor([3, 1], device=DEVICE))
+            for cache in caches:
+                cache.length_B.sub_(torch.tensor([3, 1], device=DEVICE))

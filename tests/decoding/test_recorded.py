@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mtptrain.backbone.decode import decode_step
-from mtptrain.decoding.captured import captured_verify
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
+from mtptrain.decoding.steps import verify_step
 from mtptrain.kernels.acceptance import Verification
 from tests.decoding.recorded_ops import RecordedOps, record_on_cpu
 from tests.tiny import random_backbone, random_stack
@@ -44,7 +44,7 @@ def test_a_recorded_pass_reads_the_current_lengths(monkeypatch: pytest.MonkeyPat
     record_on_cpu(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     recorded, plain = (allocate_cache(model, 2, 96, 3) for _ in range(2))
-    verify = captured_verify(model, recorded)
+    verify = verify_step(model, recorded)
     with torch.inference_mode():
         for _ in range(24):
             tokens_BL = torch.randint(97, (2, 3), generator=generator)

@@ -13,7 +13,7 @@ STACK = random_stack(MODEL)
 
 
 def test_a_timed_pass_starts_from_the_same_state_every_time() -> None:
-    bench = StepBench(MODEL, STACK, [TEXT, TEXT[::-1]], longest=3)
+    bench = StepBench(MODEL, STACK, [TEXT, TEXT[::-1]], 3, Limits(4))
     first = [bench.verify(n) for n in (1, 4, 2)]
     assert [bench.verify(n) for n in (1, 4, 2)] == first
     assert [row[:1] for row in first[1]] == first[0]  # a longer pass chooses the same after its first token
@@ -28,13 +28,13 @@ def test_timed_drafts_are_those_of_the_loop() -> None:
     proposer = Recording(MODEL, STACK)
     # The loop drafts after the token that the prefill emits: bench the text with that token.
     prompt, emitted = TEXT, decode_speculative(MODEL, proposer, [TEXT], 3, Limits(2)).rows[0].tokens[0]
-    bench = StepBench(MODEL, STACK, [[*prompt, emitted]], longest=3)
+    bench = StepBench(MODEL, STACK, [[*prompt, emitted]], 3, Limits(2))
     assert bench.draft(3) == proposer.first.tokens_BK.tolist()
     assert bench.draft(1) == proposer.first.tokens_BK[:, :1].tolist()
 
 
 def test_every_step_is_timed_in_every_repetition() -> None:
-    times = measure_steps(MODEL, STACK, [TEXT, TEXT], longest=3, repetitions=2)
+    times = measure_steps(MODEL, STACK, [TEXT, TEXT], 3, Limits(4), repetitions=2)
     assert (times.batch, times.context) == (2, len(TEXT))
     assert {n: len(seconds) for n, seconds in times.step.items()} == {1: 2, 2: 2, 3: 2, 4: 2}
     assert {k: len(seconds) for k, seconds in times.draft.items()} == {1: 2, 2: 2, 3: 2}

@@ -1,13 +1,21 @@
 """The settings that a recipe declares are those that its code reads; another one that a user gives is refused."""
 
 import json
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mtptrain import cli
+from mtptrain.config import RunConfig
+from mtptrain.config.given import Given
 from mtptrain.config.reads import ALWAYS, SAMPLING
+from mtptrain.config.unread import check_given
 from mtptrain.recipes import find_recipe
-from tests.command import Light, run_main
+from tests.command import ROOT, Light, Refused, read_metrics, run_main
 from tests.conftest import corpus_texts
 from tests.reads import recorded_reads
 from tests.recipes.test_recipes import SHAPE
@@ -21,7 +29,7 @@ PROGRAMS = {
     "distill, streams": "+recipe=distill data=streams data.path={streams}",
     "distill, on_policy": "+recipe=distill_on_policy on_policy.num_prompts=4 on_policy.max_new_tokens=8",
     "distill, on_policy from a text": "+recipe=distill data=on_policy data.path={corpus} on_policy.num_prompts=4",
-    "distill, on_policy from prompts": "+recipe=distill data=on_policy on_policy.prompts={prompts} on_policy.path={new}/t",
+    "distill, on_policy from prompts": "+recipe=distill_on_policy on_policy.prompts={prompts} on_policy.path={new}/t",
     "pretrain": "+recipe=pretrain data=text data.path={corpus} evaluation.every=1",
     "collect": "+recipe=collect data=text data.path={corpus}",
     "evaluate": "+recipe=evaluate data=text data.path={corpus} checkpoint={head}",
@@ -34,12 +42,13 @@ PROGRAMS = {
     "mini_release, random": "+recipe=mini_release release.random=true backbone.shape.layer_types=[sliding]",
     "backbone": "+recipe=backbone data=text data.path={corpus} train.warmup_steps=1 stock_head.warmup_steps=1 "
     "stock_head.steps=2 stock_head.batch_size=2 data.packages=[] " + " ".join(SHAPE),
-    "plan": "+recipe=plan",
-    "plan from an evaluation": "+recipe=plan plan.evaluation={head}",
-    "plan of training": "+recipe=plan plan.what=training",
+    "plan": "+recipe=plan plan.measured=true",
+    "plan from an evaluation": "+recipe=plan plan.evaluation={head} plan.head=trained",
+    "plan of training": "+recipe=plan plan.what=training plan.measured=true",
     "report": "+recipe=report path={head}",
 }
-# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker, or without a path.
+# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker,
+# or without a path.
 RARELY_READ = {
     "backbone.revision",
     "distributed_timeout",
@@ -51,6 +60,7 @@ RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tag
 # Read with others although the result does not depend on them.
 READ_WITHOUT_EFFECT = {
     *SAMPLING,  # a policy is made whole, also at temperature 0
+    "backbone.path",  # recipe=backbone replaces it by its own folder
     *("decoding.min_confidence", "loss.temperature", "loss.step_decay"),
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off
     *("data.path", "data.field_name", "data.mixture.path", "data.mixture.field_name"),  # copied from parts of a mixture
@@ -85,3 +95,95 @@ def test_a_recipe_declares_the_settings_that_it_reads(
     declared = find_recipe(reads.config.task).reads(reads.config)
     assert declared - reads.names <= RARELY_READ | ALWAYS
     assert reads.names - declared <= READ_WITHOUT_EFFECT
+
+
+# Given settings
+
+UNREAD = [
+    # recipe, arguments; pattern of the line
+    ("distill", "checkpoint=head", "checkpoint=head: belongs to .*, and .* does not read it; .* mtp.init=PATH"),
+    ("pretrain", "checkpoint=head", "checkpoint=head: belongs to .* doctor, evaluate or export"),
+    ("distill", "target=vllm", r"target=vllm: belongs to \+recipe=export, and"),
+    ("distill", "--plan", r"collect.plan_only=True: belongs to \+recipe=collect, and"),
+    ("distill", "stock_head.steps=5", r"stock_head.steps=5: belongs to \+recipe=backbone, and"),
+    ("distill", "backbone.shape.hidden_size=64", r"backbone.shape.hidden_size=64: belongs to \+recipe=backbone, and"),
+    ("distill", "+model=tiny", r"model=tiny: belongs to \+recipe=plan, and"),
+    ("distill", "data=stdlib data.path=a.txt", r"data.path=a.txt: \+recipe=distill with data=stdlib .*set data=text"),
+    ("distill", "data=stdlib data.field_name=body", "data.field_name=body: .* data=stdlib .*: set data=text data.path"),
+    ("distill", "data.packages=[torch]", r"data.packages=\['torch'\]: \+recipe=distill with data=text .* data=stdlib"),
+    ("distill", "data.workers=2", "data.workers=2: .*; they read text during training: set data.streaming=true"),
+    ("distill", "on_policy.temperature=0.5", "on_policy.temperature=0.5: .* with data=text .*; set data=on_policy"),
+    ("distill", "decoding.top_k=5", "decoding.top_k=5: .* does not read it; it matters at a decoding.temperature"),
+    ("pretrain", "loss.temperature=2", "loss.temperature=2.0: .* loss.divergence=ce"),
+    ("evaluate", "checkpoint=stock train.steps=5", "train.steps=5: belongs to .*backbone, distill or pretrain, and"),
+    ("evaluate", "checkpoint=stock checkpoints=[a]", r"checkpoints=\['a'\]: .* checkpoint=PATH"),
+    ("evaluate", "checkpoint=stock train={{steps:5}}", "train.steps=5: belongs to"),
+    ("doctor", "checkpoint=stock tracking=wandb", "tracking=wandb: belongs to .*; leave it out"),
+    ("collect", "evaluation.num_prompts=5", "evaluation.num_prompts=5: belongs to"),
+    ("plan", "data.path=a.txt", "data.path=a.txt: belongs to"),
+    ("plan", "backbone=small", "backbone=small: belongs to .* model=NAME"),
+    ("report", "path=a seed=5", "seed=5: belongs to"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "given", "line"), UNREAD)
+def test_a_setting_that_is_not_read_is_refused(recipe: str, given: str, line: str, refused: Refused) -> None:
+    assert re.match(line, refused(*given.replace("{{", "{").replace("}}", "}").split(), recipe=recipe))
+
+
+def test_a_default_value_is_not_refused(light: list[str], tmp_path: Path) -> None:
+    given = ["checkpoint=null", "evaluation.every=0", "evaluate_at_end=false", "target=null"]
+    assert run_main("+recipe=distill", *light, *given, f"output_dir={tmp_path}") == 0
+
+
+def test_sizes_of_an_evaluation_that_are_not_read_are_noted(
+    places: dict[str, Path], light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["checkpoint=stock", f"prompts={places['prompts']}", "evaluation.timed_prompts=1"]
+    assert run_main("+recipe=doctor", *light, *arguments, f"output_dir={tmp_path}") == 3
+    note = r"^note: \+recipe=doctor does not read evaluation.timed_prompts=1 with these settings$"
+    assert re.search(note, capfd.readouterr().err, re.MULTILINE)
+
+
+def test_values_of_a_shipped_recipe_are_not_refused(tmp_path: Path) -> None:
+    assert run_main("+recipe=flash_2nodes", "task=plan", f"output_dir={tmp_path}") == 0
+
+
+def test_values_of_a_users_own_recipe_are_refused(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe" / "mine.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("# @package _global_\ndefaults: [distill, _self_]\nstock_head: {steps: 7}\n", encoding="utf-8")
+    assert run_main("--config-dir", str(tmp_path), "+recipe=mine", *light, f"output_dir={tmp_path}/run") == 2
+    assert re.match(r"mtptrain: stock_head.steps=7: belongs to \+recipe=backbone", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(("place", "source"), [("corpus", "text"), ("streams", "streams")])
+def test_a_path_chooses_its_source(
+    place: str, source: str, places: dict[str, Path], light: list[str], tmp_path: Path, release_folder: Path
+) -> None:
+    sizes = [one for one in light if not one.startswith(("data", "backbone"))]
+    arguments = [f"backbone.path={release_folder}", f"data.path={places[place]}", "evaluate_at_end=false"]
+    arguments += ["data.sequence_length=32", f"output_dir={tmp_path}"]
+    assert run_main("+recipe=distill", *sizes, *arguments) == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["data"]["source"] == source
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the arguments of every command on a page that names a recipe and is whole."""
+    for part in page.read_text(encoding="utf-8").replace("\\\n", " ").split("python -m mtptrain ")[1:]:
+        command = re.split(r"[`\n#&|]", part)[0]
+        if "+recipe=" in command and not re.search(r"NAME|\.\.\.| -m |--config-dir|--cfg", f" {command}"):
+            yield shlex.split(command)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_commands_of_the_docs_give_only_settings_that_are_read(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(config: RunConfig, _: object, given: Given, __: object) -> None:
+        check_given(given, config, find_recipe(config.task).reads(config), lambda name: [])
+
+    monkeypatch.setattr(cli, "run_task", check)
+    for command in commands(ROOT / page):
+        assert run_main(*command) == 0, command

@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
     learning_rate=1e-2,
     warmup_steps=2,
     router_bias_rate=0.01,
-    checkpoint_every=1,
+    checkpoint_every=2,  # at MIDDLE, BAD and STEPS
     keep_checkpoints=99,
 )
 ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the last has no target at step 3

@@ -11,6 +11,7 @@ import torch
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.packing import fill_rows
+from mtptrain.data.passages import Passages
 from mtptrain.data.streaming.dataset import Position, StreamingPlan, check_position, join_positions, source_of
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.data.streaming.sharding import DocumentShardReader
@@ -40,7 +41,7 @@ class StreamingBatches(BatchSource):
         self.row_numbers = list(rank_rows(plan.num_rows))
         self.seek(0, [])
 
-    def seek(self, index: int, positions: list[Position]) -> None:
+    def seek(self, index: int, positions: list[Position], passages: Passages | None = None) -> None:
         """Resume at micro-batch `index` from the positions of all processes of an earlier run.
 
         Raises:
@@ -56,7 +57,7 @@ class StreamingBatches(BatchSource):
             check_position(self.plan, self._position)
         self._loaders: list[Items] | None = None
 
-    def restart(self, index: int) -> None:
+    def restart(self, index: int, passages: Passages | None = None) -> None:
         """Begin the data at micro-batch `index`, whose predecessors were of other data."""
         self.index, self._position, self._loaders = index, {}, None
 

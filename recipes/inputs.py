@@ -1,0 +1,77 @@
+"""Checks of everything that a run reads and that needs no weights, in one order for all recipes.
+
+A backbone of this kind takes minutes to load, so a wrong path, column, prompt or template must be found before that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtptrain.config import DataSource, Placement, RunConfig
+from mtptrain.config.reads import Settings
+from mtptrain.errors import UserError
+from mtptrain.hidden_cache.manifest import open_cache
+from mtptrain.recipes.on_policy import open_on_policy_prompts
+from mtptrain.recipes.session import Session
+from mtptrain.recipes.traces import check_prompts
+from mtptrain.run.distributed import choose_device
+
+NO_PATH = ("stock", "fresh", "backbone")  # heads that are not in a folder of their own
+
+
+def check_inputs(session: Session, reads: Settings) -> None:
+    """Check device, backbone's folder, chat template, heads, prompts and text, as far as the run reads them.
+
+    Args:
+        session: of the run.
+        reads: the settings that its recipe reads.
+
+    Raises:
+        UserError: the first fault.
+    """
+    config = session.config
+    if not {"backbone.path", "device"} <= reads:  # no backbone is loaded, or it is trained first
+        return
+    choose_device(config.device)
+    _ = session.source
+    if "data.chat_template" in reads:
+        _ = session.chat
+    check_heads(session, reads)
+    if "prompts" in reads and is_measured(config, reads):
+        check_prompts(session)
+        if "evaluation.heldout_sequences" in reads:
+            _ = session.heldout_corpus
+    if "train.steps" in reads:
+        check_training_text(session)
+
+
+def check_heads(session: Session, reads: Settings) -> None:
+    """Refuse a head whose folder holds no usable checkpoint."""
+    config = session.config
+    for path in [config.checkpoint, *config.checkpoints]:
+        if path is not None and path not in NO_PATH:
+            session.checkpoint(path)
+    if "mtp.init" in reads and config.mtp.init not in NO_PATH:
+        try:
+            session.checkpoint(config.mtp.init)
+        except UserError as error:
+            raise UserError(f"mtp.init={config.mtp.init}: {error}") from None
+
+
+def is_measured(config: RunConfig, reads: Settings) -> bool:
+    """Return whether a run measures heads: a training run may leave it out, or be unable to decode."""
+    if "evaluate_at_end" not in reads:
+        return True
+    can_decode = config.backbone.placement is not Placement.zero3
+    return can_decode and (config.evaluate_at_end or ("evaluation.every" in reads and config.evaluation.every > 0))
+
+
+def check_training_text(session: Session) -> None:
+    """Refuse a text, a stream cache or prompts that cannot be trained on."""
+    data = session.config.data
+    if data.source is DataSource.streams:
+        open_cache(Path(str(data.path)))
+    elif data.source is DataSource.on_policy:
+        open_on_policy_prompts(session)
+    else:
+        _ = session.text_batches
