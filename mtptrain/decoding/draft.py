@@ -134,7 +134,7 @@ class MtpProposer:
         """
         modules = [self.stack, self.model.model.embed_tokens, self.model.lm_head]
         rings = [self.streams, *(cache.ring for cache in self.caches)]
-        state = [self.texts.tokens_BT, *(ring.values_BRC for ring in rings)]
+        state = [self.texts.tokens_BT, self.texts.prompt_B, *(ring.values_BRC for ring in rings)]
         constants = ("draft", self.policy, self.draft_length)
         step = make_step(
             self.model,
