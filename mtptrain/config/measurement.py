@@ -46,10 +46,6 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         check_fields(self, "decoding")
         is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
-        is_sampled = self.min_p == 0 or self.temperature > 0
-        require(
-            is_sampled, "decoding.min_p", self.min_p, "excludes tokens from sampling; set decoding.temperature above 0"
-        )
         has_texts = all(isinstance(one, str) and one for one in self.stop_strings)
         require(has_texts, "decoding.stop_strings", self.stop_strings, "must be a list of texts that are not empty")
         require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")

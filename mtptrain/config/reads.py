@@ -21,7 +21,7 @@ TEMPLATE = ("data.chat_template", "data.chat_template_kwargs")
 ROWS = tuple(
     f"data.{name}" for name in ("path", "subset", "split", "field_name", "format", "streaming")
 )  # of data=text
-SAMPLING = ("decoding.top_k", "decoding.top_p", "decoding.draft", "decoding.verification")  # at a temperature above 0
+SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
 
 
 def _names(schema: type, prefix: str = "") -> Iterator[str]:

@@ -138,7 +138,7 @@ class MtpProposer:
         step = Recordable(
             self._propose,
             modules=[self.stack, self.model.model.embed_tokens, self.model.lm_head],
-            state=[self.texts.tokens_BT, *(ring.values_BRC for ring in rings)],
+            state=[self.texts.tokens_BT, self.texts.prompt_B, *(ring.values_BRC for ring in rings)],
             constants=("draft", self.policy, self.draft_length),
             calls=self.texts.num_passes,
         )

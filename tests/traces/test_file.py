@@ -64,6 +64,11 @@ OTHER = {
     "top_p": 0.9,
     "max_new_tokens": 8,
     "stop": [1],
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
+    "stop_strings": ["a"],
 }
 
 
