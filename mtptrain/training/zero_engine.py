@@ -109,6 +109,7 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
+        gather_persistent(self.engine.optimizer)  # a skipped update leaves them partitioned
         self.micro_batches = 0
         return float(self.engine.get_global_grad_norm())
 

@@ -48,7 +48,7 @@ def test_rollout_equals_incremental_drafting(depth: int, steps: int) -> None:
             texts.tokens_BT[0, :known] = torch.tensor(tokens[:known])
             texts.length_B = torch.tensor([known])
             proposer.states = []
-            proposer.draft(None)
+            proposer.propose(texts.length_B, torch.tensor([True]), None, texts.newest)
             for step in range(1, steps + 1):
                 hidden_D = stack.block(step).hidden(proposer.states[step - 1])[0, 0]
                 torch.testing.assert_close(hidden_D, expected[step - 1][0, anchor], atol=TOLERANCE, rtol=TOLERANCE)
