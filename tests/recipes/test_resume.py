@@ -166,7 +166,7 @@ def test_a_change_that_is_allowed_by_name_is_said_and_trained(
     other = tmp_path / "other.jsonl"
     other.write_text("".join(corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)[:40]))
     arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
-    arguments += [f"data.streaming={streaming}", "data.workers=0"]
+    arguments += ["data.streaming=true", "data.workers=0"] if streaming else []
     assert run_main(*arguments) == 0
     arguments += ["resume=auto", "resume_allow=[data.path,train]", "train.steps=4"]
     assert run_main(*arguments, f"data.path={other}") == 0
@@ -200,7 +200,7 @@ def test_a_backbone_and_its_stock_head_are_continued_with_their_own_settings(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kept = [one for one in light if not one.startswith("backbone.path=")]
-    arguments = ["+recipe=backbone", *kept, *SHAPE, "data.packages=[]", "stock_head.steps=2", "stock_head.batch_size=2"]
+    arguments = ["+recipe=backbone", *kept, *SHAPE, "stock_head.steps=2", "stock_head.batch_size=2"]
     arguments += [f"output_dir={tmp_path}"]
     assert run_main(*arguments) == 0
     arguments += ["resume=auto"]
