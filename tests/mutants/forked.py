@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-HEAVY = ("pytest", "torch", "safetensors.torch", "transformers.models.deepseek_v4.modeling_deepseek_v4", "hydra")
+HEAVY = ("pytest", "safetensors.torch", "transformers.models.deepseek_v4.modeling_deepseek_v4", "hydra")
 OURS = ("mtptrain", "tests")  # imported anew from the tree of each mutant
 TIMEOUT = 900  # seconds; a fault may make a loop endless
 
@@ -28,6 +28,10 @@ class Ended(NamedTuple):
 def preload() -> None:
     """Import the heavy packages; call it before `run_module`, in a process without threads."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    import torch
+
+    if not torch.cuda.is_available():  # as in tests/conftest.py, before anything imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
     for name in HEAVY:
         importlib.import_module(name)
 
