@@ -84,5 +84,5 @@ def test_rows_are_packed_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         box[:] = [(sent, None)]
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
-    monkeypatch.setattr(distributed, "_joined", [distributed._Group(None, 1, 2)])
+    monkeypatch.setattr(distributed, "_joined", [distributed._Group(None, 1, 2, None)])
     assert packed_batches(batch_size=4).order.rows is sent

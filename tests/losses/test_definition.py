@@ -163,7 +163,7 @@ def train(
     )
     engine, config = RecordingEngine(of.stack), TrainConfig(batch_size=2, accumulation=2)
     head = RolloutObjective(of.model, of.stack, loss, of.steps, **options)
-    identity = BackboneIdentity("test", 0)
+    identity = BackboneIdentity("test", "ab" * 32, {})
     step = Trainer(engine, head, batches(is_masked, source), config, Path("unused"), identity).train_step()
     return step, engine.loss, {name: parameter.grad for name, parameter in of.stack.named_parameters()}
 
@@ -241,7 +241,12 @@ def test_next_token_training_equals_the_cross_entropy_of_every_document_alone() 
     model = copy.deepcopy(backbone()).requires_grad_(True)
     engine, config = RecordingEngine(model), TrainConfig(batch_size=2, accumulation=2)
     step = Trainer(
-        engine, NextTokenObjective(model), batches(True), config, Path("unused"), BackboneIdentity("test", 0)
+        engine,
+        NextTokenObjective(model),
+        batches(True),
+        config,
+        Path("unused"),
+        BackboneIdentity("test", "ab" * 32, {}),
     ).train_step()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     losses = []

@@ -46,7 +46,7 @@ class Linear:
 def trainer(dtype: torch.dtype = torch.float32, constant: float = 0.0) -> Trainer:
     module = nn.Linear(1, 1, bias=False).to(dtype)
     nn.init.zeros_(module.weight)
-    engine, identity = ReplicatedEngine(module, CONFIG), BackboneIdentity("test", 0)
+    engine, identity = ReplicatedEngine(module, CONFIG), BackboneIdentity("test", "ab" * 32, {})
     return Trainer(engine, Linear(module, constant), Slopes(), CONFIG, Path("unused"), identity)
 
 
