@@ -1,11 +1,12 @@
 """Sound decoding and drafting stay within the rounding noise of transformers' forward; planted faults do not."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone import decode
 from mtptrain.backbone.attention import use_linear_attention
@@ -34,8 +35,11 @@ LIMITS = Limits(20)
 
 
 @contextmanager
-def stale_entries() -> Iterator[None]:
-    """A compressor that is not rewound: the entry of a window that a rejected draft closed stays."""
+def stale_entries() -> Iterator[DeepseekV4ForCausalLM]:
+    """A compressor that is not rewound: the entry of a window that a rejected draft closed stays.
+
+    Yields a backbone equal to `MODEL`, because the traces that `MODEL` keeps are those of sound steps.
+    """
     compress = decode._compress
 
     def keep_first(module, state, windows, inputs_BSD) -> None:  # noqa: ANN001
@@ -47,7 +51,7 @@ def stale_entries() -> Iterator[None]:
 
     decode._compress = keep_first
     try:
-        yield
+        yield random_backbone()
     finally:
         decode._compress = compress
 
@@ -63,29 +67,26 @@ def test_decoding_equals_transformers_forward_up_to_the_noise() -> None:
 
 
 def test_a_compressor_that_is_not_rewound_is_found_in_every_quantity() -> None:
-    with stale_entries():
-        differences, noise = against_upstream(MODEL, {"head": STACK}, PROMPTS, LIMITS, 3)
+    with stale_entries() as model:
+        differences, noise = against_upstream(model, {"head": STACK}, PROMPTS, LIMITS, 3)
     outcomes = {(one.of, one.quantity): one.outcome for one in judge_all(differences, noise, {}).comparisons}
     for quantity in Quantity:
         assert outcomes["head head, K=3", quantity] is Outcome.failed
         assert outcomes["plain decoding", quantity] is Outcome.passed
 
 
-def greedy_run(prompt: int) -> LoopRun:
+def greedy_run(model: DeepseekV4ForCausalLM, prompt: int) -> LoopRun:
     tokens = [PROMPTS[prompt]]
-    loop = decode_speculative(MODEL, MtpProposer(MODEL, STACK), tokens, 3, LIMITS).rows[0]
-    return LoopRun("head", prompt, 3, 1, decode_plain(MODEL, tokens, LIMITS).rows[0], loop, None)
+    loop = decode_speculative(model, MtpProposer(model, STACK), tokens, 3, LIMITS).rows[0]
+    return LoopRun("head", prompt, 3, 1, decode_plain(model, tokens, LIMITS).rows[0], loop, None)
 
 
 @pytest.mark.parametrize(("is_stale", "outcome"), [(False, Outcome.passed), (True, Outcome.failed)])
 def test_gaps_of_a_loop_are_held_against_plain_decoding(is_stale: bool, outcome: Outcome) -> None:
     level = NoiseLevel(SizeLevel(5e-6, 2e-5, 0), SizeLevel(1.5e-5, 6e-5, 0), extreme=1e-4)  # of fp32 logits of order 10
     noise = RoundingNoise(48, level, level)
-    if is_stale:
-        with stale_entries():
-            runs = [greedy_run(prompt) for prompt in range(4)]
-    else:
-        runs = [greedy_run(prompt) for prompt in range(4)]
+    with stale_entries() if is_stale else nullcontext(MODEL) as model:
+        runs = [greedy_run(model, prompt) for prompt in range(4)]
     (comparison,) = judge_all(against_plain(runs, noise), noise, {}).comparisons
     assert comparison.outcome is outcome
     assert (comparison.of, comparison.texts) == ("head head, K=3, batch 1", 4)

@@ -78,11 +78,12 @@ def test_documents_are_cut_at_the_context_in_rows_that_are_longer() -> None:
 
 def test_rows_are_packed_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 has another corpus here, so rows that it packed itself would differ."""
-    sent = packed_batches(num_documents=5).order.rows
+    sent, side = packed_batches(num_documents=5).order.rows, object()
 
-    def receive(box: list[object], src: int) -> None:
+    def receive(box: list[object], src: int, group: object) -> None:
+        assert (src, group) == (0, side)
         box[:] = [(sent, None)]
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
-    monkeypatch.setattr(distributed, "_joined", [distributed._Group(None, 1, 2, None)])
+    monkeypatch.setattr(distributed, "_joined", [distributed._Group(None, 1, 2, side)])
     assert packed_batches(batch_size=4).order.rows is sent
