@@ -18,7 +18,13 @@ from mtptrain.backbone.placement import split_experts
 
 
 class DeepseekV4ForCausalLM(transformers.DeepseekV4ForCausalLM):
-    """transformers' model on this project's kernels; the name is transformers', which finds conversions by it."""
+    """transformers' model on this project's kernels.
+
+    Name and module are transformers': it finds conversions by the name, and reads the source of the module to learn
+    which forms of experts and attention the class can take.
+    """
+
+    __module__ = transformers.DeepseekV4ForCausalLM.__module__
 
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__(config)

@@ -6,9 +6,10 @@ from accelerate import dispatch_model
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
+from mtptrain.backbone import frozen
 from mtptrain.backbone.build import preset_config
 from mtptrain.backbone.decode import decode_step
-from mtptrain.backbone.load import SHIPPED, Backbone, backbone_folder, load_backbone
+from mtptrain.backbone.load import SHIPPED, Backbone, backbone_folder, load_backbone, read_model_config
 from mtptrain.backbone.placement import spread_layers
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.config import BackboneConfig, Placement, ReleaseVariant, StoredWeights
@@ -56,6 +57,18 @@ def test_the_head_of_a_release_is_the_stock_head(release_folder: Path) -> None:
     expected = from_release(backbone.shards.only("mtp."), backbone.config, torch.float32)
     assert has_stock(backbone)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stock_tensors(backbone).items())
+
+
+def test_experts_have_the_form_that_transformers_chooses(release_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered = "_can_set_experts_implementation_cached_value"  # by class, from the first model of a process
+    for kind in (DeepseekV4ForCausalLM, frozen.DeepseekV4ForCausalLM):
+        monkeypatch.delattr(kind, remembered, raising=False)
+    ours = load(release_folder).model.config._experts_implementation
+    monkeypatch.delattr(DeepseekV4ForCausalLM, remembered, raising=False)
+    config = read_model_config(release_folder)
+    config.quantization_config = {**config.quantization_config, "dequantize": True}
+    theirs = DeepseekV4ForCausalLM.from_pretrained(release_folder, config=config).config._experts_implementation
+    assert ours == theirs == "grouped_mm"
 
 
 def test_bf16_keeps_the_fp32_tensors_of_v4_in_fp32(release_folder: Path) -> None:
