@@ -90,6 +90,7 @@ def train_stock_head(session: Session, folder: Path) -> None:
         config,
         task="pretrain",
         train=config.stock_head,
+        evaluate_at_end=False,
         mtp=MtpConfig(init="fresh"),
         backbone=replace(config.backbone, path=str(folder)),
     )

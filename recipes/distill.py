@@ -92,12 +92,12 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
 def describe_text(session: Session, batches: BatchSource) -> str:
     """Return the line that says what is trained on: the text's origin and size, and its held-out share."""
     data = session.config.data
-    share = f"one document in {data.heldout_every} is held out"
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
         counts, origin = cache.content, cache.identity.data
         size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of cached streams"
         return f"training on data.path={data.path}: {size}; one document in {origin.heldout_every} was held out"
+    share = f"one document in {data.heldout_every} is held out"
     if isinstance(batches, PackedBatches):
         name = {DataSource.stdlib: "the standard library", DataSource.on_policy: "the backbone's own texts"}
         what = name.get(data.source, f"data.path={data.path}")

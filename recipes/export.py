@@ -15,7 +15,7 @@ from transformers import DeepseekV4Config
 import mtptrain
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import ExportForm, ExportScheme, PlanConfig, RunConfig, require
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, of_traces, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
@@ -277,7 +277,9 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an export reads."""
     used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
-    return used - {"export.shards"} if config.export.form is ExportForm.draft else used
+    if config.hardware is not None:
+        used |= of_speed_plan(config, "backbone.shape")
+    return used - {"export.shards" if config.export.form is ExportForm.draft else "export.embeddings"}
 
 
 def check(config: RunConfig) -> None:

@@ -49,7 +49,8 @@ def check_inputs(session: Session, reads: Settings) -> None:
 def check_heads(session: Session, reads: Settings) -> None:
     """Refuse a head whose folder holds no usable checkpoint."""
     config = session.config
-    for path in [config.checkpoint, *config.checkpoints]:
+    paths = config.checkpoints if "checkpoints" in reads else [config.checkpoint] if "checkpoint" in reads else []
+    for path in paths:
         if path is not None and path not in NO_PATH:
             session.checkpoint(path)
     if "mtp.init" in reads and config.mtp.init not in NO_PATH:

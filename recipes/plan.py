@@ -20,7 +20,7 @@ from mtptrain.config import (
     RunConfig,
     WeightFormat,
 )
-from mtptrain.config.reads import ALWAYS, Settings, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_speed_plan, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.planning.decoding import plan_decoding
@@ -58,12 +58,8 @@ STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, Engine
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a plan reads: of training, also those of the training."""
-    used = ALWAYS | settings("model", "hardware", "plan", "overwrite")
-    used -= settings("model.path", "model.revision", "model.placement", "model.weights")
-    used -= settings("model.shape.max_positions", "model.shape.num_hash_layers", "model.shape.sinkhorn_iterations")
+    used = ALWAYS | of_speed_plan(config, "model.shape") | settings("hardware.memory", "model.name", "plan")
     plan = config.plan or PlanConfig()
-    if not plan.measured:
-        used -= {"hardware.measured_bandwidth", "hardware.measured_bf16_flops"}
     if plan.what is PlanKind.training:
         return used - DECODING_ONLY | settings(*TRAINING_LOAD)
     return used - {"plan.head" if plan.evaluation is None else "plan.acceptance"}

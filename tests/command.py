@@ -62,7 +62,9 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head
     prompts = "file" if has_prompts else HELDOUT
     config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release)
-    read = find_recipe(task).reads(config) | {"data"}
+    read = set(find_recipe(task).reads(config))
+    if "data.source" in read:
+        read.add("data")
     return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]
 
 

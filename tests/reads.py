@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from dataclasses import replace as dataclass_replace
+from functools import cache
 from types import FrameType
 from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
 from mtptrain.config import RunConfig
+from mtptrain.config.reads import section_of
 
 # Functions that read settings without any effect on the result: checks, and records of a whole section.
 WITHOUT_EFFECT = {
@@ -42,6 +44,12 @@ def _sections(schema: type) -> Iterator[type]:
             yield from _sections(part)  # type: ignore[arg-type]
 
 
+@cache
+def _single_settings(schema: type) -> frozenset[str]:
+    """Return the fields of a section that are no sections, such as an optional one that is null."""
+    return frozenset(name for name, kind in get_type_hints(schema).items() if section_of(kind) is None)
+
+
 def _has_effect(frame: FrameType | None) -> bool:
     """Return whether our code reads a setting to use it; properties of the settings read for their caller."""
     while frame is not None:
@@ -66,6 +74,7 @@ class Reads:
         self.names: set[str] = set()
         self.config: RunConfig | None = None
         self._prefixes: dict[int, str] = {}  # of the run's sections, by id
+        self._replaced: set[tuple[int, str]] = set()  # fields of copies with a value of the program's own
         self._kept: list[object] = []  # ids stay unique only while the objects live
 
     def open(self, config: RunConfig) -> None:
@@ -86,17 +95,18 @@ class Reads:
         """Return an attribute of a section, and record it if it is a setting that is read with effect."""
         value = object.__getattribute__(section, name)
         prefix = self._prefixes.get(id(section))
-        is_setting = prefix is not None and not name.startswith("_") and name in type(section).__dataclass_fields__
-        if is_setting and not is_dataclass(value) and _has_effect(sys._getframe(2)):
+        is_setting = name in _single_settings(type(section)) and (id(section), name) not in self._replaced
+        if prefix is not None and is_setting and _has_effect(sys._getframe(2)):
             self.names.add(f"{prefix}{name}")
         return value
 
     def replace(self, section: Any, **changes: Any) -> Any:
-        """`dataclasses.replace`, for which a copy counts as its source."""
+        """`dataclasses.replace`, for which a copy counts as its source except for the changed fields."""
         copy = dataclass_replace(section, **changes)
         if id(section) in self._prefixes:
             self._prefixes[id(copy)] = self._prefixes[id(section)]
             self._kept.append(copy)
+            self._replaced |= {(id(copy), name) for name in changes}
         return copy
 
 

@@ -126,3 +126,13 @@ def of_loss(config: RunConfig) -> Settings:
 def of_training(config: RunConfig) -> Settings:
     """Return the settings of a training loop and of its engine."""
     return settings("train", "engine", "offload", "tracking", "resume_allow")
+
+
+def of_speed_plan(config: RunConfig, shape: str) -> Settings:
+    """Return the settings of a plan's times by draft length; `shape` names the section of the model's sizes."""
+    used = settings("hardware", "plan", shape)
+    used -= settings("hardware.memory", "plan.what", "plan.acceptance", "plan.evaluation", "plan.head")
+    used -= {f"{shape}.{name}" for name in ("max_positions", "num_hash_layers", "sinkhorn_iterations")}
+    if config.plan is not None and config.plan.measured:
+        return used
+    return used - {"hardware.measured_bandwidth", "hardware.measured_bf16_flops"}

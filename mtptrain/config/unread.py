@@ -39,6 +39,8 @@ OTHER_SETTINGS = {
     "decoding.top_k": "it matters at a decoding.temperature above 0; set one",
     "decoding.top_p": "it matters at a decoding.temperature above 0; set one",
     "decoding.verification": "it matters at a decoding.temperature above 0; set one",
+    "export.embeddings": "a whole model has them: set export.form=draft",
+    "export.shards": "a draft has none of the model's shards: set export.form=full",
     "loss.step_decay": "loss.divergence=chain weighs whole drafts",
     "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",
     "on_policy": "set data=on_policy",

@@ -21,6 +21,7 @@ from tests.conftest import corpus_texts
 from tests.reads import recorded_reads
 from tests.recipes.test_recipes import SHAPE
 
+SIZES = "backbone.shape.vocab_size=300 backbone.shape.hidden_size=64 backbone.shape.num_experts=4"  # of the release
 # A program, and settings with which one run reads all that the program may read with its source of data.
 PROGRAMS = {
     "distill, stdlib": "+recipe=distill data=stdlib decoding.temperature=1",
@@ -38,7 +39,10 @@ PROGRAMS = {
     "doctor": "+recipe=doctor data=text data.path={corpus} checkpoint={head}",
     "doctor, prompts of a file": "+recipe=doctor checkpoint={head} prompts={prompts}",
     "compare": "+recipe=compare data=text data.path={corpus} checkpoints=[stock,{head}]",
-    "export": "+recipe=export data=text data.path={corpus} checkpoint={head} target=vllm export.max_drop=9",
+    "export": "+recipe=export data=text data.path={corpus} checkpoint={head} target=vllm export.max_drop=9 "
+    "plan.batch=2 " + SIZES,
+    "export of a draft": "+recipe=export checkpoint={head} prompts={prompts} target=vllm export.form=draft "
+    "export.max_drop=9 " + SIZES,
     "mini_release": "+recipe=mini_release",
     "mini_release, random": "+recipe=mini_release release.random=true backbone.shape.layer_types=[sliding]",
     "backbone": "+recipe=backbone data=text data.path={corpus} train.warmup_steps=1 stock_head.warmup_steps=1 "
@@ -63,7 +67,7 @@ RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tag
 # Read with others although the result does not depend on them.
 READ_WITHOUT_EFFECT = {
     *SAMPLING,  # a policy is made whole, also at temperature 0
-    "backbone.path",  # recipe=backbone replaces it by its own folder
+    "backbone.weights",  # tells the room for a backbone, also for that of recipe=backbone, which is not quantised
     *("decoding.min_confidence", "loss.temperature", "loss.step_decay"),
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off
     *ROWS,  # copied from parts of a mixture
@@ -91,9 +95,9 @@ def test_a_recipe_declares_the_settings_that_it_reads(
 ) -> None:
     arguments = PROGRAMS[program].format(**places, new=tmp_path).split()
     sizes = [one for one in light if not one.startswith(("data=", "data.path=", "backbone.path="))]
-    backbone = Light(f"backbone.path={release_folder}")
+    own = map(Light, (f"backbone.path={release_folder}", "train.warmup_steps=1", "data.chat_template=builtin"))
     with recorded_reads() as reads:
-        code = run_main(*sizes, backbone, Light("train.warmup_steps=1"), *arguments, f"output_dir={tmp_path / 'run'}")
+        code = run_main(*sizes, *own, *arguments, f"output_dir={tmp_path / 'run'}")
     assert code in (0, 3)  # the doctor finds a random head unhealthy
     assert reads.config is not None
     declared = find_recipe(reads.config.task).reads(reads.config)
@@ -106,7 +110,7 @@ def test_a_recipe_declares_the_settings_that_it_reads(
 UNREAD = [
     # recipe, arguments; pattern of the line
     ("distill", "checkpoint=head", "checkpoint=head: belongs to .*, and .* does not read it; .* mtp.init=PATH"),
-    ("pretrain", "checkpoint=head", "checkpoint=head: belongs to .* doctor, evaluate or export"),
+    ("pretrain", "checkpoint=head", r"checkpoint=head: belongs to \+recipe=doctor, evaluate or export, and"),
     ("distill", "target=vllm", r"target=vllm: belongs to \+recipe=export, and"),
     ("distill", "--plan", r"collect.plan_only=True: belongs to \+recipe=collect, and"),
     ("distill", "stock_head.steps=5", r"stock_head.steps=5: belongs to \+recipe=backbone, and"),
