@@ -52,6 +52,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     is_mixed = any(one.startswith("data.mixture") for one in arguments)
     has_traces = any(one.startswith("evaluation.traces=") for one in arguments)
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
+    source = "text" if is_mixed else source
     evaluation = EvaluationConfig(traces="traces" if has_traces else None)
     release = ReleaseConfig(random="release.random=true" in arguments)
     data = DataConfig(

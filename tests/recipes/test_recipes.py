@@ -248,6 +248,7 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
         data=DataConfig(source=DataSource.text, path=str(corpus_file), sequence_length=33),
         mtp=MtpConfig(steps=3),
         train=TrainConfig(steps=2, batch_size=1, warmup_steps=0, router_bias_rate=0.01),
+        evaluate_at_end=False,
     )
     files = tree(backbone_folder)
     folder = open_run_folder(config, {})
