@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import run_main
+from tests.command import Light, run_main
 from tests.export.exporting import FAST, export
 
 
@@ -14,7 +14,7 @@ def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.Te
     run = tmp_path_factory.mktemp("runs") / "trained"
     arguments = [*light, f"backbone.path={release_folder}", "evaluate_at_end=false"]
     assert run_main("+recipe=distill", *arguments, f"output_dir={run}") == 0
-    return [*light, *FAST, f"backbone.path={release_folder}", f"checkpoint={run}"]
+    return [*light, *FAST, f"backbone.path={release_folder}", Light(f"checkpoint={run}")]
 
 
 @pytest.fixture(scope="session")

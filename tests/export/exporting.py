@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mtptrain.training.checkpoint import EXPORT_MANIFEST
-from tests.command import run_main
+from tests.command import Light, run_main
 
-FAST = ["export.max_drop=1"]  # two training steps change little, and two prompts are too few to measure it
+FAST = [Light("export.max_drop=1")]  # two training steps change little, and two prompts are too few to measure it
 
 
 def read_record(folder: Path) -> dict[str, Any]:
