@@ -204,7 +204,7 @@ def main() -> None:
     except SystemExit as ending:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
-            stop(composition_message(errors.getvalue(), ending.__context__))
+            stop(composition_message(errors.getvalue(), ending.__context__, sys.argv[1:]))
         if ending.code == USER_MISTAKE and errors.getvalue():  # argparse uses the same exit code
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
             stop(f"{reason}; options such as --config-dir go before the settings; see --help")

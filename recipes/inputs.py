@@ -5,9 +5,10 @@ A backbone of this kind takes minutes to load, so a wrong path, column, prompt o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from mtptrain.config import DataSource
+from mtptrain.config import DataSource, did_you_mean
 from mtptrain.config.reads import Settings
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.manifest import open_cache
@@ -51,13 +52,19 @@ def check_heads(session: Session, reads: Settings) -> None:
     config = session.config
     paths = config.checkpoints if "checkpoints" in reads else [config.checkpoint] if "checkpoint" in reads else []
     for path in paths:
-        if path is not None and path not in NO_PATH:
-            session.checkpoint(path)
-    if "mtp.init" in reads and config.mtp.init not in NO_PATH:
+        if path is not None:
+            _check_head(session, path, "", NO_PATH[:1])
+    if "mtp.init" in reads:
+        _check_head(session, config.mtp.init, f"mtp.init={config.mtp.init}: ", NO_PATH)
+
+
+def _check_head(session: Session, path: str, setting: str, names: Sequence[str]) -> None:
+    """Refuse a path that holds no usable checkpoint and is no name of a head; `setting` begins the error."""
+    if path not in names:
         try:
-            session.checkpoint(config.mtp.init)
+            session.checkpoint(path)
         except UserError as error:
-            raise UserError(f"mtp.init={config.mtp.init}: {error}") from None
+            raise UserError(f"{setting}{error}{did_you_mean(path, names)}") from None
 
 
 def is_measured(session: Session, reads: Settings) -> bool:

@@ -127,8 +127,9 @@ class Session:
         from mtptrain.data.tokens import tokenize_corpus
 
         data = self.config.data
-        with waiting("reading and tokenising the training documents"):
-            return tokenize_corpus(training_documents(data), self.encoder, self.cache, data.max_tokens)
+        with waiting("reading the training documents"):
+            documents = training_documents(data)
+        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
@@ -137,8 +138,9 @@ class Session:
         from mtptrain.data.tokens import tokenize_corpus
 
         data = self.document_settings
-        with waiting("reading and tokenising the held-out documents"):
-            return tokenize_corpus(heldout_documents(data), self.encoder, self.cache, data.max_tokens)
+        with waiting("reading the held-out documents"):
+            documents = heldout_documents(data)
+        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
 
     @cached_property
     def text_batches(self) -> BatchSource:

@@ -77,6 +77,8 @@ MISTAKES = [
     (["seed=${nowhere}"], "seed: .*'nowhere' not found; write a value"),
     (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
     (["distill"], "distill: is not setting=value"),
+    (["plan.batch=2"], "plan.batch=2: this recipe has no plan and does not read it; leave it out"),
+    (["mtp.init=fersh"], r"mtp.init=fersh: .*; did you mean fresh\?"),
 ]
 
 

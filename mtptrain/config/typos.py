@@ -88,15 +88,27 @@ def _words(kind: type) -> str:
     return KINDS.get(kind, "another kind of value")
 
 
-def composition_message(text: str, error: BaseException | None) -> str:
+def _is_in_absent_section(argument: str) -> bool:
+    """Return whether an argument sets part of a section that a recipe may leave null, such as plan.batch."""
+    name = argument.partition("=")[0]
+    section = get_type_hints(RunConfig).get(name.partition(".")[0])
+    return "." in name and type(None) in get_args(section) and any(map(is_dataclass, get_args(section)))
+
+
+def composition_message(text: str, error: BaseException | None, arguments: Sequence[str] = ()) -> str:
     """Return the answer to Hydra's error about a command line, on one line.
 
     Args:
         text: the lines that Hydra printed.
         error: the exception behind them.
+        arguments: of the command line.
     """
     if isinstance(error, OverrideParseException):
         return f"{error.override}: is not setting=value; an odd value needs 'setting=\"value\"'; see --help"
+    if "Unexpected type for root: NoneType" in text:  # Hydra sets a value in a section that is null
+        absent = next(filter(_is_in_absent_section, arguments), None)
+        if absent is not None:
+            return f"{absent}: this recipe has no {absent.partition('.')[0]} and does not read it; leave it out"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return no_such_choice(group, choice, error.options or group_choices(group))

@@ -19,6 +19,7 @@ from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.data.notes import note
 from mtptrain.errors import UserError
+from mtptrain.run.progress import waiting
 from mtptrain.run.storage import atomic_file, clear_leftovers, user_cache
 
 DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, BadZipFile)  # raised by numpy for cut or altered files
@@ -95,7 +96,11 @@ def tokenize_corpus(
         except DAMAGE:
             path.unlink()  # damaged or empty, so it is written anew below
     bad_rows = BadRows(encoder.on_bad_row)
-    corpus = join_documents(list(_leading(encoder.encode(documents, bad_rows), max_tokens)))
+    encoded: list[EncodedDocument] = []
+    with waiting(f"tokenising {len(documents):,} documents", lambda: len(encoded) / len(documents)):
+        for document in _leading(encoder.encode(documents, bad_rows), max_tokens):
+            encoded.append(document)
+    corpus = join_documents(encoded)
     arrays: dict[str, Any] = {
         "note": np.asarray(_note(bad_rows)),
         "tokens": corpus.tokens,

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -29,10 +29,14 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def waiting(label: str) -> Iterator[None]:
+def waiting(label: str, share: Callable[[], float] | None = None) -> Iterator[None]:
     """Print what the block is doing if it takes longer than a moment, and again with its time every half minute.
 
-    For work that cannot count its steps; on rank 0 only.
+    For work without a line of its own for every step; on rank 0 only.
+
+    Args:
+        label: the work.
+        share: returns how much of the work is done, 0 to 1; with it the remaining time is estimated.
     """
     ended, begun = threading.Event(), time.monotonic()
 
@@ -40,7 +44,9 @@ def waiting(label: str) -> Iterator[None]:
         pause = QUIET_SECONDS
         while not ended.wait(pause):
             spent = time.monotonic() - begun
-            print(f"{label}, for {clock(spent)} so far", file=sys.stderr, flush=True)
+            done = share() if share is not None else 0.0
+            left = f", about {clock(math.ceil(spent * (1 - done) / done))} left" if 0 < done < 1 else ""
+            print(f"{label}, for {clock(spent)} so far{left}", file=sys.stderr, flush=True)
             pause = SECONDS_BETWEEN_SIGNS
 
     thread = threading.Thread(target=print_signs, daemon=True)

@@ -244,7 +244,6 @@ def test_training_changes_the_head_and_nothing_of_the_backbone(
     config = RunConfig(
         task="distill",
         output_dir=str(tmp_path / "run"),
-        evaluate_at_end=False,
         backbone=BackboneConfig(path=str(backbone_folder)),
         data=DataConfig(source=DataSource.text, path=str(corpus_file), sequence_length=33),
         mtp=MtpConfig(steps=3),

@@ -1,5 +1,6 @@
 """No long silence, and no remaining time that is not true."""
 
+import re
 import time
 
 import pytest
@@ -19,6 +20,22 @@ def test_a_wait_says_what_it_waits_for_and_how_long_so_far(
     capfd.readouterr()
     time.sleep(0.01)
     assert capfd.readouterr().err == ""
+
+
+def test_a_wait_that_knows_its_share_estimates_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
+    shares = iter([0.0, *[0.001] * 10**6])
+    lines = ""
+    with waiting("tokenising", lambda: next(shares)):
+        while "left" not in lines:
+            lines += capfd.readouterr().err
+            time.sleep(0.001)
+    first, *_, last = lines.splitlines()
+    assert first == "tokenising, for 0:00 so far"  # nothing is done: no estimate
+    assert re.fullmatch(r"tokenising, for 0:00 so far, about \d+:\d\d left", last)
 
 
 def test_a_short_wait_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
