@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import DeepseekV4ForCausalLM
@@ -26,13 +27,20 @@ def upstream_modules(model: DeepseekV4ForCausalLM) -> Iterator[None]:
     replaced = [(child, type(child)) for child in model.modules() if type(child) in upstream]
     has_own_attention = any(kind in UPSTREAM for _, kind in replaced)
     for child, kind in replaced:
-        child.__class__ = upstream[kind]
+        _become(child, upstream[kind])
     if has_own_attention:
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for child, kind in replaced:
-            child.__class__ = kind
+            _become(child, kind)
         if has_own_attention:
             model.set_attn_implementation(NAME)
+
+
+def _become(module: Any, kind: type[nn.Module]) -> None:
+    """Change the class of a module, also for accelerate's hook, which keeps the forward of the class before."""
+    module.__class__ = kind
+    if hasattr(module, "_old_forward"):
+        module._old_forward = kind.forward.__get__(module)

@@ -132,17 +132,16 @@ class MtpProposer:
 
         On a CPU a draft that ends early saves more than a trace, so a policy with a confidence threshold has none.
         """
-        if self.policy.min_confidence > 0 and self.model.lm_head.weight.is_cpu:
-            return Eager(self._propose)
         rings = [self.streams, *(cache.ring for cache in self.caches)]
-        step = Recordable(
+        draft = Recordable(
             self._propose,
             modules=[self.stack, self.model.model.embed_tokens, self.model.lm_head],
             state=[self.texts.tokens_BT, self.texts.prompt_B, *(ring.values_BRC for ring in rings)],
             constants=("draft", self.policy, self.draft_length),
             calls=self.texts.num_passes,
         )
-        return make_step(self.model, step)
+        step = make_step(self.model, draft)
+        return Eager(self._propose) if self.policy.min_confidence > 0 and not step.records_first else step
 
     def read(self, part: PrefilledPart) -> None:
         """See `Proposer`. The first draft recomputes the keys of the last anchors, whose tokens are not known yet."""

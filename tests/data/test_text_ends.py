@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+from mtptrain.config import DataConfig
 from mtptrain.data.chat import open_chat_template
 from mtptrain.data.documents import Document
 from mtptrain.data.packing import fill_rows, pack_corpus
@@ -112,11 +113,11 @@ def test_prompts_and_conversations_begin_with_one_begin_token(template: str, fol
     tokenizer = add_post_processor(folder, WRITES_BOS)
     found = ends(folder, begin=None, tokenizer=tokenizer)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    chat = open_chat_template(None, folder, tokenizer, found.begin)
+    chat = open_chat_template(DataConfig(), folder, tokenizer, found.begin)
     assert chat is not None
     messages = [{"role": "user", "content": "the hat"}, {"role": "assistant", "content": "the cat"}]
     text = encode_prompt_row(PromptRow("", "", "the hat", [], []), 0, tokenizer, found.begin, chat)
     talk = encode_prompt_row(PromptRow("", "", "", messages[:1], []), 0, tokenizer, found.begin, chat)
-    whole, _ = chat.encode_with_mask(messages)
-    for tokens in (text.prompt.tokens, talk.prompt.tokens, whole):
+    [whole] = chat.encode_rows(messages)
+    for tokens in (text.prompt.tokens, talk.prompt.tokens, whole.tokens):
         assert (tokens[0], tokens.count(0)) == (0, 1)

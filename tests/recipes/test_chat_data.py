@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Refused, read_metrics, run_main
+from tests.command import Light, Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, OBJECTS, SUBJECTS, VERBS, save_backbone
 
 
@@ -69,7 +69,7 @@ def test_the_settings_of_conversations_reach_a_recipe(
 
 @pytest.mark.parametrize("recipe", ["distill", "collect"])
 def test_conversations_without_a_template_are_refused(recipe: str, talk: list[str], refused: Refused) -> None:
-    line = refused(*talk[:2], "evaluate_at_end=false", recipe=recipe)
+    line = refused(*talk[:2], Light("evaluate_at_end=false"), recipe=recipe)
     assert "is a conversation and the backbone's tokenizer has no chat template" in line
     assert "set data.chat_template to a jinja file" in line
 

@@ -16,9 +16,11 @@ from mtptrain.traces.file import Trace, read_trace_set
 from mtptrain.traces.folder import outcome
 from mtptrain.traces.on_policy import as_corpus
 from mtptrain.traces.prompts import Prompt
-from tests.command import kill_when, read_metrics, run_main, start_process, tree
+from tests.command import Refused, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
 from tests.test_launchers import finish, start
+
+PROMPT_TOKENS = "on_policy.prompt_tokens=8"  # prompts of a file keep their length
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def small(light: list[str]) -> list[str]:
     return [
         *other,
         "on_policy.num_prompts=9",
-        "on_policy.prompt_tokens=8",
+        PROMPT_TOKENS,
         "on_policy.max_new_tokens=12",
         "on_policy.batch_size=3",
         "evaluate_at_end=false",
@@ -178,7 +180,8 @@ def test_conversations_are_continued_turn_by_turn_and_failures_counted(
         "data.sequence_length=64",
         "on_policy.max_new_tokens=8",
     ]
-    assert train(small, tmp_path / "run", tmp_path / "texts", *settings) == 0
+    cut = [one for one in small if one != PROMPT_TOKENS]
+    assert train(cut, tmp_path / "run", tmp_path / "texts", *settings) == 0
     assert sorted(trace.prompt.group for trace in texts(tmp_path / "texts")) == [0, 0, 1]
     counts = json.loads((tmp_path / "texts" / "manifest.json").read_text(encoding="utf-8"))["content"]["counts"]
     assert (counts["prompts"], counts["too_long"], counts["dropped_turns"]) == (3, 1, 0)
@@ -253,13 +256,18 @@ def test_a_folder_of_something_else_is_left_alone(
         (["on_policy.num_prompts=100000"], "on_policy.num_prompts=100000: the training text has"),
         (["on_policy.max_new_tokens=5000"], "on_policy.max_new_tokens=5000: no prompt has room for it"),
         (["on_policy.prompts=absent.jsonl"], "on_policy.prompts=absent.jsonl: cannot be read"),
-        (["task=collect"], "data=on_policy: is text that the backbone writes during training"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
 def test_impossible_settings_are_refused(
     arguments: list[str], reason: str, small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    line = refusal(small, tmp_path / "run", tmp_path / "texts", capfd, *arguments)
+    settings = [one for one in small if one != PROMPT_TOKENS or "prompts=absent" not in arguments[0]]
+    line = refusal(settings, tmp_path / "run", tmp_path / "texts", capfd, *arguments)
     assert line.startswith(f"mtptrain: {reason}")
     assert not (tmp_path / "texts").exists()
+
+
+def test_the_texts_are_no_text_to_collect_from(refused: Refused) -> None:
+    line = refused("data=on_policy", recipe="collect")
+    assert line.startswith("data=on_policy: is text that the backbone writes during training")
