@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -43,4 +44,4 @@ def _become(module: Any, kind: type[nn.Module]) -> None:
     """Change the class of a module, also for accelerate's hook, which keeps the forward of the class before."""
     module.__class__ = kind
     if hasattr(module, "_old_forward"):
-        module._old_forward = kind.forward.__get__(module)
+        module._old_forward = MethodType(kind.forward, module)
