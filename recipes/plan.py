@@ -58,7 +58,8 @@ STAGES = {EngineName.single: 0, EngineName.zero1: 1, EngineName.zero2: 2, Engine
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a plan reads: of training, also those of the training."""
-    used = ALWAYS | of_speed_plan(config, "model.shape") | settings("hardware.memory", "model.name", "plan")
+    used = ALWAYS | of_speed_plan(config, "model.shape")
+    used |= settings("hardware.memory", "model.name", "plan", "overwrite")
     plan = config.plan or PlanConfig()
     if plan.what is PlanKind.training:
         return used - DECODING_ONLY | settings(*TRAINING_LOAD)

@@ -87,7 +87,7 @@ class Session:
             "decoding.draft_length": config.decoding.draft_length,
             "on_policy.draft_length": config.on_policy.draft_length,
         }
-        for name in lengths.keys() & read:
+        for name in [name for name in lengths if name in read]:
             rule = f"a draft must be shorter than the backbone's sliding window of {window} tokens"
             require(lengths[name] < window, name, lengths[name], rule)
 

@@ -18,9 +18,8 @@ from mtptrain.config.run import RunConfig
 
 Settings = frozenset[str]  # dotted names of single settings
 TEMPLATE = ("data.chat_template", "data.chat_template_kwargs")
-ROWS = tuple(
-    f"data.{name}" for name in ("path", "subset", "split", "field_name", "format", "streaming")
-)  # of data=text
+# Settings of data=text.
+ROWS = tuple(f"data.{name}" for name in ("path", "subset", "split", "field_name", "format", "streaming"))
 SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
 
 
@@ -50,7 +49,7 @@ def settings(*names: str) -> Settings:
     return frozenset(one for one in all_settings() for name in names if f"{one}.".startswith(f"{name}."))
 
 
-ALWAYS = settings("task", "output_dir", "resume", "resume_allow", "overwrite")
+ALWAYS = settings("task", "output_dir", "resume")
 
 
 def of_backbone(config: RunConfig) -> Settings:

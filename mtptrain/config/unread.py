@@ -36,6 +36,7 @@ OTHER_SETTINGS = {
     "data.path": "set data=text, data=chat or data=streams to read it",
     "data.workers": "they read text during training: set data.streaming=true or data.mixture",
     "decoding.draft": "it matters at a decoding.temperature above 0; set one",
+    "decoding.min_p": "it matters at a decoding.temperature above 0; set one",
     "decoding.top_k": "it matters at a decoding.temperature above 0; set one",
     "decoding.top_p": "it matters at a decoding.temperature above 0; set one",
     "decoding.verification": "it matters at a decoding.temperature above 0; set one",

@@ -131,6 +131,13 @@ UNREAD = [
     ("plan", "data.path=a.txt", "data.path=a.txt: belongs to"),
     ("plan", "backbone=small", "backbone=small: belongs to .* model=NAME"),
     ("report", "path=a seed=5", "seed=5: belongs to"),
+    (
+        "evaluate",
+        "checkpoint=stock resume=auto resume_allow=[train]",
+        r"resume_allow=\['train'\]: belongs to .*distill",
+    ),
+    ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
+    ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
     ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]
 
