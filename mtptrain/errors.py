@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class SharedMistake(UserError):
+    """A mistake that every process of the run meets by itself, so none has to be told of it."""
+
+
 class Preempted(Exception):
     """A signal ended the run after its work was saved. The message is a sentence about the work on disk.
 

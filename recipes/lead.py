@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
+from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, SharedMistake, UserError
 from mtptrain.recipes.session import Session
 from mtptrain.run.distributed import END, LOAD, acting_alone, announce, await_order, rank, world_size
 
@@ -34,6 +34,8 @@ def lead(session: Session, work: Callable[[], T]) -> T | None:
     with acting_alone():
         try:
             result = work()
+        except SharedMistake:
+            raise
         except UserError:
             announce(END + USER_MISTAKE)
             raise

@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, Placement, Precision, RunConfig
-from mtptrain.errors import UserError
+from mtptrain.errors import SharedMistake, UserError
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
     import torch
@@ -204,7 +204,11 @@ def acting_alone() -> Iterator[None]:
 
 @contextmanager
 def joining_others(order: int) -> Iterator[None]:
-    """Give the processes that follow an order that all carry out together; without any, do nothing."""
+    """Give the processes that follow an order that all carry out together; without any, do nothing.
+
+    Raises:
+        SharedMistake: the order could not be carried out.
+    """
     if not _led:
         yield
         return
@@ -212,6 +216,8 @@ def joining_others(order: int) -> Iterator[None]:
     _joined[:] = _led
     try:
         yield
+    except UserError as error:
+        raise SharedMistake(str(error)) from error
     finally:
         _joined[:] = []
 
