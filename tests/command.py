@@ -26,6 +26,21 @@ class Light(str):
     __slots__ = ()
 
 
+# Sizes of texts and measurements that keep a run on the random backbone small.
+SMALL = [
+    Light(setting)
+    for setting in (
+        "data.heldout_every=3",
+        "data.sequence_length=32",
+        "decoding.draft_length=2",
+        "decoding.max_new_tokens=6",
+        "evaluation.num_prompts=2",
+        "evaluation.prompt_tokens=12",
+        "evaluation.timed_prompts=1",
+        "evaluation.batch_sizes=[1]",
+        "evaluation.heldout_sequences=2",
+    )
+]
 Refused = Callable[..., str]  # the fixture that runs a command that must fail
 ROOT = Path(__file__).resolve().parent.parent
 

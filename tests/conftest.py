@@ -30,7 +30,7 @@ from mtptrain.data.tokenizer import save_tokenizer, train_tokenizer
 from mtptrain.export.folder import write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.run.storage import write_json
-from tests.command import Light, Refused, run_main
+from tests.command import SMALL, Light, Refused, run_main
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
@@ -112,19 +112,11 @@ def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
         f"backbone.path={backbone_folder}",
         "data=text",
         f"data.path={corpus_file}",
-        "data.heldout_every=3",
-        "data.sequence_length=32",
+        *SMALL,
         "train.steps=2",
         "train.batch_size=2",
         "train.log_every=1",
         "train.checkpoint_every=1",
-        "decoding.draft_length=2",
-        "decoding.max_new_tokens=6",
-        "evaluation.num_prompts=2",
-        "evaluation.prompt_tokens=12",
-        "evaluation.timed_prompts=1",
-        "evaluation.batch_sizes=[1]",
-        "evaluation.heldout_sequences=2",
         "evaluation.every=0",
     ]
     return [Light(setting) for setting in settings]

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 
 from mtptrain.recipes import evaluate
-from tests.command import Light, run_main
+from tests.command import SMALL, run_main
 
-Job = tuple[str, list[str], list[str]]  # its name, the settings of the command, and small sizes where it reads them
+Job = tuple[str, list[str]]  # its name and the settings of the command
 
 
 def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False) -> list[Job]:
@@ -32,17 +32,6 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
         at_end: whether the online training measures its head, and its head is measured with weights as they are stored.
     """
     where = [f"backbone.path={backbone}", f"backbone.placement={placement}"]
-    small = [
-        "data.sequence_length=32",
-        "data.heldout_every=3",
-        "decoding.draft_length=2",
-        "decoding.max_new_tokens=6",
-        "evaluation.num_prompts=2",
-        "evaluation.prompt_tokens=12",
-        "evaluation.timed_prompts=1",
-        "evaluation.batch_sizes=[1]",
-        "evaluation.heldout_sequences=2",
-    ]
     text = ["data=text", f"data.path={corpus}"]
     training = ["train.steps=2", "train.batch_size=2", "train.log_every=1", "evaluation.every=2"]
     short = ["evaluate_at_end=false"]
@@ -68,7 +57,7 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
     }
     if at_end:
         commands["evaluate-kept"] = [*commands["evaluate"], "backbone.weights=keep"]
-    return [(name, [*command, *where, f"output_dir={folder}/{name}"], small) for name, command in commands.items()]
+    return [(name, [*command, *where, f"output_dir={folder}/{name}"]) for name, command in commands.items()]
 
 
 @contextmanager
@@ -93,9 +82,9 @@ def output_in(path: Path) -> Iterator[None]:
 def run(folder: Path, commands: list[Job]) -> None:
     """Run commands one after the other; write NAME.code and NAME.RANK.txt into `folder`."""
     number = os.environ.get("RANK", "0")
-    for name, arguments, small in commands:
+    for name, arguments in commands:
         with output_in(folder / f"{name}.{number}.txt"):
-            code = run_main(*arguments, *map(Light, small))
+            code = run_main(*arguments, *SMALL)
             if torch.distributed.is_initialized():  # a refused command leaves the group to the end of its process
                 torch.distributed.destroy_process_group()
         if number == "0":

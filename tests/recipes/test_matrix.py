@@ -2,18 +2,20 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
+import torch
 import transformers
 
 from mtptrain.backbone.placement import spread_layers
 from mtptrain.errors import CHECK_FAILED
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.traces.file import read_trace_set
-from tests.command import read_metrics
+from tests.command import edit_tensors, read_metrics
 from tests.conftest import save_backbone, save_release
 from tests.recipes import matrix
 from tests.shared import shared_folder
@@ -22,7 +24,7 @@ from tests.training.test_engines import run_in_two
 FORMATS = {"shipped": save_backbone, "release": save_release}
 ONE = ("alone", "auto")  # placements of one process
 TWO = ("replicate", "expert_parallel", "zero3")
-TASKS = [name for name, *_ in matrix.jobs(Path(), Path(), Path(), "auto")]
+TASKS = [name for name, _ in matrix.jobs(Path(), Path(), Path(), "auto")]
 DECODED = ("evaluate", "doctor", "compare", "export")
 REFUSED = {
     **{
@@ -70,8 +72,23 @@ def run_all(folder: Path) -> None:
                     spread_on_one_device(own, jobs, patch)
             else:
                 matrix.run(own, jobs)
+    together.append((str(folder), [damaged_job(folder, corpus)]))
     (folder / "jobs.json").write_text(json.dumps(together), encoding="utf-8")
     run_in_two("tests.recipes.matrix", str(folder / "jobs.json"))
+
+
+def damaged_job(folder: Path, corpus: Path) -> matrix.Job:
+    """Return an evaluation on a release with a tensor of another shape, which every process notices by itself."""
+    backbone = shutil.copytree(folder / "release" / "backbone", folder / "damaged")
+    edit_tensors("model-00003-of-00007.safetensors", cut_first)(backbone)
+    settings = dict(matrix.jobs(folder, backbone, corpus, "expert_parallel"))["evaluate"]
+    return "damaged", ["checkpoint=stock" if one.startswith("checkpoint=") else one for one in settings]
+
+
+def cut_first(tensors: dict[str, torch.Tensor]) -> None:
+    """Cut the query projection of a layer to seven rows."""
+    name = next(name for name in tensors if name.endswith("attn.wq_a.weight"))
+    tensors[name] = tensors[name][:7].clone()
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +143,14 @@ def test_a_shared_backbone_trains_as_a_whole_one(kind: str, task: str, placement
     for left, right in zip(alone, other, strict=True):
         for name in [name for name in left if name.startswith(("loss/", "alpha/", "replay/"))]:
             assert right[name] == pytest.approx(left[name], rel=1e-4), name
+
+
+def test_a_mistake_that_every_process_meets_is_one_line(cells: Path) -> None:
+    outputs = [(cells / f"damaged.{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    lines = [line for output in outputs for line in output.splitlines() if "mtptrain:" in line]
+    assert (cells / "damaged.code").read_text(encoding="utf-8") == "2"
+    assert len(lines) == 1, outputs
+    assert "Traceback" not in "".join(outputs)
 
 
 def compare_evaluations(one: Path, other: Path) -> None:
