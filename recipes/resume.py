@@ -16,6 +16,7 @@ from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import HeadIdentity, newest_checkpoint, newest_identity
 from mtptrain.training.resume import (
     Difference,
+    Settings,
     describe_schedule,
     require_allowed,
     result_settings,
@@ -95,7 +96,7 @@ def resume(session: Session, trainer: Trainer) -> None:
         print_status(line)
 
 
-def _describe(trainer: Trainer, stored: dict[str, Any], found: list[Difference]) -> list[str]:
+def _describe(trainer: Trainer, stored: Settings, found: list[Difference]) -> list[str]:
     done, steps = trainer.step, trainer.config.steps
     lines = [f"changed as resume_allow permits: {', '.join(map(str, found))}"] if found else []
     schedule = describe_schedule(stored, trainer.config, done)

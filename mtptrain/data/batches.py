@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from mtptrain.batch import Batch
+from mtptrain.data.files import Position
 from mtptrain.data.packing import Piece, fill_rows, pack_corpus
 from mtptrain.data.passages import Passages
 from mtptrain.data.tokens import TokenizedCorpus
@@ -28,7 +28,7 @@ class BatchSource:
         """Return this process's rows of micro-batch `index`; see `distributed.rank_rows`."""
         raise NotImplementedError
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> Position:
         """Return this process's position in the data, as plain values; {} if the micro-batch number is enough."""
         return {}
 
@@ -46,7 +46,7 @@ class BatchSource:
     def restart(self, index: int, passages: Passages | None = None) -> None:
         """Begin the data at micro-batch `index`, whose predecessors were of other data, with these passages."""
 
-    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+    def seek(self, index: int, positions: list[Position], passages: Passages | None = None) -> None:
         """Resume at micro-batch `index` from the positions of all processes of the interrupted run and its passages.
 
         Raises:

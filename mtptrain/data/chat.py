@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from mtptrain.config import DataConfig, Turns
-from mtptrain.data.documents import Message, Tool
+from mtptrain.data.documents import Call, Message, Tool
 from mtptrain.data.messages import REASONING
 from mtptrain.data.notes import note
 from mtptrain.errors import UserError
@@ -255,7 +255,7 @@ def _as_read(messages: list[Message], style: tuple[str | None, bool]) -> list[Me
     ]
 
 
-def _with_argument(call: dict[str, Any], as_strings: bool) -> dict[str, Any]:
+def _with_argument(call: Call, as_strings: bool) -> Call:
     arguments = call["function"]["arguments"]
     if as_strings and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)

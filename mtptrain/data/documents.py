@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 Message = dict[str, Any]  # `role`, `content` and further keys, as chat templates read them
+Call = dict[str, Any]  # of a function, in OpenAI's form
 Tool = dict[str, Any]  # a function's JSON schema in OpenAI's form
 
 

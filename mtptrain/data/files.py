@@ -17,6 +17,7 @@ from mtptrain.data.notes import note
 from mtptrain.errors import UserError
 
 Row = dict[str, Any]
+Position = dict[str, Any]  # of a reader, as plain values for a checkpoint; {} = the beginning
 NumberedRows = Iterator[tuple[int, Row | UserError]]  # the number, from 1, and the row or the reason why it is none
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

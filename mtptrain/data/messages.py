@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mtptrain.data.documents import Message, Tool
+from mtptrain.data.documents import Call, Message, Tool
 from mtptrain.errors import UserError
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -103,7 +103,7 @@ def _part(where: str, part: Any) -> str:
     raise UserError(f"{where}: `content` has a part of type {kind}; only text can be trained on, so drop the row")
 
 
-def read_calls(where: str, value: Any) -> list[dict[str, Any]]:
+def read_calls(where: str, value: Any) -> list[Call]:
     """Return tool calls in OpenAI's form.
 
     Args:
@@ -119,7 +119,7 @@ def read_calls(where: str, value: Any) -> list[dict[str, Any]]:
     return [_call(where, parse_json(where, "tool_calls", one)) for one in calls]
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
+def _call(where: str, call: Any) -> Call:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise UserError(f"{where}: each of `tool_calls` must have a function with a name; see docs/data.md")

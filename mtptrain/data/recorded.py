@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
+from mtptrain.data.files import Position
 from mtptrain.data.passages import PassageHasher, Passages, join_passages
 from mtptrain.run.distributed import gather_objects
 
@@ -40,7 +39,7 @@ class RecordedBatches(BatchSource):
         """See `BatchSource`."""
         return join_passages(gather_objects(self._passages)) if self.is_stream else self._passages
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> Position:
         """See `BatchSource`."""
         return self.batches.position()
 
@@ -53,7 +52,7 @@ class RecordedBatches(BatchSource):
         self.batches.restart(index)
         self._passages = self._passages.join(passages or Passages.none())
 
-    def seek(self, index: int, positions: list[dict[str, Any]], passages: Passages | None = None) -> None:
+    def seek(self, index: int, positions: list[Position], passages: Passages | None = None) -> None:
         """See `BatchSource`."""
         self.batches.seek(index, positions)
         self._passages = self._passages.join(passages or Passages.none())

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mtptrain.data.files import Position, Row
 from mtptrain.errors import UserError
 
 
@@ -24,7 +25,7 @@ def _loading(setting: str) -> Iterator[None]:
         ) from error
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def _plain(row: Row) -> Row:
     """Return a row without null inside its values: a schema gives every message and every tool the keys of all."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
@@ -35,7 +36,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[Row]:
     """Yield the rows of `datasets.load_dataset(loader, **arguments)`.
 
     Without a `split` among the arguments, read the split `test`, or the first split if there is no `test`.
@@ -65,7 +66,7 @@ class DatasetRows:
         UserError: `datasets` cannot load the rows.
     """
 
-    def __init__(self, setting: str, loader: str, state: dict[str, Any] | None, **arguments: Any) -> None:
+    def __init__(self, setting: str, loader: str, state: Position | None, **arguments: Any) -> None:
         import datasets
 
         self.setting = setting
@@ -74,11 +75,11 @@ class DatasetRows:
             if state is not None:
                 self.rows.load_state_dict(state)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         with _loading(self.setting):  # damaged files and lost connections show only while reading
             yield from map(_plain, self.rows)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Position:
         """Return the state to resume from, as plain values."""
-        state: dict[str, Any] = self.rows.state_dict()
+        state: Position = self.rows.state_dict()
         return state

@@ -15,6 +15,7 @@ from mtptrain.data.chat import is_answer
 from mtptrain.data.documents import Document, Split, split_of
 from mtptrain.data.files import (
     ROW_KINDS,
+    Position,
     Row,
     check_readable,
     kind_of,
@@ -33,7 +34,7 @@ STREAMED_HELDOUT = 256  # held-out documents of a streamed source, which may be 
 KINDS = (".txt", *ROW_KINDS)
 
 
-def _row_document(row: dict[str, Any], name: str, where: str, config: DataConfig) -> Document:
+def _row_document(row: Row, name: str, where: str, config: DataConfig) -> Document:
     """Return the document of a row: a text, or a conversation in one of the usual forms.
 
     Raises:
@@ -63,7 +64,7 @@ class TextReader:
         UserError: the position belongs to other files.
     """
 
-    def __init__(self, config: DataConfig, position: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: DataConfig, position: Position | None = None) -> None:
         self.config, self.path = config, Path(str(config.path))
         self.files = _files(config)
         self.origin = _origin(config, self.files)
@@ -77,7 +78,7 @@ class TextReader:
         self._state: Callable[[], Any] = lambda: self._begin
         self.bad_rows, self._num_blank = BadRows(config.on_bad_row), 0
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> Position:
         """Return the position after the last document that was yielded, as plain values."""
         return {"origin": self.origin, "file": self._file, "row": self._row, "state": self._state()}
 

@@ -10,9 +10,10 @@ import torch
 
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
+from mtptrain.data.files import Position
 from mtptrain.data.packing import fill_rows
 from mtptrain.data.passages import Passages
-from mtptrain.data.streaming.dataset import Position, StreamingPlan, check_position, join_positions, source_of
+from mtptrain.data.streaming.dataset import StreamingPlan, check_position, join_positions, source_of
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.streaming.workers import Items, start_loaders

@@ -6,17 +6,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate, count
-from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from mtptrain.config import DataConfig
+from mtptrain.data.files import Position
 from mtptrain.data.streaming.row_stream import Row, RowShape, RowStream, RowStreamPosition
 from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.tokens import Encoder
 from mtptrain.errors import UserError
-
-Position = dict[str, Any]  # plain values, for a checkpoint; {} = the beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class _OpenSource:
     reader: DocumentShardReader
     row_streams: dict[int, RowStream]
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> Position:
         """Return the position after the last row, as plain values."""
         positions = {number: stream.position for number, stream in self.row_streams.items()}
         earliest = min((one.epoch, one.number) for one in positions.values())

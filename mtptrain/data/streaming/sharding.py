@@ -10,6 +10,7 @@ from typing import Any
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.bad_rows import BadRows
 from mtptrain.data.documents import Document, Split, split_of
+from mtptrain.data.files import Position
 from mtptrain.data.notes import note
 from mtptrain.data.text import TextReader, training_documents
 from mtptrain.errors import UserError
@@ -65,7 +66,7 @@ class DocumentShardReader:
             self.positions.popleft()
         return self.positions[0]
 
-    def _begin(self, epoch: int, number: int, text: dict[str, Any] | None) -> None:
+    def _begin(self, epoch: int, number: int, text: Position | None) -> None:
         self.epoch, self.number = epoch, number
         self.reader = TextReader(self.config, text) if self.config.source is DataSource.text else None
         self.documents = self._training_documents()

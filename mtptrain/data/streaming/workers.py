@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from mtptrain.data.files import Position
 from mtptrain.data.notes import silence
-from mtptrain.data.streaming.dataset import Position, StreamingDataset, StreamingPlan
+from mtptrain.data.streaming.dataset import StreamingDataset, StreamingPlan
 from mtptrain.data.streaming.row_stream import Row
 from mtptrain.errors import UserError
 from mtptrain.run.preemption import SIGNALS
