@@ -1,0 +1,79 @@
+r"""Print the host memory of every process while it loads a backbone: its share, the peak and what remains.
+
+Start it as a launcher starts a training:
+python -m torch.distributed.run --standalone --nproc-per-node 2 scripts/measure_load.py backbone.path=R \
+    backbone.placement=expert_parallel precision=bf16
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from mtptrain.backbone.load import load_backbone
+from mtptrain.config import BackboneConfig, Precision, RunConfig
+from mtptrain.run.distributed import choose_device, choose_dtype, join, rank
+
+MEGABYTE = 1e6
+
+
+def anonymous_memory() -> float:
+    """Return the memory of this process that no file backs, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024 / MEGABYTE
+
+
+class Peak:
+    """The highest anonymous memory inside a `with` block, above that at its beginning, in MB."""
+
+    def __enter__(self) -> Peak:
+        self.begun = anonymous_memory()
+        self.highest, self.ended = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.after = anonymous_memory() - self.begun
+
+    def _watch(self) -> None:
+        while not self.ended.is_set():
+            self.highest = max(self.highest, anonymous_memory() - self.begun)
+            time.sleep(0.001)
+
+
+def share(model: torch.nn.Module) -> float:
+    """Return the size of the parameters that this process holds, in MB."""
+    local = [getattr(weight, "ds_tensor", weight) for weight in model.parameters()]
+    local = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in local]
+    return sum(weight.numel() * weight.element_size() for weight in local) / MEGABYTE
+
+
+def main(settings: list[str]) -> None:
+    """Load the backbone of some settings, `backbone.*` and `precision`, and print this process's line."""
+    given = OmegaConf.from_dotlist(settings)
+    backbone = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BackboneConfig), given.get("backbone", {})))
+    assert isinstance(backbone, BackboneConfig)
+    config = RunConfig(task="collect", backbone=backbone, precision=Precision(given.get("precision", "auto")))
+    join(config, "any")
+    torch.set_num_threads(1)
+    device = choose_device(config.device)
+    with Peak() as peak:
+        model = load_backbone(backbone, device, choose_dtype(config.precision, device)).model
+    held, highest = share(model), max(peak.highest, peak.after)
+    print(
+        f"process {rank()}, {backbone.placement.value}: share {held:.0f} MB, peak {highest:.0f} MB, "
+        f"after {peak.after:.0f} MB",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
