@@ -18,7 +18,7 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
-from mtptrain.evaluation.compare import compare_with_stock
+from mtptrain.evaluation.compare import CountsByLength, compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
 from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
@@ -120,51 +120,65 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     return latencies
 
 
+def measure_head(
+    session: Session, head: Head, traces: list[Trace], runs: list[BatchRuns]
+) -> tuple[HeadResult, CountsByLength]:
+    """Return the entry of a head in evaluation.json, and its counts on every trace by draft length.
+
+    Args:
+        session: of the run.
+        head: the head.
+        traces: the texts that it is replayed on.
+        runs: its loops at the smallest batch.
+    """
+    config, model, policy = session.config, session.backbone.model, session.policy
+    longest, rows, tokenizer = (
+        config.decoding.draft_length,
+        config.evaluation.heldout_sequences,
+        session.source.tokenizer,
+    )
+    groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
+    with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
+        drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
+        counts = replay_all(drafts, policy)
+    with waiting(f"measuring the {head.name} head on held-out text"):
+        forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
+    result = HeadResult(
+        name=head.name,
+        checkpoint=head.checkpoint,
+        mode=head.mode,
+        depth=head.stack.depth,
+        parameters=head.num_parameters,
+        teacher_forced=forced,
+        replay={k: summarize(counts[k], groups) for k in counts},
+        per_prompt={k: [totals([prompt]) for prompt in counts[k]] for k in counts},
+        domains=by_domain(counts[longest], groups, domains),
+        breakdown=break_down(traces, drafts, policy, longest, tokenizer),
+        calibration=calibrate(drafts, policy, longest),
+        thresholds=sweep_thresholds(drafts, policy, longest),
+        loop={k: loop_totals(runs, head.name, k) for k in counts},
+        samples=sample_texts(tokenizer, runs, head.name, longest),
+        seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
+    )
+    return result, counts
+
+
 def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
     """Measure heads on one backbone, write evaluation.json and report.html, and print the summary."""
-    config, backbone, policy = session.config, session.backbone, session.policy
-    longest, corpus, row_length = config.decoding.draft_length, session.heldout_corpus, session.piece_length
-    trace_set = prepare_traces(session)
+    longest, trace_set = session.config.decoding.draft_length, prepare_traces(session)
     traces = trace_set.traces
-    groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     runs = run_loops(session, heads, traces)
-    first = runs[min(runs)]
-    rows = config.evaluation.heldout_sequences
-    entries, replays = [], {}
-    for head in heads:
-        with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
-            drafts = draft_traces(backbone.model, head.stack, traces, longest, policy, free_running=True)
-            counts = replays[head.name] = replay_all(drafts, policy)
-        with waiting(f"measuring the {head.name} head on held-out text"):
-            forced = teacher_forced(backbone.model, head.stack, corpus, row_length, rows, longest)
-        entries.append(
-            HeadResult(
-                name=head.name,
-                checkpoint=head.checkpoint,
-                mode=head.mode,
-                depth=head.stack.depth,
-                parameters=head.num_parameters,
-                teacher_forced=forced,
-                replay={k: summarize(counts[k], groups) for k in counts},
-                per_prompt={k: [totals([prompt]) for prompt in counts[k]] for k in counts},
-                domains=by_domain(counts[longest], groups, domains),
-                breakdown=break_down(traces, drafts, policy, longest, backbone.tokenizer),
-                calibration=calibrate(drafts, policy, longest),
-                thresholds=sweep_thresholds(drafts, policy, longest),
-                loop={k: loop_totals(first, head.name, k) for k in counts},
-                samples=sample_texts(backbone.tokenizer, first, head.name, longest),
-                seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
-            )
-        )
+    measured = {head.name: measure_head(session, head, traces, runs[min(runs)]) for head in heads}
+    replays = {name: counts for name, (_, counts) in measured.items()}
     gain, gain_by_domain = compare_with_stock(replays, [trace.prompt for trace in traces])
     evaluation = Evaluation(
         schema=SCHEMA,
         provenance=session.folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
-        policy=describe_policy(policy),
+        policy=describe_policy(session.policy),
         draft_length=longest,
-        heads=entries,
+        heads=[entry for entry, _ in measured.values()],
         gain=gain,
         gain_by_domain=gain_by_domain,
         certificate=make_certificate(session, heads, traces, runs),

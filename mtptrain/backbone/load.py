@@ -183,7 +183,8 @@ def load_backbone(
         if config.placement is Placement.expert_parallel:
             check_experts(source.config.n_routed_experts)
         decoded = None if _keeps_quantised(config, device) else dtype
-        check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device)
+        is_decoded = decoded is not None and hasattr(source.config, "quantization_config")
+        check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device, is_decoded)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
     if has_layers and config.placement is Placement.zero3:

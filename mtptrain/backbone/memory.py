@@ -49,7 +49,9 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def check_room(weights: WeightBytes, placement: Placement, num_experts: int, device: torch.device) -> None:
+def check_room(
+    weights: WeightBytes, placement: Placement, num_experts: int, device: torch.device, is_decoded: bool = False
+) -> None:
     """Check, before weights are read, that this process's share fits on its device.
 
     Args:
@@ -57,6 +59,7 @@ def check_room(weights: WeightBytes, placement: Placement, num_experts: int, dev
         placement: of the backbone.
         num_experts: routed experts of a layer.
         device: of this process.
+        is_decoded: whether quantised weights are decoded, and could be kept as they are stored.
 
     Raises:
         UserError: it does not fit; gives the figures and the number of GPUs that would do.
@@ -78,5 +81,5 @@ def check_room(weights: WeightBytes, placement: Placement, num_experts: int, dev
     raise UserError(
         f"backbone.placement={placement.value}: this process would hold {share / 1e9:.1f} GB of weights "
         f"({whole / 1e9:.1f} GB in all, {weights.experts / 1e9:.1f} GB of them routed experts) and {free / 1e9:.1f} GB "
-        f"of its GPU are free; {way_out}, or keep quantised weights with backbone.weights=keep"
+        f"of its GPU are free; {way_out}{'; backbone.weights=keep takes less' if is_decoded else ''}"
     )

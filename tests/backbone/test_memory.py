@@ -49,6 +49,16 @@ def test_a_share_that_does_not_fit_is_refused_with_the_figures(
         check_room(FLASH, placement, 256, CPU)
 
 
+@pytest.mark.parametrize("is_decoded", [False, True])
+def test_keeping_weights_as_stored_is_offered_where_they_are_decoded(
+    is_decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 80 * 10**9)
+    with pytest.raises(UserError) as refusal:
+        check_room(FLASH, Placement.replicate, 256, CPU, is_decoded)
+    assert ("backbone.weights=keep takes less" in str(refusal.value)) is is_decoded
+
+
 def test_a_share_that_fits_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 80 * 10**9)
     monkeypatch.setattr(memory, "world_size", lambda: 8)
