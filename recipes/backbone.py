@@ -5,14 +5,20 @@ python -m mtptrain +recipe=backbone output_dir=outputs/tiny
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
+from transformers import DeepseekV4ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from mtptrain.backbone.build import build_model
-from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.backbone.build import build_model, model_config
+from mtptrain.backbone.grow import grow, layer_positions
+from mtptrain.backbone.load import backbone_folder, load_backbone, open_source, smaller_backbone
+from mtptrain.backbone.stored import save_bf16
+from mtptrain.config import BackboneConfig, MtpConfig, RunConfig
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,
@@ -25,6 +31,7 @@ from mtptrain.config.reads import (
 )
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.chat import open_chat_template
+from mtptrain.data.documents import Document
 from mtptrain.data.text import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import Encoder, tokenize_corpus
@@ -49,10 +56,7 @@ def train_backbone(session: Session) -> Path:
     config, run_folder = session.config, session.folder
     folder, vocab_size = run_folder.path / "backbone", config.backbone.shape.vocab_size
     documents, heldout = training_documents(config.data), heldout_documents(config.data)
-    tokenizer_folder = run_folder.path / "tokenizer"
-    if not tokenizer_folder.is_dir():
-        with atomic_folder(tokenizer_folder) as temporary:
-            save_tokenizer(train_tokenizer((document.text for document in documents), vocab_size), temporary)
+    tokenizer_folder = _tokenizer_folder(session, documents)
     tokenizer = load_tokenizer(tokenizer_folder, vocab_size)
     chat = open_chat_template(config.data, tokenizer_folder, tokenizer, BOS_EOS[0])
     corpus = tokenize_corpus(
@@ -62,7 +66,7 @@ def train_backbone(session: Session) -> Path:
         f"{len(documents)} training documents, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M "
         f"tokens; {len(heldout)} documents held out"
     )
-    model = build_model(config.backbone.shape, config.seed, choose_device(config.device))
+    model = _initial_model(config)
     run_folder.print_status(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     length, size = config.data.sequence_length, config.train.batch_size
     batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
@@ -78,9 +82,30 @@ def train_backbone(session: Session) -> Path:
         log.close()
     transformers_logging.disable_progress_bar()
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        save_bf16(model, temporary)
         save_tokenizer(tokenizer, temporary)
     return folder
+
+
+def _tokenizer_folder(session: Session, documents: Sequence[Document]) -> Path:
+    """Return the folder of the tokenizer: the smaller backbone's own, or one trained on the documents."""
+    config, folder = session.config.backbone, session.folder.path / "tokenizer"
+    if config.grow_from is not None:
+        return backbone_folder(smaller_backbone(config))
+    if not folder.is_dir():
+        texts = (document.text for document in documents)
+        with atomic_folder(folder) as temporary:
+            save_tokenizer(train_tokenizer(texts, config.shape.vocab_size), temporary)
+    return folder
+
+
+def _initial_model(config: RunConfig) -> DeepseekV4ForCausalLM:
+    """Return a fresh backbone, or one that begins with the weights of a smaller one."""
+    device = choose_device(config.device)
+    model = build_model(config.backbone.shape, config.seed, device)
+    if config.backbone.grow_from is not None:
+        grow(model, load_backbone(smaller_backbone(config.backbone), device, torch.float32).model)
+    return model
 
 
 def train_stock_head(session: Session, folder: Path) -> None:
@@ -112,7 +137,9 @@ def train_stock_head(session: Session, folder: Path) -> None:
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a backbone and its stock head read."""
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= settings("backbone.shape", "stock_head", "evaluation.every", "evaluation.heldout_sequences")
+    used |= settings(
+        "backbone.shape", "backbone.grow_from", "stock_head", "evaluation.every", "evaluation.heldout_sequences"
+    )
     if config.evaluation.every > 0:  # while the stock head trains
         used |= of_traces(config)
     return used - {"backbone.path", "backbone.revision", "backbone.weights", "train.recompute"}
@@ -121,6 +148,9 @@ def reads(config: RunConfig) -> Settings:
 def check(config: RunConfig) -> None:
     """Refuse data that is no text."""
     check_reads_documents(config)
+    if config.backbone.grow_from is not None:
+        source = open_source(smaller_backbone(config.backbone))
+        layer_positions(source.config, model_config(config.backbone.shape))
 
 
 def run(session: Session) -> None:

@@ -109,6 +109,13 @@ def backbone_folder(config: BackboneConfig) -> Path:
     return folder
 
 
+def smaller_backbone(config: BackboneConfig) -> BackboneConfig:
+    """Return the backbone that a deeper one begins with: `backbone.grow_from`, a shipped name or a path."""
+    name = str(config.grow_from)
+    is_shipped = (SHIPPED / name).is_dir()
+    return BackboneConfig(name=name) if is_shipped else BackboneConfig(path=name)
+
+
 def _from_hub(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))

@@ -56,6 +56,7 @@ class BackboneConfig:
     revision: str = "main"  # branch, tag or commit of a hub id
     placement: Placement = Placement.replicate  # of the layers
     weights: StoredWeights = StoredWeights.auto  # storage of a quantised release in memory
+    grow_from: str | None = None  # recipe=backbone: shipped name or folder of one with fewer layers, to begin with
     shape: ShapeConfig = field(default_factory=ShapeConfig)  # built by `recipe=backbone`; for a release: its sizes
 
 

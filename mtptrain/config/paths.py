@@ -13,6 +13,7 @@ PATHS = (
     "path",
     "prompts",
     "backbone.path",
+    "backbone.grow_from",
     "data.path",
     "data.chat_template",
     "data.cache_dir",
