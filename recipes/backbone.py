@@ -18,7 +18,7 @@ from mtptrain.backbone.build import build_model, model_config
 from mtptrain.backbone.grow import grow, layer_positions
 from mtptrain.backbone.load import backbone_folder, load_backbone, open_source, smaller_backbone
 from mtptrain.backbone.stored import save_bf16
-from mtptrain.config import BackboneConfig, MtpConfig, RunConfig
+from mtptrain.config import MtpConfig, RunConfig
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,

@@ -12,8 +12,8 @@ from transformers import DeepseekV4ForCausalLM
 def save_bf16(model: DeepseekV4ForCausalLM, folder: Path) -> None:
     """Write a float32 backbone with its matrices in bf16, as releases store them; the model is rounded in place.
 
-    Vectors (norms, sinks, biases, bases and scales of the hyper-connections) and routing tables keep their dtype, and so
-    does config.json: the arithmetic of the folder stays float32.
+    Vectors (norms, sinks, biases, bases and scales of the hyper-connections) and routing tables keep their dtype, and
+    so does config.json: the arithmetic of the folder stays float32.
 
     Args:
         model: float32; its matrices hold bf16 values afterwards.
