@@ -35,6 +35,7 @@ from mtptrain.data.documents import Document
 from mtptrain.data.text import heldout_documents, training_documents
 from mtptrain.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mtptrain.data.tokens import Encoder, tokenize_corpus
+from mtptrain.errors import UserError
 from mtptrain.evaluation.backbone_card import HEAD_FILE, backbone_card
 from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
@@ -149,7 +150,10 @@ def check(config: RunConfig) -> None:
     """Refuse data that is no text."""
     check_reads_documents(config)
     if config.backbone.grow_from is not None:
-        source = open_source(smaller_backbone(config.backbone))
+        try:
+            source = open_source(smaller_backbone(config.backbone))
+        except UserError as error:
+            raise UserError(f"backbone.grow_from={config.backbone.grow_from}: {error}") from None
         layer_positions(source.config, model_config(config.backbone.shape))
 
 

@@ -35,6 +35,8 @@ def test_measuring_without_a_gpu_ends_with_one_line(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "measure_gpu: DEVICE=cuda: torch sees no GPU here; DEVICE=cpu rehearses without one\n"
+    ended = subprocess.run([*command, "7"], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "measure_gpu: part 7 does not exist; give numbers from 0 to 6\n")
 
 
 def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":

@@ -21,10 +21,10 @@ POLICIES = [
 ]
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device, sizes: str) -> Iterator[Case]:
     """Yield cases of four drafted tokens over the vocabulary of DeepSeek-V4, with and without top-k and top-p."""
     for verification, sampling in POLICIES:
-        yield _case(device, ROWS[device.type], 4, 129_280, verification, sampling)
+        yield _case(device, ROWS[sizes], 4, 129_280, verification, sampling)
 
 
 def _case(device: torch.device, B: int, K: int, V: int, verification: Verification, sampling: Sampling) -> Case:

@@ -20,6 +20,7 @@ class Case:
         definition: `reference.py`, which every candidate must equal. It is timed too.
         in_pieces: the definition, computed in pieces, for a device without the memory for the whole.
         peers: other implementations by name. If one returns fewer outputs, these are compared with our first ones.
+        bare: the matrix products alone, timed as a floor that no implementation can pass; its outputs are not compared.
         missing: peers that cannot run here, with the reasons.
         bytes: lower bound on the bytes read and written: inputs and outputs once.
         flops: floating-point operations of the matrix products.
@@ -34,6 +35,7 @@ class Case:
     in_pieces: Callable[[], Outputs] | None = None
     peers: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    bare: Callable[[], object] | None = None
     bytes: int
     flops: int = 0
     rtol: float = 1e-4

@@ -17,9 +17,9 @@ from .reference import connect_reference, expand_and_mix_reference
 SIZES = {"cpu": [(1024, 2, 128, 4)], "cuda": [(8192, 4, 4096, 20), (8192, 4, 7168, 20)]}  # T, N, D, iterations
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """Yield the comparisons of this device; on a CPU they have the tiny backbone's size."""
-    for size in SIZES[device.type]:
+def cases(device: torch.device, sizes: str) -> Iterator[Case]:
+    """Yield the comparisons of one list of sizes; those of "cpu" have the tiny backbone's size."""
+    for size in SIZES[sizes]:
         yield _case(device, *size)
 
 

@@ -28,9 +28,9 @@ SIZES = {
 PIECE = 1024  # tokens
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """Yield the comparisons of this device one at a time, because the inputs of each fill much of its memory."""
-    for size in SIZES[device.type]:
+def cases(device: torch.device, sizes: str) -> Iterator[Case]:
+    """Yield the comparisons of one list of sizes one at a time, because the inputs of each fill much of its memory."""
+    for size in SIZES[sizes]:
         yield _case(device, *size)
 
 
@@ -76,11 +76,22 @@ def _case(device: torch.device, divergence: Divergence, K: int, T: int, D: int, 
         in_pieces=in_pieces,
         peers=peers,
         missing=missing,
+        bare=lambda: _bare_products(student_KTD, teacher_TD, weight_VD, divergence),
         bytes=element * ((2 * K + 1) * T * D + V * D),
         flops=products * 2 * T * D * V,
         rtol=1e-4 if dtype is torch.float32 else 2 * 2**-8,
         atol=1e-4 if dtype is torch.float32 else 2**-6,
     )
+
+
+@torch.no_grad()
+def _bare_products(student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor, divergence: Divergence) -> None:
+    """Compute the products of a forward and a backward pass on whole logits, and nothing else."""
+    if divergence is not Divergence.ce:
+        teacher_TD @ weight_VD.T
+    for student_TD in student_KTD:
+        logits_TV = student_TD @ weight_VD.T
+        logits_TV @ weight_VD
 
 
 def _speculators(student_KTD: Tensor, teacher_TD: Tensor, weight_VD: Tensor) -> Callable[[], Outputs]:

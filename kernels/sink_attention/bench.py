@@ -29,11 +29,11 @@ PIECE = 2**29  # scores in a piece of the definition, 2 GB in fp32
 LONGEST_WHOLE = 8192  # slots; with more, no GPU holds the scores of all heads
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """Yield the comparisons of this device."""
-    for size in SIZES[device.type]:
+def cases(device: torch.device, sizes: str) -> Iterator[Case]:
+    """Yield the comparisons of one list of sizes."""
+    for size in SIZES[sizes]:
         yield _rollout(device, *size)
-    for layer in LAYERS[device.type]:
+    for layer in LAYERS[sizes]:
         yield _prefill(device, *layer)
 
 

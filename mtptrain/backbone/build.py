@@ -56,16 +56,20 @@ def preset_config(name: str) -> DeepseekV4Config:
 
 
 def build_model(shape: ShapeConfig, seed: int, device: torch.device) -> DeepseekV4ForCausalLM:
-    """Return a freshly initialised backbone, fp32.
-
-    transformers leaves the hash layers' table at zero, which would send every token to expert 0; this function fills
-    it with distinct experts for each token.
-    """
+    """Return a freshly initialised backbone, fp32."""
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(model_config(shape))
+    initialize_routing(model, shape)
+    nn.Module.to(model, device)
+    return model
+
+
+def initialize_routing(model: DeepseekV4ForCausalLM, shape: ShapeConfig) -> None:
+    """Give every token distinct experts in the layers that choose them by token.
+
+    transformers leaves their table at zero, which would send every token to expert 0.
+    """
     for layer in model.model.layers:
         if layer.mlp.is_hash:
             table_VE = torch.rand(shape.vocab_size, shape.num_experts)
             layer.mlp.gate.tid2eid.copy_(table_VE.topk(shape.experts_per_token).indices)
-    nn.Module.to(model, device)
-    return model

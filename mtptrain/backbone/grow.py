@@ -7,51 +7,59 @@ by the identity.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.errors import UserError
 
 # Logit of a stream's weight on itself. After the softmax a new layer keeps 0.99966 of each of two streams.
 KEEP_STREAM = 8.0
+# Fields of a config that depend on the layers, or say nothing about the sizes.
+FREE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "layer_types",
+    "mlp_layer_types",
+    "num_hidden_layers",
+    "transformers_version",
+}
 
 
-def layer_positions(old: DeepseekV4Config, new: DeepseekV4Config) -> list[int]:
-    """Return the position of every old layer among the new ones: the first of its kind after the layer before it.
+def layer_positions(smaller: DeepseekV4Config, config: DeepseekV4Config) -> list[int]:
+    """Return the position of each smaller layer among the new ones: the first of its kind after the layer before it.
+
+    Args:
+        smaller: config of the backbone with fewer layers.
+        config: config of the backbone that begins with its weights.
 
     Raises:
-        UserError: the old layers are no subsequence of the new ones, or the two differ in another size.
+        UserError: the smaller backbone's layers are no subsequence of the new ones, or another size differs.
     """
-    setting = "backbone.grow_from"
-    ours, theirs = new.to_dict(), old.to_dict()
-    free = {
-        "layer_types",
-        "mlp_layer_types",
-        "num_hidden_layers",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "_name_or_path",
-    }
-    differing = sorted(name for name in ours.keys() - free if ours[name] != theirs.get(name))
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"{setting}: the smaller backbone has {name}={theirs.get(name)}, backbone.shape has {ours[name]}; only the "
-            "layers may differ"
-        )
-    kinds = iter(enumerate(zip(new.layer_types, new.mlp_layer_types, strict=True)))
+    old, new = smaller.to_dict(), config.to_dict()
+    for name in sorted(new.keys() - FREE):
+        if new[name] != old.get(name):
+            raise UserError(
+                f"backbone.shape: gives {name}={new[name]}, backbone.grow_from has {old.get(name)}; only the layers may "
+                "differ"
+            )
+    kinds = enumerate(_kinds(config))
     positions = []
-    for kind in zip(old.layer_types, old.mlp_layer_types, strict=True):
+    for kind in _kinds(smaller):
         position = next((index for index, other in kinds if other == kind), None)
         if position is None:
             raise UserError(
-                f"backbone.shape.layer_types={new.layer_types}: must contain the smaller backbone's layers in their "
-                f"order: {old.layer_types}, of which {old.mlp_layer_types.count('hash_moe')} choose experts by token"
+                f"backbone.shape.layer_types: must contain the layers of backbone.grow_from in their order, which are "
+                f"{', '.join(' with '.join(kind) for kind in _kinds(smaller))}"
             )
         positions.append(position)
     return positions
+
+
+def _kinds(config: DeepseekV4Config) -> list[tuple[str, str]]:
+    return list(zip(config.layer_types or [], config.mlp_layer_types or [], strict=True))
 
 
 @torch.no_grad()
@@ -60,32 +68,29 @@ def grow(model: DeepseekV4ForCausalLM, smaller: DeepseekV4ForCausalLM) -> None:
 
     Args:
         model: changed in place.
-        smaller: the same sizes, and some of the layers.
+        smaller: has the same sizes, and some of the layers.
 
     Raises:
-        UserError: as `layer_positions`.
+        UserError: see `layer_positions`.
     """
     positions = layer_positions(smaller.config, model.config)
     for index, layer in enumerate(model.model.layers):
         if index not in positions:
             _make_identity(layer)
-    state = {}
+    weights = {}
     for name, tensor in smaller.state_dict().items():
         parts = name.split(".")
         if name.startswith("model.layers."):
             parts[2] = str(positions[int(parts[2])])
-        state[".".join(parts)] = tensor
-    missing = model.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys, missing.unexpected_keys
+        weights[".".join(parts)] = tensor
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unexpected, unexpected
 
 
-def _make_identity(layer: nn.Module) -> None:
-    for zeroed in (
-        layer.self_attn.o_b_proj.weight,
-        layer.mlp.experts.down_proj,
-        layer.mlp.shared_experts.down_proj.weight,
-    ):
-        zeroed.zero_()
+def _make_identity(layer: Any) -> None:
+    experts = layer.mlp.experts.down_proj, layer.mlp.shared_experts.down_proj.weight
+    for weight in (layer.self_attn.o_b_proj.weight, *experts):
+        weight.zero_()
     for connection in (layer.attn_hc, layer.ffn_hc):
         streams = connection.hc_mult
         connection.base[2 * streams :] = KEEP_STREAM * torch.eye(streams).flatten().to(connection.base)

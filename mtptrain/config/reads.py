@@ -57,7 +57,7 @@ def of_backbone(config: RunConfig) -> Settings:
     path = config.backbone.path
     is_on_hub = path is not None and not Path(path).exists()
     used = settings("backbone", "seed", "device", "precision", "threads", "distributed_timeout")
-    used -= settings("backbone.shape")
+    used -= settings("backbone.shape", "backbone.grow_from")
     return used if is_on_hub else used - {"backbone.revision"}
 
 

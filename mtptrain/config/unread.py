@@ -17,6 +17,7 @@ LEAVE_OUT = "leave it out"
 # The way out by setting or section, of which the longest name counts: for settings of other recipes...
 OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
+    "backbone.grow_from": "only +recipe=backbone trains a backbone",
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",

@@ -42,6 +42,24 @@ def test_nothing_is_timed_if_ours_is_wrong() -> None:
     assert result["measured"] == {}
 
 
+def test_an_entry_that_is_never_written_is_seen_without_rounds() -> None:
+    def half() -> tuple[torch.Tensor]:
+        out = torch.empty(64)
+        out[:32] = 1.0
+        return (out,)
+
+    case = Case(label="", ours=half, definition=lambda: (torch.ones(64),), bytes=8)
+    result = run_case(case, CEILINGS, CPU, rounds=0)
+    assert "nan" in result["wrong"]["ours"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_bare_products_are_timed_but_not_compared() -> None:
+    case = Case(label="", ours=lambda: (torch.ones(2),), definition=lambda: (torch.ones(2),), bytes=8)
+    case.bare = lambda: None
+    assert list(run_case(case, CEILINGS, CPU, rounds=1)["measured"]) == ["ours", "definition", "bare products"]
+
+
 def test_the_vocabulary_loss_and_its_peers_agree() -> None:
     case = linear_loss_case(CPU, Divergence.kl, 2, 33, 16, 500)
     expected = case.definition()

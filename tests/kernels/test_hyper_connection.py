@@ -142,5 +142,5 @@ def test_triton_expands_bfloat16_like_the_definition_in_float32() -> None:
 
 
 def test_the_cases_of_the_bench_agree() -> None:
-    for case in bench.cases(torch.device("cpu")):
+    for case in bench.cases(torch.device("cpu"), "cpu"):
         assert case.difference(case.ours(), case.definition()) is None

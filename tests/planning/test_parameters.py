@@ -9,7 +9,7 @@ from mtptrain.planning.parameters import active_parameters, backbone_parts, modu
 from tests.planning.presets import preset_shape
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "v4_flash", "v4_pro"])
+@pytest.mark.parametrize("name", ["tiny", "tiny12", "small", "v4_flash", "v4_pro"])
 def test_parameters_are_those_of_the_real_modules(name: str) -> None:
     shape = preset_shape(name)
     config = model_config(shape)
