@@ -42,8 +42,8 @@ def layer_positions(smaller: DeepseekV4Config, config: DeepseekV4Config) -> list
     for name in sorted(new.keys() - FREE):
         if new[name] != old.get(name):
             raise UserError(
-                f"backbone.shape: gives {name}={new[name]}, backbone.grow_from has {old.get(name)}; only the layers may "
-                "differ"
+                f"backbone.shape: gives {name}={new[name]}, backbone.grow_from has {old.get(name)}; only the layers "
+                "may differ"
             )
     kinds = enumerate(_kinds(config))
     positions = []
