@@ -53,7 +53,6 @@ from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.hub import check_upload, upload_folder
-from mtptrain.run.progress import waiting
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
@@ -206,13 +205,11 @@ def write_measured(
     config, backbone = session.config, session.backbone
     scheme = export_scheme(config, backbone.shards)
     traces = gather_traces(session, config.evaluation.num_prompts).traces
-    with waiting(f"replaying the trained and the model's own head on {len(traces)} texts"):
-        before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
+    before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={session.folder.path}")
     checks = check_folder(config, backbone, checkpoint, scheme, written)
-    with waiting(f"replaying the head as written on {len(traces)} texts"):
-        after = replay_head(session, reload_head(backbone, written), traces)
+    after = replay_head(session, reload_head(backbone, written), traces)
     measured = measure(session, traces, before, after, stock)
     check_drop(config, measured)
     return written, {"scheme": scheme, **checks}, measured

@@ -266,7 +266,7 @@ class Session:
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
         source = self.source
-        with joining_others(LOAD), waiting(f"loading the backbone from {source.folder}"):
+        with joining_others(LOAD):
             return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
@@ -327,8 +327,7 @@ class Session:
         from mtptrain.losses.next_token import bits_per_byte
 
         backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
-        with waiting("measuring the backbone on held-out text"):
-            nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
+        nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
         return BackboneResult(
             name=self.config.backbone.name,
             fingerprint=backbone.fingerprint,

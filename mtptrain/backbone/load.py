@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
 from mtptrain.run.hub import HUB_ID
+from mtptrain.run.progress import waiting
 
 SHIPPED = Path(__file__).parent / "shipped"
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -208,15 +211,16 @@ def _load_model(
     placement = config.placement if has_layers else Placement.replicate
     options = placement_options(placement, device, int(model_config.num_hidden_layers))
     try:
-        loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
-            folder,
-            config=model_config,
-            dtype=dtype,
-            **options,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
-        )
+        with _counting_weights(f"loading the backbone from {folder}"):
+            loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
+                folder,
+                config=model_config,
+                dtype=dtype,
+                **options,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
+            )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many types
         summary = " ".join(str(error).split())[:300]
@@ -233,6 +237,26 @@ def _load_model(
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
     return model
+
+
+@contextmanager
+def _counting_weights(label: str) -> Iterator[None]:
+    """Wait for transformers to read weights, with its own count of them as the share that is done."""
+    share = 0.0
+
+    def count(_: Callable[..., Any], arguments: tuple[Any, ...], __: dict[str, Any]) -> Iterator[Any]:
+        nonlocal share
+        steps = list(arguments[0])
+        for done, step in enumerate(steps):
+            share = done / len(steps)
+            yield step
+
+    previous = transformers_logging.set_tqdm_hook(count)
+    try:
+        with waiting(label, lambda: share):
+            yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_layers: int) -> None:

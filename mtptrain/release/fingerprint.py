@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtptrain.release.shards import HEAD_PREFIX, Shards, StoredTensor
+from mtptrain.run.progress import counted
 from mtptrain.run.storage import user_cache, write_json
 
 PIECE = 1 << 22  # bytes read at a time
@@ -29,8 +30,9 @@ def fingerprint(shards: Shards) -> str:
     """
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
-        for of_file in pool.map(lambda file: _file_hashes(shards, file), shards.files()):
-            hashes |= of_file
+        found = pool.map(lambda file: _file_hashes(shards, file), shards.files())
+        for _ in counted(f"fingerprinting the weights in {shards.folder}", shards.files()):
+            hashes |= next(found)
     digest = hashlib.sha256(_backbone_config(shards.folder / "config.json"))
     for name in sorted(hashes):
         entry = shards.entries[name]
