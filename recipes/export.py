@@ -70,12 +70,11 @@ def export_scheme(config: RunConfig, shards: Shards) -> Scheme:
 
 def check_loads(session: Session, checkpoint: Checkpoint) -> None:
     """Refuse an export that the target cannot load, before the backbone's weights are read."""
-    config, folder = session.config, session.source.folder
+    config, shards = session.config, session.source.shards
     assert config.target is not None
-    if isinstance(checkpoint.identity, HeadIdentity):  # otherwise loading the head says what the checkpoint holds
-        shards = Shards(folder, f"backbone.path={folder}")
-        scheme = export_scheme(config, shards)
-        check_target(config.target, config.export.form, scheme, checkpoint.identity.depth, shards)
+    identity = checkpoint.head_identity(session.known_fingerprint)
+    check_target(config.target, config.export.form, export_scheme(config, shards), identity.depth, shards)
+    check_trained(checkpoint, identity)
 
 
 def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
@@ -299,9 +298,7 @@ def run(session: Session) -> None:
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
     check_loads(session, checkpoint)
-    backbone = session.backbone
     head = session.trained_head(checkpoint)
-    check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
         with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, [warned] if warned else [], temporary)

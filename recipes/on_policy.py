@@ -98,6 +98,18 @@ def text_folder(session: Session, identity: TextIdentity) -> Path:
     return session.cache / f"on-policy-{name}"
 
 
+def check_texts(session: Session) -> None:
+    """Refuse prompts that cannot be read, and a finished folder of other texts; no weight is read.
+
+    Raises:
+        UserError: the first fault.
+    """
+    prompts = open_on_policy_prompts(session)
+    if session.config.on_policy.path is not None and session.known_fingerprint is not None:
+        identity = identify(session, prompts)
+        on_rank0(lambda: open_texts(text_folder(session, identity), identity))
+
+
 def write_texts(
     session: Session, head: MtpStack | None, prompts: PromptSet, folder: Path, identity: TextIdentity
 ) -> None:

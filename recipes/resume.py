@@ -17,6 +17,7 @@ from mtptrain.training.checkpoint import HeadIdentity, newest_checkpoint, newest
 from mtptrain.training.resume import (
     Difference,
     Settings,
+    backbone_difference,
     describe_schedule,
     require_allowed,
     result_settings,
@@ -73,6 +74,9 @@ def check_resumable(session: Session) -> None:
         return
     data = None if config.data.source is DataSource.on_policy else data_digest(session)
     found = setting_differences(stored, head_settings(session), data)
+    known = session.known_fingerprint
+    if known is not None and stored.backbone != known:
+        found.insert(0, backbone_difference(stored.backbone, known))
     if stored.task != config.task:
         found.insert(0, Difference("+recipe", stored.task, config.task))
     require_allowed(f"resume=auto: {root}", found, config.resume_allow)

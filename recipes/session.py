@@ -92,6 +92,14 @@ class Session:
             require(lengths[name] < window, name, lengths[name], rule)
 
     @cached_property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint of the backbone if it is known without reading large files; None otherwise."""
+        from mtptrain.release.fingerprint import known_fingerprint
+        from mtptrain.run.distributed import on_rank0
+
+        return on_rank0(lambda: known_fingerprint(self.source.shards))
+
+    @cached_property
     def chat(self) -> ChatTemplate | None:
         """The chat template; None if the run has none."""
         from mtptrain.data.chat import open_chat_template
@@ -271,8 +279,9 @@ class Session:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the loaded backbone; loads it for training if none is."""
-        return (self.__dict__.get("backbone") or self.training_backbone).fingerprint
+        """The fingerprint of the backbone; loads it for training if that is not known without its weights."""
+        loaded = self.__dict__.get("backbone") or self.__dict__.get("training_backbone")
+        return loaded.fingerprint if loaded else self.known_fingerprint or self.training_backbone.fingerprint
 
     @property
     def dtype_name(self) -> str:
