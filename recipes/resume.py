@@ -34,7 +34,10 @@ def head_settings(session: Session) -> dict[str, Any]:
     settings = result_settings(config, ["data", "loss", "mtp", "train"], session.dtype_name)
     if config.data.source is DataSource.on_policy:
         settings |= result_settings(config, ["on_policy"], session.dtype_name)
-        settings["decoding.stop"] = config.decoding.stop
+        settings["decoding.stop"], settings["decoding.stop_strings"] = (
+            config.decoding.stop,
+            config.decoding.stop_strings,
+        )
     return settings
 
 

@@ -34,6 +34,10 @@ OTHER_SETTINGS = {
     "data.heldout_every": "streams have the hold-out of +recipe=collect; collect them again with another number",
     "data.packages": "they extend the standard library: set data=stdlib",
     "data.path": "set data=text, data=chat or data=streams to read it",
+    **dict.fromkeys(
+        ("data.split", "data.subset"),
+        "it chooses of a data set in data.path; prompts take it in their name: prompts=NAME:SUBSET:SPLIT",
+    ),
     "data.workers": "they read text during training: set data.streaming=true or data.mixture",
     "decoding.draft": "it matters at a decoding.temperature above 0; set one",
     "decoding.min_p": "it matters at a decoding.temperature above 0; set one",
@@ -45,6 +49,10 @@ OTHER_SETTINGS = {
     "loss.step_decay": "loss.divergence=chain weighs whole drafts",
     "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",
     "on_policy": "set data=on_policy",
+    **dict.fromkeys(
+        ("on_policy.min_p", "on_policy.top_k", "on_policy.top_p"),
+        "it matters at an on_policy.temperature above 0; set one",
+    ),
     "on_policy.prompt_tokens": "prompts of a file keep their length; leave on_policy.prompts out to cut prompts",
     "plan.acceptance": "plan.evaluation brings its own; leave one of them out",
     "plan.head": "it names a head of an evaluation: set plan.evaluation",

@@ -87,7 +87,7 @@ def setting_differences(stored: TrainingIdentity, settings: Settings, data: str 
 
 def selects_data(name: str) -> bool:
     """Return whether a setting chooses the documents, whose digest tells whether they are the same."""
-    chosen = name.startswith(("data.", "on_policy.")) or name == "decoding.stop"
+    chosen = name.startswith(("data.", "on_policy.")) or name in ("decoding.stop", "decoding.stop_strings")
     return chosen and name not in ("data.sequence_length", "data.streaming")
 
 

@@ -138,6 +138,12 @@ UNREAD = [
     ),
     ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
+    ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),
+    (
+        "distill",
+        "data=on_policy on_policy.temperature=0 on_policy.min_p=0.1",
+        "on_policy.min_p=0.1: .* with data=on_policy .*at an on_policy.temperature above 0",
+    ),
     ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]
 
