@@ -168,7 +168,7 @@ def run(session: Session) -> None:
     config, run_folder = session.config, session.folder
     if not config.collect.plan_only:
         on_rank0(run_folder.take)
-    corpus = on_rank0(lambda: session.training_corpus)
+    corpus = session.training_corpus
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.batches import BatchSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.documents import Document
     from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
@@ -130,25 +132,27 @@ class Session:
 
     @cached_property
     def training_corpus(self) -> TokenizedCorpus:
-        """The training documents as tokens."""
+        """The training documents as tokens. With several processes, all of them call it."""
         from mtptrain.data.text import training_documents
-        from mtptrain.data.tokens import tokenize_corpus
 
-        data = self.config.data
-        with waiting("reading the training documents"):
-            documents = training_documents(data)
-        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+        return self._tokenized("training", training_documents, self.config.data)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
-        """The held-out documents as tokens."""
+        """The held-out documents as tokens. With several processes, all of them call it."""
         from mtptrain.data.text import heldout_documents
-        from mtptrain.data.tokens import tokenize_corpus
 
-        data = self.document_settings
-        with waiting("reading the held-out documents"):
-            documents = heldout_documents(data)
-        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+        return self._tokenized("held-out", heldout_documents, self.document_settings)
+
+    def _tokenized(self, name: str, read: Callable[[DataConfig], list[Document]], data: DataConfig) -> TokenizedCorpus:
+        from mtptrain.data.tokens import share_corpus, tokenize_corpus
+
+        def make() -> TokenizedCorpus:
+            with waiting(f"reading the {name} documents"):
+                documents = read(data)
+            return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+
+        return share_corpus(make)
 
     @cached_property
     def text_batches(self) -> BatchSource:
