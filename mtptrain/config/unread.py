@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mtptrain.config.choices import DataSource
 from mtptrain.config.given import Given
 from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
@@ -17,6 +18,7 @@ LEAVE_OUT = "leave it out"
 # The way out by setting or section, of which the longest name counts: for settings of other recipes...
 OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
+    "backbone.weights": "a miniature is made of decoded weights",
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
@@ -102,7 +104,9 @@ def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"
     source = f" with data={config.data.source.value}" if name.startswith(("data", "on_policy")) else ""
-    return f"+recipe={config.task}{source} does not read it; {_way_out(name, OTHER_SETTINGS)}"
+    is_other = name.startswith("on_policy") and config.data.source is not DataSource.on_policy
+    way_out = _way_out("on_policy" if is_other else name, OTHER_SETTINGS)
+    return f"+recipe={config.task}{source} does not read it; {way_out}"
 
 
 def _way_out(name: str, ways: dict[str, str]) -> str:

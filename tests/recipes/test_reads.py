@@ -139,6 +139,8 @@ UNREAD = [
     ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
     ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),
+    ("distill", "on_policy.min_p=0.1", "on_policy.min_p=0.1: .* with data=text .*; set data=on_policy"),
+    ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
     (
         "distill",
         "data=on_policy on_policy.temperature=0 on_policy.min_p=0.1",

@@ -200,6 +200,14 @@ def test_a_name_chooses_subset_and_split(chosen: str, split: str | None, text: s
     assert source.prompt_rows[0].domain == tmp_path.name
 
 
+def test_a_file_has_no_subset(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "whole"})
+    with pytest.raises(
+        UserError, match=rf"^prompts={path}:main: is a file, of which :main chooses nothing; give {path}"
+    ):
+        read_prompt_rows([f"{path}:main"])
+
+
 def test_a_split_alone_follows_two_colons(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", {"prompt": name})
