@@ -12,6 +12,7 @@ from mtptrain.config.given import Given
 from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
+from mtptrain.config.typos import no_such_setting
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
@@ -74,8 +75,10 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
         owners: returns the tasks that read a setting.
 
     Raises:
-        UserError: names the setting, its value, the reader that it belongs to and the way out.
+        UserError: names the setting, its value, the reader that it belongs to and the way out; or a name in
+            `resume_allow` that is no setting.
     """
+    _check_allowed(config.resume_allow)
     named = {_setting(name) for name in given.values} & all_settings()
     unread = sorted(name for name in named - reads if not _is_default(config, name))
     measures = any(name.startswith("evaluation.") for name in reads)
@@ -90,6 +93,13 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
     if noted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
         print(f"note: +recipe={config.task} does not read {names} with these settings", file=sys.stderr)
+
+
+def _check_allowed(names: list[str]) -> None:
+    """Refuse a name in `resume_allow` that is no setting and no section."""
+    for name in names:
+        if not settings(name):
+            raise UserError(f"resume_allow={names}: {no_such_setting(name)}")
 
 
 def _setting(name: str) -> str:

@@ -136,6 +136,7 @@ UNREAD = [
         "checkpoint=stock resume=auto resume_allow=[train]",
         r"resume_allow=\['train'\]: belongs to .*distill",
     ),
+    ("distill", "resume=auto resume_allow=[train.step]", "resume_allow=.*: train.step: there is no .*mean train.steps"),
     ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
     ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),
