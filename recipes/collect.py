@@ -83,16 +83,16 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
 
 def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
     """Return the identity of this run's cache."""
-    config, backbone, chat = session.config, session.backbone, session.chat
+    config, source, chat = session.config, session.source, session.chat
     return StreamIdentity(
-        backbone=backbone.fingerprint,
+        backbone=session.fingerprint,
         stream=STREAM,
-        layer=backbone.config.num_hidden_layers,
-        num_streams=backbone.config.hc_mult,
-        width=backbone.config.hidden_size,
+        layer=source.config.num_hidden_layers,
+        num_streams=source.config.hc_mult,
+        width=source.config.hidden_size,
         stored_as=config.collect.format,
         dtype=session.dtype_name,
-        tokenizer=hash_tokenizer(backbone.tokenizer),
+        tokenizer=hash_tokenizer(source.tokenizer),
         chat_template=chat.sha256 if chat is not None and corpus.loss_mask is not None else None,
         text=corpus.digest(),
         sequence_length=session.piece_length,
@@ -168,7 +168,7 @@ def run(session: Session) -> None:
     config, run_folder = session.config, session.folder
     if not config.collect.plan_only:
         on_rank0(run_folder.take)
-    corpus = on_rank0(lambda: session.training_corpus)
+    corpus = session.training_corpus
     shards = plan_shards(corpus, session.piece_length, config.collect.shard_tokens)
     if not shards:
         raise UserError("data: there is no document with two tokens or more to run over; check data.path")

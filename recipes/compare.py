@@ -20,7 +20,6 @@ from mtptrain.evaluation.result import SCHEMA
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
-from mtptrain.run.progress import waiting
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 
@@ -59,8 +58,7 @@ def run(session: Session) -> None:
     heads, replays = [], []
     for name, path in zip(names, config.checkpoints, strict=True):
         head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])
-        with waiting(f"replaying {name} on {len(traces)} texts"):
-            counts = replay_head(session, head.stack, traces)
+        counts = replay_head(session, head.stack, traces)
         seen = count_seen(head.passages, session.hasher, [prompt.tokens for prompt in prompts])
         if seen is not None and seen.seen:
             folder.print_status(seen_text(name, seen))

@@ -27,7 +27,6 @@ from mtptrain.recipes.traces import prepare_traces
 from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
 from mtptrain.run.folder import FolderUse
-from mtptrain.run.progress import waiting
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint
@@ -81,11 +80,9 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
     """Return the acceptance of the head under every wiring, and the controls."""
     traces = prepare_traces(session).traces
     model, draft_length = session.backbone.model, session.config.decoding.draft_length
-    with waiting("measuring the head under every wiring"):
-        wirings = measure_wirings(model, stack, traces, draft_length)
-    with waiting("running the controls"):
-        shifted = shifted_target_control(model, {HEAD: stack}, traces, draft_length)[HEAD]
-        all_accept = all_accept_control(model, traces[0].prompt.tokens, draft_length)
+    wirings = measure_wirings(model, stack, traces, draft_length)
+    shifted = shifted_target_control(model, {HEAD: stack}, traces, draft_length)[HEAD]
+    all_accept = all_accept_control(model, traces[0].prompt.tokens, draft_length)
     return wirings, DoctorControls(shifted_target=shifted, all_accept=all_accept)
 
 

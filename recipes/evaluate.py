@@ -85,14 +85,12 @@ def make_certificate(
         policy, seed = GREEDY, session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
-    with waiting("certificate: comparing loops with the backbone's texts and with the replay"):
-        loops = greedy_loops(model, stacks, greedy, policy)
-        logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
-        identity, replay = certify_greedy(loops, logits.backbone.gap)
+    loops = greedy_loops(model, stacks, greedy, policy)
+    logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
+    identity, replay = certify_greedy(loops, logits.backbone.gap)
     with waiting("certificate: testing the sampler"):
         sampler = sampler_certificate()
-    with waiting("certificate: running the controls"):
-        controls = run_controls(model, stacks, traces, longest)
+    controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(
         passed=all(parts) and (pass_counts is None or pass_counts.passed),
@@ -114,8 +112,7 @@ def measure_times(session: Session, heads: list[Head], runs: list[BatchRuns]) ->
     for head in heads:
         lengths = {k: batch_length(runs, head.name, k) for k in range(1, longest + 1)}
         model, limits = session.backbone.model, session.limits
-        with waiting(f"timing single steps of the {head.name} head at batch {len(prompts)}"):
-            times = measure_steps(model, head.stack, prompts, longest, limits, STEP_REPETITIONS)
+        times = measure_steps(model, head.stack, prompts, longest, limits, STEP_REPETITIONS)
         latencies[head.name] = describe_times(times, lengths)
     return latencies
 
@@ -138,11 +135,9 @@ def measure_head(
         session.source.tokenizer,
     )
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
-    with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
-        drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
-        counts = replay_all(drafts, policy)
-    with waiting(f"measuring the {head.name} head on held-out text"):
-        forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
+    drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
+    counts = replay_all(drafts, policy)
+    forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
     result = HeadResult(
         name=head.name,
         checkpoint=head.checkpoint,

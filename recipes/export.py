@@ -53,7 +53,6 @@ from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.hub import check_upload, upload_folder
-from mtptrain.run.progress import waiting
 from mtptrain.run.storage import disk_full_reason, write_text
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
@@ -71,12 +70,11 @@ def export_scheme(config: RunConfig, shards: Shards) -> Scheme:
 
 def check_loads(session: Session, checkpoint: Checkpoint) -> None:
     """Refuse an export that the target cannot load, before the backbone's weights are read."""
-    config, folder = session.config, session.source.folder
+    config, shards = session.config, session.source.shards
     assert config.target is not None
-    if isinstance(checkpoint.identity, HeadIdentity):  # otherwise loading the head says what the checkpoint holds
-        shards = Shards(folder, f"backbone.path={folder}")
-        scheme = export_scheme(config, shards)
-        check_target(config.target, config.export.form, scheme, checkpoint.identity.depth, shards)
+    identity = checkpoint.head_identity(session.known_fingerprint)
+    check_target(config.target, config.export.form, export_scheme(config, shards), identity.depth, shards)
+    check_trained(checkpoint, identity)
 
 
 def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
@@ -206,13 +204,11 @@ def write_measured(
     config, backbone = session.config, session.backbone
     scheme = export_scheme(config, backbone.shards)
     traces = gather_traces(session, config.evaluation.num_prompts).traces
-    with waiting(f"replaying the trained and the model's own head on {len(traces)} texts"):
-        before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
+    before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={session.folder.path}")
     checks = check_folder(config, backbone, checkpoint, scheme, written)
-    with waiting(f"replaying the head as written on {len(traces)} texts"):
-        after = replay_head(session, reload_head(backbone, written), traces)
+    after = replay_head(session, reload_head(backbone, written), traces)
     measured = measure(session, traces, before, after, stock)
     check_drop(config, measured)
     return written, {"scheme": scheme, **checks}, measured
@@ -302,9 +298,7 @@ def run(session: Session) -> None:
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
     check_loads(session, checkpoint)
-    backbone = session.backbone
     head = session.trained_head(checkpoint)
-    check_trained(checkpoint, checkpoint.head_identity(backbone.fingerprint))
     try:
         with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, [warned] if warned else [], temporary)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtptrain.backbone.load import keeps_quantised
 from mtptrain.config import DataSource, did_you_mean
 from mtptrain.config.reads import Settings
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache.manifest import open_cache
+from mtptrain.hidden_cache.manifest import check_origin, hash_tokenizer, open_cache
+from mtptrain.mtp.start import check_start, check_stock, stored_head
 from mtptrain.recipes.distill import is_measured as is_measured_at_end
-from mtptrain.recipes.on_policy import open_on_policy_prompts
+from mtptrain.recipes.on_policy import check_texts
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_prompts
 from mtptrain.run.distributed import choose_device
@@ -23,6 +25,8 @@ NO_PATH = ("stock", "fresh", "backbone")  # heads that are not in a folder of th
 
 def check_inputs(session: Session, reads: Settings) -> None:
     """Check device, backbone's folder, chat template, heads, prompts and text, as far as the run reads them.
+
+    Whatever names its backbone is compared with this one, if its fingerprint is known without reading its weights.
 
     Args:
         session: of the run.
@@ -34,11 +38,13 @@ def check_inputs(session: Session, reads: Settings) -> None:
     config = session.config
     if not {"backbone.path", "device"} <= reads:  # no backbone is loaded, or it is trained first
         return
-    choose_device(config.device)
-    _ = session.source
+    device = choose_device(config.device)
+    source = session.source
     if "data.chat_template" in reads:
         _ = session.chat
     check_heads(session, reads)
+    if "mtp.init" in reads:
+        check_start(config.mtp, source, keeps_quantised(config.backbone, source.config, device))
     if "prompts" in reads and is_measured(session, reads):
         check_prompts(session)
         if "evaluation.heldout_sequences" in reads:
@@ -48,11 +54,15 @@ def check_inputs(session: Session, reads: Settings) -> None:
 
 
 def check_heads(session: Session, reads: Settings) -> None:
-    """Refuse a head whose folder holds no usable checkpoint."""
+    """Refuse a head that the backbone does not have, or whose folder holds no usable checkpoint of this backbone."""
     config = session.config
     paths = config.checkpoints if "checkpoints" in reads else [config.checkpoint] if "checkpoint" in reads else []
     for path in paths:
-        if path is not None:
+        if path == "stock" and config.task == "doctor":  # it examines incomplete heads, too
+            stored_head(session.source)
+        elif path == "stock":
+            check_stock(session.source)
+        elif path is not None:
             _check_head(session, path, "", NO_PATH[:1])
     if "mtp.init" in reads:
         _check_head(session, config.mtp.init, f"mtp.init={config.mtp.init}: ", NO_PATH)
@@ -62,7 +72,7 @@ def _check_head(session: Session, path: str, setting: str, names: Sequence[str])
     """Refuse a path that holds no usable checkpoint and is no name of a head; `setting` begins the error."""
     if path not in names:
         try:
-            session.checkpoint(path)
+            session.checkpoint(path).head_identity(session.known_fingerprint)
         except UserError as error:
             raise UserError(f"{setting}{error}{did_you_mean(path, names)}") from None
 
@@ -79,8 +89,9 @@ def check_training_text(session: Session) -> None:
     """Refuse a text, a stream cache or prompts that cannot be trained on."""
     data = session.config.data
     if data.source is DataSource.streams:
-        open_cache(Path(str(data.path)))
+        cache = open_cache(Path(str(data.path)))
+        check_origin(cache, session.known_fingerprint, hash_tokenizer(session.source.tokenizer))
     elif data.source is DataSource.on_policy:
-        open_on_policy_prompts(session)
+        check_texts(session)
     else:
         _ = session.text_batches

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.build import build_model
-from mtptrain.backbone.load import SHIPPED, load_backbone
+from mtptrain.backbone.load import SHIPPED, load_backbone, open_source
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, settings
 from mtptrain.export.folder import copy_companions, write_shards
 from mtptrain.export.miniature import miniature_config, miniature_groups
 from mtptrain.mtp.stack import fresh_stack, num_modules
-from mtptrain.mtp.start import stock_tensors
+from mtptrain.mtp.start import check_stock, stock_tensors
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
@@ -29,7 +29,8 @@ def reads(config: RunConfig) -> Settings:
     """Return the settings that a miniature reads: of a random one its shape and seed, otherwise its backbone."""
     if config.release.random:
         return ALWAYS | settings("backbone.shape", "release", "seed")
-    return ALWAYS | settings("release") | of_backbone(config) - {"seed", "device", "precision", "threads"}
+    unread = {"seed", "device", "precision", "threads", "backbone.weights"}
+    return ALWAYS | settings("release") | of_backbone(config) - unread
 
 
 def run(session: Session) -> None:
@@ -41,7 +42,9 @@ def run(session: Session) -> None:
         model: DeepseekV4ForCausalLM = build_model(config.backbone.shape, config.seed, cpu)
         head, companions = fresh_stack(model, 1, config.seed).state_dict(), SHIPPED / "tiny"
     else:
-        backbone = load_backbone(config.backbone, cpu, torch.float32)
+        source = open_source(config.backbone)
+        check_stock(source)
+        backbone = load_backbone(config.backbone, cpu, torch.float32, source=source)
         model, head, companions = backbone.model, stock_tensors(backbone), backbone.folder
     groups = miniature_groups(model, head, config.release.variant)
     folder = run_folder.path

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, Placement
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.decoding.results import Limits
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.lead import lead
@@ -26,6 +25,7 @@ from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import TraceSet
 from mtptrain.traces.folder import (
+    POLICY,
     SETTING,
     TEXTS,
     TextIdentity,
@@ -36,7 +36,15 @@ from mtptrain.traces.folder import (
     text_file,
     write_batch,
 )
-from mtptrain.traces.on_policy import PromptSet, as_corpus, describe_batch, describe_counts, finish_texts, text_recorder
+from mtptrain.traces.on_policy import (
+    PromptSet,
+    as_corpus,
+    describe_batch,
+    describe_counts,
+    finish_texts,
+    text_limits,
+    text_recorder,
+)
 from mtptrain.traces.prompts import read_prompt_rows, slice_conversations
 
 
@@ -81,11 +89,10 @@ def identify(session: Session, prompts: PromptSet) -> TextIdentity:
     return TextIdentity(
         backbone=session.fingerprint,
         dtype=session.dtype_name,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
+        **{name: getattr(settings, name) for name in POLICY},
         max_new_tokens=settings.max_new_tokens,
         stop=sorted(session.stop_ids),
+        stop_strings=session.config.decoding.stop_strings,
         prompts=hashlib.sha256(content.encode()).hexdigest(),
     )
 
@@ -96,6 +103,18 @@ def text_folder(session: Session, identity: TextIdentity) -> Path:
         return Path(session.config.on_policy.path)
     name = hashlib.sha256(json.dumps(asdict(identity), sort_keys=True).encode()).hexdigest()[:32]
     return session.cache / f"on-policy-{name}"
+
+
+def check_texts(session: Session) -> None:
+    """Refuse prompts that cannot be read, and a finished folder of other texts; no weight is read.
+
+    Raises:
+        UserError: the first fault.
+    """
+    prompts = open_on_policy_prompts(session)
+    if session.config.on_policy.path is not None and session.known_fingerprint is not None:
+        identity = identify(session, prompts)
+        on_rank0(lambda: open_texts(text_folder(session, identity), identity))
 
 
 def write_texts(
@@ -115,7 +134,8 @@ def write_texts(
 
     making = on_rank0(open_folder)
     record = text_recorder(session.backbone, head if making.draft_length else None, identity, making)
-    answer = answer_text(session.source.tokenizer, Limits(identity.max_new_tokens, frozenset(identity.stop)))
+    tokenizer = session.source.tokenizer
+    answer = answer_text(tokenizer, text_limits(identity, tokenizer))
     starts = range(0, len(prompts.conversations), making.batch_size)
     names = [text_file(number) for number in range(len(starts))]
     written = on_rank0(lambda: set(find_parts(folder, names)))
@@ -168,7 +188,8 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
     texts = open_texts(folder, identity)
     assert texts is not None
     counts, making = texts.content.counts, texts.content.making
-    traces = [trace for trace in read_texts(texts) if outcome(trace, identity.stop) != "empty"]
+    limit = identity.max_new_tokens
+    traces = [trace for trace in read_texts(texts) if outcome(trace, identity.stop, limit) != "empty"]
     run_folder.print_status(describe_counts(counts))
     if not traces:
         raise UserError(f"on_policy.prompts={config.on_policy.prompts}: every text is empty; give other prompts")

@@ -17,6 +17,7 @@ from mtptrain.training.checkpoint import HeadIdentity, newest_checkpoint, newest
 from mtptrain.training.resume import (
     Difference,
     Settings,
+    backbone_difference,
     describe_schedule,
     require_allowed,
     result_settings,
@@ -33,7 +34,10 @@ def head_settings(session: Session) -> dict[str, Any]:
     settings = result_settings(config, ["data", "loss", "mtp", "train"], session.dtype_name)
     if config.data.source is DataSource.on_policy:
         settings |= result_settings(config, ["on_policy"], session.dtype_name)
-        settings["decoding.stop"] = config.decoding.stop
+        settings["decoding.stop"], settings["decoding.stop_strings"] = (
+            config.decoding.stop,
+            config.decoding.stop_strings,
+        )
     return settings
 
 
@@ -73,6 +77,9 @@ def check_resumable(session: Session) -> None:
         return
     data = None if config.data.source is DataSource.on_policy else data_digest(session)
     found = setting_differences(stored, head_settings(session), data)
+    known = session.known_fingerprint
+    if known is not None and stored.backbone != known:
+        found.insert(0, backbone_difference(stored.backbone, known))
     if stored.task != config.task:
         found.insert(0, Difference("+recipe", stored.task, config.task))
     require_allowed(f"resume=auto: {root}", found, config.resume_allow)

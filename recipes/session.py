@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.backbone.load import Backbone, BackboneSource
     from mtptrain.data.batches import BatchSource
     from mtptrain.data.chat import ChatTemplate
+    from mtptrain.data.documents import Document
     from mtptrain.data.passages import PassageHasher
     from mtptrain.data.tokens import Encoder, TokenizedCorpus
     from mtptrain.decoding.policy import Policy
@@ -92,6 +94,14 @@ class Session:
             require(lengths[name] < window, name, lengths[name], rule)
 
     @cached_property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint of the backbone if it is known without reading large files; None otherwise."""
+        from mtptrain.release.fingerprint import known_fingerprint
+        from mtptrain.run.distributed import on_rank0
+
+        return on_rank0(lambda: known_fingerprint(self.source.shards))
+
+    @cached_property
     def chat(self) -> ChatTemplate | None:
         """The chat template; None if the run has none."""
         from mtptrain.data.chat import open_chat_template
@@ -122,25 +132,27 @@ class Session:
 
     @cached_property
     def training_corpus(self) -> TokenizedCorpus:
-        """The training documents as tokens."""
+        """The training documents as tokens. With several processes, all of them call it."""
         from mtptrain.data.text import training_documents
-        from mtptrain.data.tokens import tokenize_corpus
 
-        data = self.config.data
-        with waiting("reading the training documents"):
-            documents = training_documents(data)
-        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+        return self._tokenized("training", training_documents, self.config.data)
 
     @cached_property
     def heldout_corpus(self) -> TokenizedCorpus:
-        """The held-out documents as tokens."""
+        """The held-out documents as tokens. With several processes, all of them call it."""
         from mtptrain.data.text import heldout_documents
-        from mtptrain.data.tokens import tokenize_corpus
 
-        data = self.document_settings
-        with waiting("reading the held-out documents"):
-            documents = heldout_documents(data)
-        return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+        return self._tokenized("held-out", heldout_documents, self.document_settings)
+
+    def _tokenized(self, name: str, read: Callable[[DataConfig], list[Document]], data: DataConfig) -> TokenizedCorpus:
+        from mtptrain.data.tokens import share_corpus, tokenize_corpus
+
+        def make() -> TokenizedCorpus:
+            with waiting(f"reading the {name} documents"):
+                documents = read(data)
+            return tokenize_corpus(documents, self.encoder, self.cache, data.max_tokens)
+
+        return share_corpus(make)
 
     @cached_property
     def text_batches(self) -> BatchSource:
@@ -266,13 +278,14 @@ class Session:
         device = choose_device(self.config.device)
         dtype = choose_dtype(self.config.precision, device)
         source = self.source
-        with joining_others(LOAD), waiting(f"loading the backbone from {source.folder}"):
+        with joining_others(LOAD):
             return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the loaded backbone; loads it for training if none is."""
-        return (self.__dict__.get("backbone") or self.training_backbone).fingerprint
+        """The fingerprint of the backbone; loads it for training if that is not known without its weights."""
+        loaded = self.__dict__.get("backbone") or self.__dict__.get("training_backbone")
+        return loaded.fingerprint if loaded else self.known_fingerprint or self.training_backbone.fingerprint
 
     @property
     def dtype_name(self) -> str:
@@ -327,8 +340,7 @@ class Session:
         from mtptrain.losses.next_token import bits_per_byte
 
         backbone, rows = self.backbone, self.config.evaluation.heldout_sequences
-        with waiting("measuring the backbone on held-out text"):
-            nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
+        nats, bits = bits_per_byte(backbone.model, self.heldout_corpus, self.piece_length, rows)
         return BackboneResult(
             name=self.config.backbone.name,
             fingerprint=backbone.fingerprint,

@@ -82,10 +82,10 @@ def open_prompts(session: Session, count: int) -> tuple[list[Conversation], list
     return [conversation for _, conversation in named], sources
 
 
-def _header(session: Session, sources: list[Source], dropped: int) -> TraceHeader:
+def _header(session: Session, backbone: str, sources: list[Source], dropped: int) -> TraceHeader:
     policy, limits, chat = session.policy, session.limits, session.chat
     return TraceHeader(
-        backbone=session.fingerprint,
+        backbone=backbone,
         dtype=session.dtype_name,
         temperature=policy.temperature,
         top_k=policy.top_k,
@@ -108,7 +108,7 @@ def _read_traces(session: Session) -> TraceSet:
     """Read `evaluation.traces`; refuse traces of another backbone, policy or limits."""
     path = Path(str(session.config.evaluation.traces))
     traces = read_trace_set(path)
-    check_trace_set(path, traces.header, _header(session, [], 0))
+    check_trace_set(path, traces.header, _header(session, session.fingerprint, [], 0))
     _check_trace_rooms(session, traces)
     return traces
 
@@ -129,8 +129,11 @@ def check_prompts(session: Session) -> None:
     traces = session.config.evaluation.traces
     if traces is None:
         open_prompts(session, session.config.evaluation.num_prompts)
-    else:
-        _check_trace_rooms(session, read_trace_set(Path(traces)))
+        return
+    recorded = read_trace_set(Path(traces))
+    backbone = session.known_fingerprint or recorded.header.backbone
+    check_trace_set(Path(traces), recorded.header, _header(session, backbone, [], 0))
+    _check_trace_rooms(session, recorded)
 
 
 def check_traces(session: Session) -> None:
@@ -200,7 +203,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
         session.folder.print_status(
             f"{held.dropped} later turns were dropped: their conversations no longer fit in the context"
         )
-    return TraceSet(_header(session, sources, held.dropped), _join_copies(session, held.traces))
+    return TraceSet(_header(session, session.fingerprint, sources, held.dropped), _join_copies(session, held.traces))
 
 
 def prepare_traces(session: Session) -> TraceSet:

@@ -30,6 +30,8 @@ MISTAKES = [
     (["train.weight_decay=-1"], "train.weight_decay=-1.0: must not be negative"),
     (["evaluation.num_prompts=0"], "evaluation.num_prompts=0: must be at least 1"),
     (["path=my.jsonl"], r"path=my.jsonl: belongs to \+recipe=report, and \+recipe=distill does not .*; data.path"),
+    (["on_policy.stop_strings=[a]"], r"on_policy.stop_strings: .*; did you mean decoding.stop_strings\?$"),
+    (["data.learning_rate=1"], r"data.learning_rate: .*; did you mean (train|stock_head).*learning_rate.*\?$"),
     (["trian.steps=2"], r"trian.steps: there is no such setting; did you mean train.steps\?$"),
     (["+trian.steps=2"], r"trian: there is no such setting; did you mean train\?$"),
     (["+train.stps=2"], r"train.stps: there is no such setting; did you mean train.steps\?$"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
 from mtptrain.backbone.memory import check_room, weight_bytes
 from mtptrain.backbone.modules import replace_experts
 from mtptrain.backbone.placement import check_experts, is_shared, partition, placement_options
-from mtptrain.config import BackboneConfig, Placement, StoredWeights
+from mtptrain.config import BackboneConfig, Placement, StoredWeights, require
 from mtptrain.data.text_ends import TextEnds, read_text_ends
 from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.errors import UserError
@@ -27,6 +29,7 @@ from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
 from mtptrain.run.hub import HUB_ID
+from mtptrain.run.progress import waiting
 
 SHIPPED = Path(__file__).parent / "shipped"
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -38,19 +41,21 @@ LAYER_PREFIXES = ("model.layers.", "layers.")
 
 @dataclass(frozen=True, slots=True)
 class BackboneSource:
-    """A backbone's folder with its config and tokenizer, before any weight is read.
+    """A backbone's folder with its config, tokenizer and list of tensors, before any weight is read.
 
     Attributes:
         folder: holds config.json, the tokenizer and the weights.
         config: transformers' config.
         tokenizer: from the same folder.
         ends: the tokens at both ends of a text.
+        shards: every tensor of the folder, including those of a head.
     """
 
     folder: Path
     config: DeepseekV4Config
     tokenizer: Tokenizer
     ends: TextEnds
+    shards: Shards
 
     @property
     def bos_eos(self) -> tuple[list[int], list[int]]:
@@ -62,14 +67,24 @@ def open_source(config: BackboneConfig) -> BackboneSource:
     """Open a backbone's folder without reading its weights.
 
     Raises:
-        UserError: the folder is missing, or its config or tokenizer is missing, damaged or of another model.
+        UserError: the folder is missing; its config, its tokenizer or a header of its files is missing, damaged or of
+            another model; or `backbone.weights=keep` has nothing to keep.
     """
     folder = backbone_folder(config)
     model_config = read_model_config(folder)
+    require(
+        config.weights is not StoredWeights.keep or hasattr(model_config, "quantization_config"),
+        "backbone.weights",
+        config.weights.value,
+        f"keeps FP8 and FP4 weights as they are stored, and {folder} holds none; leave it at auto",
+    )
     size, end = model_config.vocab_size, model_config.eos_token_id
     tokenizer = load_tokenizer(folder, size)
     ends = read_text_ends(folder, tokenizer, model_config.bos_token_id, end, size)
-    return BackboneSource(folder, model_config, tokenizer, ends)
+    shards = Shards(folder, f"backbone.path={folder}")
+    check_config(shards)
+    check_scales(shards)
+    return BackboneSource(folder, model_config, tokenizer, ends, shards)
 
 
 def read_model_config(folder: Path) -> DeepseekV4Config:
@@ -133,20 +148,23 @@ class Backbone:
 
     Attributes:
         model: transformers' model in eval mode; no parameter requires a gradient.
-        source: its folder, config and tokenizer.
-        shards: every tensor of its folder, including those of a head.
+        source: its folder, config, tokenizer and list of tensors.
         fingerprint: hash of config and weights without `mtp.*`; heads trained on this backbone carry it.
     """
 
     model: DeepseekV4ForCausalLM
     source: BackboneSource
-    shards: Shards
     fingerprint: str
+
+    @property
+    def shards(self) -> Shards:
+        """Every tensor of the folder, including those of a head."""
+        return self.source.shards
 
     @property
     def folder(self) -> Path:
         """The folder that the weights were read from."""
-        return self.shards.folder
+        return self.source.folder
 
     @property
     def config(self) -> DeepseekV4Config:
@@ -182,15 +200,13 @@ def load_backbone(
         UserError: files are missing or damaged, or a tensor has no counterpart in the model or in the files.
     """
     source = source or open_source(config)
-    folder = source.folder
-    shards = Shards(folder, f"backbone.path={folder}")
-    check_config(shards)
-    check_scales(shards)
+    folder, shards = source.folder, source.shards
     if has_layers:
         if config.placement is Placement.expert_parallel:
             check_experts(source.config.n_routed_experts)
-        decoded = None if _keeps_quantised(config, device) else dtype
-        is_decoded = decoded is not None and hasattr(source.config, "quantization_config")
+        is_kept = keeps_quantised(config, source.config, device)
+        is_decoded = not is_kept and hasattr(source.config, "quantization_config")
+        decoded = None if is_kept else dtype
         check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device, is_decoded)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
@@ -198,7 +214,7 @@ def load_backbone(
         partition(model, device)
     if not is_shared(model):
         replace_experts(model)
-    return Backbone(model, source, shards, on_rank0(lambda: fingerprint(shards)))
+    return Backbone(model, source, on_rank0(lambda: fingerprint(shards)))
 
 
 def _load_model(
@@ -215,15 +231,16 @@ def _load_model(
     placement = config.placement if has_layers else Placement.replicate
     options = placement_options(placement, device, int(model_config.num_hidden_layers))
     try:
-        loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
-            folder,
-            config=model_config,
-            dtype=dtype,
-            **options,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
-        )
+        with _counting_weights(f"loading the backbone from {folder}"):
+            loaded: Any = DeepseekV4ForCausalLM.from_pretrained(
+                folder,
+                config=model_config,
+                dtype=dtype,
+                **options,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report then lists them, and the check below refuses them
+            )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many types
         summary = " ".join(str(error).split())[:300]
@@ -240,6 +257,26 @@ def _load_model(
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
     return model
+
+
+@contextmanager
+def _counting_weights(label: str) -> Iterator[None]:
+    """Wait for transformers to read weights, with its own count of them as the share that is done."""
+    share = 0.0
+
+    def count(_: Callable[..., Any], arguments: tuple[Any, ...], __: dict[str, Any]) -> Iterator[Any]:
+        nonlocal share
+        steps = list(arguments[0])
+        for done, step in enumerate(steps):
+            share = done / len(steps)
+            yield step
+
+    previous = transformers_logging.set_tqdm_hook(count)
+    try:
+        with waiting(label, lambda: share):
+            yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def _check_report(report: dict[str, Any], folder: Path, has_layers: bool, num_layers: int) -> None:
@@ -263,7 +300,7 @@ def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, de
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
         return model_config
-    if _keeps_quantised(config, device):
+    if keeps_quantised(config, model_config, device):
         from mtptrain.backbone.kept import METHOD  # registers it
 
         model_config.quantization_config = {**quantization, "dequantize": False, "quant_method": METHOD}
@@ -272,5 +309,7 @@ def _set_quantisation(config: BackboneConfig, model_config: DeepseekV4Config, de
     return model_config
 
 
-def _keeps_quantised(config: BackboneConfig, device: torch.device) -> bool:
-    return config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
+def keeps_quantised(config: BackboneConfig, model_config: DeepseekV4Config, device: torch.device) -> bool:
+    """Return whether FP8 and FP4 weights stay in memory as they are stored."""
+    is_chosen = config.weights is StoredWeights.keep or (config.weights is StoredWeights.auto and device.type != "cpu")
+    return is_chosen and hasattr(model_config, "quantization_config")

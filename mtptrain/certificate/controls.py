@@ -16,6 +16,7 @@ from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.evaluation.certificate_result import AllAcceptControl, Controls, Outcome
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.run.progress import waiting
 from mtptrain.traces.file import Trace
 
 
@@ -28,6 +29,7 @@ class BackboneProposer:
 
     def __init__(self, model: DeepseekV4ForCausalLM) -> None:
         self.model = model
+        self.drafted = 0
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Proposer`; supports one row and a greedy policy."""
@@ -51,6 +53,7 @@ class BackboneProposer:
             _, hidden_1SD = decode_step(self.model, self.cache, tokens[-1].unsqueeze(1))
             tokens.append(self.model.lm_head(hidden_1SD[:, -1]).argmax(-1))
         self.cache.rewind(self.texts.length_B - 1)
+        self.drafted += 1
         return Draft(torch.stack(tokens, dim=1), None, torch.tensor([len(tokens)], device=hidden_1SD.device))
 
 
@@ -67,7 +70,9 @@ def all_accept_control(
         num_passes: passes to run if every draft is accepted.
     """
     limits = Limits(1 + num_passes * (draft_length + 1))
-    passes = decode_speculative(model, BackboneProposer(model), [prompt], draft_length, limits).rows[0].passes
+    proposer = BackboneProposer(model)
+    with waiting("control: the backbone drafts for itself", lambda: proposer.drafted / num_passes):
+        passes = decode_speculative(model, proposer, [prompt], draft_length, limits).rows[0].passes
     length = sum(record.emitted for record in passes) / len(passes)
     return AllAcceptControl(length, ceiling=draft_length + 1, passed=length == draft_length + 1)
 

@@ -31,6 +31,7 @@ from mtptrain.evaluation.certificate_result import (
     RoundingNoise,
 )
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
 LEVEL = 1e-4  # false alarms of all comparisons together
@@ -66,7 +67,7 @@ def against_upstream(
     limits = replace(limits, max_new_tokens=min(limits.max_new_tokens, NEW_TOKENS))
     seeds = [row_seed(0, number) for number in range(len(prompts))]
     runs = {PLAIN: decode_plain(model, prompts, limits, SAMPLED, seeds).rows}
-    for name, stack in stacks.items():
+    for name, stack in counted("certificate: decoding with every head", list(stacks.items())):
         proposer = MtpProposer(model, stack)
         runs[f"{name} head, K={length}"] = decode_speculative(
             model, proposer, prompts, length, limits, SAMPLED, seeds
@@ -75,7 +76,7 @@ def against_upstream(
     dtype = model.lm_head.weight.dtype
     noise = measure_noise(lambda: upstream_logits(model, prompts, texts[PLAIN]), [model.model], dtype)
     differences: list[Differences] = []
-    for name, rows in runs.items():
+    for name, rows in counted(f"certificate: comparing with {UPSTREAM}", list(runs.items())):
         upstream = upstream_logits(model, prompts, texts[name])
         pairs = [(_recorded(row), one) for row, one in zip(rows, upstream, strict=True)]
         differences += both_quantities(name, UPSTREAM, pairs, noise)

@@ -19,6 +19,7 @@ from mtptrain.evaluation.speedup import BatchRuns
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.replay.drafts import ReplayDrafts, draft_traces
 from mtptrain.replay.replay import count_passes, replay_passes
+from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
 
@@ -46,7 +47,7 @@ def greedy_loops(
     numbers: dict[tuple[int, ...], int] = {}
     rows = [(tuple(trace.prompt.tokens), len(run.traces)) for run in runs for trace in run.traces]
     loops = []
-    for name, k in runs[0].speculative:
+    for name, k in counted("certificate: replaying the loops", list(runs[0].speculative)):
         decoded = _rows_and_drafts(model, stacks[name], runs, (name, k), policy)
         for (prompt, batch), (plain, row, drafts) in zip(rows, decoded, strict=True):
             known = policy.min_confidence == 0 or drafts.free_confidence_KN is not None
@@ -61,7 +62,7 @@ def certify_sampled_runs(
 ) -> PassCountTest:
     """Compare the number of passes of sampled loops with replay."""
     loops = []
-    for name, k in runs[0].speculative:
+    for name, k in counted("certificate: replaying the loops", list(runs[0].speculative)):
         for _, row, drafts in _rows_and_drafts(model, stacks[name], runs, (name, k), policy):
             loops.append(sampled_run(name, k, len(row.passes), drafts, policy))
     return certify_pass_counts(loops)

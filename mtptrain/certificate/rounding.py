@@ -23,6 +23,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.backbone.upstream import upstream_modules
 from mtptrain.evaluation.certificate_result import NoiseLevel, RoundingNoise, SizeLevel
+from mtptrain.run.progress import counted
 
 COPIES = 12  # disturbed computations of each text
 QUANTILE = 0.75  # of the differences along a text: robust to single positions, sensitive to most of them
@@ -110,7 +111,7 @@ def measure_noise(
     exact = compute()
     gaps: list[np.ndarray] = []
     log_ps: list[np.ndarray] = []
-    for copy in range(copies):
+    for copy in counted("certificate: measuring the rounding noise", range(copies)):
         with disturbed(modules, dtype, copy):
             for one, other in zip(exact, compute(), strict=True):
                 gaps.append(other.gap_N - one.gap_N)

@@ -29,6 +29,7 @@ from mtptrain.evaluation.certificate_result import Outcome, ShiftedTargetControl
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.replay.drafts import Rollout, trace_batch
+from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
 LEVEL = 1e-5  # false alarms of one head: evaluations run often, and each costs trust
@@ -256,7 +257,7 @@ def shifted_target_control(
     if not is_tested(texts, splices):
         return {name: not_tested(len(used)) for name in stacks}
     matches: dict[str, list[Matches]] = {name: [] for name in stacks}
-    for splice in splices:
+    for splice in counted("control: drafting at shifted targets", splices):
         for name, drafts_RK in draft_splice(model, stacks, used, splice, steps, draft).items():
             matches[name].append(match(drafts_RK, splice, texts))
     positions = [splice.position for splice in splices]

@@ -169,6 +169,10 @@ class OnPolicyConfig:
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")
     # Smallest probability mass of the most likely tokens that may be sampled.
     top_p: float = ranged(1.0, above=0, at_most=1, rule="must lie in (0, 1]; 1 keeps all tokens")
+    min_p: float = ranged(0.0, at_least=0, at_most=1)  # see DecodingConfig, as the three penalties
+    repetition_penalty: float = ranged(1.0, above=0)
+    frequency_penalty: float = ranged(0.0, at_least=-2, at_most=2)
+    presence_penalty: float = ranged(0.0, at_least=-2, at_most=2)
     # Tokens drafted per pass by the head that training starts from; 0 = plain decoding.
     draft_length: int = ranged(1, at_least=0, at_most=MAX_DRAFT_LENGTH)
     batch_size: int = ranged(64, at_least=1)  # prompts decoded and written together; a killed process loses one batch

@@ -90,7 +90,9 @@ def of_training_text(config: RunConfig) -> Settings:
 
 def of_on_policy(config: RunConfig) -> Settings:
     """Return the settings of the backbone's own texts."""
-    used = settings("on_policy", "decoding.stop")
+    used = settings("on_policy", "decoding.stop", "decoding.stop_strings")
+    if config.on_policy.temperature == 0:
+        used -= settings("on_policy.min_p", "on_policy.top_k", "on_policy.top_p")
     return used if config.on_policy.prompts == [TRAINING] else used - {"on_policy.prompt_tokens"}
 
 

@@ -72,7 +72,8 @@ class RunConfig:
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
     path: str | None = None  # report: an evaluation.json, or the folder of its run
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
-    prompts: Any = HELDOUT  # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` names
+    # `heldout`, or one or a list of .jsonl and .parquet files, folders, and `datasets` as NAME or NAME:SUBSET:SPLIT
+    prompts: Any = HELDOUT
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -38,9 +38,10 @@ def no_such_setting(name: str) -> str:
     """Return the answer to an unknown setting."""
     if name in RENAMED:
         return f"{name}: there is no such setting; {name} is now called {RENAMED[name]}"
-    ending = f".{name}"
-    same = [] if "." in name else sorted(one for one in all_settings() if one.endswith(ending))
-    near = f"; did you mean {any_of(same)}?" if same else did_you_mean(name, _all_names())
+    section, _, leaf = name.rpartition(".")
+    same = sorted(one for one in all_settings() if one.rpartition(".")[2] == leaf)  # in other sections
+    near = did_you_mean(name, same) if section else ""
+    near = near or (f"; did you mean {any_of(same)}?" if same else did_you_mean(name, _all_names()))
     return f"{name}: there is no such setting{near or '; `--cfg job` lists all of them'}"
 
 

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mtptrain.config.choices import DataSource
 from mtptrain.config.given import Given
 from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
+from mtptrain.config.typos import no_such_setting
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
@@ -18,6 +20,7 @@ LEAVE_OUT = "leave it out"
 OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
     "backbone.grow_from": "only +recipe=backbone trains a backbone",
+    "backbone.weights": "a miniature is made of decoded weights",
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
@@ -35,6 +38,10 @@ OTHER_SETTINGS = {
     "data.heldout_every": "streams have the hold-out of +recipe=collect; collect them again with another number",
     "data.packages": "they extend the standard library: set data=stdlib",
     "data.path": "set data=text, data=chat or data=streams to read it",
+    **dict.fromkeys(
+        ("data.split", "data.subset"),
+        "it chooses of a data set in data.path; prompts take it in their name: prompts=NAME:SUBSET:SPLIT",
+    ),
     "data.workers": "they read text during training: set data.streaming=true or data.mixture",
     "decoding.draft": "it matters at a decoding.temperature above 0; set one",
     "decoding.min_p": "it matters at a decoding.temperature above 0; set one",
@@ -46,6 +53,10 @@ OTHER_SETTINGS = {
     "loss.step_decay": "loss.divergence=chain weighs whole drafts",
     "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",
     "on_policy": "set data=on_policy",
+    **dict.fromkeys(
+        ("on_policy.min_p", "on_policy.top_k", "on_policy.top_p"),
+        "it matters at an on_policy.temperature above 0; set one",
+    ),
     "on_policy.prompt_tokens": "prompts of a file keep their length; leave on_policy.prompts out to cut prompts",
     "plan.acceptance": "plan.evaluation brings its own; leave one of them out",
     "plan.head": "it names a head of an evaluation: set plan.evaluation",
@@ -65,8 +76,10 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
         owners: returns the tasks that read a setting.
 
     Raises:
-        UserError: names the setting, its value, the reader that it belongs to and the way out.
+        UserError: names the setting, its value, the reader that it belongs to and the way out; or a name in
+            `resume_allow` that is no setting.
     """
+    _check_allowed(config.resume_allow)
     named = {_setting(name) for name in given.values} & all_settings()
     unread = sorted(name for name in named - reads if not _is_default(config, name))
     measures = any(name.startswith("evaluation.") for name in reads)
@@ -83,6 +96,13 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
         print(f"note: +recipe={config.task} does not read {names} with these settings", file=sys.stderr)
 
 
+def _check_allowed(names: list[str]) -> None:
+    """Refuse a name in `resume_allow` that is no setting and no section."""
+    for name in names:
+        if not settings(name):
+            raise UserError(f"resume_allow={names}: {no_such_setting(name)}")
+
+
 def _setting(name: str) -> str:
     """Return the setting that a dotted name lies in, such as `tracking.trackers` of `tracking.trackers.wandb`."""
     while name not in all_settings() and "." in name:
@@ -95,7 +115,9 @@ def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"
     source = f" with data={config.data.source.value}" if name.startswith(("data", "on_policy")) else ""
-    return f"+recipe={config.task}{source} does not read it; {_way_out(name, OTHER_SETTINGS)}"
+    is_other = name.startswith("on_policy") and config.data.source is not DataSource.on_policy
+    way_out = _way_out("on_policy" if is_other else name, OTHER_SETTINGS)
+    return f"+recipe={config.task}{source} does not read it; {way_out}"
 
 
 def _way_out(name: str, ways: dict[str, str]) -> str:

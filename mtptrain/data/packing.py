@@ -17,6 +17,7 @@ import torch
 
 from mtptrain.batch import Batch
 from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.run.progress import counted
 
 Piece = tuple[int, int]  # start and length in the corpus's token array
 TOKENS_PER_FORWARD = 4096  # of a forward that measures
@@ -111,7 +112,7 @@ def fill_rows(
 
 
 def split_rows(tokens: np.ndarray, rows: list[list[Piece]], row_length: int) -> Iterator[Batch]:
-    """Yield batches of rows of pieces, each of at most `TOKENS_PER_FORWARD` tokens, but of one row at least."""
+    """Yield the rows of a measurement in batches of at most `TOKENS_PER_FORWARD` tokens, but of one row at least."""
     size = max(1, TOKENS_PER_FORWARD // row_length)
-    for start in range(0, len(rows), size):
+    for start in counted("measuring on held-out text", range(0, len(rows), size)):
         yield fill_rows(tokens, rows[start : start + size], row_length)

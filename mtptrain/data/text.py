@@ -32,6 +32,7 @@ from mtptrain.errors import UserError
 
 STREAMED_HELDOUT = 256  # held-out documents of a streamed source, which may be endless
 KINDS = (".txt", *ROW_KINDS)
+PROMPTS = "a data set of prompts takes it in its name: prompts=NAME:SUBSET:SPLIT"
 
 
 def _row_document(row: Row, name: str, where: str, config: DataConfig) -> Document:
@@ -170,7 +171,9 @@ def _files(config: DataConfig) -> list[tuple[Path, str]] | None:
     if not path.exists() and kind_of(path) not in KINDS:
         return None
     for name, value in (("subset", config.subset), ("split", config.split)):
-        require(value is None, f"data.{name}", value, f"is of data sets, and data.path={path} is read as files")
+        require(
+            value is None, f"data.{name}", value, f"is of data sets, and data.path={path} is read as files; {PROMPTS}"
+        )
     # Relative paths tell a/text.txt and b/text.txt apart; by bare names both would be held out together.
     root = path if path.is_dir() else path.parent
     return [(file, file.relative_to(root).as_posix()) for file in local_files(f"data.path={path}", path, KINDS)]

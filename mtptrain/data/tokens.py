@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,6 +19,7 @@ from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.data.notes import note
 from mtptrain.errors import UserError
+from mtptrain.run.nodes import on_each_node
 from mtptrain.run.progress import waiting
 from mtptrain.run.storage import atomic_file, clear_leftovers, user_cache
 
@@ -37,12 +38,14 @@ class TokenizedCorpus:
         offsets: int64 [documents + 1], document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: UTF-8 bytes of the encoded text, for bits per byte; bos_eos ids do not count.
         loss_mask: bool [total], True for tokens that may be targets; None = all may.
+        file: of the cache that holds it; None if it is in no cache.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
     loss_mask: np.ndarray | None = None
+    file: Path | None = None
 
     def document(self, index: int) -> np.ndarray:
         """Return the token ids of a document, int32."""
@@ -90,11 +93,10 @@ def tokenize_corpus(
     """
     limited = "" if max_tokens is None else f"-{max_tokens}"
     path = cache / f"corpus-{_fingerprint(documents, encoder)}{limited}.npz"
-    if path.is_file():
-        try:
-            return _read_cache(path)
-        except DAMAGE:
-            path.unlink()  # damaged or empty, so it is written anew below
+    stored = read_corpus(path)
+    if stored is not None:
+        return stored
+    path.unlink(missing_ok=True)  # damaged or empty, so it is written anew below
     bad_rows = BadRows(encoder.on_bad_row)
     encoded: list[EncodedDocument] = []
     with waiting(f"tokenising {len(documents):,} documents", lambda: len(encoded) / len(documents)):
@@ -117,7 +119,22 @@ def tokenize_corpus(
         raise UserError(
             f"data.cache_dir={cache}: cannot be written ({error.strerror}); set it to a folder with room"
         ) from None
-    return corpus
+    return replace(corpus, file=path)
+
+
+def share_corpus(make: Callable[[], TokenizedCorpus]) -> TokenizedCorpus:
+    """Return the corpus of `make`: one process of a node calls it, the others read the cache that it leaves.
+
+    With several processes, all of them call this function.
+    """
+    made: list[TokenizedCorpus] = []
+
+    def first() -> Path | None:
+        made.append(make())
+        return made[0].file
+
+    file = on_each_node(first)
+    return made[0] if made else (read_corpus(file) if file else None) or make()
 
 
 def _leading(documents: Iterator[EncodedDocument], max_tokens: int | None) -> Iterator[EncodedDocument]:
@@ -143,10 +160,18 @@ def join_documents(documents: Sequence[EncodedDocument]) -> TokenizedCorpus:
     return TokenizedCorpus(tokens, offsets, sum(one.num_bytes for one in documents), loss_mask)
 
 
-def _read_cache(path: Path) -> TokenizedCorpus:
-    with np.load(path) as stored:
-        _show(str(stored["note"]))
-        return TokenizedCorpus(stored["tokens"], stored["offsets"], int(stored["num_bytes"]), stored.get("loss_mask"))
+def read_corpus(path: Path) -> TokenizedCorpus | None:
+    """Return a corpus of the cache and show its note; None if the file is missing or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as stored:
+            num_bytes, loss_mask = int(stored["num_bytes"]), stored.get("loss_mask")
+            corpus = TokenizedCorpus(stored["tokens"], stored["offsets"], num_bytes, loss_mask, path)
+            _show(str(stored["note"]))
+    except DAMAGE:
+        return None
+    return corpus
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.release.problems import DSPARK
 from mtptrain.replay.drafts import draft_traces
 from mtptrain.replay.replay import replay_all
+from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
 NO_HEAD = 1.05  # tokens a pass below which a head drafts nothing worth verifying
@@ -45,7 +46,10 @@ def measure_wirings(
     """Return the acceptance at `steps` drafts under every wiring, the right one first."""
     ordered = sorted(traces, key=lambda trace: len(trace.prompt.tokens))
     groups = [trace.prompt.group for trace in ordered]
-    counts = {wiring.name: replay_wiring(model, stack, ordered, steps, wiring)[steps] for wiring in WIRINGS}
+    counts = {
+        wiring.name: replay_wiring(model, stack, ordered, steps, wiring)[steps]
+        for wiring in counted("measuring the head under every wiring", WIRINGS)
+    }
 
     def gain_over(base: str, name: str) -> Gain:
         gain = paired_gain(counts[base], counts[name], groups)

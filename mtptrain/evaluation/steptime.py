@@ -24,6 +24,7 @@ from mtptrain.evaluation.median import spread
 from mtptrain.evaluation.result import StepLatency
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.planning.speedup import Prediction, predict_speedups
+from mtptrain.run.progress import counted
 
 WARM_UP = 2  # repetitions that are not counted
 ADVANCE = 2  # anchors that a draft runs, about the tokens that a pass of a fair head emits
@@ -125,7 +126,7 @@ def measure_steps(
     bench = StepBench(model, stack, prompts, longest, limits)
     step: dict[int, list[float]] = {n: [] for n in range(1, longest + 2)}
     drafted: dict[int, list[float]] = {k: [] for k in range(1, longest + 1)}
-    for _ in range(WARM_UP + repetitions):
+    for _ in counted(f"timing single steps at batch {len(prompts)}", range(WARM_UP + repetitions)):
         for n, seconds in step.items():
             seconds.append(_seconds(partial(bench.verify, n), device))
         for k, seconds in drafted.items():

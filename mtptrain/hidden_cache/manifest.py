@@ -111,9 +111,9 @@ def open_cache(folder: Path) -> StreamCache:
     return open_artifact(STREAM_CACHE, "data.path", folder)
 
 
-def check_origin(cache: StreamCache, backbone: str, tokenizer: str) -> None:
-    """Raise a `UserError` unless a cache was made with this backbone and this tokenizer."""
-    want = {"backbone": backbone, "tokenizer": tokenizer}
+def check_origin(cache: StreamCache, backbone: str | None, tokenizer: str) -> None:
+    """Raise a `UserError` unless a cache was made with this tokenizer and this backbone; None = not known yet."""
+    want = {"tokenizer": tokenizer} if backbone is None else {"backbone": backbone, "tokenizer": tokenizer}
     have = {name: getattr(cache.identity, name) for name in want}
     check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
 

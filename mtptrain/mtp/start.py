@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV4ForCausalLM
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from mtptrain.backbone.load import Backbone
-from mtptrain.config import MtpConfig
+from mtptrain.backbone.load import Backbone, BackboneSource
+from mtptrain.config import MtpConfig, require
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
-from mtptrain.release.modules import from_release, is_release_layout, read_release
+from mtptrain.release.modules import check_names, from_release, is_release_layout, read_release
 from mtptrain.release.problems import Problems, is_dspark, refuse_dspark
 from mtptrain.release.shards import HEAD_PREFIX
 
@@ -25,14 +25,14 @@ SLIDING = "sliding_attention"
 EXPERTS = "*.mlp.experts.*"  # the routed experts, all but 1/40 of V4-Flash's head
 
 
-def has_stock(backbone: Backbone) -> bool:
+def has_stock(backbone: Backbone | BackboneSource) -> bool:
     """Return whether the backbone's folder holds an MTP head."""
     head = backbone.shards.only(HEAD_PREFIX)
     return bool(head) and not is_dspark(head.keys(), backbone.config)
 
 
-def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
-    """Return the stored tensors of the head in a backbone's folder.
+def stored_head(backbone: Backbone | BackboneSource) -> Mapping[str, Tensor]:
+    """Return the stored tensors of the head in a backbone's folder, each read when it is needed.
 
     Raises:
         UserError: the folder holds no head.
@@ -48,13 +48,47 @@ def _stock_head(backbone: Backbone) -> Mapping[str, Tensor]:
     return head
 
 
+def check_stock(source: BackboneSource) -> None:
+    """Refuse a missing or incomplete stock head, or DSpark blocks, by the names of its tensors.
+
+    Raises:
+        UserError: says what the folder holds.
+    """
+    head = stored_head(source)
+    refuse_dspark(head.keys(), source.config)
+    if is_release_layout(head.keys()):
+        check_names(head, source.config)
+
+
+def check_start(config: MtpConfig, source: BackboneSource, is_kept: bool) -> None:
+    """Refuse a start or a choice of trained tensors that this backbone does not have, before its weights are read.
+
+    Args:
+        config: the modules; the checkpoint that `init` may name is not looked at.
+        source: the backbone.
+        is_kept: whether its weights stay quantised in memory.
+
+    Raises:
+        UserError: there is no stock head, no layer to start from, or no tensor of a name.
+    """
+    if config.init == "stock":
+        check_stock(source)
+    if config.init == "backbone":
+        last_sliding(source.config)
+        rule = "copies a layer, and its weights stay quantised; set backbone.weights=dequantize, or mtp.init=fresh"
+        require(not is_kept, "mtp.init", "backbone", rule)
+    with torch.device("meta"):
+        names = [name for name, _ in MtpStack(source.config, config.depth).named_parameters()]
+    trained_names(names, config.trainable)
+
+
 def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
     """Return our `mtp.{d}.*` of the head in a backbone's folder; a head in release format is decoded to fp32.
 
     Raises:
         UserError: the folder holds no head or DSpark blocks, or a file is damaged.
     """
-    head = _stock_head(backbone)
+    head = stored_head(backbone)
     refuse_dspark(head.keys(), backbone.config)
     if is_release_layout(head.keys()):
         return from_release(head, backbone.config, torch.float32)
@@ -67,7 +101,7 @@ def read_stock(backbone: Backbone) -> tuple[dict[str, Tensor], Problems]:
     Raises:
         UserError: the folder holds no head.
     """
-    head = _stock_head(backbone)
+    head = stored_head(backbone)
     if is_release_layout(head.keys()):
         return read_release(head, backbone.config, torch.float32)
     return dict(head), Problems()
@@ -145,7 +179,7 @@ def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> 
     Raises:
         UserError: the backbone has no sliding-window layer, or its weights are kept quantised.
     """
-    number = _last_sliding(model)
+    number = last_sliding(model.config)
     source = model.model.layers[number].state_dict()
     stack = fresh_stack(model, depth, seed)
     for block in stack.mtp:
@@ -165,8 +199,13 @@ def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> 
     return stack
 
 
-def _last_sliding(model: DeepseekV4ForCausalLM) -> int:
-    kinds = model.config.layer_types or []
+def last_sliding(config: DeepseekV4Config) -> int:
+    """Return the number of the last sliding-window layer.
+
+    Raises:
+        UserError: there is none.
+    """
+    kinds = config.layer_types or []
     sliding = [number for number, kind in enumerate(kinds) if kind == SLIDING]
     if not sliding:
         raise UserError(
@@ -199,18 +238,26 @@ def freeze_untrained(stack: MtpStack, trainable: str) -> None:
     Raises:
         UserError: a pattern matches no tensor.
     """
-    names = [name for name, _ in stack.named_parameters()]
-    if trainable == "no_experts":
-        trained = {name for name in names if not fnmatchcase(name, EXPERTS)}
-    else:
-        trained = set()
-        for pattern in ["*"] if trainable == "all" else trainable.split(","):
-            matches = {name for name in names if fnmatchcase(name, pattern)}
-            if not matches:
-                raise UserError(
-                    f"mtp.trainable={trainable}: {pattern!r} fits no tensor of the head; use all, no_experts, or "
-                    f"patterns of names such as {names[0]}"
-                )
-            trained |= matches
+    trained = trained_names([name for name, _ in stack.named_parameters()], trainable)
     for name, parameter in stack.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def trained_names(names: list[str], trainable: str) -> set[str]:
+    """Return the names that `mtp.trainable` chooses of those of a head's parameters.
+
+    Raises:
+        UserError: a pattern matches no name.
+    """
+    if trainable == "no_experts":
+        return {name for name in names if not fnmatchcase(name, EXPERTS)}
+    trained: set[str] = set()
+    for pattern in ["*"] if trainable == "all" else trainable.split(","):
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise UserError(
+                f"mtp.trainable={trainable}: {pattern!r} fits no tensor of the head; use all, no_experts, or patterns "
+                f"of names such as {names[0]}"
+            )
+        trained |= matches
+    return trained

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtptrain.release.shards import HEAD_PREFIX, Shards, StoredTensor
+from mtptrain.run.progress import counted
 from mtptrain.run.storage import user_cache, write_json
 
 PIECE = 1 << 22  # bytes read at a time
@@ -29,8 +30,9 @@ def fingerprint(shards: Shards) -> str:
     """
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
-        for of_file in pool.map(lambda file: _file_hashes(shards, file), shards.files()):
-            hashes |= of_file
+        found = pool.map(lambda file: _file_hashes(shards, file), shards.files())
+        for _ in counted(f"fingerprinting the weights in {shards.folder}", shards.files()):
+            hashes |= next(found)
     digest = hashlib.sha256(_backbone_config(shards.folder / "config.json"))
     for name in sorted(hashes):
         entry = shards.entries[name]
@@ -38,18 +40,42 @@ def fingerprint(shards: Shards) -> str:
     return digest.hexdigest()
 
 
-def _file_hashes(shards: Shards, file: str) -> dict[str, str]:
-    """Return the hash of every tensor of a file outside `mtp.*`, from the cache if the file has not changed."""
-    path = (shards.folder / file).resolve()
+def known_fingerprint(shards: Shards) -> str | None:
+    """Return the fingerprint if no large file has to be hashed for it, else None."""
+    large = [file for file in shards.files() if (shards.folder / file).stat().st_size >= WORTH_REMEMBERING]
+    return fingerprint(shards) if all(_remembered_hashes(shards, file) is not None for file in large) else None
+
+
+def _remembered_path(path: Path) -> Path:
+    """Return the place of a file's hashes in the user's cache."""
     state = path.stat()
     key = [str(path), state.st_size, state.st_mtime_ns, state.st_ino]
-    remembered = user_cache() / "hashes" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-    names = [name for name, entry in shards.entries.items() if entry.file == file and not name.startswith(HEAD_PREFIX)]
+    return user_cache() / "hashes" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+
+def _names(shards: Shards, file: str) -> list[str]:
+    """Return the names of a file's tensors outside `mtp.*`."""
+    return [name for name, entry in shards.entries.items() if entry.file == file and not name.startswith(HEAD_PREFIX)]
+
+
+def _remembered_hashes(shards: Shards, file: str) -> dict[str, str] | None:
+    """Return the hashes of a file that are in the user's cache; None if there are none of this state of the file."""
     with suppress(OSError, ValueError):
+        remembered = _remembered_path((shards.folder / file).resolve())
         hashes = json.loads(remembered.read_text(encoding="utf-8"))
-        if isinstance(hashes, dict) and hashes.keys() == set(names):
+        if isinstance(hashes, dict) and hashes.keys() == set(_names(shards, file)):
             return hashes
-    hashes = {name: tensor_hash(shards.folder, shards.entries[name]) for name in names}
+    return None
+
+
+def _file_hashes(shards: Shards, file: str) -> dict[str, str]:
+    """Return the hash of every tensor of a file outside `mtp.*`, from the cache if the file has not changed."""
+    known = _remembered_hashes(shards, file)
+    if known is not None:
+        return known
+    path = (shards.folder / file).resolve()
+    state, remembered = path.stat(), _remembered_path(path)
+    hashes = {name: tensor_hash(shards.folder, shards.entries[name]) for name in _names(shards, file)}
     if state.st_size >= WORTH_REMEMBERING and time.time() - state.st_mtime > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that cannot be written costs time only
             remembered.parent.mkdir(parents=True, exist_ok=True)

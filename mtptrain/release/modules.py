@@ -58,15 +58,26 @@ def from_release(
     Raises:
         UserError: the tensors are DSpark blocks, or one is missing, unexpected, mis-shaped or cannot be decoded.
     """
+    check_names(tensors, config)
+    scheme, problems = release_scheme(tensors), Problems()
+    state = _decode(tensors, release_table(config, scheme), config, dtype, problems)
+    problems.raise_any(_subject(scheme))
+    return state
+
+
+def check_names(tensors: Mapping[str, Tensor], config: DeepseekV4Config) -> None:
+    """Refuse released modules that are DSpark blocks, or of which a tensor is missing or unexpected.
+
+    Raises:
+        UserError: lists the names.
+    """
     refuse_dspark(tensors.keys(), config)
     scheme = release_scheme(tensors)
-    table = release_table(config, scheme)
-    subject = f"the released MTP tensors (scheme {scheme})"
-    problems = _name_problems(tensors.keys(), table)
-    problems.raise_any(subject)
-    state = _decode(tensors, table, config, dtype, problems)
-    problems.raise_any(subject)
-    return state
+    _name_problems(tensors.keys(), release_table(config, scheme)).raise_any(_subject(scheme))
+
+
+def _subject(scheme: Scheme) -> str:
+    return f"the released MTP tensors (scheme {scheme})"
 
 
 def read_release(

@@ -19,6 +19,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.kernels.acceptance import DrawKind, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
 TRACES_A_BATCH = 16
@@ -85,7 +86,7 @@ def draft_traces(
     """
     order = sorted(range(len(traces)), key=lambda i: len(traces[i].prompt.tokens) + len(traces[i].tokens))
     drafts: dict[int, ReplayDrafts] = {}
-    for start in range(0, len(order), TRACES_A_BATCH):
+    for start in counted(f"replaying a head on {len(traces)} texts", range(0, len(order), TRACES_A_BATCH)):
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
         q_BKN, confidence_BKN = batch.forced(stack, draft)

@@ -7,15 +7,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from mtptrain.run.distributed import rank
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
 QUIET_SECONDS = 2.0  # a wait that ends earlier prints nothing
@@ -58,6 +61,15 @@ def waiting(label: str, share: Callable[[], float] | None = None) -> Iterator[No
         ended.set()
         if thread.is_alive():
             thread.join()
+
+
+def counted(label: str, steps: Sequence[T]) -> Iterator[T]:
+    """Yield the steps of a wait; from the first finished step on, its signs estimate the remaining time."""
+    done = 0
+    with waiting(label, lambda: done / len(steps)):
+        for step in steps:
+            yield step
+            done += 1
 
 
 class Progress:

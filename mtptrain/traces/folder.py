@@ -11,6 +11,8 @@ from mtptrain.traces.file import Trace, TraceSet, read_trace_set, write_trace_se
 
 SETTING = "on_policy.path"
 ENDS = ("stopped", "full", "empty")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+POLICY = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,8 @@ class TextIdentity:
     Attributes:
         backbone: fingerprint of the model that writes them.
         dtype: dtype of its arithmetic.
-        temperature, top_k, top_p: the decoding policy.
-        max_new_tokens, stop: end of a text; `stop` in ascending order.
+        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: the decoding policy.
+        max_new_tokens, stop, stop_strings: end of a text; `stop` in ascending order.
         prompts: SHA-256 of the chat template's hash, all prompts in tokens and all turns.
     """
 
@@ -30,8 +32,13 @@ class TextIdentity:
     temperature: float
     top_k: int | None
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     max_new_tokens: int
     stop: list[int]
+    stop_strings: list[str]
     prompts: str
 
 
@@ -61,17 +68,16 @@ class TextContent:
 TextFolder = Artifact[TextIdentity, TextContent]
 TEXTS: Kind[TextIdentity, TextContent] = Kind(
     name="folder of texts",
-    schema=2,
+    schema=3,
     identity=TextIdentity,
     content=TextContent,
     settings={
         "backbone": "backbone.path",
         "dtype": "precision",
-        "temperature": "on_policy.temperature",
-        "top_k": "on_policy.top_k",
-        "top_p": "on_policy.top_p",
+        **{name: f"on_policy.{name}" for name in POLICY},
         "max_new_tokens": "on_policy.max_new_tokens",
         "stop": "decoding.stop",
+        "stop_strings": "decoding.stop_strings",
         "prompts": "on_policy.prompts",
     },
     missing="choose another folder",
@@ -85,23 +91,24 @@ def text_file(number: int) -> str:
     return f"texts_{number:05d}.jsonl"
 
 
-def outcome(trace: Trace, stop: list[int]) -> str:
-    """Return how a text ended: `stopped` at a stop token, `full` at the limit, or `empty`, with a stop token only."""
-    if trace.tokens[-1] not in stop:
-        return "full"
-    return "stopped" if len(trace.tokens) > 1 else "empty"
+def outcome(trace: Trace, stop: list[int], max_new_tokens: int) -> str:
+    """Return how a text ended: `stopped` by token or string, `full` at the limit, or `empty`: a stop token only."""
+    if trace.tokens[-1] in stop:
+        return "stopped" if len(trace.tokens) > 1 else "empty"
+    return "stopped" if len(trace.tokens) < max_new_tokens else "full"
 
 
 def write_batch(folder: Path, number: int, traces: TraceSet) -> None:
     """Write the file of a batch, then its record."""
     write_trace_set(folder / text_file(number), traces)
-    ends = Counter(outcome(trace, traces.header.stop) for trace in traces.traces)
+    header = traces.header
+    ends = Counter(outcome(trace, header.stop, header.max_new_tokens) for trace in traces.traces)
     counts = {
         "prompts": len({trace.prompt.group for trace in traces.traces}),
         "texts": ends["stopped"] + ends["full"],
         "tokens": sum(len(trace.tokens) for trace in traces.traces),
         **{name: ends[name] for name in ENDS},
-        "dropped_turns": traces.header.dropped,
+        "dropped_turns": header.dropped,
     }
     add_part(folder, text_file(number), counts)
 

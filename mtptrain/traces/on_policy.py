@@ -7,19 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed
+from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.results import Limits
+from mtptrain.decoding.results import Limits, StopStrings
 from mtptrain.decoding.speculative import decode_speculative
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.run.artifact import find_parts, finish, total_counts
 from mtptrain.traces.file import Source, Trace, TraceHeader
-from mtptrain.traces.folder import TEXTS, TextContent, TextIdentity, TextMaking
+from mtptrain.traces.folder import PENALTIES, TEXTS, TextContent, TextIdentity, TextMaking
 from mtptrain.traces.prompts import Conversation, Prompt
 
 
@@ -42,12 +44,24 @@ class PromptSet:
     room: int
 
 
+def text_limits(identity: TextIdentity, tokenizer: Tokenizer) -> Limits:
+    """Return the end of the texts."""
+    strings = StopStrings(tuple(identity.stop_strings), tokenizer) if identity.stop_strings else None
+    return Limits(identity.max_new_tokens, frozenset(identity.stop), strings)
+
+
 def text_recorder(
     backbone: Backbone, head: MtpStack | None, identity: TextIdentity, making: TextMaking
 ) -> Callable[[list[Prompt]], list[Trace]]:
     """Return a function that continues prompts in one batch; random draws depend on a prompt's number alone."""
-    limits = Limits(identity.max_new_tokens, frozenset(identity.stop))
-    policy = Policy(temperature=identity.temperature, top_k=identity.top_k, top_p=identity.top_p)
+    limits = text_limits(identity, backbone.tokenizer)
+    policy = Policy(
+        temperature=identity.temperature,
+        top_k=identity.top_k,
+        top_p=identity.top_p,
+        min_p=identity.min_p,
+        penalties=Penalties(*(getattr(identity, name) for name in PENALTIES)),
+    )
     proposer, length = (None, 0) if head is None else (MtpProposer(backbone.model, head), making.draft_length)
 
     def record(prompts: list[Prompt]) -> list[Trace]:
@@ -88,8 +102,9 @@ def describe_counts(counts: dict[str, int]) -> str:
     failed = counts["empty"] + counts["too_long"] + counts["dropped_turns"]
     return (
         f"{counts['texts']} texts of {counts['tokens']:,} tokens from {counts['prompts']} prompts: {counts['stopped']} "
-        f"ended at a stop token, {counts['full']} at on_policy.max_new_tokens; {failed} failed ({counts['empty']} gave "
-        f"nothing, {counts['too_long']} were too long for the context, {counts['dropped_turns']} turns outgrew it)"
+        f"ended at a stop token or string, {counts['full']} at on_policy.max_new_tokens; {failed} failed "
+        f"({counts['empty']} gave nothing, {counts['too_long']} were too long for the context, "
+        f"{counts['dropped_turns']} turns outgrew it)"
     )
 
 

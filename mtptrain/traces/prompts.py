@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.config import HELDOUT, DataFormat
+from mtptrain.config import HELDOUT, DataFormat, require
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Message, Tool
 from mtptrain.data.files import ROW_KINDS, Row, check_readable, kind_of, local_files, read_rows, stem_of
@@ -208,7 +208,7 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
     """Read every source of a setting; each file of a folder is a source.
 
     Args:
-        names: files, folders and data sets.
+        names: files, folders and data sets, these as in `read_dataset`.
         setting: name of the setting, for the error.
         split: split of data sets; None = `test`, or the first split if there is no `test`.
 
@@ -255,12 +255,22 @@ def _read_file(path: Path, setting: str) -> PromptSource:
 
 
 def read_dataset(name: str, setting: str = "prompts", split: str | None = None) -> PromptSource:
-    """Read a data set with `datasets.load_dataset`; arguments and errors as in `read_prompt_rows`."""
+    """Read a data set with `datasets.load_dataset`; other arguments and errors as in `read_prompt_rows`.
+
+    Args:
+        name: NAME, NAME:SUBSET or NAME:SUBSET:SPLIT, such as `openai/gsm8k:main:test`; NAME::SPLIT has one subset.
+        setting: name of the setting, for the error.
+        split: the split if the name has none.
+    """
     setting = f"{setting}={name}"
-    rows = list(load_rows(setting, name, **({} if split is None else {"split": split})))
+    repository, subset, own_split = [*name.split(":", 2), "", ""][:3]
+    is_file = kind_of(Path(repository)) in ROW_KINDS
+    require(not is_file, *setting.split("=", 1), f"is a file, of which :{subset} chooses nothing; give {repository}")
+    chosen = {"name": subset, "split": own_split or split}
+    rows = list(load_rows(setting, repository, **{key: value for key, value in chosen.items() if value}))
     lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
     sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return PromptSource(name, sha256, _prompt_rows(setting, name.rsplit("/", 1)[-1], enumerate(rows, start=1)))
+    return PromptSource(name, sha256, _prompt_rows(setting, repository.rsplit("/", 1)[-1], enumerate(rows, start=1)))
 
 
 def _prompt_rows(setting: str, domain: str, rows: Iterator[tuple[int, Row | UserError]]) -> list[PromptRow]:

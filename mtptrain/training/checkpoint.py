@@ -121,11 +121,11 @@ class Checkpoint:
         path = self.folder / PASSAGES
         return read_passages(path) if path.is_file() else None
 
-    def head_identity(self, fingerprint: str) -> HeadIdentity:
+    def head_identity(self, fingerprint: str | None) -> HeadIdentity:
         """Return the identity of the stored head, checked against the backbone.
 
         Args:
-            fingerprint: fingerprint of the backbone.
+            fingerprint: fingerprint of the backbone; None if it is not known yet.
 
         Raises:
             UserError: the checkpoint holds no head, or a head of another backbone.
@@ -135,6 +135,8 @@ class Checkpoint:
                 f"checkpoint={self.folder}: holds a backbone, not a head; for the head that was trained with it set "
                 "checkpoint=stock and backbone.path to the run's folder `backbone`"
             )
+        if fingerprint is None:
+            return self.identity
         have, want = {"backbone": self.identity.backbone}, {"backbone": fingerprint}
         settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
         check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)

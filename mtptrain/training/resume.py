@@ -87,7 +87,7 @@ def setting_differences(stored: TrainingIdentity, settings: Settings, data: str 
 
 def selects_data(name: str) -> bool:
     """Return whether a setting chooses the documents, whose digest tells whether they are the same."""
-    chosen = name.startswith(("data.", "on_policy.")) or name == "decoding.stop"
+    chosen = name.startswith(("data.", "on_policy.")) or name in ("decoding.stop", "decoding.stop_strings")
     return chosen and name not in ("data.sequence_length", "data.streaming")
 
 
@@ -101,10 +101,15 @@ def differences(stored: TrainingIdentity, wanted: TrainingIdentity) -> list[Diff
     return found
 
 
+def backbone_difference(before: str, after: str) -> Difference:
+    """Return the difference between two fingerprints of backbones."""
+    return Difference("backbone.path", f"(fingerprint) {before[:12]}", after[:12])
+
+
 def _start_differences(stored: HeadIdentity, wanted: HeadIdentity) -> list[Difference]:
     """Return differences of the backbone, and of the first tensors unless another setting explains them."""
     if stored.backbone != wanted.backbone:
-        return [Difference("backbone.path", f"(fingerprint) {stored.backbone[:12]}", wanted.backbone[:12])]
+        return [backbone_difference(stored.backbone, wanted.backbone)]
     explanations = ("mtp.mode", "mtp.depth", "seed", "precision")
     is_explained = any(stored.settings.get(name) != wanted.settings.get(name) for name in explanations)
     if stored.start["sha256"] == wanted.start["sha256"] or is_explained:

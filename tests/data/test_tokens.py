@@ -11,8 +11,17 @@ from mtptrain.data import notes
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Document
 from mtptrain.data.tokenizer import BOS, train_tokenizer
-from mtptrain.data.tokens import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder, cache_folder, tokenize_corpus
+from mtptrain.data.tokens import (
+    BATCH_CHARACTERS,
+    BATCH_DOCUMENTS,
+    Encoder,
+    TokenizedCorpus,
+    cache_folder,
+    share_corpus,
+    tokenize_corpus,
+)
 from mtptrain.errors import UserError
+from mtptrain.run import nodes
 from tests.conftest import CHAT_TEMPLATE
 
 BOS_EOS = ([0], [1])
@@ -205,3 +214,40 @@ def test_tools_and_turns_have_a_file_of_their_own(tmp_path: Path) -> None:
     for document, template in made:
         tokenize_corpus([document], Encoder(tokenizer, BOS_EOS, template), tmp_path)
     assert len(list(tmp_path.iterdir())) == len(made)
+
+
+def test_one_process_of_a_node_tokenises_and_the_others_read_its_cache(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+
+    def make() -> TokenizedCorpus:
+        return tokenize_corpus(DOCUMENTS, Encoder(tokenizer, BOS_EOS), tmp_path)
+
+    def gather_objects(value: object) -> list[object]:
+        told.append(value)
+        return list(told)
+
+    monkeypatch.setattr(nodes, "world_size", lambda: 2)
+    monkeypatch.setattr(nodes, "gather_objects", gather_objects)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first = share_corpus(make)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = share_corpus(lambda: pytest.fail("tokenised twice"))
+    assert second.digest() == first.digest()
+    assert second.file == first.file
+
+
+def test_a_mistake_of_the_process_that_tokenises_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> TokenizedCorpus:
+        raise UserError("data.path=x: cannot be read")
+
+    monkeypatch.setattr(nodes, "world_size", lambda: 2)
+    monkeypatch.setattr(nodes, "gather_objects", lambda value: [value, ("elsewhere", [], None)])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"data\.path=x"):
+        share_corpus(fail)
+    monkeypatch.setattr(nodes, "gather_objects", lambda value: [("elsewhere", [], UserError("data.path=x: no")), value])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"data\.path=x"):
+        share_corpus(lambda: pytest.fail("tokenised"))

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mtptrain.backbone import load
 from tests.command import Refused, run_main
+from tests.conftest import save_backbone
 
 WRONG = [
     # recipe, arguments; pattern of the line
@@ -34,12 +36,56 @@ WRONG = [
     ("compare", "checkpoints=[stock,{new}/no]", "checkpoint=.*/no: no checkpoint there"),
     ("compare", "checkpoints=[stock,stock] prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
     ("export", "target=vllm checkpoint={new}/no", "checkpoint=.*/no: no checkpoint there"),
+    ("distill", "mtp.trainable=*.lora.*", "mtp.trainable=.*lora.*: '.*lora.*' fits no tensor of the head"),
+    ("distill", "backbone.weights=keep", "backbone.weights=keep: keeps FP8 and FP4 .* holds none; leave it at auto"),
+    ("collect", "backbone.weights=keep", "backbone.weights=keep: keeps FP8 and FP4 .* holds none; leave it at auto"),
+    ("distill", "backbone.path={bare}", "backbone.path=.*bare: holds no stock head .* mtp.init=fresh"),
+    ("evaluate", "backbone.path={bare} checkpoint=stock", "backbone.path=.*bare: holds no stock head"),
+    ("doctor", "backbone.path={bare} checkpoint=stock", "backbone.path=.*bare: holds no stock head"),
+    ("compare", "backbone.path={bare} checkpoints=[stock,stock]", "backbone.path=.*bare: holds no stock head"),
+    ("distill", "backbone.path={foreign} mtp.init={head}", "mtp.init=.*head: checkpoint=.* holds backbone=.* this run"),
+    ("distill", "backbone.path={foreign} data=streams data.path={streams}", "data.path=.*streams: holds backbone="),
+    ("evaluate", "backbone.path={foreign} checkpoint={head}", "checkpoint=.*head.*: holds backbone="),
+    ("doctor", "backbone.path={foreign} checkpoint={head}", "checkpoint=.*head.*: holds backbone="),
+    ("compare", "backbone.path={foreign} checkpoints=[{head},{head}]", "checkpoint=.*head.*: holds backbone="),
+    ("export", "backbone.path={foreign} checkpoint={head} target=vllm", "checkpoint=.*head.*: holds backbone="),
+    (
+        "evaluate",
+        "backbone.path={foreign} checkpoint=stock evaluation.traces={traces}",
+        "evaluation.traces=.*: holds backbone=",
+    ),
+    (
+        "evaluate",
+        "checkpoint=stock evaluation.traces={traces} decoding.temperature=1",
+        "evaluation.traces=.*: holds temperature=0.0 and this run has temperature=1.0",
+    ),
+    ("distill", "backbone.path={foreign} resume=auto output_dir={head}", "resume=auto: .*backbone.path .fingerprint"),
+    ("collect", "output_dir={streams}", "output_dir=.*streams: already holds a stream cache"),
+    ("collect", "backbone.path={foreign} output_dir={streams} resume=auto", "output_dir=.*streams: holds backbone="),
 ]
+
+
+@pytest.fixture(scope="module")
+def places(light: list[str], backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A head, streams and traces of the usual backbone, another backbone, and one without a head; only read them."""
+    folder = tmp_path_factory.mktemp("places")
+    places = {name: folder / name for name in ("head", "streams", "foreign", "bare")}
+    assert run_main("+recipe=distill", *light, "train.steps=1", f"output_dir={places['head']}") == 0
+    assert run_main("+recipe=collect", *light, f"output_dir={places['streams']}") == 0
+    save_backbone(places["foreign"], rms_norm_eps=1e-3)
+    shutil.copytree(backbone_folder, places["bare"], ignore=shutil.ignore_patterns("mtp.*"))
+    return places | {"traces": places["head"] / "traces.jsonl"}
 
 
 @pytest.mark.parametrize(("recipe", "arguments", "line"), WRONG)
 def test_a_wrong_input_is_found_before_a_backbone_is_loaded(
-    recipe: str, arguments: str, line: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str,
+    arguments: str,
+    line: str,
+    refused: Refused,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load_backbone(*_: object) -> None:
         raise AssertionError("the backbone was loaded")
@@ -49,7 +95,7 @@ def test_a_wrong_input_is_found_before_a_backbone_is_loaded(
     messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
     talk.write_text((json.dumps({"messages": messages}) + "\n") * 30, encoding="utf-8")
     prompts.write_text(json.dumps({"prompt": "The river follows"}) + "\n", encoding="utf-8")
-    given = re.split(" (?=[a-z_.]+=)", arguments.format(new=tmp_path, talk=talk, prompts=prompts))
+    given = re.split(" (?=[a-z_.]+=)", arguments.format(new=tmp_path, talk=talk, prompts=prompts, **places))
     assert re.match(line, refused(*given, recipe=recipe))
 
 

@@ -2,13 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig, DataConfig, DataSource, OnPolicyConfig, RunConfig
 from mtptrain.data.batches import PackedBatches
 from mtptrain.data.text import training_documents
+from mtptrain.decoding.penalties import Penalties
+from mtptrain.decoding.policy import Policy
+from mtptrain.decoding.results import Limits, StopStrings
+from mtptrain.decoding.speculative import decode_plain
 from mtptrain.recipes.on_policy import open_on_policy_prompts
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder
@@ -80,7 +87,7 @@ def test_a_run_trains_on_the_texts_it_made(made: Path) -> None:
     assert record["folder"] == str(made / "texts")
     assert {name: record[name] for name in counts} == counts
     traces = texts(made / "texts")
-    ends = [outcome(trace, manifest["identity"]["stop"]) for trace in traces]
+    ends = [outcome(trace, manifest["identity"]["stop"], 12) for trace in traces]
     assert (counts["prompts"], len(traces), len(manifest["files"])) == (9, 9, 3)
     assert {name: ends.count(name) for name in ("stopped", "full", "empty")}.items() <= counts.items()
 
@@ -188,10 +195,33 @@ def test_conversations_are_continued_turn_by_turn_and_failures_counted(
     assert "1 failed (0 gave nothing, 1 were too long for the context" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("tokens", "named"), [([7, 1], "stopped"), ([7, 7], "full"), ([1], "empty"), ([7], "full")])
-def test_the_last_token_decides_the_outcome_of_a_prompt(tokens: list[int], named: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "limit", "named"),
+    [([7, 1], 2, "stopped"), ([7, 7], 2, "full"), ([1], 2, "empty"), ([7], 1, "full"), ([7, 7], 3, "stopped")],
+)
+def test_last_token_and_length_decide_the_outcome_of_a_prompt(tokens: list[int], limit: int, named: str) -> None:
     trace = Trace(Prompt([5], "x", 0), tokens, [1.0] * len(tokens), [1.0] * len(tokens))
-    assert outcome(trace, [1]) == named
+    assert outcome(trace, [1], limit) == named
+
+
+def test_texts_follow_penalties_and_end_at_stop_strings(
+    made: Path, small: list[str], tmp_path: Path, backbone_folder: Path
+) -> None:
+    backbone = load_backbone(BackboneConfig(path=str(backbone_folder)), torch.device("cpu"), torch.float32)
+    prompts = [trace.prompt.tokens for trace in texts(made / "texts")]
+    policy, limits = Policy(penalties=Penalties(1.5, 0.5, 0.5)), Limits(12, frozenset([1]))
+    free = [row.tokens for row in decode_plain(backbone.model, prompts, limits, policy).rows]
+    assert free != [row.tokens for row in decode_plain(backbone.model, prompts, limits).rows]
+    spans = (row[start : start + 2] for row in free for start in range(2, 8))
+    word = next(text for span in spans if (text := backbone.tokenizer.decode(span)).isascii() and text.isalnum())
+    limits = replace(limits, strings=StopStrings((word,), backbone.tokenizer))
+    expected = [row.tokens for row in decode_plain(backbone.model, prompts, limits, policy).rows]
+    assert sum(map(len, expected)) < sum(map(len, free))
+    policy_settings = ["temperature=0", "repetition_penalty=1.5", "frequency_penalty=0.5", "presence_penalty=0.5"]
+    given = [f"on_policy.{one}" for one in policy_settings] + [f"decoding.stop_strings=['{word}']"]
+    assert train(small, tmp_path / "run", tmp_path / "texts", *given) == 0
+    assert [trace.tokens for trace in texts(tmp_path / "texts")] == expected
+    assert train(small, tmp_path / "other", tmp_path / "texts", *given[:-1]) == 2  # other texts
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,17 @@ UNREAD = [
         "checkpoint=stock resume=auto resume_allow=[train]",
         r"resume_allow=\['train'\]: belongs to .*distill",
     ),
+    ("distill", "resume=auto resume_allow=[train.step]", "resume_allow=.*: train.step: there is no .*mean train.steps"),
     ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
+    ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),
+    ("distill", "on_policy.min_p=0.1", "on_policy.min_p=0.1: .* with data=text .*; set data=on_policy"),
+    ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
+    (
+        "distill",
+        "data=on_policy on_policy.temperature=0 on_policy.min_p=0.1",
+        "on_policy.min_p=0.1: .* with data=on_policy .*at an on_policy.temperature above 0",
+    ),
     ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]
 

@@ -2,11 +2,16 @@
 
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 
+from mtptrain.backbone import load
+from mtptrain.config import BackboneConfig
 from mtptrain.run import progress
-from mtptrain.run.progress import Progress, waiting
+from mtptrain.run.progress import Progress, counted, waiting
 
 
 def test_a_wait_says_what_it_waits_for_and_how_long_so_far(
@@ -51,3 +56,38 @@ def test_no_time_is_left_only_at_the_end(monkeypatch: pytest.MonkeyPatch, capfd:
             shown.update(step, "loss 1.0", 10)
     lines = capfd.readouterr().err.splitlines()
     assert [line.rpartition("  ")[2] for line in lines] == ["0:01 left", "0:01 left", "0:00 left"]
+
+
+def test_a_counted_wait_yields_its_steps_and_estimates_the_rest_from_the_first_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
+    seen = []
+    for step in counted("checking", "abc"):
+        lines = ""
+        while "left\n" not in lines if seen else "so far\n" not in lines:
+            lines += capfd.readouterr().err
+            time.sleep(0.001)
+        assert ("left" in lines) == bool(seen)
+        seen.append(step)
+    assert seen == ["a", "b", "c"]
+    capfd.readouterr()
+    time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+
+
+def test_loading_weights_estimates_the_rest_by_the_count_of_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = []
+
+    @contextmanager
+    def recorded(_: str, share: Callable[[], float]) -> Iterator[None]:
+        shares.append(share)
+        yield
+
+    monkeypatch.setattr(load, "waiting", recorded)
+    source = load.SHIPPED / "tiny"
+    load.load_backbone(BackboneConfig(path=str(source)), torch.device("cpu"), torch.float32)
+    assert 0.9 < shares[0]() < 1

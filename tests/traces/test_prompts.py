@@ -175,6 +175,45 @@ def test_the_test_split_of_a_data_set_is_read_if_there_is_one(files: list[str], 
     assert len(source.sha256) == 64
 
 
+@pytest.mark.parametrize(
+    ("chosen", "split", "text"),
+    [
+        (":one:train", None, "one train"),
+        (":one:test", "train", "one test"),
+        (":two", None, "two test"),
+        (":two", "train", "two train"),
+        (":two:train[:1]", None, "two train"),
+    ],
+)
+def test_a_name_chooses_subset_and_split(chosen: str, split: str | None, text: str, tmp_path: Path) -> None:
+    subsets = []
+    for subset in ("one", "two"):
+        parts = [{"split": one, "path": f"{subset}-{one}.jsonl"} for one in ("train", "test")]
+        subsets.append({"config_name": subset, "data_files": parts})
+        for part in parts:
+            write(tmp_path / part["path"], {"prompt": f"{subset} {part['split']}"})
+    header = json.dumps({"configs": subsets})  # JSON is YAML
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n", encoding="utf-8")
+    [source] = read_prompt_rows([f"{tmp_path}{chosen}"], split=split)
+    assert [row.text for row in source.prompt_rows] == [text]
+    assert source.name == f"{tmp_path}{chosen}"
+    assert source.prompt_rows[0].domain == tmp_path.name
+
+
+def test_a_file_has_no_subset(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "whole"})
+    with pytest.raises(
+        UserError, match=rf"^prompts={path}:main: is a file, of which :main chooses nothing; give {path}"
+    ):
+        read_prompt_rows([f"{path}:main"])
+
+
+def test_a_split_alone_follows_two_colons(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", {"prompt": name})
+    assert [row.text for row in read_dataset(f"{tmp_path}::train").prompt_rows] == ["train"]
+
+
 def test_slices_of_a_document_share_a_group() -> None:
     corpus = TokenizedCorpus(np.arange(30, dtype=np.int32), np.array([0, 9, 9, 12, 30]), 0)
     prompts = slice_prompts(corpus, 4, 6)
