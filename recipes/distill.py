@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import DataSource, Placement, RunConfig, require
+from mtptrain.config import DataSource, HeadExperts, Placement, RunConfig, require
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,
@@ -31,6 +31,7 @@ from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluat
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.expert_parallel import check_head_experts, share_experts
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
@@ -184,6 +185,8 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
+    if config.mtp.experts is HeadExperts.expert_parallel:  # texts are written, and the start identified, by the whole
+        share_experts(stack)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
@@ -194,7 +197,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
-    engine = make_engine(config.engine, stack, config.train, config.offload)
+    engine = make_engine(config.engine, stack, config.train, config.offload, config.deepspeed)
     trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
     resume(session, trainer)
     return trainer
@@ -264,6 +267,12 @@ def is_measured(config: RunConfig) -> bool:
 def train(session: Session, trackers: Trackers) -> MtpStack:
     """Check the prompts, print the backbone's size, and train."""
     config = session.config
+    if config.deepspeed:
+        from mtptrain.run.deepspeed import check_settings  # importing DeepSpeed takes seconds
+
+        check_settings(config.deepspeed)
+    if config.mtp.experts is HeadExperts.expert_parallel:
+        check_head_experts(session.source.config.n_routed_experts)
     check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
         check_traces(session)
