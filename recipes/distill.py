@@ -44,7 +44,6 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
-from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
@@ -80,8 +79,7 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
         check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        with waiting(f"verifying the streams in {data.path}"):
-            check_shards(cache)
+        check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
         return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
     if data.source is DataSource.on_policy:
