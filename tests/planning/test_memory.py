@@ -47,8 +47,8 @@ def counted_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def tokens() -> Tensor:
-    return torch.zeros(1, LOAD.row_length, dtype=torch.int64, device=META)
+def tokens(count: int) -> Tensor:
+    return torch.zeros(1, count, dtype=torch.int64, device=META)
 
 
 def flash_stack() -> tuple[MtpStack, torch.nn.Embedding]:
@@ -67,13 +67,14 @@ def flash_stack() -> tuple[MtpStack, torch.nn.Embedding]:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_rollout_at_the_widths_of_v4_flash_takes_the_planned_bytes(recompute: bool) -> None:
     stack, embedding = flash_stack()
-    load = replace(LOAD, steps=2, recompute=recompute)
+    load = replace(LOAD, row_length=4096, steps=3, recompute=recompute)
     live = LiveBytes("cpu", stack, embedding)
     weights = live.now
     with live, META:
-        batch = Batch(tokens(), tokens() + 1, tokens())
+        ids = tokens(load.row_length)
+        batch = Batch(ids, ids + 1, ids)
         shape = (1, load.row_length, FLASH.hc_mult, FLASH.hidden_size)
-        hidden = rollout(stack, embedding, torch.empty(shape, dtype=torch.bfloat16), batch, 2, recompute=recompute)
+        hidden = rollout(stack, embedding, torch.empty(shape, dtype=torch.bfloat16), batch, 3, recompute=recompute)
         torch.stack(hidden).float().sum().backward()
     gradients = total_bytes([p.grad for p in stack.parameters() if p.grad is not None])
     planned = activation_bytes(FLASH, load)
@@ -92,7 +93,7 @@ def test_the_forward_of_layers_of_v4_flash_takes_the_planned_bytes() -> None:
     live = LiveBytes("cpu", model)
     weights = live.now
     with torch.no_grad(), live, META:
-        model.model(input_ids=tokens(), use_cache=False)
+        model.model(input_ids=tokens(LOAD.row_length), use_cache=False)
     assert forward_bytes(few, LOAD)["backbone forward"] == pytest.approx(live.peak - weights, rel=0.1)
 
 
@@ -103,9 +104,10 @@ def test_decoding_the_experts_of_a_layer_takes_the_planned_bytes() -> None:
     with torch.no_grad(), META:
         codes = torch.empty(experts, inner, width // 2, dtype=torch.int8)
         scale = torch.empty(experts, inner, width // 32)
+        turned = codes.view(experts, width, -1), scale.view(experts, width, -1)
         with live:
             both = torch.cat([decode(codes, scale, torch.bfloat16) for _ in range(2)], dim=-2)
-            down = decode(codes.view(experts, width, -1), scale.view(experts, width, -1), torch.bfloat16)
+            down = decode(*turned, torch.bfloat16)
     planned = forward_bytes(FLASH, replace(LOAD, backbone=WeightFormat.release))["weights decoded for a layer"]
     assert planned == pytest.approx(live.peak, rel=0.02)
     assert both.numel() == 2 * down.numel()
