@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtptrain.config import DataSource, Placement, RunConfig, require
+from mtptrain.config import DataSource, HeadExperts, Placement, RunConfig, require
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,
@@ -31,6 +31,7 @@ from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluat
 from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.expert_parallel import check_head_experts, share_experts
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
@@ -43,7 +44,6 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
-from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
@@ -79,8 +79,7 @@ def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
         check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        with waiting(f"verifying the streams in {data.path}"):
-            check_shards(cache)
+        check_shards(cache)
         dtype = backbone.model.lm_head.weight.dtype
         return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
     if data.source is DataSource.on_policy:
@@ -184,6 +183,8 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
+    if config.mtp.experts is HeadExperts.expert_parallel:  # texts are written, and the start identified, by the whole
+        share_experts(stack)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
@@ -194,7 +195,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None
-    engine = make_engine(config.engine, stack, config.train, config.offload)
+    engine = make_engine(config.engine, stack, config.train, config.offload, config.deepspeed)
     trainer = Trainer(engine, objective, batches, config.train, folder, identity, config.task, probe)
     resume(session, trainer)
     return trainer
@@ -264,6 +265,12 @@ def is_measured(config: RunConfig) -> bool:
 def train(session: Session, trackers: Trackers) -> MtpStack:
     """Check the prompts, print the backbone's size, and train."""
     config = session.config
+    if config.deepspeed:
+        from mtptrain.run.deepspeed import check_settings  # importing DeepSpeed takes seconds
+
+        check_settings(config.deepspeed)
+    if config.mtp.experts is HeadExperts.expert_parallel:
+        check_head_experts(session.source.config.n_routed_experts)
     check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
         check_traces(session)

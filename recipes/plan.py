@@ -13,6 +13,7 @@ from rich.console import Console
 from mtptrain.config import (
     DataSource,
     EngineName,
+    HeadExperts,
     Placement,
     PlanConfig,
     PlanKind,
@@ -45,6 +46,7 @@ TRAINING_LOAD = (
     "data.source",
     "data.sequence_length",
     "mtp.depth",
+    "mtp.experts",
     "mtp.steps",
     "mtp.trainable",
     "train.accumulation",
@@ -124,6 +126,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
         backbone=plan.weights,
         heads=WeightFormat.fp32 if config.precision is Precision.fp32 else WeightFormat.bf16,
         train_experts=config.mtp.trainable == "all",
+        share_experts=config.mtp.experts is HeadExperts.expert_parallel,
         modules=config.mtp.depth,
         steps=config.mtp.num_steps,
         rows=batch // processes,

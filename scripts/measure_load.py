@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mtptrain.backbone.load import load_backbone
-from mtptrain.config import BackboneConfig, Precision, RunConfig
+from mtptrain.config import BackboneConfig, Device, Precision, RunConfig
 from mtptrain.run.distributed import choose_device, choose_dtype, join, rank
 
 MEGABYTE = 1e6
@@ -57,11 +57,12 @@ def share(model: torch.nn.Module) -> float:
 
 
 def main(settings: list[str]) -> None:
-    """Load the backbone of some settings, `backbone.*` and `precision`, and print this process's line."""
+    """Load the backbone of some settings, `backbone.*`, `precision` and `device`, and print this process's line."""
     given = OmegaConf.from_dotlist(settings)
     backbone = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BackboneConfig), given.get("backbone", {})))
     assert isinstance(backbone, BackboneConfig)
-    config = RunConfig(task="collect", backbone=backbone, precision=Precision(given.get("precision", "auto")))
+    precision, device_name = Precision(given.get("precision", "auto")), Device(given.get("device", "auto"))
+    config = RunConfig(task="collect", backbone=backbone, precision=precision, device=device_name)
     join(config, "any")
     torch.set_num_threads(1)
     device = choose_device(config.device)

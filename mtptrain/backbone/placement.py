@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import Placement
@@ -81,6 +81,12 @@ def check_experts(num_experts: int) -> None:
         )
 
 
+def expert_mesh() -> DeviceMesh:
+    """Return all processes as the dimension `expert`, and each alone as the dimension `tensor`; a collective."""
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(device_type, (world_size(), 1), mesh_dim_names=("expert", "tensor"))
+
+
 def split_experts(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
     """Replace the experts of a model on the meta device by this process's share, and return the model.
 
@@ -88,8 +94,7 @@ def split_experts(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
     """
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mesh = init_device_mesh(device_type, (world_size(), 1), mesh_dim_names=("expert", "tensor"))
+    mesh = expert_mesh()
     names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
     plan = {name: style for rule, style in model.ep_plan.items() for name in names if fnmatchcase(name, rule)}
     apply_expert_parallelism(model, mesh["expert"], mesh["tensor"], plan, "all_to_all")

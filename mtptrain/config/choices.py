@@ -103,6 +103,13 @@ class EngineName(Enum):
     zero3 = "zero3"
 
 
+class HeadExperts(Enum):
+    """Routed experts of a head in training: all on every process, or an equal share on each, with tokens sent to it."""
+
+    replicate = "replicate"
+    expert_parallel = "expert_parallel"
+
+
 class OptimizerName(Enum):
     """Optimiser; `muon` trains the matrices and leaves all other tensors to AdamW."""
 

@@ -126,7 +126,7 @@ def of_loss(config: RunConfig) -> Settings:
 
 def of_training(config: RunConfig) -> Settings:
     """Return the settings of a training loop and of its engine."""
-    return settings("train", "engine", "offload", "tracking", "resume_allow")
+    return settings("train", "engine", "offload", "deepspeed", "tracking", "resume_allow")
 
 
 def of_speed_plan(config: RunConfig, shape: str) -> Settings:

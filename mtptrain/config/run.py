@@ -12,10 +12,12 @@ from mtptrain.config.choices import (
     Device,
     EngineName,
     ExportTarget,
+    HeadExperts,
     OptimizerName,
     Precision,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
+from mtptrain.config.deepspeed import passed_settings
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
 from mtptrain.config.paths import expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
@@ -63,6 +65,8 @@ class RunConfig:
     precision: Precision = Precision.auto
     engine: EngineName = EngineName.single
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
+    # engine=zero1-3: DeepSpeed's settings, such as {config: FILE, zero_optimization: {reduce_bucket_size: 1e8}}
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
     threads: int | None = ranged(None, at_least=1)
     # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
@@ -152,6 +156,9 @@ class RunConfig:
         """Check the rules between engine, precision, optimiser and offloading."""
         is_single = self.engine is EngineName.single
         require(not (is_single and self.offload), "offload", True, "needs engine=zero1, zero2 or zero3")
+        rule = "tunes DeepSpeed; set engine=zero1, zero2 or zero3"
+        require(not (is_single and self.deepspeed), "deepspeed", sorted(self.deepspeed), rule)
+        self.deepspeed = passed_settings(self.deepspeed, self.engine, self.offload)
         require(
             is_single or self.train.optimizer is OptimizerName.adamw,
             "train.optimizer",
@@ -163,6 +170,12 @@ class RunConfig:
             "mtp.quant_aware",
             True,
             "rounds whole weights and engine=zero3 cuts them; set engine=zero2",
+        )
+        require(
+            not (self.engine is EngineName.zero3 and self.mtp.experts is HeadExperts.expert_parallel),
+            "mtp.experts",
+            "expert_parallel",
+            "leaves whole experts on each process and engine=zero3 cuts every tensor; set engine=zero1 or zero2",
         )
         require(
             not (self.train.recompute and self.mtp.quant_aware),
@@ -185,7 +198,8 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(schema.data.chat_template_kwargs, False)  # its keys are the user's
+    for section in (schema.data.chat_template_kwargs, schema.deepspeed):
+        OmegaConf.set_struct(section, False)  # its keys are the user's
     ConfigStore.instance().store(name="run_schema", node=schema)
     # Hydra writes multirun.yaml there, regardless of settings.
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or "outputs/sweep"), replace=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mtptrain.config.choices import LossName, MtpMode, OptimizerName
+from mtptrain.config.choices import HeadExperts, LossName, MtpMode, OptimizerName
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, ranged, require
 
 
@@ -17,6 +17,7 @@ class MtpConfig:
     depth: int = ranged(1, at_least=1)  # modules
     steps: int | None = None  # draft steps of the training rollout; null = depth
     trainable: str = "all"  # all, no_experts, or patterns of tensor names such as "*.e_proj.*,*.h_proj.*"
+    experts: HeadExperts = HeadExperts.replicate  # expert_parallel: each process trains its share of the experts
     init: str = "stock"  # stock, fresh, backbone (from its last sliding-window layer), or the path of a checkpoint
     quant_aware: bool = False  # train with weights rounded to the backbone's storage format
 

@@ -1,10 +1,16 @@
-"""`data=streams`: training batches from a stream cache; the streams of a row are read from disk on request."""
+"""`data=streams`: training batches from a stream cache, read one batch ahead of the training.
+
+A cache may have more files than a process can map, and more bytes than anyone wants to hash before the first step: few
+files are open at a time, and each is verified when its first streams are read.
+"""
 
 # B rows, S tokens per row, N residual streams, D model width
 
 from __future__ import annotations
 
 import bisect
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,45 @@ from mtptrain.hidden_cache.format import decode_streams
 from mtptrain.hidden_cache.manifest import StreamCache
 from mtptrain.run.distributed import on_rank0
 
+STORED = {"streams", "scales"}  # of `encode_streams`
+OPEN_SHARDS = 64  # Linux maps at most 65,530 regions in a process, and a file takes one
+
+
+class OpenShards:
+    """The shards of a cache, opened when they are read and closed when `OPEN_SHARDS` others were read since.
+
+    Args:
+        cache: complete.
+    """
+
+    def __init__(self, cache: StreamCache) -> None:
+        self.cache, self.names = cache, list(cache.files)
+        self.verified: set[int] = set()
+        self.opened: OrderedDict[int, Any] = OrderedDict()
+
+    def read(self, number: int, begin: int, end: int) -> dict[str, Tensor]:
+        """Return what `encode_streams` stored of the tokens `begin` to `end` of a shard.
+
+        Raises:
+            UserError: the shard cannot be read, or was altered; its checksum is compared once.
+        """
+        if number not in self.verified:
+            self.cache.verify([self.names[number]])
+            self.verified.add(number)
+        if number not in self.opened:
+            self.opened[number] = _open_shard(self.cache.folder / self.names[number])
+            if len(self.opened) > OPEN_SHARDS:
+                self.opened.popitem(last=False)
+        self.opened.move_to_end(number)
+        file = self.opened[number]
+        return {name: file.get_slice(name)[begin:end] for name in STORED.intersection(file.keys())}
+
 
 class HiddenStateBatches(BatchSource):
     """The batches of online training on the cache's documents, in the same order, with their streams.
 
     Args:
-        cache: a complete cache with verified shards.
+        cache: a complete cache.
         sequence_length: tokens per row, at least the cache's longest piece.
         batch_size: rows per batch, over all processes.
         seed: seed of the order.
@@ -47,21 +86,35 @@ class HiddenStateBatches(BatchSource):
             )
         self.sequence_length, self.dtype = sequence_length, dtype
         self.shape = (cache.identity.num_streams, cache.identity.width)
-        self.files = [_open_shard(cache.folder / name) for name in cache.files]
-        self.stored = {"streams", "scales"}.intersection(self.files[0].keys())
+        self.shards = OpenShards(cache)
+        texts = [_read_text(cache.folder / name) for name in cache.files]
         self.starts = np.cumsum([0, *(shard.counts["tokens"] for shard in cache.files.values())]).tolist()
-        self.tokens = np.concatenate([file.get_tensor("tokens").numpy() for file in self.files])
-        self.loss_mask = np.concatenate([file.get_tensor("loss_mask").numpy() for file in self.files])
-        sizes = np.concatenate([file.get_tensor("piece_sizes").numpy() for file in self.files]).tolist()
+        self.tokens, self.loss_mask, piece_sizes = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+        sizes = piece_sizes.tolist()
         self.pieces: list[Piece] = list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
         self.order = RowOrder(on_rank0(lambda: pack_pieces(self.pieces, sequence_length)), batch_size, seed)
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streams")
+        self.ahead: tuple[int, Future[Batch]] | None = None
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """See `BatchSource`; a piece counts as a document."""
         return self.tokens, np.array([start for start, _ in self.pieces])
 
     def batch(self, index: int) -> Batch:
-        """Return this process's rows of batch `index`, with their streams."""
+        """Return this process's rows of batch `index`, with their streams, and begin to read the next batch.
+
+        Raises:
+            UserError: a shard cannot be read, or was altered.
+        """
+        expected, coming = self.ahead or (index, self.reader.submit(self._read, index))
+        if expected != index:
+            coming = self.reader.submit(self._read, index)
+        batch = coming.result()
+        self.ahead = (index + 1, self.reader.submit(self._read, index + 1))
+        return batch
+
+    def _read(self, index: int) -> Batch:
+        """Return batch `index`; all reading and the order of rows belong to one thread."""
         rows = self.order.rank_rows(index)
         batch = fill_rows(self.tokens, rows, self.sequence_length, self.loss_mask)
         streams_BSND = torch.zeros(len(rows), self.sequence_length, *self.shape, dtype=self.dtype)
@@ -76,9 +129,15 @@ class HiddenStateBatches(BatchSource):
         """Return the streams of a piece, [S, N, D]; a piece lies in one shard."""
         start, size = piece
         shard = bisect.bisect_right(self.starts, start) - 1
-        begin, file = start - self.starts[shard], self.files[shard]
-        stored = {name: file.get_slice(name)[begin : begin + size] for name in self.stored}
-        return decode_streams(stored, self.dtype)
+        begin = start - self.starts[shard]
+        return decode_streams(self.shards.read(shard, begin, begin + size), self.dtype)
+
+
+def _read_text(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a shard's tokens, loss mask and sizes of pieces; its streams stay on disk."""
+    file = _open_shard(path)
+    tokens, loss_mask, sizes = (file.get_tensor(name).numpy() for name in ("tokens", "loss_mask", "piece_sizes"))
+    return tokens, loss_mask, sizes
 
 
 def _open_shard(path: Path) -> Any:

@@ -57,6 +57,8 @@ def stored_value(weight: Tensor, rows: list[Row]) -> Tensor:
         return _round_trip(weight.flatten(0, -2) if weight.ndim > 1 else weight, kind).view_as(weight)
     out = torch.empty_like(weight)
     for row in rows:
+        if row.expert is not None and row.expert >= len(weight):  # a share has fewer experts, all of one form
+            continue
         part_of(row, out).copy_(_round_trip(part_of(row, weight), kind))
     return out
 

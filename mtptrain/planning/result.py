@@ -15,7 +15,7 @@ from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +148,16 @@ class DecodingMemory:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """Bytes that training holds, by kind of tensor.
+    """Bytes that training holds at its peak, by kind of tensor.
 
     Attributes:
-        gpu: in one GPU.
-        cpu: offloaded to CPU memory, per process.
+        gpu: in one GPU, at the largest moment of a step.
+        cpu: in CPU memory, per process.
         bytes_a_gpu: sum of `gpu`.
         memory_bytes_a_gpu: memory of the GPU.
         fits: whether the sum fits.
+        moment: the largest moment of a step.
+        moments: bytes in one GPU at each moment.
     """
 
     gpu: dict[str, float]
@@ -163,19 +165,32 @@ class TrainingMemory:
     bytes_a_gpu: float
     memory_bytes_a_gpu: float
     fits: bool
+    moment: str
+    moments: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Time of one optimiser step; computing and communication do not overlap."""
+    """Time of one optimiser step; computing and communication do not overlap.
+
+    Attributes:
+        computing, communication: at the hardware's ceiling.
+        expected_computing: at the share of the data sheet's rate that a published training reached.
+    """
 
     computing: float
     communication: float
+    expected_computing: float
 
     @property
     def total(self) -> float:
-        """Seconds of the whole step."""
+        """Seconds of the whole step at the ceiling."""
         return self.computing + self.communication
+
+    @property
+    def expected(self) -> float:
+        """Seconds of the whole step to expect."""
+        return self.expected_computing + self.communication
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +201,7 @@ class StepCost:
         tokens: of all GPUs.
         flops: of all GPUs, by part.
         sent_bytes_a_gpu: bytes that each GPU sends, by content.
-        seconds: at the hardware's ceiling.
+        seconds: see `StepSeconds`.
     """
 
     tokens: int
@@ -253,6 +268,7 @@ class TrainingPlan(Plan):
         step: cost of one optimiser step.
         tokens: of the whole training.
         tokens_per_second, hours: at the hardware's ceiling.
+        expected_tokens_per_second, expected_hours: at the share of it that a published training reached.
         stream_cache: disk space of the training's streams.
     """
 
@@ -263,6 +279,8 @@ class TrainingPlan(Plan):
     tokens: int
     tokens_per_second: float
     hours: float
+    expected_tokens_per_second: float
+    expected_hours: float
     stream_cache: StreamCacheSize
 
 

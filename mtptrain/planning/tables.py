@@ -35,12 +35,13 @@ def print_training_plan(plan: TrainingPlan, console: Console) -> None:
     """Print summary, memory by kind of tensor, and FLOPs, communication and time of a step."""
     memory, step, cache = plan.memory, plan.step, plan.stream_cache
     seconds = {"computing": step.seconds.computing, "communication": step.seconds.communication}
+    moments = {name: size / 1e9 for name, size in memory.moments.items()}
     _print_line(console, training_summary(plan), style="bold")
     _print_line(console, _describe_sizes(plan.model))
     _print_line(console, _describe_training(plan))
-    console.print(_shares_table("Memory per GPU", "GB", memory.gpu, 1e9))
-    if memory.cpu:
-        console.print(_shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
+    console.print(_shares_table(f"Memory per GPU during {memory.moment}, the peak", "GB", memory.gpu, 1e9))
+    _print_line(console, "GB at each moment: " + ", ".join(f"{name} {size:.4g}" for name, size in moments.items()))
+    console.print(_shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
     console.print(_shares_table(f"A step of {step.tokens} tokens, all GPUs", "TFLOP", step.flops, 1e12))
     if step.sent_bytes_a_gpu:
         console.print(_shares_table("Sent by each GPU per step", "GB", step.sent_bytes_a_gpu, 1e9))
@@ -52,7 +53,8 @@ def print_training_plan(plan: TrainingPlan, console: Console) -> None:
     )
     _print_line(
         console,
-        "Estimates, not measurements: products at the hardware's ceiling, without overlap. See docs/plan.md.",
+        "Estimates, not measurements. Ceiling: products at the hardware's rate, without overlap. Expected: products at "
+        "35 % of the data sheet's rate, which DeepSeek-V3's training reached (arXiv 2412.19437). See docs/plan.md.",
     )
 
 
@@ -73,7 +75,8 @@ def training_summary(plan: TrainingPlan) -> str:
     return (
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {memory.bytes_a_gpu / 1e9:.4g} GB of "
         f"{memory.memory_bytes_a_gpu / 1e9:.4g} GB per GPU; {plan.tokens / 1e9:.4g} B tokens take {plan.hours:.3g} "
-        f"hours at {plan.tokens_per_second:.4g} tokens/s (ceiling)"
+        f"hours at {plan.tokens_per_second:.4g} tokens/s (ceiling), expected {plan.expected_hours:.3g} hours at "
+        f"{plan.expected_tokens_per_second:.4g} tokens/s"
     )
 
 

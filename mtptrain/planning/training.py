@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mtptrain.config import BackboneConfig, HardwareConfig, Placement, PlanConfig, ShapeConfig, WeightFormat
+from mtptrain.planning.head_memory import trained_weights
 from mtptrain.planning.parameters import (
     active_parameters,
     backbone_parts,
@@ -17,13 +20,16 @@ from mtptrain.planning.parameters import (
 from mtptrain.planning.result import StepCost, StepSeconds, StreamCacheSize, TrainingPlan
 from mtptrain.planning.roofline import peak_rates
 from mtptrain.planning.training_load import TrainingLoad
-from mtptrain.planning.training_memory import trained_weights, training_memory
+from mtptrain.planning.training_memory import training_memory
 from mtptrain.planning.work import Arithmetic, attended_keys
 from mtptrain.run.provenance import Provenance
 
 FORWARD_AND_BACKWARD = 3  # matrix products: forward, gradient of the input, gradient of the weights
 STREAM_BYTES = 2  # per channel of a cached stream, bf16
 GRADIENT_BYTES = 4  # gradients are summed over processes in fp32
+# Share of the data sheet's bf16 rate that DeepSeek-V3's pre-training reached: 6 x 37e9 active parameters x 14.8e12
+# tokens in 2.664e6 H800 hours (arXiv 2412.19437, table 1) are 3.4e14 FLOP/s of 9.89e14.
+REACHED = 0.35
 
 
 def attention_flops(shape: ShapeConfig, kinds: list[str], row_length: int) -> float:
@@ -56,6 +62,8 @@ def step_communication(shape: ShapeConfig, load: TrainingLoad) -> dict[str, floa
     """Return the bytes that each GPU sends per optimiser step; a ring collective sends (n - 1) / n of its data."""
     ring = (load.num_gpus - 1) / load.num_gpus
     trained = trained_weights(shape, load)
+    if load.share_experts:  # their gradients stay where they are
+        trained = replace(trained, expert=0)
     gradients = ring * GRADIENT_BYTES * trained.total
     times = load.micro_batches if load.zero_stage >= 2 else 1  # no process can hold the full sum
     sent = {
@@ -73,6 +81,10 @@ def step_communication(shape: ShapeConfig, load: TrainingLoad) -> dict[str, floa
         # every token's row travels to each of its experts and back
         rows = load.tokens * shape.experts_per_token * shape.hidden_size * 2
         sent["expert rows"] = 2 * ring * rows * len(shape.layer_types) * load.micro_batches
+    if load.share_experts:  # forward, gradients, and with recomputation the forward again
+        passes = 3 if load.recompute else 2
+        rows = load.tokens * shape.experts_per_token * shape.hidden_size * 2
+        sent["heads' expert rows"] = 2 * ring * rows * passes * load.steps * load.micro_batches
     return sent
 
 
@@ -81,13 +93,18 @@ def step_seconds(
 ) -> StepSeconds:
     """Return the time of an optimiser step: products at the bf16 (fp32) ceiling, then communication, no overlap.
 
+    The time to expect has products at `REACHED` of the data sheet's rate, or at the ceiling if that is slower.
+
     Raises:
         UserError: see `peak_rates`.
     """
     arithmetic = Arithmetic.fp32 if load.heads is WeightFormat.fp32 else Arithmetic.bf16
     rate = peak_rates(hardware, plan.measured).flops[arithmetic]
-    computing = sum(flops.values()) / load.num_gpus / rate
-    return StepSeconds(computing, sum(sent.values()) / hardware.interconnect if sent else 0.0)
+    sheet = hardware.fp32_flops if arithmetic is Arithmetic.fp32 else hardware.bf16_flops
+    flops_a_gpu = sum(flops.values()) / load.num_gpus
+    computing, expected = flops_a_gpu / rate, flops_a_gpu / (REACHED * sheet)
+    communication = sum(sent.values()) / hardware.interconnect if sent else 0.0
+    return StepSeconds(computing, communication, max(computing, expected))
 
 
 def step_cost(shape: ShapeConfig, hardware: HardwareConfig, plan: PlanConfig, load: TrainingLoad) -> StepCost:
@@ -117,7 +134,7 @@ def plan_training(
     shape = model.shape
     step = step_cost(shape, hardware, plan, load)
     tokens = num_steps * step.tokens
-    rate = step.tokens / step.seconds.total
+    rate, expected = step.tokens / step.seconds.total, step.tokens / step.seconds.expected
     stream = shape.hc_mult * shape.hidden_size * STREAM_BYTES
     return TrainingPlan(
         provenance=provenance,
@@ -130,5 +147,7 @@ def plan_training(
         tokens=tokens,
         tokens_per_second=rate,
         hours=tokens / rate / 3600,
+        expected_tokens_per_second=expected,
+        expected_hours=tokens / expected / 3600,
         stream_cache=StreamCacheSize(bytes_a_token=stream, bytes=stream * tokens),
     )

@@ -20,6 +20,7 @@ class TrainingLoad:
         backbone: format of its weights.
         heads: bf16 with fp32 masters, or fp32.
         train_experts: whether the routed experts of the heads are trained.
+        share_experts: each process holds and trains its share of them (`mtp.experts=expert_parallel`).
         modules: MTP modules.
         steps: draft steps of the rollout.
         rows: sequences per GPU and micro-batch.
@@ -37,6 +38,7 @@ class TrainingLoad:
     backbone: WeightFormat = WeightFormat.bf16
     heads: WeightFormat = WeightFormat.bf16
     train_experts: bool = True
+    share_experts: bool = False
     modules: int = 1
     steps: int = 3
     rows: int = 1

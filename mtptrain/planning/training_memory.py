@@ -1,99 +1,130 @@
-"""Memory per GPU for training MTP heads on a frozen backbone, by kind of tensor."""
+"""Memory per GPU and per process for training MTP heads on a frozen backbone, by kind of tensor, at its peak.
+
+A step has four moments: the backbone's forward, the rollout with its backward, the sum of gradients over processes, and
+the optimiser's update. Their temporaries follow each other, so the peak is that of the largest moment.
+"""
 
 # D model width, N residual streams, H heads, C channels of a head, R query latent, E experts, k of them per token,
 # I inner width of an expert, S tokens of a row, T tokens of a GPU's micro-batch, V vocabulary
 
 from __future__ import annotations
 
-from mtptrain.config import OptimizerName, Placement, ShapeConfig, WeightFormat
-from mtptrain.planning.parameters import (
-    Weights,
-    backbone_parts,
-    connection_matrices,
-    layer_parts,
-    module_parts,
-    total_weights,
+from mtptrain.config import Placement, ShapeConfig, WeightFormat
+from mtptrain.planning.head_memory import (
+    MASTERS,
+    STATE,
+    Kinds,
+    backward_bytes,
+    held_bytes,
+    reduction_bytes,
+    trained_weights,
+    update_bytes,
 )
+from mtptrain.planning.parameters import Weights, backbone_parts, layer_parts, module_parts, total_weights
 from mtptrain.planning.result import TrainingMemory
 from mtptrain.planning.training_load import TrainingLoad
 
+CHUNK_ROWS = 1024  # of kernels/linear_loss/kernel.py
+QUANTISED = (WeightFormat.release, WeightFormat.fp8)
 
-def backbone_bytes(shape: ShapeConfig, load: TrainingLoad) -> dict[str, float]:
-    """Return the bytes of the frozen backbone's weights in one GPU, and of the layer that ZeRO-3 gathers."""
+
+def backbone_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
+    """Return the bytes of the frozen backbone's weights in one GPU."""
     parts = backbone_parts(shape)
     if load.from_streams:
-        kept = parts["embedding"] + parts["lm_head"]
+        kept = parts["embedding"] + parts["lm_head"]  # in bf16 in a release too
         return {"backbone weights": kept.bytes(load.backbone)}
     whole = total_weights(parts)
     if load.placement is Placement.replicate:
         return {"backbone weights": whole.bytes(load.backbone)}
     if load.placement is Placement.zero3:
-        largest = max(total_weights(layer_parts(shape, kind)).bytes(load.backbone) for kind in set(shape.layer_types))
-        held = whole.bytes(load.backbone) / load.num_gpus
-        return {"backbone weights": held, "backbone layer gathered": largest}
+        return {"backbone weights": whole.bytes(load.backbone) / load.num_gpus}
     experts = Weights(expert=whole.expert).bytes(load.backbone)
     return {"backbone weights": whole.bytes(load.backbone) - experts + experts / load.num_gpus}
 
 
-def trained_weights(shape: ShapeConfig, load: TrainingLoad) -> Weights:
-    """Return the trained parameters of the heads."""
-    module = total_weights(module_parts(shape))
-    expert = module.expert if load.train_experts else 0
-    return Weights(
-        load.modules * expert, load.modules * module.matrix, load.modules * module.plain, load.modules * module.strict
-    )
+def forward_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
+    """Return the temporaries of the backbone's forward, which keeps nothing but its output.
 
-
-def heads_bytes(shape: ShapeConfig, load: TrainingLoad) -> dict[str, float]:
-    """Return the bytes of the heads' weights, gradients, masters and optimiser state per process.
-
-    A parameter held in fp32 is its own master. Gradients are summed in fp32. AdamW keeps two fp32 values per parameter
-    and Muon one. Muon takes two-dimensional tensors only; transformers stacks a layer's experts in three dimensions.
+    Counted from transformers' layers with our attention, on the meta device: queries in fp32 while they are rotated,
+    the routed rows of the experts, and the streams. With kept weights a layer's share is decoded: gate and up to bf16,
+    and down through a table with 7 bytes a value.
     """
-    module, trained = total_weights(module_parts(shape)), trained_weights(shape, load)
-    masters = 0.0 if load.heads is WeightFormat.fp32 else 4.0 * (trained.total - trained.strict)
-    matrices = trained.matrix + trained.plain + load.modules * connection_matrices(shape)
-    saved = 4.0 * matrices if load.optimizer is OptimizerName.muon else 0.0
-    return {
-        "heads' weights": load.modules * module.bytes(load.heads) * load.share(3),
-        "heads' gradients": 4.0 * trained.total * load.share(2),
-        "heads' fp32 masters": masters * load.share(1),
-        "optimiser state": (8.0 * trained.total - saved) * load.share(1),
-    }
+    if load.from_streams:
+        return {}
+    width, head_width = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    size = 4 if load.heads is WeightFormat.fp32 else 2
+    queries = (2 * size + 4) * head_width
+    routed = shape.experts_per_token * (2 * width + 3 * shape.expert_size) * size
+    streams = (2 * size + 12) * shape.hc_mult * width
+    kinds: Kinds = {"backbone forward": load.tokens * (streams + max(queries, routed))}
+    if load.placement is Placement.zero3:
+        largest = max(total_weights(layer_parts(shape, kind)).bytes(load.backbone) for kind in set(shape.layer_types))
+        kinds["backbone layer gathered"] = largest
+    if load.backbone in QUANTISED:
+        share = load.num_gpus if load.placement is Placement.expert_parallel else 1
+        kinds["weights decoded for a layer"] = 11.0 * shape.num_experts / share * shape.expert_size * width
+    return kinds
 
 
 def saved_by_step(shape: ShapeConfig, load: TrainingLoad) -> float:
     """Return the bytes that one draft step saves for its backward pass, counted tensor by tensor in `mtp/block.py`.
 
-    Norms, hyper-connections, rotations and the softmax run in fp32. Attention saves the weights [H, S] of every query.
+    Norms, hyper-connections and rotations run in fp32; attention saves queries and outputs, and no scores.
     """
     width, heads, experts = shape.hidden_size, shape.num_attention_heads, shape.experts_per_token
     streams, head_width, inner = shape.hc_mult * width, heads * shape.head_dim, shape.expert_size
-    in_fp32 = 8 * streams + 9 * width + 3 * shape.q_lora_rank + 4 * head_width
+    in_fp32 = 8 * streams + 9 * width + 3 * shape.q_lora_rank + head_width
     routed = experts * (2 * width + 6 * inner)
     latent = shape.o_groups * shape.o_lora_rank
     others = 6 * width + 2 * head_width + 4 * shape.head_dim + latent + 4 * shape.num_experts + routed + 6 * inner
+    if load.heads is WeightFormat.fp32:  # without a GPU, where attention also saves the outputs of its blocks
+        return load.tokens * 4.0 * (in_fp32 + head_width + others)
+    return load.tokens * (4.0 * in_fp32 + 2.0 * (others + 4 * streams))  # and rounded copies of the streams
+
+
+def activation_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
+    """Return the bytes that the rollout and the loss hold: what the backward pass needs, and one chunk of logits."""
     size = 4 if load.heads is WeightFormat.fp32 else 2
-    return load.tokens * (4 * in_fp32 + size * others + heads * load.row_length * 4)
-
-
-def activation_bytes(shape: ShapeConfig, load: TrainingLoad) -> dict[str, float]:
-    """Return the bytes that the rollout saves for its backward pass, and temporaries of the backbone's forward."""
-    streams = load.tokens * shape.hc_mult * shape.hidden_size * (4 if load.heads is WeightFormat.fp32 else 2)
+    streams = load.tokens * shape.hc_mult * shape.hidden_size
     one = saved_by_step(shape, load)
-    kept = load.steps * streams + one if load.recompute else load.steps * one
-    activations = {"rollout activations": kept, "streams": streams}
-    if not load.from_streams:
-        # eager attention of transformers: fp32 scores and weights of one layer at a time, over S + S / rate keys
-        keys = load.row_length * (1 + 1 / shape.csa_rate)
-        activations["backbone attention"] = 2 * 4 * load.rows * shape.num_attention_heads * load.row_length * keys
-    return activations
+    collapsed = (12 + size) * streams  # hc_head and norm of a step's output, which are not recomputed
+    kept = (load.steps - 1) * collapsed + one if load.recompute else load.steps * one
+    return {
+        "rollout activations": kept,
+        "streams": size * streams,
+        "one chunk of logits": 10.0 * min(CHUNK_ROWS, load.tokens) * shape.vocab_size,
+    }
+
+
+def host_bytes(shape: ShapeConfig, load: TrainingLoad, moved: Kinds) -> Kinds:
+    """Return the bytes in a process's CPU memory: what is offloaded, and the larger of start and checkpoint.
+
+    At the start a process holds the whole head in fp32; a checkpoint passes through its own pieces of masters and
+    state. Files of the backbone are mapped, and count as no process's own.
+    """
+    start = 4.0 * load.modules * total_weights(module_parts(shape)).total
+    pieces = 12.0 * trained_weights(shape, load).total / load.num_gpus
+    if start >= pieces:
+        return {"whole head in fp32, at the start": start, **moved}
+    return {"pieces of a checkpoint, while it is written": pieces, **moved}
 
 
 def training_memory(shape: ShapeConfig, load: TrainingLoad, gpu_bytes: float) -> TrainingMemory:
-    """Return the bytes that training holds in a GPU of `gpu_bytes` bytes, and per process in CPU memory."""
-    heads = heads_bytes(shape, load)
-    moved = {name: heads.pop(name) for name in ("heads' fp32 masters", "optimiser state")} if load.offload else {}
-    kinds = {**backbone_bytes(shape, load), **heads, **activation_bytes(shape, load)}
-    used = sum(kinds.values())
-    return TrainingMemory(kinds, moved, used, gpu_bytes, fits=used <= gpu_bytes)
+    """Return the bytes that training holds at its peak, in a GPU of `gpu_bytes` bytes and in CPU memory."""
+    held = held_bytes(shape, load)
+    moved = {name: held.pop(name) for name in (MASTERS, STATE)} if load.offload else {}
+    held = {**backbone_bytes(shape, load), **held}
+    backward, activations = backward_bytes(shape, load), activation_bytes(shape, load)
+    streams = {"streams": activations["streams"]}
+    moments = {
+        "the backbone's forward": {**held, **backward, **forward_bytes(shape, load), **streams},
+        "the rollout and its backward": {**held, **backward, **activations},
+        "the sum of gradients": {**held, **reduction_bytes(shape, load), **streams},
+        "the optimiser's update": {**held, **update_bytes(shape, load)},
+    }
+    totals = {name: sum(kinds.values()) for name, kinds in moments.items()}
+    peak = max(totals, key=lambda name: totals[name])
+    gpu = {name: size for name, size in moments[peak].items() if size}
+    used, host = totals[peak], host_bytes(shape, load, moved)
+    return TrainingMemory(gpu, host, used, gpu_bytes, fits=used <= gpu_bytes, moment=peak, moments=totals)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 from torch import nn
+
+from mtptrain.errors import UserError
 
 # Tensors with fewer elements stay whole on every process at stage 3: vectors, small matrices, and attention sinks,
 # which the rollout reads outside the forward of their layer. Gathering each of them would cost more than it saves.
@@ -21,6 +26,21 @@ def quiet_deepspeed() -> None:
     deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed causes them
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the values of settings that are passed to DeepSpeed.
+
+    Raises:
+        UserError: names the first value that DeepSpeed refuses.
+    """
+    quiet_deepspeed()
+    try:
+        DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"deepspeed.{name}={first['input']}: is refused by DeepSpeed ({first['msg']})") from None
 
 
 def gather_persistent(optimizer: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, Placement, Precision, RunConfig
+from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, HeadExperts, Placement, Precision, RunConfig
 from mtptrain.errors import SharedMistake, UserError
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
@@ -140,9 +139,7 @@ def join(config: RunConfig, processes: str) -> None:
     device = choose_device(config.device)
     try:
         store, number, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        store = dist.PrefixStore(
-            f"mtptrain/{next(_meetings)}", store
-        )  # without the addresses of an earlier job's group
+        store = dist.PrefixStore(f"mtptrain/{next(_meetings)}", store)  # no addresses of an earlier job's group
         backend = "nccl" if device.type == "cuda" else "gloo"
         patience = timedelta(minutes=config.distributed_timeout)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
@@ -185,6 +182,8 @@ def _refuse_sharing(config: RunConfig) -> None:
     shares = {"engine": config.engine.value} if config.engine is not EngineName.single else {}
     if config.backbone.placement in PARTITIONED_PLACEMENTS:
         shares["backbone.placement"] = config.backbone.placement.value
+    if config.mtp.experts is HeadExperts.expert_parallel:
+        shares["mtp.experts"] = config.mtp.experts.value
     for setting, value in shares.items():
         raise UserError(
             f"{setting}={value}: shares tensors out over processes and this one was started alone; start it with "
@@ -301,6 +300,18 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def join_on_rank0(part: Tensor) -> Tensor:
+    """Return the equal parts of all processes joined along the first dimension, on the CPU; empty on other ranks."""
+    if world_size() == 1:
+        return part.detach().cpu().clone()
+    from torch import distributed as dist
+
+    own = part.detach().cpu()
+    whole = own.new_empty(world_size() * len(own) if rank() == 0 else 0, *own.shape[1:])
+    dist.gather(own, list(whole.chunk(world_size())) if rank() == 0 else None, group=_joined[0].side)
+    return whole
+
+
 def on_rank0(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 only and return its result on every process, or raise its `UserError` on every process."""
     result: Any = None
@@ -334,12 +345,3 @@ def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
     except RuntimeError:  # rank 0 hosts the store and has ended
         return True
     return True
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mtptrain.config import MtpMode
 from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
+from mtptrain.mtp.expert_parallel import WHOLE_SHAPE
 from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
 from mtptrain.run.hub import is_address
 from mtptrain.run.storage import disk_full_reason
@@ -277,7 +278,7 @@ def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tens
     """
     tensors = checkpoint.tensors()
     state = module.state_dict(keep_vars=True)
-    wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in state.items()}
+    wanted = {name: tuple(_whole_shape(value)) for name, value in state.items()}
     stored = {name: tuple(value.shape) for name, value in tensors.items()}
     if wanted != stored:
         name = min(dict(wanted.items() ^ stored.items()))
@@ -286,6 +287,11 @@ def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tens
             f"and {wanted.get(name)} here"
         )
     return tensors
+
+
+def _whole_shape(value: Tensor) -> Any:
+    """Return the shape of a tensor of which this process may hold a share."""
+    return getattr(value, "ds_shape", getattr(value, WHOLE_SHAPE, value.shape))
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:

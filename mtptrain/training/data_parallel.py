@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.config import TrainConfig
+from mtptrain.mtp.expert_parallel import is_share
 from mtptrain.run.distributed import sum_over_processes, world_size
 from mtptrain.training.engine import OptimizerState
-from mtptrain.training.optim import MasterWeights, make_optimizers
+from mtptrain.training.expert_shares import ExpertShares
+from mtptrain.training.optim import MasterWeights, make_optimizers, named_state, restore_state
 
 
 class ReplicatedEngine:
@@ -23,7 +25,8 @@ class ReplicatedEngine:
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.module, self.config = module, config
-        self.masters = MasterWeights(module)
+        self.masters = MasterWeights(module, lambda p: not is_share(p))
+        self.shares = ExpertShares(module, config)
         self.optimizers = make_optimizers(self.masters.parameters, config)
 
     def backward(self, loss: Tensor) -> None:
@@ -35,7 +38,12 @@ class ReplicatedEngine:
         self.masters.pull_gradients()
         if world_size() > 1:
             self._sum_gradients()
-        norm = nn.utils.clip_grad_norm_(self.masters.parameters, self.config.clip_norm).item()
+        parameters = self.masters.parameters
+        own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = self.shares.with_norm(own)
+        nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total)
+        norm = total.item()
+        self.shares.step(rate, norm)
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -49,6 +57,8 @@ class ReplicatedEngine:
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one all-reduce."""
         parameters = self.masters.parameters
+        if not parameters:
+            return
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         parts = sum_over_processes(flat).split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
@@ -56,24 +66,16 @@ class ReplicatedEngine:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the module's state with masters in place of rounded parameters."""
-        return self.masters.tensors()
+        return {**self.masters.tensors(), **self.shares.tensors()}
 
     def optimizer_state(self) -> OptimizerState:
         """Return the optimiser's state by tensor name."""
-        states = {id(master): state for optimizer in self.optimizers for master, state in optimizer.state.items()}
-        return {name: dict(states[id(p)]) for name, p in self.masters.masters.items() if id(p) in states}
+        return {**named_state(self.optimizers, self.masters), **self.shares.optimizer_state()}
 
     def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
         """Continue from stored tensors and state."""
-        self.module.load_state_dict(tensors)
+        whole = {name: tensor for name, tensor in tensors.items() if name not in self.shares.shares}
+        self.module.load_state_dict(whole, strict=False)  # `fitting_tensors` has compared the names
         self.masters.load(tensors)
-        for optimizer in self.optimizers:
-            updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for name, master in self.masters.masters.items():
-                if id(master) in updated and name in state:
-                    optimizer.state[master] = {key: _on_device_of(value, master) for key, value in state[name].items()}
-
-
-def _on_device_of(value: Tensor, master: Tensor) -> Tensor:
-    """Return a tensor of the optimiser's state on the device of its master; AdamW keeps its step count on the CPU."""
-    return value.to(master.device) if value.ndim else value.clone()
+        self.shares.load(tensors, state)
+        restore_state(self.optimizers, self.masters, state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -52,7 +54,13 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(name: EngineName, module: nn.Module, config: TrainConfig, offload: bool = False) -> Engine:
+def make_engine(
+    name: EngineName,
+    module: nn.Module,
+    config: TrainConfig,
+    offload: bool = False,
+    passed: Mapping[str, Any] = MappingProxyType({}),
+) -> Engine:
     """Return the engine of a run.
 
     Args:
@@ -60,6 +68,7 @@ def make_engine(name: EngineName, module: nn.Module, config: TrainConfig, offloa
         module: its parameters that require gradients are trained.
         config: optimiser and clipping.
         offload: keep the optimiser's state in CPU memory.
+        passed: settings of DeepSpeed; see `passed_settings`.
     """
     if name is EngineName.single:
         from mtptrain.training.data_parallel import ReplicatedEngine
@@ -67,4 +76,4 @@ def make_engine(name: EngineName, module: nn.Module, config: TrainConfig, offloa
         return ReplicatedEngine(module, config)
     from mtptrain.training.zero_engine import ZeroEngine  # importing DeepSpeed takes seconds
 
-    return ZeroEngine(module, config, int(name.value.removeprefix("zero")), offload)
+    return ZeroEngine(module, config, int(name.value.removeprefix("zero")), offload, passed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mtptrain.config import OptimizerName, TrainConfig
+from mtptrain.training.engine import OptimizerState
 
 
 class MasterWeights:
@@ -16,15 +17,23 @@ class MasterWeights:
 
     Args:
         module: its trainable parameters get masters.
+        choose: returns whether a parameter gets one; None chooses all.
+        device: of the masters; None for that of each parameter.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        choose: Callable[[Tensor], bool] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.module = module
         self.masters: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                is_master = parameter.dtype == torch.float32
-                self.masters[name] = parameter if is_master else parameter.detach().float().requires_grad_()
+            if parameter.requires_grad and (choose is None or choose(parameter)):
+                is_master = parameter.dtype == torch.float32 and device in (None, parameter.device)
+                copy = parameter.detach().to(device or parameter.device, torch.float32)
+                self.masters[name] = parameter if is_master else copy.requires_grad_()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -35,7 +44,7 @@ class MasterWeights:
         """Move the gradients of lower-precision parameters to their masters."""
         for name, parameter in self._copies():
             if parameter.grad is not None:
-                self.masters[name].grad = parameter.grad.float()
+                self.masters[name].grad = parameter.grad.to(self.masters[name])
                 parameter.grad = None
 
     @torch.no_grad()
@@ -79,6 +88,8 @@ def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch
     `muon` is torch's own. It updates the matrices, with steps scaled to the root mean square of AdamW's so that both
     use one learning rate. AdamW updates vectors and the experts' three-dimensional stacks, which Muon refuses.
     """
+    if not parameters:
+        return []
     matrices = [p for p in parameters if p.ndim == 2] if config.optimizer is OptimizerName.muon else []
     if not matrices:
         return [make_adamw(parameters, config)]
@@ -87,6 +98,26 @@ def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch
     )
     rest = [p for p in parameters if p.ndim != 2]
     return [muon, make_adamw(rest, config)] if rest else [muon]
+
+
+def named_state(optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights) -> OptimizerState:
+    """Return the state of optimisers by tensor name."""
+    states = {id(master): state for optimizer in optimizers for master, state in optimizer.state.items()}
+    return {name: dict(states[id(p)]) for name, p in masters.masters.items() if id(p) in states}
+
+
+def restore_state(optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights, state: OptimizerState) -> None:
+    """Give optimisers the state that `named_state` returned."""
+    for optimizer in optimizers:
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, master in masters.masters.items():
+            if id(master) in updated and name in state:
+                optimizer.state[master] = {key: _on_device_of(value, master) for key, value in state[name].items()}
+
+
+def _on_device_of(value: Tensor, master: Tensor) -> Tensor:
+    """Return a copy of an optimiser's tensor on the device of its master; AdamW keeps its step count on the CPU."""
+    return value.to(master.device, copy=True) if value.ndim else value.clone()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

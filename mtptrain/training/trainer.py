@@ -26,10 +26,10 @@ from mtptrain.run.distributed import (
     gather_objects,
     max_over_processes,
     on_rank0,
-    peak_memory_bytes,
     rank,
     sum_over_processes,
 )
+from mtptrain.run.memory import peak_memory_bytes
 from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog

@@ -8,6 +8,7 @@ round the tensors that DeepSeek-V4 keeps in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -26,20 +27,24 @@ from torch import Tensor, nn
 
 from mtptrain.config import ONE_DTYPE, TrainConfig
 from mtptrain.errors import UserError
+from mtptrain.mtp.expert_parallel import is_share
 from mtptrain.run.deepspeed import PERSISTENT_BELOW, gather_persistent, quiet_deepspeed
 from mtptrain.run.distributed import rank, world_size
 from mtptrain.training.engine import OptimizerState
+from mtptrain.training.expert_shares import ExpertShares
 from mtptrain.training.optim import make_adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def zero_settings(config: TrainConfig, stage: int, offload: bool) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for a stage."""
-    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": PERSISTENT_BELOW}
+def zero_settings(config: TrainConfig, stage: int, offload: bool, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a stage; settings of the run come before those that are passed."""
+    zero = {**passed.get("zero_optimization", {}), "stage": stage}
+    zero["stage3_param_persistence_threshold"] = PERSISTENT_BELOW
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
+        **passed,
         "train_micro_batch_size_per_gpu": 1,  # affects only DeepSpeed's own counters
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip_norm,
@@ -71,15 +76,25 @@ class ZeroEngine:
         config: optimiser, clipping and accumulation.
         stage: 1, 2 or 3.
         offload: keep the optimiser's state in CPU memory.
+        passed: settings of DeepSpeed that the run leaves open; see `passed_settings`.
 
     Raises:
         UserError: at stage 3 the trained parameters have several dtypes.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, stage: int, offload: bool) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainConfig, stage: int, offload: bool, passed: Mapping[str, Any]
+    ) -> None:
         quiet_deepspeed()
         self.module, self.stage, self.accumulation = module, stage, config.accumulation
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        optimizer_device = passed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+        self.shares = ExpertShares(module, config, 1 / world_size(), offload or optimizer_device == "cpu")
+        self.trained = {name: p for name, p in self._whole_parameters() if p.requires_grad}
+        if not self.trained:
+            raise UserError(
+                f"engine=zero{stage}: mtp.trainable leaves only experts to train, and mtp.experts=expert_parallel "
+                "shares them already; set engine=single"
+            )
         if stage == 3 and len({p.dtype for p in self.trained.values()}) > 1:
             raise UserError(f"engine=zero3: {ONE_DTYPE}")
         # DeepSpeed takes the first parameter's dtype for all; it checks the gradient's norm only if that is fp32.
@@ -87,14 +102,17 @@ class ZeroEngine:
         self.optimizer = make_adamw(ordered, config)
         groups = [list(group["params"]) for group in self.optimizer.param_groups if group["params"]]
         self.engine, *_ = deepspeed.initialize(
-            model=_EmptyForward(module),
+            model=_EmptyForward(module if stage == 3 else nn.ParameterList(p for _, p in self._whole_parameters())),
             optimizer=self.optimizer,
             dist_init_required=False,
-            config=zero_settings(config, stage, offload),
+            config=zero_settings(config, stage, offload, passed),
         )
         self.micro_batches = 0
         self._make_states(groups)
         gather_persistent(self.engine.optimizer)
+        if self.shares.shares:  # stages 1 and 2
+            self._norm_of_others = self.engine.optimizer.scaled_global_norm
+            self.engine.optimizer.scaled_global_norm = self._whole_norm
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch; the factor undoes DeepSpeed's average over processes."""
@@ -111,18 +129,21 @@ class ZeroEngine:
         self.engine.step()
         gather_persistent(self.engine.optimizer)  # a skipped update leaves them partitioned
         self.micro_batches = 0
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        self.shares.step(rate, norm)
+        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the module's state on rank 0, gathered one tensor at a time."""
         tensors = {name: value.detach() for name, value in self.module.state_dict().items()}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._whole_parameters():
             if name in self.trained:
                 tensors[name] = _on_rank0(safe_get_full_fp32_param(parameter))
             elif self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     tensors[name] = _on_rank0(parameter.detach())
         gather_persistent(self.engine.optimizer)
+        tensors.update(self.shares.tensors())
         return tensors if rank() == 0 else {}
 
     def optimizer_state(self) -> OptimizerState:
@@ -132,6 +153,7 @@ class ZeroEngine:
         for name, parameter in self.trained.items():
             moments = {key: _on_rank0(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
             states[name] = {"step": step.clone(), **moments}
+        states.update(self.shares.optimizer_state())
         return states if rank() == 0 else {}
 
     def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
@@ -140,12 +162,13 @@ class ZeroEngine:
             if name in tensors:
                 buffer.copy_(tensors[name])
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._whole_parameters():
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                     parameter.copy_(tensors[name])
                 if name in self.trained:
                     self._set(parameter, tensors[name])
         gather_persistent(self.engine.optimizer)
+        self.shares.load(tensors, state)
         for entry in self.optimizer.state.values():
             entry["step"].copy_(next(iter(state.values()))["step"])
         for name, parameter in self.trained.items():
@@ -168,6 +191,14 @@ class ZeroEngine:
             safe_set_local_fp32_param(parameter, share)
         else:
             safe_set_local_optimizer_state(parameter, share, key)
+
+    def _whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that DeepSpeed handles: all but shares of experts, which it would make equal."""
+        return [(name, p) for name, p in self.module.named_parameters() if not is_share(p)]
+
+    def _whole_norm(self, norm_type: int = 2) -> Any:
+        """Return the norm by which DeepSpeed clips and detects a gradient that is not finite, with shared experts."""
+        return self.shares.with_norm(self._norm_of_others(norm_type))
 
     def _make_states(self, groups: list[list[Tensor]]) -> None:
         """Give every flat master of this process the state that AdamW would create at its first step.

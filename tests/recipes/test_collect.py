@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from mtptrain.backbone.load import load_backbone
 from mtptrain.config import BackboneConfig
+from mtptrain.hidden_cache import reader
 from mtptrain.hidden_cache.manifest import open_cache
+from mtptrain.run.artifact import Artifact
 from tests.command import kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
 from tests.test_launchers import finish, start
@@ -150,8 +152,8 @@ def test_an_unfinished_cache_is_not_trained_from(
     assert "resume=auto" in line
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
-def test_a_damaged_shard_is_named(
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_missing_or_truncated_shard_is_named_before_training(
     damage: str, cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = copied(cache, tmp_path)
@@ -159,9 +161,36 @@ def test_a_damaged_shard_is_named(
     content = path.read_bytes()
     path.unlink()
     if damage != "gone":
-        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flipped" else b""))
+        path.write_bytes(content[:-1])
     line = refusal(broken, light, tmp_path / "run", capfd)
     assert "shard_00002.safetensors is missing, truncated or altered (its SHA-256 differs)" in line
+
+
+def test_an_altered_shard_is_named_when_it_is_first_read(
+    cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = copied(cache, tmp_path)
+    path = broken / "shard_00002.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert train_from(broken, light, tmp_path / "run", "train.steps=50") == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "shard_00002.safetensors is missing, truncated or altered (its SHA-256 differs)" in line
+
+
+def test_few_shards_are_open_at_a_time_and_each_is_verified_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    checked: list[str] = []
+    monkeypatch.setattr(Artifact, "verify", lambda self, names: checked.extend(names))
+    opened = open_cache(cache)
+    batches = reader.HiddenStateBatches(opened, 32, 2, 0, torch.float32)
+    seen = [batches.batch(index).streams_BSND for index in range(40)]
+    assert len(batches.shards.opened) <= 2
+    assert sorted(checked) == sorted(set(checked))
+    assert len(checked) > 2
+    again = reader.HiddenStateBatches(opened, 32, 2, 0, torch.float32)
+    assert torch.equal(again.batch(7).streams_BSND, seen[7])  # out of order, as after a resume
 
 
 def test_a_shard_that_one_of_two_processes_finds_damaged_is_named_once(

@@ -116,10 +116,12 @@ def test_a_training_plan_reads_the_settings_of_the_training_itself(tmp_path: Pat
     load = plan["training"]
     assert (load["train_experts"], load["recompute"], load["from_streams"]) == (False, True, True)
     assert (load["zero_stage"], load["placement"], load["rows"], load["row_length"]) == (2, "zero3", 2, 2048)
-    assert plan["memory"]["cpu"].keys() == {"heads' fp32 masters", "optimiser state"}
+    assert plan["memory"]["cpu"].keys() > {"heads' fp32 masters", "optimiser state"}
+    seconds = plan["step"]["seconds"]
     assert plan["step"]["tokens"] == 16 * 2048
     assert plan["memory"]["bytes_a_gpu"] == pytest.approx(sum(plan["memory"]["gpu"].values()))
-    assert plan["tokens_per_second"] == pytest.approx(16 * 2048 / sum(plan["step"]["seconds"].values()))
+    assert plan["tokens_per_second"] == pytest.approx(16 * 2048 / (seconds["computing"] + seconds["communication"]))
+    assert plan["expected_hours"] > plan["hours"]
     assert plan["tokens"] == 1000 * 16 * 2048
     assert plan["hours"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"] / 3600)
     assert plan["stream_cache"]["bytes"] == plan["tokens"] * 32 * 1024

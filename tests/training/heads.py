@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mtptrain.batch import Batch
-from mtptrain.config import EngineName, LossConfig, RunConfig, TrainConfig
+from mtptrain.config import EngineName, LossConfig, OptimizerName, RunConfig, TrainConfig
 from mtptrain.data.batches import BatchSource
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.start import freeze_untrained, place
 from mtptrain.run.distributed import join, rank, rank_rows
 from mtptrain.run.tracking import MetricsLog, Trackers
@@ -49,7 +50,18 @@ VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
     ("half_single", EngineName.single, HALF),
     ("half_zero1", EngineName.zero1, HALF),
     ("half_zero2", EngineName.zero2, HALF),
+    ("shared_half_zero1", EngineName.zero1, {**HALF, "is_shared": True}),
+    ("shared_offloaded", EngineName.zero2, {"offload": True, "is_shared": True}),
+    ("shared_no_experts", EngineName.zero1, {**NO_EXPERTS, "is_shared": True}),
+    ("shared_only_experts", EngineName.single, {"trainable": "*.mlp.experts.*", "is_shared": True}),
+    ("shared_recomputed", EngineName.single, {"config": replace(CONFIG, recompute=True), "is_shared": True}),
+    ("shared_muon", EngineName.single, {"config": replace(CONFIG, optimizer=OptimizerName.muon), "is_shared": True}),
 ]
+# Engines that do all checks, with the experts replicated or shared.
+ENGINES: dict[str, tuple[EngineName, bool]] = {
+    **{engine.value: (engine, False) for engine in EngineName},
+    **{f"shared_{engine.value}": (engine, True) for engine in EngineName if engine is not EngineName.zero3},
+}
 
 
 class UnevenBatches(BatchSource):
@@ -88,11 +100,14 @@ def head_trainer(
     offload: bool = False,
     trainable: str = "all",
     dtype: torch.dtype = torch.float32,
+    is_shared: bool = False,
 ) -> Trainer:
     """Return a trainer of a random head."""
     backbone = random_backbone().to(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
     freeze_untrained(stack, trainable)
+    if is_shared:
+        share_experts(stack)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
     return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
@@ -126,14 +141,13 @@ def main(folder: Path) -> None:
     join(RunConfig(task="distill", train=CONFIG), processes="any")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for engine in EngineName:
-        name = engine.value
+    for name, (engine, is_shared) in ENGINES.items():
         run_folder = folder / name
         results[name] = {
-            "whole": train(head_trainer(engine, run_folder)),
-            "resumed": resumed(engine, run_folder, folder / "resumed" / name),
-            "from_one": resumed(engine, folder / "one", folder / "from_one" / name),
-            "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective)),
+            "whole": train(head_trainer(engine, run_folder, is_shared=is_shared)),
+            "resumed": resumed(engine, run_folder, folder / "resumed" / name, is_shared=is_shared),
+            "from_one": resumed(engine, folder / "one", folder / "from_one" / name, is_shared=is_shared),
+            "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective, is_shared=is_shared)),
         }
     for name, engine, options in VARIANTS:
         run_folder = folder / name

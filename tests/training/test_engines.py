@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtptrain.config import EngineName
+from mtptrain.config import EngineName, OptimizerName
 from mtptrain.training.checkpoint import checkpoint_name
 from tests.command import ROOT
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
-from tests.training.heads import BAD, CONFIG, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
+from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
 
-ENGINES = [engine.value for engine in EngineName]
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
 
@@ -76,7 +76,7 @@ def same_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "offloaded", "recomputed"])
+@pytest.mark.parametrize("engine", [*ENGINES, "offloaded", "recomputed", "shared_offloaded", "shared_recomputed"])
 def test_two_processes_have_the_losses_and_gradients_of_one(
     engine: str, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
@@ -125,7 +125,7 @@ def test_all_processes_skip_a_step_that_is_not_finite_on_one(
     assert all(torch.equal(bad["tensors"][name], good[name]) for name in trained)
 
 
-@pytest.mark.parametrize("engine", ["no_experts_zero2", "no_experts_zero3"])
+@pytest.mark.parametrize("engine", ["no_experts_zero2", "no_experts_zero3", "shared_no_experts"])
 def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dict[str, Any], tmp_path: Path) -> None:
     alone = train(head_trainer(EngineName.single, tmp_path, trainable="no_experts"))
     whole = two[engine]["whole"]
@@ -137,13 +137,39 @@ def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dic
     assert all(torch.equal(whole["tensors"][name], start[name]) for name in experts)
 
 
-@pytest.mark.parametrize("engine", ["half_zero1", "half_zero2"])
+@pytest.mark.parametrize("engine", ["half_zero1", "half_zero2", "shared_half_zero1"])
 def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]) -> None:
     """The ZeRO stages sum bf16 gradients of all processes, `single` those of one process: roundings of 2^-8."""
     whole, single = two[engine]["whole"], two["half_single"]["whole"]
     assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)
     torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(single["losses"]), rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("engine", [name for name, (_, is_shared) in ENGINES.items() if is_shared])
+def test_shared_experts_end_with_the_tensors_and_the_state_of_replicated_ones(
+    engine: str, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    whole = two[engine]["whole"]
+    same = {"rtol": 0, "atol": 2**-10 * CONFIG.learning_rate * STEPS}  # AdamW divides: a step is about the rate
+    torch.testing.assert_close(whole["tensors"], one["tensors"], **same)
+    for name, state in one["optimizer"].items():
+        torch.testing.assert_close(whole["optimizer"][name], state, rtol=2**-12, atol=2**-18)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("shared_only_experts", {"trainable": "*.mlp.experts.*"}),
+        ("shared_muon", {"config": replace(CONFIG, optimizer=OptimizerName.muon)}),
+    ],
+)
+def test_shared_experts_train_as_whole_ones_with_other_settings(
+    engine: str, options: dict[str, Any], two: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = train(head_trainer(EngineName.single, tmp_path, **options))
+    close(two[engine]["whole"]["losses"], alone["losses"])
+    close(two[engine]["whole"]["norms"], alone["norms"])
 
 
 def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any]) -> None:

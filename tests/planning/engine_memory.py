@@ -1,0 +1,67 @@
+"""Print the bytes of a head that its engine holds, at its peaks, by engine: a JSON object on rank 0.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.planning.engine_memory
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from mtptrain.backbone.build import build_model
+from mtptrain.config import EngineName, HeadExperts, LossConfig, MtpConfig, RunConfig, ShapeConfig, TrainConfig
+from mtptrain.losses.rollout import RolloutObjective
+from mtptrain.mtp.expert_parallel import share_experts
+from mtptrain.mtp.stack import fresh_stack
+from mtptrain.mtp.start import freeze_untrained, place
+from mtptrain.run.distributed import join, max_over_processes, rank
+from mtptrain.training.engine import make_engine
+from tests.planning.live import LiveBytes, total_bytes
+from tests.tiny import random_batch
+
+# Like V4-Flash's head nearly all experts, and few tokens, so that activations do not matter.
+SHAPE = ShapeConfig(layer_types=["sliding"], num_experts=32, expert_size=256, vocab_size=300)
+ACCUMULATION = 2
+CASES = {
+    "single": (EngineName.single, {}),
+    "single_shared": (EngineName.single, {"experts": HeadExperts.expert_parallel}),
+    "zero1": (EngineName.zero1, {}),
+    "zero1_no_experts": (EngineName.zero1, {"trainable": "no_experts"}),
+    "zero1_shared": (EngineName.zero1, {"experts": HeadExperts.expert_parallel}),
+    "zero2": (EngineName.zero2, {}),
+}
+
+
+def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
+    """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
+    model = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
+    stack = fresh_stack(model, 1, 0)
+    place(stack, SimpleNamespace(model=model))  # type: ignore[arg-type]
+    if mtp.experts is HeadExperts.expert_parallel:
+        share_experts(stack)
+    freeze_untrained(stack, mtp.trainable)
+    batch = random_batch(SHAPE.vocab_size, [[16]], 16)
+    live = LiveBytes("meta", model, stack)
+    with live:
+        around = total_bytes([*model.parameters(), *model.buffers(), *stack.buffers()])
+        config = TrainConfig(accumulation=ACCUMULATION)
+        engine = make_engine(engine_name, stack, config, False, {"zero_optimization": {"reduce_bucket_size": 1000}})
+        objective = RolloutObjective(model, stack, LossConfig(), 1)
+        peaks = {}
+        for _ in range(2):  # the first step of `single` creates the optimiser's state
+            for _ in range(ACCUMULATION):
+                live.reset()
+                engine.backward(objective(batch, objective.counts(batch)).loss)
+            peaks["reduction"] = live.peak
+            live.reset()
+            engine.step(1e-3)
+            peaks["update"], peaks["held"] = live.peak, live.now
+    return {name: max_over_processes(size - around) for name, size in sorted(peaks.items())}
+
+
+if __name__ == "__main__":
+    join(RunConfig(task="distill", engine=EngineName.zero1), "any")
+    results = {name: measure(engine, MtpConfig(**mtp)) for name, (engine, mtp) in CASES.items()}  # type: ignore[arg-type]
+    if rank() == 0:
+        print(json.dumps(results), file=sys.stdout)
