@@ -101,19 +101,30 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
     )
 
 
-def open_cache_folder(run_folder: RunFolder, identity: StreamIdentity) -> None:
-    """Begin a cache, or continue an interrupted one.
+def is_continued(run_folder: RunFolder) -> bool:
+    """Return whether the folder holds an interrupted cache to continue.
 
     Raises:
-        UserError: the folder holds another cache or other files, or a cache without `resume=auto`.
+        UserError: it holds a cache, and `resume=auto` is not set.
     """
-    folder = run_folder.path
-    is_resumed = run_folder.config.resume == "auto"
-    if is_resumed and not is_begun(folder):
-        run_folder.print_status(f"resume=auto: {folder} holds no shard to continue from; starting at the first")
+    folder, is_resumed = run_folder.path, run_folder.config.resume == "auto"
     if is_begun(folder) and not is_resumed:
         raise UserError(f"output_dir={folder}: already holds a stream cache; choose another, or set resume=auto")
-    begin(STREAM_CACHE, "output_dir", folder, identity, making=None)
+    if is_resumed and not is_begun(folder):
+        run_folder.print_status(f"resume=auto: {folder} holds no shard to continue from; starting at the first")
+    return is_begun(folder)
+
+
+def begin_cache(session: Session, identity: StreamIdentity, is_old: bool) -> None:
+    """Compare an interrupted cache with this run before the backbone is loaded; begin a new one only after that.
+
+    Raises:
+        UserError: the folder holds another cache or other files.
+    """
+    if not is_old:  # a backbone that cannot be loaded leaves no begun cache
+        _ = session.backbone
+    on_rank0(lambda: begin(STREAM_CACHE, "output_dir", session.folder.path, identity, making=None))
+    _ = session.backbone
 
 
 def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
@@ -175,8 +186,9 @@ def run(session: Session) -> None:
     on_rank0(lambda: check_disk(session, shards))
     if config.collect.plan_only:
         return
+    is_old = on_rank0(lambda: is_continued(run_folder))
     identity = describe_streams(session, corpus)
-    on_rank0(lambda: open_cache_folder(run_folder, identity))
+    begin_cache(session, identity, is_old)
     run_folder.record()
     with torch.inference_mode():
         collect_shards(session, corpus, shards)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.config import HELDOUT, DataFormat, require
+from mtptrain.config import HELDOUT, DataFormat
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Message, Tool
 from mtptrain.data.files import ROW_KINDS, Row, check_readable, kind_of, local_files, read_rows, stem_of
@@ -264,8 +264,8 @@ def read_dataset(name: str, setting: str = "prompts", split: str | None = None) 
     """
     setting = f"{setting}={name}"
     repository, subset, own_split = [*name.split(":", 2), "", ""][:3]
-    is_file = kind_of(Path(repository)) in ROW_KINDS
-    require(not is_file, *setting.split("=", 1), f"is a file, of which :{subset} chooses nothing; give {repository}")
+    if kind_of(Path(repository)) in ROW_KINDS:
+        raise UserError(f"{setting}: is a file, of which :{subset} chooses nothing; give {repository}")
     chosen = {"name": subset, "split": own_split or split}
     rows = list(load_rows(setting, repository, **{key: value for key, value in chosen.items() if value}))
     lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
