@@ -23,6 +23,7 @@ from mtptrain.config.typos import composition_message, no_such_setting, wrong_va
 from mtptrain.config.unread import check_given
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
+from mtptrain.run.lost import lost_process_reason
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
@@ -154,10 +155,17 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
     except UserError:
         raise
     except Exception as error:
+        rest = session.folder.describe_rest()
+        lost = lost_process_reason(error)
+        if lost is not None:
+            raise UserError(
+                f"distributed_timeout={session.config.distributed_timeout}: another process is gone or does not answer "
+                f"({lost}); look at its host and the network between them; {rest}"
+            ) from error
         reason = disk_full_reason(error)
         if reason is None:
             raise
-        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        where = f"output_dir={session.folder.path}"
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 

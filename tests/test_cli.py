@@ -141,7 +141,7 @@ def test_a_sweep_stops_at_the_first_mistake(
     assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
 
 
-@pytest.mark.parametrize("file", ["module.safetensors", "training.pt"])
+@pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors"])
 def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(
     file: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
