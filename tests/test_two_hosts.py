@@ -75,15 +75,15 @@ def start(light: list[str], folder: Path, port: int) -> list["subprocess.Popen[s
     return processes
 
 
-def finish(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str]]:
-    """Return exit code and stderr of each host; no process is left behind."""
+def finish(processes: list["subprocess.Popen[str]"], patience: float = 400) -> list[tuple[int, str]]:
+    """Return exit code and stderr of each host, which is killed after `patience` seconds more."""
     ended = []
     for process in processes:
         try:
-            _, errors = process.communicate(timeout=400)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            _, errors = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            _, errors = process.communicate()
         ended.append((process.returncode, errors))
     return ended
 
@@ -102,14 +102,15 @@ def test_a_lost_link_ends_the_job_in_one_line_and_the_run_continues(
         assert run[0].poll() is None, run[0].communicate()[1][-3000:]
         time.sleep(0.05)
     ip("-n", HOSTS[1], "link", "set", "eth0", "down")
-    lost = finish(run)
+    # torchrun's agent on the host that is cut off waits for its rendezvous without end; the training process has ended.
+    lost = finish(run, patience=120)
     ip("-n", HOSTS[1], "link", "set", "eth0", "up")
+    assert "launch_torchrun: a node failed and the job is over" in lost[0][1]
     for code, errors in lost:
         assert code != 0
-        assert len([line for line in errors.splitlines() if "mtptrain: " in line]) <= 1, errors[-4000:]
-        assert "launch_torchrun: a node failed and the job is over" in errors
-    lines = [line for _, errors in lost for line in errors.splitlines() if "mtptrain: " in line]
-    assert any("another process is gone or does not answer" in line for line in lines), lost
+        (line,) = [line for line in errors.splitlines() if "mtptrain: " in line]
+        assert "another process is gone or does not answer" in line
+        assert "is saved; continue with resume=auto" in line
     again = finish(start(light, tmp_path / "run", 29613))
     assert [code for code, _ in again] == [0, 0], again
     assert "continuing from step" in again[0][1]
