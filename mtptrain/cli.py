@@ -23,6 +23,7 @@ from mtptrain.config.typos import composition_message, no_such_setting, wrong_va
 from mtptrain.config.unread import check_given
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
+from mtptrain.run.lost import UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
@@ -33,15 +34,20 @@ VERSION_FLAG = "--version"
 PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
 
 
-def stop(message: str) -> NoReturn:
-    """Print one line and end with the exit code of a user's mistake; if all ranks fail, only rank 0 prints."""
+def stop(message: str, is_cut_off: bool = False) -> NoReturn:
+    """Print one line and end with the exit code of a user's mistake; if all ranks fail, only rank 0 prints.
+
+    Args:
+        message: the line.
+        is_cut_off: other hosts do not answer, so this process prints in any case.
+    """
     distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
     if number == "0":
         print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
         if distributed is not None:
             distributed.announce_failure()
-    elif distributed is not None and not distributed.rank0_failed_too():
+    elif is_cut_off or (distributed is not None and not distributed.rank0_failed_too()):
         print(f"mtptrain: process {number}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(USER_MISTAKE)
 
@@ -154,10 +160,14 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
     except UserError:
         raise
     except Exception as error:
+        rest = session.folder.describe_rest()
+        lost = lost_process_error(error, session.config.distributed_timeout, rest)
+        if lost is not None:
+            raise lost from error
         reason = disk_full_reason(error)
         if reason is None:
             raise
-        where, rest = f"output_dir={session.folder.path}", session.folder.describe_rest()
+        where = f"output_dir={session.folder.path}"
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
@@ -173,7 +183,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
         config, settings = typed_config(composed, given)
         run_task(config, settings, given, job_number)
     except UserError as error:
-        stop(str(error))
+        stop(str(error), isinstance(error, UnreachableError))
     except Preempted as ending:
         if os.environ.get("RANK", "0") == "0":
             print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)

@@ -46,7 +46,14 @@ from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import Trace
-from mtptrain.training.checkpoint import BEST, MANIFEST, HeadIdentity, checkpoint_folders, find_checkpoint
+from mtptrain.training.checkpoint import (
+    BEST,
+    MANIFEST,
+    HeadIdentity,
+    checkpoint_folders,
+    find_checkpoint,
+    open_checkpoint,
+)
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
 
@@ -217,10 +224,11 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
         best = trainer.checkpoints / BEST
         kept = [checkpoint_folders(trainer.checkpoints)[-1], *([best] if best.is_dir() else [])]
         trackers.artifact("checkpoints", "model", kept)
-    tensors = trainer.engine.tensors()
     if rank() > 0:
         return stack
-    whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, "the trained head")
+    trained = checkpoint_folders(trainer.checkpoints)[-1]
+    tensors = open_checkpoint(trained).tensors()
+    whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, str(trained))
     return place(whole, backbone).eval()
 
 

@@ -59,6 +59,10 @@ MISTAKES = [
     (["engine=zero1", "train.optimizer=muon"], "train.optimizer=muon: needs whole matrices .*; set engine=single"),
     (["engine=zero3", "precision=bf16"], "precision=bf16: DeepSpeed's stage 3 holds .*; set engine=zero2"),
     (["engine=zero2"], "engine=zero2: shares tensors out .* was started alone; start it with scripts/launch_"),
+    (["mtp.experts=expert_parallel"], "mtp.experts=expert_parallel: shares tensors out .* was started alone"),
+    (["mtp.experts=expert_parallel", "engine=zero3"], "mtp.experts=expert_parallel: .*; set engine=zero1 or zero2"),
+    (["deepspeed.config=absent.json"], r"deepspeed=\['config'\]: tunes DeepSpeed; set engine=zero1, zero2 or zero3"),
+    (["engine=zero2", "deepspeed.bf16.enabled=true"], "deepspeed.bf16=.*; set precision=bf16"),
     (["backbone.placement=zero3"], "backbone.placement=zero3: shares tensors out .* was started alone"),
     (["device=tpu"], "device=tpu: must be auto, cpu or cuda"),
     (["data=csv"], "data=csv: there is no such choice of data; there are chat, .*, stdlib, streams, text$"),
@@ -143,7 +147,7 @@ def test_a_sweep_stops_at_the_first_mistake(
     assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
 
 
-@pytest.mark.parametrize("file", ["module.safetensors", "training.pt"])
+@pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors"])
 def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(
     file: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

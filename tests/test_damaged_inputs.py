@@ -145,7 +145,7 @@ def trained(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", ["evaluate", "distill"])
-@pytest.mark.parametrize("file", ["module.safetensors", "training.pt", "checkpoint.json"])
+@pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors", "random.pt", "checkpoint.json"])
 def test_a_truncated_checkpoint_is_named(
     file: str, recipe: str, trained: Path, tmp_path: Path, refused: Refused
 ) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mtptrain.run.folder_lock import LOCK
-from mtptrain.training.checkpoint import checkpoint_folders
+from mtptrain.training.checkpoint import checkpoint_folders, open_checkpoint
 from tests.command import ROOT, fitting, read_metrics, run_main
 
 SCRIPTS = ROOT / "scripts"
@@ -71,7 +70,7 @@ def wait_for_checkpoint(run: Path, process: "subprocess.Popen[str]") -> None:
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{STEPS:08d}" / "module.safetensors")
+    return open_checkpoint(run / "checkpoints" / f"step_{STEPS:08d}").tensors()
 
 
 def same_heads(left: Path, right: Path) -> bool:

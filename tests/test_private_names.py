@@ -61,6 +61,18 @@ RELIED = [
         "all_gather",
         "gathers them for good; GatheredParameters lets go of them again",
     ),
+    Relied(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer",
+        "_hp_mapping",
+        "the part of a parameter's master on this process; the documented functions gather whole masters",
+    ),
+    Relied(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer",
+        "scaled_global_norm",
+        "clipping counts the experts that DeepSpeed does not hold; its own mixture of experts averages norms",
+    ),
     Relied("torch.utils", "", "_python_dispatch", "its mode sees the operators of a decoding step; torch documents it"),
     *(
         Relied("torch.nn.modules.module", "Module", name, "a trace runs no hooks, so modules with hooks are not traced")

@@ -64,7 +64,7 @@ OWNED = {
     "scheduler": "set train.learning_rate, train.warmup_steps and train.final_learning_rate_ratio",
     "steps_per_print": "set train.log_every",
     "tensorboard": ONE_PLACE,
-    "torch_autocast": KEEPS_FP32,
+    "torch_autocast": "rounds weights anew in every product, unlike replay and decoding; set precision=bf16",
     "train_batch_size": COUNTS,
     "train_micro_batch_size_per_gpu": COUNTS,
     "wandb": ONE_PLACE,

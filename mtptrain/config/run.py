@@ -27,7 +27,8 @@ from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, Tra
 # Why stage 3 refuses bf16.
 ONE_DTYPE = (
     "DeepSpeed's stage 3 holds parameters of one dtype and a head keeps some of its own in fp32; set engine=zero2 (a "
-    "head is one layer: stage 3 would gather it whole for every use) or precision=fp32"
+    "head is one layer: stage 3 would gather it whole for every use), perhaps with mtp.experts=expert_parallel, or "
+    "precision=fp32"
 )
 
 UNCHOSEN: Any = "???"  # OmegaConf's mark of a missing value

@@ -6,6 +6,8 @@ gradient of an expert therefore covers the tokens of all processes where the exp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -30,22 +32,13 @@ class SharedExperts(Experts):
 
         mesh = expert_mesh()
         self.num_experts //= world_size()
-        self.exchanged = AllToAllEP(_LocalExperts(self), mesh["expert"], mesh["tensor"])
+        self.exchanged = AllToAllEP(self, mesh["expert"], mesh["tensor"])
+        self.exchanged.experts_forward = super().forward  # on numbers from 0
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the outputs of every token's experts, [T, D]."""
         out_TD: Tensor = self.exchanged(hidden_states, top_k_index, top_k_weights)
         return out_TD.to(hidden_states.dtype)
-
-
-class _LocalExperts:
-    """The experts of this process as transformers' exchange calls them, with numbers from 0."""
-
-    def __init__(self, experts: SharedExperts) -> None:
-        self.experts, self.num_experts = experts, experts.num_experts
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return Experts.forward(self.experts, hidden_states, top_k_index, top_k_weights)
 
 
 def check_head_experts(num_experts: int) -> None:
@@ -75,18 +68,15 @@ def share_experts(stack: MtpStack) -> None:
     """Keep this process's equal share of the routed experts of every module, in the order of the ranks."""
     for block in stack.mtp:
         assert isinstance(block, MtpBlock)
-        experts = block.layer.mlp.experts
+        experts: Any = block.layer.mlp.experts
         for name, parameter in list(experts.named_parameters(recurse=False)):
-            share = nn.Parameter(own_share(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
+            share = nn.Parameter(
+                parameter.detach().chunk(world_size())[rank()].clone(), requires_grad=parameter.requires_grad
+            )
             setattr(share, WHOLE_SHAPE, parameter.shape)
             setattr(experts, name, share)
         experts.__class__ = SharedExperts
         experts.exchange()
-
-
-def own_share(whole: Tensor) -> Tensor:
-    """Return this process's experts of a stack of all, a view."""
-    return whole.chunk(world_size())[rank()]
 
 
 def is_share(parameter: Tensor) -> bool:

@@ -1,29 +1,30 @@
 """Artifacts: folders with an identity, checksums and a manifest. The manifest is written last and completes the folder.
 
-A folder written at once (`new_artifact`) is whole or absent. A folder written part by part (`begin`, `add_part`,
-`finish`) can be continued after an interruption: `begun.json` keeps its identity, and each part gets a record,
-`PART.json`, once the part is on disk. The writer holds the folder's lock (folder_lock.py).
+A folder written at once (`seal`, inside `atomic_folder`) is whole or absent. A folder written part by part (`begin`,
+`add_part`, `finish`) can be continued after an interruption: `begun.json` keeps its identity, and each part gets a
+record, `PART.json`, once the part is on disk. The writer holds the folder's lock (folder_lock.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mtptrain.errors import UserError
 from mtptrain.run.folder_lock import LOCK
-from mtptrain.run.storage import atomic_folder, sha256_file, write_json
+from mtptrain.run.storage import sha256_file, write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
 
 Identity = TypeVar("Identity")
 Content = TypeVar("Content")
 Making = TypeVar("Making")
 BEGUN = "begun.json"
+HASHED_AT_ONCE = 4  # files; hashing a file holds no lock of Python
 HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -101,9 +102,11 @@ class Artifact(Generic[Identity, Content]):
         Raises:
             UserError: names the first of `names` that is not sound.
         """
-        for name in names:
-            if not self.is_intact(name):
-                raise self.damage(name)
+        names = list(names)
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            for name, is_intact in zip(names, pool.map(self.is_intact, names), strict=True):
+                if not is_intact:
+                    raise self.damage(name)
 
     def damage(self, name: str) -> UserError:
         """Return the error for a file that is not sound."""
@@ -129,19 +132,11 @@ def open_artifact(kind: Kind[Identity, Content], setting: str, folder: Path) -> 
     return Artifact(kind, where, folder, identity, files, content)
 
 
-@contextmanager
-def new_artifact(kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends without error, write its manifest and rename it to `folder`."""
-    with atomic_folder(folder) as temporary:
-        yield temporary
-        seal(kind, temporary, identity, content, sorted(path.name for path in temporary.iterdir()))
-
-
 def seal(
     kind: Kind[Identity, Content], folder: Path, identity: Identity, content: Content, names: Iterable[str]
 ) -> None:
     """Write the manifest of a complete folder, with checksums of the files `names`."""
-    files = {name: _describe_file(folder / name) for name in names}
+    files = {name: describe_file(folder / name) for name in names}
     _write_manifest(kind, folder, identity, files, content)
 
 
@@ -186,7 +181,7 @@ def add_part(folder: Path, name: str, counts: dict[str, int]) -> None:
         name: of the part's file.
         counts: of its content.
     """
-    write_json(_record(folder, name), to_json(_describe_file(folder / name, counts)))
+    write_json(_record(folder, name), to_json(describe_file(folder / name, counts)))
 
 
 def find_parts(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
@@ -277,7 +272,8 @@ def _record(folder: Path, name: str) -> Path:
     return (folder / name).with_suffix(".json")
 
 
-def _describe_file(path: Path, counts: dict[str, int] | None = None) -> StoredFile:
+def describe_file(path: Path, counts: dict[str, int] | None = None) -> StoredFile:
+    """Return size and checksum of a file, with the counts of its content."""
     return StoredFile(path.stat().st_size, sha256_file(path), counts or {})
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, HeadExperts, Placement, Precision, RunConfig
 from mtptrain.errors import SharedMistake, UserError
@@ -300,31 +300,28 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def join_on_rank0(part: Tensor) -> Tensor:
-    """Return the equal parts of all processes joined along the first dimension, on the CPU; empty on other ranks."""
-    if world_size() == 1:
-        return part.detach().cpu().clone()
-    from torch import distributed as dist
-
-    own = part.detach().cpu()
-    whole = own.new_empty(world_size() * len(own) if rank() == 0 else 0, *own.shape[1:])
-    dist.gather(own, list(whole.chunk(world_size())) if rank() == 0 else None, group=_joined[0].side)
-    return whole
-
-
 def on_rank0(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 only and return its result on every process, or raise its `UserError` on every process."""
-    result: Any = None
-    error: UserError | None = None
-    if rank() == 0:
-        try:
-            result = work()
-        except UserError as mistake:
-            error = mistake
-    result, error = broadcast_object((result, error))
+    result, error = broadcast_object(_attempt(work) if rank() == 0 else (None, None))
     if error is not None:
         raise error
-    return result
+    return cast("T", result)
+
+
+def on_each_rank(work: Callable[[], T]) -> list[T]:
+    """Call `work` on every rank and return all results on every one, or raise the first `UserError` on every one."""
+    attempts = gather_objects(_attempt(work))
+    for _, error in attempts:
+        if error is not None:
+            raise error
+    return [cast("T", result) for result, _ in attempts]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as mistake:
+        return None, mistake
 
 
 def announce_failure() -> None:

@@ -46,6 +46,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def honour_umask(path: Path) -> None:
     """Give a new file the permissions that the umask allows; safetensors creates private files.
 
@@ -96,8 +102,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         honour_umask(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
@@ -123,8 +128,7 @@ def atomic_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
         for child in sorted(temporary.rglob("*")):
             if child.is_file():
                 honour_umask(child)
-                with child.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync_file(child)
         sync_folder(temporary)
         if not replaces and path.exists() and any(path.iterdir()):
             raise FileExistsError(errno.EEXIST, "the folder is not empty", str(path))

@@ -1,34 +1,41 @@
 """Checkpoints: artifacts that are complete or absent, with a checksum for every file.
 
-A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `training.pt` (optimiser and
-random-number state), the manifest `checkpoint.json` (identity, step and counters) and, with a head, `passages.npz`
-(hashes of the text that it was trained on).
+A checkpoint `step_00000200/` holds `module.safetensors` (the trained tensors), `optimizer.safetensors` (the optimiser's
+state), `random.pt` (random-number state), the manifest `checkpoint.json` (identity, step and counters) and, with a
+head, `passages.npz` (hashes of the text that it was trained on). Several processes write a file each with their pieces,
+such as `module-00002-of-00008.safetensors`.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtptrain.config import MtpMode
 from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
 from mtptrain.mtp.expert_parallel import WHOLE_SHAPE
-from mtptrain.run.artifact import Kind, check_identity, new_artifact, open_artifact
+from mtptrain.run.artifact import Kind, StoredFile, check_identity, describe_file, finish, open_artifact
+from mtptrain.run.distributed import on_each_rank, on_rank0, rank, world_size
 from mtptrain.run.hub import is_address
-from mtptrain.run.storage import disk_full_reason
-from mtptrain.training.engine import OptimizerState
+from mtptrain.run.storage import atomic_folder, disk_full_reason, sync_file
+from mtptrain.training.engine import TrainingState
+from mtptrain.training.pieces import StoredTensors, write_pieces
 
-TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
+TENSORS, OPTIMIZER = "module", "optimizer"  # files of each process, see `shard_name`
+RANDOM, MANIFEST = "random.pt", "checkpoint.json"
 EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 PASSAGES = "passages.npz"
+SHARD = re.compile(r"[a-z]+-\d{5}-of-(\d{5})\.safetensors")
+T = TypeVar("T")
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -81,7 +88,7 @@ class TrainerState:
 
 CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
     name="checkpoint",
-    schema=4,
+    schema=5,
     identity=TrainingIdentity,
     content=TrainerState,
     settings={},  # resume.py compares trainings
@@ -110,11 +117,15 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors, on the CPU."""
-        return load_file(self.folder / TENSORS)
+        return dict(self.stored(TENSORS))
 
-    def training(self) -> dict[str, Any]:
-        """Return the optimiser and random-number state."""
-        state: dict[str, Any] = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
+    def stored(self, kind: str) -> StoredTensors:
+        """Return the tensors of all processes' files of a kind, `TENSORS` or `OPTIMIZER`; they are not read yet."""
+        return StoredTensors(f"checkpoint={self.folder}", sorted(self.folder.glob(f"{kind}*.safetensors")))
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Return the random-number state: `torch` and, if training ran on a GPU, `cuda`."""
+        state: dict[str, Tensor] = torch.load(self.folder / RANDOM, map_location="cpu", weights_only=True)
         return state
 
     def passages(self) -> Passages | None:
@@ -149,56 +160,73 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def shard_name(kind: str, number: int, count: int) -> str:
+    """Return the name of process `number`'s file of `count`, as transformers names the shards of a model."""
+    return f"{kind}.safetensors" if count == 1 else f"{kind}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
 def save_checkpoint(
     folder: Path,
-    tensors: dict[str, Tensor],
-    optimizer: OptimizerState,
+    training: TrainingState,
     identity: TrainingIdentity,
     state: TrainerState,
     passages: Passages | None = None,
 ) -> None:
-    """Write a checkpoint; it appears as `folder` only when it is complete.
+    """Write a checkpoint together with all processes; it appears as `folder` only when it is complete.
 
     Args:
-        folder: of the checkpoint.
-        tensors: the trained tensors.
-        optimizer: state of the optimiser.
+        folder: of the checkpoint, which every process sees.
+        training: this process's pieces of the training's state.
         identity: of the training.
         state: progress of the training.
         passages: of the text that a head was trained on; None if they are not kept.
 
     Raises:
-        UserError: the disk is full; earlier checkpoints are unchanged.
+        UserError: on every process: the disk is full; earlier checkpoints are unchanged.
     """
-    try:
-        _write_checkpoint(folder, tensors, optimizer, identity, state, passages)
-    except Exception as error:  # every library raises a type of its own
-        reason = disk_full_reason(error)
-        if reason is None:
-            raise
-        raise UserError(
-            f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {state.step}); the checkpoints before it "
-            "are whole: free some room and continue with resume=auto"
-        ) from error
+
+    def explained(write: Callable[[], T]) -> T:
+        try:
+            return write()
+        except Exception as error:  # every library raises a type of its own
+            reason = disk_full_reason(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"output_dir={folder.parent.parent}: {reason} (checkpoint of step {state.step}); the checkpoints "
+                "before it are whole: free some room and continue with resume=auto"
+            ) from error
+
+    with ExitStack() as stack:
+        temporary = on_rank0(lambda: explained(lambda: stack.enter_context(atomic_folder(folder))))
+        parts = on_each_rank(lambda: explained(lambda: _write_own(temporary, training, passages)))
+        files = {name: stored for part in parts for name, stored in part.items()}
+
+        def complete() -> None:
+            finish(CHECKPOINT, temporary, identity, files, state)
+            stack.close()
+
+        on_rank0(lambda: explained(complete))
 
 
-def _write_checkpoint(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    optimizer: OptimizerState,
-    identity: TrainingIdentity,
-    state: TrainerState,
-    passages: Passages | None,
-) -> None:
-    with new_artifact(CHECKPOINT, folder, identity, state) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
-        training: dict[str, Any] = {"optimizer": optimizer, "torch_rng": torch.get_rng_state()}
+def _write_own(folder: Path, training: TrainingState, passages: Passages | None) -> dict[str, StoredFile]:
+    """Write this process's files and return their descriptions; rank 0 also writes what all have in common."""
+    names = [shard_name(kind, rank(), world_size()) for kind in (TENSORS, OPTIMIZER)]
+    for name, pieces in zip(names, training, strict=True):
+        write_pieces(folder / name, pieces)
+    if rank() == 0:
+        random = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
-            training["cuda_rng"] = torch.cuda.get_rng_state()
+            random["cuda"] = torch.cuda.get_rng_state()
+        with (folder / RANDOM).open("wb") as file:  # with a path, torch hides the cause of a failed write
+            torch.save(random, file)
+        names.append(RANDOM)
         if passages is not None:
-            passages.write(temporary / PASSAGES)
-        with (temporary / TRAINING).open("wb") as file:  # with a path, torch hides the cause of a failed write
-            torch.save(training, file)
+            passages.write(folder / PASSAGES)
+            names.append(PASSAGES)
+    for name in names:
+        sync_file(folder / name)
+    return {name: describe_file(folder / name) for name in names}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -208,8 +236,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: the checkpoint is missing, incomplete or damaged.
     """
     artifact = open_artifact(CHECKPOINT, "checkpoint", folder)
-    artifact.verify([TENSORS, TRAINING, *({PASSAGES} & artifact.files.keys())])
+    artifact.verify([*_shards(artifact.files), RANDOM, *({PASSAGES} & artifact.files.keys())])
     return Checkpoint(folder, artifact.identity, artifact.content.step, artifact.content.counters)
+
+
+def _shards(files: Collection[str]) -> list[str]:
+    """Return the names of all files of pieces that a checkpoint must have, given those in its manifest."""
+    count = max((int(match[1]) for name in files if (match := SHARD.fullmatch(name))), default=1)
+    return [shard_name(kind, number, count) for kind in (TENSORS, OPTIMIZER) for number in range(count)]
 
 
 def newest_identity(root: Path) -> TrainingIdentity | None:
@@ -270,16 +304,16 @@ def find_checkpoint(path: Path) -> Checkpoint:
     raise UserError(f"checkpoint={path}: no checkpoint there; give a run folder, a step_* folder, or `stock`")
 
 
-def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
+def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> StoredTensors:
     """Return a checkpoint's tensors after comparing names and shapes with a module, which ZeRO may have partitioned.
 
     Raises:
         UserError: names or shapes differ.
     """
-    tensors = checkpoint.tensors()
+    tensors = checkpoint.stored(TENSORS)
     state = module.state_dict(keep_vars=True)
     wanted = {name: tuple(_whole_shape(value)) for name, value in state.items()}
-    stored = {name: tuple(value.shape) for name, value in tensors.items()}
+    stored = tensors.shapes
     if wanted != stored:
         name = min(dict(wanted.items() ^ stored.items()))
         raise UserError(

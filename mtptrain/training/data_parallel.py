@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mtptrain.config import TrainConfig
 from mtptrain.mtp.expert_parallel import is_share
 from mtptrain.run.distributed import sum_over_processes, world_size
-from mtptrain.training.engine import OptimizerState
+from mtptrain.training.engine import TrainingState
 from mtptrain.training.expert_shares import ExpertShares
-from mtptrain.training.optim import MasterWeights, make_optimizers, named_state, restore_state
+from mtptrain.training.optim import MasterWeights, make_optimizers, optimizer_pieces, restore_state
+from mtptrain.training.pieces import StoredTensors, own_piece
 
 
 class ReplicatedEngine:
@@ -64,18 +65,21 @@ class ReplicatedEngine:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the module's state with masters in place of rounded parameters."""
-        return {**self.masters.tensors(), **self.shares.tensors()}
+    def state(self) -> TrainingState:
+        """Return this process's equal share of every tensor, and its share of the experts."""
+        whole = {name: value for name, value in self.masters.tensors().items() if name not in self.shares.shares}
+        shared = self.shares.state()
+        return TrainingState(
+            [*(own_piece(name, value) for name, value in whole.items()), *shared.module],
+            [*optimizer_pieces(self.optimizers, self.masters, own_piece), *shared.optimizer],
+        )
 
-    def optimizer_state(self) -> OptimizerState:
-        """Return the optimiser's state by tensor name."""
-        return {**named_state(self.optimizers, self.masters), **self.shares.optimizer_state()}
-
-    def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
+    @torch.no_grad()
+    def load(self, tensors: StoredTensors, state: StoredTensors) -> None:
         """Continue from stored tensors and state."""
-        whole = {name: tensor for name, tensor in tensors.items() if name not in self.shares.shares}
-        self.module.load_state_dict(whole, strict=False)  # `fitting_tensors` has compared the names
-        self.masters.load(tensors)
+        for name, value in self.module.state_dict().items():
+            if name not in self.shares.shares:
+                value.copy_(tensors[name])
+        self.masters.load(tensors.__getitem__)
         self.shares.load(tensors, state)
-        restore_state(self.optimizers, self.masters, state)
+        restore_state(self.optimizers, self.masters, state, StoredTensors.__getitem__)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from mtptrain.config import EngineName, TrainConfig
+from mtptrain.training.pieces import Piece, StoredTensors
 
-# The optimiser's state by the name of the trained tensor, then by the optimiser's own key.
-OptimizerState = dict[str, dict[str, Tensor]]
+
+class TrainingState(NamedTuple):
+    """The pieces that a process stores; those of all processes add up to whole tensors.
+
+    Attributes:
+        module: of the module's state, with fp32 masters in place of rounded parameters.
+        optimizer: of the optimiser's state, named `TENSOR/KEY` by the trained tensor and the optimiser's own key.
+    """
+
+    module: list[Piece]
+    optimizer: list[Piece]
 
 
 class Engine(Protocol):
@@ -38,19 +48,12 @@ class Engine(Protocol):
         """
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the module's state with fp32 masters in place of rounded parameters, complete on rank 0.
-
-        Every process must call it.
-        """
+    def state(self) -> TrainingState:
+        """Return this process's pieces of the training's state. Every process must call it."""
         ...
 
-    def optimizer_state(self) -> OptimizerState:
-        """Return the optimiser's state, complete on rank 0. Every process must call it."""
-        ...
-
-    def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
-        """Restore the results of `tensors` and `optimizer_state`, of this or any other engine."""
+    def load(self, tensors: StoredTensors, state: StoredTensors) -> None:
+        """Restore the module's tensors and the optimiser's state that processes with this or any other engine wrote."""
         ...
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.config import TrainConfig
-from mtptrain.mtp.expert_parallel import is_share, own_share
-from mtptrain.run.distributed import join_on_rank0, sum_over_processes
-from mtptrain.training.engine import OptimizerState
-from mtptrain.training.optim import MasterWeights, make_adamw, named_state, restore_state
+from mtptrain.mtp.expert_parallel import is_share
+from mtptrain.run.distributed import rank, sum_over_processes, world_size
+from mtptrain.training.engine import TrainingState
+from mtptrain.training.optim import MasterWeights, make_adamw, optimizer_pieces, restore_state
+from mtptrain.training.pieces import Piece, StoredTensors, own_piece
 
 
 class ExpertShares:
@@ -62,28 +63,33 @@ class ExpertShares:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the whole tensors of which this process holds shares, with fp32 masters, on rank 0."""
-        return {name: join_on_rank0(self.masters.masters.get(name, share)) for name, share in self.shares.items()}
+    def state(self) -> TrainingState:
+        """Return this process's experts and their optimiser's state."""
+        masters = self.masters.masters
+        module = [self._piece(name, masters.get(name, share)) for name, share in self.shares.items()]
+        return TrainingState(module, optimizer_pieces(self.optimizers, self.masters, self._piece))
 
-    def optimizer_state(self) -> OptimizerState:
-        """Return the optimiser's state of the whole tensors, on rank 0."""
-        return {
-            name: {key: join_on_rank0(value) if value.ndim else value for key, value in state.items()}
-            for name, state in named_state(self.optimizers, self.masters).items()
-        }
-
-    def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
+    def load(self, tensors: StoredTensors, state: StoredTensors) -> None:
         """Take this process's share of stored tensors and state."""
         for name, share in self.shares.items():
-            share.copy_(own_share(tensors[name]))
-        self.masters.load({name: own_share(tensors[name]) for name in self.masters.masters})
-        own = {
-            name: {key: own_share(value) if value.ndim else value for key, value in state[name].items()}
-            for name in self.masters.masters
-            if name in state
-        }
-        restore_state(self.optimizers, self.masters, own)
+            share.copy_(self._read(tensors, name))
+        self.masters.load(lambda name: self._read(tensors, name))
+        restore_state(self.optimizers, self.masters, state, self._read)
+
+    def _piece(self, name: str, value: Tensor) -> Piece:
+        """Return a share as a piece of the whole tensor; rank 0 stores step counts for all."""
+        if not value.ndim:
+            return own_piece(name, value)
+        shape = (world_size() * len(value), *value.shape[1:])
+        return Piece(name, shape, rank() * value.numel(), value.detach().flatten())
+
+    def _read(self, stored: StoredTensors, name: str) -> Tensor:
+        """Return this process's share of a stored tensor, or a step count."""
+        shape = torch.Size(stored.shapes[name])
+        if not shape:
+            return stored[name]
+        size = shape.numel() // world_size()
+        return stored.part(name, rank() * size, (rank() + 1) * size).view(-1, *shape[1:])
 
     def _gradients(self) -> list[Tensor]:
         return [master.grad for master in self.masters.parameters if master.grad is not None]

@@ -13,7 +13,7 @@ from mtptrain.release.modules import from_release
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import Kind, open_artifact
 from mtptrain.run.hub import download_model
-from mtptrain.training.checkpoint import EXPORT_MANIFEST, MANIFEST, TENSORS, TRAINING, Checkpoint, HeadIdentity
+from mtptrain.training.checkpoint import EXPORT_MANIFEST, MANIFEST, OPTIMIZER, RANDOM, TENSORS, Checkpoint, HeadIdentity
 
 EXPORTED: Kind[HeadIdentity, Any] = Kind(
     name="exported model",
@@ -26,7 +26,7 @@ EXPORTED: Kind[HeadIdentity, Any] = Kind(
     damaged="export it anew",
     repair="export it anew",
 )
-OF_A_RUN = [f"{folder}{file}" for folder in ("", "*/") for file in (MANIFEST, TENSORS, TRAINING)]
+OF_A_RUN = [f"{folder}{file}" for folder in ("", "*/") for file in (MANIFEST, RANDOM, f"{TENSORS}*", f"{OPTIMIZER}*")]
 
 
 class ExportedHead(Checkpoint):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.config import OptimizerName, TrainConfig
-from mtptrain.training.engine import OptimizerState
+from mtptrain.training.pieces import Piece, StoredTensors
 
 
 class MasterWeights:
@@ -58,10 +58,10 @@ class MasterWeights:
         return {name: self.masters.get(name, value).detach() for name, value in self.module.state_dict().items()}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take the masters' values from stored tensors and round them into the module."""
+    def load(self, values: Callable[[str], Tensor]) -> None:
+        """Take the masters' values by name and round them into the module."""
         for name, master in self.masters.items():
-            master.copy_(tensors[name])
+            master.copy_(values(name))
         self.push()
 
     def _copies(self) -> list[tuple[str, nn.Parameter]]:
@@ -100,19 +100,27 @@ def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch
     return [muon, make_adamw(rest, config)] if rest else [muon]
 
 
-def named_state(optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights) -> OptimizerState:
-    """Return the state of optimisers by tensor name."""
+Part = Callable[[str, Tensor], Piece]  # name, tensor of this process -> the piece that it stores
+Read = Callable[[StoredTensors, str], Tensor]  # stored tensors, name -> values of this process
+
+
+def optimizer_pieces(optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights, part: Part) -> list[Piece]:
+    """Return the pieces of the optimisers' state that this process stores."""
     states = {id(master): state for optimizer in optimizers for master, state in optimizer.state.items()}
-    return {name: dict(states[id(p)]) for name, p in masters.masters.items() if id(p) in states}
+    trained = [(name, states[id(p)]) for name, p in masters.masters.items() if id(p) in states]
+    return [part(f"{name}/{key}", value) for name, state in trained for key, value in state.items()]
 
 
-def restore_state(optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights, state: OptimizerState) -> None:
-    """Give optimisers the state that `named_state` returned."""
+def restore_state(
+    optimizers: Sequence[torch.optim.Optimizer], masters: MasterWeights, state: StoredTensors, read: Read
+) -> None:
+    """Give optimisers their stored state."""
     for optimizer in optimizers:
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, master in masters.masters.items():
-            if id(master) in updated and name in state:
-                optimizer.state[master] = {key: _on_device_of(value, master) for key, value in state[name].items()}
+            values = {key: read(state, f"{name}/{key}") for key in state.keys_of(name)}
+            if id(master) in updated and values:
+                optimizer.state[master] = {key: _on_device_of(value, master) for key, value in values.items()}
 
 
 def _on_device_of(value: Tensor, master: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
+    OPTIMIZER,
     Checkpoint,
     TrainerState,
     TrainingIdentity,
@@ -170,11 +171,11 @@ class Trainer:
         """
         found = differences(checkpoint.identity, self.identity)
         require_allowed(f"resume=auto: {checkpoint.folder}", found, allowed)
-        training = checkpoint.training()
-        self.engine.load(fitting_tensors(checkpoint, self.engine.module), training["optimizer"])
-        torch.set_rng_state(training["torch_rng"])
-        if "cuda_rng" in training and torch.cuda.is_available():
-            torch.cuda.set_rng_state(training["cuda_rng"])
+        self.engine.load(fitting_tensors(checkpoint, self.engine.module), checkpoint.stored(OPTIMIZER))
+        random = checkpoint.random_state()
+        torch.set_rng_state(random["torch"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
         index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
@@ -188,18 +189,12 @@ class Trainer:
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""
         folder = self.checkpoints / (name or checkpoint_name(self.step))
-        tensors, state = self.engine.tensors(), self.engine.optimizer_state()  # every process has a share of them
         positions, passages = gather_objects(self.batches.position()), self.batches.passages()
         counters = dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
-
-        def write() -> None:
-            progress = TrainerState(self.step, counters)
-            save_checkpoint(folder, tensors, state, self.identity, progress, passages)
-            prune_checkpoints(self.checkpoints, self.config.keep_checkpoints)
-
-        on_rank0(write)
+        save_checkpoint(folder, self.engine.state(), self.identity, TrainerState(self.step, counters), passages)
+        on_rank0(lambda: prune_checkpoints(self.checkpoints, self.config.keep_checkpoints))
         return folder
 
     def train_step(self) -> Step:

@@ -9,17 +9,15 @@ round the tensors that DeepSeek-V4 keeps in fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -30,9 +28,10 @@ from mtptrain.errors import UserError
 from mtptrain.mtp.expert_parallel import is_share
 from mtptrain.run.deepspeed import PERSISTENT_BELOW, gather_persistent, quiet_deepspeed
 from mtptrain.run.distributed import rank, world_size
-from mtptrain.training.engine import OptimizerState
+from mtptrain.training.engine import TrainingState
 from mtptrain.training.expert_shares import ExpertShares
 from mtptrain.training.optim import make_adamw
+from mtptrain.training.pieces import Piece, StoredTensors, own_piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -133,64 +132,79 @@ class ZeroEngine:
         self.shares.step(rate, norm)
         return norm
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the module's state on rank 0, gathered one tensor at a time."""
-        tensors = {name: value.detach() for name, value in self.module.state_dict().items()}
-        for name, parameter in self._whole_parameters():
-            if name in self.trained:
-                tensors[name] = _on_rank0(safe_get_full_fp32_param(parameter))
-            elif self.stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    tensors[name] = _on_rank0(parameter.detach())
-        gather_persistent(self.engine.optimizer)
-        tensors.update(self.shares.tensors())
-        return tensors if rank() == 0 else {}
-
-    def optimizer_state(self) -> OptimizerState:
-        """Return AdamW's state by tensor name on rank 0, gathered one tensor at a time."""
+    def state(self) -> TrainingState:
+        """Return this process's partition of masters and moments, its share of all else, and its share of experts."""
+        shared = self.shares.state()
+        module, optimizer = shared.module, shared.optimizer
+        others = {name: value for name, value in self.module.state_dict().items() if name not in self.shares.shares}
         step = next(iter(self.optimizer.state.values()))["step"]
-        states = {}
         for name, parameter in self.trained.items():
-            moments = {key: _on_rank0(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-            states[name] = {"step": step.clone(), **moments}
-        states.update(self.shares.optimizer_state())
-        return states if rank() == 0 else {}
+            del others[name]
+            module += self._pieces(name, parameter)
+            optimizer += [piece for key in MOMENTS for piece in self._pieces(f"{name}/{key}", parameter, key)]
+            optimizer.append(own_piece(f"{name}/step", step.clone()))
+        parameters = dict(self.module.named_parameters())
+        for name, value in others.items():
+            with deepspeed.zero.GatheredParameters([parameters.get(name)], enabled=self._is_cut(parameters.get(name))):
+                piece = own_piece(name, parameters.get(name, value))
+                module.append(replace(piece, values=piece.values.clone()))
+        gather_persistent(self.engine.optimizer)
+        return TrainingState(module, optimizer)
 
-    def load(self, tensors: dict[str, Tensor], state: OptimizerState) -> None:
+    @torch.no_grad()
+    def load(self, tensors: StoredTensors, state: StoredTensors) -> None:
         """Continue from stored tensors and state; each process keeps its share."""
         for name, buffer in self.module.named_buffers():
             if name in tensors:
                 buffer.copy_(tensors[name])
-        with torch.no_grad():
-            for name, parameter in self._whole_parameters():
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                    parameter.copy_(tensors[name])
-                if name in self.trained:
-                    self._set(parameter, tensors[name])
+        for name, parameter in self._whole_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.copy_(tensors[name])
+            if name in self.trained:
+                self._set(parameter, tensors, name)
         gather_persistent(self.engine.optimizer)
         self.shares.load(tensors, state)
         for entry in self.optimizer.state.values():
-            entry["step"].copy_(next(iter(state.values()))["step"])
+            entry["step"].copy_(state[f"{next(iter(self.trained))}/step"])
         for name, parameter in self.trained.items():
             for key in MOMENTS:
-                self._set(parameter, state[name][key], key)
+                self._set(parameter, state, f"{name}/{key}", key)
 
-    def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    def _fragment(self, parameter: Any, key: str | None) -> tuple[int, Tensor] | None:
+        """Return this process's values of a master, or of its moment `key`, and the position of the first; or None."""
+        if self.stage == 3:  # padded: processes may not divide the tensor
+            own = (
+                safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+            )
+            start = min(rank() * own.numel(), parameter.ds_numel)
+            return start, own.flatten()[: parameter.ds_numel - start]
+        mapping = parameter._hp_mapping
+        return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
+
+    def _pieces(self, name: str, parameter: Tensor, key: str | None = None) -> list[Piece]:
+        found = self._fragment(parameter, key)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return [] if found is None else [Piece(name, shape, *found)]
+
+    def _set(self, parameter: Tensor, stored: StoredTensors, name: str, key: str | None = None) -> None:
         """Set this process's share of a master or of its moment `key`."""
-        value = value.to(parameter.device)
-        if self.stage < 3:
-            if key is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
+        found = self._fragment(parameter, key)
+        if found is None:
             return
-        size = safe_get_local_fp32_param(parameter).numel()  # padded: processes may not divide the tensor
-        padded = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
-        share = padded[rank() * size : (rank() + 1) * size]
+        start, values = found
+        value = stored.part(name, start, start + values.numel()).to(values.device)
+        if self.stage < 3:
+            values.copy_(value)
+            return
+        size = safe_get_local_fp32_param(parameter).numel()
+        share = nn.functional.pad(value, (0, size - value.numel()))
         if key is None:
             safe_set_local_fp32_param(parameter, share)
         else:
             safe_set_local_optimizer_state(parameter, share, key)
+
+    def _is_cut(self, parameter: Tensor | None) -> bool:
+        return self.stage == 3 and parameter is not None
 
     def _whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that DeepSpeed handles: all but shares of experts, which it would make equal."""
@@ -221,8 +235,3 @@ class ZeroEngine:
         for master in masters:
             moments = {key: torch.zeros_like(master) for key in MOMENTS}
             self.optimizer.state[master] = {"step": torch.zeros(()), **moments}
-
-
-def _on_rank0(value: Tensor) -> Tensor:
-    """Return a copy in CPU memory on rank 0 and an empty tensor elsewhere, because only rank 0 writes."""
-    return value.detach().cpu().clone() if rank() == 0 else value.new_empty(0)

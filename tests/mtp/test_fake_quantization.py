@@ -26,6 +26,15 @@ def test_the_stored_value_equals_an_export_read_back(scheme: Scheme, dtype: torc
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_a_share_of_the_experts_is_rounded_as_in_the_whole(scheme: Scheme, name: str) -> None:
+    whole = random_stack(random_backbone()).state_dict()[f"mtp.0.layer.mlp.experts.{name}"]
+    rows = rows_by_tensor(CONFIG, scheme)[f"layer.mlp.experts.{name}"]
+    shares = [stored_value(share, rows) for share in whole.chunk(2)]
+    assert torch.equal(torch.cat(shares), stored_value(whole, rows))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_gradient_is_that_of_the_weight_itself(scheme: Scheme) -> None:
     rows = rows_by_tensor(CONFIG, scheme)
     for name in ("e_proj.weight", "layer.mlp.experts.gate_up_proj", "norm.weight", "hc_head.hc_fn"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +21,9 @@ from tests.command import SMALL, run_main
 Job = tuple[str, list[str]]  # its name and the settings of the command
 
 
-def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False) -> list[Job]:
+def jobs(
+    folder: Path, backbone: Path, corpus: Path, placement: str, at_end: bool = False, shared: Collection[str] = ()
+) -> list[Job]:
     """Return the commands for one backbone under one placement, in an order in which each finds what it needs.
 
     Args:
@@ -30,6 +32,7 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
         corpus: a .jsonl file of documents.
         placement: value of `backbone.placement`.
         at_end: whether the online training measures its head, and its head is measured with weights as they are stored.
+        shared: names of the trainings whose processes share the experts of the head.
     """
     where = [f"backbone.path={backbone}", f"backbone.placement={placement}"]
     text = ["data=text", f"data.path={corpus}"]
@@ -57,6 +60,8 @@ def jobs(folder: Path, backbone: Path, corpus: Path, placement: str, at_end: boo
     }
     if at_end:
         commands["evaluate-kept"] = [*commands["evaluate"], "backbone.weights=keep"]
+    for name in shared:
+        commands[name].append("mtp.experts=expert_parallel")
     return [(name, [*command, *where, f"output_dir={folder}/{name}"]) for name, command in commands.items()]
 
 

@@ -25,6 +25,11 @@ FORMATS = {"shipped": save_backbone, "release": save_release}
 ONE = ("alone", "auto")  # placements of one process
 TWO = ("replicate", "expert_parallel", "zero3")
 TASKS = [name for name, _ in matrix.jobs(Path(), Path(), Path(), "auto")]
+SHARED = {  # trainings that share the experts of the head too, by format and placement of the backbone
+    ("release", "expert_parallel"): ["distill-online"],
+    ("shipped", "replicate"): ["pretrain", "distill-on_policy"],
+    ("release", "zero3"): ["distill-streams"],
+}
 DECODED = ("evaluate", "doctor", "compare", "export")
 REFUSED = {
     **{
@@ -64,7 +69,9 @@ def run_all(folder: Path) -> None:
             own.mkdir()
             setting = {"alone": "replicate"}.get(placement, placement)
             at_end = kind == "release" and placement in ("alone", "expert_parallel")
-            jobs = matrix.jobs(own, folder / kind / "backbone", corpus, setting, at_end)
+            jobs = matrix.jobs(
+                own, folder / kind / "backbone", corpus, setting, at_end, SHARED.get((kind, placement), ())
+            )
             if placement in TWO:
                 together.append((str(own), jobs))
             elif placement == "auto":

@@ -18,11 +18,12 @@ from mtptrain.run.artifact import (
     check_identity,
     find_parts,
     finish,
-    new_artifact,
     open_artifact,
+    seal,
     total_counts,
 )
 from mtptrain.run.folder_lock import LOCK
+from mtptrain.run.storage import atomic_folder
 from tests.command import tree
 
 
@@ -65,9 +66,10 @@ NAMES = ["part_0.bin", "part_1.bin"]
 
 
 def write_at_once(folder: Path) -> Artifact[Toy, dict[str, int]]:
-    with new_artifact(KIND, folder, Toy(), {"rows": 5}) as temporary:
+    with atomic_folder(folder) as temporary:
         for name in NAMES:
             (temporary / name).write_bytes(name.encode() * 9)
+        seal(KIND, temporary, Toy(), {"rows": 5}, NAMES)
     return open_artifact(KIND, "toy.path", folder)
 
 
@@ -131,8 +133,8 @@ def test_an_artifact_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_not_finished_is_absent(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_artifact(KIND, tmp_path / "toy", Toy(), {}):
-        raise ZeroDivisionError
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "toy") as temporary:
+        seal(KIND, temporary, Toy(), {}, ["a file that was not written"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.start import freeze_untrained, place
 from mtptrain.run.distributed import join, rank, rank_rows
 from mtptrain.run.tracking import MetricsLog, Trackers
-from mtptrain.training.checkpoint import BackboneIdentity, checkpoint_name, open_checkpoint
+from mtptrain.training.checkpoint import OPTIMIZER, BackboneIdentity, checkpoint_name, open_checkpoint
 from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Step, Trainer
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
@@ -114,18 +114,19 @@ def head_trainer(
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
-    """Train to the end; return mean losses and gradient norm of every step, and the final state (on rank 0)."""
+    """Train to the end; return mean losses and gradient norm of every step, and the final state as stored."""
     steps: list[Step] = []
     take = trainer.train_step
     trainer.train_step = lambda: steps.append(take()) or steps[-1]  # type: ignore[method-assign, func-returns-value]
     trainer.run(SilentLog())
+    last = open_checkpoint(trainer.checkpoints / checkpoint_name(trainer.step))
     return {
         "losses": [(step.sums_K["loss"] / step.counts_K).tolist() for step in steps if step.sums_K],
         "norms": [step.norm for step in steps],
         "tokens": trainer.counters["tokens"],
         "skipped": trainer.counters["skipped_steps"],
-        "tensors": {name: value.clone() for name, value in trainer.engine.tensors().items()},
-        "optimizer": trainer.engine.optimizer_state(),
+        "tensors": {name: value.clone() for name, value in last.tensors().items()},
+        "optimizer": {name: value.clone() for name, value in last.stored(OPTIMIZER).items()},
     }
 
 

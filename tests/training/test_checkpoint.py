@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtptrain.errors import UserError
 from mtptrain.run.folder_lock import FolderLock
 from mtptrain.training.checkpoint import (
     MANIFEST,
+    OPTIMIZER,
+    RANDOM,
     TENSORS,
-    TRAINING,
     BackboneIdentity,
     TrainerState,
     checkpoint_folders,
@@ -24,12 +25,15 @@ from mtptrain.training.checkpoint import (
     open_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    shard_name,
 )
-from mtptrain.training.engine import OptimizerState
+from mtptrain.training.engine import TrainingState
+from mtptrain.training.pieces import own_piece
 from tests.command import edit_json
 
 IDENTITY = BackboneIdentity("backbone", "ab" * 32, {"seed": 2})
 COUNTERS = {"tokens": 17}
+MODULE_FILE, OPTIMIZER_FILE = shard_name(TENSORS, 0, 1), shard_name(OPTIMIZER, 0, 1)
 
 
 def trained(seed: int = 0, width: int = 5) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -42,14 +46,20 @@ def trained(seed: int = 0, width: int = 5) -> tuple[nn.Module, torch.optim.Optim
     return module, optimizer
 
 
-def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    return {name: dict(optimizer.state[parameter]) for name, parameter in module.named_parameters()}
+def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters())
+    return {f"{name}/{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+
+
+def pieces_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    parts = (module.state_dict(), state_of(module, optimizer))
+    return TrainingState(*([own_piece(name, value) for name, value in part.items()] for part in parts))
 
 
 def save(root: Path, step: int, seed: int = 0) -> Path:
     module, optimizer = trained(seed)
     folder = root / checkpoint_name(step)
-    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(step, COUNTERS))
+    save_checkpoint(folder, pieces_of(module, optimizer), IDENTITY, TrainerState(step, COUNTERS))
     return folder
 
 
@@ -66,19 +76,18 @@ def flip_a_bit(path: Path) -> None:
 def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     module, optimizer = trained()
     folder = tmp_path / checkpoint_name(30)
-    save_checkpoint(folder, module.state_dict(), state_of(module, optimizer), IDENTITY, TrainerState(30, COUNTERS))
+    save_checkpoint(folder, pieces_of(module, optimizer), IDENTITY, TrainerState(30, COUNTERS))
     rng = torch.get_rng_state()
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.step, checkpoint.identity, checkpoint.counters) == (30, IDENTITY, COUNTERS)
     torch.testing.assert_close(checkpoint.tensors(), dict(module.state_dict()), rtol=0, atol=0)
-    training = checkpoint.training()
-    assert torch.equal(training["torch_rng"], rng)
-    torch.testing.assert_close(training["optimizer"], state_of(module, optimizer), rtol=0, atol=0)
+    assert torch.equal(checkpoint.random_state()["torch"], rng)
+    torch.testing.assert_close(dict(checkpoint.stored(OPTIMIZER)), state_of(module, optimizer), rtol=0, atol=0)
 
 
 def test_a_loaded_module_has_the_saved_parameters_and_buffers(tmp_path: Path) -> None:
     module, other = trained(0)[0], trained(1)[0]
-    other.load_state_dict(fitting_tensors(open_checkpoint(save(tmp_path, 1)), other))
+    other.load_state_dict(dict(fitting_tensors(open_checkpoint(save(tmp_path, 1)), other)))
     torch.testing.assert_close(dict(other.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
 
 
@@ -89,7 +98,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("name", [TENSORS, TRAINING])
+@pytest.mark.parametrize("name", [MODULE_FILE, OPTIMIZER_FILE, RANDOM])
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 def test_a_damaged_file_is_refused_by_name(name: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
@@ -101,7 +110,7 @@ def test_a_damaged_file_is_refused_by_name(name: str, damage: Callable[[Path], N
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 4, "files": 3, "identity": {}, "content": {}}']
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"schema": 5, "files": 3, "identity": {}, "content": {}}']
 )
 def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
@@ -113,8 +122,8 @@ def test_a_damaged_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema", 99, "has schema 99 and .* reads 4"),
-        ("files", {}, TENSORS),
+        ("schema", 99, "has schema 99 and .* reads 5"),
+        ("files", {}, MODULE_FILE),
         ("kind", "stream cache", "is of the kind .stream cache. and not"),
     ],
 )
@@ -129,7 +138,7 @@ def test_a_manifest_that_does_not_match_is_refused(key: str, value: object, mess
 def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / MANIFEST).write_text(json.dumps({"format": 2, "step": 1, "owner": {}, "counters": {}, "sha256": {}}))
-    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 4; use the version that"):
+    with pytest.raises(UserError, match="has schema 2 and this version of mtptrain reads 5; use the version that"):
         open_checkpoint(folder)
 
 
@@ -149,14 +158,14 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
-    truncate(tmp_path / checkpoint_name(2) / TRAINING)
+    truncate(tmp_path / checkpoint_name(2) / OPTIMIZER_FILE)
     warnings: list[str] = []
     newest = newest_checkpoint(tmp_path, warnings.append)
     assert newest is not None
     assert newest.step == 1
     assert len(warnings) == 1
     assert checkpoint_name(2) in warnings[0]
-    assert TRAINING in warnings[0]
+    assert OPTIMIZER_FILE in warnings[0]
 
 
 def test_a_run_whose_checkpoints_are_all_unusable_is_not_started_again(tmp_path: Path) -> None:

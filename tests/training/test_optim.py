@@ -63,7 +63,7 @@ def test_masters_are_stored_in_fp32_and_restored_without_rounding() -> None:
     tensors = {name: value + 1e-4 * torch.rand_like(value) for name, value in masters.tensors().items()}
     other = nn.Linear(3, 5).bfloat16()
     restored = MasterWeights(other)
-    restored.load(tensors)
+    restored.load(tensors.__getitem__)
     torch.testing.assert_close(restored.tensors(), tensors, rtol=0, atol=0)
     assert torch.equal(other.weight, tensors["weight"].bfloat16())
 

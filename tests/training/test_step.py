@@ -70,9 +70,9 @@ def test_a_step_has_the_gradient_of_its_own_batch() -> None:
 def test_the_first_and_second_moments_have_their_own_betas() -> None:
     one = trainer()
     one.train_step()
-    state = one.engine.optimizer_state()["weight"]
-    assert state["exp_avg"].item() == pytest.approx(1 - CONFIG.beta1)
-    assert state["exp_avg_sq"].item() == pytest.approx(1 - CONFIG.beta2)
+    state = {piece.name: piece.values for piece in one.engine.state().optimizer}
+    assert state["weight/exp_avg"].item() == pytest.approx(1 - CONFIG.beta1)
+    assert state["weight/exp_avg_sq"].item() == pytest.approx(1 - CONFIG.beta2)
 
 
 def test_a_bf16_parameter_takes_its_masters_rounded_value() -> None:

@@ -1,0 +1,38 @@
+"""Errors of torch which mean that another process, its host or the network to it is gone."""
+
+from __future__ import annotations
+
+from mtptrain.errors import UserError
+
+# In the messages of gloo, NCCL and the store, which raise plain RuntimeErrors.
+SILENT = ("Timed out waiting", "Connection timed out", "No route to host", "Network is unreachable")
+ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+class UnreachableError(UserError):
+    """Another host does not answer, so it cannot be asked which process says so: each one does."""
+
+
+def lost_process_error(error: BaseException, minutes: int, rest: str) -> UserError | None:
+    """Return the line for an error by which another process was lost; None for any other error.
+
+    Args:
+        error: of a collective.
+        minutes: value of `distributed_timeout`.
+        rest: what is saved, and how to go on.
+    """
+    sign = lost_process_reason(error)
+    if sign is None:
+        return None
+    kind = UnreachableError if sign in SILENT else UserError
+    return kind(
+        f"distributed_timeout={minutes}: another process is gone or does not answer ({sign}); look at its host and the "
+        f"network between them; {rest}"
+    )
+
+
+def lost_process_reason(error: BaseException) -> str | None:
+    """Return the part of a message that says how another process was lost; None for any other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    return next((sign for sign in SILENT + ENDED if sign in str(error)), None)
