@@ -40,7 +40,7 @@ from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.drafts import draft_traces
-from mtptrain.replay.replay import replay_all
+from mtptrain.replay.replay import replay_all, replay_other_drafts
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace
@@ -140,7 +140,7 @@ def measure_head(
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
         drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
-        counts = replay_all(drafts, policy)
+        counts, other = replay_all(drafts, policy), replay_other_drafts(drafts, policy)
     with waiting(f"measuring the {head.name} head on held-out text"):
         forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
     result = HeadResult(
@@ -159,6 +159,7 @@ def measure_head(
         loop={k: loop_totals(runs, head.name, k) for k in counts},
         samples=sample_texts(tokenizer, runs, head.name, longest),
         seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
+        other_drafts=None if other is None else {k: summarize(other[k], groups) for k in other},
     )
     return result, counts
 

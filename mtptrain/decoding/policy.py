@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,6 +50,12 @@ class Policy:
     def draws_greedily(self) -> bool:
         """Whether drafted tokens are the head's likeliest."""
         return self.is_greedy or self.draft is DraftChoice.greedy
+
+    @property
+    def with_other_drafts(self) -> Policy | None:
+        """The same policy with greedy instead of sampled drafts, or the reverse; None at temperature 0."""
+        other = DraftChoice.greedy if self.draft is DraftChoice.sampled else DraftChoice.sampled
+        return None if self.is_greedy else replace(self, draft=other)
 
     @property
     def sampling(self) -> Sampling:

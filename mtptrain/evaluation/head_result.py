@@ -244,6 +244,7 @@ class HeadResult:
         parameters: of all modules.
         teacher_forced: on held-out text.
         replay: by draft length.
+        other_drafts: `replay` with greedy instead of sampled drafts, or the reverse; None at temperature 0.
         per_prompt: by draft length, an entry for every prompt in their order.
         domains: by domain, at the longest draft length; None for a domain without verify passes.
         breakdown, calibration, thresholds: at the longest draft length.
@@ -267,6 +268,7 @@ class HeadResult:
     loop: dict[int, Totals]
     samples: list[Sample]
     seen_prompts: SeenPrompts | None = None
+    other_drafts: dict[int, Acceptance] | None = None
 
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""

@@ -49,7 +49,7 @@ interval.
 | K | before | after | gain |
 |---|---|---|---|
 {lengths}
-
+{other}
 Share of drafts kept at each position, once all before it were kept: {positions}.
 
 ## Serve
@@ -84,6 +84,8 @@ class Measured:
         positions: share kept at each position of the longest draft, as read back; None if never reached.
         gain: of the head as read back over the model's own, by K; None if the model came without one,
             or without verify passes.
+        other: the policy with greedy instead of sampled drafts, or the reverse, and acceptance length by K under it, as
+            read back; None at temperature 0.
     """
 
     prompts: int
@@ -92,6 +94,7 @@ class Measured:
     after: dict[int, float | None]
     positions: list[float | None]
     gain: dict[int, Gain] | None
+    other: tuple[str, dict[int, float | None]] | None = None
 
     @property
     def longest(self) -> int:
@@ -185,6 +188,15 @@ def _gain(measured: Measured, k: int) -> str:
     return f"{measured.gain[k].gain:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def other_drafts(measured: Measured, shown: list[int]) -> str:
+    """Return one sentence about the other kind of draft; empty at temperature 0."""
+    if measured.other is None:
+        return ""
+    policy, lengths = measured.other
+    pairs = ", ".join(f"K={k} {shown_length(lengths[k])}" for k in shown)
+    return f"The same head at {policy}: {pairs}."
+
+
 def _positions(measured: Measured, shown: list[int]) -> str:
     """Return the share kept at each position that is served."""
     shares = measured.positions[: max(shown)]
@@ -254,6 +266,7 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
         policy=measured.policy,
         prompts=measured.prompts,
         lengths=_lengths(measured, shown),
+        other=f"\n{sentence}\n" if (sentence := other_drafts(measured, shown)) else "",
         positions=_positions(measured, shown),
         command=serve_command(export.target, export.form, folder, source, served),
         notes="\n\n".join(serving_notes(export.target)),

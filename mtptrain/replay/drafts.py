@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class ReplayDrafts:
         free_confidence_KN: the same, conditioned on the head's own drafts; None for stacked modules, and without
             `free_running`.
         entropy_N: float64, entropy of the backbone's distribution of each token at temperature 1, in nats.
+        other_q_KN: `q_KN` under the policy's `with_other_drafts`; None at temperature 0.
     """
 
     p_N: np.ndarray
@@ -49,6 +50,14 @@ class ReplayDrafts:
     confidence_KN: np.ndarray
     free_confidence_KN: np.ndarray | None
     entropy_N: np.ndarray
+    other_q_KN: np.ndarray | None = None
+
+    @property
+    def with_other_drafts(self) -> ReplayDrafts | None:
+        """The drafts under the policy's `with_other_drafts`; None at temperature 0."""
+        if self.other_q_KN is None:
+            return None
+        return replace(self, q_KN=self.other_q_KN, other_q_KN=None, free_confidence_KN=None)
 
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
@@ -88,7 +97,7 @@ def draft_traces(
     for start in range(0, len(order), TRACES_A_BATCH):
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
-        q_BKN, confidence_BKN = batch.forced(stack, draft)
+        (q_BKN, *other), confidence_BKN = batch.forced(stack, draft)
         free_BKN = batch.free(stack) if free_running and stack.depth == 1 else None
         entropy_BN = batch.entropy()
         for row, number in enumerate(numbers):
@@ -100,6 +109,7 @@ def draft_traces(
                 confidence_KN=confidence_BKN[row, :, :size],
                 free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
                 entropy_N=entropy_BN[row, :size],
+                other_q_KN=other[0][row, :, :size] if other else None,
             )
     return [drafts[number] for number in range(len(traces))]
 
@@ -128,10 +138,14 @@ class _TraceBatch:
         row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
         return row_R, column_R
 
-    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each."""
+    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each.
+
+        Of q there is one entry for the policy and, at a temperature above 0, one for its other kind of draft.
+        """
+        policies = [one for one in (self.policy, self.policy.with_other_drafts) if one is not None]
         states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, self.steps)
-        q_BKN, confidence_BKN = self._zeros(self.steps), self._zeros(self.steps)
+        q, confidence_BKN = [self._zeros(self.steps) for _ in policies], self._zeros(self.steps)
         for step, hidden_BSD in enumerate(states, start=1):
             row_R, column_R = self.anchors(step)
             slot_R = self.first_B[row_R] + column_R
@@ -139,10 +153,11 @@ class _TraceBatch:
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
                 entries = (row_R[part], step - 1, column_R[part])
                 context = self._context(row_R[part], slot_R[part] + step + 1)
-                q_R1 = self.policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
-                q_BKN[entries] = q_R1.squeeze(1).double()
+                for policy, q_BKN in zip(policies, q, strict=True):
+                    q_R1 = policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
+                    q_BKN[entries] = q_R1.squeeze(1).double()
                 confidence_BKN[entries] = _confidence(logits_RV)
-        return q_BKN.cpu().numpy(), confidence_BKN.cpu().numpy()
+        return [q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy()
 
     def free(self, stack: MtpStack) -> np.ndarray:
         """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""

@@ -105,6 +105,13 @@ def replay_all(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Cou
     return {length: [counts[length] for counts in by_trace] for length in by_trace[0]}
 
 
+def replay_other_drafts(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Counts]] | None:
+    """Return `replay_all` with greedy instead of sampled drafts, or the reverse; None at temperature 0."""
+    other = [one for trace_drafts in drafts if (one := trace_drafts.with_other_drafts) is not None]
+    other_policy = policy.with_other_drafts
+    return replay_all(other, other_policy) if other_policy is not None and len(other) == len(drafts) else None
+
+
 def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
     """Return the verify passes of greedy speculative decoding on a greedy trace, one by one.
 

@@ -22,7 +22,7 @@ from mtptrain.evaluation.report.headline import (
     seen_texts,
     speed_text,
 )
-from mtptrain.evaluation.report.tables import length_table, position_table, speed_table
+from mtptrain.evaluation.report.tables import drafts_table, length_table, position_table, speed_table
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.storage import write_text
 
@@ -56,6 +56,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
         "lengths": length_table(evaluation),
+        "drafts": drafts_table(evaluation),
         "speeds": speed_table(evaluation),
         "domains": breakdown_tables.domain_table(evaluation),
         "positions": position_table(evaluation),
