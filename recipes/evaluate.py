@@ -5,6 +5,8 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from mtptrain.certificate.controls import run_controls
@@ -39,8 +41,7 @@ from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
-from mtptrain.replay.drafts import draft_traces
-from mtptrain.replay.replay import replay_all, replay_other_drafts
+from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace
@@ -82,7 +83,7 @@ def make_certificate(
     pass_counts = None
     if not policy.is_greedy:
         pass_counts = certify_sampled_runs(model, stacks, greedy, policy)
-        policy, seed = GREEDY, session.config.seed
+        policy, seed = replace(GREEDY, past_depth=policy.past_depth), session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
     with waiting("certificate: comparing loops with the backbone's texts and with the replay"):
@@ -139,10 +140,11 @@ def measure_head(
     )
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
     with waiting(f"replaying the {head.name} head on {len(traces)} texts"):
-        drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
-        counts, other = replay_all(drafts, policy), replay_other_drafts(drafts, policy)
+        drafts, counts = replay_lengths(model, head.stack, traces, longest, policy, free_running=True)
+        other = replay_other_drafts(drafts, policy)
     with waiting(f"measuring the {head.name} head on held-out text"):
-        forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
+        steps = policy.trained_steps(head.stack.depth, longest)
+        forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, steps)
     result = HeadResult(
         name=head.name,
         checkpoint=head.checkpoint,

@@ -14,8 +14,7 @@ from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import count_seen
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
-from mtptrain.replay.drafts import draft_traces
-from mtptrain.replay.replay import replay_all, replay_other_drafts
+from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import (
@@ -228,5 +227,5 @@ def replay_both(session: Session, stack: MtpStack, traces: list[Trace]) -> tuple
     """Return the counts of `replay_head`, and those with the other kind of draft; None at temperature 0."""
     policy, longest = session.policy, session.config.decoding.draft_length
     stops_early = policy.min_confidence > 0
-    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
-    return replay_all(drafts, policy), replay_other_drafts(drafts, policy)
+    drafts, counts = replay_lengths(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
+    return counts, replay_other_drafts(drafts, policy)

@@ -192,6 +192,18 @@ class DraftChoice(Enum):
     greedy = "greedy"
 
 
+class PastDepth(Enum):
+    """Draft steps beyond the depth of stacked modules; a head with one module repeats it in any case.
+
+    `repeat_last`: the last module again, over its own keys. `wrap_around`: vLLM's rule, from the first module again,
+    which overwrites its keys. `stop`: a draft ends with the last module.
+    """
+
+    repeat_last = "repeat_last"
+    wrap_around = "wrap_around"
+    stop = "stop"
+
+
 class PlanKind(Enum):
     """Subject of a plan."""
 

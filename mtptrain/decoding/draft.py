@@ -115,6 +115,8 @@ class MtpProposer:
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Proposer`."""
+        assert not policy.wraps(self.stack.depth, draft_length), "`decoding.wrapped` drafts under this policy"
+        draft_length = policy.drafted_steps(self.stack.depth, draft_length)
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
         weight, config = self.model.lm_head.weight, self.model.config
         batch, depth = len(texts.lengths), self.stack.depth

@@ -80,7 +80,7 @@ class Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class TeacherForced:
-    """Figures on held-out text by draft step.
+    """Figures on held-out text by draft step, up to the last one that runs as in training.
 
     Attributes:
         alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
@@ -91,6 +91,11 @@ class TeacherForced:
     alpha: list[float]
     top1: list[float]
     tokens: list[int]
+
+    def padded(self, length: int) -> tuple[list[float | None], list[float | None], list[float | None]]:
+        """Return alpha, top1 and tokens of the first `length` steps; None past the known ones."""
+        missing: list[float | None] = [None] * (length - len(self.alpha))
+        return [*self.alpha, *missing], [*self.top1, *missing], [*self.tokens, *missing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,5 +277,5 @@ class HeadResult:
 
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""
-        heldout = self.teacher_forced
-        return {"accepted": self.replay[length].conditional, "alpha": heldout.alpha, "top-1": heldout.top1}
+        alpha, top1, _ = self.teacher_forced.padded(length)
+        return {"accepted": self.replay[length].conditional, "alpha": alpha, "top-1": top1}

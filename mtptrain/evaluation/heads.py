@@ -115,4 +115,5 @@ def describe_policy(policy: Policy) -> PolicyResult:
         repetition_penalty=policy.penalties.repetition,
         frequency_penalty=policy.penalties.frequency,
         presence_penalty=policy.penalties.presence,
+        past_depth=policy.past_depth,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mtptrain.config import DraftChoice, Verification
+from mtptrain.config import DraftChoice, PastDepth, Verification
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
@@ -160,6 +160,7 @@ class PolicyResult:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    past_depth: PastDepth = PastDepth.repeat_last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
