@@ -220,7 +220,7 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     if rank() > 0:
         return stack
     whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, "the trained head")
-    return place(whole, backbone).eval()
+    return session.serve(place(whole, backbone).eval(), config.mtp.zero_first_embedding)
 
 
 def run(session: Session) -> None:

@@ -179,7 +179,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
         provenance=session.folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
-        policy=describe_policy(session.policy),
+        policy=describe_policy(session.policy, session.config.decoding.served_as),
         draft_length=longest,
         heads=[entry for entry, _ in measured.values()],
         gain=gain,

@@ -16,7 +16,6 @@ import mtptrain
 from mtptrain.backbone.load import Backbone
 from mtptrain.config import ExportForm, ExportScheme, PlanConfig, RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, of_traces, settings
-from mtptrain.decoding.policy import Policy
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
@@ -25,8 +24,9 @@ from mtptrain.export.card import (
     EXPORT,
     Export,
     Measured,
+    drawn,
+    further_figures,
     model_card,
-    other_drafts,
     serving_notes,
     shown_length,
     verdict,
@@ -54,7 +54,7 @@ from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import gather_traces, replay_both, replay_head
+from mtptrain.recipes.traces import gather_traces, replay_head, replay_stored
 from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
@@ -116,36 +116,35 @@ def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 
 
-def drawn(policy: Policy) -> str:
-    """Return how tokens are drawn and drafted, for people to read."""
-    return "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+def lengths(counts: CountsByLength) -> dict[int, float | None]:
+    """Return the acceptance length by K."""
+    return {k: acceptance_length(counts[k]) for k in counts}
 
 
 def measure(
     session: Session,
     traces: list[Trace],
     before: CountsByLength,
-    stored: tuple[CountsByLength, CountsByLength | None],
+    stored: tuple[CountsByLength, CountsByLength | None, CountsByLength | None],
     stock: CountsByLength | None,
 ) -> Measured:
     """Return the acceptance of a head before and after it was stored, and its gain over the stock head.
 
-    `stored` is the result of `replay_both` for the head as stored.
+    `stored` is the result of `replay_stored`.
     """
-    (after, other), other_policy = stored, session.policy.with_other_drafts
+    (after, other, served), other_policy = stored, session.policy.with_other_drafts
     groups = [trace.prompt.group for trace in traces]
     gains = {} if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after}
     known = {k: gain for k, gain in gains.items() if gain is not None}
     return Measured(
         prompts=len(traces),
         policy=drawn(session.policy),
-        before={k: acceptance_length(before[k]) for k in before},
-        after={k: acceptance_length(after[k]) for k in after},
+        before=lengths(before),
+        after=lengths(after),
         positions=by_position(after[max(after)]).conditional,
         gain=known or None,
-        other=(drawn(other_policy), {k: acceptance_length(other[k]) for k in other})
-        if other_policy and other
-        else None,
+        other=(drawn(other_policy), lengths(other)) if other_policy and other else None,
+        served=lengths(served) if served else None,
     )
 
 
@@ -237,8 +236,9 @@ def write_measured(
     written = Shards(temporary, f"output_dir={session.folder.path}")
     checks = check_folder(config, backbone, checkpoint, scheme, written)
     with waiting(f"replaying the head as written on {len(traces)} texts"):
-        after = replay_both(session, reload_head(backbone, written), traces)
-    measured = measure(session, traces, before, after, stock)
+        zero_first = checkpoint.head_identity(backbone.fingerprint).zero_first
+        stored = replay_stored(session, session.serve(reload_head(backbone, written), zero_first), traces)
+    measured = measure(session, traces, before, stored, stock)
     check_drop(config, measured)
     return written, {"scheme": scheme, **checks}, measured
 
@@ -294,7 +294,7 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
         f"unchanged: {export.untouched} tensors of the model, by SHA-256",
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
         f"acceptance length before and after, {measured.prompts} prompts: {', '.join(pairs)}",
-        *filter(None, [other_drafts(measured, shown)]),
+        *further_figures(export.target, measured, shown),
         verdict(measured, best.served),
         *(f"warning: {line}" for line in export.warnings),
         *serving_notes(export.target),
@@ -308,7 +308,8 @@ def reads(config: RunConfig) -> Settings:
     used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
     if config.hardware is not None:
         used |= of_speed_plan(config, "backbone.shape")
-    return used - {"export.shards" if config.export.form is ExportForm.draft else "export.embeddings"}
+    unread = "export.shards" if config.export.form is ExportForm.draft else "export.embeddings"
+    return used - {unread, "decoding.served_as"}  # the target names its server
 
 
 def check(config: RunConfig) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mtptrain.config import HELDOUT
+from mtptrain.config import HELDOUT, ExportTarget, ServedAs
 from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import count_seen
+from mtptrain.mtp.numerics import SERVED
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
 from mtptrain.replay.replay import replay_lengths, replay_other_drafts
@@ -229,3 +230,15 @@ def replay_both(session: Session, stack: MtpStack, traces: list[Trace]) -> tuple
     stops_early = policy.min_confidence > 0
     drafts, counts = replay_lengths(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
     return counts, replay_other_drafts(drafts, policy)
+
+
+def replay_stored(
+    session: Session, stack: MtpStack, traces: list[Trace]
+) -> tuple[CountsByLength, CountsByLength | None, CountsByLength | None]:
+    """Return the counts of `replay_both`, and those with the numerics of the export's target; None for `hf`."""
+    counts, other = replay_both(session, stack, traces)
+    target = session.config.target
+    if target is None or target is ExportTarget.hf:
+        return counts, other, None
+    stack.compute_as(SERVED[ServedAs(target.value)])
+    return counts, other, replay_head(session, stack, traces)

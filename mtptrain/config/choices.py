@@ -204,6 +204,15 @@ class PastDepth(Enum):
     stop = "stop"
 
 
+class ServedAs(Enum):
+    """Numerics of the MTP modules: `exact` as trained, or those of a server (docs/serving.md)."""
+
+    exact = "exact"
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama_cpp"
+
+
 class PlanKind(Enum):
     """Subject of a plan."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtptrain.config.choices import DraftChoice, PastDepth
+from mtptrain.config.choices import DraftChoice, PastDepth, ServedAs
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, ranged, require
 from mtptrain.kernels.choices import Verification
 
@@ -45,6 +45,8 @@ class DecodingConfig:
 
     # Of stacked modules: what drafts the steps beyond their depth.
     past_depth: PastDepth = PastDepth.repeat_last
+    # Numerics of the modules: as trained, or as a server computes.
+    served_as: ServedAs = ServedAs.exact
 
     def __post_init__(self) -> None:
         check_fields(self, "decoding")

@@ -127,7 +127,7 @@ class WrappingProposer:
             state_BAND = block(
                 self.model.model.embed_tokens(token_BA),
                 state_BAND,
-                anchor_A.unsqueeze(0),
+                anchor_A.unsqueeze(0) + module,  # RoPE is relative, so a shift of all positions of a module is none
                 lambda query, key, keys=keys: keys.attend(anchor_A, query, key),
             )
             hidden_1D = block.hidden(state_BAND[:, -1:])[:, 0]

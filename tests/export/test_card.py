@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import DeepseekV4Config
 
-from mtptrain.export.card import Measured, other_drafts
+from mtptrain.config import ExportTarget
+from mtptrain.export.card import Measured, further_figures, other_drafts
 from mtptrain.mtp.stack import head_digest
 from mtptrain.release.names import release_table
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
@@ -44,6 +45,14 @@ def test_the_card_shows_both_kinds_of_draft() -> None:
     both = replace(sampled, other=("temperature 1, greedy drafts", {1: 1.25, 2: None, 3: 1.3}))
     assert other_drafts(both, [1, 2]) == "The same head at temperature 1, greedy drafts: K=1 1.250, K=2 -."
     assert other_drafts(sampled, [1, 2]) == ""
+
+
+def test_the_card_shows_what_serving_changes() -> None:
+    lengths = {1: 1.5, 2: None}
+    measured = Measured(8, "temperature 0", lengths, lengths, [0.5, 0.4], None, served={1: 1.4985, 2: None})
+    line = "As vLLM computes (embedding at position 0 zeroed, keys and activations in FP8): K=1 1.498 (-0.0015), K=2 -."
+    assert further_figures(ExportTarget.vllm, measured, [1, 2]) == [line]
+    assert further_figures(ExportTarget.hf, replace(measured, served=None), [1, 2]) == []
 
 
 def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:

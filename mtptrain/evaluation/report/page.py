@@ -134,7 +134,8 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
         f"verification {policy.verification.value}, min_confidence {policy.min_confidence}, min_p {policy.min_p}, "
         f"penalties: repetition {policy.repetition_penalty}, frequency {policy.frequency_penalty}, "
-        f"presence {policy.presence_penalty}, past the depth of stacked modules {policy.past_depth.value}",
+        f"presence {policy.presence_penalty}, past the depth of stacked modules {policy.past_depth.value}, "
+        f"numerics {policy.served_as.value}",
         "Plain decoding": "; ".join(
             f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation.plain_tokens_per_second.items()
         ),
