@@ -229,7 +229,7 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     trained = checkpoint_folders(trainer.checkpoints)[-1]
     tensors = open_checkpoint(trained).tensors()
     whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, str(trained))
-    return place(whole, backbone).eval()
+    return session.serve(place(whole, backbone).eval(), config.mtp.zero_first_embedding)
 
 
 def run(session: Session) -> None:

@@ -89,7 +89,7 @@ def measure(session: Session, stack: MtpStack) -> tuple[list[WiringResult], Doct
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a diagnosis reads; its drafts have one length and are greedy."""
     used = ALWAYS | of_backbone(config) | of_traces(config) | {"checkpoint", "overwrite"}
-    return used - {"decoding.min_confidence"}
+    return used - {"decoding.min_confidence", "decoding.past_depth", "decoding.served_as"}
 
 
 def check(config: RunConfig) -> None:

@@ -5,6 +5,8 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from mtptrain.certificate.controls import run_controls
@@ -39,8 +41,7 @@ from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
-from mtptrain.replay.drafts import draft_traces
-from mtptrain.replay.replay import replay_all
+from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace
@@ -82,7 +83,7 @@ def make_certificate(
     pass_counts = None
     if not policy.is_greedy:
         pass_counts = certify_sampled_runs(model, stacks, greedy, policy)
-        policy, seed = GREEDY, session.config.seed
+        policy, seed = replace(GREEDY, past_depth=policy.past_depth), session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
     loops = greedy_loops(model, stacks, greedy, policy)
@@ -135,9 +136,10 @@ def measure_head(
         session.source.tokenizer,
     )
     groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
-    drafts = draft_traces(model, head.stack, traces, longest, policy, free_running=True)
-    counts = replay_all(drafts, policy)
-    forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, longest)
+    drafts, counts = replay_lengths(model, head.stack, traces, longest, policy, free_running=True)
+    other = replay_other_drafts(drafts, policy)
+    steps = policy.trained_steps(head.stack.depth, longest)
+    forced = teacher_forced(model, head.stack, session.heldout_corpus, session.piece_length, rows, steps)
     result = HeadResult(
         name=head.name,
         checkpoint=head.checkpoint,
@@ -154,6 +156,7 @@ def measure_head(
         loop={k: loop_totals(runs, head.name, k) for k in counts},
         samples=sample_texts(tokenizer, runs, head.name, longest),
         seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
+        other_drafts=None if other is None else {k: summarize(other[k], groups) for k in other},
     )
     return result, counts
 
@@ -171,7 +174,7 @@ def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
         provenance=session.folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
-        policy=describe_policy(session.policy),
+        policy=describe_policy(session.policy, session.config.decoding.served_as),
         draft_length=longest,
         heads=[entry for entry, _ in measured.values()],
         gain=gain,

@@ -20,7 +20,17 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
-from mtptrain.export.card import EXPORT, Export, Measured, model_card, serving_notes, shown_length, verdict
+from mtptrain.export.card import (
+    EXPORT,
+    Export,
+    Measured,
+    drawn,
+    further_figures,
+    model_card,
+    serving_notes,
+    shown_length,
+    verdict,
+)
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import (
     PlannedLength,
@@ -44,7 +54,7 @@ from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place, stock_tensors
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import gather_traces, replay_head
+from mtptrain.recipes.traces import gather_traces, replay_head, replay_stored
 from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import from_release, is_release_layout, to_release
@@ -104,21 +114,35 @@ def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
     return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
 
 
+def lengths(counts: CountsByLength) -> dict[int, float | None]:
+    """Return the acceptance length by K."""
+    return {k: acceptance_length(counts[k]) for k in counts}
+
+
 def measure(
-    session: Session, traces: list[Trace], before: CountsByLength, after: CountsByLength, stock: CountsByLength | None
+    session: Session,
+    traces: list[Trace],
+    before: CountsByLength,
+    stored: tuple[CountsByLength, CountsByLength | None, CountsByLength | None],
+    stock: CountsByLength | None,
 ) -> Measured:
-    """Return the acceptance of a head before and after it was stored, and its gain over the stock head."""
-    groups, policy = [trace.prompt.group for trace in traces], session.policy
-    drawn = "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+    """Return the acceptance of a head before and after it was stored, and its gain over the stock head.
+
+    `stored` is the result of `replay_stored`.
+    """
+    (after, other, served), other_policy = stored, session.policy.with_other_drafts
+    groups = [trace.prompt.group for trace in traces]
     gains = {} if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after}
     known = {k: gain for k, gain in gains.items() if gain is not None}
     return Measured(
         prompts=len(traces),
-        policy=drawn,
-        before={k: acceptance_length(before[k]) for k in before},
-        after={k: acceptance_length(after[k]) for k in after},
+        policy=drawn(session.policy),
+        before=lengths(before),
+        after=lengths(after),
         positions=by_position(after[max(after)]).conditional,
         gain=known or None,
+        other=(drawn(other_policy), lengths(other)) if other_policy and other else None,
+        served=lengths(served) if served else None,
     )
 
 
@@ -208,8 +232,9 @@ def write_measured(
     write_folder(config, backbone, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={session.folder.path}")
     checks = check_folder(config, backbone, checkpoint, scheme, written)
-    after = replay_head(session, reload_head(backbone, written), traces)
-    measured = measure(session, traces, before, after, stock)
+    zero_first = checkpoint.head_identity(backbone.fingerprint).zero_first
+    stored = replay_stored(session, session.serve(reload_head(backbone, written), zero_first), traces)
+    measured = measure(session, traces, before, stored, stock)
     check_drop(config, measured)
     return written, {"scheme": scheme, **checks}, measured
 
@@ -265,6 +290,7 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
         f"unchanged: {export.untouched} tensors of the model, by SHA-256",
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
         f"acceptance length before and after, {measured.prompts} prompts: {', '.join(pairs)}",
+        *further_figures(export.target, measured, shown),
         verdict(measured, best.served),
         *(f"warning: {line}" for line in export.warnings),
         *serving_notes(export.target),
@@ -278,7 +304,8 @@ def reads(config: RunConfig) -> Settings:
     used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
     if config.hardware is not None:
         used |= of_speed_plan(config, "backbone.shape")
-    return used - {"export.shards" if config.export.form is ExportForm.draft else "export.embeddings"}
+    unread = "export.shards" if config.export.form is ExportForm.draft else "export.embeddings"
+    return used - {unread, "decoding.served_as"}  # the target names its server
 
 
 def check(config: RunConfig) -> None:

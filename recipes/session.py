@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.decoding.results import Limits
     from mtptrain.evaluation.heads import Head
     from mtptrain.evaluation.result import BackboneResult
+    from mtptrain.mtp.stack import MtpStack
     from mtptrain.training.checkpoint import Checkpoint
 
 
@@ -317,7 +318,8 @@ class Session:
         tensors = stock_tensors(self.backbone)
         depth = num_modules(tensors)
         stack = stack_from_tensors(self.backbone.config, depth, tensors, str(self.source.folder))
-        return Head("stock", "stock", "shared" if depth == 1 else "stacked", place(stack, self.backbone).eval())
+        stack = self.serve(place(stack, self.backbone).eval(), zero_first=False)
+        return Head("stock", "stock", "shared" if depth == 1 else "stacked", stack)
 
     def trained_head(self, checkpoint: Checkpoint) -> Head:
         """Return the head of a checkpoint.
@@ -331,8 +333,15 @@ class Session:
 
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
-        stack = place(stack, self.backbone).eval()
+        stack = self.serve(place(stack, self.backbone).eval(), identity.zero_first)
         return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
+
+    def serve(self, stack: MtpStack, zero_first: bool) -> MtpStack:
+        """Return modules after giving them the numerics of `decoding.served_as`; `zero_first` is that of training."""
+        from mtptrain.mtp.numerics import served_numerics
+
+        stack.compute_as(served_numerics(self.config.decoding.served_as, zero_first, stack.depth))
+        return stack
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

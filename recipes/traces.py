@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mtptrain.config import HELDOUT
+from mtptrain.config import HELDOUT, ExportTarget, ServedAs
 from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import count_seen
+from mtptrain.mtp.numerics import SERVED
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
-from mtptrain.replay.drafts import draft_traces
-from mtptrain.replay.replay import replay_all
+from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import (
@@ -224,7 +224,24 @@ def prepare_traces(session: Session) -> TraceSet:
 
 def replay_head(session: Session, stack: MtpStack, traces: list[Trace]) -> CountsByLength:
     """Return the counts of every trace by draft length, from one rollout."""
+    return replay_both(session, stack, traces)[0]
+
+
+def replay_both(session: Session, stack: MtpStack, traces: list[Trace]) -> tuple[CountsByLength, CountsByLength | None]:
+    """Return the counts of `replay_head`, and those with the other kind of draft; None at temperature 0."""
     policy, longest = session.policy, session.config.decoding.draft_length
     stops_early = policy.min_confidence > 0
-    drafts = draft_traces(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
-    return replay_all(drafts, policy)
+    drafts, counts = replay_lengths(session.backbone.model, stack, traces, longest, policy, free_running=stops_early)
+    return counts, replay_other_drafts(drafts, policy)
+
+
+def replay_stored(
+    session: Session, stack: MtpStack, traces: list[Trace]
+) -> tuple[CountsByLength, CountsByLength | None, CountsByLength | None]:
+    """Return the counts of `replay_both`, and those with the numerics of the export's target; None for `hf`."""
+    counts, other = replay_both(session, stack, traces)
+    target = session.config.target
+    if target is None or target is ExportTarget.hf:
+        return counts, other, None
+    stack.compute_as(SERVED[ServedAs(target.value)])
+    return counts, other, replay_head(session, stack, traces)

@@ -199,6 +199,27 @@ class DraftChoice(Enum):
     greedy = "greedy"
 
 
+class PastDepth(Enum):
+    """Draft steps beyond the depth of stacked modules; a head with one module repeats it in any case.
+
+    `repeat_last`: the last module again, over its own keys. `wrap_around`: vLLM's rule, from the first module again,
+    which overwrites its keys. `stop`: a draft ends with the last module.
+    """
+
+    repeat_last = "repeat_last"
+    wrap_around = "wrap_around"
+    stop = "stop"
+
+
+class ServedAs(Enum):
+    """Numerics of the MTP modules: `exact` as trained, or those of a server (docs/serving.md)."""
+
+    exact = "exact"
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama_cpp"
+
+
 class PlanKind(Enum):
     """Subject of a plan."""
 

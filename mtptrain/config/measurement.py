@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtptrain.config.choices import DraftChoice
+from mtptrain.config.choices import DraftChoice, PastDepth, ServedAs
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, ranged, require
 from mtptrain.kernels.choices import Verification
 
@@ -43,12 +43,36 @@ class DecodingConfig:
     # A draft ends before the first step at which the head's largest probability is below this value.
     min_confidence: float = ranged(0.0, at_least=0, at_most=1, rule="must lie in [0, 1]; 0 = never stop")
 
+    # Of stacked modules: what drafts the steps beyond their depth.
+    past_depth: PastDepth = PastDepth.repeat_last
+    # Numerics of the modules: as trained, or as a server computes.
+    served_as: ServedAs = ServedAs.exact
+
     def __post_init__(self) -> None:
         check_fields(self, "decoding")
+        self._check_past_depth()
         is_known = all(isinstance(one, str | int) and not isinstance(one, bool) for one in self.stop)
         has_texts = all(isinstance(one, str) and one for one in self.stop_strings)
         require(has_texts, "decoding.stop_strings", self.stop_strings, "must be a list of texts that are not empty")
         require(is_known and "" not in self.stop, "decoding.stop", self.stop, "must be a list of token texts or ids")
+
+    def _check_past_depth(self) -> None:
+        """Refuse `wrap_around` with drafts that no replay covers."""
+        if self.past_depth is not PastDepth.wrap_around:
+            return
+        require(
+            self.temperature == 0 or self.draft is DraftChoice.greedy,
+            "decoding.past_depth",
+            self.past_depth.value,
+            "overwrites keys, so a sampled draft depends on all passes before it and replay cannot sum over them; set "
+            "decoding.draft=greedy, as vLLM drafts by default, or past_depth=repeat_last or stop",
+        )
+        require(
+            self.min_confidence == 0,
+            "decoding.min_confidence",
+            self.min_confidence,
+            "is no setting of a server that wraps around; set decoding.past_depth=repeat_last or stop",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,6 +20,7 @@ class MtpConfig:
     experts: HeadExperts = HeadExperts.replicate  # expert_parallel: each process trains its share of the experts
     init: str = "stock"  # stock, fresh, backbone (from its last sliding-window layer), or the path of a checkpoint
     quant_aware: bool = False  # train with weights rounded to the backbone's storage format
+    zero_first_embedding: bool = False  # zero the embedding at position 0, as vLLM does
 
     def __post_init__(self) -> None:
         check_fields(self, "mtp")

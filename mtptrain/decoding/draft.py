@@ -24,6 +24,7 @@ from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.kernels.acceptance import sample_logits
 from mtptrain.kernels.sink_attention import masked_attention
 from mtptrain.mtp.block import MtpBlock
+from mtptrain.mtp.numerics import AS_TRAINED, Numerics
 from mtptrain.mtp.stack import MtpStack
 
 
@@ -69,6 +70,7 @@ class _ModuleCache:
         self.window, self.scale, self.sinks_H = block.window, attention.scaling, attention.sinks
         self.ring = SlidingRing.allocate(batch, self.window + slack, attention.head_dim, like.dtype, like.device)
         self.chain: list[Tensor] = []
+        self.extra_B1C: Tensor | None = None  # a key at position -1
 
     def attend_base(self, rows: slice, anchor_BA: Tensor, query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
         """Return a base step's attention over the keys of earlier anchors and of this pass; store the new keys."""
@@ -77,6 +79,7 @@ class _ModuleCache:
         known_BX = torch.cat([ring.positions(anchor_BA[:, 0]), anchor_BA], dim=1)
         context_BXC = torch.cat([ring.values_BRC, key_BAC], dim=1)
         mask_BAX = self._mask(known_BX, anchor_BA, num_chain=0)
+        context_BXC, mask_BAX = self._with_extra(rows, context_BXC, anchor_BA, mask_BAX, num_chain=0)
         out = masked_attention(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, self.scale)
         ring.write(ring.slots(anchor_BA), key_BAC)
         return out
@@ -86,8 +89,18 @@ class _ModuleCache:
         self.chain.append(key_B1C)
         mask_B1X = self._mask(self.ring.positions(anchor_B1[:, 0] + 1), anchor_B1, num_chain=len(self.chain))
         chain_B1LC = torch.stack(self.chain, dim=2)
-        keys_BXC = self.ring.values_BRC
+        keys_BXC, everything = self.ring.values_BRC, slice(None)
+        keys_BXC, mask_B1X = self._with_extra(everything, keys_BXC, anchor_B1, mask_B1X, num_chain=len(self.chain))
         return masked_attention(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, self.scale)
+
+    def _with_extra(
+        self, rows: slice, keys_BXC: Tensor, anchor_BA: Tensor, mask_BAX: Tensor, num_chain: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and mask with the extra key, if there is one, while it lies in the window."""
+        if self.extra_B1C is None:
+            return keys_BXC, mask_BAX
+        sees_BA1 = (anchor_BA + 1 < self.window - num_chain).unsqueeze(2)
+        return torch.cat([keys_BXC, self.extra_B1C[rows]], dim=1), torch.cat([mask_BAX, sees_BA1], dim=2)
 
     def _mask(self, key_BX: Tensor, anchor_BA: Tensor, num_chain: int) -> Tensor:
         age_BAX = anchor_BA.unsqueeze(2) - key_BX.unsqueeze(1)
@@ -115,6 +128,8 @@ class MtpProposer:
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Proposer`."""
+        assert not policy.wraps(self.stack.depth, draft_length), "`decoding.wrapped` drafts under this policy"
+        draft_length = policy.drafted_steps(self.stack.depth, draft_length)
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
         weight, config = self.model.lm_head.weight, self.model.config
         batch, depth = len(texts.lengths), self.stack.depth
@@ -122,22 +137,42 @@ class MtpProposer:
         slack = 2 * (draft_length + 1) + depth
         self.num_base = min(depth, draft_length)
         self.caches = [_ModuleCache(self.stack.block(d), batch, slack, weight) for d in range(1, self.num_base + 1)]
+        if self.stack.numerics.extra_key:
+            self.caches[0].extra_B1C = self._extra_key()
         width = config.hc_mult * config.hidden_size
         self.streams = SlidingRing.allocate(batch, slack, width, weight.dtype, weight.device)
         self.shape_ND = (config.hc_mult, config.hidden_size)
         self.step = self._make_step()
 
+    def _extra_key(self) -> Tensor:
+        """Return the key of each text's first token and a state of zeros, at position -1."""
+        first_B1 = torch.zeros_like(self.texts.tokens_BT[:, :1])
+        keys: list[Tensor] = []
+
+        def attend(query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
+            keys.append(key_BAC)
+            return query_BHAC  # the output is unused
+
+        embedding_B1D = self._embed(slice(None), first_B1)
+        state_B1ND = embedding_B1D.new_zeros(
+            *embedding_B1D.shape[:2], self.model.config.hc_mult, embedding_B1D.shape[2]
+        )
+        self.stack.block(1)(embedding_B1D, state_B1ND, first_B1 - 1, attend)
+        return keys[0]
+
     def _make_step(self) -> Step:
-        """Return the whole draft as a step of static shapes.
+        """Return the whole draft as a step of static shapes, or eager with a server's numerics, which need hooks.
 
         On a CPU a draft that ends early saves more than a trace, so a policy with a confidence threshold has none.
         """
+        if self.stack.numerics not in (AS_TRAINED, Numerics(zero_first=True)):
+            return Eager(self._propose)
         rings = [self.streams, *(cache.ring for cache in self.caches)]
         draft = Recordable(
             self._propose,
             modules=[self.stack, self.model.model.embed_tokens, self.model.lm_head],
             state=[self.texts.tokens_BT, self.texts.prompt_B, *(ring.values_BRC for ring in rings)],
-            constants=("draft", self.policy, self.draft_length),
+            constants=("draft", self.policy, self.draft_length, self.stack.numerics),
             calls=self.texts.num_passes,
         )
         step = make_step(self.model, draft)

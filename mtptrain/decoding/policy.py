@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mtptrain.config import DecodingConfig, DraftChoice
+from mtptrain.config import DecodingConfig, DraftChoice, PastDepth
 from mtptrain.decoding.penalties import Context, Penalties, exclude_below, penalise
 from mtptrain.kernels.acceptance import Sampling, Verification, policy_probabilities
 
@@ -30,6 +30,7 @@ class Policy:
             this. The stop is decided before the step's token is drawn, so the output distribution is unaffected.
         min_p: in [0, 1]; excludes tokens whose probability is below this share of the likeliest one's.
         penalties: on tokens that have occurred.
+        past_depth: drafts of stacked modules beyond their depth.
     """
 
     temperature: float = 0.0
@@ -40,6 +41,7 @@ class Policy:
     min_confidence: float = 0.0
     min_p: float = 0.0
     penalties: Penalties = NO_PENALTIES
+    past_depth: PastDepth = PastDepth.repeat_last
 
     @property
     def is_greedy(self) -> bool:
@@ -50,6 +52,31 @@ class Policy:
     def draws_greedily(self) -> bool:
         """Whether drafted tokens are the head's likeliest."""
         return self.is_greedy or self.draft is DraftChoice.greedy
+
+    @property
+    def with_other_drafts(self) -> Policy | None:
+        """The same policy with greedy instead of sampled drafts, or the reverse.
+
+        None at temperature 0, and with `wrap_around`, where replay knows greedy drafts only.
+        """
+        if self.is_greedy or self.past_depth is PastDepth.wrap_around:
+            return None
+        other = DraftChoice.greedy if self.draft is DraftChoice.sampled else DraftChoice.sampled
+        return replace(self, draft=other)
+
+    def drafted_steps(self, depth: int, draft_length: int) -> int:
+        """Return the most tokens of a draft by a head of `depth` modules."""
+        stops = self.past_depth is PastDepth.stop and depth > 1
+        return min(depth, draft_length) if stops else draft_length
+
+    def trained_steps(self, depth: int, draft_length: int) -> int:
+        """Return the draft steps that run as in the rollout of training, which repeats the last module."""
+        repeats = self.past_depth is PastDepth.repeat_last or depth == 1
+        return draft_length if repeats else min(depth, draft_length)
+
+    def wraps(self, depth: int, draft_length: int) -> bool:
+        """Return whether a draft starts again with the first of `depth` modules."""
+        return self.past_depth is PastDepth.wrap_around and 1 < depth < draft_length
 
     @property
     def sampling(self) -> Sampling:
@@ -93,4 +120,5 @@ def decoding_policy(config: DecodingConfig) -> Policy:
         min_confidence=config.min_confidence,
         min_p=config.min_p,
         penalties=Penalties(config.repetition_penalty, config.frequency_penalty, config.presence_penalty),
+        past_depth=config.past_depth,
     )

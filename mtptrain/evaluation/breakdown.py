@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 from tokenizers import Tokenizer
 
+from mtptrain.config import PastDepth
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.head_result import (
     Breakdown,
@@ -229,10 +230,12 @@ def sweep_thresholds(drafts: list[ReplayDrafts], policy: Policy, draft_length: i
 
     Args:
         drafts: of all traces, made with `free_running`.
-        policy: how drafts are made and verified; its threshold is replaced.
+        policy: how drafts are made and verified; its threshold is replaced. Under `wrap_around` drafts are known at
+            the anchors of its own passes only, so there is no other threshold than 0.
         draft_length: K.
     """
-    return [_threshold(drafts, replace(policy, min_confidence=limit), draft_length) for limit in THRESHOLDS]
+    limits = THRESHOLDS[:1] if policy.past_depth is PastDepth.wrap_around else THRESHOLDS
+    return [_threshold(drafts, replace(policy, min_confidence=limit), draft_length) for limit in limits]
 
 
 def _threshold(drafts: list[ReplayDrafts], policy: Policy, draft_length: int) -> Threshold:

@@ -80,7 +80,7 @@ class Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class TeacherForced:
-    """Figures on held-out text by draft step.
+    """Figures on held-out text by draft step, up to the last one that runs as in training.
 
     Attributes:
         alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
@@ -91,6 +91,11 @@ class TeacherForced:
     alpha: list[float]
     top1: list[float]
     tokens: list[int]
+
+    def padded(self, length: int) -> tuple[list[float | None], list[float | None], list[float | None]]:
+        """Return alpha, top1 and tokens of the first `length` steps; None past the known ones."""
+        missing: list[float | None] = [None] * (length - len(self.alpha))
+        return [*self.alpha, *missing], [*self.top1, *missing], [*self.tokens, *missing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +249,7 @@ class HeadResult:
         parameters: of all modules.
         teacher_forced: on held-out text.
         replay: by draft length.
+        other_drafts: `replay` with greedy instead of sampled drafts, or the reverse; None at temperature 0.
         per_prompt: by draft length, an entry for every prompt in their order.
         domains: by domain, at the longest draft length; None for a domain without verify passes.
         breakdown, calibration, thresholds: at the longest draft length.
@@ -267,8 +273,9 @@ class HeadResult:
     loop: dict[int, Totals]
     samples: list[Sample]
     seen_prompts: SeenPrompts | None = None
+    other_drafts: dict[int, Acceptance] | None = None
 
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""
-        heldout = self.teacher_forced
-        return {"accepted": self.replay[length].conditional, "alpha": heldout.alpha, "top-1": heldout.top1}
+        alpha, top1, _ = self.teacher_forced.padded(length)
+        return {"accepted": self.replay[length].conditional, "alpha": alpha, "top-1": top1}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.config import DraftChoice, LossConfig
+from mtptrain.config import DraftChoice, LossConfig, ServedAs
 from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
 from mtptrain.data.passages import FOUND, PassageHasher, Passages
 from mtptrain.data.tokens import TokenizedCorpus
@@ -102,8 +102,8 @@ def describe_prompts(traces: TraceSet) -> PromptsResult:
     )
 
 
-def describe_policy(policy: Policy) -> PolicyResult:
-    """Return a decoding policy as a result stores it; greedy decoding drafts greedily."""
+def describe_policy(policy: Policy, served_as: ServedAs) -> PolicyResult:
+    """Return a policy and the numerics of the heads as a result stores them; greedy decoding drafts greedily."""
     return PolicyResult(
         temperature=policy.temperature,
         top_k=policy.top_k,
@@ -115,4 +115,6 @@ def describe_policy(policy: Policy) -> PolicyResult:
         repetition_penalty=policy.penalties.repetition,
         frequency_penalty=policy.penalties.frequency,
         presence_penalty=policy.penalties.presence,
+        past_depth=policy.past_depth,
+        served_as=served_as,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mtptrain.config import DraftChoice, Verification
+from mtptrain.config import DraftChoice, PastDepth, ServedAs, Verification
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
@@ -148,7 +148,7 @@ class PromptsResult:
 
 @dataclass(frozen=True, slots=True)
 class PolicyResult:
-    """How tokens were drawn, drafted and verified; see `decoding.policy.Policy`."""
+    """How tokens were drawn, drafted and verified, see `decoding.policy.Policy`; and the numerics of the heads."""
 
     temperature: float
     top_k: int | None
@@ -160,6 +160,8 @@ class PolicyResult:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    past_depth: PastDepth = PastDepth.repeat_last
+    served_as: ServedAs = ServedAs.exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

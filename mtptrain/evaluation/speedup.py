@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
 from mtptrain.decoding.traced import recording_seconds, repeated
+from mtptrain.decoding.wrapped import head_proposer
 from mtptrain.evaluation.median import median_interval, spread
 from mtptrain.evaluation.result import Doubt, MachineLoad, Speedup, TimeShares
 from mtptrain.mtp.stack import MtpStack
@@ -112,7 +112,14 @@ def run_interleaved(
             for name, stack in stacks.items():
                 for k in draft_lengths:
                     speculate = partial(
-                        decode_speculative, model, MtpProposer(model, stack), prompts, k, limits, policy, seeds
+                        decode_speculative,
+                        model,
+                        head_proposer(model, stack, policy, k),
+                        prompts,
+                        k,
+                        limits,
+                        policy,
+                        seeds,
                     )
                     runs[name, k], spent[name, k] = timed(speculate)
             last, last_spent = timed(plainly)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import mtptrain
 from mtptrain.config import ExportForm, ExportTarget
+from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.compare import gain_sentence
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.export.command import serve_command
@@ -49,7 +50,7 @@ interval.
 | K | before | after | gain |
 |---|---|---|---|
 {lengths}
-
+{further}
 Share of drafts kept at each position, once all before it were kept: {positions}.
 
 ## Serve
@@ -84,6 +85,9 @@ class Measured:
         positions: share kept at each position of the longest draft, as read back; None if never reached.
         gain: of the head as read back over the model's own, by K; None if the model came without one,
             or without verify passes.
+        other: the policy with greedy instead of sampled drafts, or the reverse, and acceptance length by K under it, as
+            read back; None at temperature 0.
+        served: acceptance length by K with the target's numerics, as read back; None for `hf`.
     """
 
     prompts: int
@@ -92,6 +96,8 @@ class Measured:
     after: dict[int, float | None]
     positions: list[float | None]
     gain: dict[int, Gain] | None
+    other: tuple[str, dict[int, float | None]] | None = None
+    served: dict[int, float | None] | None = None
 
     @property
     def longest(self) -> int:
@@ -133,6 +139,11 @@ class Export:
 
 
 EXPORT: Kind[HeadIdentity, Export] = replace(EXPORTED, content=Export)
+
+
+def drawn(policy: Policy) -> str:
+    """Return how tokens are drawn and drafted, for people to read."""
+    return "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
 
 
 def verdict(measured: Measured, k: int) -> str:
@@ -183,6 +194,33 @@ def _gain(measured: Measured, k: int) -> str:
         return "-"
     low, high = measured.gain[k].interval
     return f"{measured.gain[k].gain:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def other_drafts(measured: Measured, shown: list[int]) -> str:
+    """Return one sentence about the other kind of draft; empty at temperature 0."""
+    if measured.other is None:
+        return ""
+    policy, lengths = measured.other
+    pairs = ", ".join(f"K={k} {shown_length(lengths[k])}" for k in shown)
+    return f"The same head at {policy}: {pairs}."
+
+
+def served_numerics(target: ExportTarget, measured: Measured, shown: list[int]) -> str:
+    """Return one sentence about acceptance with the numerics of the target; empty for `hf`."""
+    server = SERVERS.get(target)
+    if server is None or measured.served is None:
+        return ""
+    pairs = []
+    for k in shown:
+        trained, served = measured.after[k], measured.served[k]
+        change = "" if trained is None or served is None else f" ({served - trained:+.4f})"
+        pairs.append(f"K={k} {shown_length(served)}{change}")
+    return f"As {server.name} computes ({server.numerics}): {', '.join(pairs)}."
+
+
+def further_figures(target: ExportTarget, measured: Measured, shown: list[int]) -> list[str]:
+    """Return the sentences about the other kind of draft and about the target's numerics."""
+    return [line for line in (other_drafts(measured, shown), served_numerics(target, measured, shown)) if line]
 
 
 def _positions(measured: Measured, shown: list[int]) -> str:
@@ -254,6 +292,7 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
         policy=measured.policy,
         prompts=measured.prompts,
         lengths=_lengths(measured, shown),
+        further="".join(f"\n{line}\n" for line in further_figures(export.target, measured, shown)),
         positions=_positions(measured, shown),
         command=serve_command(export.target, export.form, folder, source, served),
         notes="\n\n".join(serving_notes(export.target)),

@@ -32,6 +32,7 @@ class Server:
         runs_stacked: whether it runs more than one module.
         sampling: what it does at a temperature above 0, and the switch; empty if that is not known.
         first_position: what it does with the embedding at position 0.
+        numerics: what its modules compute differently from training, as `decoding.served_as` measures it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Server:
     runs_stacked: bool
     sampling: str
     first_position: str
+    numerics: str
 
 
 AS_TRAINED = "reads the embedding at position 0, as in training"
@@ -51,6 +53,7 @@ SERVERS = {
         "keeps about half as many drafts (docs/export.md).",
         first_position="zeroes the embedding at position 0 at the first draft step; only the first tokens of a text "
         "are drafted worse",
+        numerics="embedding at position 0 zeroed, keys and activations in FP8",
     ),
     ExportTarget.sglang: Server(
         name="SGLang",
@@ -59,13 +62,16 @@ SERVERS = {
         sampling="At a temperature above 0, SGLang drafts greedily without `--speculative-use-rejection-sampling`, and "
         "keeps about half as many drafts (docs/export.md).",
         first_position=AS_TRAINED,
+        numerics="keys and activations in FP8",
     ),
     ExportTarget.llama_cpp: Server(
         name="llama.cpp",
         checked="of 2026-10",
         runs_stacked=False,
-        sampling="",
+        sampling="At a temperature above 0, llama.cpp drafts greedily and has no switch for it; the figures of "
+        "greedy drafts are its own.",
         first_position=f"{AS_TRAINED}, and keeps one more key there",
+        numerics="one more key before the first",
     ),
 }
 

@@ -19,6 +19,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 
 from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_experts, replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
+from mtptrain.mtp.numerics import KEY_BLOCK, round_fp8
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
 
@@ -48,6 +49,8 @@ class MtpBlock(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         single = block_config(config)
         self.window = config.sliding_window
+        self.zeroed_position: int | None = None  # the embedding is zero there; set by `MtpStack.compute_as`
+        self.has_fp8_keys = False
         self.enorm = DeepseekV4RMSNorm(width, eps=eps)
         self.hnorm = DeepseekV4RMSNorm(width, eps=eps)
         self.e_proj = nn.Linear(width, width, bias=False)
@@ -73,7 +76,11 @@ class MtpBlock(nn.Module):
         query = module.q_b_proj(module.q_a_norm(module.q_a_proj(normed_BSD)))
         query = module.q_b_norm(query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
         key = module.kv_norm(module.kv_proj(normed_BSD))
-        out_BHSC = attend(_rotate(query, turn_BSr.unsqueeze(1)), _rotate(key, turn_BSr))
+        key = _rotate(key, turn_BSr)
+        if self.has_fp8_keys:
+            plain = key.shape[-1] - 2 * turn_BSr.shape[-1]
+            key = torch.cat([round_fp8(key[..., :plain], KEY_BLOCK), key[..., plain:]], dim=-1)
+        out_BHSC = attend(_rotate(query, turn_BSr.unsqueeze(1)), key)
         # Keys are also the values, so the output is rotated back by the query's position.
         out_BSHC = _rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
         grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
@@ -89,6 +96,8 @@ class MtpBlock(nn.Module):
             attend: attention of this step's queries and keys; it also selects the visible keys.
         """
         layer = self.layer
+        if self.zeroed_position is not None:
+            embedding_BSD = embedding_BSD.masked_fill((position_BS == self.zeroed_position).unsqueeze(-1), 0)
         x = self.combine(embedding_BSD, state_BSND)
         post, comb, collapsed, x = layer.attn_hc(x)
         x = expand_and_mix(post, comb, self.attention(layer.input_layernorm(collapsed), position_BS, attend), x)

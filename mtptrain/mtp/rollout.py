@@ -21,6 +21,7 @@ from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 
 Embed = Callable[[Tensor], Tensor]  # token_BS -> embedding_BSD
+Choose = Callable[[int, Tensor], Tensor]  # k, states_BSD -> token_BS
 
 
 class StepAttention:
@@ -83,7 +84,7 @@ def rollout(
     streams_BSND: Tensor,
     batch: Batch,
     steps: int,
-    choose: Callable[[int, Tensor], Tensor] | None = None,
+    choose: Choose | None = None,
     recompute: bool = False,
     run_step: Step = run_block,
 ) -> list[Tensor]:
@@ -104,8 +105,41 @@ def rollout(
     Returns:
         K tensors [B, S, D]: entry k - 1 at anchor i is the input of the lm_head for q_i^k, the distribution of token
         t_{i+k+1}. Anchors without that target (`batch.target_mask(k)`) hold meaningless values.
+
+    Where the modules compute with an extra key (`mtp.numerics`), rows of one document have it; packed rows do not.
     """
     assert choose is None or stack.depth == 1, "later modules' base-step keys would come from drafted tokens"
+    if stack.numerics.extra_key and int(batch.segment_BS.max()) == 1:
+        streams_BSND, batch, choose = _with_extra_slot(streams_BSND, batch, choose)
+        states = _rollout(stack, embedding, streams_BSND, batch, steps, choose, recompute, run_step)
+        return [state_BSD[:, 1:] for state_BSD in states]
+    return _rollout(stack, embedding, streams_BSND, batch, steps, choose, recompute, run_step)
+
+
+def _with_extra_slot(streams_BSND: Tensor, batch: Batch, choose: Choose | None) -> tuple[Tensor, Batch, Choose | None]:
+    """Return the arguments of a rollout with a slot of zeros before the first, whose next token is the first one."""
+    before_B1 = torch.zeros_like(batch.tokens_BS[:, :1])
+    streams_BSND = torch.cat([torch.zeros_like(streams_BSND[:, :1]), streams_BSND], dim=1)
+    extended = Batch(
+        torch.cat([before_B1, batch.tokens_BS], dim=1),
+        torch.cat([batch.segment_BS[:, :1], batch.segment_BS], dim=1),
+        torch.cat([batch.position_BS[:, :1] - 1, batch.position_BS], dim=1),
+    )
+    if choose is None:
+        return streams_BSND, extended, None
+    return streams_BSND, extended, lambda step, state: torch.cat([before_B1, choose(step, state[:, 1:])], dim=1)
+
+
+def _rollout(
+    stack: MtpStack,
+    embedding: Embed,
+    streams_BSND: Tensor,
+    batch: Batch,
+    steps: int,
+    choose: Choose | None,
+    recompute: bool,
+    run_step: Step,
+) -> list[Tensor]:
     hidden: list[Tensor] = []
     state_BSND = streams_BSND
     keys: list[Tensor] = []

@@ -13,6 +13,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Rotar
 
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock, block_config
+from mtptrain.mtp.numerics import AS_TRAINED, Numerics, round_activations
 
 
 class MtpStack(nn.Module):
@@ -26,6 +27,20 @@ class MtpStack(nn.Module):
     def __init__(self, config: DeepseekV4Config, depth: int) -> None:
         super().__init__()
         self.mtp = nn.ModuleList([MtpBlock(config) for _ in range(depth)])
+        self.numerics = AS_TRAINED
+
+    def compute_as(self, numerics: Numerics) -> None:
+        """Compute with the numerics of a server, or of a training, from now on.
+
+        Module d sees anchor 0 at position d in its base step, where a server that zeroes the embedding does so for
+        every module.
+        """
+        self.numerics = numerics
+        for number, block in enumerate(self.mtp):
+            assert isinstance(block, MtpBlock)
+            block.zeroed_position = number if numerics.zero_first else None
+            block.has_fp8_keys = numerics.fp8_keys
+            round_activations(block, numerics.fp8_activations)
 
     @property
     def depth(self) -> int:

@@ -14,6 +14,7 @@ from mtptrain.backbone.load import Backbone, BackboneSource
 from mtptrain.config import MtpConfig, require
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock
+from mtptrain.mtp.numerics import Numerics
 from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
 from mtptrain.release.modules import check_names, from_release, is_release_layout, read_release
 from mtptrain.release.problems import Problems, is_dspark, refuse_dspark
@@ -129,6 +130,7 @@ def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tens
         assert tensors is not None
         kept = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[1]) < config.depth}
         stack = stack_from_tensors(backbone.config, config.depth, kept, f"mtp.init={config.init}")
+    stack.compute_as(Numerics(zero_first=config.zero_first_embedding))
     return place(stack, backbone)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.kernels.acceptance import DrawKind, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.replay.walk import walk
 from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
@@ -43,6 +44,8 @@ class ReplayDrafts:
         free_confidence_KN: the same, conditioned on the head's own drafts; None for stacked modules, and without
             `free_running`.
         entropy_N: float64, entropy of the backbone's distribution of each token at temperature 1, in nats.
+        other_q_KN: `q_KN` under the policy's `with_other_drafts`; None without one.
+        drafted_steps: steps that the head drafts at most; later entries are 0. None: all of them.
     """
 
     p_N: np.ndarray
@@ -50,6 +53,15 @@ class ReplayDrafts:
     confidence_KN: np.ndarray
     free_confidence_KN: np.ndarray | None
     entropy_N: np.ndarray
+    other_q_KN: np.ndarray | None = None
+    drafted_steps: int | None = None
+
+    @property
+    def with_other_drafts(self) -> ReplayDrafts | None:
+        """The drafts under the policy's `with_other_drafts`; None without one."""
+        if self.other_q_KN is None:
+            return None
+        return replace(self, q_KN=self.other_q_KN, other_q_KN=None, free_confidence_KN=None)
 
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
@@ -89,7 +101,8 @@ def draft_traces(
     for start in counted(f"replaying a head on {len(traces)} texts", range(0, len(order), TRACES_A_BATCH)):
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
-        q_BKN, confidence_BKN = batch.forced(stack, draft)
+        forced = batch.walked(stack) if policy.wraps(stack.depth, steps) else batch.forced(stack, draft)
+        (q_BKN, *other), confidence_BKN = forced
         free_BKN = batch.free(stack) if free_running and stack.depth == 1 else None
         entropy_BN = batch.entropy()
         for row, number in enumerate(numbers):
@@ -101,6 +114,8 @@ def draft_traces(
                 confidence_KN=confidence_BKN[row, :, :size],
                 free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
                 entropy_N=entropy_BN[row, :size],
+                other_q_KN=other[0][row, :, :size] if other else None,
+                drafted_steps=policy.drafted_steps(stack.depth, steps),
             )
     return [drafts[number] for number in range(len(traces))]
 
@@ -114,7 +129,7 @@ class _TraceBatch:
     def __init__(
         self, model: DeepseekV4ForCausalLM, traces: list[Trace], numbers: list[int], steps: int, policy: Policy
     ) -> None:
-        self.model, self.steps, self.policy = model, steps, policy
+        self.model, self.traces, self.steps, self.policy = model, traces, steps, policy
         self.device = model.lm_head.weight.device
         self.batch = trace_batch(traces, self.device)
         self.streams_BSND, self.hidden_BSD = run_backbone(model, self.batch.tokens_BS)
@@ -129,10 +144,15 @@ class _TraceBatch:
         row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
         return row_R, column_R
 
-    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each."""
-        states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, self.steps)
-        q_BKN, confidence_BKN = self._zeros(self.steps), self._zeros(self.steps)
+    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each.
+
+        Of q there is one entry for the policy and, at a temperature above 0, one for its other kind of draft.
+        """
+        policies = [one for one in (self.policy, self.policy.with_other_drafts) if one is not None]
+        steps = self.policy.drafted_steps(stack.depth, self.steps)
+        states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, steps)
+        q, confidence_BKN = [self._zeros(self.steps) for _ in policies], self._zeros(self.steps)
         for step, hidden_BSD in enumerate(states, start=1):
             row_R, column_R = self.anchors(step)
             slot_R = self.first_B[row_R] + column_R
@@ -140,10 +160,21 @@ class _TraceBatch:
             for part, logits_RV in self._logits(hidden_BSD[row_R, slot_R]):
                 entries = (row_R[part], step - 1, column_R[part])
                 context = self._context(row_R[part], slot_R[part] + step + 1)
-                q_R1 = self.policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
-                q_BKN[entries] = q_R1.squeeze(1).double()
+                for policy, q_BKN in zip(policies, q, strict=True):
+                    q_R1 = policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
+                    q_BKN[entries] = q_R1.squeeze(1).double()
                 confidence_BKN[entries] = _confidence(logits_RV)
-        return q_BKN.cpu().numpy(), confidence_BKN.cpu().numpy()
+        return [q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy()
+
+    def walked(self, stack: MtpStack) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the result of `forced` where drafts depend on the passes before them; see `replay.walk`."""
+        q_BKN, confidence_BKN = np.zeros((2, len(self.traces), self.steps, self.width))
+        for row, trace in enumerate(self.traces):
+            streams_BSND = self.streams_BSND[row : row + 1]
+            found = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
+            for values_BKN, values_KN in zip((q_BKN, confidence_BKN), found, strict=True):
+                values_BKN[row, :, : values_KN.shape[1]] = values_KN
+        return [q_BKN], confidence_BKN
 
     def free(self, stack: MtpStack) -> np.ndarray:
         """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""

@@ -24,11 +24,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.replay.drafts import ReplayDrafts
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.replay.drafts import ReplayDrafts, draft_traces
 from mtptrain.replay.markov import ExpectedPasses, acceptance_probability, expected_passes, inside_text
+from mtptrain.traces.file import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +64,19 @@ def trace_chances(drafts: ReplayDrafts, policy: Policy) -> ExpectedPasses:
     if len(drafts.p_N) == 0:
         return expected_passes(drafts.q_KN)
     accept_KN = acceptance_probability(drafts.p_N, drafts.q_KN, policy.verification)
-    return expected_passes(accept_KN, drafts.confidence_KN >= policy.min_confidence)
+    return expected_passes(accept_KN, (drafts.confidence_KN >= policy.min_confidence) & drafted_depth(drafts))
+
+
+def drafted_depth(drafts: ReplayDrafts) -> np.ndarray:
+    """Return whether the head drafts step k at all, bool [K, 1]."""
+    steps = len(drafts.q_KN)
+    limit = steps if drafts.drafted_steps is None else drafts.drafted_steps
+    return (np.arange(1, steps + 1) <= limit)[:, None]
 
 
 def drafted_free(drafts: ReplayDrafts, policy: Policy) -> np.ndarray | None:
     """Return whether the head's own draft at anchor n has a token k inside the text, bool [K, N]; None if unknown."""
-    inside_KN = inside_text(*drafts.q_KN.shape)
+    inside_KN = inside_text(*drafts.q_KN.shape) & drafted_depth(drafts)
     if policy.min_confidence == 0:
         return inside_KN
     if drafts.free_confidence_KN is None:
@@ -103,6 +113,33 @@ def replay_all(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Cou
     """Return the counts of every trace, in their order, by draft length."""
     by_trace = [replay_counts(trace_drafts, policy) for trace_drafts in drafts]
     return {length: [counts[length] for counts in by_trace] for length in by_trace[0]}
+
+
+def replay_lengths(
+    model: DeepseekV4ForCausalLM,
+    stack: MtpStack,
+    traces: list[Trace],
+    longest: int,
+    policy: Policy,
+    free_running: bool = False,
+) -> tuple[list[ReplayDrafts], dict[int, list[Counts]]]:
+    """Return the drafts at the longest K and the counts of every trace by draft length; arguments of `draft_traces`.
+
+    One rollout serves every K, unless drafts depend on the passes before them, and so on K.
+    """
+    drafts = draft_traces(model, stack, traces, longest, policy, free_running=free_running)
+    counts = replay_all(drafts, policy)
+    if policy.wraps(stack.depth, longest):
+        for k in range(1, longest):
+            counts[k] = replay_all(draft_traces(model, stack, traces, k, policy), policy)[k]
+    return drafts, counts
+
+
+def replay_other_drafts(drafts: list[ReplayDrafts], policy: Policy) -> dict[int, list[Counts]] | None:
+    """Return `replay_all` with greedy instead of sampled drafts, or the reverse; None where no rollout gives both."""
+    other = [one for trace_drafts in drafts if (one := trace_drafts.with_other_drafts) is not None]
+    other_policy = policy.with_other_drafts
+    return replay_all(other, other_policy) if other_policy is not None and len(other) == len(drafts) else None
 
 
 def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:

@@ -65,6 +65,11 @@ class HeadIdentity:
     data: str
     settings: dict[str, Any]
 
+    @property
+    def zero_first(self) -> bool:
+        """Whether the embedding at position 0 was zero in training."""
+        return bool(self.settings.get("mtp.zero_first_embedding", False))
+
 
 @dataclass(frozen=True, slots=True)
 class BackboneIdentity:

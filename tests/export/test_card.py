@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import DeepseekV4Config
 
+from mtptrain.config import ExportTarget
+from mtptrain.export.card import Measured, further_figures, other_drafts
 from mtptrain.mtp.stack import head_digest
 from mtptrain.release.names import release_table
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
@@ -34,6 +37,22 @@ def test_the_record_and_the_card_hold_the_origin_of_the_head(exported: Path, set
         '"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"'  # no evaluation and no plan: mtp.steps
     )
     assert f'"method": "mtp", {command}' in card
+
+
+def test_the_card_shows_both_kinds_of_draft() -> None:
+    lengths = {1: 1.5, 2: 1.9, 3: 2.0}
+    sampled = Measured(8, "temperature 1, sampled drafts", lengths, lengths, [0.5, 0.4, 0.3], None)
+    both = replace(sampled, other=("temperature 1, greedy drafts", {1: 1.25, 2: None, 3: 1.3}))
+    assert other_drafts(both, [1, 2]) == "The same head at temperature 1, greedy drafts: K=1 1.250, K=2 -."
+    assert other_drafts(sampled, [1, 2]) == ""
+
+
+def test_the_card_shows_what_serving_changes() -> None:
+    lengths = {1: 1.5, 2: None}
+    measured = Measured(8, "temperature 0", lengths, lengths, [0.5, 0.4], None, served={1: 1.4985, 2: None})
+    line = "As vLLM computes (embedding at position 0 zeroed, keys and activations in FP8): K=1 1.498 (-0.0015), K=2 -."
+    assert further_figures(ExportTarget.vllm, measured, [1, 2]) == [line]
+    assert further_figures(ExportTarget.hf, replace(measured, served=None), [1, 2]) == []
 
 
 def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:

@@ -66,7 +66,8 @@ RARELY_READ = {
 RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
 READ_WITHOUT_EFFECT = {
-    *SAMPLING,  # a policy is made whole, also at temperature 0
+    *(*SAMPLING, "decoding.past_depth"),  # a policy is made whole, also at temperature 0
+    "decoding.served_as",  # heads are loaded alike; an export computes as its target, the doctor as trained
     "backbone.weights",  # tells the room for a backbone, also for that of recipe=backbone, which is not quantised
     *("decoding.min_confidence", "loss.temperature", "loss.step_decay"),
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off

@@ -1,16 +1,20 @@
 """Speculative decoding without a cache, a batch or a shortcut: the reference for replay and every faster loop."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import run_backbone
 from mtptrain.batch import Batch
+from mtptrain.config import PastDepth
 from mtptrain.decoding.penalties import Context, count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
 from mtptrain.kernels.acceptance import DrawKind, uniforms
 from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
+from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
@@ -32,6 +36,55 @@ def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int
     return model.lm_head(states[-1][0, anchor])
 
 
+def attend_to_table(
+    block: MtpBlock, table: dict[int, Tensor], slots: list[int], query_RHSC: Tensor, key_RSC: Tensor
+) -> Tensor:
+    """Return attention over the table's keys of earlier slots, after putting those of `slots` into it."""
+    table.update(zip(slots, key_RSC[0], strict=True))
+    attention, out = block.layer.self_attn, []
+    for at, slot in enumerate(slots):
+        keys_XC = torch.stack([table[j] for j in range(max(0, slot - block.window + 1), slot + 1)])
+        scores_HX = query_RHSC[0, :, at] @ keys_XC.T * attention.scaling
+        weights_HX = torch.cat([scores_HX, attention.sinks[:, None]], dim=1).softmax(-1)[:, :-1]
+        out.append(weights_HX @ keys_XC)
+    return torch.stack(out, dim=1)[None]
+
+
+def wrapped_logits(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], anchors: list[int], length: int, steps: int
+) -> Tensor:
+    """Return the logits [V] of step `steps` at the last of `anchors`, with keys as vLLM leaves them past the depth.
+
+    All passes of a text run again, from its first one, with a table of keys for each module.
+
+    Args:
+        model: the backbone.
+        stack: the modules.
+        tokens: the text and the newest draft so far.
+        anchors: of all passes, the newest last.
+        length: K of all passes.
+        steps: steps of the newest pass.
+    """
+    streams_RSND, _ = run_backbone(model, torch.tensor([tokens]))
+    tables: list[dict[int, Tensor]] = [{} for _ in stack.mtp]
+    padded = tokens + [0] * length
+    for number, anchor in enumerate(anchors):
+        first = 0
+        if number > 0:
+            accepted = anchor - anchors[number - 1] - 1
+            again = max(0, length - accepted - 1)  # earlier anchors, in the room of the rejected drafts but one
+            first = max(0, anchor - accepted - again)
+        slots = list(range(first, anchor + 1))
+        state_RAND = streams_RSND[:, first : anchor + 1]
+        for step in range(1, (steps if anchor == anchors[-1] else length) + 1):
+            block, table = stack.mtp[(step - 1) % stack.depth], tables[(step - 1) % stack.depth]
+
+            embedded_RAD = model.model.embed_tokens(torch.tensor([[padded[slot + step] for slot in slots]]))
+            attend = partial(attend_to_table, block, table, slots)
+            state_RAND = block(embedded_RAD, state_RAND, torch.tensor([slots]), attend)
+    return model.lm_head(block.hidden(state_RAND)[0, -1])
+
+
 @torch.inference_mode()
 def decode_plainly(
     model: DeepseekV4ForCausalLM, stack: MtpStack, prompt: list[int], length: int, policy: Policy, new: int, seed: int
@@ -50,10 +103,17 @@ def decode_plainly(
     first_RV = policy.target(model.lm_head(run_backbone(model, torch.tensor([tokens]))[1][:, -1]), context(tokens))
     token = int(sample_tokens_reference(first_RV, draws(DrawKind.verify, length + 1)[:, -1]))
     tokens, probabilities = [*tokens, token], [float(first_RV[0, token])]
+    anchors = []
+    drafted = min(stack.depth, length) if policy.past_depth is PastDepth.stop and stack.depth > 1 else length
+    wraps = policy.past_depth is PastDepth.wrap_around and 1 < stack.depth < length
     while len(tokens) - len(prompt) < new:
         anchor, draft, q = len(tokens) - 2, [], []
-        for step in range(1, length + 1):
-            logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
+        anchors.append(anchor)
+        for step in range(1, drafted + 1):
+            if wraps:
+                logits_V = wrapped_logits(model, stack, tokens + draft, anchors, length, step)
+            else:
+                logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
             if float(logits_V.softmax(-1).max()) < policy.min_confidence:
                 break
             q.append(policy.proposal(logits_V[None], context(tokens + draft))[0])

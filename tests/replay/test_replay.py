@@ -19,7 +19,7 @@ from mtptrain.evaluation.metrics import acceptance_length, summarize
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.replay import drafts as drafts_module
 from mtptrain.replay.drafts import ReplayDrafts, draft_traces
-from mtptrain.replay.replay import count_passes, replay_all, replay_counts, replay_passes
+from mtptrain.replay.replay import count_passes, replay_all, replay_counts, replay_other_drafts, replay_passes
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 from tests.replay.plain_loop import decode_plainly, draft_logits
@@ -62,6 +62,9 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
                 q = policy.proposal(logits_V[None], context)[0, text[anchor + step + 1]]
                 # fp32 rounding of logits of order 10, through a softmax at temperature 0.8.
                 assert drafts.q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
+                if drafts.other_q_KN is not None:
+                    q = policy.with_other_drafts.proposal(logits_V[None], context)[0, text[anchor + step + 1]]
+                    assert drafts.other_q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
                 confidence = float(logits_V.softmax(-1).max())
                 assert drafts.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
             p_V = MODEL(input_ids=torch.tensor([text])).logits[0, anchor + 1].softmax(-1)
@@ -182,6 +185,16 @@ def test_drafted_tokens_under_a_threshold_are_unknown_for_stacked_modules() -> N
     assert counts.reached_K.shape == (3,)
     with pytest.raises(ValueError, match="with the head's own drafts known"):
         replay_passes(drafts, Policy(min_confidence=0.1), 3)
+
+
+@pytest.mark.parametrize("policy", [SAMPLED, replace(MIN_P, min_confidence=0.1)])
+def test_the_other_kind_of_draft_is_replayed_from_the_same_rollout(policy: Policy) -> None:
+    stack, traces = random_stack(MODEL), [random_trace(6, 20, seed) for seed in range(3)]
+    other = policy.with_other_drafts
+    together = replay_other_drafts(draft_traces(MODEL, stack, traces, 3, policy), policy)
+    apart = replay_all(draft_traces(MODEL, stack, traces, 3, other), other)
+    assert [one.accepted_K.tolist() for one in together[3]] == [one.accepted_K.tolist() for one in apart[3]]
+    assert replay_other_drafts(draft_traces(MODEL, stack, traces, 3, Policy()), Policy()) is None
 
 
 def test_a_text_of_one_token_has_no_passes() -> None:

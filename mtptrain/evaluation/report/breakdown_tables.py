@@ -177,7 +177,7 @@ def count_table(evaluation: Evaluation) -> Grid:
         columns[f"{head.name}\ndrafted"] = replay.drafted
         columns[f"{head.name}\naccepted"] = replay.accepted
         columns[f"{head.name}\nunconditional"] = replay.unconditional
-        columns[f"{head.name}\nheld-out tokens"] = head.teacher_forced.tokens
+        columns[f"{head.name}\nheld-out tokens"] = head.teacher_forced.padded(length)[2]
     rows = [
         [Cell(str(position + 1)), *(_count_cell(values[position]) for values in columns.values())]
         for position in range(length)

@@ -22,7 +22,7 @@ from mtptrain.evaluation.report.headline import (
     seen_texts,
     speed_text,
 )
-from mtptrain.evaluation.report.tables import length_table, position_table, speed_table
+from mtptrain.evaluation.report.tables import drafts_table, length_table, position_table, speed_table
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.storage import write_text
 
@@ -56,6 +56,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
         "lengths": length_table(evaluation),
+        "drafts": drafts_table(evaluation),
         "speeds": speed_table(evaluation),
         "domains": breakdown_tables.domain_table(evaluation),
         "positions": position_table(evaluation),
@@ -133,7 +134,8 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         "Policy": f"temperature {policy.temperature}, {top_k}top_p {policy.top_p}, draft {policy.draft.value}, "
         f"verification {policy.verification.value}, min_confidence {policy.min_confidence}, min_p {policy.min_p}, "
         f"penalties: repetition {policy.repetition_penalty}, frequency {policy.frequency_penalty}, "
-        f"presence {policy.presence_penalty}",
+        f"presence {policy.presence_penalty}, past the depth of stacked modules {policy.past_depth.value}, "
+        f"numerics {policy.served_as.value}",
         "Plain decoding": "; ".join(
             f"{rate:,.1f} tokens/s at batch {size}" for size, rate in evaluation.plain_tokens_per_second.items()
         ),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtptrain.config import DraftChoice
 from mtptrain.evaluation.head_result import POSITION_METRICS, Acceptance, Gain
 from mtptrain.evaluation.report.headline import (
     Headline,
@@ -104,6 +105,27 @@ def length_table(evaluation: Evaluation) -> Grid:
     return Grid("Acceptance length by draft length K", headers, rows, note)
 
 
+def drafts_table(evaluation: Evaluation) -> Grid | None:
+    """Return the acceptance length of each head with sampled and with greedy drafts by K; None at temperature 0."""
+    heads = [head for head in evaluation.heads if head.other_drafts is not None]
+    if not heads:
+        return None
+    used = evaluation.policy.draft
+    headers = ["K", *(f"{head.name}\n{choice.value}" for head in heads for choice in DraftChoice)]
+    rows = []
+    for length in evaluation.draft_lengths:
+        row = [Cell(str(length))]
+        for head in heads:
+            other = (head.other_drafts or {}).get(length)
+            row += [length_cell(head.replay[length] if choice is used else other) for choice in DraftChoice]
+        rows.append(row)
+    note = (
+        f"tok/pass at temperature {evaluation.policy.temperature:g}, by the kind of draft; all other figures are of "
+        f"{used.value} drafts. Servers draft greedily unless a switch is set (docs/export.md)."
+    )
+    return Grid("Sampled and greedy drafts", headers, rows, note)
+
+
 def speed_table(evaluation: Evaluation) -> Grid:
     """Return the speed-up of each head on the clock, and in processor time on a CPU, at the shown batches."""
     heads, batches = [head.name for head in evaluation.heads], evaluation.shown_batches
@@ -157,7 +179,9 @@ def position_table(evaluation: Evaluation, metrics: Sequence[str] = tuple(POSITI
 
 def summary_tables(evaluation: Evaluation) -> list[Grid]:
     """Return the tables of the terminal, which has room for three metrics by position."""
-    return [length_table(evaluation), speed_table(evaluation), position_table(evaluation, tuple(POSITION_METRICS)[:3])]
+    positions = position_table(evaluation, tuple(POSITION_METRICS)[:3])
+    tables = [length_table(evaluation), drafts_table(evaluation), speed_table(evaluation), positions]
+    return [table for table in tables if table is not None]
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:

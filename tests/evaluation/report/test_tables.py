@@ -8,6 +8,7 @@ from rich.console import Console
 from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
+    drafts_table,
     length_table,
     position_table,
     print_summary,
@@ -44,6 +45,21 @@ CASES |= {
     "trained only": only(CASES["greedy"], "trained"),
     "one draft length": replace(CASES["greedy"], draft_length=1),
 }
+SAMPLED = CASES["sampled"]
+CASES["both kinds of draft"] = replace(
+    SAMPLED,
+    heads=[replace(head, other_drafts=dict.fromkeys(head.replay, head.replay[1])) for head in SAMPLED.heads],
+)
+
+
+def test_both_kinds_of_draft_stand_side_by_side() -> None:
+    evaluation = CASES["both kinds of draft"]
+    table = drafts_table(evaluation)
+    assert table.headers == ["K", "stock\nsampled", "stock\ngreedy", "trained\nsampled", "trained\ngreedy"]
+    head, row = evaluation.heads[1], table.rows[-1]
+    assert row[3].value == f"{head.replay[evaluation.draft_length].acceptance_length:.2f}"
+    assert row[4].value == f"{head.other_drafts[evaluation.draft_length].acceptance_length:.2f}"
+    assert drafts_table(CASES["greedy"]) is None
 
 
 @pytest.mark.parametrize("evaluation", CASES.values(), ids=CASES)
