@@ -28,7 +28,7 @@ LAYERS = [
     ["replay"],
     ["planning"],
     ["evaluation"],
-    ["certificate", "doctor"],
+    ["certificate", "doctor", "serving"],
     ["evaluation.report", "export"],
     ["recipes"],
     ["help"],

@@ -72,9 +72,11 @@ class RunConfig:
     threads: int | None = ranged(None, at_least=1)
     # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
     distributed_timeout: int = ranged(60, at_least=1)
-    # evaluate, doctor, export: a checkpoint's, a run's or an export's folder, hf://ORGANISATION/NAME, or `stock`.
+    # evaluate, doctor, export, measure_server: a checkpoint's, a run's or an export's folder, or `stock`, or
+    # hf://ORGANISATION/NAME.
     checkpoint: str | None = None
     checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
+    url: str | None = None  # measure_server: address of a running vLLM or SGLang server
     path: str | None = None  # report: an evaluation.json, or the folder of its run
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     # `heldout`, or one or a list of .jsonl and .parquet files, folders, and `datasets` as NAME or NAME:SUBSET:SPLIT

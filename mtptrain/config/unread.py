@@ -24,7 +24,7 @@ OTHER_RECIPE = {
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
-    "checkpoints": "evaluate, doctor and export take one head: checkpoint=PATH",
+    "checkpoints": "evaluate, doctor, export and measure_server take one head: checkpoint=PATH",
     "hardware": "a run uses the hardware of its machine",
     "path": "data.path and backbone.path name a text and a backbone",
 }

@@ -10,139 +10,14 @@ import torch
 from mtptrain.backbone.build import preset_config
 from mtptrain.export.folder import SHARED
 from mtptrain.release.names import Row, Scheme, release_table
-
-NUM_LAYERS = 43  # of DeepSeek-V4-Flash; the module is layer 43
-
-# vLLM, `DeepSeekV4MTP.load_weights` of vllm/models/deepseek_v4/nvidia/mtp.py, read in 2026-11.
-VLLM_RENAMES = [
-    (".emb.tok_emb.weight", ".embed_tokens.weight"),
-    (".head.weight", ".shared_head.head.weight"),
-    (".norm.weight", ".shared_head.norm.weight"),
-]
-VLLM_OUTSIDE_BLOCK = ["embed_tokens", "enorm", "hnorm", "h_proj", "e_proj", "shared_head"]
-VLLM_OUTSIDE_BLOCK += ["hc_head_fn", "hc_head_base", "hc_head_scale"]
-# The same method: keys outside `mtp.` that every module receives; a separate draft folder without them drafts noise.
-VLLM_TOP_LEVEL = {"head.weight": "head.weight", "embed.weight": "emb.tok_emb.weight"}
-VLLM_EXPERT_SCALE = re.compile(r"\.experts\.\d+\.w[123]\.scale$")
-VLLM_EXPERT_SCALE_SUFFIX = {"fp8_fp4": ".weight_scale", "fp8": ".weight_scale_inv"}  # by expert_dtype of the config
-VLLM_STACKED = [
-    ("gate_up_proj", "w1"),
-    ("gate_up_proj", "w3"),
-    ("attn.fused_wqa_wkv", "attn.wq_a"),
-    ("attn.fused_wqa_wkv", "attn.wkv"),
-]
-VLLM_EXPERTS = {"w1": "w13_", "w2": "w2_", "w3": "w13_"}
-# SGLang, `remap_weight_name_to_dpsk_hf_format` and `load_weights` of python/sglang/srt/models/deepseek_v4.py with
-# is_nextn, read in 2026-11; wq_a and wkv not fused (SGLANG_OPT_FUSE_WQA_WKV) and wo_a left in FP8.
-SGLANG_SPECIAL = {
-    "norm.weight": "shared_head.norm.weight",
-    "e_proj.scale": "e_proj.weight_scale_inv",
-    "h_proj.scale": "h_proj.weight_scale_inv",
-}
-SGLANG_RENAMES = [
-    (".attn.", ".self_attn."),
-    (".ffn.", ".mlp."),
-    (".attn_norm.", ".input_layernorm."),
-    (".ffn_norm.", ".post_attention_layernorm."),
-    (".gate.bias", ".gate.e_score_correction_bias"),
-    (".w1.", ".gate_proj."),
-    (".w2.", ".down_proj."),
-    (".w3.", ".up_proj."),
-]
-SGLANG_SCALED = ["self_attn", "mlp"]  # where ".scale" becomes ".weight_scale_inv"
-SGLANG_OUTSIDE_LAYER = ["shared_head.norm", ".e_proj", "h_proj", "enorm", "hnorm"]
-SGLANG_OUTSIDE_LAYER += ["hc_head_base", "hc_head_fn", "hc_head_scale"]
-SGLANG_STACKED = [("gate_up_proj", "gate_proj"), ("gate_up_proj", "up_proj")]
-SGLANG_EXPERTS = {"gate_proj": "w13_", "down_proj": "w2_", "up_proj": "w13_"}
-
-# The parameters of the two servers' modules for Flash: shape, from their constructors.
-COMMON = {
-    "enorm.weight": [4096],
-    "hnorm.weight": [4096],
-    "shared_head.norm.weight": [4096],
-    "hc_head_fn": [4, 16384],
-    "hc_head_base": [4],
-    "hc_head_scale": [1],
-    "e_proj.weight": [4096, 4096],
-    "e_proj.weight_scale_inv": [32, 32],
-    "h_proj.weight": [4096, 4096],
-    "h_proj.weight_scale_inv": [32, 32],
-}
-BLOCK = {
-    "ATTN.attn_sink": [64],
-    "ATTN.q_norm.weight": [1024],
-    "ATTN.kv_norm.weight": [512],
-    "ATTN.wq_b.weight": [32768, 1024],
-    "ATTN.wq_b.weight_scale_inv": [256, 8],
-    "ATTN.wo_a.weight": [8192, 4096],
-    "ATTN.wo_a.weight_scale_inv": [64, 32],
-    "ATTN.wo_b.weight": [4096, 8192],
-    "ATTN.wo_b.weight_scale_inv": [32, 64],
-    "FFN.gate.weight": [256, 4096],
-    "FFN.gate.e_score_correction_bias": [256],
-    "FFN.shared_experts.gate_up_proj.weight": [4096, 4096],
-    "FFN.shared_experts.gate_up_proj.weight_scale_inv": [32, 32],
-    "FFN.shared_experts.down_proj.weight": [4096, 2048],
-    "FFN.shared_experts.down_proj.weight_scale_inv": [32, 16],
-    "hc_attn_fn": [24, 16384],
-    "hc_attn_base": [24],
-    "hc_attn_scale": [3],
-    "hc_ffn_fn": [24, 16384],
-    "hc_ffn_base": [24],
-    "hc_ffn_scale": [3],
-}
-VLLM_BLOCK = {
-    "ATTN.fused_wqa_wkv.weight": [1536, 4096],
-    "ATTN.fused_wqa_wkv.weight_scale_inv": [12, 32],
-    "attn_norm.weight": [4096],
-    "ffn_norm.weight": [4096],
-}
-SGLANG_BLOCK = {
-    "ATTN.wq_a.weight": [1024, 4096],
-    "ATTN.wq_a.weight_scale_inv": [8, 32],
-    "ATTN.wkv.weight": [512, 4096],
-    "ATTN.wkv.weight_scale_inv": [4, 32],
-    "input_layernorm.weight": [4096],
-    "post_attention_layernorm.weight": [4096],
-}
-EXPERTS = {  # weight w13, w2 and their scales
-    "fp8_fp4": {"w13": ([4096, 2048], [4096, 128]), "w2": ([4096, 1024], [4096, 64])},
-    "fp8": {"w13": ([4096, 4096], [32, 32]), "w2": ([4096, 2048], [32, 16])},
-}
-
-
-def vllm_name(released: str, scheme: Scheme) -> str:
-    name = f"model.layers.{NUM_LAYERS}.{released}"
-    for old, new in VLLM_RENAMES:
-        name = name.replace(old, new)
-    if not any(part in name for part in VLLM_OUTSIDE_BLOCK):
-        name = name.replace(f".{NUM_LAYERS}.", f".{NUM_LAYERS}.mtp_block.", 1)
-    if name.endswith(".scale"):
-        suffix = VLLM_EXPERT_SCALE_SUFFIX[scheme] if VLLM_EXPERT_SCALE.search(name) else ".weight_scale_inv"
-        name = name.removesuffix(".scale") + suffix
-    name = name.replace(".shared_experts.w2", ".shared_experts.down_proj")
-    if ".experts." in name:
-        return re.sub(r"experts\.\d+\.(w[123])\.", lambda match: f"experts.{VLLM_EXPERTS[match[1]]}", name)
-    for stacked, part in VLLM_STACKED:
-        if part in name:
-            return name.replace(part, stacked)
-    return name.replace(".ffn.gate.bias", ".ffn.gate.e_score_correction_bias")
-
-
-def sglang_name(released: str, _: Scheme) -> str:
-    name = f"model.layers.{NUM_LAYERS}.{SGLANG_SPECIAL.get(released, released)}"
-    for old, new in SGLANG_RENAMES:
-        name = name.replace(old, new)
-    if any(part in name for part in SGLANG_SCALED):
-        name = name.replace(".scale", ".weight_scale_inv")
-    is_outside = any(part in name for part in SGLANG_OUTSIDE_LAYER)
-    name = name.replace(f"model.layers.{NUM_LAYERS}", "model" if is_outside else "model.decoder")
-    if ".experts." in name:
-        return re.sub(r"experts\.\d+\.(\w+_proj)\.", lambda match: f"experts.{SGLANG_EXPERTS[match[1]]}", name)
-    for stacked, part in SGLANG_STACKED:
-        if part in name:
-            return name.replace(part, stacked)
-    return name
+from tests.release.server_rules import (
+    LOADERS,
+    expected_dtype,
+    sglang_name,
+    sglang_parameters,
+    vllm_name,
+    vllm_parameters,
+)
 
 
 def loaded_shapes(rows: list[Row], names: dict[str, str]) -> dict[str, list[int]]:
@@ -161,48 +36,13 @@ def loaded_shapes(rows: list[Row], names: dict[str, str]) -> dict[str, list[int]
     return shapes
 
 
-def expected_shapes(
-    outside: str, block: str, attention: str, ffn: str, server_block: dict[str, list[int]]
-) -> dict[str, list[int]]:
-    inner = {
-        name.replace("ATTN", attention).replace("FFN", ffn): shape for name, shape in {**BLOCK, **server_block}.items()
-    }
-    return {f"{outside}.{name}": shape for name, shape in COMMON.items()} | {
-        f"{block}.{name}": shape for name, shape in inner.items()
-    }
-
-
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
-@pytest.mark.parametrize("server", ["vllm", "sglang"])
-def test_a_server_finds_all_its_parameters_and_no_tensor_is_left_over(server: str, scheme: Scheme) -> None:
-    if server == "vllm":
-        outside, rename, suffix = f"model.layers.{NUM_LAYERS}", vllm_name, VLLM_EXPERT_SCALE_SUFFIX[scheme]
-        expected = expected_shapes(outside, f"{outside}.mtp_block", "attn", "ffn", VLLM_BLOCK)
-        experts = f"{outside}.mtp_block.ffn.experts"
-    else:
-        rename, suffix = sglang_name, ".weight_scale_inv"
-        expected = expected_shapes("model", "model.decoder", "self_attn", "mlp", SGLANG_BLOCK)
-        experts = "model.decoder.mlp.experts"
-    for part, (weight, scale) in EXPERTS[scheme].items():
-        expected[f"{experts}.{part}_weight"] = [256, *weight]
-        expected[f"{experts}.{part}_{suffix.removeprefix('.')}"] = [256, *scale]
+@pytest.mark.parametrize(("rename", "parameters"), [(vllm_name, vllm_parameters), (sglang_name, sglang_parameters)])
+def test_a_server_finds_all_its_parameters_and_no_tensor_is_left_over(
+    rename: Callable[[str, Scheme], str], parameters: Callable[[Scheme], dict[str, list[int]]], scheme: Scheme
+) -> None:
     rows = release_table(preset_config("v4_flash"), scheme)
-    assert loaded_shapes(rows, {row.released: rename(row.released, scheme) for row in rows}) == expected
-
-
-def expected_dtype(name: str, scheme: Scheme) -> torch.dtype:
-    """Return the dtype of the tensor that a parameter takes; vLLM 0.33.0 takes scales of experts without a conversion.
-
-    Beside FP8 experts, both servers hold scales as float32, and vLLM would read an E8M0 one as the number of its byte
-    (vllm-project/vllm#43416).
-    """
-    if "_scale" in name.rsplit(".", 1)[-1] and not name.rsplit(".", 1)[-1].startswith("hc_"):
-        return torch.float32 if scheme == "fp8" else torch.float8_e8m0fnu
-    if ".experts." in name:
-        return torch.int8 if scheme == "fp8_fp4" else torch.float8_e4m3fn
-    if any(part in name for part in ("hc_", "attn_sink", "e_score_correction_bias")):
-        return torch.float32
-    return torch.bfloat16 if "norm" in name or ".gate.weight" in name else torch.float8_e4m3fn
+    assert loaded_shapes(rows, {row.released: rename(row.released, scheme) for row in rows}) == parameters(scheme)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
@@ -214,11 +54,9 @@ def test_every_tensor_has_the_dtype_of_the_parameter_that_takes_it(
         assert row.dtype == expected_dtype(rename(row.released, scheme), scheme)
 
 
-def test_a_draft_folder_holds_the_tensors_that_vllm_loads_outside_the_modules() -> None:
-    assert set(SHARED) == set(VLLM_TOP_LEVEL)
-    names = [vllm_name(alias, "fp8_fp4") for alias in VLLM_TOP_LEVEL.values()]
-    outside = f"model.layers.{NUM_LAYERS}"
-    assert names == [f"{outside}.shared_head.head.weight", f"{outside}.embed_tokens.weight"]
+@pytest.mark.parametrize("server", list(LOADERS))
+def test_no_server_reads_embedding_and_lm_head_for_the_module(server: str) -> None:
+    assert not [name for name in SHARED if re.fullmatch(LOADERS[server].module, name)]
 
 
 def test_all_scales_of_a_release_have_one_dtype() -> None:

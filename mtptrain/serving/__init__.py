@@ -1,0 +1,1 @@
+"""Acceptance in a running server: requests, counters, and their comparison with replay."""
