@@ -21,7 +21,6 @@ EVALUATE = [
     "evaluation.batch_sizes=[2]",
     "evaluation.timed_prompts=4",
     "evaluation.heldout_sequences=2",
-    "tracking=none",
 ]
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
