@@ -37,7 +37,7 @@ def reads(config: RunConfig) -> Settings:
 def check(config: RunConfig) -> None:
     """Refuse a comparison of one head, or of more heads than there are letters to name them."""
     require(
-        2 <= len(config.checkpoints) <= len(ascii_uppercase),
+        2 <= len(config.compared) <= len(ascii_uppercase),
         "checkpoints",
         config.checkpoints,
         f"compare needs 2 to {len(ascii_uppercase)} of them, e.g. checkpoints=[stock,outputs/distill/RUN]",

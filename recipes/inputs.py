@@ -50,10 +50,11 @@ def check_inputs(session: Session, reads: Settings) -> None:
 def check_heads(session: Session, reads: Settings) -> None:
     """Refuse a head whose folder holds no usable checkpoint."""
     config = session.config
-    paths = config.checkpoints if "checkpoints" in reads else [config.checkpoint] if "checkpoint" in reads else []
+    paths = [path for group in config.compared for path in group] if "checkpoints" in reads else []
+    if "checkpoint" in reads and "watch.minutes" not in reads:  # a watched run may have no checkpoint yet
+        paths.append(str(config.checkpoint))
     for path in paths:
-        if path is not None:
-            _check_head(session, path, "", NO_PATH[:1])
+        _check_head(session, path, "", NO_PATH[:1])
     if "mtp.init" in reads:
         _check_head(session, config.mtp.init, f"mtp.init={config.mtp.init}: ", NO_PATH)
 

@@ -319,7 +319,8 @@ class Session:
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
         stack = place(stack, self.backbone).eval()
-        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, checkpoint.passages())
+        passages, selection = checkpoint.passages(), checkpoint.selection()
+        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, passages, selection)
 
     def describe_backbone(self) -> BackboneResult:
         """Return the backbone's entry in evaluation.json, with its loss on held-out text."""

@@ -19,8 +19,9 @@ OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
+    "watch": "+recipe=watch measures a run while it trains elsewhere",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
-    "checkpoints": "evaluate, doctor and export take one head: checkpoint=PATH",
+    "checkpoints": "doctor and export take one head: checkpoint=PATH",
     "hardware": "a run uses the hardware of its machine",
     "path": "data.path and backbone.path name a text and a backbone",
 }

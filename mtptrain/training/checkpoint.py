@@ -28,6 +28,7 @@ from mtptrain.training.engine import OptimizerState
 TENSORS, TRAINING, MANIFEST = "module.safetensors", "training.pt", "checkpoint.json"
 EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 PASSAGES = "passages.npz"
+SELECTION = "selection"  # counter in `best`: how it was chosen
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -121,6 +122,10 @@ class Checkpoint:
         path = self.folder / PASSAGES
         return read_passages(path) if path.is_file() else None
 
+    def selection(self) -> Selection | None:
+        """Return how the checkpoint was chosen as the best of its run; None for any other checkpoint."""
+        return Selection.of(self.counters)
+
     def head_identity(self, fingerprint: str) -> HeadIdentity:
         """Return the identity of the stored head, checked against the backbone.
 
@@ -139,6 +144,25 @@ class Checkpoint:
         settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
         check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
         return self.identity
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The choice of a checkpoint as the best of its run.
+
+    Attributes:
+        by: name of the metric.
+        prompts: digests of the prompts that it was measured on.
+    """
+
+    by: str
+    prompts: list[str]
+
+    @classmethod
+    def of(cls, counters: dict[str, Any]) -> Selection | None:
+        """Return the selection that the counters of a checkpoint hold."""
+        stored = counters.get(SELECTION)
+        return cls(str(stored["by"]), list(stored["prompts"])) if stored else None
 
 
 def checkpoint_name(step: int) -> str:
@@ -265,6 +289,45 @@ def find_checkpoint(path: Path) -> Checkpoint:
         if folders:
             return open_checkpoint(folders[-1])
     raise UserError(f"checkpoint={path}: no checkpoint there; give a run folder, a step_* folder, or `stock`")
+
+
+def checkpoints_of_run(path: Path) -> Path:
+    """Return the folder that holds the checkpoints of a run, from the run's folder or that folder itself.
+
+    Raises:
+        UserError: the path is no folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint={path}: is no folder; give the folder of a training run")
+    return path if path.name == "checkpoints" or checkpoint_folders(path) else path / "checkpoints"
+
+
+def steps_of_run(root: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by step, unverified; `best` among them if its own step was deleted.
+
+    A folder whose manifest cannot be read, such as one that is still being copied, is left out.
+    """
+    states = {folder: state_of(folder) for folder in (root / BEST, *checkpoint_folders(root))}
+    found = {state.step: folder for folder, state in states.items() if state is not None}
+    return dict(sorted(found.items()))
+
+
+def state_of(folder: Path) -> TrainerState | None:
+    """Return the progress that a checkpoint's manifest records; None if that cannot be read."""
+    try:
+        return open_artifact(CHECKPOINT, "checkpoint", folder).content
+    except UserError:
+        return None
+
+
+def digest_of(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's tensors, from its manifest.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    stored = open_artifact(CHECKPOINT, "checkpoint", folder).files.get(TENSORS)
+    return stored.sha256 if stored is not None else ""
 
 
 def fitting_tensors(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
