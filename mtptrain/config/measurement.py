@@ -64,6 +64,9 @@ class EvaluationConfig:
     batch_sizes: list[int] = ranged([1], at_least=1, rule=DIFFERENT_SIZES)
     heldout_sequences: int = ranged(96, at_least=1)  # held-out sequences for the teacher-forced metrics
     every: int = ranged(0, at_least=0)  # training steps between replays of a few prompts; 0 = only at the end
+    # Choice of the checkpoint `best`: acceptance length under the decoding policy, or expected at temperature 1, whose
+    # error over so few prompts is smaller.
+    best_by: str = one_of("expected", "expected", "policy")
     include_stock: bool = True  # measure the stock head beside the checkpoint
     # Checkpoints of a whole run that are also decoded, with certificate and speed; the others are only replayed.
     decoded: str = one_of("last", "last", "best", "all", "none")

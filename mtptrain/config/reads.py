@@ -126,6 +126,15 @@ def of_curve(config: RunConfig) -> Settings:
     return used | {"evaluation.include_stock", "evaluation.decoded"}
 
 
+def of_probe(config: RunConfig) -> Settings:
+    """Return the settings of the measurements during a training, by which it chooses its best checkpoint."""
+    return (
+        settings("evaluation.every", "evaluation.best_by")
+        if config.evaluation.every > 0
+        else settings("evaluation.every")
+    )
+
+
 def of_loss(config: RunConfig) -> Settings:
     """Return the settings of the loss: without the temperature for cross-entropy, without the decay for `chain`."""
     unread = {"ce": "loss.temperature", "chain": "loss.step_decay"}.get(config.loss.divergence.value)

@@ -44,10 +44,8 @@ def test_intervals_over_seeds_and_prompts_cover_the_truth(runs: int, seed: float
     for _ in range(TRIES):
         group_1G = random.normal(0, group, (1, len(SIZES)))
         base, other = (Setting.of(*simulated(random, runs, group_1G, seed, both), GROUPS) for _ in range(2))
-        for number, (truth, (low, high)) in enumerate(
-            [(0, crossed_gain(base, other).interval), (2, crossed_interval(other))]
-        ):
-            covered[number] += low <= truth <= high
+        spans = [crossed_gain(base, other).interval, crossed_interval(other)]
+        covered += [low <= truth <= high for truth, (low, high) in zip((0, 2), spans, strict=True)]
     assert covered.min() / TRIES > 0.90
 
 

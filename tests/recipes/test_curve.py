@@ -55,6 +55,7 @@ def test_a_continued_measurement_measures_only_what_is_missing(
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained, run)
+    shutil.rmtree(run / "checkpoints" / "best")  # it may be the one that is missing
     aside = (run / "checkpoints" / "step_00000003").rename(tmp_path / "aside")
     first = measure(light, run, output, "evaluation.decoded=none")
     aside.rename(run / "checkpoints" / "step_00000003")
