@@ -32,7 +32,12 @@ from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import TraceSet
-from mtptrain.training.checkpoint import BEST, Checkpoint, Selection, digest_of, open_checkpoint, state_of, steps_of_run
+from mtptrain.training.checkpoint import BEST, Checkpoint, Selection, open_checkpoint
+from mtptrain.training.run_checkpoints import digest_of, state_of, steps_of_run
+
+
+class UnreadableError(UserError):
+    """A checkpoint cannot be read now: it is damaged, still being copied, or was deleted by its run."""
 
 
 class CurveBuilder:
@@ -73,6 +78,11 @@ class CurveBuilder:
         """The group of every prompt."""
         return [trace.prompt.group for trace in self.trace_set.traces]
 
+    @property
+    def measured_steps(self) -> set[int | None]:
+        """The steps of the checkpoints that are measured."""
+        return {point.step for point in self.curve.points}
+
     def pending(self) -> dict[int, Path]:
         """Return the checkpoints that the run has now and that are not measured, by step."""
         measured = {point.step: point.digest for point in self.curve.points}
@@ -87,7 +97,8 @@ class CurveBuilder:
         """Add the point of a checkpoint, and write curve and page.
 
         Raises:
-            UserError: the checkpoint is damaged or incomplete, was deleted meanwhile, or belongs to another backbone.
+            UnreadableError: the checkpoint is damaged or incomplete, or was deleted meanwhile.
+            UserError: it belongs to another backbone.
         """
         head, checkpoint = self._head(folder)
         with waiting(f"replaying step {checkpoint.step} on {len(self.trace_set.traces)} texts"):
@@ -114,9 +125,12 @@ class CurveBuilder:
     def _head(self, folder: Path) -> tuple[Head, Checkpoint]:
         try:
             checkpoint = open_checkpoint(folder)
+        except UserError as error:
+            raise UnreadableError(str(error)) from None
+        try:
             return self.session.trained_head(checkpoint), checkpoint
         except (OSError, SafetensorError) as error:  # pruned by its run while it was read
-            raise UserError(f"checkpoint={folder}: cannot be read ({error})") from None
+            raise UnreadableError(f"checkpoint={folder}: cannot be read ({error})") from None
 
     def _selection(self, step: int) -> Selection | None:
         """Return how the run chose the checkpoint of a step as its best; None if it chose another."""

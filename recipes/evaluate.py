@@ -45,7 +45,7 @@ from mtptrain.evaluation.speedup import (
 )
 from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.mtp.start import has_stock
-from mtptrain.recipes.curve import CurveBuilder, chosen_to_decode, session_in
+from mtptrain.recipes.curve import CurveBuilder, UnreadableError, chosen_to_decode, session_in
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
@@ -54,7 +54,8 @@ from mtptrain.replay.replay import replay_all
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.traces.file import Trace, TraceSet
-from mtptrain.training.checkpoint import checkpoint_name, checkpoints_of_run, open_checkpoint
+from mtptrain.training.checkpoint import checkpoint_name, open_checkpoint
+from mtptrain.training.run_checkpoints import checkpoints_of_run
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -282,7 +283,7 @@ def run_all(session: Session) -> None:
             for number, (step, folder) in enumerate(pending.items(), start=1):
                 try:
                     builder.measure(folder)
-                except UserError as error:
+                except UnreadableError as error:
                     builder.skip(folder, str(error))
                 progress.update(number, f"step {step}", 1)
         if not builder.curve.points:

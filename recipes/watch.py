@@ -5,9 +5,9 @@ python -m mtptrain +recipe=watch checkpoint=outputs/distill/RUN
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import yaml
 from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, settings
 from mtptrain.errors import UserError
-from mtptrain.recipes.curve import CurveBuilder
+from mtptrain.evaluation.curve import CurvePoint
+from mtptrain.recipes.curve import CurveBuilder, UnreadableError
 from mtptrain.recipes.evaluate import decode_checkpoints, require_all
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
@@ -25,10 +26,12 @@ from mtptrain.run.folder_lock import is_held
 from mtptrain.run.progress import clock
 from mtptrain.run.trackers import TrackedRun, check_trackers
 from mtptrain.run.tracking import Trackers
-from mtptrain.training.checkpoint import checkpoint_name, checkpoints_of_run
+from mtptrain.training.checkpoint import checkpoint_name
+from mtptrain.training.run_checkpoints import checkpoints_of_run
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
+PATIENCE_SECONDS = 300.0  # for the last checkpoint to become readable
 SIGN_SECONDS = 600.0  # between two signs of life, to the user and to processes that wait for orders
 
 
@@ -59,60 +62,56 @@ def run(session: Session) -> None:
     require_all(evaluations)
 
 
-@dataclass(slots=True)
-class _Refusals:
-    """Checkpoints that could not be measured so far: the last reason by folder and modification time."""
-
-    reasons: dict[Path, str] = field(default_factory=dict)
-
-    def note(self, folder: Path, error: UserError) -> bool:
-        """Keep a reason; return whether it is new."""
-        is_new = self.reasons.get(folder) != str(error)
-        self.reasons[folder] = str(error)
-        return is_new
-
-
 def watch(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
     """Measure checkpoints as they appear, lower steps first.
 
     A checkpoint that cannot be read, because it is still being copied or is damaged, is tried again at every look until
-    the watch ends, and then named.
+    the watch ends, and then named. The watch waits `PATIENCE_SECONDS` for the last one.
     """
-    limits, begun, refusals = session.config.watch, time.monotonic(), _Refusals()
-    ends, sign_at = begun + 60 * limits.minutes, begun + SIGN_SECONDS
+    limits, begun, refusals = session.config.watch, time.monotonic(), dict[Path, str]()
+    pause = min(SIGN_SECONDS, 30.0 * session.config.distributed_timeout)
+    ends, sign_at, finished_at = begun + 60 * limits.minutes, begun + pause, math.inf
     session.folder.print_status(f"watching {run_folder}, for at most {clock(60 * limits.minutes)}")
     while True:
-        is_over = is_finished(run_folder, builder.root)  # before looking, so that no last checkpoint is missed
+        last = last_step(run_folder, builder.root)
         _measure_pending(session, builder, refusals)
-        if is_over or time.monotonic() >= ends:
+        now = time.monotonic()
+        finished_at = min(finished_at, now) if last is not None else math.inf
+        is_over = last in builder.measured_steps or now - finished_at >= PATIENCE_SECONDS
+        if is_over or now >= ends:
             break
-        if time.monotonic() >= sign_at:
-            sign_at = time.monotonic() + SIGN_SECONDS
+        if now >= sign_at:
+            sign_at = now + pause
             _give_sign(session, builder, run_folder)
-        time.sleep(min(limits.poll_seconds, max(ends - time.monotonic(), 0)))
-    for folder, reason in refusals.reasons.items():
+        time.sleep(max(min(limits.poll_seconds, ends - now, sign_at - now), 0))
+    for folder, reason in refusals.items():
         builder.skip(folder, reason)
     ending = "is finished" if is_over else f"is not finished after {clock(60 * limits.minutes)}: the watch ends"
     session.folder.print_status(f"{run_folder} {ending}; {len(builder.curve.points)} checkpoints are measured")
 
 
-def _measure_pending(session: Session, builder: CurveBuilder, refusals: _Refusals) -> None:
+def _measure_pending(session: Session, builder: CurveBuilder, refusals: dict[Path, str]) -> None:
+    """Measure the checkpoints that are new; keep the last reason of those that cannot be read."""
     for step, folder in builder.pending().items():
         try:
             builder.measure(folder)
-        except UserError as error:
+        except UnreadableError as error:
             if not folder.exists():
-                refusals.reasons.pop(folder, None)
+                refusals.pop(folder, None)
                 builder.skip(folder, "its run deleted it first; raise train.keep_checkpoints")
-            elif refusals.note(folder, error):
+            elif refusals.get(folder) != str(error):
+                refusals[folder] = str(error)
                 session.folder.print_status(f"step {step} cannot be measured yet: {error}")
             continue
-        refusals.reasons.pop(folder, None)
-        point = next(point for point in builder.curve.points if point.step == step)
-        longest = max(point.replay)
-        length = point.replay[longest].acceptance_length
-        shown = "no verify pass" if length is None else f"{length:.2f} tokens a verify pass at K={longest}"
-        session.folder.print_status(f"step {step}: {shown}")
+        refusals.pop(folder, None)
+        _print_point(session, next(point for point in builder.curve.points if point.step == step))
+
+
+def _print_point(session: Session, point: CurvePoint) -> None:
+    longest = max(point.replay)
+    length = point.replay[longest].acceptance_length
+    shown = "no verify pass" if length is None else f"{length:.2f} tokens a verify pass at K={longest}"
+    session.folder.print_status(f"step {point.step}: {shown}")
 
 
 def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
@@ -124,10 +123,10 @@ def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> Non
         model(torch.tensor([[builder.trace_set.traces[0].prompt.tokens[0]]], device=model.lm_head.weight.device))
 
 
-def is_finished(run_folder: Path, root: Path) -> bool:
-    """Return whether a run has the checkpoint of its last step, by the config.yaml that it wrote last."""
+def last_step(run_folder: Path, root: Path) -> int | None:
+    """Return the last step of a run that has its checkpoint, by the config.yaml that it wrote last; None before."""
     steps = (_run_settings(run_folder).get("train") or {}).get("steps")
-    return isinstance(steps, int) and (root / checkpoint_name(steps)).is_dir()
+    return steps if isinstance(steps, int) and (root / checkpoint_name(steps)).is_dir() else None
 
 
 def _run_settings(run_folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mtptrain.evaluation.metrics import paired_gain
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import gather_traces, replay_head
 from mtptrain.run.folder import open_run_folder
-from mtptrain.training.checkpoint import checkpoints_of_run, steps_of_run
+from mtptrain.training.run_checkpoints import checkpoints_of_run, steps_of_run
 
 PROMPTS, SIZES, LENGTH = 64, (16, 64), 4
 

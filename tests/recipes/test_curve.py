@@ -11,6 +11,7 @@ import pytest
 from mtptrain.recipes import curve, watch
 from mtptrain.run.folder_lock import is_held
 from tests.command import Refused, hold_folder, run_main
+from tests.conftest import save_backbone
 
 STEPS = 3
 
@@ -157,6 +158,38 @@ def test_a_watch_ends_at_its_time_limit_and_names_what_it_could_not_read(
     assert [point["step"] for point in result["points"]][:1] == [1]
     assert re.match("step_00000002 was skipped: .*missing, truncated or altered", result["skipped"][0])
     assert "is not finished after 0:00: the watch ends" in capfd.readouterr().err
+
+
+def test_a_watch_waits_for_the_last_checkpoint_to_become_whole_and_not_for_ever(
+    trained: Path, light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    last = run / "checkpoints" / "step_00000003" / "module.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:100])
+    shutil.rmtree(run / "checkpoints" / "best")
+    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.0)
+    arguments = ["watch.poll_seconds=0.01", f"checkpoint={run}"]
+    assert run_main("+recipe=watch", *light, *arguments, f"output_dir={tmp_path}/out") == 0
+    result = json.loads((tmp_path / "out" / "curve.json").read_text(encoding="utf-8"))
+    assert ([point["step"] for point in result["points"]], len(result["skipped"])) == ([1, 2], 1)
+    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 100.0)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: last.write_bytes(whole))
+    again = ["resume=auto", f"output_dir={tmp_path}/out"]
+    assert run_main("+recipe=watch", *light, *arguments, *again) == 0
+    result = json.loads((tmp_path / "out" / "curve.json").read_text(encoding="utf-8"))
+    assert ([point["step"] for point in result["points"]], result["skipped"]) == ([1, 2, 3], [])
+
+
+def test_a_watch_of_heads_of_another_backbone_is_refused_at_once(
+    trained: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    save_backbone(other, index_topk=2)
+    arguments = [f"backbone.path={other}", f"checkpoint={trained}", f"output_dir={tmp_path}/out"]
+    assert run_main("+recipe=watch", *light, *arguments) == 2
+    assert "set backbone.path to match" in capfd.readouterr().err
 
 
 def test_a_watch_shows_its_rows_in_the_runs_own_tracker(trained: Path, light: list[str], tmp_path: Path) -> None:
