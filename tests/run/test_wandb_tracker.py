@@ -175,9 +175,9 @@ def test_a_process_beside_a_run_writes_into_it_and_leaves_its_record_alone(tmp_p
     own.mkdir()
     with open_trackers(run) as trackers:
         trackers.log(10, {"loss": 0.5})
-        beside = Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own))
-        with beside:
-            beside.log(10, {"measured": 1.5})
+    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+        beside.log(10, {"measured": 1.5})
+    with open_trackers(run) as trackers:
         trackers.log(20, {"loss": 0.25})
     kept = json.loads((run / "wandb_run.json").read_text(encoding="utf-8"))
     main, other = records(run), records(own)
