@@ -1,6 +1,7 @@
 """`+recipe=compare`: is one head better than another, on the same prompts and the same traces?
 
 python -m mtptrain +recipe=compare checkpoints=[stock,outputs/distill/RUN]
+python -m mtptrain +recipe=compare checkpoints=[stock,[SEED0,SEED1,SEED2]]
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from rich.console import Console
 
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
-from mtptrain.evaluation.compare import compare_heads, print_comparison
-from mtptrain.evaluation.comparison_result import ComparedHead, Comparison
-from mtptrain.evaluation.heads import count_seen, describe_prompts
-from mtptrain.evaluation.metrics import by_domain, summarize
-from mtptrain.evaluation.report.headline import seen_text
-from mtptrain.evaluation.result import SCHEMA
+from mtptrain.evaluation.compare import CountsByLength, Runs, compare_heads, head_sentence, print_comparison
+from mtptrain.evaluation.comparison_result import COMPARISON_SCHEMA, ComparedHead, ComparedRun, Comparison
+from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
+from mtptrain.evaluation.metrics import acceptance_length
+from mtptrain.evaluation.report.headline import chosen_text, seen_text
+from mtptrain.evaluation.runs import runs_by_domain, summarize_runs
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
+from mtptrain.traces.file import Trace
+from mtptrain.training.resume import differences
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
+ONCE = "a setting lists a run once: a copy would pass for another seed"
 
 
 def reads(config: RunConfig) -> Settings:
@@ -34,61 +38,109 @@ def reads(config: RunConfig) -> Settings:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a comparison of one head, or of more heads than there are letters to name them."""
+    """Refuse a comparison of one setting, of more than there are letters to name them, or of a run with itself."""
+    compared = config.compared
     require(
-        2 <= len(config.checkpoints) <= len(ascii_uppercase),
+        2 <= len(compared) <= len(ascii_uppercase),
         "checkpoints",
         config.checkpoints,
         f"compare needs 2 to {len(ascii_uppercase)} of them, e.g. checkpoints=[stock,outputs/distill/RUN]",
     )
+    for paths in compared:
+        require(len(set(paths)) == len(paths), "checkpoints", paths, ONCE)
+        require(len(paths) == 1 or "stock" not in paths, "checkpoints", paths, "the stock head is a setting of its own")
 
 
 def run(session: Session) -> None:
-    """Replay every checkpoint on the same traces and compare each with the first."""
+    """Replay every checkpoint on the same traces and compare each setting with the first."""
     config, folder = session.config, session.folder
-    checkpoints = {path: session.checkpoint(path) for path in config.checkpoints if path != "stock"}
-    for checkpoint in checkpoints.values():
-        checkpoint.head_identity(session.backbone.fingerprint)
-    stock = session.stock_head() if "stock" in config.checkpoints else None
+    for paths in config.compared:
+        _check_runs(session, paths)
     trace_set = prepare_traces(session)
-    traces = trace_set.traces
-    prompts = [trace.prompt for trace in traces]
-    groups = [prompt.group for prompt in prompts]
-    names = [f"{letter} ({path})" for letter, path in zip(ascii_uppercase, config.checkpoints, strict=False)]
-    heads, replays = [], []
-    for name, path in zip(names, config.checkpoints, strict=True):
-        head = stock if path == "stock" and stock else session.trained_head(checkpoints[path])
-        counts = replay_head(session, head.stack, traces)
-        seen = count_seen(head.passages, session.hasher, [prompt.tokens for prompt in prompts])
-        if seen is not None and seen.seen:
-            folder.print_status(seen_text(name, seen))
-        heads.append(
-            ComparedHead(
-                name=name,
-                checkpoint=head.checkpoint,
-                mode=head.mode,
-                depth=head.stack.depth,
-                parameters=head.num_parameters,
-                replay={k: summarize(counts[k], groups) for k in counts},
-                domains=by_domain(counts[max(counts)], groups, [prompt.domain for prompt in prompts]),
-                seen_prompts=seen,
-            )
-        )
-        replays.append(counts)
+    prompts, longest = [trace.prompt for trace in trace_set.traces], config.decoding.draft_length
+    measured = [
+        _measure(session, f"{letter} ({_shown(paths)})", paths, trace_set.traces)
+        for letter, paths in zip(ascii_uppercase, config.compared, strict=False)
+    ]
+    heads, replays = [head for head, _ in measured], [counts for _, counts in measured]
     comparisons = [
-        compare_heads((names[0], name), replays[0], counts, prompts)
-        for name, counts in zip(names[1:], replays[1:], strict=True)
+        compare_heads((heads[0].name, head.name), replays[0], counts, prompts)
+        for head, counts in zip(heads[1:], replays[1:], strict=True)
     ]
     result = Comparison(
-        schema=SCHEMA,
+        schema=COMPARISON_SCHEMA,
         provenance=folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
-        draft_length=config.decoding.draft_length,
+        draft_length=longest,
         heads=heads,
         comparisons=comparisons,
     )
     write_json(folder.path / "comparison.json", to_json(result))
+    console = Console()
+    for head in heads:
+        console.print(head_sentence(head, longest), highlight=False, soft_wrap=True)
     for comparison in comparisons:
-        print_comparison(comparison, Console())
+        print_comparison(comparison, console)
     folder.print_status(f"wrote {folder.path / 'comparison.json'}")
+
+
+def _shown(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{len(paths)} runs: {', '.join(paths)}"
+
+
+def _check_runs(session: Session, paths: list[str]) -> None:
+    """Check the checkpoints of a setting against the backbone and each other.
+
+    Raises:
+        UserError: a head belongs to another backbone, two paths name one checkpoint, or the heads differ in their form.
+    """
+    checkpoints = [session.checkpoint(path) for path in paths if path != "stock"]
+    identities = [one.head_identity(session.backbone.fingerprint) for one in checkpoints]
+    folders = [one.folder.resolve() for one in checkpoints]
+    require(len(set(folders)) == len(folders), "checkpoints", paths, ONCE)
+    forms = sorted({f"mtp.mode={one.mode.value} with mtp.depth={one.depth}" for one in identities})
+    rule = f"the runs of one setting differ in more than their seed: {' and '.join(forms)}; compare them apart"
+    require(len(forms) < 2, "checkpoints", paths, rule)
+    changed = {found.name for one in identities[1:] for found in differences(identities[0], one)} - {"seed"}
+    if changed:
+        session.folder.print_status(f"the runs {', '.join(paths)} also differ in {', '.join(sorted(changed))}")
+
+
+def _measure(session: Session, name: str, paths: list[str], traces: list[Trace]) -> tuple[ComparedHead, Runs]:
+    """Return the entry of a setting in comparison.json, and the counts of its runs."""
+    groups, domains = [trace.prompt.group for trace in traces], [trace.prompt.domain for trace in traces]
+    runs, replays = [], []
+    for path in paths:
+        head = session.head(path)
+        counts = replay_head(session, head.stack, traces)
+        runs.append(_describe_run(session, head, counts, traces))
+        replays.append(counts)
+    longest = session.config.decoding.draft_length
+    entry = ComparedHead(
+        name=name,
+        mode=head.mode,
+        depth=head.stack.depth,
+        parameters=head.num_parameters,
+        runs=runs,
+        replay={k: summarize_runs([counts[k] for counts in replays], groups) for k in replays[0]},
+        domains=runs_by_domain([counts[longest] for counts in replays], groups, domains),
+    )
+    return entry, replays
+
+
+def _describe_run(session: Session, head: Head, counts: CountsByLength, traces: list[Trace]) -> ComparedRun:
+    """Return the entry of a run, and say if its head was trained or chosen on some of the prompts."""
+    prompts = [trace.prompt.tokens for trace in traces]
+    run = ComparedRun(
+        checkpoint=head.checkpoint,
+        acceptance_length={k: acceptance_length(counts[k]) for k in counts},
+        seen_prompts=count_seen(head.passages, session.hasher, prompts),
+        chosen_on=count_chosen(head.selection, prompts),
+    )
+    if run.seen_prompts is not None and run.seen_prompts.seen:
+        session.folder.print_status(seen_text(head.checkpoint, run.seen_prompts))
+    chosen = chosen_text(head.checkpoint, run.chosen_on)
+    if chosen is not None:
+        session.folder.print_status(chosen)
+    return run

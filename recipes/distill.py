@@ -5,6 +5,9 @@ python -m mtptrain +recipe=distill mtp.steps=3 loss.divergence=kl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,13 @@ from mtptrain.config.reads import (
     of_backbone,
     of_loss,
     of_measuring,
+    of_probe,
     of_training,
     of_training_text,
     settings,
 )
 from mtptrain.data.batches import BatchSource, PackedBatches
-from mtptrain.data.passages import Passages
+from mtptrain.data.passages import Passages, prompt_digest
 from mtptrain.data.recorded import RecordedBatches
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
@@ -44,8 +48,9 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
+from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
-from mtptrain.traces.file import Trace
+from mtptrain.traces.file import Trace, record_traces
 from mtptrain.training.checkpoint import (
     BEST,
     MANIFEST,
@@ -58,6 +63,7 @@ from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Probe, Trainer
 
 PROCESSES = "any"
+EXPECTED = "replay/expected_length"  # at temperature 1
 PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
 
 
@@ -66,7 +72,7 @@ def reads(config: RunConfig) -> Settings:
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
     used |= of_measuring(config) | settings("mtp", "evaluate_at_end", "overwrite")
     is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
-    return used | {"evaluation.every"} if is_probed else used
+    return used | of_probe(config) if is_probed else used
 
 
 def check(config: RunConfig) -> None:
@@ -136,12 +142,11 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
-def shared_traces(session: Session, count: int) -> list[Trace]:
-    """Return the traces of `gather_traces` on every process."""
+def shared_traces(session: Session, make: Callable[[], list[Trace]]) -> list[Trace]:
+    """Return the traces that a function decodes on every process; it runs on rank 0 if they share the backbone."""
     if session.config.backbone.placement is not Placement.expert_parallel:
-        return gather_traces(session, count).traces
-    led = lead(session, lambda: gather_traces(session, count).traces)
-    return broadcast_object(led) or []
+        return make()
+    return broadcast_object(lead(session, make)) or []
 
 
 def passages_before(session: Session) -> Passages:
@@ -155,9 +160,12 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
     """Return a probe that replays a small, fixed set of traces while the head trains."""
     config = session.config
     count = min(PROBE_PROMPTS, config.evaluation.num_prompts)
-    traces = shared_traces(session, count)
-    size = min(PROBE_PROMPTS, len(traces))  # a trace set, or conversations, may hold more
-    traces = [traces[number * len(traces) // size] for number in range(size)]
+    gathered = shared_traces(session, lambda: gather_traces(session, count).traces)
+    size = min(PROBE_PROMPTS, len(gathered))  # a trace set, or conversations, may hold more
+    traces = [gathered[number * len(gathered) // size] for number in range(size)]
+    longest = config.decoding.draft_length
+    expected = sampled_session(session) if config.evaluation.best_by == "expected" else None
+    texts = shared_traces(expected, lambda: continue_prompts(expected, traces)) if expected is not None else []
 
     def measure() -> dict[str, float]:
         counts = replay_head(session, stack, traces)
@@ -167,9 +175,32 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
             for k, rate in enumerate(by_position(prompts).conditional, start=1):
                 if rate is not None:
                     figures[f"replay/accepted_{k}_of_{length}"] = rate
+        if expected is not None:
+            at_1 = acceptance_length(replay_head(expected, stack, texts)[longest])
+            figures |= {} if at_1 is None else {f"{EXPECTED}_{longest}": at_1}
         return figures
 
-    return Probe(config.evaluation.every, measure, f"replay/acceptance_length_{config.decoding.draft_length}")
+    score = f"replay/acceptance_length_{longest}" if expected is None else f"{EXPECTED}_{longest}"
+    prompts = [prompt_digest(trace.prompt.tokens) for trace in traces]
+    return Probe(config.evaluation.every, measure, score, prompts)
+
+
+def sampled_session(session: Session) -> Session | None:
+    """Return the session with a decoding policy of temperature 1; None if it has one already."""
+    decoding = session.config.decoding
+    if decoding.temperature == 1:
+        return None
+    inner = copy(session)
+    inner.config = replace(session.config, decoding=replace(decoding, temperature=1.0))
+    inner.__dict__.pop("policy", None)
+    return inner
+
+
+def continue_prompts(session: Session, traces: list[Trace]) -> list[Trace]:
+    """Return new continuations of the prompts of some traces, under the policy of the session."""
+    prompts = [trace.prompt for trace in traces]
+    with waiting(f"continuing {len(prompts)} prompts at temperature {session.policy.temperature:g}"):
+        return record_traces(session.backbone.model, prompts, session.limits, session.policy, session.config.seed)
 
 
 def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Trainer:

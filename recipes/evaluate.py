@@ -6,6 +6,7 @@ python -m mtptrain +recipe=evaluate checkpoint=outputs/distill/RUN
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,19 +16,26 @@ from mtptrain.certificate.logits import certify_logits
 from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_measuring, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, of_measuring, settings
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.compare import CountsByLength, compare_with_stock
 from mtptrain.evaluation.head_result import HeadResult
-from mtptrain.evaluation.heads import Head, count_seen, describe_policy, describe_prompts, teacher_forced
+from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_policy, describe_prompts, teacher_forced
 from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.plausibility import summarize_heads
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
-from mtptrain.evaluation.result import EVALUATION_FILE, SCHEMA, Evaluation, StepLatency, write_evaluation
+from mtptrain.evaluation.result import (
+    EVALUATION_FILE,
+    SCHEMA,
+    Evaluation,
+    StepLatency,
+    read_evaluation,
+    write_evaluation,
+)
 from mtptrain.evaluation.speedup import (
     BatchRuns,
     batch_length,
@@ -38,13 +46,16 @@ from mtptrain.evaluation.speedup import (
 )
 from mtptrain.evaluation.steptime import describe_times, measure_steps
 from mtptrain.mtp.start import has_stock
+from mtptrain.recipes.curve import CurveBuilder, UnreadableError, chosen_to_decode, session_in
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
-from mtptrain.traces.file import Trace
+from mtptrain.traces.file import Trace, TraceSet
+from mtptrain.training.checkpoint import checkpoint_name, open_checkpoint
+from mtptrain.training.run_checkpoints import checkpoints_of_run
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -157,13 +168,20 @@ def measure_head(
         samples=sample_texts(tokenizer, runs, head.name, longest),
         seen_prompts=count_seen(head.passages, session.hasher, [trace.prompt.tokens for trace in traces]),
         other_drafts=None if other is None else {k: summarize(other[k], groups) for k in other},
+        chosen_on=count_chosen(head.selection, [trace.prompt.tokens for trace in traces]),
     )
     return result, counts
 
 
-def evaluate_heads(session: Session, heads: list[Head]) -> Evaluation:
-    """Measure heads on one backbone, write evaluation.json and report.html, and print the summary."""
-    longest, trace_set = session.config.decoding.draft_length, prepare_traces(session)
+def evaluate_heads(session: Session, heads: list[Head], trace_set: TraceSet | None = None) -> Evaluation:
+    """Measure heads on one backbone, write evaluation.json and report.html, and print the summary.
+
+    Args:
+        session: of the run.
+        heads: to measure.
+        trace_set: texts that were prepared before; None prepares them.
+    """
+    longest, trace_set = session.config.decoding.draft_length, trace_set or prepare_traces(session)
     traces = trace_set.traces
     runs = run_loops(session, heads, traces)
     measured = {head.name: measure_head(session, head, traces, runs[min(runs)]) for head in heads}
@@ -206,12 +224,22 @@ def require_certificate(evaluation: Evaluation) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
-    used = ALWAYS | of_backbone(config) | of_measuring(config) | settings("checkpoint", "tracking", "overwrite")
+    used = ALWAYS | of_backbone(config) | settings("checkpoint", "checkpoints", "tracking", "overwrite")
+    used |= of_curve(config) if config.measures_all else of_measuring(config)
     return used - {"tracking.checkpoints", "tracking.metrics_file"}
 
 
 def check(config: RunConfig) -> None:
-    """Refuse an evaluation without a head."""
+    """Refuse an evaluation without a head, of several heads, or of all checkpoints of no run."""
+    if config.checkpoints and not config.measures_all:
+        raise UserError(
+            f"checkpoints={config.checkpoints}: evaluate takes one head, checkpoint=PATH, and with checkpoints=all "
+            "every checkpoint of its run; +recipe=compare takes several heads"
+        )
+    if config.measures_all and config.checkpoint in (None, "stock"):
+        raise UserError(
+            f"checkpoints=all: needs the folder of a run, and checkpoint={config.checkpoint}; set it to RUN"
+        )
     if config.checkpoint is None:
         raise UserError("checkpoint=null: evaluate needs a head; give a run folder, a step_* folder, or `stock`")
 
@@ -221,6 +249,9 @@ def run(session: Session) -> None:
 
     The exit code is 3 if the certificate failed.
     """
+    if session.config.measures_all:
+        run_all(session)
+        return
     setting = str(session.config.checkpoint)
     checkpoint = None if setting == "stock" else session.checkpoint(setting)
     heads = []
@@ -232,3 +263,52 @@ def run(session: Session) -> None:
         evaluation = evaluate_heads(session, heads)
         publish(trackers, session.folder, evaluation)
     require_certificate(evaluation)
+
+
+def run_all(session: Session) -> None:
+    """Measure every checkpoint of the run in `checkpoint` by replay, and decode those of `evaluation.decoded`.
+
+    Raises:
+        UserError: the run has no usable checkpoint.
+        SystemExit: with exit code 3, if the certificate of a decoded one failed.
+    """
+    root = checkpoints_of_run(Path(str(session.config.checkpoint)))
+    with session.folder.open_trackers() as trackers:
+        builder = CurveBuilder(session, root, trackers)
+        pending = builder.pending()
+        with Progress("measuring checkpoints", len(pending), unit="checkpoints") as progress:
+            for number, (step, folder) in enumerate(pending.items(), start=1):
+                try:
+                    builder.measure(folder)
+                except UnreadableError as error:
+                    builder.skip(folder, str(error))
+                progress.update(number, f"step {step}", 1)
+        if not builder.curve.points:
+            raise UserError(f"checkpoint={session.config.checkpoint}: no checkpoint of it can be measured; see above")
+        builder.finish()
+        evaluations = decode_checkpoints(session, builder)
+        for evaluation in evaluations.values():
+            publish(trackers, session.folder, evaluation)
+    require_all(evaluations)
+
+
+def decode_checkpoints(session: Session, builder: CurveBuilder) -> dict[Path, Evaluation]:
+    """Evaluate the checkpoints of `evaluation.decoded`, each into a folder named after its step; keep finished ones."""
+    evaluations = {}
+    for point in chosen_to_decode(builder):
+        folder = session.folder.path / checkpoint_name(point.step)
+        if (folder / EVALUATION_FILE).exists() and session.config.resume == "auto":
+            evaluations[folder] = read_evaluation(folder, "output_dir")
+            continue
+        inner = session_in(session, folder)
+        heads = [inner.trained_head(open_checkpoint(Path(point.checkpoint)))]
+        if builder.stock is not None:
+            heads.insert(0, inner.stock_head())
+        evaluations[folder] = evaluate_heads(inner, heads, builder.trace_set)
+    return evaluations
+
+
+def require_all(evaluations: dict[Path, Evaluation]) -> None:
+    """End the run with exit code 3 if a certificate failed; call it once everything is written."""
+    for evaluation in evaluations.values():
+        require_certificate(evaluation)

@@ -56,7 +56,9 @@ def check_inputs(session: Session, reads: Settings) -> None:
 def check_heads(session: Session, reads: Settings) -> None:
     """Refuse a head that the backbone does not have, or whose folder holds no usable checkpoint of this backbone."""
     config = session.config
-    paths = config.checkpoints if "checkpoints" in reads else [config.checkpoint] if "checkpoint" in reads else []
+    paths = [path for group in config.compared for path in group] if "checkpoints" in reads else []
+    if "checkpoint" in reads and "watch.minutes" not in reads:  # a watched run may have no checkpoint yet
+        paths.append(str(config.checkpoint))
     for path in paths:
         if path == "stock" and config.task == "doctor":  # it examines incomplete heads, too
             stored_head(session.source)

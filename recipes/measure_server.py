@@ -139,7 +139,7 @@ def run(session: Session) -> None:
         server=client.server,
         model=client.model,
         checkpoint=head.checkpoint,
-        policy=describe_policy(session.policy),
+        policy=describe_policy(session.policy, session.config.decoding.served_as),
         prompts=describe_prompts(trace_set),
         draft_length=k,
         served=agreement.served,

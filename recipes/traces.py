@@ -104,9 +104,8 @@ def _header(session: Session, backbone: str, sources: list[Source], dropped: int
     )
 
 
-def _read_traces(session: Session) -> TraceSet:
-    """Read `evaluation.traces`; refuse traces of another backbone, policy or limits."""
-    path = Path(str(session.config.evaluation.traces))
+def kept_traces(session: Session, path: Path) -> TraceSet:
+    """Return the traces of a file; refuse those of another backbone, policy or limits."""
     traces = read_trace_set(path)
     check_trace_set(path, traces.header, _header(session, session.fingerprint, [], 0))
     _check_trace_rooms(session, traces)
@@ -139,13 +138,13 @@ def check_prompts(session: Session) -> None:
 def check_traces(session: Session) -> None:
     """Refuse `evaluation.traces` of another backbone, policy or limits; loads the backbone's weights."""
     if session.config.evaluation.traces is not None:
-        _read_traces(session)
+        kept_traces(session, Path(str(session.config.evaluation.traces)))
 
 
 def say_seen_prompts(session: Session, passages: Passages) -> None:
     """Say before a training how many of the prompts that will measure the head are in its training text, if any."""
     if session.config.evaluation.traces is not None:
-        prompts = [trace.prompt for trace in _read_traces(session).traces]
+        prompts = [trace.prompt for trace in kept_traces(session, Path(str(session.config.evaluation.traces))).traces]
     else:
         prompts = [one.prompt for one in open_prompts(session, session.config.evaluation.num_prompts)[0]]
     seen = count_seen(passages, session.hasher, [prompt.tokens for prompt in prompts])
@@ -178,7 +177,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
     """Return the traces of `evaluation.traces`, or the backbone's continuations of at most `count` prompts."""
     config = session.config
     if config.evaluation.traces is not None:
-        traces = _read_traces(session)
+        traces = kept_traces(session, Path(str(session.config.evaluation.traces)))
         session.folder.print_status(f"measuring on the {len(traces.traces)} traces of {config.evaluation.traces}")
         return replace(traces, traces=_join_copies(session, traces.traces))
     conversations, sources = open_prompts(session, count)

@@ -33,7 +33,7 @@ from mtptrain.config.choices import (
     WeightFormat,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
-from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, WatchConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, did_you_mean, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
@@ -89,6 +89,7 @@ __all__ = [
     "TrainConfig",
     "Turns",
     "Verification",
+    "WatchConfig",
     "WeightFormat",
     "did_you_mean",
     "register",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtptrain.config.choices import DraftChoice, PastDepth, ServedAs
-from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, ranged, require
+from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, one_of, ranged, require
 from mtptrain.kernels.choices import Verification
 
 DIFFERENT_SIZES = "must be different numbers of prompts, each at least 1"
@@ -88,9 +88,25 @@ class EvaluationConfig:
     batch_sizes: list[int] = ranged([1], at_least=1, rule=DIFFERENT_SIZES)
     heldout_sequences: int = ranged(96, at_least=1)  # held-out sequences for the teacher-forced metrics
     every: int = ranged(0, at_least=0)  # training steps between replays of a few prompts; 0 = only at the end
+    # Choice of the checkpoint `best`: acceptance length under the decoding policy, or expected at temperature 1, whose
+    # error over so few prompts is smaller.
+    best_by: str = one_of("expected", "expected", "policy")
     include_stock: bool = True  # measure the stock head beside the checkpoint
+    # Checkpoints of a whole run that are also decoded, with certificate and speed; the others are only replayed.
+    decoded: str = one_of("last", "last", "best", "all", "none")
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation")
         sizes = self.batch_sizes
         require(0 < len(sizes) == len(set(sizes)), "evaluation.batch_sizes", sizes, DIFFERENT_SIZES)
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchConfig:
+    """Measurement of a run's checkpoints while it trains elsewhere."""
+
+    poll_seconds: float = ranged(30.0, above=0)  # between two looks at the run's folder
+    minutes: float = ranged(1440.0, at_least=0)  # the watch ends after this time, also if the run is not finished
+
+    def __post_init__(self) -> None:
+        check_fields(self, "watch")

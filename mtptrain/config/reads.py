@@ -118,6 +118,25 @@ def of_measuring(config: RunConfig) -> Settings:
     return sizes | of_traces(config) | of_heldout_text(config) | {"data.sequence_length", "evaluation.include_stock"}
 
 
+def of_curve(config: RunConfig) -> Settings:
+    """Return the settings of a measurement of all checkpoints of a run, some of which are decoded."""
+    if config.evaluation.decoded != "none":
+        return of_measuring(config) | {"evaluation.decoded"}
+    used = (
+        of_traces(config) | of_heldout_text(config) | settings("data.sequence_length", "evaluation.heldout_sequences")
+    )
+    return used | {"evaluation.include_stock", "evaluation.decoded"}
+
+
+def of_probe(config: RunConfig) -> Settings:
+    """Return the settings of the measurements during a training, by which it chooses its best checkpoint."""
+    return (
+        settings("evaluation.every", "evaluation.best_by")
+        if config.evaluation.every > 0
+        else settings("evaluation.every")
+    )
+
+
 def of_loss(config: RunConfig) -> Settings:
     """Return the settings of the loss: without the temperature for cross-entropy, without the decay for `chain`."""
     unread = {"ce": "loss.temperature", "chain": "loss.step_decay"}.get(config.loss.divergence.value)

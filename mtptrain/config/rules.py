@@ -13,6 +13,7 @@ from mtptrain.errors import UserError
 MAX_DRAFT_LENGTH = 8
 HELDOUT = "heldout"  # of `prompts`: slices of the held-out documents
 TRAINING = "training"  # of `on_policy.prompts`: slices of the training documents
+ALL_CHECKPOINTS = "all"  # of `checkpoints`: every checkpoint of a run
 
 
 def require(condition: bool, setting: str, value: Any, rule: str) -> None:
@@ -103,6 +104,23 @@ def check_fields(section: Any, name: str) -> None:
         items = value if isinstance(value, list) else [value]
         rule = "must be finite" if value == math.inf else part.metadata["rule"]
         require(all(item in allowed for item in items), f"{name}.{part.name}".removeprefix("."), value, rule)
+
+
+def checkpoint_groups(given: Any) -> list[list[str]]:
+    """Return the heads that `checkpoints` lists: a path stands alone, and a list in the list is one setting's seeds.
+
+    Raises:
+        UserError: the value is neither `all` nor such a list.
+    """
+    if given == ALL_CHECKPOINTS:
+        return []
+    groups = [[one] if isinstance(one, str) else one for one in given] if isinstance(given, list) else None
+    is_sound = groups is not None and all(
+        isinstance(group, list) and group and all(isinstance(one, str) and one for one in group) for group in groups
+    )
+    rule = "must be `all`, or a list such as checkpoints=[A,B]; the seeds of one setting are a list in it: [[A0,A1],B]"
+    require(is_sound, "checkpoints", given, rule)
+    return groups or []
 
 
 def prompt_names(setting: str, given: Any, default: str) -> list[str]:

@@ -18,10 +18,19 @@ from mtptrain.config.choices import (
 )
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.deepspeed import passed_settings
-from mtptrain.config.measurement import DecodingConfig, EvaluationConfig
+from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, WatchConfig
 from mtptrain.config.paths import expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
-from mtptrain.config.rules import HELDOUT, check_fields, one_of, prompt_names, ranged, require
+from mtptrain.config.rules import (
+    ALL_CHECKPOINTS,
+    HELDOUT,
+    check_fields,
+    checkpoint_groups,
+    one_of,
+    prompt_names,
+    ranged,
+    require,
+)
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
 
 # Why stage 3 refuses bf16.
@@ -75,7 +84,9 @@ class RunConfig:
     # evaluate, doctor, export, measure_server: a checkpoint's, a run's or an export's folder, or `stock`, or
     # hf://ORGANISATION/NAME.
     checkpoint: str | None = None
-    checkpoints: list[str] = field(default_factory=list)  # compare: two or more of these; the first is the baseline
+    # compare: two or more of these, the first is the baseline; the seeds of one setting are a list: [[A0,A1],[B0,B1]].
+    # evaluate: `all` measures every checkpoint of the run in `checkpoint`.
+    checkpoints: Any = field(default_factory=list)
     url: str | None = None  # measure_server: address of a running vLLM or SGLang server
     path: str | None = None  # report: an evaluation.json, or the folder of its run
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
@@ -92,6 +103,7 @@ class RunConfig:
     stock_head: StockHeadConfig = field(default_factory=StockHeadConfig)  # recipe=backbone: training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -112,6 +124,7 @@ class RunConfig:
         if self.task != "plan":  # a plan reads no data
             self.data.require_path()
         self._check_engine()
+        checkpoint_groups(self.checkpoints)
         self._check_prompts()
         self._check_streams()
         self._check_on_policy()
@@ -127,6 +140,16 @@ class RunConfig:
             self.resume_allow,
             "names settings that may differ from the run to continue; add resume=auto",
         )
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether every checkpoint of a run is to be measured."""
+        return bool(self.checkpoints == ALL_CHECKPOINTS)
+
+    @property
+    def compared(self) -> list[list[str]]:
+        """The heads to compare: for each setting, the checkpoints of its seeds."""
+        return checkpoint_groups(self.checkpoints)
 
     def _check_prompts(self) -> None:
         """Convert `prompts` to a list of names, and refuse it together with `evaluation.traces`."""

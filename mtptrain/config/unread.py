@@ -23,8 +23,9 @@ OTHER_RECIPE = {
     "backbone.weights": "a miniature is made of decoded weights",
     "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
+    "watch": "+recipe=watch measures a run while it trains elsewhere",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
-    "checkpoints": "evaluate, doctor, export and measure_server take one head: checkpoint=PATH",
+    "checkpoints": "doctor, export and measure_server take one head: checkpoint=PATH",
     "hardware": "a run uses the hardware of its machine",
     "path": "data.path and backbone.path name a text and a backbone",
 }

@@ -12,6 +12,7 @@ Source: FracMinHash, Irber et al. 2022 (bioRxiv 2022.01.11.475838).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -163,3 +164,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def prompt_digest(tokens: list[int]) -> str:
+    """Return a short digest of a prompt's token ids, which tells prompts apart without their text."""
+    return hashlib.sha256(np.array(tokens, np.int64).tobytes()).hexdigest()[:16]

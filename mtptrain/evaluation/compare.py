@@ -1,35 +1,34 @@
-"""Comparison of two heads on the same traces: paired gains, and a verdict in words."""
+"""Comparison of two settings on the same traces: paired gains, and a verdict in words.
+
+A setting is one head, or the heads of several runs that differ in their seed. One head against one has the bootstrap of
+`metrics.py`; with several runs on a side, intervals hold both sources of variation, see `crossed.py`.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mtptrain.evaluation.comparison_result import HeadComparison, PromptGains
+from mtptrain.evaluation.comparison_result import ComparedHead, HeadComparison, PromptGains
 from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.metrics import (
-    domain_rows,
-    have_passes,
-    paired_gain,
-    paired_gain_by_domain,
-    paired_position_gain,
-)
+from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_gain_by_domain
+from mtptrain.evaluation.runs import gain_of_runs, position_gain_of_runs
 from mtptrain.replay.replay import Counts
 from mtptrain.traces.prompts import Prompt
 
 CountsByLength = dict[int, list[Counts]]  # counts of every prompt, by draft length
+Runs = list[CountsByLength]  # of the runs of one setting
 NO_PASSES = "no verify pass: every text ends at its first token"
 
 
-def compare_heads(
-    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
-) -> HeadComparison:
+def compare_heads(names: tuple[str, str], base: Runs, other: Runs, prompts: list[Prompt]) -> HeadComparison:
     """Return the gains of `other` over `base`, on all prompts and by domain.
 
     Args:
         names: of base and other.
-        base: counts of the base head on the traces.
-        other: counts of the other head on the same traces.
+        base: counts of every run of the base on the traces.
+        other: the same of the other setting, on the same traces.
         prompts: of the traces.
     """
     pooled = compare_prompts(names, base, other, prompts)
@@ -37,7 +36,7 @@ def compare_heads(
         domain: _compare_domain(names, _take(base, rows), _take(other, rows), [prompts[i] for i in rows])
         for domain, rows in domain_rows([prompt.domain for prompt in prompts]).items()
     }
-    at_longest = {domain: gains and gains.gain[max(base)] for domain, gains in domains.items()}
+    at_longest = {domain: gains and gains.gain[max(base[0])] for domain, gains in domains.items()}
     worse = [domain for domain, gain in at_longest.items() if gain and gain.is_clear_loss]
     warning = f"; WORSE on {', '.join(worse)}" if worse and len(domains) > 1 else ""
     return HeadComparison(
@@ -52,29 +51,29 @@ def compare_heads(
     )
 
 
-def compare_prompts(
-    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
-) -> PromptGains:
+def compare_prompts(names: tuple[str, str], base: Runs, other: Runs, prompts: list[Prompt]) -> PromptGains:
     """Return the gains of `other` on some prompts."""
-    groups, longest = [prompt.group for prompt in prompts], max(base)
-    gain = {k: paired_gain(base[k], other[k], groups) for k in base}
+    groups, longest = [prompt.group for prompt in prompts], max(base[0])
+    gain = {k: gain_of_runs(_at(base, k), _at(other, k), groups) for k in base[0]}
     return PromptGains(
         prompts=len(prompts),
         gain=gain,
-        gain_by_position=paired_position_gain(base[longest], other[longest], groups),
+        gain_by_position=position_gain_of_runs(_at(base, longest), _at(other, longest), groups),
         verdict=gain_sentence(names, gain[longest], longest),
     )
 
 
-def _compare_domain(
-    names: tuple[str, str], base: CountsByLength, other: CountsByLength, prompts: list[Prompt]
-) -> PromptGains | None:
+def _compare_domain(names: tuple[str, str], base: Runs, other: Runs, prompts: list[Prompt]) -> PromptGains | None:
     """Return `compare_prompts`; None if no text of the domain needed a pass."""
-    return compare_prompts(names, base, other, prompts) if have_passes(base[max(base)]) else None
+    return compare_prompts(names, base, other, prompts) if have_passes(base[0][max(base[0])]) else None
 
 
-def _take(counts: CountsByLength, rows: list[int]) -> CountsByLength:
-    return {k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()}
+def _take(runs: Runs, rows: list[int]) -> Runs:
+    return [{k: [of_prompts[i] for i in rows] for k, of_prompts in counts.items()} for counts in runs]
+
+
+def _at(runs: Runs, length: int) -> list[list[Counts]]:
+    return [counts[length] for counts in runs]
 
 
 def gain_sentence(names: tuple[str, str], gain: Gain | None, draft_length: int) -> str:
@@ -90,6 +89,23 @@ def gain_sentence(names: tuple[str, str], gain: Gain | None, draft_length: int) 
     return (
         f"no evidence that {other} and {base} differ: {gain.gain:+.2f} tokens a pass ({low:+.2f} to {high:+.2f}) at "
         f"K={draft_length}; these prompts would have shown {gain.detectable:.2f}"
+    )
+
+
+def head_sentence(head: ComparedHead, draft_length: int) -> str:
+    """Return the acceptance length of a setting at one draft length, as one sentence; of several runs, their mean."""
+    measured = head.replay[draft_length]
+    if measured.acceptance_length is None or measured.interval is None:
+        return f"{head.name}: {NO_PASSES}"
+    low, high = measured.interval
+    lead = f"{head.name}: {measured.acceptance_length:.3f} tokens a pass at K={draft_length}"
+    if len(head.runs) == 1:
+        return f"{lead} ({low:.3f} to {high:.3f} over prompts)"
+    lengths = [one for run in head.runs if (one := run.acceptance_length[draft_length]) is not None]
+    shown = ", ".join(f"{length:.3f}" for length in lengths)
+    return (
+        f"{lead}, mean of {len(head.runs)} runs ({low:.3f} to {high:.3f} over runs and prompts); runs {shown}, "
+        f"standard deviation {float(np.std(lengths, ddof=1)):.3f}"
     )
 
 

@@ -6,34 +6,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtptrain.evaluation.head_result import Acceptance, Gain, SeenPrompts
+from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PromptsResult
 from mtptrain.run.provenance import Provenance
+
+COMPARISON_SCHEMA = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedRun:
+    """One run of a compared setting.
+
+    Attributes:
+        checkpoint: its folder, or `stock`.
+        acceptance_length: by draft length; None without verify passes.
+        seen_prompts: prompts that the head saw in training; None if its training text is unknown.
+        chosen_on: prompts that chose the head as the best of its run; None if it was not chosen or this is unknown.
+    """
+
+    checkpoint: str
+    acceptance_length: dict[int, float | None]
+    seen_prompts: SeenPrompts | None = None
+    chosen_on: ChosenOn | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedHead:
-    """One of the compared heads.
+    """One of the compared settings: a head, or those of several runs.
 
     Attributes:
-        name: a letter and the checkpoint.
-        checkpoint: its folder, or `stock`.
+        name: a letter and the checkpoint, or the number of runs.
         mode: `shared` or `stacked`.
         depth: modules.
         parameters: of all modules.
-        replay: by draft length.
+        runs: the runs.
+        replay: by draft length; of several runs, the mean with an interval over runs and prompts.
         domains: by domain, at the longest draft length; None for a domain without verify passes.
-        seen_prompts: prompts that the head saw in training; None if its training text is unknown.
     """
 
     name: str
-    checkpoint: str
     mode: str
     depth: int
     parameters: int
+    runs: list[ComparedRun]
     replay: dict[int, Acceptance]
     domains: dict[str, Acceptance | None]
-    seen_prompts: SeenPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,21 @@ class SeenPrompts:
     seen: int
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenOn:
+    """The prompts that chose a checkpoint as the best of its run.
+
+    Attributes:
+        prompts: all prompts of this measurement.
+        shared: those of them on which the checkpoint was chosen.
+        by: name of the metric that chose it.
+    """
+
+    prompts: int
+    shared: int
+    by: str
+
+
 class BucketKind(Enum):
     """A way of sorting drafted tokens into buckets."""
 
@@ -256,6 +271,7 @@ class HeadResult:
         loop: of the prompts that the loop decoded, by draft length, smallest batch.
         samples: some of the decoded texts.
         seen_prompts: prompts that the head saw in training; None if its training text is unknown.
+        chosen_on: prompts that chose the head as the best of its run; None if it was not chosen or this is unknown.
     """
 
     name: str
@@ -274,6 +290,7 @@ class HeadResult:
     samples: list[Sample]
     seen_prompts: SeenPrompts | None = None
     other_drafts: dict[int, Acceptance] | None = None
+    chosen_on: ChosenOn | None = None
 
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""

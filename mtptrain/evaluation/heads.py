@@ -11,14 +11,15 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.config import DraftChoice, LossConfig, ServedAs
 from mtptrain.data.packing import pack_corpus, split_rows, spread_rows
-from mtptrain.data.passages import FOUND, PassageHasher, Passages
+from mtptrain.data.passages import FOUND, PassageHasher, Passages, prompt_digest
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.head_result import SeenPrompts, TeacherForced
+from mtptrain.evaluation.head_result import ChosenOn, SeenPrompts, TeacherForced
 from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import TraceSet
+from mtptrain.training.checkpoint import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Head:
         mode: `shared` or `stacked`.
         stack: its modules, in eval mode.
         passages: of the text that it was trained on; None if unknown.
+        selection: how it was chosen as the best of its run; None if it was not, or this is unknown.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Head:
     mode: str
     stack: MtpStack
     passages: Passages | None = None
+    selection: Selection | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +90,20 @@ def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[l
         return None
     shares = [share for tokens in prompts if (share := passages.share_of(hasher.prompt(tokens))) is not None]
     return SeenPrompts(prompts=len(prompts), checked=len(shares), seen=sum(share >= FOUND for share in shares))
+
+
+def count_chosen(selection: Selection | None, prompts: list[list[int]]) -> ChosenOn | None:
+    """Return how many prompts chose a head as the best of its run; None if it was not chosen.
+
+    Args:
+        selection: of the head's checkpoint.
+        prompts: token ids.
+    """
+    if selection is None:
+        return None
+    used = set(selection.prompts)
+    shared = sum(prompt_digest(tokens) in used for tokens in prompts)
+    return ChosenOn(prompts=len(prompts), shared=shared, by=selection.by)
 
 
 def describe_prompts(traces: TraceSet) -> PromptsResult:

@@ -21,7 +21,7 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
 from mtptrain.traces.prompts import Source
 
-SCHEMA = 4  # of evaluation.json and comparison.json
+SCHEMA = 4  # of evaluation.json
 EVALUATION_FILE = "evaluation.json"
 
 

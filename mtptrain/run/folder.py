@@ -26,7 +26,8 @@ from mtptrain.run.tracking import METRICS_FILE, MetricsLog, Trackers
 from mtptrain.run.typed_json import from_json, to_json
 
 PROVENANCE_FILE = "provenance.json"
-RESULTS = ("evaluation.json", "comparison.json", "doctor.json", "plan.json", "report.html")
+CURVE_FILE = "curve.json"  # of all checkpoints of a run; an interrupted measurement can go on
+RESULTS = ("evaluation.json", "comparison.json", "doctor.json", "plan.json", "report.html", CURVE_FILE)
 
 
 class FolderUse(Enum):
@@ -110,7 +111,8 @@ class RunFolder:
             if has_training or has_parts:
                 kind = "training run" if has_training else "cache or texts"
                 raise UserError(f"{where}: already holds a {kind}; choose another folder")
-            if results and not config.overwrite:
+            goes_on = results == [CURVE_FILE] and config.resume == "auto"
+            if results and not config.overwrite and not goes_on:
                 raise UserError(
                     f"{where}: already holds {results[0]}; choose another folder, or set overwrite=true to replace it"
                 )
@@ -134,6 +136,8 @@ class RunFolder:
         written = [name for name in RESULTS if (self.path / name).exists()]
         if self.use is FolderUse.run and steps:
             return f"step {int(steps[-1].name.removeprefix('step_'))} is saved; {on}"
+        if self.use is FolderUse.result and (self.path / CURVE_FILE).exists():
+            return f"the finished measurements in {self.path / CURVE_FILE} are kept; {on}"
         if parts:
             return f"the finished parts in {parts[0]} are kept; {on}"
         if self.use is FolderUse.result and written and not self.config.overwrite:

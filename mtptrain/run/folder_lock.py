@@ -143,6 +143,12 @@ def require_free(folder: Path, setting: str) -> None:
             _require_stale(path, _read(path), f"{setting}={folder}")
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a run is writing a folder."""
+    path = lock_path(folder)
+    return path.exists() and not _is_stale(path, _read(path))
+
+
 def _create(path: Path, where: str) -> Holder:
     """Create a lock file, and its folder, and return its holder; replace a stale lock."""
     process, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")

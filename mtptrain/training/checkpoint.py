@@ -36,6 +36,7 @@ EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 PASSAGES = "passages.npz"
 SHARD = re.compile(r"[a-z]+-\d{5}-of-(\d{5})\.safetensors")
 T = TypeVar("T")
+SELECTION = "selection"  # counter in `best`: how it was chosen
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -138,6 +139,10 @@ class Checkpoint:
         path = self.folder / PASSAGES
         return read_passages(path) if path.is_file() else None
 
+    def selection(self) -> Selection | None:
+        """Return how the checkpoint was chosen as the best of its run; None for any other checkpoint."""
+        return Selection.of(self.counters)
+
     def head_identity(self, fingerprint: str | None) -> HeadIdentity:
         """Return the identity of the stored head, checked against the backbone.
 
@@ -158,6 +163,25 @@ class Checkpoint:
         settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
         check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
         return self.identity
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The choice of a checkpoint as the best of its run.
+
+    Attributes:
+        by: name of the metric.
+        prompts: digests of the prompts that it was measured on.
+    """
+
+    by: str
+    prompts: list[str]
+
+    @classmethod
+    def of(cls, counters: dict[str, Any]) -> Selection | None:
+        """Return the selection that the counters of a checkpoint hold."""
+        stored = counters.get(SELECTION)
+        return cls(str(stored["by"]), list(stored["prompts"])) if stored else None
 
 
 def checkpoint_name(step: int) -> str:

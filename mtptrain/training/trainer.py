@@ -36,6 +36,7 @@ from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
     OPTIMIZER,
+    SELECTION,
     Checkpoint,
     TrainerState,
     TrainingIdentity,
@@ -62,6 +63,7 @@ class Objective(Protocol):
         ...
 
 
+BEST_METRIC = "best_metric"  # counter in a checkpoint: the metric of `best_score`
 POSITIONS = "data_positions"  # counter in a checkpoint: the data position of every process
 
 
@@ -116,11 +118,13 @@ class Probe:
         every: steps between measurements; the last step is measured too.
         measure: returns the metrics to log.
         score: name of the metric that selects the best checkpoint; larger is better.
+        prompts: digests of the prompts that it is measured on, kept with the best checkpoint.
     """
 
     every: int
     measure: Callable[[], dict[str, float]]
     score: str
+    prompts: Sequence[str] = ()
 
 
 class Trainer:
@@ -154,6 +158,7 @@ class Trainer:
         self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
         self.stop_request = StopRequest()
         self.step = 0
+        self.best_metric: str | None = None  # that of the counter `best_score`
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
     def restore(self, checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> list[Difference]:
@@ -178,6 +183,7 @@ class Trainer:
             torch.cuda.set_rng_state(random["cuda"])
         self.step = checkpoint.step
         self.counters = dict(checkpoint.counters)
+        self.best_metric = self.counters.pop(BEST_METRIC, None)
         index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
         passages = checkpoint.passages()
         if checkpoint.identity.data == self.identity.data:
@@ -193,6 +199,10 @@ class Trainer:
         counters = dict(self.counters)
         if any(positions):
             counters[POSITIONS] = positions
+        if self.best_metric is not None:
+            counters[BEST_METRIC] = self.best_metric
+        if name == BEST and self.probe is not None:
+            counters[SELECTION] = {"by": self.probe.score, "prompts": [*self.probe.prompts]}
         save_checkpoint(folder, self.engine.state(), self.identity, TrainerState(self.step, counters), passages)
         on_rank0(lambda: prune_checkpoints(self.checkpoints, self.config.keep_checkpoints))
         return folder
@@ -294,6 +304,9 @@ class Trainer:
     def _measure(self, probe: Probe, log: MetricsLog) -> None:
         metrics = broadcast_object(probe.measure())  # every process measures: its share of the head may be needed
         log.write(self.step, metrics)
+        if self.best_metric != probe.score:  # an earlier start of the run chose by another one
+            self.best_metric = probe.score
+            self.counters.pop("best_score", None)
         if metrics.get(probe.score, -math.inf) > self.counters.get("best_score", -math.inf):
             self.counters.update(best_score=metrics[probe.score], best_step=self.step)
             self.save(BEST)

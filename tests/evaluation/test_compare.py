@@ -32,7 +32,7 @@ def compare_heads(
     names: tuple[str, str], base: CountsByLength, other: CountsByLength, domain: str = "text"
 ) -> HeadComparison:
     prompts = [Prompt([0], domain, number) for number in range(len(next(iter(base.values()))))]
-    return compare(names, base, other, prompts)
+    return compare(names, [base], [other], prompts)
 
 
 def test_the_verdict_on_a_clear_gain_has_its_interval() -> None:
@@ -78,7 +78,7 @@ def test_a_domain_that_gets_worse_is_flagged_though_the_pool_gains() -> None:
     base = {k: replayed([0.3, 0.3], 8)[k] + replayed([0.7, 0.7], 9, 12)[k] for k in (1, 2)}
     other = {k: replayed([0.8, 0.8], 10)[k] + replayed([0.3, 0.3], 11, 12)[k] for k in (1, 2)}
     prompts = [Prompt([0], "chat" if number < 60 else "code", number) for number in range(72)]
-    result = compare(("A", "B"), base, other, prompts)
+    result = compare(("A", "B"), [base], [other], prompts)
     assert result.worse_on == ["code"]
     assert result.verdict.startswith("B accepts 0.")
     assert "more tokens" in result.verdict
@@ -90,7 +90,7 @@ def test_a_domain_that_gets_worse_is_flagged_though_the_pool_gains() -> None:
 def test_a_domain_without_passes_is_compared_to_nothing() -> None:
     base, other = ({k: [*replayed([rate, rate], 8)[k], count_passes([], k)] for k in (1, 2)} for rate in (0.3, 0.8))
     prompts = [Prompt([0], "chat" if number < 60 else "silent", number) for number in range(61)]
-    result = compare(("A", "B"), base, other, prompts)
+    result = compare(("A", "B"), [base], [other], prompts)
     assert result.domains["silent"] is None
     assert result.worse_on == []
     stream = io.StringIO()
@@ -102,3 +102,28 @@ def test_one_domain_is_not_flagged_beside_the_whole() -> None:
     result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
     assert result.domains["text"].gain == result.gain
     assert "WORSE" not in result.verdict
+
+
+def seeds(rates: list[list[float]], seed: int) -> list[CountsByLength]:
+    return [replayed(one, seed + number) for number, one in enumerate(rates)]
+
+
+def test_runs_that_differ_more_than_the_settings_give_no_evidence() -> None:
+    """Each pair of single runs would be a clear gain; between the settings lies less than between their seeds."""
+    prompts = [Prompt([0], "text", number) for number in range(60)]
+    base, other = seeds([[0.3, 0.4], [0.5, 0.4], [0.7, 0.4]], 0), seeds([[0.4, 0.4], [0.6, 0.4], [0.8, 0.4]], 9)
+    assert compare(("A", "B"), base[:1], other[:1], prompts).gain[2].is_clear
+    result = compare(("A", "B"), base, other, prompts)
+    assert result.verdict.startswith("no evidence that B and A differ")
+    wide, narrow = result.gain[2].interval, compare(("A", "B"), base[:1], other[:1], prompts).gain[2].interval
+    assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
+
+
+def test_runs_that_agree_show_a_gain_with_its_domains_and_positions() -> None:
+    prompts = [Prompt([0], "code" if number % 2 else "prose", number) for number in range(60)]
+    result = compare(("A", "B"), seeds([[0.4, 0.4]] * 3, 0), seeds([[0.7, 0.6]] * 3, 9), prompts)
+    assert result.verdict.startswith("B accepts 0.")
+    assert all(gains is not None and gains.gain[2].is_clear for gains in result.domains.values())
+    assert [gain.gain > 0 for gain in result.gain_by_position] == [True, True]
+    single = compare(("A", "B"), seeds([[0.4, 0.4]], 0), seeds([[0.7, 0.6]] * 3, 9), prompts)
+    assert single.gain[2].is_clear

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mtptrain.run.storage import write_json, write_text
 from tests.command import ROOT
@@ -23,14 +24,16 @@ from tests.mutants.forked import fork, preload
 from tests.mutants.mutant import Mutant, read_mutants
 from tests.mutants.outcome import Outcome, evaluate, run_tests
 from tests.mutants.table import caught_by, describe, markdown
-from tests.mutants.tree import copy_checkout, plant
+from tests.mutants.tree import copy_checkout, digest_tree, plant
+
+BASE, EVALUATION = ".without_fault.json", "evaluation"
 
 
 class Results:
     """Outcomes by mutant, kept in files of one folder.
 
     Args:
-        folder: holds NAME.json for each mutant.
+        folder: holds NAME.json for each mutant, and `BASE`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,6 +47,15 @@ class Results:
         """Return the stored outcome of a mutant."""
         path = self.folder / f"{mutant.name}.json"
         return Outcome(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def passed_without_fault(self) -> dict[str, Any]:
+        """Return the digest of the tree that was tested last without any fault, and what passed in it."""
+        path = self.folder / BASE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tree": "", "checks": []}
+
+    def add_passed(self, tree: str, checks: set[str]) -> None:
+        """Store what passed in a tree without any fault: names of tests, and `EVALUATION`."""
+        write_json(self.folder / BASE, {"tree": tree, "checks": sorted(checks)})
 
     def holds(self, mutant: Mutant, is_evaluated: bool) -> bool:
         """Return whether the outcome of this very mutant is known."""
@@ -62,15 +74,20 @@ def try_mutant(mutant: Mutant, base: Path, is_evaluated: bool) -> Outcome:
     return Outcome(mutant.name, mutant.digest(ROOT), test, *found, is_evaluated, round(time.monotonic() - started, 1))
 
 
-def check_base(mutants: list[Mutant], base: Path, is_evaluated: bool) -> None:
-    """End with an error if a test or the certificate fails without any fault."""
-    failed = run_tests(base, sorted({test for mutant in mutants for test in mutant.tests}), base.parent / "log")
+def check_base(mutants: list[Mutant], base: Path, is_evaluated: bool, results: Results) -> None:
+    """End with an error if a test or the certificate fails without any fault; skip what passed in this very tree."""
+    tree, passed = digest_tree(base), results.passed_without_fault()
+    known = set(passed["checks"]) if passed["tree"] == tree else set()
+    tests = sorted({test for mutant in mutants for test in mutant.tests} - known)
+    failed = run_tests(base, tests, base.parent / "log") if tests else None
     if failed is not None:
         sys.exit(f"{failed} fails without any fault; mend it first")
-    if is_evaluated:
+    results.add_passed(tree, known.union(tests))
+    if is_evaluated and EVALUATION not in known:
         found = [part for part in evaluate(base, base.parent / "run", base.parent / "log") if part]
         if found:
             sys.exit(f"the evaluation fails without any fault ({', '.join(found)}); mend it first")
+        results.add_passed(tree, known.union(tests, {EVALUATION}))
 
 
 def main() -> int:
@@ -113,7 +130,7 @@ def run(pending: list[Mutant], results: Results, jobs: int, tests_only: bool) ->
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")  # of the evaluations; tests have their own
         preload()
         print(f"{len(pending)} mutants; first without any fault", flush=True)
-        check_base(pending, base, not tests_only and any(mutant.evaluated for mutant in pending))
+        check_base(pending, base, not tests_only and any(mutant.evaluated for mutant in pending), results)
         running = 0
         for mutant in pending:
 

@@ -21,8 +21,8 @@ EVALUATE = [
     "evaluation.batch_sizes=[2]",
     "evaluation.timed_prompts=4",
     "evaluation.heldout_sequences=2",
-    "tracking=none",
 ]
+HYDRA_HINT = "HYDRA_FULL_ERROR"  # in the last line of an exception
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -78,7 +78,8 @@ def evaluate(tree: Path, folder: Path, log: Path) -> tuple[str | None, str | Non
         return f"no end within {TIMEOUT} s", None
     result = folder / "evaluation.json"
     if not result.exists():
-        return "error: " + (ended.output.strip().splitlines() or ["no message"])[-1][:120], None
+        lines = [line for line in ended.output.splitlines() if line.strip() and HYDRA_HINT not in line]
+        return "error: " + (lines or ["no message"])[-1][:120], None
     certificate = json.loads(result.read_text(encoding="utf-8"))["certificate"]
     controls = certificate.pop("controls")
     return _failed(certificate), _failed(controls)

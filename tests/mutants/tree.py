@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,14 @@ def copy_checkout(root: Path, target: Path) -> None:
         if (root / name).is_symlink() or (root / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name, follow_symlinks=False)
+
+
+def digest_tree(tree: Path) -> str:
+    """Return a hash of the names and contents of all files of a copy."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in tree.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        digest.update(str(path.relative_to(tree)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def plant(mutant: Mutant, base: Path, target: Path) -> None:

@@ -54,6 +54,8 @@ def jobs(
         ],
         "pretrain": ["+recipe=pretrain", *text, *training, *short],
         "evaluate": ["+recipe=evaluate", *text, f"checkpoint={head}"],
+        "evaluate-all": ["+recipe=evaluate", *text, f"checkpoint={head}", "checkpoints=all", "evaluation.decoded=none"],
+        "watch": ["+recipe=watch", *text, f"checkpoint={head}", "watch.minutes=1"],
         "doctor": ["+recipe=doctor", *text, f"checkpoint={head}"],
         "compare": ["+recipe=compare", *text, f"checkpoints=[stock,{head}]"],
         "export": ["+recipe=export", *text, f"checkpoint={head}", "target=hf", "export.max_drop=9"],

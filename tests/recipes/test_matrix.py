@@ -13,6 +13,7 @@ import transformers
 
 from mtptrain.backbone.placement import spread_layers
 from mtptrain.errors import CHECK_FAILED
+from mtptrain.evaluation.curve import read_curve
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.traces.file import read_trace_set
 from tests.command import edit_tensors, read_metrics
@@ -30,7 +31,7 @@ SHARED = {  # trainings that share the experts of the head too, by format and pl
     ("shipped", "replicate"): ["pretrain", "distill-on_policy"],
     ("release", "zero3"): ["distill-streams"],
 }
-DECODED = ("evaluate", "doctor", "compare", "export")
+DECODED = ("evaluate", "evaluate-all", "watch", "doctor", "compare", "export")
 REFUSED = {
     **{
         ("replicate", task): r"backbone\.placement=replicate: .*set backbone\.placement=expert_parallel"
@@ -125,6 +126,17 @@ def test_a_combination_runs_or_is_refused_with_the_reason(kind: str, placement: 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_shared_backbone_measures_what_a_whole_one_measures(kind: str, placement: str, cells: Path) -> None:
     compare_evaluations(cells / kind / "alone" / "evaluate", cells / kind / placement / "evaluate")
+
+
+@pytest.mark.parametrize("task", ["evaluate-all", "watch"])
+@pytest.mark.parametrize("placement", ["auto", "expert_parallel"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_shared_backbone_measures_all_checkpoints_as_a_whole_one_does(
+    kind: str, placement: str, task: str, cells: Path
+) -> None:
+    one, other = (read_curve(cells / kind / where / task / "curve.json") for where in ("alone", placement))
+    assert len(one.points) > 0
+    assert [point.replay for point in one.points] == [point.replay for point in other.points]
 
 
 def test_a_head_is_measured_at_the_end_of_its_training_by_the_same_processes(cells: Path) -> None:

@@ -36,6 +36,10 @@ PROGRAMS = {
     "collect": "+recipe=collect data=text data.path={corpus}",
     "evaluate": "+recipe=evaluate data=text data.path={corpus} checkpoint={head}",
     "evaluate, prompts of a file": "+recipe=evaluate data=text data.path={corpus} checkpoint={head} prompts={prompts}",
+    "evaluate, all checkpoints": "+recipe=evaluate data=text data.path={corpus} checkpoint={head} checkpoints=all",
+    "evaluate, all by replay": "+recipe=evaluate data=text data.path={corpus} checkpoint={head} checkpoints=all "
+    "evaluation.decoded=none",
+    "watch": "+recipe=watch data=text data.path={corpus} checkpoint={head}",
     "doctor": "+recipe=doctor data=text data.path={corpus} checkpoint={head}",
     "doctor, prompts of a file": "+recipe=doctor checkpoint={head} prompts={prompts}",
     "compare": "+recipe=compare data=text data.path={corpus} checkpoints=[stock,{head}]",
@@ -53,7 +57,7 @@ PROGRAMS = {
     "report": "+recipe=report path={head}",
 }
 # Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker,
-# without a path, or in a folder with an earlier run.
+# without a path, in a folder with an earlier run, or beside a run that still trains.
 RARELY_READ = {
     "backbone.revision",
     "distributed_timeout",
@@ -62,6 +66,7 @@ RARELY_READ = {
     "backbone.name",
     "overwrite",
     "resume_allow",
+    "watch.poll_seconds",
 }
 RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
@@ -114,7 +119,7 @@ UNREAD = [
     (
         "pretrain",
         "checkpoint=head",
-        r"checkpoint=head: belongs to \+recipe=doctor, .* or measure_server, and",
+        r"checkpoint=head: belongs to \+recipe=doctor, .* measure_server or watch, and",
     ),
     ("distill", "target=vllm", r"target=vllm: belongs to \+recipe=export, and"),
     ("distill", "--plan", r"collect.plan_only=True: belongs to \+recipe=collect, and"),

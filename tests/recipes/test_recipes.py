@@ -91,8 +91,8 @@ def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    # test_plan.py, tests/export/test_export.py, test_collect.py, test_on_policy.py, test_report.py
-    elsewhere = {"plan", "export", "collect", "distill_on_policy", "report"}
+    # test_plan.py, tests/export/test_export.py, test_collect.py, test_on_policy.py, test_report.py, test_curve.py
+    elsewhere = {"plan", "export", "collect", "distill_on_policy", "report", "watch"}
     here = {"backbone", "compare", "distill", "doctor", "evaluate", "mini_release", "pretrain"}
     assert here | elsewhere | CLUSTERS == set(RECIPES)
 

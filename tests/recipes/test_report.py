@@ -8,9 +8,10 @@ import pytest
 
 from mtptrain.evaluation.result import SCHEMA
 from tests.command import ROOT, hold_folder, run_main
-from tests.evaluation.recorded import EVALUATIONS
+from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
 
-HEADLINE = "trained head: 1.67 tokens a verify pass at K=3 (1.50 to 1.86)"
+MEASURED = recorded_evaluation().last_head.replay[3]
+HEADLINE = f"trained head: {MEASURED.acceptance_length:.2f} tokens a verify pass at K=3 ("
 
 
 def stored_run(folder: Path) -> Path:

@@ -107,3 +107,14 @@ def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: lis
     assert {f"evaluation/{name}" for name in (*names, "acceptance_length.svg")} <= stored
     files = client.list_artifacts(run.info.run_id, "checkpoints/step_00000002")
     assert "checkpoints/step_00000002/module.safetensors" in {file.path for file in files}
+
+
+def test_a_process_beside_a_run_adds_to_it_and_does_not_end_it(tmp_path: Path) -> None:
+    with open_trackers(tmp_path) as trackers:
+        trackers.log(1, {"loss": 0.5})
+        with Trackers(TrackedRun(TrackingConfig(trackers={"mlflow": True}), tmp_path, {}, beside=tmp_path)) as beside:
+            beside.log(1, {"measured": 1.5})
+        assert read(tmp_path)[1].info.status == "RUNNING"
+        trackers.log(2, {"loss": 0.25})
+    assert read(tmp_path)[1].info.status == "FINISHED"
+    assert (curve(tmp_path, "measured"), curve(tmp_path, "loss")) == ([(1, 1.5)], [(1, 0.5), (2, 0.25)])

@@ -167,3 +167,34 @@ def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: lis
     stored = artifacts(sent_records)
     assert {"evaluation.json", "report.html", "acceptance_length.svg", "losses.svg"} <= set(stored["evaluation"])
     assert {"step_00000002/module.safetensors", "best/module.safetensors"} <= set(stored["model"])
+
+
+def test_a_process_beside_a_run_writes_into_it_and_leaves_its_record_alone(tmp_path: Path) -> None:
+    """Its rows have numbers above those of the run, which may go on and sends them first."""
+    run, own = tmp_path / "run", tmp_path / "watch"
+    own.mkdir()
+    with open_trackers(run) as trackers:
+        trackers.log(10, {"loss": 0.5})
+    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+        beside.log(10, {"measured": 1.5})
+    with open_trackers(run) as trackers:
+        trackers.log(20, {"loss": 0.25})
+    kept = json.loads((run / "wandb_run.json").read_text(encoding="utf-8"))
+    main, other = records(run), records(own)
+    assert {one.run.run_id for one in (*main, *other) if one.HasField("run")} == {kept["id"]}
+    assert kept["sent_steps"] == {"loss": 20}
+    assert [(row["step"], row["measured"]) for row in history(other)] == [(10, 1.5)]
+    assert min(row["_step"] for row in history(other)) > max(row["_step"] for row in history(main))
+
+
+def test_a_process_beside_a_run_that_has_sent_nothing_gives_it_its_id(tmp_path: Path) -> None:
+    run, own = tmp_path / "run", tmp_path / "watch"
+    own.mkdir()
+    run.mkdir()
+    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+        beside.log(1, {"measured": 1.5})
+    with open_trackers(run) as trackers:
+        trackers.log(2, {"loss": 0.25})
+    runs = [record.run.run_id for record in (*records(run), *records(own)) if record.HasField("run")]
+    assert len(runs) == 2
+    assert len(set(runs)) == 1

@@ -327,9 +327,24 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path: Path) -> None:
     """Scores 1, 3, 2 at steps 3, 6, 9: `best` is the checkpoint of step 6."""
     scores = iter([1.0, 3.0, 2.0])
     trainer = toy_trainer(tmp_path)
-    trainer.probe = Probe(3, lambda: {"score": next(scores)}, "score")
+    trainer.probe = Probe(3, lambda: {"score": next(scores)}, "score", ["a", "b"])
     rows = MemoryLog()
     trainer.run(rows)
     best = open_checkpoint(tmp_path / "checkpoints" / BEST)
     assert (best.step, best.counters["best_score"]) == (6, 3.0)
+    selection = best.selection()
+    assert selection is not None
+    assert (selection.by, selection.prompts) == ("score", ["a", "b"])
     assert [row["score"] for row in rows.rows if "score" in row] == [1.0, 3.0, 2.0]
+
+
+def test_scores_of_different_metrics_are_not_compared_across_a_resume(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.probe = Probe(3, lambda: {"score": 9.0}, "score")
+    trainer.run(MemoryLog())
+    other = toy_trainer(tmp_path)
+    other.restore(open_checkpoint(tmp_path / "checkpoints" / "step_00000006"))
+    other.probe = Probe(3, lambda: {"other": 1.0}, "other")
+    other.run(MemoryLog())
+    best = open_checkpoint(tmp_path / "checkpoints" / BEST)
+    assert (best.step, best.counters["best_score"]) == (9, 1.0)

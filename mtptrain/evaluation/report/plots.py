@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from mtptrain.evaluation.curve import Curve
 from mtptrain.evaluation.head_result import Bucket, BucketKind, HeadResult, Interval
 from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES, reached_buckets
 from mtptrain.evaluation.result import Evaluation
@@ -16,6 +17,7 @@ from mtptrain.evaluation.result import Evaluation
 if TYPE_CHECKING:  # a third of a second of every start, and drawn once at the end
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 INK = "#1c2127"
 COLOURS = {"stock": "#6f7680", "trained": "#0b6bb0"}
@@ -125,6 +127,39 @@ def batch_speedup(evaluation: Evaluation) -> str | None:
     return _svg(figure, axes, "batches", "Speed-up on the clock against the batch")
 
 
+def acceptance_by_step(curve: Curve) -> str:
+    """Draw tokens a verify pass against training steps, a line a K, with the stock head and 95 % intervals at the last.
+
+    Args:
+        curve: with at least one point.
+    """
+    longest = curve.identity.draft_length
+    figure, axes = _canvas("training steps", "tokens a verify pass", 1)
+    steps = [point.step for point in curve.points]
+    room = 0.05 * max(steps[-1] - steps[0], 1)
+    axes.set(xlim=(steps[0] - room, steps[-1] + 2 * room))
+    axes.xaxis.set_major_locator(_few_ticks(integer=True))
+    for length in curve.draft_lengths:
+        known = [(point.step, one) for point in curve.points if (one := point.replay[length]).acceptance_length]
+        lengths = [one.acceptance_length for _, one in known if one.acceptance_length is not None]
+        strength = 0.35 + 0.65 * length / longest
+        axes.plot(
+            [step for step, _ in known], lengths, marker="s", markersize=4, color=COLOURS["trained"], alpha=strength
+        )
+        if known:
+            end = (known[-1][0], lengths[-1])
+            axes.annotate(f"K={length}", end, xytext=(5, -3), textcoords="offset points", fontsize=8)
+        if length == longest:
+            _draw_spans(
+                axes, "trained", [step for step, _ in known], [one.interval for _, one in known if one.interval]
+            )
+    stock = curve.stock[longest].acceptance_length if curve.stock else None
+    if stock is not None:
+        axes.axhline(stock, color=COLOURS["stock"], linewidth=1, linestyle="--", label=f"stock, K={longest}")
+    axes.margins(y=0.15)
+    return _svg(figure, axes, "steps", "Acceptance length against training steps")
+
+
 def calibration(evaluation: Evaluation) -> str:
     """Draw acceptance of drafted tokens against the head's confidence in them, with the diagonal."""
     figure, axes = _canvas("head's confidence", "share accepted", 1)
@@ -188,18 +223,23 @@ def _dodged(evaluation: Evaluation) -> list[tuple[float, HeadResult]]:
     return [((number - middle) * 2 * DODGE, head) for number, head in enumerate(evaluation.heads)]
 
 
+def _few_ticks(integer: bool = False) -> MaxNLocator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=integer)
+
+
 def _canvas(x_label: str, y_label: str, longest: int) -> tuple[Figure, Axes]:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set(xlabel=x_label, ylabel=y_label, xlim=(0.5, longest + 0.5), xticks=range(1, longest + 1))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(_few_ticks())
         axes.set_axisbelow(True)
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)

@@ -19,6 +19,7 @@ from mtptrain.evaluation.report.headline import (
     backbone_text,
     certificate_details,
     certificate_text,
+    chosen_texts,
     doubts_text,
     headline,
     headline_text,
@@ -193,15 +194,20 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
     console.print(Text(speed_text(evaluation), style="bold yellow" if doubts_text(evaluation) else ""))
-    for line in seen_texts(evaluation):
+    for line in [*seen_texts(evaluation), *chosen_texts(evaluation)]:
         console.print(Text(line, style="bold yellow"))
     for grid in summary_tables(evaluation):
-        console.print(Text(f"\n{grid.title}", style="bold"))
-        console.print(_rich_table(grid))
-        console.print(Text(grid.note, style="dim"))
+        print_grid(grid, console)
     console.print()
     console.print(Text(backbone_text(evaluation)))
     _print_certificate(evaluation, console)
+
+
+def print_grid(grid: Grid, console: Console) -> None:
+    """Print a table between its title and its note."""
+    console.print(Text(f"\n{grid.title}", style="bold"))
+    console.print(_rich_table(grid))
+    console.print(Text(grid.note, style="dim"))
 
 
 def _rich_table(grid: Grid) -> Table:

@@ -1,7 +1,8 @@
 """Trackers show a run outside its folder. Each is a module of this package; `tracking.trackers` selects it by name.
 
 A module defines `PACKAGES`, the packages that it imports, and `begin(run) -> Tracker`, which starts a run or continues
-the run that an interrupted job began in the same folder. See CONTRIBUTING.md, "Add a tracker".
+the run that an interrupted job began in the same folder. With `run.beside`, `begin` joins that run and leaves its state
+to its own process. See CONTRIBUTING.md, "Add a tracker".
 
 accelerate's trackers are not used. Each call needs its `PartialState`, which waits for the other processes of a job
 even after they have ended. Its TensorBoard and MLflow trackers write no tables, and its MLflow tracker reports every
@@ -48,6 +49,8 @@ class TrackedRun:
         settings: the resolved configuration as plain values.
         start_step: the step at which training starts or continues; None before training.
         last_step: the last step that an interrupted process of the run has logged; None if there was none.
+        beside: own folder of a process that shows rows of its own in the run of `folder`, which another process may be
+            writing at the same time; None for the run itself.
     """
 
     config: TrackingConfig
@@ -55,6 +58,7 @@ class TrackedRun:
     settings: dict[str, object]
     start_step: int | None = None
     last_step: int | None = None
+    beside: Path | None = None
 
     @property
     def group(self) -> str:

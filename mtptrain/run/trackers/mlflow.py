@@ -40,10 +40,11 @@ class MlflowTracker:
         client: of the store that holds the run.
         run_id: of the run.
         local_store: URI of the store if it is in the run's folder, otherwise None.
+        ends_run: whether the run ends with this process.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, local_store: str | None) -> None:
-        self.client, self.run_id, self.local_store = client, run_id, local_store
+    def __init__(self, client: MlflowClient, run_id: str, local_store: str | None, ends_run: bool = True) -> None:
+        self.client, self.run_id, self.local_store, self.ends_run = client, run_id, local_store, ends_run
         self.logged_steps = {
             name: max(point.step for point in client.get_metric_history(run_id, name))
             for name in client.get_run(run_id).data.metrics
@@ -79,7 +80,8 @@ class MlflowTracker:
 
     def finish(self, failed: bool) -> None:
         """End the run and print the command that shows a local one."""
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+        if self.ends_run:
+            self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
         if self.local_store is not None:
             print(f"show the run with: mlflow ui --backend-store-uri {self.local_store}", file=sys.stderr)
 
@@ -96,11 +98,12 @@ def begin(run: TrackedRun) -> MlflowTracker:
     client, path = MlflowClient(tracking_uri=server or local_store), run.folder / RUN_FILE
     if path.exists():
         run_id = str(json.loads(path.read_text(encoding="utf-8"))["id"])
-        client.update_run(run_id, status="RUNNING")
+        if run.beside is None:
+            client.update_run(run_id, status="RUNNING")
     else:
         run_id = _create_run(client, run, None if server else (run.folder / ARTIFACTS).absolute().as_uri())
         write_json(path, {"id": run_id})
-    return MlflowTracker(client, run_id, local_store)
+    return MlflowTracker(client, run_id, local_store, ends_run=run.beside is None)
 
 
 def _create_run(client: MlflowClient, run: TrackedRun, artifacts: str | None) -> str:

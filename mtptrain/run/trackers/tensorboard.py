@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PACKAGES = ("tensorboard",)
-FOLDER = "tensorboard"
+FOLDER, BESIDE = "tensorboard", "watch"  # TensorBoard reads one growing file a folder, so a watch has one below it
 
 
 class TensorBoardTracker:
@@ -66,7 +66,7 @@ def begin(run: TrackedRun) -> TensorBoardTracker:
     """Open an event file that hides the steps after `run.start_step` of earlier event files in the folder."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = run.folder / FOLDER
+    folder = run.folder / FOLDER if run.beside is None else run.folder / FOLDER / BESIDE
     is_new = not folder.exists()
     purge_step = None if run.start_step is None else run.start_step + 1
     writer = SummaryWriter(str(folder), purge_step=purge_step)

@@ -17,6 +17,7 @@ from mtptrain.run.typed_json import from_json, to_json
 
 PACKAGES = ("wandb",)
 STEP = "step"  # the training step, as a metric
+BESIDE_ROWS = 10**9  # first row of a process beside the run, above all rows of the run itself
 RUN_FILE = "wandb_run.json"  # W&B's id of the run, so that a resumed run continues it, and the rows that it has
 
 
@@ -38,13 +39,14 @@ class WandbTracker:
 
     Args:
         run: as `wandb.init` returns it.
-        folder: the run's folder, where `RUN_FILE` is written for a resumed run.
+        folder: of the run's files, where `RUN_FILE` is written for a resumed run.
         sent: the rows that W&B has from earlier processes.
         is_offline: whether the user has to upload the run.
+        is_shared: whether W&B numbers the rows, of several processes at once.
     """
 
-    def __init__(self, run: Any, folder: Path, sent: _Record, is_offline: bool) -> None:
-        self.run, self.folder, self.is_offline = run, folder, is_offline
+    def __init__(self, run: Any, folder: Path, sent: _Record, is_offline: bool, is_shared: bool = False) -> None:
+        self.run, self.folder, self.is_offline, self.is_shared = run, folder, is_offline, is_shared
         self.sent_steps, self.row = dict(sent.sent_steps), sent.row
         self.step: int | None = None  # of the last row
         run.define_metric(STEP)
@@ -56,7 +58,7 @@ class WandbTracker:
         if fresh:
             if step != self.step:
                 self.step, self.row = step, max(self.row + 1, step)
-            self.run.log({STEP: step, **fresh}, step=self.row)
+            self._send({STEP: step, **fresh})
             self.sent_steps |= dict.fromkeys(fresh, step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -65,7 +67,13 @@ class WandbTracker:
 
         self.step, self.row = None, self.row + 1
         table = wandb.Table(columns=[*columns], data=[list(row) for row in rows])
-        self.run.log({name: table}, step=self.row)
+        self._send({name: table})
+
+    def _send(self, values: dict[str, Any]) -> None:
+        if self.is_shared:
+            self.run.log(values)
+        else:
+            self.run.log(values, step=self.row)
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], texts: Mapping[str, str]) -> None:
         """Store files, folders and texts as one artifact of this run."""
@@ -92,11 +100,13 @@ class WandbTracker:
 
 
 def begin(run: TrackedRun) -> WandbTracker:
-    """Start a W&B run, or continue the one whose id is in the run's folder."""
+    """Start a W&B run, or continue or join the one whose id is in the run's folder."""
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY"))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    if run.beside is not None:
+        return _join(run, run.beside, mode)
     path = run.folder / RUN_FILE
     stored = _Record(uuid4().hex[:8])
     if is_continued := path.exists():
@@ -118,3 +128,31 @@ def begin(run: TrackedRun) -> WandbTracker:
     # A killed process has recorded no row; metrics.jsonl, or W&B's server, has its last one.
     last_row = max(stored.row, run.last_step or 0, int(begun.step) - 1) if is_continued else -1
     return WandbTracker(begun, run.folder, replace(stored, row=last_row), mode == "offline")
+
+
+def _join(run: TrackedRun, folder: Path, mode: Any) -> WandbTracker:
+    """Write into the W&B run of another process, with files in `folder`; offline, its part is uploaded last.
+
+    Source: https://docs.wandb.ai/models/track/log/distributed-training, "Track all processes to a single run".
+    """
+    import wandb
+
+    path, own = run.folder / RUN_FILE, folder / RUN_FILE
+    if not path.exists():  # the run's own process will take this id
+        write_json(path, {"id": uuid4().hex[:8]})
+    identifier = from_json(_Record, json.loads(path.read_text(encoding="utf-8"))).id
+    sent = from_json(_Record, json.loads(own.read_text(encoding="utf-8"))) if own.exists() else None
+    if sent is None or sent.id != identifier:
+        sent = _Record(identifier, row=BESIDE_ROWS)
+    is_shared = mode == "online"
+    begun = wandb.init(
+        project=run.config.project,
+        group=run.group,
+        id=identifier,
+        dir=str(folder),
+        mode="shared" if is_shared else mode,
+        settings=wandb.Settings(
+            silent=True, console="off", x_primary=False, x_label="watch", x_update_finish_state=False
+        ),
+    )
+    return WandbTracker(begun, folder, sent, mode == "offline", is_shared)

@@ -50,6 +50,18 @@ def with_speedup(evaluation: Evaluation, length: int, speedup: Spread) -> Evalua
     return replace(evaluation, speedup={**evaluation.speedup, batch: heads})
 
 
+def quiet(evaluation: Evaluation) -> Evaluation:
+    """Every speed-up on the clock alone and without doubts, as on an idle GPU: the recorded machine may be busy."""
+    measured = {
+        size: {
+            name: {k: replace(one, doubts=[], processor=None) for k, one in lengths.items()}
+            for name, lengths in heads.items()
+        }
+        for size, heads in evaluation.speedup.items()
+    }
+    return replace(evaluation, speedup=measured)
+
+
 def with_doubts(evaluation: Evaluation, length: int, doubts: list[Doubt], batch: int | None = None) -> Evaluation:
     """The last head's speed-up with doubts, by default at the smallest batch."""
     batch, name = batch or evaluation.first_batch, evaluation.last_head.name

@@ -4,11 +4,12 @@ import pytest
 
 from mtptrain.certificate.shifted_target import not_tested
 from mtptrain.evaluation.certificate_result import Outcome, PassCount, PassCountTest
-from mtptrain.evaluation.head_result import SeenPrompts
+from mtptrain.evaluation.head_result import ChosenOn, SeenPrompts
 from mtptrain.evaluation.report.headline import (
     Headline,
     certificate_details,
     certificate_text,
+    chosen_texts,
     headline,
     headline_text,
     seen_texts,
@@ -19,9 +20,11 @@ from tests.evaluation.recorded import recorded_evaluation
 from tests.evaluation.report.changes import (
     DIFFERENCE,
     only,
+    quiet,
     with_doubts,
     with_failed_certificate,
     with_gain,
+    with_head,
     with_seen_prompts,
     with_speedup,
 )
@@ -42,8 +45,10 @@ def test_headline_follows_the_interval_of_the_gain(
 ) -> None:
     evaluation = with_gain(recorded_evaluation(), value, interval)
     assert headline(evaluation) is expected
-    text = headline_text(evaluation)
-    assert text.startswith("trained head: 1.67 tokens a verify pass at K=3 (1.50 to 1.86), ")
+    text, measured = headline_text(evaluation), evaluation.last_head.replay[3]
+    low, high = measured.interval
+    figures = f"{measured.acceptance_length:.2f} tokens a verify pass at K=3 ({low:.2f} to {high:.2f})"
+    assert text.startswith(f"trained head: {figures}, ")
     assert words in text
 
 
@@ -67,7 +72,9 @@ def test_headline_of_a_failed_certificate_withdraws_the_figures() -> None:
 
 
 def test_speed_text_names_the_fastest_draft_length_or_that_none_gains() -> None:
-    evaluation = recorded_evaluation()
+    evaluation = replace(quiet(recorded_evaluation()), plain_tokens_per_second={1: 93.7, 2: 150.0})
+    for length, speed in ((1, Spread(1.08, (0.93, 1.09))), (2, Spread(0.88, (0.8, 0.9))), (3, Spread(0.6, (0.5, 0.7)))):
+        evaluation = with_speedup(evaluation, length, speed)
     assert "1.08x at K=1 (75 % interval 0.93 to 1.09) against plain decoding, 93.7 tokens/s" in speed_text(evaluation)
     slower = with_speedup(evaluation, 1, Spread(0.54, (0.5, 0.55)))
     assert "no K is faster than plain decoding" in speed_text(slower)
@@ -100,7 +107,7 @@ def test_prompts_that_were_seen_in_training_are_told(seen: SeenPrompts, expected
 )
 @pytest.mark.parametrize("batch", [1, 2])
 def test_no_fastest_draft_length_is_named_if_a_speed_up_is_doubted(doubt: Doubt, words: str, batch: int) -> None:
-    evaluation = with_doubts(recorded_evaluation(), 2, [doubt], batch)
+    evaluation = with_doubts(quiet(recorded_evaluation()), 2, [doubt], batch)
     loads = dict.fromkeys(evaluation.machine, MachineLoad(processor_share=0.71, load=3.2, cores=2))
     text = speed_text(replace(evaluation, machine=loads))
     assert text.startswith("on the clock: no K is named as the fastest, because ")
@@ -109,8 +116,10 @@ def test_no_fastest_draft_length_is_named_if_a_speed_up_is_doubted(doubt: Doubt,
 
 
 def test_certificate_text_of_a_sampled_run_counts_the_tests_of_its_passes() -> None:
-    text = certificate_text(recorded_evaluation("sampled").certificate)
-    assert text.startswith("output identical to plain greedy 4/4; replay = loop 4/4; logits passed (")
+    certificate = recorded_evaluation("sampled").certificate
+    text, compared = certificate_text(certificate), certificate.greedy_identity.compared
+    same = f"{compared}/{compared}"
+    assert text.startswith(f"output identical to plain greedy {same}; replay = loop {same}; logits passed (")
     assert text.endswith("pass counts of sampled loops passed (6 tests); sampler passed; controls passed")
 
 
@@ -163,7 +172,7 @@ def test_certificate_details_name_too_many_ties_and_other_logits() -> None:
     assert lines[:2] == [
         "3 near ties, and the rounding noise explains at most 2",
         "plain decoding against transformers' forward: the largest difference of the gap along a text is 3.0e-02, "
-        "bound 2.5e-05; 4 of 4 texts beyond it and 3 by chance",
+        f"bound {largest.bound:.1e}; 4 of {first.texts} texts beyond it and {largest.budget} by chance",
     ]
 
 
@@ -172,3 +181,17 @@ def test_a_text_that_goes_on_is_named_as_such() -> None:
     greedy = replace(certificate.greedy_identity, differences=[replace(DIFFERENCE, gap=None)])
     (line,) = certificate_details(replace(certificate, greedy_identity=greedy))
     assert line.endswith("other token than plain greedy at position 17, where one of the two texts ends")
+
+
+def test_a_head_that_was_chosen_on_the_prompts_is_named() -> None:
+    evaluation = recorded_evaluation()
+    assert chosen_texts(evaluation) == []
+    for shared, expected in (
+        (0, []),
+        (5, ["the trained head was chosen as the best of its run on 5 of these 8 prompts"]),
+    ):
+        chosen = replace(
+            evaluation.last_head, chosen_on=ChosenOn(prompts=8, shared=shared, by="replay/expected_length_3")
+        )
+        texts = chosen_texts(with_head(evaluation, chosen))
+        assert [text.partition(",")[0] for text in texts] == expected

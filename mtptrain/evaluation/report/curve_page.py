@@ -1,0 +1,117 @@
+"""The page and the table of a curve: acceptance of every checkpoint of a run against its steps."""
+
+# K draft length
+
+from __future__ import annotations
+
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
+
+from mtptrain.evaluation.curve import Curve, CurvePoint
+from mtptrain.evaluation.report.headline import chosen_text, seen_text, span
+from mtptrain.evaluation.report.plots import acceptance_by_step
+from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid, prompts_text
+from mtptrain.run.storage import write_text
+
+CURVE_PAGE = "curve.html"
+
+
+def curve_headline(curve: Curve) -> str:
+    """Return the acceptance length of the last checkpoint and of the highest one at the longest K, as one sentence."""
+    longest = curve.identity.draft_length
+    known = {point.step: length for point in curve.points if (length := _length(point, longest)) is not None}
+    if not known:
+        return "no checkpoint is measured yet" if not curve.points else "no verify pass in any checkpoint"
+    last, top = max(known), max(known, key=lambda step: known[step])
+    lead = f"step {last}: {known[last]:.2f} tokens a verify pass at K={longest}{_interval(curve, last)}"
+    if last == top:
+        return f"{lead}, the highest of {len(known)} checkpoints"
+    return f"{lead}; the highest of {len(known)} checkpoints is step {top} with {known[top]:.2f}{_interval(curve, top)}"
+
+
+def _length(point: CurvePoint, length: int) -> float | None:
+    return point.replay[length].acceptance_length
+
+
+def _interval(curve: Curve, step: int) -> str:
+    measured = next(point.replay[curve.identity.draft_length] for point in curve.points if point.step == step)
+    return f" ({span(measured.interval)})" if measured.interval else ""
+
+
+def curve_notes(curve: Curve) -> list[str]:
+    """Return sentences that qualify the figures: prompts seen in training or used for a choice, skipped checkpoints."""
+    last = curve.points[-1] if curve.points else None
+    notes = []
+    if last is not None and last.seen_prompts is not None and last.seen_prompts.seen:
+        notes.append(seen_text(f"step {last.step}", last.seen_prompts))
+    notes += [text for one in curve.points if (text := chosen_text(f"step {one.step}", one.chosen_on))]
+    if len(curve.points) > 1:
+        notes.append("the highest of several checkpoints is too high by chance: choose on these prompts, report others")
+    return [*notes, *curve.skipped]
+
+
+def curve_table(curve: Curve) -> Grid:
+    """Return acceptance length by K and the gain at the longest K, a row a checkpoint."""
+    longest, has_gain = curve.identity.draft_length, curve.stock is not None
+    headers = ["step", *(f"K={length}\ntok/pass" for length in curve.draft_lengths)]
+    headers += [f"gain\nK={longest}"] if has_gain else []
+    rows = []
+    if curve.stock is not None:
+        rows.append([Cell("stock"), *(length_cell(curve.stock[length]) for length in curve.draft_lengths), Cell("")])
+    for point in curve.points:
+        name = f"{point.step}" + (" (best)" if point.step == curve.best_step else "")
+        row = [Cell(name), *(length_cell(point.replay[length]) for length in curve.draft_lengths)]
+        rows.append([*row, gain_cell(point.gain[longest] if point.gain else None)] if has_gain else row)
+    note = (
+        f"tok/pass: tokens a verify pass by replay, 95 % bootstrap interval over {prompts_text(curve.prompts)}; the "
+        "same texts for all checkpoints, so neighbouring points share most of their error. Best: by the run's own "
+        "measurements during training."
+    )
+    return Grid("Acceptance length by checkpoint", headers, rows, note)
+
+
+def write_curve_page(curve: Curve, path: Path) -> None:
+    """Write the curve as an HTML file, atomically."""
+    folder = files("mtptrain.evaluation.report")
+    page, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in (CURVE_PAGE, "page.css"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = acceptance_by_step(curve) if curve.points else None
+    content = {
+        "title": f"mtptrain: all checkpoints of {curve.identity.run}",
+        "headline": curve_headline(curve),
+        "notes": curve_notes(curve),
+        "plot": Markup(drawn) if drawn else None,
+        "grid": curve_table(curve),
+        "provenance": _provenance(curve),
+        "style": Markup(style),
+    }
+    write_text(path, environment.from_string(page).render(content))
+
+
+def _provenance(curve: Curve) -> dict[str, str]:
+    origin, prompts, policy = curve.provenance, curve.prompts, curve.identity.policy
+    return {
+        "Command": shlex.join(origin.command),
+        "Started": origin.started,
+        "Commit": origin.git_commit or "not a git checkout",
+        "Seed": str(origin.seed),
+        "Backbone": f"{curve.backbone.name}, fingerprint {curve.backbone.fingerprint}",
+        "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
+        f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each",
+        "Policy": f"temperature {policy.temperature}, draft {policy.draft.value}, "
+        f"verification {policy.verification.value}",
+    }
+
+
+def print_curve(curve: Curve, console: Console) -> None:
+    """Print headline, notes and table."""
+    console.print(Text(curve_headline(curve), style="bold"))
+    for note in curve_notes(curve):
+        console.print(Text(note, style="yellow"))
+    print_grid(curve_table(curve), console)

@@ -1,0 +1,74 @@
+"""Acceptance of a setting from the counts of one run, by bootstrap, or of several, by `crossed.py`."""
+
+# K draft length, k position in the draft, S runs, P prompts
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mtptrain.evaluation.crossed import Setting, crossed_gain, crossed_interval
+from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_position_gain, summarize
+from mtptrain.replay.replay import Counts
+
+RunCounts = list[list[Counts]]  # counts of every prompt at one draft length, run by run
+
+
+def summarize_runs(runs: RunCounts, groups: list[int]) -> Acceptance:
+    """Return the acceptance of a setting at one draft length: `summarize` for one run.
+
+    Of several runs, the acceptance length is their mean, with an interval over runs and prompts; counts are sums, and
+    shares by position are ratios of these.
+
+    Args:
+        runs: counts of every prompt, run by run.
+        groups: the group of every prompt.
+    """
+    if len(runs) == 1:
+        return summarize(runs[0], groups)
+    pooled = summarize([counts for run in runs for counts in run], groups * len(runs))
+    if not all(map(have_passes, runs)):
+        return replace(pooled, acceptance_length=None, interval=None)
+    setting = _lengths(runs, groups)
+    return replace(pooled, acceptance_length=setting.mean, interval=crossed_interval(setting))
+
+
+def runs_by_domain(runs: RunCounts, groups: list[int], domains: list[str]) -> dict[str, Acceptance | None]:
+    """Return `summarize_runs` for the prompts of each domain; None without passes."""
+    summaries: dict[str, Acceptance | None] = {}
+    for domain, rows in domain_rows(domains).items():
+        of_domain = [[run[i] for i in rows] for run in runs]
+        has_passes = have_passes(of_domain[0])
+        summaries[domain] = summarize_runs(of_domain, [groups[i] for i in rows]) if has_passes else None
+    return summaries
+
+
+def gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> Gain | None:
+    """Return the difference of acceptance length on the same prompts, `other` minus `base`; None without passes."""
+    if len(base) == len(other) == 1:
+        return paired_gain(base[0], other[0], groups)
+    if not all(map(have_passes, [*base, *other])):
+        return None
+    return crossed_gain(_lengths(base, groups), _lengths(other, groups))
+
+
+def position_gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> list[Gain | None]:
+    """Return the difference of conditional acceptance at each position; None if too few drafts reached it."""
+    if len(base) == len(other) == 1:
+        return paired_position_gain(base[0], other[0], groups)
+    pairs = [[_position(runs, k, groups) for runs in (base, other)] for k in range(len(base[0][0].reached_K))]
+    return [crossed_gain(old, new) if old and new else None for old, new in pairs]
+
+
+def _lengths(runs: RunCounts, groups: list[int]) -> Setting:
+    emitted_SP = np.array([[counts.emitted for counts in run] for run in runs], dtype=np.float64)
+    passes_SP = np.array([[counts.passes for counts in run] for run in runs], dtype=np.float64)
+    return Setting.of(emitted_SP, passes_SP, groups)
+
+
+def _position(runs: RunCounts, k: int, groups: list[int]) -> Setting | None:
+    accepted_SP = np.array([[counts.accepted_K[k] for counts in run] for run in runs])
+    reached_SP = np.array([[counts.reached_K[k] for counts in run] for run in runs])
+    return Setting.of(accepted_SP, reached_SP, groups) if (reached_SP.sum(1) > 0).all() else None

@@ -1,0 +1,48 @@
+"""The checkpoints of a run, which may be training at the same time and may delete them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtptrain.errors import UserError
+from mtptrain.run.artifact import open_artifact
+from mtptrain.training.checkpoint import BEST, CHECKPOINT, TENSORS, TrainerState, checkpoint_folders
+
+
+def checkpoints_of_run(path: Path) -> Path:
+    """Return the folder that holds the checkpoints of a run, from the run's folder or that folder itself.
+
+    Raises:
+        UserError: the path is no folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint={path}: is no folder; give the folder of a training run")
+    return path if path.name == "checkpoints" or checkpoint_folders(path) else path / "checkpoints"
+
+
+def steps_of_run(root: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by step, unverified; `best` among them if its own step was deleted.
+
+    A folder whose manifest cannot be read, such as one that is still being copied, is left out.
+    """
+    states = {folder: state_of(folder) for folder in (root / BEST, *checkpoint_folders(root))}
+    found = {state.step: folder for folder, state in states.items() if state is not None}
+    return dict(sorted(found.items()))
+
+
+def state_of(folder: Path) -> TrainerState | None:
+    """Return the progress that a checkpoint's manifest records; None if that cannot be read."""
+    try:
+        return open_artifact(CHECKPOINT, "checkpoint", folder).content
+    except UserError:
+        return None
+
+
+def digest_of(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's tensors, from its manifest.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    stored = open_artifact(CHECKPOINT, "checkpoint", folder).files.get(TENSORS)
+    return stored.sha256 if stored is not None else ""
