@@ -19,6 +19,7 @@ from mtptrain.backbone.grow import grow, layer_positions
 from mtptrain.backbone.load import backbone_folder, load_backbone, open_source, smaller_backbone
 from mtptrain.backbone.stored import save_bf16
 from mtptrain.config import MtpConfig, RunConfig
+from mtptrain.config.data import require_documents
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,
@@ -41,7 +42,7 @@ from mtptrain.evaluation.heads import teacher_forced
 from mtptrain.losses.next_token import NextTokenObjective, bits_per_byte
 from mtptrain.recipes.distill import train_head
 from mtptrain.recipes.resume import resume
-from mtptrain.recipes.session import Session, check_reads_documents
+from mtptrain.recipes.session import Session
 from mtptrain.run.distributed import bound_threads, choose_device
 from mtptrain.run.storage import atomic_file, atomic_folder, write_text
 from mtptrain.training.checkpoint import BackboneIdentity
@@ -148,7 +149,7 @@ def reads(config: RunConfig) -> Settings:
 
 def check(config: RunConfig) -> None:
     """Refuse data that is no text."""
-    check_reads_documents(config)
+    require_documents(config.data, config.task)
     if config.backbone.grow_from is not None:
         try:
             source = open_source(smaller_backbone(config.backbone))

@@ -16,6 +16,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
 from mtptrain.config import PARTITIONED_PLACEMENTS, RunConfig, require
+from mtptrain.config.data import require_documents
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_training_text, settings
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
@@ -29,7 +30,7 @@ from mtptrain.hidden_cache.writer import (
     shard_file,
     write_shard,
 )
-from mtptrain.recipes.session import Session, check_reads_documents
+from mtptrain.recipes.session import Session
 from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.folder import FolderUse, RunFolder
@@ -48,7 +49,7 @@ def reads(config: RunConfig) -> Settings:
 
 def check(config: RunConfig) -> None:
     """Refuse data that is streamed or is no text."""
-    check_reads_documents(config)
+    require_documents(config.data, config.task)
     rule = "collect counts the tokens before it starts; leave it false"
     require(not config.data.streaming, "data.streaming", True, rule)
 

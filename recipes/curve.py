@@ -32,8 +32,9 @@ from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import TraceSet
-from mtptrain.training.checkpoint import BEST, Checkpoint, Selection, open_checkpoint
+from mtptrain.training.checkpoint import BEST, Checkpoint, open_checkpoint
 from mtptrain.training.run_checkpoints import digest_of, state_of, steps_of_run
+from mtptrain.training.selection import Selection
 
 
 class UnreadableError(UserError):

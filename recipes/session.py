@@ -28,31 +28,6 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.training.checkpoint import Checkpoint
 
 
-def check_reads_documents(config: RunConfig) -> None:
-    """Refuse data other than documents, for a recipe that reads a text once.
-
-    Raises:
-        UserError: the data are cached hidden states, the backbone's own texts, or a mixture.
-    """
-    generated = {
-        DataSource.streams: "the hidden states of a text",
-        DataSource.on_policy: "text that the backbone writes during training",
-    }
-    source = config.data.source
-    require(
-        source not in generated,
-        "data",
-        source.value,
-        f"is {generated.get(source)}, and +recipe={config.task} reads the text itself; set data=stdlib or text",
-    )
-    require(
-        not config.data.mixture,
-        "data.mixture",
-        list(config.data.sources()),
-        f"weighs the training text of heads, and +recipe={config.task} reads a text once; set data.path",
-    )
-
-
 class Session:
     """One run of a recipe, and everything that it opens.
 

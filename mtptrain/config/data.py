@@ -182,3 +182,31 @@ class OnPolicyConfig:
         check_fields(self, "on_policy")
         self.prompts = prompt_names("on_policy.prompts", self.prompts, TRAINING)
         require(HELDOUT not in self.prompts, "on_policy.prompts", HELDOUT, "is for measuring heads; name other prompts")
+
+
+def require_documents(data: DataConfig, task: str) -> None:
+    """Refuse data other than documents, for a recipe that reads a text once.
+
+    Args:
+        data: section of the settings.
+        task: name of the recipe.
+
+    Raises:
+        UserError: the data are cached hidden states, the backbone's own texts, or a mixture.
+    """
+    generated = {
+        DataSource.streams: "the hidden states of a text",
+        DataSource.on_policy: "text that the backbone writes during training",
+    }
+    require(
+        data.source not in generated,
+        "data",
+        data.source.value,
+        f"is {generated.get(data.source)}, and +recipe={task} reads the text itself; set data=stdlib or text",
+    )
+    require(
+        not data.mixture,
+        "data.mixture",
+        list(data.sources()),
+        f"weighs the training text of heads, and +recipe={task} reads a text once; set data.path",
+    )

@@ -19,7 +19,7 @@ from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import TraceSet
-from mtptrain.training.checkpoint import Selection
+from mtptrain.training.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from mtptrain.run.hub import is_address
 from mtptrain.run.storage import atomic_folder, disk_full_reason, sync_file
 from mtptrain.training.engine import TrainingState
 from mtptrain.training.pieces import StoredTensors, write_pieces
+from mtptrain.training.selection import Selection
 
 TENSORS, OPTIMIZER = "module", "optimizer"  # files of each process, see `shard_name`
 RANDOM, MANIFEST = "random.pt", "checkpoint.json"
@@ -36,7 +37,6 @@ EXPORT_MANIFEST = "mtptrain_export.json"  # of an exported head
 PASSAGES = "passages.npz"
 SHARD = re.compile(r"[a-z]+-\d{5}-of-(\d{5})\.safetensors")
 T = TypeVar("T")
-SELECTION = "selection"  # counter in `best`: how it was chosen
 BEST = "best"  # name of the checkpoint with the best score during training
 
 
@@ -163,25 +163,6 @@ class Checkpoint:
         settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
         check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
         return self.identity
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The choice of a checkpoint as the best of its run.
-
-    Attributes:
-        by: name of the metric.
-        prompts: digests of the prompts that it was measured on.
-    """
-
-    by: str
-    prompts: list[str]
-
-    @classmethod
-    def of(cls, counters: dict[str, Any]) -> Selection | None:
-        """Return the selection that the counters of a checkpoint hold."""
-        stored = counters.get(SELECTION)
-        return cls(str(stored["by"]), list(stored["prompts"])) if stored else None
 
 
 def checkpoint_name(step: int) -> str:

@@ -36,7 +36,6 @@ from mtptrain.run.tracking import MetricsLog
 from mtptrain.training.checkpoint import (
     BEST,
     OPTIMIZER,
-    SELECTION,
     Checkpoint,
     TrainerState,
     TrainingIdentity,
@@ -49,6 +48,7 @@ from mtptrain.training.engine import Engine
 from mtptrain.training.optim import learning_rate
 from mtptrain.training.resume import Difference, differences, require_allowed
 from mtptrain.training.router_balance import RouterBalancer
+from mtptrain.training.selection import SELECTION
 
 
 class Objective(Protocol):
