@@ -74,6 +74,7 @@ def train_backbone(session: Session) -> Path:
     batches = PackedBatches(corpus, length, size, config.seed, min(length, config.backbone.shape.max_positions))
     checkpoints = run_folder.path / "checkpoints"
     settings = result_settings(config, ["backbone.shape", "data", "train"], str(model.dtype).removeprefix("torch."))
+    settings["backbone.grow_from"] = config.backbone.grow_from
     identity = BackboneIdentity("backbone", corpus.digest(), settings)
     engine = ReplicatedEngine(model, config.train)
     trainer = Trainer(engine, NextTokenObjective(model), batches, config.train, checkpoints, identity, "backbone")

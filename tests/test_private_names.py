@@ -35,6 +35,12 @@ class Relied(NamedTuple):
 
 
 RELIED = [
+    Relied(
+        "transformers.models.deepseek_v4",
+        "DeepseekV4PreTrainedModel",
+        "_keep_in_fp32_modules_strict",
+        "random weights have the dtypes of loaded ones; only from_pretrained applies the list",
+    ),
     Relied("deepspeed.ops", "", "__compatible_ops__", "no setting keeps its CPU collectives from compiling"),
     Relied("atexit", "", "_run_exitfuncs", "os._exit, which a process of several ends with, skips what is registered"),
     Relied(

@@ -96,7 +96,6 @@ def tokenize_corpus(
     stored = read_corpus(path)
     if stored is not None:
         return stored
-    path.unlink(missing_ok=True)  # damaged or empty, so it is written anew below
     bad_rows = BadRows(encoder.on_bad_row)
     encoded: list[EncodedDocument] = []
     with waiting(f"tokenising {len(documents):,} documents", lambda: len(encoded) / len(documents)):
@@ -113,6 +112,7 @@ def tokenize_corpus(
         arrays["loss_mask"] = corpus.loss_mask
     clear_leftovers(cache, idle_seconds=KILLED_AFTER)
     try:
+        path.unlink(missing_ok=True)  # damaged or empty
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:

@@ -147,7 +147,10 @@ def test_training_on_one_gpu_sends_nothing(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (["model=huge"], r"\+model=huge: there is no such choice of model; there are small, tiny, v4_flash, v4_pro$"),
+    (
+        ["model=huge"],
+        r"\+model=huge: there is no such choice of model; there are small, tiny, tiny12, v4_flash, v4_pro$",
+    ),
     (["model.shape.num_experts=0"], "backbone.shape.num_experts=0: must be at least 1"),
     (["plan.acceptance=[0.8,1.2]"], r"plan.acceptance=\[0.8, 1.2\]: every share must lie in \[0, 1\]"),
     (["plan.acceptance=[nan]"], r"plan.acceptance=\[nan\]: every share must lie"),

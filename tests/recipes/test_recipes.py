@@ -86,13 +86,15 @@ def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main(f"+recipe={recipe}", "--cfg", "job") == 0
-    task = "distill" if recipe in CLUSTERS | {"distill_on_policy"} else recipe
+    task = {"distill_on_policy": "distill", "backbone_grow": "backbone"}.get(recipe, recipe)
+    task = "distill" if recipe in CLUSTERS else task
     assert yaml.safe_load(capfd.readouterr().out)["task"] == task
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
-    # test_plan.py, tests/export/test_export.py, test_collect.py, test_on_policy.py, test_report.py, test_curve.py
-    elsewhere = {"plan", "export", "collect", "distill_on_policy", "report", "watch"}
+    # test_plan.py, tests/export/test_export.py, test_collect.py, test_on_policy.py, test_report.py, test_curve.py,
+    # tests/backbone/test_grow.py, tests/serving/test_measure_server.py
+    elsewhere = {"plan", "export", "collect", "distill_on_policy", "report", "watch", "backbone_grow", "measure_server"}
     here = {"backbone", "compare", "distill", "doctor", "evaluate", "mini_release", "pretrain"}
     assert here | elsewhere | CLUSTERS == set(RECIPES)
 
@@ -139,6 +141,11 @@ def test_a_trained_backbone_and_its_stock_head_can_be_evaluated(light: list[str]
     arguments = [*light, f"backbone.path={made}/backbone", "checkpoint=stock", f"output_dir={tmp_path / 'measured'}"]
     assert run_main("+recipe=evaluate", *arguments) == 0
     check_evaluation(tmp_path / "measured", ["stock"])
+    deeper = [*light, "backbone.path=null", *stock, *SHAPE, "backbone.shape.layer_types=[csa,csa,hca]"]
+    deeper += [f"backbone.grow_from={made}/backbone", f"output_dir={tmp_path / 'grown'}"]
+    assert run_main("+recipe=backbone", *deeper) == 0
+    config = read_json(tmp_path / "grown" / "backbone" / "config.json")
+    assert config["num_hidden_layers"] == 3
 
 
 def test_evaluate_measures_the_stock_head(light: list[str], tmp_path: Path) -> None:
