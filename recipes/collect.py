@@ -20,18 +20,25 @@ from mtptrain.config.data import require_documents
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_training_text, settings
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
+from mtptrain.hidden_cache.consumed import deleted_bytes, written_shards
 from mtptrain.hidden_cache.format import bytes_a_token
-from mtptrain.hidden_cache.manifest import STREAM, STREAM_CACHE, StreamIdentity, TextOrigin, hash_tokenizer
+from mtptrain.hidden_cache.manifest import (
+    STREAM,
+    STREAM_CACHE,
+    StreamIdentity,
+    TextOrigin,
+    hash_tokenizer,
+    shard_file,
+)
 from mtptrain.hidden_cache.writer import (
     ShardDocuments,
     num_forwards,
     piece_streams,
     plan_shards,
-    shard_file,
     write_shard,
 )
 from mtptrain.recipes.session import Session
-from mtptrain.run.artifact import begin, find_parts, finish, is_begun, total_counts
+from mtptrain.run.artifact import begin, finish, is_begun, total_counts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.folder import FolderUse, RunFolder
 from mtptrain.run.preemption import StopRequest
@@ -67,7 +74,7 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
     need = tokens * (token_bytes + TEXT_BYTES)
     path = run_folder.path.absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-    stored = sum(file.stat().st_size for file in path.glob("shard_*.safetensors"))
+    stored = sum(file.stat().st_size for file in path.glob("shard_*.safetensors")) + deleted_bytes(path)
     free = shutil.disk_usage(nearest).free + stored
     run_folder.print_status(
         f"{tokens:,} tokens in {sum(map(len, shards)):,} documents and {len(shards)} shards; "
@@ -136,7 +143,7 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     """
     folder, length, model = session.folder.path, session.piece_length, session.backbone.model
     names = [shard_file(number) for number in range(len(shards))]
-    written = on_rank0(lambda: set(find_parts(folder, names)))
+    written = on_rank0(lambda: set(written_shards(folder, len(shards))))
     missing = [number for number, name in enumerate(names) if name not in written]
     if len(missing) < len(shards):
         session.folder.print_status(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
@@ -157,7 +164,7 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     if not stop.is_made:
         pad_forwards(model, padding)
     if max_over_processes(int(stop.is_made)):  # a barrier, too: all shards are written
-        num_kept = on_rank0(lambda: len(find_parts(folder, names)))
+        num_kept = on_rank0(lambda: len(written_shards(folder, len(shards))))
         raise stop.ending(f"{num_kept} of {len(names)} shards are kept")
 
 
@@ -170,7 +177,7 @@ def pad_forwards(model: DeepseekV4ForCausalLM, count: int) -> None:
 
 def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
     """Write the manifest once all shards exist."""
-    shards = find_parts(folder, [shard_file(number) for number in range(num_shards)])
+    shards = written_shards(folder, num_shards)
     assert len(shards) == num_shards
     finish(STREAM_CACHE, folder, identity, shards, total_counts(shards))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +31,6 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
-from mtptrain.hidden_cache.manifest import check_origin, check_shards, hash_tokenizer, open_cache
-from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import check_head_experts, share_experts
 from mtptrain.mtp.fake_quantization import rows_by_tensor
@@ -45,6 +42,7 @@ from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.streams import describe_streams, stream_batches
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
@@ -87,14 +85,10 @@ def check(config: RunConfig) -> None:
 
 def training_batches(session: Session, stack: MtpStack) -> BatchSource:
     """Return the packed training batches; `stack` drafts for the backbone if it has to write the texts itself."""
-    config, backbone = session.config, session.training_backbone
+    config = session.config
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
-        cache = open_cache(Path(str(data.path)))
-        check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
-        check_shards(cache)
-        dtype = backbone.model.lm_head.weight.dtype
-        return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
+        return stream_batches(session)
     if data.source is DataSource.on_policy:
         corpus = on_policy_corpus(session, stack)
         return PackedBatches(corpus, data.sequence_length, size, config.seed, session.piece_length)
@@ -105,10 +99,7 @@ def describe_text(session: Session, batches: BatchSource) -> str:
     """Return the line that says what is trained on: the text's origin and size, and its held-out share."""
     data = session.config.data
     if data.source is DataSource.streams:
-        cache = open_cache(Path(str(data.path)))
-        counts, origin = cache.content, cache.identity.data
-        size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of cached streams"
-        return f"training on data.path={data.path}: {size}; one document in {origin.heldout_every} was held out"
+        return describe_streams(session)
     share = f"one document in {data.heldout_every} is held out"
     if isinstance(batches, PackedBatches):
         name = {DataSource.stdlib: "the standard library", DataSource.on_policy: "the backbone's own texts"}

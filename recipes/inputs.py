@@ -6,17 +6,16 @@ A backbone of this kind takes minutes to load, so a wrong path, column, prompt o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mtptrain.backbone.load import keeps_quantised
 from mtptrain.config import DataSource, did_you_mean
 from mtptrain.config.reads import Settings
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache.manifest import check_origin, hash_tokenizer, open_cache
 from mtptrain.mtp.start import check_start, check_stock, stored_head
 from mtptrain.recipes.distill import is_measured as is_measured_at_end
 from mtptrain.recipes.on_policy import check_texts
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.streams import check_streams
 from mtptrain.recipes.traces import check_prompts
 from mtptrain.run.distributed import choose_device
 
@@ -91,8 +90,7 @@ def check_training_text(session: Session) -> None:
     """Refuse a text, a stream cache or prompts that cannot be trained on."""
     data = session.config.data
     if data.source is DataSource.streams:
-        cache = open_cache(Path(str(data.path)))
-        check_origin(cache, session.known_fingerprint, hash_tokenizer(session.source.tokenizer))
+        check_streams(session)
     elif data.source is DataSource.on_policy:
         check_texts(session)
     else:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.text import TextReader
-from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.streams import stream_cache
 from mtptrain.run.distributed import on_rank0
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import HeadIdentity, newest_checkpoint, newest_identity
@@ -48,7 +47,8 @@ def data_digest(session: Session) -> str:
     """
     data = session.config.data
     if data.source is DataSource.streams:
-        return _digest({**to_json(open_cache(Path(str(data.path))).identity), "data": None})
+        order = {"order": "shards"} if data.follow else {}
+        return _digest({**to_json(stream_cache(session).identity), "data": None, **order})
     if data.is_streamed:
         sources = [_streamed_source(source) for source in data.sources().values()]
         return _digest([data.weights(), sources, session.chat.sha256 if session.chat else None])

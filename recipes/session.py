@@ -162,10 +162,12 @@ class Session:
     @property
     def document_settings(self) -> DataConfig:
         """The settings of the documents; for cached hidden states, those of the text behind them."""
-        from mtptrain.hidden_cache.manifest import open_cache
+        from mtptrain.hidden_cache.followed import open_streams
 
         data = self.config.data
-        return open_cache(Path(str(data.path))).identity.data.config() if data.source is DataSource.streams else data
+        if data.source is not DataSource.streams:
+            return data
+        return open_streams(data, self.config.distributed_timeout).identity.data.config()
 
     @property
     def piece_length(self) -> int:

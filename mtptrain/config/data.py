@@ -45,6 +45,10 @@ class DataConfig:
     format: DataFormat = DataFormat.auto  # of the rows; auto recognises it by their columns
     on_bad_row: OnBadRow = OnBadRow.error  # skip leaves out rows that cannot be used, and counts them
     streaming: bool = False  # tokenise documents during training instead of before it
+    # data=streams: train shard by shard, also while +recipe=collect is still writing the cache.
+    follow: bool = False
+    # data.follow: delete the shards that neither training nor its newest checkpoint needs; there is one epoch then.
+    delete_consumed: bool = False
     mixture: list[MixtureConfig] = field(default_factory=list)  # weighted sources, all tokenised during training
     # Worker processes that read and tokenise texts per training process; 0 = the training process itself.
     workers: int = ranged(1, at_least=0)
@@ -73,6 +77,18 @@ class DataConfig:
             "data.streaming",
             self.streaming,
             "is for data=text; leave it false for other sources, which are finite",
+        )
+        require(
+            self.source is DataSource.streams or not self.follow,
+            "data.follow",
+            self.follow,
+            "waits for the shards of a stream cache; set data=streams and data.path to the folder of +recipe=collect",
+        )
+        require(
+            self.follow or not self.delete_consumed,
+            "data.delete_consumed",
+            self.delete_consumed,
+            "is for one pass over a cache in the order of its shards; set data.follow=true",
         )
         require(
             self.max_tokens is None or not self.is_streamed,

@@ -66,7 +66,7 @@ def of_heldout_text(config: RunConfig) -> Settings:
     data = config.data
     used = settings("data.source", "data.turns", "data.on_bad_row", "data.cache_dir", *TEMPLATE)
     if data.source is DataSource.streams:  # the cache knows its documents
-        return used | {"data.path"}
+        return used | {"data.path", "data.follow"}
     used |= settings("data.heldout_every", "data.max_documents", "data.max_tokens")
     if data.mixture:
         return used | {"data.mixture", "data.streaming"}
@@ -77,6 +77,7 @@ def of_training_text(config: RunConfig) -> Settings:
     """Return the settings of the documents to train on, as rows of tokens."""
     data = config.data
     used = of_heldout_text(config) | {"data.sequence_length"}
+    used |= {"data.delete_consumed"} if data.follow else set()
     has_library = any(one.source is DataSource.stdlib for one in data.sources().values())
     if data.source is DataSource.on_policy:
         used |= of_on_policy(config)

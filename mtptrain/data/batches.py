@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,20 @@ class BatchSource:
     def position(self) -> Position:
         """Return this process's position in the data, as plain values; {} if the micro-batch number is enough."""
         return {}
+
+    def await_batches(self, end: int, is_stopped: Callable[[], bool]) -> bool:
+        """Wait until the micro-batches before number `end` can be read; every process calls it.
+
+        Returns:
+            Whether they can; if not, `is_stopped()` has ended the wait on some process.
+
+        Raises:
+            UserError: on every process: they did not appear in time, or there are no more.
+        """
+        return True
+
+    def saved(self) -> None:
+        """Delete data that neither this run nor a resume from its new checkpoint needs; every process calls it."""
 
     def documents(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return all training text as tokens with the start of each document; None if it is read during training."""

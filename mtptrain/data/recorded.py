@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.files import Position
@@ -34,6 +36,14 @@ class RecordedBatches(BatchSource):
             read = self.hasher.documents(tokens, is_start.nonzero().squeeze(1).numpy())
             self._passages = self._passages.join(read)
         return batch
+
+    def await_batches(self, end: int, is_stopped: Callable[[], bool]) -> bool:
+        """See `BatchSource`."""
+        return self.batches.await_batches(end, is_stopped)
+
+    def saved(self) -> None:
+        """See `BatchSource`."""
+        self.batches.saved()
 
     def passages(self) -> Passages:
         """See `BatchSource`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mtptrain.config import DataConfig, DataFormat, DataSource, OnBadRow, StreamFormat
-from mtptrain.run.artifact import Artifact, Kind, check_identity, open_artifact
+from mtptrain.run.artifact import Artifact, Kind, check_identity, is_whole, open_artifact
 from mtptrain.run.distributed import max_over_processes
 
 STREAM = "output of the last decoder layer, before hc_head and the final norm"
@@ -118,20 +118,18 @@ def check_origin(cache: StreamCache, backbone: str | None, tokenizer: str) -> No
     check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
 
 
+def shard_file(number: int) -> str:
+    """Return the name of a shard's file."""
+    return f"shard_{number:05d}.safetensors"
+
+
 def check_shards(cache: StreamCache) -> None:
     """Raise a `UserError`, on every process, that names a shard that is missing or truncated where a process sees it.
 
     Altered shards are found when they are read first: hashing a large cache would take hours.
     """
     names = list(cache.files)
-    damaged = [number for number, name in enumerate(names) if not _is_whole(cache, name)]
+    damaged = [number for number, name in enumerate(names) if not is_whole(cache.folder, name, cache.files[name])]
     named = max_over_processes(max(damaged, default=-1))
     if named >= 0:
         raise cache.damage(names[named])
-
-
-def _is_whole(cache: StreamCache, name: str) -> bool:
-    try:
-        return (cache.folder / name).stat().st_size == cache.files[name].bytes
-    except OSError:
-        return False

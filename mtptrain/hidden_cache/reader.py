@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mtptrain.data.batches import BatchSource, RowOrder
 from mtptrain.data.packing import Piece, fill_rows, pack_pieces
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import decode_streams
-from mtptrain.hidden_cache.manifest import StreamCache
+from mtptrain.hidden_cache.manifest import StreamCache, shard_file
 from mtptrain.run.distributed import on_rank0
 
 STORED = {"streams", "scales"}  # of `encode_streams`
@@ -35,11 +37,11 @@ class OpenShards:
     """The shards of a cache, opened when they are read and closed when `OPEN_SHARDS` others were read since.
 
     Args:
-        cache: complete.
+        cache: lists the shards that are read.
     """
 
     def __init__(self, cache: StreamCache) -> None:
-        self.cache, self.names = cache, list(cache.files)
+        self.cache = cache
         self.verified: set[int] = set()
         self.opened: OrderedDict[int, Any] = OrderedDict()
 
@@ -50,15 +52,20 @@ class OpenShards:
             UserError: the shard cannot be read, or was altered; its checksum is compared once.
         """
         if number not in self.verified:
-            self.cache.verify([self.names[number]])
+            self.cache.verify([shard_file(number)])
             self.verified.add(number)
         if number not in self.opened:
-            self.opened[number] = _open_shard(self.cache.folder / self.names[number])
+            self.opened[number] = open_shard(self.cache.folder / shard_file(number))
             if len(self.opened) > OPEN_SHARDS:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(number)
         file = self.opened[number]
         return {name: file.get_slice(name)[begin:end] for name in STORED.intersection(file.keys())}
+
+    def close_before(self, number: int) -> None:
+        """Close the shards before `number`."""
+        for other in [other for other in self.opened if other < number]:
+            del self.opened[other]
 
 
 class HiddenStateBatches(BatchSource):
@@ -78,16 +85,10 @@ class HiddenStateBatches(BatchSource):
     def __init__(
         self, cache: StreamCache, sequence_length: int, batch_size: int, seed: int, dtype: torch.dtype
     ) -> None:
-        longest = cache.identity.sequence_length
-        if sequence_length < longest:
-            raise UserError(
-                f"data.sequence_length={sequence_length}: the cache {cache.folder} holds pieces of up to {longest} "
-                f"tokens, whose streams cannot be cut; set at least {longest}"
-            )
+        check_row_length(cache, sequence_length)
         self.sequence_length, self.dtype = sequence_length, dtype
-        self.shape = (cache.identity.num_streams, cache.identity.width)
         self.shards = OpenShards(cache)
-        texts = [_read_text(cache.folder / name) for name in cache.files]
+        texts = [read_text(cache.folder / name) for name in cache.files]
         self.starts = np.cumsum([0, *(shard.counts["tokens"] for shard in cache.files.values())]).tolist()
         self.tokens, self.loss_mask, piece_sizes = (np.concatenate(parts) for parts in zip(*texts, strict=True))
         sizes = piece_sizes.tolist()
@@ -117,13 +118,7 @@ class HiddenStateBatches(BatchSource):
         """Return batch `index`; all reading and the order of rows belong to one thread."""
         rows = self.order.rank_rows(index)
         batch = fill_rows(self.tokens, rows, self.sequence_length, self.loss_mask)
-        streams_BSND = torch.zeros(len(rows), self.sequence_length, *self.shape, dtype=self.dtype)
-        for row, pieces in enumerate(rows):
-            begin = 0
-            for piece in pieces:
-                streams_BSND[row, begin : begin + piece[1]] = self._streams(piece)
-                begin += piece[1]
-        return Batch(batch.tokens_BS, batch.segment_BS, batch.position_BS, batch.loss_mask_BS, streams_BSND)
+        return with_streams(batch, rows, self._streams)
 
     def _streams(self, piece: Piece) -> Tensor:
         """Return the streams of a piece, [S, N, D]; a piece lies in one shard."""
@@ -133,14 +128,38 @@ class HiddenStateBatches(BatchSource):
         return decode_streams(self.shards.read(shard, begin, begin + size), self.dtype)
 
 
-def _read_text(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_row_length(cache: StreamCache, sequence_length: int) -> None:
+    """Raise a `UserError` if rows are too short for the cache's pieces."""
+    longest = cache.identity.sequence_length
+    if sequence_length < longest:
+        raise UserError(
+            f"data.sequence_length={sequence_length}: the cache {cache.folder} holds pieces of up to {longest} "
+            f"tokens, whose streams cannot be cut; set at least {longest}"
+        )
+
+
+def with_streams(batch: Batch, rows: list[list[Piece]], streams_of: Callable[[Piece], Tensor]) -> Batch:
+    """Return a batch with the streams of its pieces; `streams_of` returns those of one, [S, N, D]."""
+    streams_BSND: Tensor | None = None
+    for row, pieces in enumerate(rows):
+        begin = 0
+        for piece in pieces:
+            streams_SND = streams_of(piece)
+            if streams_BSND is None:
+                streams_BSND = streams_SND.new_zeros(*batch.tokens_BS.shape, *streams_SND.shape[1:])
+            streams_BSND[row, begin : begin + piece[1]] = streams_SND
+            begin += piece[1]
+    return replace(batch, streams_BSND=streams_BSND)
+
+
+def read_text(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a shard's tokens, loss mask and sizes of pieces; its streams stay on disk."""
-    file = _open_shard(path)
+    file = open_shard(path)
     tokens, loss_mask, sizes = (file.get_tensor(name).numpy() for name in ("tokens", "loss_mask", "piece_sizes"))
     return tokens, loss_mask, sizes
 
 
-def _open_shard(path: Path) -> Any:
+def open_shard(path: Path) -> Any:
     """Open a shard's tensors, mapped into memory."""
     try:
         return safe_open(path, framework="pt")

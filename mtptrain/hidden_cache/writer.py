@@ -17,6 +17,7 @@ from mtptrain.config import StreamFormat
 from mtptrain.data.packing import Piece, cut_document, fill_rows, pack_pieces
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.hidden_cache.format import encode_streams
+from mtptrain.hidden_cache.manifest import shard_file
 from mtptrain.run.artifact import add_part
 from mtptrain.run.storage import atomic_file
 
@@ -73,11 +74,6 @@ def num_forwards(documents: ShardDocuments, sequence_length: int) -> int:
     return -(
         -len(pack_pieces([piece for pieces in documents for piece in pieces], sequence_length)) // ROWS_PER_FORWARD
     )
-
-
-def shard_file(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard_{number:05d}.safetensors"
 
 
 def write_shard(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,17 +184,44 @@ def add_part(folder: Path, name: str, counts: dict[str, int]) -> None:
     write_json(_record(folder, name), to_json(describe_file(folder / name, counts)))
 
 
-def find_parts(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
-    """Return the parts among `names` that are on disk, by name: each has a record and a file of the recorded size."""
-    parts = {}
-    for name in names:
-        try:
-            part = from_json(StoredFile, json.loads(_record(folder, name).read_text(encoding="utf-8")))
-            if (folder / name).stat().st_size == part.bytes:
-                parts[name] = part
-        except (OSError, ValueError):
-            continue
-    return parts
+def read_begun(kind: Kind[Identity, Content], setting: str, folder: Path) -> Identity:
+    """Return the identity of an artifact that may still be written, from `begun.json`.
+
+    Raises:
+        UserError: that file is missing, damaged, or of another kind or schema.
+    """
+    identity: Identity
+    (identity,) = _read(kind, f"{setting}={folder}", folder / BEGUN, identity=kind.identity)
+    return identity
+
+
+def read_part(folder: Path, name: str) -> StoredFile | None:
+    """Return the record of a part, which is written after its file; None if there is none that can be read."""
+    try:
+        return from_json(StoredFile, json.loads(_record(folder, name).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def is_whole(folder: Path, name: str, stored: StoredFile) -> bool:
+    """Return whether a file is there with the recorded size."""
+    try:
+        return (folder / name).stat().st_size == stored.bytes
+    except OSError:
+        return False
+
+
+def find_parts(folder: Path, names: Iterable[str], deleted: Collection[str] = ()) -> dict[str, StoredFile]:
+    """Return the parts among `names` that were written, by name: each has a record and a file of the recorded size.
+
+    Args:
+        folder: of the artifact.
+        names: of the parts' files.
+        deleted: files that were deleted after use; their records are enough.
+    """
+    records = {name: read_part(folder, name) for name in names}
+    parts = {name: part for name, part in records.items() if part is not None}
+    return {name: part for name, part in parts.items() if name in deleted or is_whole(folder, name, part)}
 
 
 def finish(

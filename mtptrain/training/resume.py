@@ -15,7 +15,7 @@ from mtptrain.training.optim import learning_rate
 
 # Settings that change no result. The tensors and the digest of the data stand for mtp.init and the paths.
 IRRELEVANT = {
-    "data": {"cache_dir", "workers"},
+    "data": {"cache_dir", "workers", "delete_consumed"},
     "mtp": {"init", "experts"},
     "on_policy": {"path", "batch_size", "draft_length"},
     "train": {"log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "recompute"},

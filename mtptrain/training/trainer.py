@@ -45,6 +45,7 @@ from mtptrain.training.checkpoint import (
     save_checkpoint,
 )
 from mtptrain.training.engine import Engine
+from mtptrain.training.figures import progress_figures
 from mtptrain.training.optim import learning_rate
 from mtptrain.training.resume import Difference, differences, require_allowed
 from mtptrain.training.router_balance import RouterBalancer
@@ -157,7 +158,7 @@ class Trainer:
         self.device = next(engine.module.parameters()).device
         self.balancer = RouterBalancer(engine.module, config.router_bias_rate)
         self.stop_request = StopRequest()
-        self.step = 0
+        self.step = self.saved_step = 0
         self.best_metric: str | None = None  # that of the counter `best_score`
         self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
@@ -181,7 +182,7 @@ class Trainer:
         torch.set_rng_state(random["torch"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
         self.counters = dict(checkpoint.counters)
         self.best_metric = self.counters.pop(BEST_METRIC, None)
         index, positions = self.step * self.config.accumulation, self.counters.pop(POSITIONS, [])
@@ -205,7 +206,32 @@ class Trainer:
             counters[SELECTION] = {"by": self.probe.score, "prompts": [*self.probe.prompts]}
         save_checkpoint(folder, self.engine.state(), self.identity, TrainerState(self.step, counters), passages)
         on_rank0(lambda: prune_checkpoints(self.checkpoints, self.config.keep_checkpoints))
+        if name is None:  # `best` is not resumed from
+            self.saved_step = self.step
+            self.batches.saved()
         return folder
+
+    def _await_batches(self) -> None:
+        """Wait for the data of the next step; save the steps before it if they do not come.
+
+        Raises:
+            Preempted: a signal asked the run to stop; the state is saved.
+            UserError: the data did not appear in time, or there are no more; the state is saved.
+        """
+        end = (self.step + 1) * self.config.accumulation
+        try:
+            if self.batches.await_batches(end, lambda: self.stop_request.is_made):
+                return
+        except UserError:
+            self._save_new()
+            raise
+        self._save_new()
+        raise self.stop_request.ending(f"step {self.step} of {self.config.steps} is saved")
+
+    def _save_new(self) -> None:
+        """Save the steps after the newest checkpoint, if any."""
+        if self.step > self.saved_step:
+            self.save()
 
     def train_step(self) -> Step:
         """Run one optimiser step; a non-finite loss or gradient skips the update on all processes and is counted.
@@ -275,10 +301,11 @@ class Trainer:
         totals, logged_at, tokens_at = MetricTotals(), time.monotonic(), self.counters["tokens"]
         with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:
             while self.step < self.config.steps:
+                self._await_batches()
                 before = self.counters["tokens"]
                 step = self.train_step()
                 totals.add(step)
-                progress.update(self.step, _figures(totals), self.counters["tokens"] - before)
+                progress.update(self.step, progress_figures(totals.means()), self.counters["tokens"] - before)
                 if self._is_due(self.config.log_every):
                     now = time.monotonic()
                     speed = (self.counters["tokens"] - tokens_at) / max(now - logged_at, 1e-9)
@@ -315,18 +342,3 @@ class Trainer:
 def _poisoned(loss: Tensor) -> Tensor:
     """Return the loss; a non-finite loss gets a non-finite gradient, which every process and engine detects."""
     return loss * (1 + 0 * loss.detach())
-
-
-def _figures(totals: MetricTotals) -> str:
-    """Return the loss of the first step and, if measured, the acceptance of every step, for the progress line."""
-    means = totals.means()
-    parts = [f"loss {_figure(means['loss/step_1'])}"] if "loss/step_1" in means else []
-    alphas = [_figure(value) for name, value in means.items() if name.startswith("alpha/")]
-    if alphas:
-        parts.append("acceptance " + "/".join(alphas))
-    return "  ".join(parts)
-
-
-def _figure(value: float) -> str:
-    """Return a figure with three decimals, or `-` for the mean of nothing."""
-    return "-" if math.isnan(value) else f"{value:.3f}"

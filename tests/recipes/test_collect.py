@@ -193,6 +193,39 @@ def test_few_shards_are_open_at_a_time_and_each_is_verified_once(cache: Path, mo
     assert torch.equal(again.batch(7).streams_BSND, seen[7])  # out of order, as after a resume
 
 
+def test_a_cache_is_followed_and_collected_on_after_shards_are_deleted(
+    cache: Path, small: list[str], light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    part, run = copied(cache, tmp_path), tmp_path / "run"
+    names = list(open_cache(cache).files)
+    (part / "manifest.json").unlink()
+    for name in names[-2:]:
+        (part / name).unlink()
+        (part / name).with_suffix(".json").unlink()
+    follow = ["data.follow=true", "data.delete_consumed=true"]
+    assert train_from(part, light, run, *follow) == 0
+    assert "a growing number of cached streams, shard by shard, which are deleted" in capfd.readouterr().err
+    left = [name for name in names if (part / name).exists()]
+    assert len(names) - 2 - len(left) > 0
+    assert run_main("+recipe=collect", *small, f"output_dir={part}", "resume=auto") == 0
+    assert [name for name in names if (part / name).exists()] == left + names[-2:]
+    assert (part / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+    for more in ([], ["data.follow=true"]):
+        line = refusal(part, light, tmp_path / "other", capfd, *more)
+        assert f"the run in {run} deletes its shards after use" in line
+    longer = ["resume=auto", "train.steps=3", "resume_allow=[train.steps]"]
+    assert train_from(part, light, run, *follow, *longer) == 0
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+
+
+def test_the_order_of_shards_is_no_detail_of_a_run(
+    cache: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train_from(cache, light, tmp_path) == 0
+    assert train_from(cache, light, tmp_path, "data.follow=true", "resume=auto") == 2
+    assert "data.follow false -> true" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_a_shard_that_one_of_two_processes_finds_damaged_is_named_once(
     cache: Path, light: list[str], tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ PROGRAMS = {
     "distill, text read during training": "+recipe=distill data=text data.path={corpus} data.streaming=true",
     "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}]",
     "distill, streams": "+recipe=distill data=streams data.path={streams}",
+    "distill, followed streams": "+recipe=distill data=streams data.path={streams} data.follow=true",
     "distill, on_policy": "+recipe=distill_on_policy on_policy.num_prompts=4 on_policy.max_new_tokens=8",
     "distill, on_policy from a text": "+recipe=distill data=on_policy data.path={corpus} on_policy.num_prompts=4",
     "distill, on_policy from prompts": "+recipe=distill_on_policy on_policy.prompts={prompts} on_policy.path={new}/t",

@@ -1,0 +1,63 @@
+"""`data=streams`: the stream cache of a training run, complete or, with `data.follow`, still being written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtptrain.data.batches import BatchSource
+from mtptrain.hidden_cache.consumed import check_unclaimed
+from mtptrain.hidden_cache.followed import FollowedCache, open_streams
+from mtptrain.hidden_cache.follower import FollowedBatches, RowSettings
+from mtptrain.hidden_cache.manifest import StreamCache, check_origin, check_shards, hash_tokenizer
+from mtptrain.hidden_cache.reader import HiddenStateBatches
+from mtptrain.recipes.session import Session
+
+
+def stream_cache(session: Session) -> StreamCache:
+    """Return the cache at `data.path`; with `data.follow`, wait until it is begun.
+
+    Raises:
+        UserError: it is missing, unfinished or damaged.
+    """
+    return open_streams(session.config.data, session.config.distributed_timeout)
+
+
+def check_streams(session: Session) -> None:
+    """Raise a `UserError` if the cache is of another backbone, or another run deletes its shards."""
+    cache = stream_cache(session)
+    check_origin(cache, session.known_fingerprint, hash_tokenizer(session.source.tokenizer))
+    check_unclaimed(cache.folder, _run(session) if session.config.data.follow else None)
+
+
+def stream_batches(session: Session) -> BatchSource:
+    """Return the training batches of the cache.
+
+    Raises:
+        UserError: the cache does not fit the run, or a shard of a complete cache is missing or truncated.
+    """
+    config, backbone, cache = session.config, session.training_backbone, stream_cache(session)
+    data, size, dtype = config.data, config.train.batch_size, backbone.model.lm_head.weight.dtype
+    check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
+    if data.follow:
+        followed = FollowedCache(cache, _run(session), data.delete_consumed)
+        settings = RowSettings(data.sequence_length, size, config.seed)
+        return FollowedBatches(followed, settings, dtype, config.distributed_timeout)
+    check_shards(cache)
+    return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
+
+
+def describe_streams(session: Session) -> str:
+    """Return the line that says which cache is trained on: its size, if it is known, and its held-out share."""
+    cache, data = stream_cache(session), session.config.data
+    counts = cache.content
+    size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of" if counts else "a growing number of"
+    then = ""
+    if data.follow:
+        then = ", shard by shard" + (", which are deleted after use" if data.delete_consumed else "")
+    share = f"one document in {cache.identity.data.heldout_every} was held out"
+    return f"training on data.path={data.path}: {size} cached streams{then}; {share}"
+
+
+def _run(session: Session) -> str:
+    """Return the name of the run in the cache that it reads."""
+    return str(Path(session.folder.path).resolve())
