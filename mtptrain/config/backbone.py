@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mtptrain.config.choices import ExportForm, ExportScheme, Placement, ReleaseVariant, ShardCopies, StoredWeights
+from mtptrain.config.choices import (
+    ExportCheck,
+    ExportForm,
+    ExportScheme,
+    Placement,
+    ReleaseVariant,
+    ShardCopies,
+    StoredWeights,
+)
 from mtptrain.config.rules import check_fields, one_of, ranged, require
 
 
@@ -67,6 +75,7 @@ class ExportConfig:
     form: ExportForm = ExportForm.full
     scheme: ExportScheme = ExportScheme.target
     shards: ShardCopies = ShardCopies.hardlink  # of unchanged files
+    check: ExportCheck = ExportCheck.replay  # tensors: measures no acceptance, decodes nothing, loads no backbone
     # Largest loss of acceptance length, in tokens a pass, by storing the head; a larger loss is an error.
     max_drop: float = ranged(0.05, at_least=0, rule="must be 0 or more tokens a pass")
     # form=draft: with the model's embedding and lm_head, which no checked server reads from there.

@@ -75,6 +75,13 @@ class ExportScheme(Enum):
     bf16 = "bf16"
 
 
+class ExportCheck(Enum):
+    """Check of an exported head: its tensors and its replayed acceptance, or its tensors alone."""
+
+    replay = "replay"
+    tensors = "tensors"
+
+
 class ShardCopies(Enum):
     """How unchanged files are put into the export: hard link, symlink or copy."""
 
