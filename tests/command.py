@@ -56,6 +56,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         ExportConfig,
         MixtureConfig,
         ReleaseConfig,
+        ReleaseSize,
         RunConfig,
     )
     from mtptrain.recipes import find_recipe
@@ -71,7 +72,9 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
     source = "text" if is_mixed else source
     evaluation = EvaluationConfig(traces="traces" if has_traces else None)
-    release = ReleaseConfig(random="release.random=true" in arguments)
+    is_random, is_servable = "release.random=true" in arguments, "release.size=servable" in arguments
+    size = ReleaseSize.servable if is_random and is_servable else ReleaseSize.tiny
+    release = ReleaseConfig(random=is_random, size=size)
     is_compared = "export.check=tensors" in arguments
     export = ExportConfig(check=ExportCheck.tensors if is_compared else ExportCheck.replay)
     data = DataConfig(

@@ -9,6 +9,7 @@ from mtptrain.config.choices import (
     ExportForm,
     ExportScheme,
     Placement,
+    ReleaseSize,
     ReleaseVariant,
     ShardCopies,
     StoredWeights,
@@ -93,3 +94,9 @@ class ReleaseConfig:
 
     variant: ReleaseVariant = ReleaseVariant.release
     random: bool = False  # a random backbone of backbone.shape and a random head, instead of the configured backbone
+    size: ReleaseSize = ReleaseSize.tiny  # servable: sizes for the kernels of servers, instead of backbone.shape
+
+    def __post_init__(self) -> None:
+        is_possible = self.random or self.size is ReleaseSize.tiny
+        rule = "builds a random backbone of these sizes; set release.random=true as well"
+        require(is_possible, "release.size", self.size.value, rule)

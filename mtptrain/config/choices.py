@@ -98,6 +98,13 @@ class ReleaseVariant(Enum):
     dspark = "dspark"
 
 
+class ReleaseSize(Enum):
+    """Sizes of a random miniature: those of backbone.shape, or multiples of 128 with the head widths of V4-Flash."""
+
+    tiny = "tiny"
+    servable = "servable"
+
+
 class EngineName(Enum):
     """Partitioning of the heads' training state: none, or a stage of DeepSpeed ZeRO.
 

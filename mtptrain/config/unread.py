@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mtptrain.config.choices import DataSource, ExportCheck
+from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
 from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
@@ -120,6 +120,8 @@ def _setting(name: str) -> str:
 def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
     if config.task == "export" and config.export.check is ExportCheck.tensors and name.startswith(MEASURING):
         return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
+    if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
+        return "release.size=servable brings all sizes of its random backbone; leave one of them out"
     if owners:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"

@@ -256,18 +256,22 @@ def serving_notes(target: ExportTarget) -> list[str]:
 def _metadata(export: Export, name: str, shown: list[int]) -> str:
     """Return the Hub's front matter: base model, licence and the acceptance lengths that were measured."""
     measured = export.acceptance
-    results = measured and [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="prompts",
-            dataset_name=f"{measured.prompts} prompts, continued by the model at {measured.policy}",
-            metric_type="acceptance_length",
-            metric_name=f"tokens a verify pass at K={k}",
-            metric_value=round(length, 4),
-        )
-        for k in shown
-        if (length := measured.after[k]) is not None
-    ]
+    results = (
+        None
+        if measured is None
+        else [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="prompts",
+                dataset_name=f"{measured.prompts} prompts, continued by the model at {measured.policy}",
+                metric_type="acceptance_length",
+                metric_name=f"tokens a verify pass at K={k}",
+                metric_value=round(length, 4),
+            )
+            for k in shown
+            if (length := measured.after[k]) is not None
+        ]
+    )
     data: Any = ModelCardData(
         base_model=export.origin.base_model,
         license=export.origin.license,

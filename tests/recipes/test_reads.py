@@ -50,6 +50,7 @@ PROGRAMS = {
     "export of tensors": "+recipe=export checkpoint={head} target=vllm export.check=tensors",
     "mini_release": "+recipe=mini_release",
     "mini_release, random": "+recipe=mini_release release.random=true backbone.shape.layer_types=[sliding]",
+    "mini_release, servable": "+recipe=mini_release release.random=true release.size=servable",
     "backbone": "+recipe=backbone data=text data.path={corpus} train.warmup_steps=1 stock_head.warmup_steps=1 "
     "stock_head.steps=2 stock_head.batch_size=2 data.packages=[] " + " ".join(SHAPE),
     "plan": "+recipe=plan plan.measured=true",
@@ -154,6 +155,13 @@ UNREAD = [
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
     ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),
     ("distill", "on_policy.min_p=0.1", "on_policy.min_p=0.1: .* with data=text .*; set data=on_policy"),
+    ("mini_release", "release.size=servable", "release.size=servable: .*; set release.random=true as well"),
+    (
+        "mini_release",
+        "release.random=true release.size=servable backbone.shape.hidden_size=512",
+        "backbone.shape.hidden_size=512: release.size=servable brings all sizes of its random backbone",
+    ),
+    ("mini_release", "release.random=true release.size=servable backbone=small", "backbone=small: release.size=serv"),
     ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
     (
         "export",
