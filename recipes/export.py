@@ -13,18 +13,16 @@ from torch import Tensor
 from transformers import DeepseekV4Config
 
 import mtptrain
-from mtptrain.backbone.load import Backbone
-from mtptrain.config import ExportForm, ExportScheme, PlanConfig, RunConfig, require
+from mtptrain.backbone.load import BackboneSource
+from mtptrain.config import ExportCheck, ExportForm, ExportScheme, PlanConfig, RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, of_traces, settings
 from mtptrain.errors import UserError
-from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import Head
-from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
 from mtptrain.export.card import (
     EXPORT,
+    NOT_MEASURED,
     Export,
     Measured,
-    drawn,
     further_figures,
     model_card,
     serving_notes,
@@ -51,20 +49,20 @@ from mtptrain.export.folder import (
 from mtptrain.export.origin import find_origin, hub_id, own_evaluation
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
 from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
-from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.mtp.start import has_stock, place, stock_tensors
+from mtptrain.mtp.stack import head_digest
+from mtptrain.mtp.start import has_stock, stock_tensors
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.storing import check_drop, measure, reload_head, replay_stock
 from mtptrain.recipes.traces import gather_traces, replay_head, replay_stored
 from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.fingerprint import fingerprint
-from mtptrain.release.modules import from_release, is_release_layout, to_release
+from mtptrain.release.modules import is_release_layout, to_release
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import seal
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.hub import check_upload, upload_folder
 from mtptrain.run.storage import disk_full_reason, write_text
-from mtptrain.traces.file import Trace
 from mtptrain.training.checkpoint import Checkpoint, HeadIdentity
 
 PROCESSES = "led"
@@ -95,75 +93,9 @@ def check_trained(checkpoint: Checkpoint, identity: HeadIdentity) -> None:
         )
 
 
-def replay_stock(session: Session, traces: list[Trace]) -> CountsByLength | None:
-    """Return the counts of the head that came with the model; None if it has none, or one that cannot run."""
-    if not has_stock(session.backbone):
-        return None
-    try:
-        return replay_head(session, session.stock_head().stack, traces)
-    except UserError as error:
-        session.folder.print_status(f"no comparison with the model's own head: {error}")
-        return None
-
-
-def reload_head(backbone: Backbone, written: Shards) -> MtpStack:
-    """Return the head as a server reads it from an exported folder."""
-    config = DeepseekV4Config.from_pretrained(written.folder)  # says no more that the model came with DSpark blocks
-    state = from_release(written.only(HEAD_PREFIX), config, backbone.model.lm_head.weight.dtype)
-    depth = len({name.split(".")[1] for name in state})
-    return place(stack_from_tensors(backbone.config, depth, state, str(written.folder)), backbone).eval()
-
-
-def lengths(counts: CountsByLength) -> dict[int, float | None]:
-    """Return the acceptance length by K."""
-    return {k: acceptance_length(counts[k]) for k in counts}
-
-
-def measure(
-    session: Session,
-    traces: list[Trace],
-    before: CountsByLength,
-    stored: tuple[CountsByLength, CountsByLength | None, CountsByLength | None],
-    stock: CountsByLength | None,
-) -> Measured:
-    """Return the acceptance of a head before and after it was stored, and its gain over the stock head.
-
-    `stored` is the result of `replay_stored`.
-    """
-    (after, other, served), other_policy = stored, session.policy.with_other_drafts
-    groups = [trace.prompt.group for trace in traces]
-    gains = {} if stock is None else {k: paired_gain(stock[k], after[k], groups) for k in after}
-    known = {k: gain for k, gain in gains.items() if gain is not None}
-    return Measured(
-        prompts=len(traces),
-        policy=drawn(session.policy),
-        before=lengths(before),
-        after=lengths(after),
-        positions=by_position(after[max(after)]).conditional,
-        gain=known or None,
-        other=(drawn(other_policy), lengths(other)) if other_policy and other else None,
-        served=lengths(served) if served else None,
-    )
-
-
-def check_drop(config: RunConfig, measured: Measured) -> None:
-    """Refuse an encoding that costs more acceptance than `export.max_drop`."""
-    for k, before in measured.before.items():
-        after = measured.after[k]
-        if before is None or after is None:  # every text ends at its first token
-            continue
-        drop = before - after
-        if drop > config.export.max_drop:
-            raise UserError(
-                f"export.max_drop={config.export.max_drop}: storing the head costs {drop:.3f} tokens a pass at K={k} "
-                f"({before:.3f} to {measured.after[k]:.3f}); train with mtp.quant_aware=true, or allow more. Nothing "
-                "was written"
-            )
-
-
-def plan_length(config: RunConfig, backbone: Backbone, measured: Measured) -> PlannedLength | None:
+def plan_length(config: RunConfig, model: DeepseekV4Config, measured: Measured) -> PlannedLength | None:
     """Return the fastest K of a plan; None if `backbone=` does not state the sizes of this model."""
-    shape, model = config.backbone.shape, backbone.config
+    shape = config.backbone.shape
     stated = (shape.hidden_size, len(shape.layer_types), shape.num_experts, shape.vocab_size)
     actual = (model.hidden_size, model.num_hidden_layers, model.n_routed_experts, model.vocab_size)
     if config.hardware is None or stated != actual:
@@ -171,44 +103,44 @@ def plan_length(config: RunConfig, backbone: Backbone, measured: Measured) -> Pl
     return fastest_planned(shape, config.hardware, config.plan or PlanConfig(), measured.positions)
 
 
-def write_folder(config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
+def write_folder(session: Session, checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> None:
     """Write all files of the export except the card and the seal."""
-    head = to_release(checkpoint.tensors(), backbone.config, scheme, scale_dtype=stored_scales(backbone.shards))
-    trained = checkpoint.head_identity(backbone.fingerprint)
+    config, source = session.config, session.source
+    head = to_release(checkpoint.tensors(), source.config, scheme, scale_dtype=stored_scales(source.shards))
+    trained = checkpoint.head_identity(None)
     facts = {"version": mtptrain.__version__, "mode": trained.mode.value, "steps": trained.steps, "scheme": scheme}
     server = SERVERS.get(config.target) if config.target else None
     facts |= {"checked": f"{server.name} {server.checked}"} if server else {}
     if config.export.form is ExportForm.draft:
-        write_draft(backbone.shards, head, folder, config.export.embeddings)
+        write_draft(source.shards, head, folder, config.export.embeddings)
     else:
-        layout, head_bytes = plan_layout(backbone.shards), sum(tensor.nbytes for tensor in head.values())
-        check_room(folder, bytes_needed(backbone.shards, layout, head_bytes, config.export.shards))
-        write_full(backbone.shards, layout, head, folder, config.export.shards)
-    write_config(backbone.shards, folder, trained.depth, facts)
+        layout, head_bytes = plan_layout(source.shards), sum(tensor.nbytes for tensor in head.values())
+        check_room(folder, bytes_needed(source.shards, layout, head_bytes, config.export.shards))
+        write_full(source.shards, layout, head, folder, config.export.shards)
+    write_config(source.shards, folder, trained.depth, facts)
 
 
-def stored_stock(backbone: Backbone) -> Mapping[str, Tensor]:
+def stored_stock(source: BackboneSource) -> Mapping[str, Tensor]:
     """Return the stock head by released names; empty if the model came without one."""
-    if not has_stock(backbone):
+    if not has_stock(source):
         return {}
-    stock = backbone.shards.only(HEAD_PREFIX)
-    return stock if is_release_layout(stock) else to_release(stock_tensors(backbone), backbone.config, "bf16")
+    stock = source.shards.only(HEAD_PREFIX)
+    return stock if is_release_layout(stock) else to_release(stock_tensors(source), source.config, "bf16")
 
 
-def check_folder(
-    config: RunConfig, backbone: Backbone, checkpoint: Checkpoint, scheme: Scheme, written: Shards
-) -> dict[str, Any]:
+def check_folder(session: Session, checkpoint: Checkpoint, scheme: Scheme, written: Shards) -> dict[str, Any]:
     """Read the folder back and return `errors`, `changed` and `untouched` of `Export`.
 
     Raises:
         UserError: a tensor of the model differs from its source, or the head is the stock head.
     """
-    stored = written.only(HEAD_PREFIX)
-    errors = compare_head(checkpoint.tensors(), stored, backbone.config, scheme)
-    check_unchanged(backbone.shards, written)
-    if config.export.form is ExportForm.full and fingerprint(written) != backbone.fingerprint:
-        raise UserError(f"{written.setting}: config or tensors of the model are not {backbone.folder}'s; nothing kept")
-    changed = changed_weights(stored_stock(backbone), stored, backbone.config)
+    source, stored = session.source, written.only(HEAD_PREFIX)
+    errors = compare_head(checkpoint.tensors(), stored, source.config, scheme)
+    check_unchanged(source.shards, written)
+    is_full = session.config.export.form is ExportForm.full
+    if is_full and fingerprint(written) != checkpoint.head_identity(None).backbone:
+        raise UserError(f"{written.setting}: config or tensors of the model are not {source.folder}'s; nothing kept")
+    changed = changed_weights(stored_stock(source), stored, source.config)
     if changed[0] == 0:
         raise UserError(
             f"{written.setting}: stored as {scheme}, the head is the one that the model came with, value for value; "
@@ -217,43 +149,55 @@ def check_folder(
     return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
 
 
+def write_checked(session: Session, checkpoint: Checkpoint, temporary: Path) -> tuple[Shards, dict[str, Any]]:
+    """Write the folder and compare its tensors with the checkpoint and the model; return them, and the checks.
+
+    Raises:
+        UserError: a check fails.
+    """
+    scheme = export_scheme(session.config, session.source.shards)
+    write_folder(session, checkpoint, scheme, temporary)
+    written = Shards(temporary, f"output_dir={session.folder.path}")
+    return written, {"scheme": scheme, **check_folder(session, checkpoint, scheme, written)}
+
+
 def write_measured(
     session: Session, checkpoint: Checkpoint, head: Head, temporary: Path
 ) -> tuple[Shards, dict[str, Any], Measured]:
-    """Write the folder, check it, and replay the head before and after; return its tensors, the checks, and both.
+    """Return the result of `write_checked`, and the acceptance of the head before and after it was stored.
 
     Raises:
         UserError: a check fails, or storing the head costs too much acceptance.
     """
-    config, backbone = session.config, session.backbone
-    scheme = export_scheme(config, backbone.shards)
-    traces = gather_traces(session, config.evaluation.num_prompts).traces
+    traces = gather_traces(session, session.config.evaluation.num_prompts).traces
     before, stock = replay_head(session, head.stack, traces), replay_stock(session, traces)
-    write_folder(config, backbone, checkpoint, scheme, temporary)
-    written = Shards(temporary, f"output_dir={session.folder.path}")
-    checks = check_folder(config, backbone, checkpoint, scheme, written)
-    zero_first = checkpoint.head_identity(backbone.fingerprint).zero_first
-    stored = replay_stored(session, session.serve(reload_head(backbone, written), zero_first), traces)
-    measured = measure(session, traces, before, stored, stock)
-    check_drop(config, measured)
-    return written, {"scheme": scheme, **checks}, measured
+    written, checks = write_checked(session, checkpoint, temporary)
+    zero_first = checkpoint.head_identity(None).zero_first
+    reloaded = session.serve(reload_head(session.backbone, written), zero_first)
+    measured = measure(session, traces, before, replay_stored(session, reloaded, traces), stock)
+    check_drop(session.config, measured)
+    return written, checks, measured
 
 
-def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str], temporary: Path) -> Export:
+def build(session: Session, checkpoint: Checkpoint, head: Head | None, warned: list[str], temporary: Path) -> Export:
     """Write the folder, read it back, replay its head, and write its card.
 
     Args:
         session: of the run.
         checkpoint: the trained head on disk.
-        head: the trained head.
+        head: the trained head; None compares tensors and replays nothing.
         warned: warnings known so far.
         temporary: the folder until it is complete.
     """
-    config, backbone, target = session.config, session.backbone, session.config.target
+    config, source, target = session.config, session.source, session.config.target
     assert target is not None
-    identity = checkpoint.head_identity(backbone.fingerprint)
-    written, checks, measured = write_measured(session, checkpoint, head, temporary)
-    evaluation, planned = own_evaluation(checkpoint), plan_length(config, backbone, measured)
+    identity, evaluation = checkpoint.head_identity(None), own_evaluation(checkpoint)
+    measured = planned = None
+    if head is None:
+        written, checks = write_checked(session, checkpoint, temporary)
+    else:
+        written, checks, measured = write_measured(session, checkpoint, head, temporary)
+        planned = plan_length(config, source.config, measured)
     export = Export(
         target=target,
         form=config.export.form,
@@ -261,8 +205,8 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str
         acceptance=measured,
         draft_length=choose_draft_length(target, identity.depth, identity.steps, fastest_measured(evaluation), planned),
         head_files=sorted({written.entries[name].file for name in written.only(HEAD_PREFIX)}),
-        warnings=[*warned, *own_warnings(evaluation), *warnings(target, backbone.shards, identity.depth)],
-        origin=find_origin(checkpoint, backbone.folder, config.backbone.path),
+        warnings=[*warned, *own_warnings(evaluation), *warnings(target, source.shards, identity.depth)],
+        origin=find_origin(checkpoint, source.folder, config.backbone.path),
         provenance=session.folder.provenance,
         **checks,
     )
@@ -275,23 +219,34 @@ def build(session: Session, checkpoint: Checkpoint, head: Head, warned: list[str
 def addresses(session: Session) -> tuple[Path, Path]:
     """Return the export and its model as a serving command names them: on the hub if that is where they are."""
     config, folder = session.config, session.folder.path
-    name = hub_id(session.backbone.folder, config.backbone.path)
+    source = session.source.folder
+    name = hub_id(source, config.backbone.path)
     pushed = Path(config.export.push_to_hub) if config.export.push_to_hub else None
-    return pushed or folder, Path(name) if name and pushed else session.backbone.folder
+    return pushed or folder, Path(name) if name and pushed else source
+
+
+def acceptance_lines(export: Export, depth: int) -> list[str]:
+    """Return the lines about the acceptance of a head with `depth` modules, or that it was not measured."""
+    measured = export.acceptance
+    if measured is None:
+        return [NOT_MEASURED]
+    shown = shown_lengths(export.target, depth, list(measured.before))
+    pairs = (f"K={k} {shown_length(measured.before[k])} -> {shown_length(measured.after[k])}" for k in shown)
+    return [
+        f"acceptance length before and after, {measured.prompts} prompts: {', '.join(pairs)}",
+        *further_figures(export.target, measured, shown),
+        verdict(measured, export.draft_length.served),
+    ]
 
 
 def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path]) -> list[str]:
     """Return the lines that the command prints; the last ones are how to serve the folder, as `addresses` names it."""
-    (changed, total), measured, best = export.changed, export.acceptance, export.draft_length
-    shown = shown_lengths(export.target, depth, list(measured.before))
-    pairs = (f"K={k} {shown_length(measured.before[k])} -> {shown_length(measured.after[k])}" for k in shown)
+    (changed, total), best = export.changed, export.draft_length
     return [
         f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
         f"unchanged: {export.untouched} tensors of the model, by SHA-256",
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
-        f"acceptance length before and after, {measured.prompts} prompts: {', '.join(pairs)}",
-        *further_figures(export.target, measured, shown),
-        verdict(measured, best.served),
+        *acceptance_lines(export, depth),
         *(f"warning: {line}" for line in export.warnings),
         *serving_notes(export.target),
         f"serve at K={best.served} ({best.reason}):",
@@ -300,12 +255,15 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
 
 
 def reads(config: RunConfig) -> Settings:
-    """Return the settings that an export reads."""
-    used = ALWAYS | of_backbone(config) | of_traces(config) | settings("checkpoint", "export", "target")
+    """Return the settings that an export reads: without a replay, none of a measurement or of its plan of K."""
+    used = ALWAYS | of_backbone(config) | settings("checkpoint", "export", "target")
+    unread = {"export.shards" if config.export.form is ExportForm.draft else "export.embeddings"}
+    if config.export.check is ExportCheck.tensors:
+        return used - unread - {"export.max_drop", "backbone.weights", "precision", "seed"}
+    used |= of_traces(config)
     if config.hardware is not None:
         used |= of_speed_plan(config, "backbone.shape")
-    unread = "export.shards" if config.export.form is ExportForm.draft else "export.embeddings"
-    return used - {unread, "decoding.served_as"}  # the target names its server
+    return used - unread - {"decoding.served_as"}  # the target names its server
 
 
 def check(config: RunConfig) -> None:
@@ -313,6 +271,18 @@ def check(config: RunConfig) -> None:
     require(config.target is not None, "target", None, "export needs target=vllm, sglang, llama_cpp or hf")
     if config.checkpoint in (None, "stock"):
         raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
+
+
+def load_head(session: Session, checkpoint: Checkpoint) -> Head | None:
+    """Return the head to replay, on its loaded backbone; None if only tensors are compared, which needs no weights.
+
+    Raises:
+        UserError: the head was trained on another backbone.
+    """
+    if session.config.export.check is ExportCheck.replay:
+        return session.trained_head(checkpoint)
+    checkpoint.head_identity(fingerprint(session.source.shards))
+    return None
 
 
 def run(session: Session) -> None:
@@ -325,7 +295,7 @@ def run(session: Session) -> None:
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
     check_loads(session, checkpoint)
-    head = session.trained_head(checkpoint)
+    head = load_head(session, checkpoint)
     try:
         with run_folder.write_whole() as temporary:
             export = build(session, checkpoint, head, [warned] if warned else [], temporary)
@@ -334,7 +304,7 @@ def run(session: Session) -> None:
         if reason is None:
             raise
         raise UserError(f"output_dir={folder}: {reason} ({error}); nothing was kept, free some room") from error
-    for line in summary(export, head.stack.depth, folder, addresses(session)):
+    for line in summary(export, checkpoint.head_identity(None).depth, folder, addresses(session)):
         run_folder.print_status(line)
     if config.export.push_to_hub:
         page = upload_folder(folder, config.export.push_to_hub, PUSH)

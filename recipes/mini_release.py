@@ -12,10 +12,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.build import build_model
 from mtptrain.backbone.load import SHIPPED, load_backbone, open_source
-from mtptrain.config import RunConfig
+from mtptrain.config import ReleaseSize, RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, settings
 from mtptrain.export.folder import copy_companions, write_shards
-from mtptrain.export.miniature import miniature_config, miniature_groups
+from mtptrain.export.miniature import SERVABLE, miniature_config, miniature_groups
 from mtptrain.mtp.stack import fresh_stack, num_modules
 from mtptrain.mtp.start import check_stock, stock_tensors
 from mtptrain.recipes.session import Session
@@ -27,10 +27,12 @@ FOLDER = FolderUse.whole
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a miniature reads: of a random one its shape and seed, otherwise its backbone."""
+    if config.release.size is ReleaseSize.servable:
+        return ALWAYS | settings("release", "seed")
     if config.release.random:
         return ALWAYS | settings("backbone.shape", "release", "seed")
-    unread = {"seed", "device", "precision", "threads", "backbone.weights"}
-    return ALWAYS | settings("release") | of_backbone(config) - unread
+    unread = {"seed", "device", "precision", "threads", "backbone.weights", "release.size"}
+    return ALWAYS | (settings("release") | of_backbone(config)) - unread
 
 
 def run(session: Session) -> None:
@@ -39,7 +41,8 @@ def run(session: Session) -> None:
     cpu = torch.device("cpu")
     head: dict[str, Tensor]
     if config.release.random:
-        model: DeepseekV4ForCausalLM = build_model(config.backbone.shape, config.seed, cpu)
+        shape = SERVABLE if config.release.size is ReleaseSize.servable else config.backbone.shape
+        model: DeepseekV4ForCausalLM = build_model(shape, config.seed, cpu)
         head, companions = fresh_stack(model, 1, config.seed).state_dict(), SHIPPED / "tiny"
     else:
         source = open_source(config.backbone)

@@ -52,8 +52,11 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         DataConfig,
         DataSource,
         EvaluationConfig,
+        ExportCheck,
+        ExportConfig,
         MixtureConfig,
         ReleaseConfig,
+        ReleaseSize,
         RunConfig,
     )
     from mtptrain.recipes import find_recipe
@@ -69,7 +72,11 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
     source = "text" if is_mixed else source
     evaluation = EvaluationConfig(traces="traces" if has_traces else None)
-    release = ReleaseConfig(random="release.random=true" in arguments)
+    is_random, is_servable = "release.random=true" in arguments, "release.size=servable" in arguments
+    size = ReleaseSize.servable if is_random and is_servable else ReleaseSize.tiny
+    release = ReleaseConfig(random=is_random, size=size)
+    is_compared = "export.check=tensors" in arguments
+    export = ExportConfig(check=ExportCheck.tensors if is_compared else ExportCheck.replay)
     data = DataConfig(
         source=DataSource.text if source == "chat" else DataSource(source),
         path=None if is_mixed else "text",
@@ -77,7 +84,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     )
     task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head
     prompts = "file" if has_prompts else HELDOUT
-    config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release)
+    config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release, export=export)
     read = set(find_recipe(task).reads(config))
     if "data.source" in read:
         read.add("data")

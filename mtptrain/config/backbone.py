@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mtptrain.config.choices import ExportForm, ExportScheme, Placement, ReleaseVariant, ShardCopies, StoredWeights
+from mtptrain.config.choices import (
+    ExportCheck,
+    ExportForm,
+    ExportScheme,
+    Placement,
+    ReleaseSize,
+    ReleaseVariant,
+    ShardCopies,
+    StoredWeights,
+)
 from mtptrain.config.rules import check_fields, one_of, ranged, require
 
 
@@ -67,6 +76,7 @@ class ExportConfig:
     form: ExportForm = ExportForm.full
     scheme: ExportScheme = ExportScheme.target
     shards: ShardCopies = ShardCopies.hardlink  # of unchanged files
+    check: ExportCheck = ExportCheck.replay  # tensors: measures no acceptance, decodes nothing, loads no backbone
     # Largest loss of acceptance length, in tokens a pass, by storing the head; a larger loss is an error.
     max_drop: float = ranged(0.05, at_least=0, rule="must be 0 or more tokens a pass")
     # form=draft: with the model's embedding and lm_head, which no checked server reads from there.
@@ -84,3 +94,9 @@ class ReleaseConfig:
 
     variant: ReleaseVariant = ReleaseVariant.release
     random: bool = False  # a random backbone of backbone.shape and a random head, instead of the configured backbone
+    size: ReleaseSize = ReleaseSize.tiny  # servable: sizes for the kernels of servers, instead of backbone.shape
+
+    def __post_init__(self) -> None:
+        is_possible = self.random or self.size is ReleaseSize.tiny
+        rule = "builds a random backbone of these sizes; set release.random=true as well"
+        require(is_possible, "release.size", self.size.value, rule)

@@ -75,6 +75,13 @@ class ExportScheme(Enum):
     bf16 = "bf16"
 
 
+class ExportCheck(Enum):
+    """Check of an exported head: its tensors and its replayed acceptance, or its tensors alone."""
+
+    replay = "replay"
+    tensors = "tensors"
+
+
 class ShardCopies(Enum):
     """How unchanged files are put into the export: hard link, symlink or copy."""
 
@@ -89,6 +96,13 @@ class ReleaseVariant(Enum):
     release = "release"
     base = "base"
     dspark = "dspark"
+
+
+class ReleaseSize(Enum):
+    """Sizes of a random miniature: those of backbone.shape, or multiples of 128 with the head widths of V4-Flash."""
+
+    tiny = "tiny"
+    servable = "servable"
 
 
 class EngineName(Enum):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mtptrain.config.choices import DataSource
+from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
 from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
@@ -63,6 +63,12 @@ OTHER_SETTINGS = {
     "plan.head": "it names a head of an evaluation: set plan.evaluation",
 }
 
+# Settings and sections of an export that export.check=tensors leaves out.
+MEASURING = (
+    *("backbone.shape", "backbone.weights", "data", "decoding", "evaluation", "export.max_drop", "hardware", "plan"),
+    *("precision", "prompts", "seed"),
+)
+
 
 def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callable[[str], list[str]]) -> None:
     """Refuse the first setting that was given and is not read; a default value is accepted.
@@ -112,6 +118,10 @@ def _setting(name: str) -> str:
 
 
 def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
+    if config.task == "export" and config.export.check is ExportCheck.tensors and name.startswith(MEASURING):
+        return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
+    if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
+        return "release.size=servable brings all sizes of its random backbone; leave one of them out"
     if owners:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"

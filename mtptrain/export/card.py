@@ -41,17 +41,7 @@ Written by `+recipe=export`; the same facts for programs are in `{record}`.
 
 ## Acceptance
 
-{verdict}
-
-Tokens a pass at {policy}, on {prompts} prompts that the model continued itself, by draft length K: the trained head \
-before it was stored, and as it was read back from this folder; the gain is over the model's own head, with its 95 % \
-interval.
-
-| K | before | after | gain |
-|---|---|---|---|
-{lengths}
-{further}
-Share of drafts kept at each position, once all before it were kept: {positions}.
+{acceptance}
 
 ## Serve
 
@@ -71,6 +61,21 @@ Warnings:
 |---|---|---|
 {roundings}
 """
+NOT_MEASURED = (
+    "Acceptance was not measured: export.check=tensors compares tensors alone. +recipe=evaluate checkpoint=FOLDER "
+    "measures it."
+)
+ACCEPTANCE = """{verdict}
+
+Tokens a pass at {policy}, on {prompts} prompts that the model continued itself, by draft length K: the trained head \
+before it was stored, and as it was read back from this folder; the gain is over the model's own head, with its 95 % \
+interval.
+
+| K | before | after | gain |
+|---|---|---|---|
+{lengths}
+{further}
+Share of drafts kept at each position, once all before it were kept: {positions}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class Export:
         checkpoint: folder and step of the head.
         untouched: number of tensors outside the head; their bytes equal the source's.
         changed: number of stored weights that differ from the source's head, and number of all stored weights.
-        acceptance: of the head on the export's prompts.
+        acceptance: of the head on the export's prompts; None if only tensors were compared.
         draft_length: the K to serve it with.
         errors: rounding error of every stored weight, by released name.
         head_files: files that hold the head.
@@ -129,7 +134,7 @@ class Export:
     checkpoint: str
     untouched: int
     changed: tuple[int, int]
-    acceptance: Measured
+    acceptance: Measured | None
     draft_length: DraftLength
     errors: dict[str, EncodingError]
     head_files: list[str]
@@ -249,19 +254,24 @@ def serving_notes(target: ExportTarget) -> list[str]:
 
 
 def _metadata(export: Export, name: str, shown: list[int]) -> str:
-    """Return the Hub's front matter: base model, licence and acceptance lengths."""
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="prompts",
-            dataset_name=f"{export.acceptance.prompts} prompts, continued by the model at {export.acceptance.policy}",
-            metric_type="acceptance_length",
-            metric_name=f"tokens a verify pass at K={k}",
-            metric_value=round(length, 4),
-        )
-        for k in shown
-        if (length := export.acceptance.after[k]) is not None
-    ]
+    """Return the Hub's front matter: base model, licence and the acceptance lengths that were measured."""
+    measured = export.acceptance
+    results = (
+        None
+        if measured is None
+        else [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="prompts",
+                dataset_name=f"{measured.prompts} prompts, continued by the model at {measured.policy}",
+                metric_type="acceptance_length",
+                metric_name=f"tokens a verify pass at K={k}",
+                metric_value=round(length, 4),
+            )
+            for k in shown
+            if (length := measured.after[k]) is not None
+        ]
+    )
     data: Any = ModelCardData(
         base_model=export.origin.base_model,
         license=export.origin.license,
@@ -271,6 +281,21 @@ def _metadata(export: Export, name: str, shown: list[int]) -> str:
         eval_results=results,
     )
     return str(data.to_yaml())
+
+
+def _acceptance(export: Export, shown: list[int]) -> str:
+    """Return the card's section on acceptance."""
+    measured = export.acceptance
+    if measured is None:
+        return NOT_MEASURED
+    return ACCEPTANCE.format(
+        verdict=verdict(measured, export.draft_length.served),
+        policy=measured.policy,
+        prompts=measured.prompts,
+        lengths=_lengths(measured, shown),
+        further="".join(f"\n{line}\n" for line in further_figures(export.target, measured, shown)),
+        positions=_positions(measured, shown),
+    )
 
 
 def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -> str:
@@ -283,17 +308,12 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
         source: folder of the backbone.
     """
     measured, served = export.acceptance, export.draft_length.served
-    shown = shown_lengths(export.target, head.depth, list(measured.before))
+    shown = shown_lengths(export.target, head.depth, list(measured.before)) if measured else []
     return CARD.format(
         metadata=_metadata(export, folder.name, shown),
         record=EXPORT_MANIFEST,
         facts=_facts(head, export),
-        verdict=verdict(measured, served),
-        policy=measured.policy,
-        prompts=measured.prompts,
-        lengths=_lengths(measured, shown),
-        further="".join(f"\n{line}\n" for line in further_figures(export.target, measured, shown)),
-        positions=_positions(measured, shown),
+        acceptance=_acceptance(export, shown),
         command=serve_command(export.target, export.form, folder, source, served),
         notes="\n\n".join(serving_notes(export.target)),
         warnings="\n".join(f"- {line}" for line in export.warnings or ["none"]),

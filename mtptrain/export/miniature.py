@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from mtptrain.config import ReleaseVariant
+from mtptrain.config import ReleaseVariant, ShapeConfig
 from mtptrain.release.backbone import iterate_backbone
 from mtptrain.release.modules import to_release
 from mtptrain.release.names import Scheme
@@ -19,6 +19,23 @@ VARIANT_SCHEMES: dict[ReleaseVariant, Scheme] = {
     ReleaseVariant.base: "fp8",
     ReleaseVariant.dspark: "fp8_fp4",
 }
+# Every quantised matrix is made of whole blocks of 128 x 128. The width of a head, the indexer, the rates and the
+# number of streams are V4-Flash's, for which the servers' kernels are written.
+SERVABLE = ShapeConfig(
+    hidden_size=256,
+    num_attention_heads=8,
+    head_dim=512,
+    rope_head_dim=64,
+    q_lora_rank=128,
+    o_lora_rank=128,
+    sliding_window=128,
+    hca_rate=128,
+    index_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    expert_size=256,
+    hc_mult=4,
+)
 RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 DSPARK_STAGES, DSPARK_RANK = 3, 4  # 3 as released
 # Keys of transformers only; releases use compress_ratios, num_hash_layers and qk_rope_head_dim instead.

@@ -83,7 +83,7 @@ def check_start(config: MtpConfig, source: BackboneSource, is_kept: bool) -> Non
     trained_names(names, config.trainable)
 
 
-def stock_tensors(backbone: Backbone) -> dict[str, Tensor]:
+def stock_tensors(backbone: Backbone | BackboneSource) -> dict[str, Tensor]:
     """Return our `mtp.{d}.*` of the head in a backbone's folder; a head in release format is decoded to fp32.
 
     Raises:

@@ -15,7 +15,7 @@ from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfi
 from mtptrain.errors import UserError
 from mtptrain.export.card import EXPORT, Measured
 from mtptrain.export.folder import check_room, save_tensors
-from mtptrain.recipes.export import check_drop
+from mtptrain.recipes.storing import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table
 from mtptrain.release.shards import INDEX, Shards

@@ -31,7 +31,8 @@ def jobs(
         backbone: the backbone's folder.
         corpus: a .jsonl file of documents.
         placement: value of `backbone.placement`.
-        at_end: whether the online training measures its head, and its head is measured with weights as they are stored.
+        at_end: whether the online training measures its head, and its head is measured with weights as they are stored
+            and exported without a measurement.
         shared: names of the trainings whose processes share the experts of the head.
     """
     where = [f"backbone.path={backbone}", f"backbone.placement={placement}"]
@@ -62,6 +63,7 @@ def jobs(
     }
     if at_end:
         commands["evaluate-kept"] = [*commands["evaluate"], "backbone.weights=keep"]
+        commands["export-tensors"] = ["+recipe=export", f"checkpoint={head}", "target=hf", "export.check=tensors"]
     for name in shared:
         commands[name].append("mtp.experts=expert_parallel")
     return [(name, [*command, *where, f"output_dir={folder}/{name}"]) for name, command in commands.items()]

@@ -16,7 +16,7 @@ from mtptrain.errors import CHECK_FAILED
 from mtptrain.evaluation.curve import read_curve
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.traces.file import read_trace_set
-from tests.command import edit_tensors, read_metrics
+from tests.command import edit_tensors, read_metrics, tree
 from tests.conftest import save_backbone, save_release
 from tests.recipes import matrix
 from tests.shared import shared_folder
@@ -142,6 +142,14 @@ def test_a_shared_backbone_measures_all_checkpoints_as_a_whole_one_does(
 def test_a_head_is_measured_at_the_end_of_its_training_by_the_same_processes(cells: Path) -> None:
     one, two = (cells / "release" / placement / "distill-online" for placement in ("alone", "expert_parallel"))
     compare_evaluations(one, two)
+
+
+@pytest.mark.parametrize("placement", ["alone", "expert_parallel"])
+def test_an_export_of_tensors_writes_the_weights_of_a_measured_one(placement: str, cells: Path) -> None:
+    measured, compared = (cells / "release" / placement / name for name in ("export", "export-tensors"))
+    weights = {name: digest for name, digest in tree(measured).items() if name.endswith(".safetensors")}
+    assert len(weights) == 7
+    assert weights.items() <= tree(compared).items()
 
 
 @pytest.mark.parametrize("placement", ["alone", "expert_parallel"])
