@@ -106,8 +106,8 @@ def describe_text(session: Session, batches: BatchSource) -> str:
     data = session.config.data
     if data.source is DataSource.streams:
         cache = open_cache(Path(str(data.path)))
-        counts, origin = cache.content, cache.identity.data
-        size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of cached streams"
+        content, origin = cache.content, cache.identity.data
+        size = f"{content.documents:,} documents, {content.tokens:,} tokens of cached streams"
         return f"training on data.path={data.path}: {size}; one document in {origin.heldout_every} was held out"
     share = f"one document in {data.heldout_every} is held out"
     if isinstance(batches, PackedBatches):
