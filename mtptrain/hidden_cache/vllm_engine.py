@@ -68,7 +68,7 @@ class StreamKeeper:
         """
         buffer = self.get_model().get_mtp_target_hidden_states()
         if self.rank == 0:
-            streams_TND = buffer[:num_tokens].cpu().unflatten(1, self.stream_shape)
+            streams_TND = buffer[:num_tokens].to("cpu", copy=True).unflatten(1, self.stream_shape)
             if not bool(streams_TND.isfinite().all()):
                 raise RuntimeError(f"vLLM did not run all {num_tokens} tokens of a request in its last step")
             self.kept_streams.append(streams_TND)

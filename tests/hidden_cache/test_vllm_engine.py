@@ -1,6 +1,6 @@
 """`collect.engine=vllm` around a stand-in for vLLM; nothing here runs vLLM."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mtptrain.config import StreamFormat
 from mtptrain.config.reads import ALWAYS
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.hidden_cache import vllm_engine
 from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.hidden_cache.vllm_engine import VLLM, VllmEngine
-from mtptrain.hidden_cache.writer import piece_streams
+from mtptrain.hidden_cache.writer import piece_streams, shard_file, write_shard
 from mtptrain.recipes import find_recipe
 from tests.command import Refused, run_main, tree
 from tests.hidden_cache.vllm_stand_in import StandIn, install
@@ -31,22 +32,15 @@ def corpus(*sizes: int) -> TokenizedCorpus:
     return TokenizedCorpus(tokens, np.cumsum([0, *sizes]), 0)
 
 
-@pytest.mark.parametrize("name", ["chat", "text"])
 def test_a_cache_of_vllm_has_the_form_and_the_streams_of_one_of_transformers(
-    name: str, light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: list[str], release_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [*light, "collect.shard_tokens=300"]
-    if name == "chat":  # with a loss mask
-        rows = [
-            [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "Few"}] for n in range(9)
-        ]
-        (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-        path = f"data.path={tmp_path / 'chat.jsonl'}"
-        settings = [one for one in settings if not one.startswith(("data=", "data.path="))]
-        settings += ["data=chat", path, "data.chat_template=builtin"]
+    path = f"backbone.path={release_folder}"
+    settings = [*light, path, "data.chat_template=builtin", "collect.shard_tokens=300"]
     assert run_main("+recipe=collect", *settings, f"output_dir={tmp_path / 'plain'}") == 0
     opened = install(monkeypatch)
-    assert run_main("+recipe=collect", *settings, VLLM_ENGINE, f"output_dir={tmp_path / 'served'}") == 0
+    with recorded_reads() as reads:
+        assert run_main("+recipe=collect", *settings, VLLM_ENGINE, f"output_dir={tmp_path / 'served'}") == 0
     assert (opened[0]["tensor_parallel_size"], opened[0]["max_num_batched_tokens"]) == (2, 2048)
     plain, served = open_cache(tmp_path / "plain"), open_cache(tmp_path / "served")
     assert list(plain.files) == list(served.files)
@@ -65,15 +59,30 @@ def test_a_cache_of_vllm_has_the_form_and_the_streams_of_one_of_transformers(
     assert fidelity.cosine > 0.9999
     assert fidelity.kl < 1e-3
 
+    assert reads.config is not None
+    declared = find_recipe("collect").reads(reads.config)
+    assert declared - reads.names <= RARELY_READ | ALWAYS
+    assert reads.names - declared <= READ_WITHOUT_EFFECT
 
-def test_heads_are_trained_from_streams_of_vllm(
-    light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch)
-    assert run_main("+recipe=collect", *light, VLLM_ENGINE, f"output_dir={tmp_path / 'cache'}") == 0
     kept = [one for one in light if not one.startswith(("data=", "data.path="))]
-    data = ["data=streams", f"data.path={tmp_path / 'cache'}", "evaluate_at_end=false"]
-    assert run_main("+recipe=distill", *kept, *data, f"output_dir={tmp_path / 'run'}") == 0
+    data = ["data=streams", f"data.path={tmp_path / 'served'}", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *kept, path, *data, f"output_dir={tmp_path / 'run'}") == 0
+
+
+def test_a_loss_mask_reaches_the_shard(tmp_path: Path) -> None:
+    model, text = random_backbone(), corpus(6, 9, 20)
+    text = replace(text, loss_mask=np.arange(35) % 3 == 0)
+    documents = [[(6, 9)], [(15, 12), (26, 9)]]  # pieces overlap by a token
+    for folder in ("plain", "served"):
+        (tmp_path / folder).mkdir()
+    streams_TND = piece_streams(model, text, [piece for parts in documents for piece in parts], 32)
+    write_shard(tmp_path / "plain", 3, documents, text, streams_TND, StreamFormat.bf16)
+    VllmEngine(StandIn(model), SAMPLING, model.config).write_shard(
+        tmp_path / "served", 3, documents, text, StreamFormat.bf16
+    )
+    expected, found = (load_file(tmp_path / folder / shard_file(3)) for folder in ("plain", "served"))
+    assert all(torch.equal(found[part], expected[part]) for part in expected if part != "streams")
+    torch.testing.assert_close(found["streams"], expected["streams"], rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize(("fault", "figures"), [("shifted", ["cosine", "KL", "top-1"]), ("layer", ["cosine"])])
@@ -84,6 +93,7 @@ def test_wrong_streams_are_refused_before_the_cache_begins(
     line = refused(VLLM_ENGINE, recipe="collect")
     assert line.startswith(f"collect.engine=vllm: the streams of vLLM {VLLM} are not those of transformers on ")
     assert all(figure in line for figure in figures)
+    assert "nan" not in line
     assert "set collect.engine=transformers, or other bounds" in line
 
 
@@ -123,7 +133,7 @@ def test_a_model_with_other_streams_is_noticed() -> None:
         ("0.32.1", 2, "", f"collect.engine=vllm: vLLM 0.32.1 is installed, and {VLLM} keeps the streams; run: pip"),
         (VLLM, 0, "", "collect.engine=vllm: needs a GPU, and this machine has none; set collect.engine=transformers"),
         (VLLM, 2, "collect.tensor_parallel=4", "collect.tensor_parallel=4: this process sees 2 GPUs; set at most"),
-        (VLLM, 3, "", "collect.tensor_parallel=3: must divide the backbone's 4 attention heads and 2 output groups"),
+        (VLLM, 3, "", "collect.tensor_parallel=3: must divide the backbone's 2 attention heads and 2 output groups"),
         (VLLM, 2, "data.sequence_length=9999", "data.sequence_length=.*: vLLM emits a token behind each piece"),
         (VLLM, 2, "backbone.placement=zero3", "backbone.placement=zero3: collect.engine=vllm runs in one process"),
     ],
@@ -157,15 +167,3 @@ def test_one_cache_holds_streams_of_one_engine(
     assert run_main("+recipe=collect", *settings, VLLM_ENGINE, "resume=auto") == 2
     assert "engine=transformers and this run has" in capfd.readouterr().err.splitlines()[-1]
     assert tree(tmp_path / "cache") == before
-
-
-def test_it_declares_the_settings_that_it_reads(
-    light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch)
-    with recorded_reads() as reads:
-        assert run_main("+recipe=collect", *light, VLLM_ENGINE, f"output_dir={tmp_path / 'run'}") == 0
-    assert reads.config is not None
-    declared = find_recipe("collect").reads(reads.config)
-    assert declared - reads.names <= RARELY_READ | ALWAYS | {"data.chat_template_kwargs", "backbone.weights"}
-    assert reads.names - declared <= READ_WITHOUT_EFFECT
