@@ -2,34 +2,47 @@
 
 python -m mtptrain +recipe=collect --plan
 python -m mtptrain +recipe=collect output_dir=streams
+python -m mtptrain +recipe=collect collect.engine=vllm backbone.path=flash output_dir=streams
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
-from mtptrain.config import PARTITIONED_PLACEMENTS, RunConfig, require
+from mtptrain.config import PARTITIONED_PLACEMENTS, CollectEngine, RunConfig, require
 from mtptrain.config.data import require_documents
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_training_text, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_collecting, of_training_text
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.consumed import deleted_bytes, written_shards
+from mtptrain.hidden_cache.fidelity import (
+    Fidelity,
+    Readout,
+    check_fidelity,
+    describe_fidelity,
+    gate_pieces,
+    measure_fidelity,
+)
 from mtptrain.hidden_cache.format import bytes_a_token
 from mtptrain.hidden_cache.manifest import (
     STREAM,
     STREAM_CACHE,
+    StreamContent,
     StreamIdentity,
     TextOrigin,
     hash_tokenizer,
     shard_file,
 )
+from mtptrain.hidden_cache.vllm_engine import DTYPE, VLLM, check_vllm, open_vllm
 from mtptrain.hidden_cache.writer import (
     ShardDocuments,
     num_forwards,
@@ -49,16 +62,32 @@ PROCESSES = "any"
 TEXT_BYTES = 5  # int32 token id and one byte of loss mask
 
 
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """What makes the shards.
+
+    Attributes:
+        write: writes the shard of a number and returns its tokens.
+        fidelity: agreement with transformers; None if transformers itself runs the backbone.
+    """
+
+    write: Callable[[int], int]
+    fidelity: Fidelity | None = None
+
+
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a collection reads."""
-    return ALWAYS | of_training_text(config) | settings("collect") | of_backbone(config) - {"seed"}
+    return ALWAYS | of_training_text(config) | of_collecting(config) | of_backbone(config) - {"seed"}
 
 
 def check(config: RunConfig) -> None:
-    """Refuse data that is streamed or is no text."""
+    """Refuse data that is streamed or is no text, and a backbone shared by processes beside vLLM."""
     require_documents(config.data, config.task)
     rule = "collect counts the tokens before it starts; leave it false"
     require(not config.data.streaming, "data.streaming", True, rule)
+    placement, is_vllm = config.backbone.placement, config.collect.engine is CollectEngine.vllm
+    rule = "collect.engine=vllm runs in one process and compares with a whole backbone; set auto or replicate"
+    require(not (is_vllm and placement in PARTITIONED_PLACEMENTS), "backbone.placement", placement.value, rule)
 
 
 def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
@@ -92,6 +121,7 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
 def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
     """Return the identity of this run's cache."""
     config, source, chat = session.config, session.source, session.chat
+    engine = config.collect.engine
     return StreamIdentity(
         backbone=session.fingerprint,
         stream=STREAM,
@@ -99,13 +129,14 @@ def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentit
         num_streams=source.config.hc_mult,
         width=source.config.hidden_size,
         stored_as=config.collect.format,
-        dtype=session.dtype_name,
+        dtype=DTYPE if engine is CollectEngine.vllm else session.dtype_name,
         tokenizer=hash_tokenizer(source.tokenizer),
         chat_template=chat.sha256 if chat is not None and corpus.loss_mask is not None else None,
         text=corpus.digest(),
         sequence_length=session.piece_length,
         shard_tokens=config.collect.shard_tokens,
         data=TextOrigin.of(config.data),
+        engine=engine,
     )
 
 
@@ -123,25 +154,71 @@ def is_continued(run_folder: RunFolder) -> bool:
     return is_begun(folder)
 
 
-def begin_cache(session: Session, identity: StreamIdentity, is_old: bool) -> None:
+def begin_cache(
+    session: Session, identity: StreamIdentity, is_old: bool, open_collector: Callable[[], Collector]
+) -> Collector:
     """Compare an interrupted cache with this run before the backbone is loaded; begin a new one only after that.
 
     Raises:
         UserError: the folder holds another cache or other files.
     """
-    if not is_old:  # a backbone that cannot be loaded leaves no begun cache
-        _ = session.backbone
+    # A backbone that cannot be loaded, or an engine that is refused, leaves no begun cache.
+    opened = None if is_old else open_collector()
     on_rank0(lambda: begin(STREAM_CACHE, "output_dir", session.folder.path, identity, making=None))
-    _ = session.backbone
+    return opened or open_collector()
 
 
-def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> None:
+def transformers_collector(session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments]) -> Collector:
+    """Load the backbone, and return what makes shards with it."""
+    folder, length, model = session.folder.path, session.piece_length, session.backbone.model
+
+    def write(number: int) -> int:
+        pieces = [piece for parts in shards[number] for piece in parts]
+        streams_TND = piece_streams(model, corpus, pieces, length)
+        write_shard(folder, number, shards[number], corpus, streams_TND, session.config.collect.format)
+        return len(streams_TND)
+
+    return Collector(write)
+
+
+def vllm_collector(
+    session: Session, corpus: TokenizedCorpus, shards: list[ShardDocuments], tensor_parallel: int
+) -> Collector:
+    """Compare vLLM with the loaded backbone, which leaves the GPU before vLLM starts; return what makes shards with it.
+
+    Raises:
+        UserError: vLLM's streams are not those of the backbone.
+    """
+    collect, source, length, model = (
+        session.config.collect,
+        session.source,
+        session.piece_length,
+        session.backbone.model,
+    )
+    pieces = gate_pieces(shards)
+    expected = [piece_streams(model, corpus, [piece], length) for piece in pieces]
+    readout = Readout(model)
+    del model, session.backbone
+    gc.collect()
+    torch.cuda.empty_cache()
+    engine = open_vllm(source.folder, source.config, tensor_parallel, length)
+    found = (engine.piece_streams(corpus, piece) for piece in pieces)
+    fidelity = measure_fidelity(f"vLLM {VLLM}", zip(expected, found, strict=True), readout)
+    check_fidelity(fidelity, collect)
+    session.folder.print_status(describe_fidelity(fidelity))
+    folder = session.folder.path
+    return Collector(
+        lambda number: engine.write_shard(folder, number, shards[number], corpus, collect.format), fidelity
+    )
+
+
+def collect_shards(session: Session, shards: list[ShardDocuments], collector: Collector) -> None:
     """Write the missing shards, divided among the processes.
 
     Raises:
         Preempted: a signal asked the run to stop; finished shards are kept.
     """
-    folder, length, model = session.folder.path, session.piece_length, session.backbone.model
+    folder, length = session.folder.path, session.piece_length
     names = [shard_file(number) for number in range(len(shards))]
     written = on_rank0(lambda: set(written_shards(folder, len(shards))))
     missing = [number for number, name in enumerate(names) if name not in written]
@@ -155,36 +232,50 @@ def collect_shards(session: Session, corpus: TokenizedCorpus, shards: list[Shard
     stop = StopRequest("shard")
     with Progress("collect", len(rank_shards)) as progress, nullcontext() if is_shared else stop:
         for done, number in enumerate(rank_shards, start=1):
-            pieces = [piece for parts in shards[number] for piece in parts]
-            streams_TND = piece_streams(model, corpus, pieces, length)
-            write_shard(folder, number, shards[number], corpus, streams_TND, session.config.collect.format)
-            progress.update(done, "shards", len(streams_TND))
+            progress.update(done, "shards", collector.write(number))
             if stop.is_made:
                 break
     if not stop.is_made:
-        pad_forwards(model, padding)
+        pad_forwards(session, padding)
     if max_over_processes(int(stop.is_made)):  # a barrier, too: all shards are written
         num_kept = on_rank0(lambda: len(written_shards(folder, len(shards))))
         raise stop.ending(f"{num_kept} of {len(names)} shards are kept")
 
 
-def pad_forwards(model: DeepseekV4ForCausalLM, count: int) -> None:
+def pad_forwards(session: Session, count: int) -> None:
     """Run forwards for nothing: every rank runs the same number, since a shared backbone needs all ranks."""
-    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
     for _ in range(count):
+        model = session.backbone.model
+        token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         backbone_streams(model, Batch(token_11, token_11 + 1, token_11))
 
 
-def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int) -> None:
+def finish_cache(folder: Path, identity: StreamIdentity, num_shards: int, fidelity: Fidelity | None) -> None:
     """Write the manifest once all shards exist."""
     shards = written_shards(folder, num_shards)
     assert len(shards) == num_shards
-    finish(STREAM_CACHE, folder, identity, shards, total_counts(shards))
+    content = StreamContent(**total_counts(shards), fidelity=fidelity)
+    finish(STREAM_CACHE, folder, identity, shards, content)
+
+
+def check_engine(session: Session) -> int:
+    """Return the number of GPUs that vLLM uses; 0 if transformers runs the backbone.
+
+    Raises:
+        UserError: vLLM cannot run here.
+    """
+    collect = session.config.collect
+    if collect.engine is CollectEngine.transformers or collect.plan_only:
+        return 0
+    rule = "runs in one process and starts those of vLLM itself; start it without a launcher"
+    require(world_size() == 1, "collect.engine", collect.engine.value, rule)
+    return check_vllm(collect, session.source.config, session.piece_length)
 
 
 def run(session: Session) -> None:
     """Plan the shards, check the disk, write the shards and then the manifest."""
     config, run_folder = session.config, session.folder
+    vllm_gpus = check_engine(session)
     if not config.collect.plan_only:
         on_rank0(run_folder.take)
     corpus = session.training_corpus
@@ -196,10 +287,16 @@ def run(session: Session) -> None:
         return
     is_old = on_rank0(lambda: is_continued(run_folder))
     identity = describe_streams(session, corpus)
-    begin_cache(session, identity, is_old)
-    run_folder.record()
-    with torch.inference_mode():
-        collect_shards(session, corpus, shards)
 
-    on_rank0(lambda: finish_cache(run_folder.path, identity, len(shards)))
+    def open_collector() -> Collector:
+        if vllm_gpus:
+            return vllm_collector(session, corpus, shards, vllm_gpus)
+        return transformers_collector(session, corpus, shards)
+
+    with torch.inference_mode():
+        collector = begin_cache(session, identity, is_old, open_collector)
+        run_folder.record()
+        collect_shards(session, shards, collector)
+
+    on_rank0(lambda: finish_cache(run_folder.path, identity, len(shards), collector.fidelity))
     run_folder.print_status(f"wrote {run_folder.path}; train from it with data=streams data.path={run_folder.path}")

@@ -50,7 +50,7 @@ def describe_streams(session: Session) -> str:
     """Return the line that says which cache is trained on: its size, if it is known, and its held-out share."""
     cache, data = stream_cache(session), session.config.data
     counts = cache.content
-    size = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of" if counts else "a growing number of"
+    size = f"{counts.documents:,} documents, {counts.tokens:,} tokens of" if counts.documents else "a growing number of"
     then = ""
     if data.follow:
         then = ", shard by shard" + (", which are deleted after use" if data.delete_consumed else "")

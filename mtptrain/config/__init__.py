@@ -7,6 +7,7 @@ from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
 from mtptrain.config.choices import (
     PARTITIONED_PLACEMENTS,
     CacheFormat,
+    CollectEngine,
     DataFormat,
     DataSource,
     Device,
@@ -51,6 +52,7 @@ __all__ = [
     "BackboneConfig",
     "CacheFormat",
     "CollectConfig",
+    "CollectEngine",
     "DataConfig",
     "DataFormat",
     "DataSource",

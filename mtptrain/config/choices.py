@@ -181,6 +181,13 @@ class StreamFormat(Enum):
     fp8 = "fp8"
 
 
+class CollectEngine(Enum):
+    """Program that runs the backbone for `+recipe=collect`: transformers in this process, or vLLM's offline engine."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class MtpMode(Enum):
     """`shared`: one module drafts every step. `stacked`: module d drafts step d."""
 

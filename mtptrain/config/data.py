@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mtptrain.config.choices import DataFormat, DataSource, OnBadRow, StreamFormat, Turns
+from mtptrain.config.choices import CollectEngine, DataFormat, DataSource, OnBadRow, StreamFormat, Turns
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, check_fields, prompt_names, ranged, require
 
 TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "conversations", "chat_template"}
@@ -167,6 +167,12 @@ class CollectConfig:
     # trains hashes each shard that it reads a row of; 1e9 tokens make 30,500 files, of 1.1 GB each for V4-Flash.
     shard_tokens: int = ranged(32768, at_least=1)
     plan_only: bool = False  # print the required disk space and stop; `--plan` is short for true
+    engine: CollectEngine = CollectEngine.transformers
+    tensor_parallel: int | None = ranged(None, at_least=1)  # GPUs among which vLLM splits each layer; null = all
+    # vLLM is refused outside of these bounds; both engines run 64 documents before the first shard.
+    min_cosine: float = ranged(0.99, at_least=-1, at_most=1)  # between their streams, the mean of the worst document
+    min_agreement: float = ranged(0.95, at_least=0, at_most=1)  # share of tokens with the same most likely next token
+    max_kl: float = ranged(0.05, at_least=0)  # nats a token, of vLLM's distributions from those of transformers
 
     def __post_init__(self) -> None:
         check_fields(self, "collect")

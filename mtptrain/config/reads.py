@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mtptrain.config.choices import DataSource
+from mtptrain.config.choices import CollectEngine, DataSource
 from mtptrain.config.rules import HELDOUT, TRAINING
 from mtptrain.config.run import RunConfig
 
@@ -95,6 +95,14 @@ def of_on_policy(config: RunConfig) -> Settings:
     if config.on_policy.temperature == 0:
         used -= settings("on_policy.min_p", "on_policy.top_k", "on_policy.top_p")
     return used if config.on_policy.prompts == [TRAINING] else used - {"on_policy.prompt_tokens"}
+
+
+def of_collecting(config: RunConfig) -> Settings:
+    """Return the settings of a stream cache, and of the engine that runs the backbone for it."""
+    used = settings("collect")
+    if config.collect.engine is CollectEngine.vllm:
+        return used
+    return used - settings("collect.tensor_parallel", "collect.min_cosine", "collect.min_agreement", "collect.max_kl")
 
 
 def of_decoding(config: RunConfig) -> Settings:

@@ -34,6 +34,10 @@ OTHER_SETTINGS = {
     "backbone.path": "release.random=true builds a backbone from backbone.shape; leave one of them out",
     "backbone.revision": "it names a version on the hub, and this backbone is shipped or a folder",
     "backbone.shape": "sizes are those of config.json in backbone.path; only +recipe=backbone builds others",
+    **dict.fromkeys(
+        ("collect.tensor_parallel", "collect.min_cosine", "collect.min_agreement", "collect.max_kl"),
+        "it belongs to vLLM: set collect.engine=vllm",
+    ),
     "data.field_name": "it names a column of your text: set data=text data.path=FILE, or field_name in data.mixture",
     "data.format": "it names the form of your rows: set data=text data.path=FILE, or format in data.mixture",
     "data.heldout_every": "streams have the hold-out of +recipe=collect; collect them again with another number",

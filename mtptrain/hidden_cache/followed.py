@@ -13,7 +13,7 @@ from pathlib import Path
 from mtptrain.config import DataConfig
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.consumed import check_unclaimed, claim_shards, delete_shards, deleted_error
-from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamCache, open_cache, shard_file
+from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamCache, StreamContent, open_cache, shard_file
 from mtptrain.run.artifact import Artifact, is_begun, is_whole, read_begun, read_part
 from mtptrain.run.distributed import on_each_rank, on_rank0
 from mtptrain.run.progress import waiting
@@ -44,7 +44,7 @@ def open_streams(data: DataConfig, minutes: int) -> StreamCache:
     if _has_manifest(folder):
         return open_cache(folder)
     identity = read_begun(STREAM_CACHE, "data.path", folder)
-    return Artifact(STREAM_CACHE, f"data.path={folder}", folder, identity, {}, {})
+    return Artifact(STREAM_CACHE, f"data.path={folder}", folder, identity, StreamContent(0, 0, 0), {})
 
 
 def _has_manifest(folder: Path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mtptrain.config import DataConfig, DataFormat, DataSource, OnBadRow, StreamFormat
+from mtptrain.config import CollectEngine, DataConfig, DataFormat, DataSource, OnBadRow, StreamFormat
+from mtptrain.hidden_cache.fidelity import Fidelity
 from mtptrain.run.artifact import Artifact, Kind, check_identity, is_whole, open_artifact
 from mtptrain.run.distributed import max_over_processes
 
@@ -58,6 +59,7 @@ class StreamIdentity:
         sequence_length: maximum length of a piece; longer documents are cut, tokens.
         shard_tokens: a shard ends with the document that reaches this number of tokens.
         data: origin of the documents, to find held-out documents of the same source.
+        engine: program that ran the model.
     """
 
     backbone: str
@@ -73,14 +75,30 @@ class StreamIdentity:
     sequence_length: int
     shard_tokens: int
     data: TextOrigin
+    engine: CollectEngine = CollectEngine.transformers
 
 
-StreamCache = Artifact[StreamIdentity, dict[str, int]]  # content: documents, pieces and tokens of all shards
-STREAM_CACHE: Kind[StreamIdentity, dict[str, int]] = Kind(
+@dataclass(frozen=True, slots=True)
+class StreamContent:
+    """The content of a stream cache.
+
+    Attributes:
+        documents, pieces, tokens: of all shards.
+        fidelity: agreement of another engine with transformers; None if transformers made the streams.
+    """
+
+    documents: int
+    pieces: int
+    tokens: int
+    fidelity: Fidelity | None = None
+
+
+StreamCache = Artifact[StreamIdentity, StreamContent]
+STREAM_CACHE: Kind[StreamIdentity, StreamContent] = Kind(
     name="stream cache",
     schema=2,
     identity=StreamIdentity,
-    content=dict[str, int],
+    content=StreamContent,
     settings={
         **dict.fromkeys(("backbone", "stream", "layer", "num_streams", "width", "tokenizer"), "backbone.path"),
         "stored_as": "collect.format",
@@ -90,6 +108,7 @@ STREAM_CACHE: Kind[StreamIdentity, dict[str, int]] = Kind(
         "sequence_length": "data.sequence_length",
         "shard_tokens": "collect.shard_tokens",
         "data": "data",
+        "engine": "collect.engine",
     },
     missing="give the folder of +recipe=collect, and let it finish with resume=auto if it was interrupted",
     damaged="collect the streams anew",

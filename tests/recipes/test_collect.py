@@ -281,7 +281,7 @@ def test_a_plan_prints_the_disk_need_and_writes_nothing(
 ) -> None:
     assert run_main("+recipe=collect", "--plan", *small, f"output_dir={tmp_path / 'cache'}") == 0
     lines = capfd.readouterr().err
-    tokens = open_cache(cache).content["tokens"]
+    tokens = open_cache(cache).content.tokens
     assert f"{tokens:,} tokens in" in lines
     assert "2 streams of 64 channels as fp32: 0.50 KiB a token" in lines
     assert "GB needed" in lines

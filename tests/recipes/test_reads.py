@@ -152,6 +152,7 @@ UNREAD = [
         r"resume_allow=\['train'\]: belongs to .*distill",
     ),
     ("distill", "resume=auto resume_allow=[train.step]", "resume_allow=.*: train.step: there is no .*mean train.steps"),
+    ("collect", "collect.max_kl=1", "collect.max_kl=1.0: .* it belongs to vLLM: set collect.engine=vllm"),
     ("collect", "overwrite=true", "overwrite=True: belongs to .*evaluate"),
     ("evaluate", "checkpoint=stock decoding.min_p=0.1", "decoding.min_p=0.1: .*at a decoding.temperature above 0"),
     ("evaluate", "checkpoint=stock data=stdlib data.split=test", "data.split=test: .* prompts=NAME:SUBSET:SPLIT"),

@@ -1,7 +1,8 @@
-"""`make test-servers`: run the `load_weights` of vLLM's published source on exported folders; outside CI.
+"""`make test-servers`: hold exported folders and `collect.engine=vllm` against vLLM's published source; outside CI.
 
 The distribution is downloaded by name and not installed. The methods of its MTP module are taken from the source and
-run as they are; the parameters are stand-ins, which record the tensors that reach them.
+run as they are; the parameters are stand-ins, which record the tensors that reach them. The names, arguments and
+attributes that the collection of streams uses are looked up in the source.
 """
 
 import ast
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.config import ReleaseVariant
+from mtptrain.hidden_cache.vllm_engine import SAMPLING, VLLM, StreamKeeper, engine_options
 from mtptrain.release.names import Scheme
 from tests.conftest import VOCAB_SIZE, save_release
 from tests.export.folders import export_stack
@@ -29,6 +31,10 @@ from tests.tiny import random_backbone, random_stack
 LAYERS = "vllm/model_executor/layers/fused_moe/"
 MTP, EXPERTS = "vllm/models/deepseek_v4/nvidia/mtp.py", f"{LAYERS}routed_experts.py"
 SPEC_LAYER = "vllm/model_executor/models/utils.py"
+MODEL, LLM, ARGUMENTS = "vllm/models/deepseek_v4/nvidia/model.py", "vllm/entrypoints/llm.py", "vllm/engine/arg_utils.py"
+WORKER_BASE, WORKER = "vllm/v1/worker/worker_base.py", "vllm/v1/worker/gpu_worker.py"
+SAMPLING_PARAMS, PROMPTS = "vllm/sampling_params.py", "vllm/inputs/llm.py"
+READ = (MTP, EXPERTS, SPEC_LAYER, MODEL, LLM, ARGUMENTS, WORKER_BASE, WORKER, SAMPLING_PARAMS, PROMPTS)
 METHODS = {"_to_spec_layer_name", "load_weights", "_rewrite_spec_layer_name"}
 MAPPINGS = {"make_expert_params_mapping", "build_expert_params_mapping"}
 
@@ -70,7 +76,7 @@ def vllm_source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     subprocess.run([*download, wheel, "--dest", str(folder)], check=True)
     with zipfile.ZipFile(next(folder.glob("vllm-*.whl"))) as archive:
-        return {path: archive.read(path).decode() for path in (MTP, EXPERTS, SPEC_LAYER)}
+        return {path: archive.read(path).decode() for path in READ}
 
 
 def parameter_name(flash: str, layer: int) -> str:
@@ -144,3 +150,87 @@ def test_vllm_loads_every_tensor_of_an_exported_head(kind: str, vllm_source: dic
         assert any(same_bytes(one, tensor) for one in module.parameters[target].taken), name
     assert sum(len(parameter.taken) for parameter in module.parameters.values()) == len(head)
     print(f"\nvLLM {LOADERS['vllm'].version}, {kind}: {len(head)} tensors into {len(loaded)} parameters, bytes equal")
+
+
+def class_of(source: dict[str, str], path: str, name: str) -> ast.ClassDef:
+    """Return a class of a file."""
+    tree = ast.parse(source[path])
+    return next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def method_of(owner: ast.ClassDef, name: str) -> ast.FunctionDef:
+    """Return a method of a class."""
+    return next(node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def arguments_of(function: ast.FunctionDef) -> set[str]:
+    """Return the names of a function's arguments."""
+    return {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+
+
+def fields_of(owner: ast.ClassDef) -> set[str]:
+    """Return the annotated fields of a class."""
+    return {
+        node.target.id for node in owner.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def assigned(function: ast.FunctionDef) -> set[str]:
+    """Return what a function assigns to, such as `self.rank`."""
+    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return {ast.unparse(target) for node in nodes for target in getattr(node, "targets", None) or [node.target]}
+
+
+def members(owner: ast.ClassDef) -> set[str]:
+    """Return the methods of a class and the attributes that they set."""
+    methods = [node for node in owner.body if isinstance(node, ast.FunctionDef)]
+    return {method.name for method in methods} | {
+        name.removeprefix("self.") for method in methods for name in assigned(method) if name.startswith("self.")
+    }
+
+
+def test_vllm_copies_the_streams_before_hc_head_into_the_buffer_that_the_extension_gives_it(
+    vllm_source: dict[str, str],
+) -> None:
+    assert LOADERS["vllm"].version == VLLM
+    model = class_of(vllm_source, MODEL, "DeepseekV4Model")
+    assert model.decorator_list == []  # not compiled, so that it finds a buffer that it did not have at first
+    made = assigned(method_of(model, "__init__"))
+    assert {"self._mtp_hidden_buffer", "self.hc_dim", "self.hc_head_fn"} <= made
+    lines = [ast.unparse(node) for node in method_of(model, "forward").body]
+    copies = "self._mtp_hidden_buffer[:num_tokens].copy_(hidden_states.flatten(1))"
+    copy = next(
+        number for number, line in enumerate(lines) if line.startswith("if self._mtp_hidden_buffer is not None")
+    )
+    assert copies in lines[copy]
+    assert "num_tokens = hidden_states.shape[0]" in lines[copy]
+    assert lines[copy + 1].startswith("hidden_states = hc_head_fused_kernel_tilelang(")
+    assert not any("hc_head" in line for line in lines[:copy])
+    assert "mhc_post_tilelang" in "".join(lines[:copy])  # the last layer's streams, complete
+    served = class_of(vllm_source, MODEL, "DeepseekV4ForCausalLM")
+    assert "self.model" in assigned(method_of(served, "__init__"))
+    returned = method_of(served, "get_mtp_target_hidden_states").body[-1]
+    assert ast.unparse(returned) == "return getattr(self.model, '_mtp_hidden_buffer', None)"
+
+
+def test_vllm_s_worker_has_what_the_extension_uses_and_no_method_of_its_name(vllm_source: dict[str, str]) -> None:
+    base, worker = class_of(vllm_source, WORKER_BASE, "WorkerBase"), class_of(vllm_source, WORKER, "Worker")
+    assert [ast.unparse(one) for one in worker.bases] == ["WorkerBase"]
+    assert "get_model" in members(worker)
+    assert {"rank", "vllm_config"} <= members(base)
+    own = {name for name in vars(StreamKeeper) if not name.startswith("__")} | {"stream_shape", "kept_streams"}
+    assert own & (members(base) | members(worker)) == set()
+    extends = ast.unparse(method_of(class_of(vllm_source, WORKER_BASE, "WorkerWrapperBase"), "init_worker"))
+    assert "resolve_obj_by_qualname(parallel_config.worker_extension_cls)" in extends
+    assert "worker_class.__bases__ + (worker_extension_cls,)" in extends
+
+
+def test_vllm_s_offline_engine_takes_the_arguments_that_it_is_given(vllm_source: dict[str, str]) -> None:
+    engine = class_of(vllm_source, LLM, "LLM")
+    options = arguments_of(method_of(engine, "__init__")) | fields_of(class_of(vllm_source, ARGUMENTS, "EngineArgs"))
+    assert set(engine_options(Path("R"), 2, 32)) <= options
+    assert {"prompts", "sampling_params", "use_tqdm"} <= arguments_of(method_of(engine, "generate"))
+    assert {"method", "timeout", "args"} <= arguments_of(method_of(engine, "collective_rpc"))
+    assert set(SAMPLING) <= fields_of(class_of(vllm_source, SAMPLING_PARAMS, "SamplingParams"))
+    assert "prompt_token_ids" in fields_of(class_of(vllm_source, PROMPTS, "TokensPrompt"))
+    print(f"\nvLLM {VLLM}: buffer, worker extension and arguments of collect.engine=vllm are as the code expects")
