@@ -52,7 +52,8 @@ class StreamKeeper:
         inner = self.get_model().model
         if inner.hc_dim != num_streams * width:
             raise RuntimeError(f"vLLM's model has {inner.hc_dim} channels a token, not {num_streams} x {width}")
-        self.stream_shape, self.kept_streams = (num_streams, width), []
+        kept: list[Tensor] = []
+        self.stream_shape, self.kept_streams = (num_streams, width), kept
         rows = self.vllm_config.scheduler_config.max_num_batched_tokens
         dtype, device = self.vllm_config.model_config.dtype, inner.hc_head_fn.device
         inner._mtp_hidden_buffer = torch.full((rows, inner.hc_dim), torch.nan, dtype=dtype, device=device)
