@@ -44,7 +44,7 @@ def open_streams(data: DataConfig, minutes: int) -> StreamCache:
     if _has_manifest(folder):
         return open_cache(folder)
     identity = read_begun(STREAM_CACHE, "data.path", folder)
-    return Artifact(STREAM_CACHE, f"data.path={folder}", folder, identity, StreamContent(0, 0, 0), {})
+    return Artifact(STREAM_CACHE, f"data.path={folder}", folder, identity, {}, StreamContent(0, 0, 0))
 
 
 def _has_manifest(folder: Path) -> bool:
