@@ -32,7 +32,7 @@ from mtptrain.hidden_cache.fidelity import (
     gate_pieces,
     measure_fidelity,
 )
-from mtptrain.hidden_cache.format import bytes_a_token
+from mtptrain.hidden_cache.format import bytes_a_token, shard_file
 from mtptrain.hidden_cache.manifest import (
     STREAM,
     STREAM_CACHE,
@@ -40,7 +40,6 @@ from mtptrain.hidden_cache.manifest import (
     StreamIdentity,
     TextOrigin,
     hash_tokenizer,
-    shard_file,
 )
 from mtptrain.hidden_cache.vllm_engine import DTYPE, VLLM, check_vllm, open_vllm
 from mtptrain.hidden_cache.writer import (

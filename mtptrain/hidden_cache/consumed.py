@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache.manifest import StreamCache, shard_file
+from mtptrain.hidden_cache.format import shard_file
+from mtptrain.hidden_cache.manifest import StreamCache
 from mtptrain.run.artifact import StoredFile, find_parts, read_part
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import from_json, to_json

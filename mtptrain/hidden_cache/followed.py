@@ -13,7 +13,8 @@ from pathlib import Path
 from mtptrain.config import DataConfig
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.consumed import check_unclaimed, claim_shards, delete_shards, deleted_error
-from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamCache, StreamContent, open_cache, shard_file
+from mtptrain.hidden_cache.format import shard_file
+from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamCache, StreamContent, open_cache
 from mtptrain.run.artifact import Artifact, is_begun, is_whole, read_begun, read_part
 from mtptrain.run.distributed import on_each_rank, on_rank0
 from mtptrain.run.progress import waiting

@@ -24,8 +24,7 @@ from mtptrain.errors import UserError
 from mtptrain.hidden_cache import followed
 from mtptrain.hidden_cache.consumed import deleted_error
 from mtptrain.hidden_cache.followed import WAY_OUT, FollowedCache, Sight
-from mtptrain.hidden_cache.format import decode_streams
-from mtptrain.hidden_cache.manifest import shard_file
+from mtptrain.hidden_cache.format import decode_streams, shard_file
 from mtptrain.hidden_cache.reader import OPEN_SHARDS, OpenShards, check_row_length, read_text, with_streams
 from mtptrain.run.distributed import max_over_processes, on_each_rank, rank_rows
 from mtptrain.run.progress import waiting

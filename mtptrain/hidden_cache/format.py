@@ -17,6 +17,11 @@ DTYPES = {
 FP8_MAX = 448.0  # largest e4m3 value
 
 
+def shard_file(number: int) -> str:
+    """Return the name of a shard's file."""
+    return f"shard_{number:05d}.safetensors"
+
+
 def bytes_a_token(stored_as: StreamFormat, num_streams: int, width: int) -> int:
     """Return the bytes of one token's streams, scales included."""
     scales = 4 * num_streams if stored_as is StreamFormat.fp8 else 0

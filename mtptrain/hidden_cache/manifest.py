@@ -137,11 +137,6 @@ def check_origin(cache: StreamCache, backbone: str | None, tokenizer: str) -> No
     check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
 
 
-def shard_file(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard_{number:05d}.safetensors"
-
-
 def check_shards(cache: StreamCache) -> None:
     """Raise a `UserError`, on every process, that names a shard that is missing or truncated where a process sees it.
 

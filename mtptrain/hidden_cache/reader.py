@@ -25,8 +25,8 @@ from mtptrain.batch import Batch
 from mtptrain.data.batches import BatchSource, RowOrder
 from mtptrain.data.packing import Piece, fill_rows, pack_pieces
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache.format import decode_streams
-from mtptrain.hidden_cache.manifest import StreamCache, shard_file
+from mtptrain.hidden_cache.format import decode_streams, shard_file
+from mtptrain.hidden_cache.manifest import StreamCache
 from mtptrain.run.distributed import on_rank0
 
 STORED = {"streams", "scales"}  # of `encode_streams`

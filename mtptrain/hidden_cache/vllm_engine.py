@@ -25,7 +25,8 @@ from mtptrain.config import CollectConfig, StreamFormat, require
 from mtptrain.data.packing import Piece
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache.writer import ShardDocuments, shard_file, write_shard
+from mtptrain.hidden_cache.format import shard_file
+from mtptrain.hidden_cache.writer import ShardDocuments, write_shard
 
 VLLM = "0.33.0"  # whose source the extension was written for
 DTYPE = "bfloat16"  # of its kernels of DeepSeek-V4

@@ -16,8 +16,7 @@ from mtptrain.backbone.streams import backbone_streams
 from mtptrain.config import StreamFormat
 from mtptrain.data.packing import Piece, cut_document, fill_rows, pack_pieces
 from mtptrain.data.tokens import TokenizedCorpus
-from mtptrain.hidden_cache.format import encode_streams
-from mtptrain.hidden_cache.manifest import shard_file
+from mtptrain.hidden_cache.format import encode_streams, shard_file
 from mtptrain.run.artifact import add_part
 from mtptrain.run.storage import atomic_file
 

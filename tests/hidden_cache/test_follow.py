@@ -20,7 +20,8 @@ from mtptrain.hidden_cache import followed
 from mtptrain.hidden_cache.consumed import CONSUMED, read_consumed, written_shards
 from mtptrain.hidden_cache.followed import FollowedCache, open_streams
 from mtptrain.hidden_cache.follower import FollowedBatches, RowSettings
-from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamIdentity, TextOrigin, open_cache, shard_file
+from mtptrain.hidden_cache.format import shard_file
+from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamIdentity, TextOrigin, open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.hidden_cache.writer import plan_shards, write_shard
 from mtptrain.run.artifact import begin, finish, total_counts

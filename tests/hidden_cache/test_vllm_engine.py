@@ -13,9 +13,10 @@ from mtptrain.config import StreamFormat
 from mtptrain.config.reads import ALWAYS
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.hidden_cache import vllm_engine
+from mtptrain.hidden_cache.format import shard_file
 from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.hidden_cache.vllm_engine import VLLM, VllmEngine
-from mtptrain.hidden_cache.writer import piece_streams, shard_file, write_shard
+from mtptrain.hidden_cache.writer import piece_streams, write_shard
 from mtptrain.recipes import find_recipe
 from tests.command import Refused, run_main, tree
 from tests.hidden_cache.vllm_stand_in import StandIn, install
