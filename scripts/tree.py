@@ -37,6 +37,7 @@ CONTENTS = {
     "mtptrain/replay/": "acceptance for every draft length from one pass",
     "mtptrain/run/": "processes, folders, atomic files, provenance, metrics",
     "mtptrain/run/trackers/": "W&B, TensorBoard, MLflow",
+    "mtptrain/serving/": "acceptance in a running server",
     "mtptrain/traces/": "prompts and the backbone's continuations",
     "mtptrain/training/": "training loop, checkpoints, engines",
     "recipes/": "the programs and `session.py`, the only place where parts are wired together",

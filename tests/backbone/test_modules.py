@@ -24,7 +24,7 @@ def routed_experts() -> DeepseekV4Experts:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
-def test_gathered_experts_give_what_grouped_ones_give(num_tokens: int) -> None:
+def test_all_experts_at_once_give_what_grouped_ones_give(num_tokens: int) -> None:
     theirs = routed_experts()
     ours = copy.deepcopy(theirs)
     replace_experts(ours)
@@ -38,7 +38,7 @@ def test_gathered_experts_give_what_grouped_ones_give(num_tokens: int) -> None:
     assert error < 16 * 2**-24  # sums of 64 and 32 products in another order
 
 
-def test_experts_of_a_real_size_and_with_gradients_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_of_a_real_size_and_with_gradients_are_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(DeepseekV4Experts, "forward", lambda self, hidden, *_: calls.append(1) or hidden)
     ours = routed_experts()
@@ -49,9 +49,14 @@ def test_experts_of_a_real_size_and_with_gradients_are_not_gathered(monkeypatch:
     with torch.no_grad():
         ours(*arguments)
         assert len(calls) == 1
-        monkeypatch.setattr(modules, "MOST_GATHERED", 1000)
+        monkeypatch.setattr(modules, "MOST_WEIGHTS", 1000)
         ours(*arguments)
-    assert len(calls) == 2
+        assert len(calls) == 2
+        monkeypatch.undo()
+        monkeypatch.setattr(DeepseekV4Experts, "forward", lambda self, hidden, *_: calls.append(1) or hidden)
+        monkeypatch.setattr(modules, "MOST_PRODUCTS", 1000)
+        ours(*arguments)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("theirs", [DeepseekV4RMSNorm(96), DeepseekV4UnweightedRMSNorm()], ids=["weighted", "bare"])
