@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Constants = dict[str, Any]  # of a kernel, or options of its launch, by name
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
@@ -41,7 +43,7 @@ class Launch:
     kernel: Any
     label: str
     arguments: dict[str, str]
-    constants: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    constants: Constants = field(default_factory=dict)
+    options: Constants = field(default_factory=dict)
     target: str = ""
     instruction: str = ""

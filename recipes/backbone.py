@@ -155,7 +155,7 @@ def check(config: RunConfig) -> None:
         try:
             source = open_source(smaller_backbone(config.backbone))
         except UserError as error:
-            raise UserError(f"backbone.grow_from={config.backbone.grow_from}: {error}") from None
+            raise UserError(str(error).replace("backbone.path", "backbone.grow_from")) from None
         layer_positions(source.config, model_config(config.backbone.shape))
 
 

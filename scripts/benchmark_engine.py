@@ -47,6 +47,8 @@ from mtptrain.traces.prompts import Prompt, slice_prompts
 
 # B rows, S tokens of a prompt, L tokens of a pass
 
+Figures = dict[str, Any]  # by name, as JSON values
+
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 64
 WARM_UP, REPETITIONS = 3, 30
 ROOM = 4  # passes that recording may run before the first rewind
@@ -91,7 +93,7 @@ class Passes:
 
 
 @torch.inference_mode()
-def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: int) -> dict[str, Any]:
+def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: int) -> Figures:
     """Return, by number of tokens, the spread of the seconds of each way and of the paired ratio eager / recorded."""
     passes = Passes(model, prompts, longest)
     seconds_by_tokens: dict[int, dict[str, list[float]]] = {
@@ -101,7 +103,7 @@ def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: in
         for num_tokens, seconds in seconds_by_tokens.items():
             for way in passes.ways:
                 seconds[way].append(passes.seconds(way, num_tokens))
-    result: dict[str, Any] = {}
+    result: Figures = {}
     for num_tokens, seconds in seconds_by_tokens.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
         result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
@@ -113,12 +115,12 @@ def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: in
 
 def time_decoding(
     model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[Prompt], batch: int, longest: int
-) -> dict[str, Any]:
+) -> Figures:
     """Return tokens/s of plain decoding and, by draft length, tokens a pass and the ratio to plain decoding."""
     batches = cut_batches([Trace(prompt, [], [], []) for prompt in prompts], batch, PROMPTS)
     lengths, limits, head = list(range(1, longest + 1)), Limits(NEW_TOKENS), "head"
     runs = run_interleaved(model, {head: stack}, batches, lengths, limits, GREEDY, 0, lambda *_: None)
-    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
+    result: Figures = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
     for k in lengths:
         speed = to_json(summarize_speed(runs, head, k))
         result[str(k)] = {
@@ -130,10 +132,10 @@ def time_decoding(
     return result
 
 
-def print_batch(batch: int, passes: dict[str, Any], decoding: dict[str, Any]) -> None:
+def print_batch(batch: int, passes: Figures, decoding: Figures) -> None:
     """Print two tables."""
 
-    def cell(spread: dict[str, Any], scale: float = 1, form: str = ".2f") -> str:
+    def cell(spread: Figures, scale: float = 1, form: str = ".2f") -> str:
         middle, (low, high) = scale * spread["median"], (scale * bound for bound in spread["quartiles"])
         return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
@@ -162,7 +164,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", default="1", help="rows decoded together, one after another (default 1)")
     parser.add_argument("--draft-length", type=int, default=4, help="largest K (default 4)")
     parser.add_argument("--device", choices=[device.value for device in Device], default=Device.auto.value)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.random is None and (options.layers is not None or options.experts is not None):
+        parser.error("--layers and --experts change the sizes of --random PRESET: add it, or leave them out")
+    if options.random is not None and (options.backbone is not None or options.head != "stock"):
+        parser.error("--random makes a backbone and a head of its own: leave out --backbone and --head")
+    for name in ("layers", "experts"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name}={value} must be at least 1")
+    return options
 
 
 def open_trained(options: argparse.Namespace) -> tuple[DeepseekV4ForCausalLM, MtpStack, Callable[[int], list[Prompt]]]:
@@ -186,14 +196,14 @@ def open_random(options: argparse.Namespace) -> tuple[DeepseekV4ForCausalLM, Mtp
     return model, stack, prompts
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Figures:
     """Measure, print the tables, and return the content of the JSON line."""
     model, stack, make_prompts = open_random(options) if options.random else open_trained(options)
     batches = [int(text) for text in options.batches.split(",")]
     prompts = make_prompts(max(PROMPTS, *batches))
     records = verify_step(model, allocate_cache(model, 1, 1, 1)).is_static
     name = f"random {options.random}" if options.random else options.backbone or "shipped"
-    result: dict[str, Any] = {
+    result: Figures = {
         "hardware": to_json(hardware()),
         "versions": package_versions(),
         "commit": git_commit(),
@@ -202,13 +212,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.lm_head.weight.dtype),
-        "head": options.head,
+        "head": "random" if options.random else options.head,
         "recorded": records,
         "batches": {},
     }
     where = ", ".join(result["hardware"].get("gpus") or [result["hardware"]["processor"]])
     print(f"{where}, torch {torch.__version__}, {result['dtype']}, commit {result['commit']}")
-    print(f"{name}: {result['layers']} layers, {result['parameters'] / 1e6:.1f} M parameters; head {options.head}")
+    print(f"{name}: {result['layers']} layers, {result['parameters'] / 1e6:.1f} M parameters; head {result['head']}")
     if not records:
         print("nothing is recorded here: only the eager path is timed")
     for batch in batches:

@@ -36,7 +36,9 @@ def random_model(
     if not preset.is_file():
         raise UserError(f"--random={name}: conf/backbone holds no such preset")
     shape = ShapeConfig(**yaml.safe_load(preset.read_text(encoding="utf-8")).get("shape", {}))
-    shape = replace(shape, layer_types=shape.layer_types[:layers], num_experts=experts or shape.num_experts)
+    shape = replace(
+        shape, layer_types=shape.layer_types[:layers], num_experts=shape.num_experts if experts is None else experts
+    )
     torch.manual_seed(0)
     with device:
         model = DeepseekV4ForCausalLM(model_config(shape))

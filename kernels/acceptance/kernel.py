@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choices import Verification
-from ..launch import MODELS, Launch
+from ..launch import MODELS, Constants, Launch
 from . import draws_kernel
 from .distribution_kernel import GROUP, NUMBERS, OPTIONS, probability, write_distribution
 from .reference import GRID, Emission, Sampling
@@ -103,7 +103,7 @@ class _RowDistributions(NamedTuple):
     distribution: Tensor  # int32 [B, R, NUMBERS]
     top_BL: Tensor  # int64
     gap_BL: Tensor  # float32
-    constants: dict[str, Any]
+    constants: Constants
 
 
 def _row_distributions(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, sampling: Sampling) -> _RowDistributions:
@@ -217,7 +217,7 @@ def launches() -> list[Launch]:
     types |= {"top_k": "i32", "top_p_units": "i64", "floor": "fp32"}
     blocks = {"BLOCK": VERIFY_BLOCK, "BLOCKS": triton.next_power_of_2(triton.cdiv(vocabulary, VERIFY_BLOCK))}
 
-    def launch(kernel: Any, label: str, is_cut: bool, options: dict[str, Any] = OPTIONS, **constants: Any) -> Launch:
+    def launch(kernel: Any, label: str, is_cut: bool, options: Constants = OPTIONS, **constants: Any) -> Launch:
         constants = {"BLOCK": BLOCK, "GROUP": GROUP, "TOP_K": is_cut, "TOP_P": is_cut, **constants}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
@@ -225,7 +225,7 @@ def launches() -> list[Launch]:
 
     listed = draws_kernel.launches()
     for label, is_cut in (("softmax", False), ("top-k and top-p", True)):
-        no_scratch: dict[str, Any] = {} if is_cut else {"scratch_ptr": None}
+        no_scratch: Constants = {} if is_cut else {"scratch_ptr": None}
         listed.append(launch(_row_distributions_kernel, label, is_cut, **no_scratch))
         listed.append(launch(_probabilities_kernel, label, is_cut))
         for verification in Verification:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,8 @@ from ..dispatch import INTERPRETER, requested
 from .case import Case, Outputs
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Observed, interleaved_seconds, observe, quartiles
+
+Result = dict[str, Any]  # JSON of a case, or of all
 
 OPS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/bench.py")))
 
@@ -52,6 +55,8 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Observed], dict[s
             observed = observe(run, device)
             fault = case.difference(observed.outputs, expected)
         except Exception as error:
+            if name == "ours":
+                traceback.print_exc()
             fault = f"it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if fault is None:
             passed[name] = observed
@@ -72,7 +77,7 @@ def _expected(case: Case, device: torch.device) -> Observed | Outputs:
     return case.in_pieces()
 
 
-def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> dict[str, Any]:
+def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) -> Result:
     """Check a case, and time the correct candidates; time nothing if ours is wrong or `rounds` is 0.
 
     With 0 rounds, memory is poisoned during the check. Otherwise it is not: filling it would count as memory used.
@@ -103,7 +108,7 @@ def run_case(case: Case, ceilings: Ceilings, device: torch.device, rounds: int) 
     return result | {"bytes": case.bytes, "flops": case.flops}
 
 
-def _row(seconds: list[float], ours: list[float], extra_bytes: int | None, floor: float) -> dict[str, Any]:
+def _row(seconds: list[float], ours: list[float], extra_bytes: int | None, floor: float) -> Result:
     return {
         "seconds": quartiles(seconds),
         "times_ours": quartiles([a / b for a, b in zip(seconds, ours, strict=True)])[1],
@@ -112,7 +117,7 @@ def _row(seconds: list[float], ours: list[float], extra_bytes: int | None, floor
     }
 
 
-def _print_case(result: dict[str, Any]) -> None:
+def _print_case(result: Result) -> None:
     print(f"  {'':<28}{'ms':>10}  {'quartiles':<19}{'x ours':>8}{'extra MB':>10}{'of roofline':>13}")
     for name, row in result["measured"].items():
         low, middle, high = (1e3 * x for x in row["seconds"])
@@ -158,7 +163,7 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     ceilings = measure_ceilings(device, dtype)
-    report: dict[str, Any] = {
+    report: Result = {
         "device": name,
         "torch": torch.__version__,
         "commit": git_commit(),

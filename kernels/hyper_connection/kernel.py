@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import INTERPRETER
-from ..launch import MODELS, Launch
+from ..launch import MODELS, Constants, Launch
 from .backward_kernel import hyper_connection_map_backward_kernel, hyper_connection_streams_backward_kernel
 from .expand_kernel import (
     EXPAND_BACKWARD_CHANNELS,
@@ -138,7 +138,7 @@ def _part_size(size: int, parts: int, block: int, least: int = 1) -> int:
     return max(triton.cdiv(triton.cdiv(size, max(parts, 1)), block), least) * block
 
 
-def _project_blocks(tokens: int, num_weights: int) -> dict[str, Any]:
+def _project_blocks(tokens: int, num_weights: int) -> Constants:
     """Return the constants and options of the projection."""
     block_t = FEW_TOKENS if tokens <= FEW_TOKENS else MANY_TOKENS
     channels, stages = FEW_BLOCKS if tokens <= FEW_TOKENS else MANY_BLOCKS
@@ -146,12 +146,12 @@ def _project_blocks(tokens: int, num_weights: int) -> dict[str, Any]:
     return {"M": num_weights, "PRECISION": PRECISION, **blocks, **PRODUCT_OPTIONS, "num_stages": stages}
 
 
-def _map_blocks(num_streams: int, width: int, iterations: int) -> dict[str, Any]:
+def _map_blocks(num_streams: int, width: int, iterations: int) -> Constants:
     sizes = {"N": num_streams, "P": triton.next_power_of_2(num_streams), "STEPS": 2 * iterations}
     return sizes | row_blocks(width, MAP_CHANNELS)
 
 
-def _column_blocks(num_streams: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+def _column_blocks(num_streams: int, width: int, dtype: torch.dtype) -> Constants:
     padded = triton.next_power_of_2(num_streams)
     block_d = max(16, min(BACKWARD_BYTES // dtype.itemsize // padded, triton.next_power_of_2(width)))
     # TF32 holds bfloat16 exactly and rounds the other factor by 2^-10: less than the 2^-9 by which the bfloat16 streams
@@ -174,7 +174,7 @@ def launches() -> list[Launch]:
     wide = ["streams", "collapsed", "passed", "output", "new"]
     types |= {f"{grad}{name}_ptr": "*bf16:16" for name in wide for grad in ("", "grad_")}
 
-    def launch(kernel: Any, constants: dict[str, Any], label: str = "", **others: Any) -> Launch:
+    def launch(kernel: Any, constants: Constants, label: str = "", **others: Any) -> Launch:
         settings = {**constants, **others}
         fixed = {name: value for name, value in settings.items() if name in kernel.arg_names}
         arguments = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in fixed}

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from ..launch import Constants
 
 
 class Blocks(NamedTuple):
@@ -20,7 +22,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Constants:
         """Return the compile options for Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
@@ -52,7 +54,7 @@ BLOCKS = {
 FEW_PROGRAMS = 64  # half of the multiprocessors of an H100 or H200
 
 
-def choose(kernel: str, query_BHSC: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+def choose(kernel: str, query_BHSC: Tensor) -> tuple[dict[str, int], Constants]:
     """Return the size constants of a kernel for these queries, and its compile options.
 
     Args:
