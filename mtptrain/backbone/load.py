@@ -203,7 +203,7 @@ def load_backbone(
     folder, shards = source.folder, source.shards
     if has_layers:
         if config.placement is Placement.expert_parallel:
-            check_experts(source.config.n_routed_experts)
+            check_experts(source.config.n_routed_experts, "backbone.placement", "zero3")
         is_kept = keeps_quantised(config, source.config, device)
         is_decoded = not is_kept and hasattr(source.config, "quantization_config")
         decoded = None if is_kept else dtype
