@@ -47,6 +47,7 @@ from mtptrain.traces.prompts import Prompt, slice_prompts
 
 # B rows, S tokens of a prompt, L tokens of a pass
 
+Figures = dict[str, Any]  # nested, as the JSON line prints them
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 64
 WARM_UP, REPETITIONS = 3, 30
 ROOM = 4  # passes that recording may run before the first rewind
@@ -91,7 +92,7 @@ class Passes:
 
 
 @torch.inference_mode()
-def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: int) -> dict[str, Any]:
+def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: int) -> Figures:
     """Return, by number of tokens, the spread of the seconds of each way and of the paired ratio eager / recorded."""
     passes = Passes(model, prompts, longest)
     seconds_by_tokens: dict[int, dict[str, list[float]]] = {
@@ -101,7 +102,7 @@ def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: in
         for num_tokens, seconds in seconds_by_tokens.items():
             for way in passes.ways:
                 seconds[way].append(passes.seconds(way, num_tokens))
-    result: dict[str, Any] = {}
+    result: Figures = {}
     for num_tokens, seconds in seconds_by_tokens.items():
         kept = {way: spent[WARM_UP:] for way, spent in seconds.items()}
         result[str(num_tokens)] = {way: to_json(spread(spent)) for way, spent in kept.items()}
@@ -113,12 +114,12 @@ def time_passes(model: DeepseekV4ForCausalLM, prompts: list[Prompt], longest: in
 
 def time_decoding(
     model: DeepseekV4ForCausalLM, stack: MtpStack, prompts: list[Prompt], batch: int, longest: int
-) -> dict[str, Any]:
+) -> Figures:
     """Return tokens/s of plain decoding and, by draft length, tokens a pass and the ratio to plain decoding."""
     batches = cut_batches([Trace(prompt, [], [], []) for prompt in prompts], batch, PROMPTS)
     lengths, limits, head = list(range(1, longest + 1)), Limits(NEW_TOKENS), "head"
     runs = run_interleaved(model, {head: stack}, batches, lengths, limits, GREEDY, 0, lambda *_: None)
-    result: dict[str, Any] = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
+    result: Figures = {"plain_tokens_per_second": rate_of([plain for run in runs for plain in run.plain])}
     for k in lengths:
         speed = to_json(summarize_speed(runs, head, k))
         result[str(k)] = {
@@ -130,10 +131,10 @@ def time_decoding(
     return result
 
 
-def print_batch(batch: int, passes: dict[str, Any], decoding: dict[str, Any]) -> None:
+def print_batch(batch: int, passes: Figures, decoding: Figures) -> None:
     """Print two tables."""
 
-    def cell(spread: dict[str, Any], scale: float = 1, form: str = ".2f") -> str:
+    def cell(spread: Figures, scale: float = 1, form: str = ".2f") -> str:
         middle, (low, high) = scale * spread["median"], (scale * bound for bound in spread["quartiles"])
         return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
@@ -162,7 +163,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", default="1", help="rows decoded together, one after another (default 1)")
     parser.add_argument("--draft-length", type=int, default=4, help="largest K (default 4)")
     parser.add_argument("--device", choices=[device.value for device in Device], default=Device.auto.value)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.random and (options.backbone or options.head != "stock"):
+        parser.error("--random has weights of its own: leave --backbone and --head out")
+    if not options.random and (options.layers or options.experts):
+        parser.error("--layers and --experts are for --random")
+    return options
 
 
 def open_trained(options: argparse.Namespace) -> tuple[DeepseekV4ForCausalLM, MtpStack, Callable[[int], list[Prompt]]]:
@@ -186,14 +192,14 @@ def open_random(options: argparse.Namespace) -> tuple[DeepseekV4ForCausalLM, Mtp
     return model, stack, prompts
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Figures:
     """Measure, print the tables, and return the content of the JSON line."""
     model, stack, make_prompts = open_random(options) if options.random else open_trained(options)
     batches = [int(text) for text in options.batches.split(",")]
     prompts = make_prompts(max(PROMPTS, *batches))
     records = verify_step(model, allocate_cache(model, 1, 1, 1)).is_static
     name = f"random {options.random}" if options.random else options.backbone or "shipped"
-    result: dict[str, Any] = {
+    result: Figures = {
         "hardware": to_json(hardware()),
         "versions": package_versions(),
         "commit": git_commit(),
