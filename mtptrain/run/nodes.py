@@ -7,8 +7,7 @@ import platform
 from collections.abc import Callable
 from typing import TypeVar
 
-from mtptrain.errors import UserError
-from mtptrain.run.distributed import gather_objects, world_size
+from mtptrain.run.distributed import on_each_rank, world_size
 
 T = TypeVar("T")
 
@@ -26,16 +25,7 @@ def on_each_node(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    results: list[T] = []
-    error: UserError | None = None
-    if os.environ["LOCAL_RANK"] == "0":
-        try:
-            results.append(work())
-        except UserError as mistake:
-            error = mistake
-    told = gather_objects((platform.node(), results, error))
-    errors = [one for _, _, one in told if one is not None]
-    if errors:
-        raise errors[0]
-    of_node = [found for node, found, _ in told if found and node == platform.node()]
-    return (of_node or [found for _, found, _ in told if found])[0][0]
+    is_chosen = os.environ["LOCAL_RANK"] == "0"
+    results = on_each_rank(lambda: (platform.node(), [work()] if is_chosen else []))
+    of_node = [result for node, result in results if result and node == platform.node()]
+    return (of_node or [result for _, result in results if result])[0][0]
