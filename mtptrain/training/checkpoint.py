@@ -220,7 +220,7 @@ def save_checkpoint(
 
 
 def _write_own(folder: Path, training: TrainingState, passages: Passages | None) -> dict[str, StoredFile]:
-    """Write this process's files and return their descriptions; rank 0 also writes what all have in common."""
+    """Write this process's files and return their descriptions; rank 0 also writes those common to all."""
     names = [shard_name(kind, rank(), world_size()) for kind in (TENSORS, OPTIMIZER)]
     for name, pieces in zip(names, training, strict=True):
         write_pieces(folder / name, pieces)

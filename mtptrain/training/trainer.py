@@ -30,6 +30,7 @@ from mtptrain.run.distributed import (
     sum_over_processes,
 )
 from mtptrain.run.memory import peak_memory_bytes
+from mtptrain.run.nodes import require_shared
 from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog
@@ -296,7 +297,9 @@ class Trainer:
 
         Raises:
             Preempted: a signal asked the run to stop; the state is saved.
+            UserError: a process does not see the run's folder.
         """
+        require_shared(self.checkpoints.parent)
         self.engine.module.train()
         totals, logged_at, tokens_at = MetricTotals(), time.monotonic(), self.counters["tokens"]
         with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:
