@@ -138,7 +138,7 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
 
 
 def _check_shared_experts(load: TrainingLoad, num_experts: int) -> None:
-    """Refuse what a training would refuse: processes that cannot hold equal shares of the experts of a layer."""
+    """Refuse a number of GPUs that cannot hold equal shares of the experts of a layer, as a training does."""
     is_split = load.placement is Placement.expert_parallel and not load.from_streams
     for setting, is_chosen in (("backbone.placement", is_split), ("mtp.experts", load.share_experts)):
         if is_chosen and num_experts % load.num_gpus:
