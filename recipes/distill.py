@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtptrain.backbone.placement import check_experts
 from mtptrain.config import DataSource, HeadExperts, Placement, RunConfig, require
 from mtptrain.config.reads import (
     ALWAYS,
@@ -32,7 +33,7 @@ from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import check_head_experts, share_experts
+from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
 from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
@@ -300,7 +301,7 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
 
         check_settings(config.deepspeed)
     if config.mtp.experts is HeadExperts.expert_parallel:
-        check_head_experts(session.source.config.n_routed_experts)
+        check_experts(session.source.config.n_routed_experts, "mtp.experts", "replicate")
     check_resumable(session)
     if is_measured(config):  # before hours of training, not after them
         check_traces(session)

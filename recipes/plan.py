@@ -137,6 +137,17 @@ def training_load(config: RunConfig, plan: PlanConfig, processes: int) -> Traini
     )
 
 
+def _check_shared_experts(load: TrainingLoad, num_experts: int) -> None:
+    """Refuse a number of GPUs that cannot hold equal shares of the experts of a layer, as a training does."""
+    is_split = load.placement is Placement.expert_parallel and not load.from_streams
+    for setting, is_chosen in (("backbone.placement", is_split), ("mtp.experts", load.share_experts)):
+        if is_chosen and num_experts % load.num_gpus:
+            raise UserError(
+                f"{setting}=expert_parallel: hardware.num_gpus={load.num_gpus} does not divide the {num_experts} "
+                "experts of a layer; use a divisor of their number"
+            )
+
+
 def make_plan(config: RunConfig, provenance: Provenance) -> DecodingPlan | TrainingPlan:
     """Return the plan that `plan.what` selects.
 
@@ -148,6 +159,7 @@ def make_plan(config: RunConfig, provenance: Provenance) -> DecodingPlan | Train
         raise UserError("model=null: a plan needs model, hardware and plan; start from +recipe=plan")
     if plan.what is PlanKind.training:
         load = training_load(config, plan, hardware.num_gpus)
+        _check_shared_experts(load, model.shape.num_experts)
         return plan_training(model, hardware, plan, load, config.train.steps, provenance)
     return plan_decoding(model, hardware, plan, read_profile(plan), provenance)
 

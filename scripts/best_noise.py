@@ -48,6 +48,8 @@ def print_widths(run: Path, temperature: float, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python scripts/best_noise.py RUN")
     with tempfile.TemporaryDirectory() as name:
         for value in (0.0, 1.0):
             print_widths(Path(sys.argv[1]), value, f"{name}/{value}")

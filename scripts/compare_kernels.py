@@ -11,19 +11,18 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 BF16 = 2**-8  # a unit in the last place, relative
 LARGEST_MEDIAN = 4 * BF16  # relative difference of a step's loss, median over the steps
 LOSS = "loss/step_1"
 
 
-def read(folder: str) -> list[dict[str, Any]]:
+def read(folder: str) -> list[dict[str, float]]:
     """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
     """Return losses, rate and memory of a run; the first half of the steps warms up and is not timed."""
     late = rows[len(rows) // 2 :]
     return {
@@ -41,7 +40,7 @@ def main() -> int:
         return 2
     runs = {name: read(folder) for name, folder in zip(("triton", "reference"), sys.argv[1:], strict=True)}
     table = {name: summarize(rows) for name, rows in runs.items()}
-    print(f"| forty steps | {' | '.join(table)} |\n|---|---|---|")
+    print(f"| {len(runs['triton'])} steps | {' | '.join(table)} |\n|---|---|---|")
     for figure in table["triton"]:
         print(f"| {figure} | {' | '.join(f'{row[figure]:.5g}' for row in table.values())} |")
     pairs = zip(runs["triton"], runs["reference"], strict=True)

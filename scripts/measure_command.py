@@ -42,4 +42,6 @@ def main(file: Path, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python scripts/measure_command.py FILE COMMAND...")
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -59,6 +59,8 @@ def share(model: torch.nn.Module) -> float:
 def main(settings: list[str]) -> None:
     """Load the backbone of some settings, `backbone.*`, `precision` and `device`, and print this process's line."""
     given = OmegaConf.from_dotlist(settings)
+    if unread := sorted(given.keys() - {"backbone", "precision", "device"}):
+        sys.exit(f"measure_load: {unread[0]}: is not read; give backbone.*, precision or device")
     backbone = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BackboneConfig), given.get("backbone", {})))
     assert isinstance(backbone, BackboneConfig)
     precision, device_name = Precision(given.get("precision", "auto")), Device(given.get("device", "auto"))

@@ -108,6 +108,22 @@ def run_main(*arguments: str) -> int:
     return 0
 
 
+def run_in_two(module: str, *arguments: str) -> str:
+    """Run a module in two processes and return their standard output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended.stdout
+
+
 def start_process(
     *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
 ) -> "subprocess.Popen[str]":

@@ -202,12 +202,7 @@ def load_backbone(
     source = source or open_source(config)
     folder, shards = source.folder, source.shards
     if has_layers:
-        if config.placement is Placement.expert_parallel:
-            check_experts(source.config.n_routed_experts)
-        is_kept = keeps_quantised(config, source.config, device)
-        is_decoded = not is_kept and hasattr(source.config, "quantization_config")
-        decoded = None if is_kept else dtype
-        check_room(weight_bytes(shards, decoded), config.placement, source.config.n_routed_experts, device, is_decoded)
+        _check_layers(config, source, device, dtype)
     model = _load_model(config, folder, device, dtype, has_layers)
     model.eval().requires_grad_(False)
     if has_layers and config.placement is Placement.zero3:
@@ -215,6 +210,24 @@ def load_backbone(
     if not is_shared(model):
         replace_experts(model)
     return Backbone(model, source, on_rank0(lambda: fingerprint(shards)))
+
+
+def _check_layers(config: BackboneConfig, source: BackboneSource, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse, before any weight is read, a placement of the layers that this machine cannot have."""
+    num_experts = source.config.n_routed_experts
+    if config.placement is Placement.expert_parallel:
+        check_experts(num_experts, "backbone.placement", "zero3")
+    is_kept = keeps_quantised(config, source.config, device)
+    require(
+        not (is_kept and config.placement is Placement.zero3 and device.type == "cpu"),
+        "backbone.weights",
+        "keep",
+        "leaves FP8 tensors, which processes without a GPU cannot send to each other as backbone.placement=zero3 does; "
+        "set backbone.weights=dequantize, or backbone.placement=expert_parallel",
+    )
+    is_decoded = not is_kept and hasattr(source.config, "quantization_config")
+    sizes = weight_bytes(source.shards, None if is_kept else dtype)
+    check_room(sizes, config.placement, num_experts, device, is_decoded)
 
 
 def _load_model(

@@ -59,25 +59,27 @@ def layer_devices(model: DeepseekV4ForCausalLM) -> list[torch.device]:
     return [layer.self_attn.sinks.device for layer in model.model.layers]
 
 
-def check_experts(num_experts: int) -> None:
-    """Check, before any weight is read, that expert parallelism can divide a backbone among the processes.
+def check_experts(num_experts: int, setting: str, instead: str) -> None:
+    """Check, before any weight is read, that expert parallelism can divide a layer among the processes.
 
     Args:
-        num_experts: routed experts of a layer.
+        num_experts: routed experts of the layer.
+        setting: that chose expert parallelism.
+        instead: its value to use otherwise.
 
     Raises:
-        UserError: this version of transformers cannot split experts while it loads, or the number of processes does not
-            divide the number of experts.
+        UserError: this version of transformers cannot split experts and exchange tokens, or the number of processes
+            does not divide the number of experts.
     """
     if not hasattr(DeepseekV4ForCausalLM, "maybe_distribute_model"):
         raise UserError(
-            f"backbone.placement=expert_parallel: transformers {transformers.__version__} cannot split experts while "
-            "it loads a model; install transformers>=5.24, or set backbone.placement=zero3"
+            f"{setting}=expert_parallel: transformers {transformers.__version__} cannot split experts over processes; "
+            f"install transformers>=5.24, or set {setting}={instead}"
         )
     if num_experts % world_size():
         raise UserError(
-            f"backbone.placement=expert_parallel: {world_size()} processes do not divide {num_experts} experts; use a "
-            "divisor of their number, or backbone.placement=zero3"
+            f"{setting}=expert_parallel: {world_size()} processes do not divide the {num_experts} experts of a layer; "
+            f"use a divisor of their number, or {setting}={instead}"
         )
 
 

@@ -6,7 +6,7 @@ Passed settings change memory, speed and reports, never the numbers, so a run ca
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from os.path import expanduser
 from typing import Any
 
@@ -16,7 +16,20 @@ from mtptrain.errors import UserError
 
 FILE = "config"  # key of the section: a file of DeepSpeed's settings, over which the other keys take precedence
 ZERO = "zero_optimization"
-PASSED = {"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "wall_clock_breakdown", ZERO}
+FLAGS = {"dump_state", "memory_breakdown", "wall_clock_breakdown"}
+SECTIONS = {
+    "aio": {"block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"},
+    "comms_logger": {"debug", "enabled", "prof_all", "prof_ops", "verbose"},
+    "flops_profiler": {
+        "detailed",
+        "enabled",
+        "module_depth",
+        "output_file",
+        "profile_step",
+        "recompute_fwd_factor",
+        "top_modules",
+    },
+}
 ZERO_ANY = {
     "allgather_bucket_size",
     "allgather_partitions",
@@ -83,13 +96,16 @@ OWNED = {
     f"{ZERO}.zero_quantized_nontrainable_weights": ROUNDS_SENT,
     f"{ZERO}.zero_quantized_weights": ROUNDS_SENT,
 }
+KNOWN = FLAGS | SECTIONS.keys() | {f"{ZERO}.{key}" for key in ZERO_ANY | ZERO_3}
 NVME = (
     "DeepSpeed moves state there by its own optimiser step, and a run needs each tensor's state at any time, for its "
     "checkpoints; set device: cpu"
 )
 
+Section = dict[str, Any]  # settings by DeepSpeed's own names; values of any type of JSON
 
-def passed_settings(given: dict[str, Any], engine: EngineName, offload: bool) -> dict[str, Any]:
+
+def passed_settings(given: Section, engine: EngineName, offload: bool) -> Section:
     """Return the settings to pass to DeepSpeed: those of the file `config`, overridden by the other keys.
 
     A setting of the run may have the value `auto`, as in files for other trainers, and is dropped.
@@ -107,7 +123,7 @@ def passed_settings(given: dict[str, Any], engine: EngineName, offload: bool) ->
     zero = merged.get(ZERO, {})
     require(isinstance(zero, dict), f"deepspeed.{ZERO}", zero, "must be a section, such as {reduce_bucket_size: 5e8}")
     for name, value in list(_names(merged)):
-        if value == "auto":
+        if value == "auto" and name in OWNED.keys() | KNOWN:
             _drop(merged, name)
         else:
             _check(name, value, engine)
@@ -117,19 +133,27 @@ def passed_settings(given: dict[str, Any], engine: EngineName, offload: bool) ->
 
 
 def _check(name: str, value: Any, engine: EngineName) -> None:
-    """Refuse a setting that belongs to the run, that its engine does not read or that is unknown."""
-    known = PASSED | {f"{ZERO}.{key}" for key in ZERO_ANY | ZERO_3}
+    """Refuse a setting that belongs to the run, that its engine does not read, that is unknown or of a wrong type."""
     if name in OWNED:
         raise UserError(f"deepspeed.{name}={value}: {OWNED[name]}")
-    near = did_you_mean(name, known)
-    require(name in known, f"deepspeed.{name}", value, f"is not a setting that is passed to DeepSpeed{near}")
+    _require_known(name, value, KNOWN)
+    require(name not in FLAGS or isinstance(value, bool), f"deepspeed.{name}", value, "must be true or false")
+    if name in SECTIONS:
+        require(isinstance(value, dict), f"deepspeed.{name}", value, "must be a section, such as {enabled: true}")
+        for key, one in value.items():
+            _require_known(f"{name}.{key}", one, {f"{name}.{known}" for known in SECTIONS[name]})
     is_of_3 = name.removeprefix(f"{ZERO}.") in ZERO_3
     require(not is_of_3 or engine is EngineName.zero3, f"deepspeed.{name}", value, "is read by engine=zero3 only")
     device = value.get("device") if isinstance(value, dict) else None
     require(device != "nvme", f"deepspeed.{name}.device", device, NVME)
 
 
-def _names(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _require_known(name: str, value: Any, known: Collection[str]) -> None:
+    near = did_you_mean(name, known)
+    require(name in known, f"deepspeed.{name}", value, f"is not a setting that is passed to DeepSpeed{near}")
+
+
+def _names(settings: Section) -> Iterator[tuple[str, Any]]:
     """Yield the names and values of all settings, those of `zero_optimization` one by one."""
     for name, value in settings.items():
         if name == ZERO:
@@ -138,12 +162,12 @@ def _names(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _drop(settings: dict[str, Any], name: str) -> None:
+def _drop(settings: Section, name: str) -> None:
     section = settings[ZERO] if name.startswith(f"{ZERO}.") else settings
     del section[name.removeprefix(f"{ZERO}.")]
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Section, over: Section) -> Section:
     """Return nested settings with those of `over` in place of those of `base`."""
     merged = dict(base)
     for key, value in over.items():
@@ -152,7 +176,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read(path: Any) -> dict[str, Any]:
+def _read(path: Any) -> Section:
     """Return the settings of a JSON file; none without a file."""
     if path is None:
         return {}

@@ -43,7 +43,7 @@ class DecodingConfig:
     # A draft ends before the first step at which the head's largest probability is below this value.
     min_confidence: float = ranged(0.0, at_least=0, at_most=1, rule="must lie in [0, 1]; 0 = never stop")
 
-    # Of stacked modules: what drafts the steps beyond their depth.
+    # Of stacked modules: module of the draft steps beyond their depth.
     past_depth: PastDepth = PastDepth.repeat_last
     # Numerics of the modules: as trained, or as a server computes.
     served_as: ServedAs = ServedAs.exact

@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.modules import Experts
 from mtptrain.backbone.placement import expert_mesh
-from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.run.distributed import rank, world_size
@@ -39,28 +36,6 @@ class SharedExperts(Experts):
         """Return the weighted sum of the outputs of every token's experts, [T, D]."""
         out_TD: Tensor = self.exchanged(hidden_states, top_k_index, top_k_weights)
         return out_TD.to(hidden_states.dtype)
-
-
-def check_head_experts(num_experts: int) -> None:
-    """Check, before any weight is read, that the processes can share the experts of a head.
-
-    Args:
-        num_experts: routed experts of a module.
-
-    Raises:
-        UserError: this version of transformers has no exchange, or the number of processes does not divide the number
-            of experts.
-    """
-    if not hasattr(DeepseekV4ForCausalLM, "maybe_distribute_model"):
-        raise UserError(
-            f"mtp.experts=expert_parallel: transformers {transformers.__version__} cannot exchange tokens between "
-            "processes; install transformers>=5.24, or set mtp.experts=replicate"
-        )
-    if num_experts % world_size():
-        raise UserError(
-            f"mtp.experts=expert_parallel: {world_size()} processes do not divide the {num_experts} experts of a "
-            "module; use a divisor of their number, or mtp.experts=replicate"
-        )
 
 
 @torch.no_grad()

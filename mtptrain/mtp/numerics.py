@@ -1,4 +1,4 @@
-"""What servers compute differently from the official model in an MTP module; docs/serving.md has the sources."""
+"""Differences between servers and the official model in an MTP module; docs/serving.md has the sources."""
 
 # T tokens, D model width, k experts of a token, I width of an expert
 

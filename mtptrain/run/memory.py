@@ -10,9 +10,9 @@ if TYPE_CHECKING:  # a plan starts without torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU (Linux counts in KiB)."""
+    """Return the most memory that this process has held: allocated by torch on a GPU, resident on a CPU."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,14 +1,16 @@
-"""Work that one process of every node does for all processes of the node."""
+"""Work of one process of every node, and folders that all nodes see."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from mtptrain.errors import UserError
-from mtptrain.run.distributed import gather_objects, world_size
+from mtptrain.run.distributed import on_each_rank, on_rank0, rank, world_size
+from mtptrain.run.storage import temporary_path
 
 T = TypeVar("T")
 
@@ -26,16 +28,37 @@ def on_each_node(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    results: list[T] = []
-    error: UserError | None = None
-    if os.environ["LOCAL_RANK"] == "0":
-        try:
-            results.append(work())
-        except UserError as mistake:
-            error = mistake
-    told = gather_objects((platform.node(), results, error))
-    errors = [one for _, _, one in told if one is not None]
-    if errors:
-        raise errors[0]
-    of_node = [found for node, found, _ in told if found and node == platform.node()]
-    return (of_node or [found for _, found, _ in told if found])[0][0]
+    is_chosen = os.environ["LOCAL_RANK"] == "0"
+    results = on_each_rank(lambda: (platform.node(), [work()] if is_chosen else []))
+    of_node = [result for node, result in results if result and node == platform.node()]
+    return (of_node or [result for _, result in results if result])[0][0]
+
+
+def require_shared(folder: Path) -> None:
+    """Check that all processes see a folder, to which each will write its part.
+
+    Args:
+        folder: the run's folder; created if it is missing.
+
+    Raises:
+        UserError: on every process: one does not see the folder.
+    """
+
+    def create() -> Path:
+        mark = temporary_path(folder / "mark")
+        mark.mkdir(parents=True)
+        return mark
+
+    def look() -> None:
+        if not mark.is_dir():
+            raise UserError(
+                f"output_dir={folder}: process {rank()} does not see what process 0 writes there, and every process "
+                "writes its part of a checkpoint; choose a folder on a file system that all hosts share"
+            )
+
+    mark = on_rank0(create)
+    try:
+        on_each_rank(look)
+    finally:
+        if rank() == 0:
+            mark.rmdir()

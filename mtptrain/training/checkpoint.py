@@ -29,7 +29,7 @@ from mtptrain.run.hub import is_address
 from mtptrain.run.storage import atomic_folder, disk_full_reason, sync_file
 from mtptrain.training.engine import TrainingState
 from mtptrain.training.pieces import StoredTensors, write_pieces
-from mtptrain.training.selection import Selection
+from mtptrain.training.selection import Selection, Values
 
 TENSORS, OPTIMIZER = "module", "optimizer"  # files of each process, see `shard_name`
 RANDOM, MANIFEST = "random.pt", "checkpoint.json"
@@ -64,7 +64,7 @@ class HeadIdentity:
     start: dict[str, str | int]
     quant_aware: str | None
     data: str
-    settings: dict[str, Any]
+    settings: Values
 
     @property
     def zero_first(self) -> bool:
@@ -78,7 +78,7 @@ class BackboneIdentity:
 
     task: str
     data: str
-    settings: dict[str, Any]
+    settings: Values
 
 
 TrainingIdentity = HeadIdentity | BackboneIdentity
@@ -89,7 +89,7 @@ class TrainerState:
     """Progress of a training: optimiser steps done, and the trainer's counters."""
 
     step: int
-    counters: dict[str, Any]
+    counters: Values
 
 
 CHECKPOINT: Kind[TrainingIdentity, TrainerState] = Kind(
@@ -119,7 +119,7 @@ class Checkpoint:
     folder: Path
     identity: TrainingIdentity
     step: int
-    counters: dict[str, Any]
+    counters: Values
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors, on the CPU."""
@@ -220,7 +220,7 @@ def save_checkpoint(
 
 
 def _write_own(folder: Path, training: TrainingState, passages: Passages | None) -> dict[str, StoredFile]:
-    """Write this process's files and return their descriptions; rank 0 also writes what all have in common."""
+    """Write this process's files and return their descriptions; rank 0 also writes those common to all."""
     names = [shard_name(kind, rank(), world_size()) for kind in (TENSORS, OPTIMIZER)]
     for name, pieces in zip(names, training, strict=True):
         write_pieces(folder / name, pieces)

@@ -26,7 +26,7 @@ class ReplicatedEngine:
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.module, self.config = module, config
-        self.masters = MasterWeights(module, lambda p: not is_share(p))
+        self.masters = MasterWeights(module, lambda parameter: not is_share(parameter))
         self.shares = ExpertShares(module, config)
         self.optimizers = make_optimizers(self.masters.parameters, config)
 
@@ -41,7 +41,9 @@ class ReplicatedEngine:
             self._sum_gradients()
         parameters = self.masters.parameters
         own = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        total = self.shares.with_norm(own)
+        total = self.shares.with_norm(
+            own.to(next(self.module.parameters()).device)
+        )  # that of no gradient is on the CPU
         nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total)
         norm = total.item()
         self.shares.step(rate, norm)

@@ -61,7 +61,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Whole tensors from the files of all processes, read one by one from memory maps when they are asked for.
+    """Whole tensors from the files of all processes, each read from memory maps when it is needed.
 
     Args:
         where: setting and folder, as error messages begin.

@@ -12,6 +12,7 @@ from mtptrain.errors import UserError
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import HeadIdentity, TrainingIdentity
 from mtptrain.training.optim import learning_rate
+from mtptrain.training.selection import Values
 
 # Settings that change no result. The tensors and the digest of the data stand for mtp.init and the paths.
 IRRELEVANT = {
@@ -45,7 +46,7 @@ class Difference:
         return not _is_named(self.name, FIXED)
 
 
-def result_settings(config: RunConfig, sections: Sequence[str], dtype: str) -> dict[str, Any]:
+def result_settings(config: RunConfig, sections: Sequence[str], dtype: str) -> Values:
     """Return the settings that change the result of a training, as JSON values by dotted name.
 
     Args:
@@ -53,7 +54,7 @@ def result_settings(config: RunConfig, sections: Sequence[str], dtype: str) -> d
         sections: dotted names of the sections that the training reads.
         dtype: of the arithmetic, which `precision` chooses.
     """
-    settings: dict[str, Any] = {"seed": config.seed, "precision": dtype}
+    settings: Values = {"seed": config.seed, "precision": dtype}
     for section in sections:
         part: Any = config
         for attribute in section.split("."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 from mtptrain.errors import UserError
@@ -39,10 +40,11 @@ def state_of(folder: Path) -> TrainerState | None:
 
 
 def digest_of(folder: Path) -> str:
-    """Return the SHA-256 of a checkpoint's tensors, from its manifest.
+    """Return a digest of a checkpoint's tensors, from the checksums in its manifest.
 
     Raises:
         UserError: the manifest cannot be read.
     """
-    stored = open_artifact(CHECKPOINT, "checkpoint", folder).files.get(TENSORS)
-    return stored.sha256 if stored is not None else ""
+    files = open_artifact(CHECKPOINT, "checkpoint", folder).files
+    checksums = [stored.sha256 for name, stored in sorted(files.items()) if name.startswith(TENSORS)]
+    return sha256("".join(checksums).encode()).hexdigest()

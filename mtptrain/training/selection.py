@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+Values = dict[str, Any]  # plain values by name, as JSON holds them
 SELECTION = "selection"  # counter in the checkpoint `best`
 
 
@@ -21,7 +22,7 @@ class Selection:
     prompts: list[str]
 
     @classmethod
-    def of(cls, counters: dict[str, Any]) -> Selection | None:
+    def of(cls, counters: Values) -> Selection | None:
         """Return the selection that the counters of a checkpoint hold."""
         stored = counters.get(SELECTION)
         return cls(str(stored["by"]), list(stored["prompts"])) if stored else None

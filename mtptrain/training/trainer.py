@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from mtptrain.run.distributed import (
     sum_over_processes,
 )
 from mtptrain.run.memory import peak_memory_bytes
+from mtptrain.run.nodes import require_shared
 from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
 from mtptrain.run.tracking import MetricsLog
@@ -49,7 +50,7 @@ from mtptrain.training.figures import progress_figures
 from mtptrain.training.optim import learning_rate
 from mtptrain.training.resume import Difference, differences, require_allowed
 from mtptrain.training.router_balance import RouterBalancer
-from mtptrain.training.selection import SELECTION
+from mtptrain.training.selection import SELECTION, Values
 
 
 class Objective(Protocol):
@@ -160,7 +161,7 @@ class Trainer:
         self.stop_request = StopRequest()
         self.step = self.saved_step = 0
         self.best_metric: str | None = None  # that of the counter `best_score`
-        self.counters: dict[str, Any] = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
+        self.counters: Values = {"tokens": 0, "skipped_steps": 0, "bad_steps_in_a_row": 0}
 
     def restore(self, checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> list[Difference]:
         """Continue from a checkpoint of any engine: module, optimiser, random numbers, counts and data position.
@@ -296,7 +297,9 @@ class Trainer:
 
         Raises:
             Preempted: a signal asked the run to stop; the state is saved.
+            UserError: a process does not see the run's folder.
         """
+        require_shared(self.checkpoints.parent)
         self.engine.module.train()
         totals, logged_at, tokens_at = MetricTotals(), time.monotonic(), self.counters["tokens"]
         with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:

@@ -86,8 +86,8 @@ class ZeroEngine:
     ) -> None:
         quiet_deepspeed()
         self.module, self.stage, self.accumulation = module, stage, config.accumulation
-        optimizer_device = passed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
-        self.shares = ExpertShares(module, config, 1 / world_size(), offload or optimizer_device == "cpu")
+        passed_offload = passed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        self.shares = ExpertShares(module, config, 1 / world_size(), offload or passed_offload.get("device") == "cpu")
         self.trained = {name: p for name, p in self._whole_parameters() if p.requires_grad}
         if not self.trained:
             raise UserError(
@@ -145,8 +145,10 @@ class ZeroEngine:
             optimizer.append(own_piece(f"{name}/step", step.clone()))
         parameters = dict(self.module.named_parameters())
         for name, value in others.items():
-            with deepspeed.zero.GatheredParameters([parameters.get(name)], enabled=self._is_cut(parameters.get(name))):
-                piece = own_piece(name, parameters.get(name, value))
+            whole = parameters.get(name, value)
+            is_cut = self.stage == 3 and name in parameters
+            with deepspeed.zero.GatheredParameters([whole], enabled=is_cut):
+                piece = own_piece(name, whole)
                 module.append(replace(piece, values=piece.values.clone()))
         gather_persistent(self.engine.optimizer)
         return TrainingState(module, optimizer)
@@ -202,9 +204,6 @@ class ZeroEngine:
             safe_set_local_fp32_param(parameter, share)
         else:
             safe_set_local_optimizer_state(parameter, share, key)
-
-    def _is_cut(self, parameter: Tensor | None) -> bool:
-        return self.stage == 3 and parameter is not None
 
     def _whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that DeepSpeed handles: all but shares of experts, which it would make equal."""

@@ -120,6 +120,13 @@ def test_kept_weights_have_the_scales_of_the_files(variant: ReleaseVariant, tmp_
     assert torch.equal(experts[3].float(), shards["layers.2.ffn.experts.3.w2.scale"].float())
 
 
+def test_kept_weights_cannot_be_partitioned_without_a_gpu(release_folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"backbone\.weights=keep: leaves FP8 tensors, .* set backbone\.weights=dequant"
+    ):
+        load(release_folder, weights=StoredWeights.keep, placement=Placement.zero3)
+
+
 def test_a_hub_id_without_a_network_ends_in_one_line() -> None:
     with pytest.raises(UserError, match=r"^backbone\.path=nobody/nothing: is no folder here .*give the folder$"):
         backbone_folder(BackboneConfig(path="nobody/nothing"))

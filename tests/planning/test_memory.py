@@ -1,9 +1,6 @@
 """The memory of a plan against tensors that are alive while the real modules and engines run."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +25,7 @@ from mtptrain.mtp.start import place
 from mtptrain.planning.head_memory import BUCKET, backward_bytes, held_bytes, reduction_bytes, update_bytes
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import activation_bytes, forward_bytes
-from tests.command import ROOT
+from tests.command import run_in_two
 from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE
 from tests.planning.live import LiveBytes, total_bytes
 from tests.planning.presets import preset_shape
@@ -116,18 +113,8 @@ def test_decoding_the_experts_of_a_layer_takes_the_planned_bytes() -> None:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
     """Bytes of every case of `engine_memory` in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, "-m", "tests.planning.engine_memory"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    results: dict[str, dict[str, int]] = json.loads(ended.stdout.splitlines()[-1])
+    printed = run_in_two("tests.planning.engine_memory")
+    results: dict[str, dict[str, int]] = json.loads(printed.splitlines()[-1])
     return results
 
 

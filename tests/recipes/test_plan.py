@@ -169,6 +169,13 @@ MISTAKES = [
         "train.batch_size=12: .*hardware.num_gpus=8.*set train.batch_size=8",
     ),
     (["plan.what=training", "backbone.placement=auto"], "backbone.placement=auto: .*set replicate, zero3 or"),
+    *[
+        (
+            ["plan.what=training", "hardware.num_gpus=3", "train.batch_size=3", f"{setting}=expert_parallel"],
+            f"{setting}=expert_parallel: hardware.num_gpus=3 does not divide the 256 experts",
+        )
+        for setting in ("backbone.placement", "mtp.experts")
+    ],
     (["plan.weights=int4"], "plan.weights=int4: must be release, fp8, bf16 or fp32"),
 ]
 

@@ -29,6 +29,7 @@ from mtptrain.training.checkpoint import (
 )
 from mtptrain.training.engine import TrainingState
 from mtptrain.training.pieces import own_piece
+from mtptrain.training.run_checkpoints import digest_of
 from tests.command import edit_json
 
 IDENTITY = BackboneIdentity("backbone", "ab" * 32, {"seed": 2})
@@ -83,6 +84,11 @@ def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     torch.testing.assert_close(checkpoint.tensors(), dict(module.state_dict()), rtol=0, atol=0)
     assert torch.equal(checkpoint.random_state()["torch"], rng)
     torch.testing.assert_close(dict(checkpoint.stored(OPTIMIZER)), state_of(module, optimizer), rtol=0, atol=0)
+
+
+def test_the_digest_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path) -> None:
+    of_seed = [digest_of(save(tmp_path / str(number), 1, seed)) for number, seed in enumerate((0, 0, 1))]
+    assert of_seed[0] == of_seed[1] != of_seed[2]
 
 
 def test_a_loaded_module_has_the_saved_parameters_and_buffers(tmp_path: Path) -> None:

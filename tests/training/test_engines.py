@@ -1,8 +1,5 @@
 """Two processes train like one with every engine, and a run continues on another number of processes."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +10,13 @@ from torch import Tensor
 
 from mtptrain.config import EngineName, OptimizerName
 from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkpoint
-from tests.command import ROOT
+from tests.command import run_in_two
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
 from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
 
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
-
-
-def run_in_two(module: str, *arguments: str) -> None:
-    """Run a module in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 def train_all(folder: Path) -> None:
