@@ -114,8 +114,9 @@ class ServerClient:
         return Counts(passes, emitted - 1, None, reached_K, accepted_K)
 
     def _json(self, path: str, body: Mapping[str, object] | None = None) -> object:
+        text = self._read(path, body)
         try:
-            return json.loads(self._read(path, body))
+            return json.loads(text)
         except ValueError:
             raise self._fault(f"{path} is no JSON; {ADDRESS}") from None
 
