@@ -116,7 +116,7 @@ def _print_point(session: Session, point: CurvePoint) -> None:
 
 
 def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
-    """Say that the watch goes on, and let processes that share the backbone run a token, lest they give up waiting."""
+    """Say that the watch goes on, and run a token, so that processes that share the backbone do not stop waiting."""
     state = "trains" if is_held(run_folder) else "is not training now"
     session.folder.print_status(f"{run_folder} {state}; {len(builder.curve.points)} checkpoints are measured")
     model = session.backbone.model
