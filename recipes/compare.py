@@ -12,11 +12,18 @@ from rich.console import Console
 
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
-from mtptrain.evaluation.compare import CountsByLength, Runs, compare_heads, head_sentence, print_comparison
+from mtptrain.evaluation.compare import (
+    CountsByLength,
+    Runs,
+    chosen_text,
+    compare_heads,
+    head_sentence,
+    print_comparison,
+)
 from mtptrain.evaluation.comparison_result import COMPARISON_SCHEMA, ComparedHead, ComparedRun, Comparison
 from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
 from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.evaluation.report.headline import chosen_text, seen_text
+from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.runs import runs_by_domain, summarize_runs
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head

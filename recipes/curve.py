@@ -24,15 +24,16 @@ from mtptrain.evaluation.curve import (
 from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_policy, describe_prompts
 from mtptrain.evaluation.metrics import paired_gain, summarize
 from mtptrain.evaluation.report.curve_page import CURVE_PAGE, print_curve, write_curve_page
+from mtptrain.evaluation.result import EVALUATION_FILE
 from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import TRACES_FILE, kept_traces, prepare_traces, replay_head
+from mtptrain.recipes.traces import TRACES_FILE, kept_traces, open_prompts, prepare_traces, replay_head
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.progress import waiting
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import TraceSet
-from mtptrain.training.checkpoint import BEST, Checkpoint, open_checkpoint
+from mtptrain.training.checkpoint import BEST, Checkpoint, checkpoint_name, open_checkpoint
 from mtptrain.training.run_checkpoints import digest_of, state_of, steps_of_run
 from mtptrain.training.selection import Selection
 
@@ -57,7 +58,7 @@ class CurveBuilder:
         self.session, self.root, self.trackers = session, root, trackers
         identity = _identity(session, root)
         kept = _kept_curve(session, identity)
-        self.trace_set = _curve_traces(session, kept is not None)
+        self.trace_set = _curve_traces(session, kept)
         self.stock: CountsByLength | None = None
         if session.config.evaluation.include_stock and has_stock(session.backbone):
             with waiting(f"replaying the stock head on {len(self.trace_set.traces)} texts"):
@@ -118,6 +119,8 @@ class CurveBuilder:
             seen_prompts=count_seen(head.passages, self.session.hasher, prompts),
             chosen_on=count_chosen(head.selection or self._selection(checkpoint.step), prompts),
         )
+        # An evaluation of the checkpoint that had this step before is none of this one.
+        (self.session.folder.path / checkpoint_name(point.step) / EVALUATION_FILE).unlink(missing_ok=True)
         others = [one for one in self.curve.points if one.step != point.step]
         self.curve = replace(self.curve, points=sorted([*others, point], key=lambda one: one.step))
         self.write()
@@ -216,10 +219,19 @@ def _kept_curve(session: Session, identity: CurveIdentity) -> Curve | None:
     return kept
 
 
-def _curve_traces(session: Session, is_continued: bool) -> TraceSet:
-    path = session.folder.path / TRACES_FILE
-    if not is_continued or not path.exists():
+def _curve_traces(session: Session, kept: Curve | None) -> TraceSet:
+    """Return the texts of a curve; those of an interrupted measurement, if this run has the same prompts.
+
+    Raises:
+        UserError: the interrupted measurement had other prompts.
+    """
+    path, config = session.folder.path / TRACES_FILE, session.config
+    if kept is None or not path.exists():
         return prepare_traces(session)
+    if config.evaluation.traces is None:
+        _, sources = open_prompts(session, config.evaluation.num_prompts)
+        have, want = ({"sources": {one.name: one.sha256 for one in of}} for of in (kept.prompts.sources, sources))
+        check_identity(f"output_dir={path.parent}", have, want, {"sources": "prompts and data"})
     session.folder.record()
     return kept_traces(session, path)
 

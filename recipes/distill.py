@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mtptrain.backbone.placement import check_experts
-from mtptrain.config import DataSource, HeadExperts, Placement, RunConfig, require
+from mtptrain.config import DataSource, DraftChoice, HeadExperts, PastDepth, Placement, RunConfig, ServedAs, require
 from mtptrain.config.reads import (
     ALWAYS,
     Settings,
@@ -158,6 +158,12 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
     longest = config.decoding.draft_length
     expected = sampled_session(session) if config.evaluation.best_by == "expected" else None
     texts = shared_traces(expected, lambda: continue_prompts(expected, traces)) if expected is not None else []
+    served_as = config.decoding.served_as
+    if served_as is not ServedAs.exact:
+        session.folder.print_status(
+            f"evaluation.every={config.evaluation.every}: a head in training is measured as it is trained; "
+            f"decoding.served_as={served_as.value} holds from the end of the training on"
+        )
 
     def measure() -> dict[str, float]:
         counts = replay_head(session, stack, traces)
@@ -183,7 +189,9 @@ def sampled_session(session: Session) -> Session | None:
     if decoding.temperature == 1:
         return None
     inner = copy(session)
-    inner.config = replace(session.config, decoding=replace(decoding, temperature=1.0))
+    # Sampled drafts that wrap around have no replay, and at temperature 0 no kind of draft could be chosen.
+    draft = DraftChoice.greedy if decoding.past_depth is PastDepth.wrap_around else decoding.draft
+    inner.config = replace(session.config, decoding=replace(decoding, temperature=1.0, draft=draft))
     inner.__dict__.pop("policy", None)
     return inner
 

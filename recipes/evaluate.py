@@ -299,6 +299,7 @@ def decode_checkpoints(session: Session, builder: CurveBuilder) -> dict[Path, Ev
         folder = session.folder.path / checkpoint_name(point.step)
         if (folder / EVALUATION_FILE).exists() and session.config.resume == "auto":
             evaluations[folder] = read_evaluation(folder, "output_dir")
+            session.folder.print_status(f"step {point.step} is decoded already: {folder / EVALUATION_FILE} is kept")
             continue
         inner = session_in(session, folder)
         heads = [inner.trained_head(open_checkpoint(Path(point.checkpoint)))]

@@ -6,8 +6,8 @@ python -m mtptrain +recipe=export checkpoint=outputs/distill/RUN target=vllm out
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import DeepseekV4Config
@@ -55,6 +55,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.storing import check_drop, measure, reload_head, replay_stock
 from mtptrain.recipes.traces import gather_traces, replay_head, replay_stored
 from mtptrain.release.config import stored_scales, stored_scheme
+from mtptrain.release.encoding_error import EncodingError
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.modules import is_release_layout, to_release
 from mtptrain.release.names import Scheme
@@ -128,8 +129,18 @@ def stored_stock(source: BackboneSource) -> Mapping[str, Tensor]:
     return stock if is_release_layout(stock) else to_release(stock_tensors(source), source.config, "bf16")
 
 
-def check_folder(session: Session, checkpoint: Checkpoint, scheme: Scheme, written: Shards) -> dict[str, Any]:
-    """Read the folder back and return `errors`, `changed` and `untouched` of `Export`.
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """Results of comparing a written folder with the checkpoint and the model; the attributes are those of `Export`."""
+
+    scheme: Scheme
+    errors: dict[str, EncodingError]
+    changed: tuple[int, int]
+    untouched: int
+
+
+def check_folder(session: Session, checkpoint: Checkpoint, scheme: Scheme, written: Shards) -> Checks:
+    """Read the folder back and compare its tensors.
 
     Raises:
         UserError: a tensor of the model differs from its source, or the head is the stock head.
@@ -146,10 +157,10 @@ def check_folder(session: Session, checkpoint: Checkpoint, scheme: Scheme, writt
             f"{written.setting}: stored as {scheme}, the head is the one that the model came with, value for value; "
             "train it longer, or with mtp.quant_aware=true. Nothing was written"
         )
-    return {"errors": errors, "changed": changed, "untouched": len(written) - len(stored)}
+    return Checks(scheme, errors, changed, untouched=len(written) - len(stored))
 
 
-def write_checked(session: Session, checkpoint: Checkpoint, temporary: Path) -> tuple[Shards, dict[str, Any]]:
+def write_checked(session: Session, checkpoint: Checkpoint, temporary: Path) -> tuple[Shards, Checks]:
     """Write the folder and compare its tensors with the checkpoint and the model; return them, and the checks.
 
     Raises:
@@ -158,12 +169,12 @@ def write_checked(session: Session, checkpoint: Checkpoint, temporary: Path) -> 
     scheme = export_scheme(session.config, session.source.shards)
     write_folder(session, checkpoint, scheme, temporary)
     written = Shards(temporary, f"output_dir={session.folder.path}")
-    return written, {"scheme": scheme, **check_folder(session, checkpoint, scheme, written)}
+    return written, check_folder(session, checkpoint, scheme, written)
 
 
 def write_measured(
     session: Session, checkpoint: Checkpoint, head: Head, temporary: Path
-) -> tuple[Shards, dict[str, Any], Measured]:
+) -> tuple[Shards, Checks, Measured]:
     """Return the result of `write_checked`, and the acceptance of the head before and after it was stored.
 
     Raises:
@@ -174,7 +185,7 @@ def write_measured(
     written, checks = write_checked(session, checkpoint, temporary)
     zero_first = checkpoint.head_identity(None).zero_first
     reloaded = session.serve(reload_head(session.backbone, written), zero_first)
-    measured = measure(session, traces, before, replay_stored(session, reloaded, traces), stock)
+    measured = measure(session, traces, before, replay_stored(session, reloaded, traces), stock, head.selection)
     check_drop(session.config, measured)
     return written, checks, measured
 
@@ -202,13 +213,17 @@ def build(session: Session, checkpoint: Checkpoint, head: Head | None, warned: l
         target=target,
         form=config.export.form,
         checkpoint=f"{checkpoint.folder} (step {checkpoint.step})",
+        selection=checkpoint.selection(),
         acceptance=measured,
         draft_length=choose_draft_length(target, identity.depth, identity.steps, fastest_measured(evaluation), planned),
         head_files=sorted({written.entries[name].file for name in written.only(HEAD_PREFIX)}),
         warnings=[*warned, *own_warnings(evaluation), *warnings(target, source.shards, identity.depth)],
         origin=find_origin(checkpoint, source.folder, config.backbone.path),
         provenance=session.folder.provenance,
-        **checks,
+        scheme=checks.scheme,
+        errors=checks.errors,
+        changed=checks.changed,
+        untouched=checks.untouched,
     )
     write_text(temporary / "README.md", model_card(identity, export, *addresses(session)))
     files = [path for path in sorted(temporary.iterdir()) if not path.is_symlink() and path.stat().st_nlink == 1]

@@ -11,6 +11,8 @@ from mtptrain.backbone.load import keeps_quantised
 from mtptrain.config import DataSource, did_you_mean
 from mtptrain.config.reads import Settings
 from mtptrain.errors import UserError
+from mtptrain.mtp.numerics import served_numerics
+from mtptrain.mtp.stack import num_modules
 from mtptrain.mtp.start import check_start, check_stock, stored_head
 from mtptrain.recipes.distill import is_measured as is_measured_at_end
 from mtptrain.recipes.on_policy import check_texts
@@ -18,6 +20,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.streams import check_streams
 from mtptrain.recipes.traces import check_prompts
 from mtptrain.run.distributed import choose_device
+from mtptrain.training.checkpoint import HeadIdentity
 
 NO_PATH = ("stock", "fresh", "backbone")  # heads that are not in a folder of their own
 
@@ -63,19 +66,35 @@ def check_heads(session: Session, reads: Settings) -> None:
             stored_head(session.source)
         elif path == "stock":
             check_stock(session.source)
-        elif path is not None:
-            _check_head(session, path, "", NO_PATH[:1])
+            _check_served(session, reads, num_modules(stored_head(session.source)))
+        elif (identity := _check_head(session, path, "", NO_PATH[:1])) is not None:
+            _check_served(session, reads, identity.depth)
     if "mtp.init" in reads:
         _check_head(session, config.mtp.init, f"mtp.init={config.mtp.init}: ", NO_PATH)
+        _check_served(session, reads, config.mtp.depth)  # not at the end of the training
 
 
-def _check_head(session: Session, path: str, setting: str, names: Sequence[str]) -> None:
-    """Refuse a path that holds no usable checkpoint and is no name of a head; `setting` begins the error."""
-    if path not in names:
-        try:
-            session.checkpoint(path).head_identity(session.known_fingerprint)
-        except UserError as error:
-            raise UserError(f"{setting}{error}{did_you_mean(path, names)}") from None
+def _check_head(session: Session, path: str, setting: str, names: Sequence[str]) -> HeadIdentity | None:
+    """Refuse a path that holds no usable checkpoint; return its identity, or None for a name of a head.
+
+    Args:
+        session: of the run.
+        path: the path or name.
+        setting: begins the error.
+        names: of heads that are not in a folder of their own.
+    """
+    if path in names:
+        return None
+    try:
+        return session.checkpoint(path).head_identity(session.known_fingerprint)
+    except UserError as error:
+        raise UserError(f"{setting}{error}{did_you_mean(path, names)}") from None
+
+
+def _check_served(session: Session, reads: Settings, depth: int) -> None:
+    """Refuse `decoding.served_as` with a server that cannot run so many modules."""
+    if "decoding.served_as" in reads:
+        served_numerics(session.config.decoding.served_as, False, depth)
 
 
 def is_measured(session: Session, reads: Settings) -> bool:

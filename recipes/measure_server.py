@@ -5,8 +5,6 @@ python -m mtptrain +recipe=measure_server url=http://127.0.0.1:8000 checkpoint=s
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 
 from mtptrain.config import RunConfig, require
@@ -48,10 +46,10 @@ def check(config: RunConfig) -> None:
     require(is_served, "decoding.verification", decoding.verification.value, "servers verify token by token; use token")
 
 
-def request_settings(session: Session) -> dict[str, Any]:
+def request_settings(session: Session) -> dict[str, object]:
     """Return the fields of a request under the policy and limits of the run."""
     policy, limits = session.policy, session.limits
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "max_tokens": limits.max_new_tokens,
         "temperature": policy.temperature,
         "ignore_eos": True,  # the backbone's end tokens are among the stop tokens

@@ -8,6 +8,7 @@ from mtptrain.backbone.load import Backbone
 from mtptrain.config import RunConfig
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
+from mtptrain.evaluation.heads import count_chosen
 from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
 from mtptrain.export.card import Measured, drawn
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
@@ -17,6 +18,7 @@ from mtptrain.recipes.traces import replay_head
 from mtptrain.release.modules import from_release
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.traces.file import Trace
+from mtptrain.training.selection import Selection
 
 
 def replay_stock(session: Session, traces: list[Trace]) -> CountsByLength | None:
@@ -49,10 +51,17 @@ def measure(
     before: CountsByLength,
     stored: tuple[CountsByLength, CountsByLength | None, CountsByLength | None],
     stock: CountsByLength | None,
+    selection: Selection | None,
 ) -> Measured:
     """Return the acceptance of a head before and after it was stored, and its gain over the stock head.
 
-    `stored` is the result of `replay_stored`.
+    Args:
+        session: of the run.
+        traces: the texts.
+        before: counts of the head before it was stored.
+        stored: the result of `replay_stored`.
+        stock: counts of the stock head, if there is one.
+        selection: how the head was chosen as the best of its run, if it was.
     """
     (after, other, served), other_policy = stored, session.policy.with_other_drafts
     groups = [trace.prompt.group for trace in traces]
@@ -67,6 +76,7 @@ def measure(
         gain=known or None,
         other=(drawn(other_policy), lengths(other)) if other_policy and other else None,
         served=lengths(served) if served else None,
+        chosen_on=count_chosen(selection, [trace.prompt.tokens for trace in traces]),
     )
 
 

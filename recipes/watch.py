@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from mtptrain.run.folder_lock import is_held
 from mtptrain.run.progress import clock
 from mtptrain.run.trackers import TrackedRun, check_trackers
 from mtptrain.run.tracking import Trackers
+from mtptrain.run.typed_json import MismatchError, from_json
 from mtptrain.training.checkpoint import checkpoint_name
 from mtptrain.training.run_checkpoints import checkpoints_of_run
 
@@ -115,7 +116,7 @@ def _print_point(session: Session, point: CurvePoint) -> None:
 
 
 def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
-    """Say that the watch goes on, and let processes that share the backbone run a token, lest they give up waiting."""
+    """Say that the watch goes on, and run a token, so that processes that share the backbone do not stop waiting."""
     state = "trains" if is_held(run_folder) else "is not training now"
     session.folder.print_status(f"{run_folder} {state}; {len(builder.curve.points)} checkpoints are measured")
     model = session.backbone.model
@@ -125,28 +126,32 @@ def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> Non
 
 def last_step(run_folder: Path, root: Path) -> int | None:
     """Return the last step of a run that has its checkpoint, by the config.yaml that it wrote last; None before."""
-    steps = (_run_settings(run_folder).get("train") or {}).get("steps")
+    steps = _run_settings(run_folder, "train").get("steps")
     return steps if isinstance(steps, int) and (root / checkpoint_name(steps)).is_dir() else None
 
 
-def _run_settings(run_folder: Path) -> dict[str, Any]:
-    """Return the settings of a run; none if it has not written them yet."""
+def _run_settings(run_folder: Path, section: str) -> Mapping[str, object]:
+    """Return the settings of a run in one section; none if it has not written them yet."""
     try:
         stored = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return stored if isinstance(stored, dict) else {}
+    found = stored.get(section) if isinstance(stored, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def watching_trackers(run_folder: Path, session: Session) -> Trackers:
     """Return the trackers of a run, which show the measurements beside its own rows.
 
     Raises:
-        UserError: a package of a tracker is missing.
+        UserError: a package of a tracker is missing, or the run's settings of tracking cannot be read.
     """
-    stored = _run_settings(run_folder).get("tracking") or {}
+    stored = _run_settings(run_folder, "tracking")
     names = {one: stored[one] for one in ("trackers", "project", "name", "group", "tags") if one in stored}
-    tracking = TrackingConfig(**names)
+    try:
+        tracking = from_json(TrackingConfig, names)
+    except MismatchError as error:
+        raise UserError(f"checkpoint={run_folder}: tracking in its config.yaml cannot be read: {error}") from None
     check_trackers(tracking)
     if int(os.environ.get("RANK", "0")):
         return Trackers(None)

@@ -21,6 +21,7 @@ from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.steps import Eager, Recordable, Step, make_step
 from mtptrain.decoding.texts import Draft, Texts
+from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import sample_logits
 from mtptrain.kernels.sink_attention import masked_attention
 from mtptrain.mtp.block import MtpBlock
@@ -127,8 +128,16 @@ class MtpProposer:
         self.model, self.stack = model, stack
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
-        """See `Proposer`."""
-        assert not policy.wraps(self.stack.depth, draft_length), "`decoding.wrapped` drafts under this policy"
+        """See `Proposer`.
+
+        Raises:
+            UserError: the policy starts the modules again past their depth; `decoding.wrapped` drafts under it.
+        """
+        if policy.wraps(self.stack.depth, draft_length):
+            raise UserError(
+                f"decoding.past_depth={policy.past_depth.value}: keys of {self.stack.depth} modules are overwritten at "
+                f"K={draft_length}, and this proposer keeps them; take the one of `decoding.wrapped.head_proposer`"
+            )
         draft_length = policy.drafted_steps(self.stack.depth, draft_length)
         self.texts, self.draft_length, self.policy = texts, draft_length, policy
         weight, config = self.model.lm_head.weight, self.model.config

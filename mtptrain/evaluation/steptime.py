@@ -60,7 +60,8 @@ class StepTimes:
 class StepBench:
     """Texts of one length whose next pass and draft can be repeated from the same state.
 
-    The steps are those of decoding with K drafts, for each K on its own, so they share its traces.
+    The steps are those of decoding with K drafts, for each K on its own, so they share its traces. Drafts past the
+    depth repeat the last module, whatever `decoding.past_depth` says.
 
     Args:
         model: the backbone.

@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCardData
 import mtptrain
 from mtptrain.config import ExportForm, ExportTarget
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.compare import gain_sentence
-from mtptrain.evaluation.head_result import Gain
+from mtptrain.evaluation.compare import chosen_text, gain_sentence
+from mtptrain.evaluation.head_result import ChosenOn, Gain
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import DraftLength, shown_lengths
 from mtptrain.export.origin import Origin
@@ -23,6 +23,7 @@ from mtptrain.run.artifact import Kind
 from mtptrain.run.provenance import Provenance
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, HeadIdentity
 from mtptrain.training.exported import EXPORTED
+from mtptrain.training.selection import Selection
 
 WORST = 5  # tensors that the card lists
 NO_GAIN = "NOT BETTER THAN THE MODEL'S OWN HEAD on these prompts"
@@ -93,6 +94,7 @@ class Measured:
         other: the policy with greedy instead of sampled drafts, or the reverse, and acceptance length by K under it, as
             read back; None at temperature 0.
         served: acceptance length by K with the target's numerics, as read back; None for `hf`.
+        chosen_on: prompts that chose the head as the best of its run; None if it was not chosen.
     """
 
     prompts: int
@@ -103,6 +105,7 @@ class Measured:
     gain: dict[int, Gain] | None
     other: tuple[str, dict[int, float | None]] | None = None
     served: dict[int, float | None] | None = None
+    chosen_on: ChosenOn | None = None
 
     @property
     def longest(self) -> int:
@@ -117,6 +120,7 @@ class Export:
     Attributes:
         target, form, scheme: the server, the form of the folder, and the storage of the head.
         checkpoint: folder and step of the head.
+        selection: how the head was chosen as the best of its run; None if it was not.
         untouched: number of tensors outside the head; their bytes equal the source's.
         changed: number of stored weights that differ from the source's head, and number of all stored weights.
         acceptance: of the head on the export's prompts; None if only tensors were compared.
@@ -132,6 +136,7 @@ class Export:
     form: ExportForm
     scheme: str
     checkpoint: str
+    selection: Selection | None
     untouched: int
     changed: tuple[int, int]
     acceptance: Measured | None
@@ -224,8 +229,10 @@ def served_numerics(target: ExportTarget, measured: Measured, shown: list[int]) 
 
 
 def further_figures(target: ExportTarget, measured: Measured, shown: list[int]) -> list[str]:
-    """Return the sentences about the other kind of draft and about the target's numerics."""
-    return [line for line in (other_drafts(measured, shown), served_numerics(target, measured, shown)) if line]
+    """Return the sentences about the other kind of draft, the target's numerics, and prompts that chose the head."""
+    chosen = chosen_text("this head", measured.chosen_on)
+    lines = [other_drafts(measured, shown), served_numerics(target, measured, shown)]
+    return [line for line in [*lines, f"{chosen[0].upper()}{chosen[1:]}." if chosen else ""] if line]
 
 
 def _positions(measured: Measured, shown: list[int]) -> str:

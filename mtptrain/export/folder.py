@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,7 +118,7 @@ def write_draft(shards: Shards, head: Mapping[str, Tensor], folder: Path, has_em
     copy_companions(shards.folder, folder)
 
 
-def write_config(shards: Shards, folder: Path, depth: int, facts: dict[str, Any]) -> None:
+def write_config(shards: Shards, folder: Path, depth: int, facts: Mapping[str, object]) -> None:
     """Write the source's config.json with the new number of modules, and `facts` under the key `mtptrain`."""
     stored = read_config_json(shards.folder, shards.setting)
     config = {key: value for key, value in stored.items() if not key.startswith("dspark_")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +95,7 @@ def _dspark_blocks(released: dict[str, Tensor], config: DeepseekV4Config) -> dic
     return blocks | {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in extra.items()}
 
 
-def miniature_config(config: DeepseekV4Config, variant: ReleaseVariant, num_modules: int) -> dict[str, Any]:
+def miniature_config(config: DeepseekV4Config, variant: ReleaseVariant, num_modules: int) -> dict[str, object]:
     """Return config.json in the keys of a release, with a trailing 0 in `compress_ratios` for each module.
 
     Releases leave out `layer_types` and `compress_rates`; the miniature adds them if its ratios are not 4 and 128.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib import error, request
@@ -18,6 +19,8 @@ from mtptrain.serving.counters import Counters, parse_counters
 REQUEST_SECONDS = 600.0
 SETTLE_SECONDS = 5.0  # a server may count a request just after it has answered it
 SETTLE_PAUSE = 0.05
+ADDRESS = "give the address of a vLLM or SGLang server"
+EMITTED = ("usage", "completion_tokens")
 SWITCHES = (
     "it shows no counters of speculative decoding at /metrics; start vLLM with --speculative-config, SGLang with "
     "--speculative-algorithm and --enable-metrics"
@@ -51,10 +54,7 @@ class ServerClient:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        models = self._json("/v1/models").get("data")
-        if not models:
-            raise self._fault("its /v1/models names no model; give the address of a vLLM or SGLang server")
-        self.model = str(models[0]["id"])
+        self.model = str(self._part("/v1/models", self._json("/v1/models"), "data", 0, "id"))
         self.server = self.counters().server
 
     def counters(self) -> Counters:
@@ -68,7 +68,7 @@ class ServerClient:
             raise self._fault(SWITCHES)
         return found
 
-    def complete(self, tokens: list[int], settings: dict[str, Any]) -> Answer:
+    def complete(self, tokens: list[int], settings: Mapping[str, object]) -> Answer:
         """Return the server's continuation of a prompt.
 
         Args:
@@ -79,10 +79,13 @@ class ServerClient:
             UserError: the server refuses the request, or answers others at the same time.
         """
         before = self.counters()
-        reply = self._json("/v1/completions", {"model": self.model, "prompt": tokens, **settings})
-        text, emitted = str(reply["choices"][0]["text"]), int(reply["usage"]["completion_tokens"])
+        path = "/v1/completions"
+        reply = self._json(path, {"model": self.model, "prompt": tokens, **settings})
+        text, emitted = self._part(path, reply, "choices", 0, "text"), self._part(path, reply, *EMITTED)
+        if not isinstance(emitted, int):
+            raise self._fault(f"{path} counts {emitted!r} tokens; {ADDRESS}")
         after = self._settled(before, emitted)
-        return Answer(text, self._counts(before, after, emitted), after.draft_length)
+        return Answer(str(text), self._counts(before, after, emitted), after.draft_length)
 
     def _settled(self, before: Counters, emitted: int) -> Counters:
         """Return the counters once they contain a request of `emitted` tokens."""
@@ -110,17 +113,23 @@ class ServerClient:
         reached_K = np.concatenate([[passes], accepted_K[:-1]]) if len(accepted_K) else accepted_K
         return Counts(passes, emitted - 1, None, reached_K, accepted_K)
 
-    def _json(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _json(self, path: str, body: Mapping[str, object] | None = None) -> object:
         text = self._read(path, body)
         try:
-            reply = json.loads(text)
+            return json.loads(text)
         except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise self._fault(f"{path} is no JSON object; give the address of a vLLM or SGLang server")
+            raise self._fault(f"{path} is no JSON; {ADDRESS}") from None
+
+    def _part(self, path: str, reply: Any, *keys: str | int) -> object:
+        """Return a part of the reply to a path, by keys and list indices."""
+        for key in keys:
+            try:
+                reply = reply[key]
+            except (LookupError, TypeError):
+                raise self._fault(f"the answer of {path} has no {'.'.join(map(str, keys))}; {ADDRESS}") from None
         return reply
 
-    def _read(self, path: str, body: dict[str, Any] | None = None) -> str:
+    def _read(self, path: str, body: Mapping[str, object] | None = None) -> str:
         data = None if body is None else json.dumps(body).encode()
         try:
             call = request.Request(self.url + path, data, {"Content-Type": "application/json"})

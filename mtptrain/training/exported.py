@@ -14,10 +14,11 @@ from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import Kind, open_artifact
 from mtptrain.run.hub import download_model
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, MANIFEST, OPTIMIZER, RANDOM, TENSORS, Checkpoint, HeadIdentity
+from mtptrain.training.selection import SELECTION
 
 EXPORTED: Kind[HeadIdentity, Any] = Kind(
     name="exported model",
-    schema=2,
+    schema=3,
     identity=HeadIdentity,
     content=dict[str, Any],
     settings={"backbone": "backbone.path"},
@@ -46,7 +47,7 @@ def open_exported(folder: Path) -> Checkpoint:
     """
     artifact = open_artifact(EXPORTED, "checkpoint", folder)
     artifact.verify(artifact.content["head_files"])
-    return ExportedHead(folder, artifact.identity, 0, {})
+    return ExportedHead(folder, artifact.identity, 0, {SELECTION: artifact.content[SELECTION]})
 
 
 def download_head(address: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 
 from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops
 from mtptrain.config import DecodingConfig, DraftChoice, PastDepth
+from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
@@ -170,3 +171,9 @@ def test_sampled_drafts_that_wrap_around_have_no_replay() -> None:
     policy = replace(DRAWN["greedy drafts"], past_depth=PastDepth.wrap_around)
     trace, _ = decode_plainly(SMALL, random_stack(SMALL), PROMPTS[1], 1, policy, new=4, seed=0)
     assert replay_other_drafts(draft_traces(SMALL, random_stack(SMALL), [trace], 2, policy), policy) is None
+
+
+def test_a_proposer_that_keeps_keys_refuses_a_policy_that_overwrites_them() -> None:
+    policy, proposer = Policy(past_depth=PastDepth.wrap_around), MtpProposer(SMALL, random_stack(SMALL, 2))
+    with pytest.raises(UserError, match=r"decoding.past_depth=wrap_around: .* 2 modules .*; take .*head_proposer"):
+        decode_speculative(SMALL, proposer, [PROMPTS[0]], 4, Limits(4), policy)

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import DeepseekV4Config
 
 from mtptrain.config import ExportTarget
+from mtptrain.evaluation.head_result import ChosenOn
 from mtptrain.export.card import Measured, further_figures, other_drafts
 from mtptrain.mtp.stack import head_digest
 from mtptrain.release.names import release_table
@@ -53,6 +54,9 @@ def test_the_card_shows_what_serving_changes() -> None:
     line = "As vLLM computes (embedding at position 0 zeroed, keys and activations in FP8): K=1 1.498 (-0.0015), K=2 -."
     assert further_figures(ExportTarget.vllm, measured, [1, 2]) == [line]
     assert further_figures(ExportTarget.hf, replace(measured, served=None), [1, 2]) == []
+    chosen = replace(measured, served=None, chosen_on=ChosenOn(prompts=8, shared=5, by="replay/expected_length_2"))
+    (line,) = further_figures(ExportTarget.hf, chosen, [1, 2])
+    assert line.startswith("This head was chosen as the best of its run on 5 of these 8 prompts, so its figure is too")
 
 
 def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:

@@ -10,17 +10,9 @@ from mtptrain.config import ReleaseVariant
 from mtptrain.release.names import Scheme
 from tests.conftest import VOCAB_SIZE, save_release
 from tests.export.folders import export_stack
-from tests.release.server_rules import (
-    LOADERS,
-    expected_dtype,
-    sglang_name,
-    sglang_parameters,
-    vllm_name,
-    vllm_parameters,
-)
+from tests.release.server_rules import LOADERS, NAMES, expected_dtype
 from tests.tiny import random_backbone, random_stack
 
-SERVERS = {"vllm": (vllm_name, vllm_parameters), "sglang": (sglang_name, sglang_parameters)}
 SHARED_WITH_MODEL = {"embed.weight", "head.weight"}
 LOADED = [
     (server, kind)
@@ -42,7 +34,7 @@ def test_every_parameter_of_a_server_is_filled_from_an_exported_folder(server: s
     save_release(tmp_path / "R", ReleaseVariant.base if kind == "base" else ReleaseVariant.release)
     written = export_stack(random_stack(model, depth), tmp_path / "R", tmp_path / "X", is_draft=kind == "draft")
 
-    rename, parameters = SERVERS[server]
+    rename, parameters = NAMES[server]
     filled: dict[str, Counter[str]] = {}
     skipped = set()
     for name in written:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from mtptrain.backbone import load
 from mtptrain.recipes import export as recipe
+from mtptrain.training.checkpoint import find_checkpoint
 from tests.command import edit_tensors, run_main, tree
 from tests.export.exporting import export, read_record
 
@@ -68,3 +69,16 @@ def test_a_tensor_that_does_not_come_back_is_refused(
     line = "mtptrain: mtp.0.norm.weight: is not in the export as it was trained; nothing was kept"
     assert line in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_checkpoint_remembers_the_prompts_that_chose_it_in_every_export(
+    settings: list[str], light: list[str], release_folder: Path, tmp_path: Path
+) -> None:
+    arguments = [f"backbone.path={release_folder}", "evaluation.every=1", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *light, *arguments, f"output_dir={tmp_path}/run") == 0
+    best = find_checkpoint(tmp_path / "run" / "checkpoints" / "best")
+    assert best.selection() is not None
+    for target in ("sglang", "llama_cpp", "hf"):
+        chosen = [f"checkpoint={best.folder}", f"target={target}", "export.check=tensors"]
+        export(settings, tmp_path / target, *chosen)
+        assert find_checkpoint(tmp_path / target).selection() == best.selection()

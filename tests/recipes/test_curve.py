@@ -68,7 +68,11 @@ def test_a_continued_measurement_measures_only_what_is_missing(
         replay(builder, folder)
 
     monkeypatch.setattr(curve.CurveBuilder, "measure", count)
+    stale = output / "step_00000003" / "evaluation.json"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier checkpoint of this step", encoding="utf-8")
     second = measure(light, run, output, "evaluation.decoded=none", "resume=auto")
+    assert not stale.exists()
     assert steps == ["step_00000003"]
     assert second["points"][: len(first["points"])] == first["points"]
     assert [point["step"] for point in second["points"]] == [1, 2, 3]
@@ -82,6 +86,10 @@ def test_a_measurement_of_other_settings_is_not_continued(
     arguments = [f"checkpoint={trained}", "checkpoints=all", "resume=auto", f"output_dir={tmp_path}"]
     assert run_main("+recipe=evaluate", *light, *arguments, "decoding.draft_length=1") == 2
     assert "draft_length=2 and this run has draft_length=1" in capfd.readouterr().err
+    assert run_main("+recipe=evaluate", *light, *arguments, "evaluation.decoded=none", "data.heldout_every=2") == 2
+    assert re.search(
+        "holds sources.heldout=.* and this run has .*; set prompts and data to match", capfd.readouterr().err
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_others_are_measured(

@@ -37,6 +37,11 @@ WRONG = [
     ("compare", "checkpoints=[stock,stock] prompts={new}/no.jsonl", "prompts=.*no.jsonl: "),
     ("export", "target=vllm checkpoint={new}/no", "checkpoint=.*/no: no checkpoint there"),
     ("distill", "mtp.trainable=*.lora.*", "mtp.trainable=.*lora.*: '.*lora.*' fits no tensor of the head"),
+    (
+        "distill",
+        "mtp.mode=stacked mtp.depth=2 decoding.served_as=sglang",
+        "decoding.served_as=sglang: runs exactly one MTP module and this head has 2; set decoding.served_as=exact or",
+    ),
     ("distill", "backbone.weights=keep", "backbone.weights=keep: keeps FP8 and FP4 .* holds none; leave it at auto"),
     ("collect", "backbone.weights=keep", "backbone.weights=keep: keeps FP8 and FP4 .* holds none; leave it at auto"),
     ("distill", "backbone.path={bare}", "backbone.path=.*bare: holds no stock head .* mtp.init=fresh"),

@@ -118,6 +118,8 @@ def test_a_recipe_declares_the_settings_that_it_reads(
 
 # Given settings
 
+SERVABLE = "release.random=true release.size=servable"
+COMPARED = "checkpoint=a target=vllm export.check=tensors"
 UNREAD = [
     # recipe, arguments; pattern of the line
     ("distill", "checkpoint=head", "checkpoint=head: belongs to .*, and .* does not read it; .* mtp.init=PATH"),
@@ -160,23 +162,20 @@ UNREAD = [
     ("mini_release", "release.size=servable", "release.size=servable: .*; set release.random=true as well"),
     (
         "mini_release",
-        "release.random=true release.size=servable backbone.shape.hidden_size=512",
-        "backbone.shape.hidden_size=512: release.size=servable brings all sizes of its random backbone",
+        f"{SERVABLE} backbone.shape.head_dim=8",
+        "backbone.shape.head_dim=8: .*servable brings all sizes of",
     ),
-    ("mini_release", "release.random=true release.size=servable backbone=small", "backbone=small: release.size=serv"),
+    ("mini_release", f"{SERVABLE} backbone=small", "backbone=small: release.size=serv"),
     ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
-    (
-        "export",
-        "checkpoint=a target=vllm export.check=tensors prompts=b",
-        r"prompts=\['b'\]: export.check=tensors measures",
-    ),
-    (
-        "export",
-        "checkpoint=a target=vllm export.check=tensors export.max_drop=1",
-        "export.max_drop=1.0: .*check=replay",
-    ),
-    ("export", "checkpoint=a target=vllm export.check=tensors hardware=h100", "hardware=h100: export.check=tensors .*"),
-    ("export", "checkpoint=a target=vllm export.check=tensors train.steps=5", "train.steps=5: belongs to"),
+    ("export", f"{COMPARED} prompts=b", r"prompts=\['b'\]: export.check=tensors measures"),
+    ("export", f"{COMPARED} export.max_drop=1", "export.max_drop=1.0: .*check=replay"),
+    ("export", f"{COMPARED} decoding.past_depth=stop", "decoding.past_depth=stop: .*export.check=tensors"),
+    ("export", f"{COMPARED} hardware=h100", "hardware=h100: export.check=tensors .*"),
+    ("export", f"{COMPARED} train.steps=5", "train.steps=5: belongs to"),
+    ("export", "checkpoint=a target=vllm decoding.served_as=vllm", "decoding.served_as=vllm: "),
+    ("doctor", "checkpoint=a decoding.past_depth=stop", "decoding.past_depth=stop: "),
+    ("doctor", "checkpoint=a decoding.served_as=vllm", "decoding.served_as=vllm: "),
+    ("collect", "decoding.served_as=vllm", "decoding.served_as=vllm: belongs to"),
     (
         "distill",
         "data=on_policy on_policy.temperature=0 on_policy.min_p=0.1",

@@ -280,12 +280,6 @@ def test_bf16_trains_on_a_cpu_with_fp32_masters(light: list[str], tmp_path: Path
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_streamed_text_is_trained_on(light: list[str], tmp_path: Path) -> None:
-    assert run_main("+recipe=distill", *light, "data.streaming=true", f"output_dir={tmp_path}") == 0
-    check_training(tmp_path)
-    check_evaluation(tmp_path, ["stock", "trained"])
-
-
 @pytest.mark.parametrize("variant", ["release", "base"])
 def test_a_miniature_release_is_evaluated_like_any_backbone(
     variant: str, backbone_folder: Path, light: list[str], tmp_path: Path

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mtptrain.training.checkpoint import checkpoint_folders
 from tests.command import Refused, read_metrics, run_main, start_process
 from tests.conftest import CHAT_TEMPLATE, corpus_texts
+from tests.recipes.test_recipes import check_evaluation, check_training
 
 STEPS = 24
 
@@ -110,3 +111,9 @@ def test_a_stream_is_continued_as_a_stream_of_as_many_rows(
         more = [change, "resume=auto", "train.steps=4", "resume_allow=[train.steps,train.batch_size]"]
         assert run_main(*settings, f"data.streaming={begun}", *more) == 2
         assert reason in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_streamed_text_is_trained_on(light: list[str], tmp_path: Path) -> None:
+    assert run_main("+recipe=distill", *light, "data.streaming=true", f"output_dir={tmp_path}") == 0
+    check_training(tmp_path)
+    check_evaluation(tmp_path, ["stock", "trained"])

@@ -209,3 +209,6 @@ LOADERS = {
     # `load_weights` with is_nextn, which asserts `num_nextn_predict_layers == 1`.
     "sglang": LoaderRules("0.5.23", "2026-11", r"mtp\.(0)\.(.+)", 1, False),
 }
+
+
+NAMES = {"vllm": (vllm_name, vllm_parameters), "sglang": (sglang_name, sglang_parameters)}  # both functions of a server

@@ -10,14 +10,7 @@ import torch
 from mtptrain.backbone.build import preset_config
 from mtptrain.export.folder import SHARED
 from mtptrain.release.names import Row, Scheme, release_table
-from tests.release.server_rules import (
-    LOADERS,
-    expected_dtype,
-    sglang_name,
-    sglang_parameters,
-    vllm_name,
-    vllm_parameters,
-)
+from tests.release.server_rules import LOADERS, NAMES, expected_dtype
 
 
 def loaded_shapes(rows: list[Row], names: dict[str, str]) -> dict[str, list[int]]:
@@ -37,7 +30,7 @@ def loaded_shapes(rows: list[Row], names: dict[str, str]) -> dict[str, list[int]
 
 
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
-@pytest.mark.parametrize(("rename", "parameters"), [(vllm_name, vllm_parameters), (sglang_name, sglang_parameters)])
+@pytest.mark.parametrize(("rename", "parameters"), NAMES.values(), ids=NAMES)
 def test_a_server_finds_all_its_parameters_and_no_tensor_is_left_over(
     rename: Callable[[str, Scheme], str], parameters: Callable[[Scheme], dict[str, list[int]]], scheme: Scheme
 ) -> None:
@@ -46,7 +39,7 @@ def test_a_server_finds_all_its_parameters_and_no_tensor_is_left_over(
 
 
 @pytest.mark.parametrize("scheme", ["fp8_fp4", "fp8"])
-@pytest.mark.parametrize("rename", [vllm_name, sglang_name])
+@pytest.mark.parametrize("rename", [rename for rename, _ in NAMES.values()], ids=NAMES)
 def test_every_tensor_has_the_dtype_of_the_parameter_that_takes_it(
     rename: Callable[[str, Scheme], str], scheme: Scheme
 ) -> None:

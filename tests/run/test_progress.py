@@ -1,9 +1,10 @@
 """No long silence, and no remaining time that is not true."""
 
+import io
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import pytest
 import torch
@@ -14,31 +15,35 @@ from mtptrain.run import progress
 from mtptrain.run.progress import Progress, counted, waiting
 
 
-def test_a_wait_says_what_it_waits_for_and_how_long_so_far(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@contextmanager
+def read_stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """Yield the standard error of waits that print at once and often; capfd would lose lines while it reads."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
-    with waiting("loading"):
-        while capfd.readouterr().err.count("loading, for 0:00 so far\n") < 2:
-            time.sleep(0.001)
-    capfd.readouterr()
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.005)
+    with redirect_stderr(io.StringIO()) as printed:
+        yield printed
+
+
+def assert_quiet(printed: io.StringIO) -> None:
+    lines = printed.getvalue()
     time.sleep(0.01)
-    assert capfd.readouterr().err == ""
+    assert printed.getvalue() == lines
 
 
-def test_a_wait_that_knows_its_share_estimates_the_rest(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
+def test_a_wait_says_what_it_waits_for_and_how_long_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    with read_stderr(monkeypatch) as printed:
+        with waiting("loading"):
+            while printed.getvalue().count("loading, for 0:00 so far\n") < 2:
+                time.sleep(0.001)
+        assert_quiet(printed)
+
+
+def test_a_wait_that_knows_its_share_estimates_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = iter([0.0, *[0.001] * 10**6])
-    lines = ""
-    with waiting("tokenising", lambda: next(shares)):
-        while "left" not in lines:
-            lines += capfd.readouterr().err
+    with read_stderr(monkeypatch) as printed, waiting("tokenising", lambda: next(shares)):
+        while "left\n" not in printed.getvalue():
             time.sleep(0.001)
-    first, *_, last = lines.splitlines()
+    first, *_, last = printed.getvalue().splitlines()
     assert first == "tokenising, for 0:00 so far"  # nothing is done: no estimate
     assert re.fullmatch(r"tokenising, for 0:00 so far, about \d+:\d\d left", last)
 
@@ -59,22 +64,18 @@ def test_no_time_is_left_only_at_the_end(monkeypatch: pytest.MonkeyPatch, capfd:
 
 
 def test_a_counted_wait_yields_its_steps_and_estimates_the_rest_from_the_first_on(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.0)
-    seen = []
-    for step in counted("checking", "abc"):
-        lines = ""
-        while "left\n" not in lines if seen else "so far\n" not in lines:
-            lines += capfd.readouterr().err
-            time.sleep(0.001)
-        assert ("left" in lines) == bool(seen)
-        seen.append(step)
-    assert seen == ["a", "b", "c"]
-    capfd.readouterr()
-    time.sleep(0.01)
-    assert capfd.readouterr().err == ""
+    seen: list[str] = []
+    with read_stderr(monkeypatch) as printed:
+        for step in counted("checking", "abc"):
+            begun = len(printed.getvalue())
+            while ("left\n" if seen else "so far\n") not in printed.getvalue()[begun:]:
+                time.sleep(0.001)
+            assert ("left" in printed.getvalue()) == bool(seen)
+            seen.append(step)
+        assert seen == ["a", "b", "c"]
+        assert_quiet(printed)
 
 
 def test_loading_weights_estimates_the_rest_by_the_count_of_transformers(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 
+from mtptrain.config import PastDepth
 from mtptrain.evaluation.head_result import Acceptance, Bucket, BucketKind, Totals
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
@@ -115,6 +116,9 @@ def step_table(evaluation: Evaluation) -> Grid:
         f"drafting; medians and quartiles of {first.repetitions} interleaved repetitions at batch {first.batch}, "
         f"context {first.context}."
     )
+    past_depth = evaluation.policy.past_depth
+    if past_depth is not PastDepth.repeat_last and max(head.depth for head in evaluation.heads) > 1:
+        note += f" Drafts past the depth are timed with the last module repeated, not as past_depth={past_depth.value}."
     return Grid("Latency of the steps and the speed-up they predict", headers, rows, note)
 
 

@@ -5,19 +5,18 @@
 from __future__ import annotations
 
 import shlex
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
+from mtptrain.evaluation.compare import chosen_text
 from mtptrain.evaluation.curve import Curve, CurvePoint
-from mtptrain.evaluation.report.headline import chosen_text, seen_text, span
+from mtptrain.evaluation.report.headline import seen_text, span
 from mtptrain.evaluation.report.plots import acceptance_by_step
 from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid, prompts_text
-from mtptrain.run.storage import write_text
+from mtptrain.evaluation.report.template import write_page
 
 CURVE_PAGE = "curve.html"
 
@@ -78,9 +77,6 @@ def curve_table(curve: Curve) -> Grid:
 
 def write_curve_page(curve: Curve, path: Path) -> None:
     """Write the curve as an HTML file, atomically."""
-    folder = files("mtptrain.evaluation.report")
-    page, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in (CURVE_PAGE, "page.css"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = acceptance_by_step(curve) if curve.points else None
     content = {
         "title": f"mtptrain: all checkpoints of {curve.identity.run}",
@@ -89,9 +85,8 @@ def write_curve_page(curve: Curve, path: Path) -> None:
         "plot": Markup(drawn) if drawn else None,
         "grid": curve_table(curve),
         "provenance": _provenance(curve),
-        "style": Markup(style),
     }
-    write_text(path, environment.from_string(page).render(content))
+    write_page(CURVE_PAGE, content, path)
 
 
 def _provenance(curve: Curve) -> dict[str, str]:

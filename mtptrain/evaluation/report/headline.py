@@ -15,7 +15,8 @@ from mtptrain.evaluation.certificate_result import (
     PassDifference,
     TextDifference,
 )
-from mtptrain.evaluation.head_result import ChosenOn, Gain, Interval, SeenPrompts
+from mtptrain.evaluation.compare import chosen_text
+from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
 from mtptrain.evaluation.result import Doubt, Evaluation, Speedup
 
 
@@ -97,16 +98,6 @@ def seen_text(head: str, seen: SeenPrompts) -> str:
 def chosen_texts(evaluation: Evaluation) -> list[str]:
     """Return a sentence for each head that was chosen on some of the prompts that measure it."""
     return [text for head in evaluation.heads if (text := chosen_text(f"the {head.name} head", head.chosen_on))]
-
-
-def chosen_text(head: str, chosen: ChosenOn | None) -> str | None:
-    """Return how many of the prompts chose a checkpoint as the best of its run, as one sentence; None if none did."""
-    if chosen is None or not chosen.shared:
-        return None
-    return (
-        f"{head} was chosen as the best of its run on {chosen.shared} of these {chosen.prompts} prompts, so its figure "
-        "is too high by chance; measure it on others"
-    )
 
 
 def _median_span(speed: Speedup) -> str:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mtptrain.evaluation.report import breakdown_tables, plots
@@ -24,8 +21,8 @@ from mtptrain.evaluation.report.headline import (
     speed_text,
 )
 from mtptrain.evaluation.report.tables import drafts_table, length_table, position_table, speed_table
+from mtptrain.evaluation.report.template import write_page
 from mtptrain.evaluation.result import Evaluation
-from mtptrain.run.storage import write_text
 
 REPORT_FILE = "report.html"
 SHOWN_DETAILS = 100
@@ -38,13 +35,10 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         evaluation: the result.
         path: the file; its folder is made if it is missing.
     """
-    folder = files("mtptrain.evaluation.report")
-    page, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    write_text(path, environment.from_string(page).render(_content(evaluation), style=Markup(style)))
+    write_page("page.html", _content(evaluation), path)
 
 
-def _content(evaluation: Evaluation) -> dict[str, Any]:
+def _content(evaluation: Evaluation) -> dict[str, object]:
     """Return the values of the names in page.html."""
     certificate = evaluation.certificate
     return {
