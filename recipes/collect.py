@@ -188,12 +188,8 @@ def vllm_collector(
     Raises:
         UserError: vLLM's streams are not those of the backbone.
     """
-    collect, source, length, model = (
-        session.config.collect,
-        session.source,
-        session.piece_length,
-        session.backbone.model,
-    )
+    collect, source, length = session.config.collect, session.source, session.piece_length
+    model = session.backbone.model
     pieces = gate_pieces(shards)
     expected = [piece_streams(model, corpus, [piece], length) for piece in pieces]
     readout = Readout(model)

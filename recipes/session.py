@@ -162,7 +162,7 @@ class Session:
     @property
     def document_settings(self) -> DataConfig:
         """The settings of the documents; for cached hidden states, those of the text behind them."""
-        from mtptrain.hidden_cache.followed import open_streams
+        from mtptrain.hidden_cache.growing_cache import open_streams
 
         data = self.config.data
         if data.source is not DataSource.streams:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mtptrain.data.batches import BatchSource
 from mtptrain.hidden_cache.consumed import check_unclaimed
-from mtptrain.hidden_cache.followed import FollowedCache, open_streams
-from mtptrain.hidden_cache.follower import FollowedBatches, RowSettings
+from mtptrain.hidden_cache.followed_batches import FollowedBatches, RowSettings
+from mtptrain.hidden_cache.growing_cache import GrowingCache, open_streams
 from mtptrain.hidden_cache.manifest import StreamCache, check_origin, check_shards, hash_tokenizer
 from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.recipes.session import Session
@@ -39,9 +39,9 @@ def stream_batches(session: Session) -> BatchSource:
     data, size, dtype = config.data, config.train.batch_size, backbone.model.lm_head.weight.dtype
     check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
     if data.follow:
-        followed = FollowedCache(cache, _run(session), data.delete_consumed)
+        growing = GrowingCache(cache, _run(session), data.delete_consumed)
         settings = RowSettings(data.sequence_length, size, config.seed)
-        return FollowedBatches(followed, settings, dtype, config.distributed_timeout)
+        return FollowedBatches(growing, settings, dtype, config.distributed_timeout)
     check_shards(cache)
     return HiddenStateBatches(cache, data.sequence_length, size, config.seed, dtype)
 

@@ -17,6 +17,7 @@ from mtptrain.data.documents import Call, Message, Tool
 from mtptrain.data.messages import REASONING
 from mtptrain.data.notes import note
 from mtptrain.errors import UserError
+from mtptrain.run.typed_json import JsonObject
 
 BUILTIN = "builtin"  # of data.chat_template: the template beside this file
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)  # in a template's code
@@ -57,7 +58,7 @@ class ChatTemplate:
     special_tokens: dict[str, str]
     tokenizer: Tokenizer
     begin: list[int]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: JsonObject = field(default_factory=dict)
     turns: Turns = Turns.all
 
     @property
@@ -205,7 +206,7 @@ def _num_shared(left: str, right: str) -> int:
     return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
 
 
-def _render(template: str, messages: list[Message], tools: list[Tool] | None, named: dict[str, Any]) -> str:
+def _render(template: str, messages: list[Message], tools: list[Tool] | None, named: JsonObject) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds to import
 
     offered: Any = tools or None  # its type is of dictionaries or functions
@@ -306,7 +307,7 @@ def _read(path: Path, setting: str) -> str:
         raise UserError(f"{setting}={path}: cannot be read ({error}); give a jinja template in UTF-8") from None
 
 
-def _tokenizer_settings(path: Path) -> dict[str, Any]:
+def _tokenizer_settings(path: Path) -> JsonObject:
     if not path.is_file():
         return {}
     try:

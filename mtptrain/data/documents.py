@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
-Message = dict[str, Any]  # `role`, `content` and further keys, as chat templates read them
-Call = dict[str, Any]  # of a function, in OpenAI's form
-Tool = dict[str, Any]  # a function's JSON schema in OpenAI's form
+from mtptrain.run.typed_json import JsonObject
+
+Message = JsonObject  # `role`, `content` and further keys, as chat templates read them
+Call = JsonObject  # of a function, in OpenAI's form
+Tool = JsonObject  # a function's JSON schema in OpenAI's form
 
 
 class Split(Enum):

@@ -15,9 +15,10 @@ from typing import IO, Any
 
 from mtptrain.data.notes import note
 from mtptrain.errors import UserError
+from mtptrain.run.typed_json import JsonObject
 
-Row = dict[str, Any]
-Position = dict[str, Any]  # of a reader, as plain values for a checkpoint; {} = the beginning
+Row = JsonObject
+Position = JsonObject  # of a reader, as plain values for a checkpoint; {} = the beginning
 NumberedRows = Iterator[tuple[int, Row | UserError]]  # the number, from 1, and the row or the reason why it is none
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

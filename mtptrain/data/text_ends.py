@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mtptrain.errors import UserError
+from mtptrain.run.typed_json import JsonObject
 
 PROBE = "a"  # any text: only the tokens that the post-processor writes before it count
 
@@ -82,7 +83,7 @@ def _end_ids(folder: Path, file: str, value: Any) -> list[int]:
     return ids
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     """Return the object of a JSON file, {} if there is no such file."""
     if not path.is_file():
         return {}

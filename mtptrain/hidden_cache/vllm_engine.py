@@ -31,7 +31,7 @@ from mtptrain.hidden_cache.writer import ShardDocuments, write_shard
 VLLM = "0.33.0"  # whose source the extension was written for
 DTYPE = "bfloat16"  # of its kernels of DeepSeek-V4
 SMALLEST_STEP = 2048  # tokens
-SAMPLING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+SAMPLING: dict[str, float] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
 
 class StreamKeeper:
@@ -157,7 +157,7 @@ class VllmEngine:
             return load_file(Path(folder) / shard_file(0))["streams"]
 
 
-def engine_options(folder: Path, tensor_parallel: int, piece_length: int) -> dict[str, Any]:
+def engine_options(folder: Path, tensor_parallel: int, piece_length: int) -> dict[str, str | float]:
     """Return the arguments of `vllm.LLM`, with which each step of the engine holds one whole piece.
 
     Args:

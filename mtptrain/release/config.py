@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mtptrain.errors import UserError
 from mtptrain.release.codec import FP4_BLOCK, FP8_BLOCK, scale_shape
 from mtptrain.release.shards import HEAD_PREFIX, INDEX, Shards
+from mtptrain.run.typed_json import JsonObject
 
 Scheme = Literal["fp8_fp4", "fp8", "bf16"]  # releases, releases named -Base, no quantisation
 EXPERT = "layers.0.ffn.experts.0.w1.weight"  # its dtype shows how the routed experts are stored
@@ -23,7 +24,7 @@ SCALES = {"F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "F32": torch.float
 USUAL_SCALES = {"I8": "F8_E8M0", "F8_E4M3": "F32"}
 
 
-def read_config_json(folder: Path, setting: str) -> dict[str, Any]:
+def read_config_json(folder: Path, setting: str) -> JsonObject:
     """Read config.json unchanged; `setting` names the folder in the error.
 
     Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mtptrain.errors import UserError
+from mtptrain.run.typed_json import JsonObject
 
 MODEL_TYPE = "deepseek_v4"
 LATER_MODELS = {
@@ -29,7 +29,7 @@ QUANTISATIONS = {
 MARKERS = {"hf_quant_config.json": "modelopt", "quant_model_description*.json": "ascend"}
 
 
-def check_family(config: dict[str, Any], folder: Path, setting: str) -> None:
+def check_family(config: JsonObject, folder: Path, setting: str) -> None:
     """Refuse a folder of another model or in a storage that is not read.
 
     Args:
@@ -56,7 +56,7 @@ def check_family(config: dict[str, Any], folder: Path, setting: str) -> None:
         )
 
 
-def quantisation(config: dict[str, Any], folder: Path) -> str | None:
+def quantisation(config: JsonObject, folder: Path) -> str | None:
     """Return the quant_method of a folder; None if it is not quantised.
 
     Ascend's folders state it as `quantize`, old ones of llm-compressor as `compression_config`. Marker files count

@@ -9,11 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mtptrain.release.shards import HEAD_PREFIX, Shards, StoredTensor
 from mtptrain.run.progress import counted
 from mtptrain.run.storage import user_cache, write_json
+from mtptrain.run.typed_json import JsonObject
 
 PIECE = 1 << 22  # bytes read at a time
 WORTH_REMEMBERING = 1 << 26  # bytes; hashing a smaller file takes a tenth of a second
@@ -100,7 +100,7 @@ def tensor_hash(folder: Path, entry: StoredTensor) -> str:
 
 def _backbone_config(path: Path) -> bytes:
     """Return the part of config.json that describes the backbone, as canonical JSON."""
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: JsonObject = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS and not key.startswith("dspark_")}
     if isinstance(kept.get("compress_ratios"), list):  # one more entry for each MTP module
         kept["compress_ratios"] = kept["compress_ratios"][: config.get("num_hidden_layers")]

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtptrain.errors import UserError
+from mtptrain.run.typed_json import JsonObject
 
 INDEX = "model.safetensors.index.json"
 HEAD_PREFIX = "mtp."  # of every tensor of an MTP head, in releases and in checkpoints of this package
@@ -226,7 +226,7 @@ def _read_header(path: Path, setting: str) -> list[StoredTensor]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: JsonObject = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{setting}: {path.name} cannot be read ({error}); restore the file") from None
     header.pop("__metadata__", None)

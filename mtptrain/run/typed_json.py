@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+JsonObject = dict[str, Any]  # plain values of any type of JSON, by name
 
 
 class MismatchError(ValueError):

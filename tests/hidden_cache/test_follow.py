@@ -1,10 +1,8 @@
-"""`data.follow=true`: training from a stream cache that is still being written, and deleting its shards after use."""
+"""`data.follow=true`: training from a stream cache that is still being written."""
 
-import gc
 import json
 import threading
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,125 +11,22 @@ import pytest
 import torch
 
 from mtptrain.batch import Batch
-from mtptrain.config import DataConfig, DataSource, StreamFormat
-from mtptrain.data.tokens import TokenizedCorpus
+from mtptrain.config import DataConfig, DataSource
 from mtptrain.errors import Preempted, UserError
-from mtptrain.hidden_cache import followed
-from mtptrain.hidden_cache.consumed import CONSUMED, read_consumed, written_shards
-from mtptrain.hidden_cache.followed import FollowedCache, open_streams
-from mtptrain.hidden_cache.follower import FollowedBatches, RowSettings
+from mtptrain.hidden_cache.consumed import read_consumed, written_shards
+from mtptrain.hidden_cache.followed_batches import FollowedBatches, RowSettings
 from mtptrain.hidden_cache.format import shard_file
-from mtptrain.hidden_cache.manifest import STREAM_CACHE, StreamIdentity, TextOrigin, open_cache
+from mtptrain.hidden_cache.growing_cache import GrowingCache, Sight, open_streams
+from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.hidden_cache.reader import HiddenStateBatches
-from mtptrain.hidden_cache.writer import plan_shards, write_shard
-from mtptrain.run.artifact import begin, finish, total_counts
 from mtptrain.training.checkpoint import checkpoint_folders, newest_checkpoint
-from mtptrain.training.data_parallel import ReplicatedEngine
 from mtptrain.training.trainer import Trainer
+from tests.hidden_cache.growing import SHARDS, S, Writer, follow, read, rows_of_epoch, same, shards_on_disk, trainer
 from tests.training.test_trainer import (
-    CONFIG,
-    IDENTITY,
     MemoryLog,
-    ToyModel,
-    ToyObjective,
-    V,
     equal_states,
     state,
 )
-
-S, N, D = 8, 2, 4  # tokens a row, streams, channels
-SIZES = np.random.default_rng(0).integers(2, 14, 40)  # of the documents
-CORPUS = TokenizedCorpus(
-    np.random.default_rng(1).integers(0, V, SIZES.sum()).astype(np.int32), np.cumsum([0, *SIZES]), 0
-)
-SHARDS = plan_shards(CORPUS, S, 30)
-IDENTITY_OF_CACHE = StreamIdentity(
-    backbone="ab",
-    stream="last layer",
-    layer=4,
-    num_streams=N,
-    width=D,
-    stored_as=StreamFormat.fp32,
-    dtype="float32",
-    tokenizer="cd",
-    chat_template=None,
-    text=CORPUS.digest(),
-    sequence_length=S,
-    shard_tokens=30,
-    data=TextOrigin.of(DataConfig()),
-)
-
-
-class Writer:
-    """Writes the cache as `+recipe=collect` does: shard by shard, then the manifest."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def begin(self) -> None:
-        begin(STREAM_CACHE, "output_dir", self.folder, IDENTITY_OF_CACHE, making=None)
-
-    def write(self, *numbers: int) -> None:
-        for number in numbers:
-            tokens = sum(size for pieces in SHARDS[number] for _, size in pieces)
-            generator = torch.Generator().manual_seed(number)
-            streams_TND = torch.randn(tokens, N, D, generator=generator)
-            write_shard(self.folder, number, SHARDS[number], CORPUS, streams_TND, StreamFormat.fp32)
-
-    def finish(self) -> None:
-        shards = written_shards(self.folder, len(SHARDS))
-        assert len(shards) == len(SHARDS)
-        finish(STREAM_CACHE, self.folder, IDENTITY_OF_CACHE, shards, total_counts(shards))
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(followed, "POLL_SECONDS", 0.001)
-
-
-@pytest.fixture
-def writer(tmp_path: Path) -> Writer:
-    """A begun cache without shards."""
-    writer = Writer(tmp_path / "cache")
-    writer.begin()
-    return writer
-
-
-@pytest.fixture
-def whole(writer: Writer) -> Path:
-    """A complete cache."""
-    writer.write(*range(len(SHARDS)))
-    writer.finish()
-    return writer.folder
-
-
-def follow(folder: Path, size: int = 2, deletes: bool = False, minutes: int = 0, run: str = "run") -> FollowedBatches:
-    cache = open_streams(DataConfig(source=DataSource.streams, path=str(folder), follow=True), minutes)
-    return FollowedBatches(FollowedCache(cache, run, deletes), RowSettings(S, size, 0), torch.float32, minutes)
-
-
-def read(batches: FollowedBatches, count: int) -> list[Batch]:
-    found = []
-    for index in range(batches.index, batches.index + count):
-        assert batches.await_batches(index + 1, lambda: False)
-        found.append(batches.batch(index))
-    return found
-
-
-def same(left: Batch, right: Batch) -> bool:
-    names = ("tokens_BS", "segment_BS", "position_BS", "loss_mask_BS", "streams_BSND")
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in names)
-
-
-def rows_of_epoch(folder: Path) -> int:
-    batches = follow(folder, 1)
-    batches.await_batches(10_000, lambda: False)
-    return batches.firsts[-1]
-
-
-def shards_on_disk(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("shard_*.safetensors"))
 
 
 def tokens_with_streams(batches: list[Batch]) -> Counter[Any]:
@@ -232,19 +127,6 @@ def test_a_damaged_shard_is_named(damage: str, writer: Writer) -> None:
         read(follow(writer.folder, 1), 100)
 
 
-def trainer(folder: Path, batches: FollowedBatches, every: int = 3, steps: int = 9) -> Trainer:
-    """Return a trainer of the toy model, restored from its newest checkpoint if it has one."""
-    config = replace(CONFIG, steps=steps, checkpoint_every=every)
-    torch.manual_seed(0)
-    model = ToyModel(0.1)
-    engine = ReplicatedEngine(model, config)
-    made = Trainer(engine, ToyObjective(model, frozenset()), batches, config, folder / "checkpoints", IDENTITY)
-    checkpoint = newest_checkpoint(made.checkpoints)
-    if checkpoint is not None:
-        made.restore(checkpoint)
-    return made
-
-
 @pytest.fixture
 def uninterrupted(whole: Path, tmp_path: Path) -> Trainer:
     """A training of nine steps on the finished cache."""
@@ -281,69 +163,6 @@ def test_collections_and_trainings_that_end_early_continue_to_the_same_bits(
     assert list(open_cache(writer.folder).files) == [shard_file(one) for one in range(len(SHARDS))]
 
 
-def test_deletion_keeps_the_shards_that_a_resume_from_the_newest_checkpoint_reads(whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    made = trainer(run, follow(whole, deletes=True), every=2)
-    for _ in range(5):
-        made._await_batches()
-        made.train_step()
-        if made.step == 2:
-            made.save()
-            after_two = shards_on_disk(whole)
-    assert shards_on_disk(whole) == after_two  # steps that are not saved delete nothing
-    made.save("best")  # nobody resumes from it
-    assert shards_on_disk(whole) == after_two
-    resumed = trainer(run, follow(whole, deletes=True), every=2)
-    assert resumed.step == 2
-    for _ in range(3):
-        resumed._await_batches()
-        resumed.train_step()
-    assert equal_states(state(resumed), state(made))
-    resumed.save()
-    kept = shards_on_disk(whole)
-    assert len(kept) < len(after_two)
-    del made  # its batches were not told
-    gc.collect()
-    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")  # the space of a mapped file is not freed
-    assert [name for name in after_two if f"{whole}/{name}" in mapped and name not in kept] == []
-
-
-def test_an_older_checkpoint_whose_shards_are_deleted_is_refused(whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    trainer(run, follow(whole, deletes=True), every=1).run(MemoryLog())
-    for folder in checkpoint_folders(run / "checkpoints")[1:]:
-        (folder / "module.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"shard_0000\d.safetensors was deleted after use \(data.delete_consumed\)"):
-        trainer(run, follow(whole))
-    with pytest.raises(UserError, match=r"shard_00000\.safetensors was deleted after use"):
-        trainer(tmp_path / "again", follow(whole)).run(MemoryLog())
-
-
-def test_a_second_run_is_refused(whole: Path) -> None:
-    follow(whole, deletes=True)
-    for deletes in (True, False):
-        with pytest.raises(UserError, match=r"the run in run deletes its shards after use .* has deleted 0"):
-            follow(whole, deletes=deletes, run="other")
-
-
-def test_an_interrupted_deletion_is_completed(whole: Path) -> None:
-    (whole / CONSUMED).write_text('{"by": "run", "shards": 2}', encoding="utf-8")
-    assert shard_file(1) in shards_on_disk(whole)
-    follow(whole, deletes=True)
-    assert shards_on_disk(whole) == [shard_file(one) for one in range(2, len(SHARDS))]
-    assert len(written_shards(whole, len(SHARDS))) == len(SHARDS)
-
-
-def test_there_is_no_second_epoch_of_deleted_shards(whole: Path, tmp_path: Path) -> None:
-    steps = rows_of_epoch(whole) // 2
-    with pytest.raises(UserError, match=r"data.delete_consumed=True: all \d+ rows .* give its number as train.steps"):
-        trainer(tmp_path, follow(whole, deletes=True), every=100, steps=100).run(MemoryLog())
-    assert [path.name for path in checkpoint_folders(tmp_path / "checkpoints")] == [f"step_{steps:08d}"]
-    ended = trainer(tmp_path, follow(whole, deletes=True), steps=steps)
-    ended.run(MemoryLog())
-    assert ended.step == steps
-
-
 def test_a_signal_ends_a_wait_and_saves(writer: Writer, tmp_path: Path) -> None:
     writer.write(0)
     made = trainer(tmp_path / "run", follow(writer.folder, minutes=5), every=100)
@@ -354,6 +173,14 @@ def test_a_signal_ends_a_wait_and_saves(writer: Writer, tmp_path: Path) -> None:
     with pytest.raises(Preempted, match=f"step {made.step} of 9 is saved"):
         made._await_batches()
     assert [path.name for path in checkpoint_folders(made.checkpoints)] == [f"step_{made.step:08d}"]
+
+
+def test_a_manifest_that_comes_after_the_cache_was_opened_brings_its_shards(writer: Writer) -> None:
+    cache = open_streams(DataConfig(source=DataSource.streams, path=str(writer.folder), follow=True), 0)
+    writer.write(*range(len(SHARDS)))
+    writer.finish()
+    growing = GrowingCache(cache, "run", deletes=False)
+    assert [growing.look(number) for number in (0, len(SHARDS))] == [Sight.there, Sight.none_left]
 
 
 @pytest.mark.parametrize(

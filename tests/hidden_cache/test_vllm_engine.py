@@ -168,3 +168,19 @@ def test_one_cache_holds_streams_of_one_engine(
     assert run_main("+recipe=collect", *settings, VLLM_ENGINE, "resume=auto") == 2
     assert "engine=transformers and this run has" in capfd.readouterr().err.splitlines()[-1]
     assert tree(tmp_path / "cache") == before
+
+
+def test_an_interrupted_cache_in_fp8_continues_with_the_same_shards(
+    light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    folder = tmp_path / "cache"
+    settings = [*light, VLLM_ENGINE, "collect.format=fp8", "collect.shard_tokens=300", f"output_dir={folder}"]
+    assert run_main("+recipe=collect", *settings) == 0
+    whole = open_cache(folder)
+    assert len(whole.files) > 1
+    for name in ("manifest.json", shard_file(1), "shard_00001.json"):
+        (folder / name).unlink()
+    assert run_main("+recipe=collect", *settings, "resume=auto") == 0
+    assert open_cache(folder) == whole
+    assert "scales" in load_file(folder / shard_file(1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.bad_rows import BadRows
@@ -18,7 +17,7 @@ from mtptrain.errors import UserError
 POSITION_EVERY = 64  # documents between the positions that reading can resume from
 
 DocumentIndex = tuple[int, int]  # epoch, and number of a document among the training documents of the source
-ReaderPosition = dict[str, Any]  # `epoch`, `number` and, for local text, `text`: the position of the TextReader
+ReaderPosition = Position  # `epoch`, `number` and, for local text, `text`: the position of the TextReader
 
 
 class DocumentShardReader:

@@ -13,7 +13,7 @@ from mtptrain.data import notes
 from mtptrain.data.streaming.batches import StreamingBatches
 from mtptrain.data.streaming.dataset import StreamingPlan
 from mtptrain.data.streaming.row_stream import RowShape
-from tests.data.streaming.test_batches import ENCODER, TOKENIZER, micro_batches, write_lines
+from tests.data.streaming.sources import ENCODER, TOKENIZER, micro_batches, write_lines
 
 S = 40
 

@@ -1,98 +1,35 @@
 """Streamed documents: none repeated, none lost, for any division of the rows and after any interruption."""
 
 import json
-import os
-import signal
-import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, pairwise
 from math import log2
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtptrain.batch import Batch
-from mtptrain.config import DataConfig, DataSource, MixtureConfig
-from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Split, split_of
 from mtptrain.data.streaming.batches import StreamingBatches
-from mtptrain.data.streaming.dataset import Position, StreamingDataset, StreamingPlan, join_positions, source_of
+from mtptrain.data.streaming.dataset import StreamingPlan, source_of
 from mtptrain.data.streaming.row_stream import BUFFER_ROWS, Row, RowShape, RowStream, RowStreamPosition
 from mtptrain.data.streaming.sharding import DocumentShardReader
 from mtptrain.data.text import text_documents
-from mtptrain.data.tokenizer import BOS, train_tokenizer
-from mtptrain.data.tokens import Encoder, tokenize_corpus
+from mtptrain.data.tokens import tokenize_corpus
 from mtptrain.errors import UserError
-from tests.conftest import CHAT_TEMPLATE
-
-S = 9  # tokens a row: a buffer holds some forty documents
-TOKENIZER = train_tokenizer(["0 1 2 3 4 5 6 7 8 9 one two"], 280)
-ENCODER = Encoder(
-    TOKENIZER, ([0], [1]), ChatTemplate(CHAT_TEMPLATE, Path("chat.jinja"), {"bos_token": BOS}, TOKENIZER, [0])
+from tests.data.streaming.sources import (
+    ENCODER,
+    TOKENIZER,
+    S,
+    micro_batches,
+    mixed_config,
+    plain,
+    plan_of,
+    text_config,
+    write_lines,
 )
-
-
-def write_lines(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source in files of every kind, and one of conversations; every text names its document."""
-    root = tmp_path_factory.mktemp("sources")
-    texts = [f"{number} " + "x" * (number * 7 % 31) for number in range(230)]
-    (root / "text").mkdir()
-    write_lines(root / "text" / "a.jsonl", [{"text": text} for text in texts[:90]])
-    Dataset.from_dict({"text": texts[90:200]}).to_parquet(root / "text" / "b.parquet")
-    for number in range(200, 230):
-        (root / "text" / f"c{number}.txt").write_text(texts[number], encoding="utf-8")
-    turns = [("user", "one"), ("assistant", "two")]
-    talk = [[{"role": role, "content": f"{text} {number}"} for role, text in turns] for number in range(40)]
-    write_lines(root / "talk.jsonl", [{"messages": messages} for messages in talk])
-    return root
-
-
-def text_config(folder: Path) -> DataConfig:
-    return DataConfig(
-        source=DataSource.text, path=str(folder / "text"), streaming=True, sequence_length=S, heldout_every=8
-    )
-
-
-def mixed_config(folder: Path) -> DataConfig:
-    talk = MixtureConfig(path=str(folder / "talk.jsonl"), field_name="messages", weight=1)
-    text = MixtureConfig(path=str(folder / "text"), weight=2.5)
-    return DataConfig(mixture=[text, talk], sequence_length=S, heldout_every=8)
-
-
-def plan_of(config: DataConfig, num_rows: int, seed: int = 0) -> StreamingPlan:
-    return StreamingPlan(config.sources(), config.weights(), ENCODER, RowShape(S, S), num_rows, seed)
-
-
-def plain(row: Row) -> list[tuple[list[int], list[bool] | None]]:
-    """Return a row as values that can be compared."""
-    return [(tokens.tolist(), None if loss_mask is None else loss_mask.tolist()) for tokens, loss_mask in row]
-
-
-def micro_batches(
-    plan: StreamingPlan, parts: list[list[int]], first: int = 0, position: Position | None = None
-) -> Iterator[tuple[list[object], Position]]:
-    """Yield all rows of each micro-batch, read by one dataset per part, and the position after them."""
-    datasets = [iter(StreamingDataset(plan, part, first, position)) for part in parts]
-    while True:
-        items = [next(dataset) for dataset in datasets]
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-        rows = [plain(row) for rows, _ in items for row in rows]
-        yield rows, join_positions([position for _, position in items])
 
 
 def cut(num_rows: int, borders: list[int]) -> list[list[int]]:
@@ -262,93 +199,3 @@ def test_a_position_in_other_files_is_refused(change: str, tmp_path: Path) -> No
     path.unlink() if change == "gone" else path.write_text(path.read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
     with pytest.raises(UserError, match="is not what the interrupted run read"):
         next(micro_batches(plan, [[0, 1]], 1, position))
-
-
-def same(left: Batch, right: Batch) -> bool:
-    values = [(getattr(left, name), getattr(right, name)) for name in Batch.__slots__]
-    return all(one is other if one is None or other is None else torch.equal(one, other) for one, other in values)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_workers_give_the_batches_of_this_process(folder: Path, workers: int) -> None:
-    plan = plan_of(mixed_config(folder), 3)
-    here, there = StreamingBatches(plan, 0), StreamingBatches(plan, workers)
-    state = torch.get_rng_state()
-    for index in range(30):
-        left, right = here.batch(index), there.batch(index)
-        assert same(left, right)
-        assert left.source_B is not None
-    assert torch.equal(torch.get_rng_state(), state)  # workers leave the generator of training alone
-    assert here.position() == there.position()
-    resumed = StreamingBatches(plan, 1)
-    resumed.seek(30, [json.loads(json.dumps(there.position()))])
-    assert same(resumed.batch(30), here.batch(30))
-
-
-def test_workers_encode_special_tokens_spelt_out_in_a_text_as_characters(tmp_path: Path) -> None:
-    """A pickled tokenizer loses `encode_special_tokens`; a forked worker must not."""
-    write_lines(tmp_path / "a.jsonl", [{"text": f"{number} {BOS}"} for number in range(40)])
-    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
-    assert same(StreamingBatches(plan, 1).batch(0), StreamingBatches(plan, 0).batch(0))
-
-
-def test_a_mistake_in_the_data_keeps_its_line_number_across_processes(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
-    path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
-    batches = StreamingBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 1)
-    with pytest.raises(UserError, match=r"^data\.field_name=text: .*row 601 has no text of that name"):
-        read_on(batches, 600)
-
-
-def background_process(batches: StreamingBatches) -> psutil.Process:
-    """Return the worker of `batches`, after a first batch."""
-    before = set(psutil.Process().children())
-    batches.batch(0)
-    (worker,) = set(psutil.Process().children()) - before
-    return worker
-
-
-def read_on(batches: StreamingBatches, count: int) -> None:
-    for index in range(batches.index, batches.index + count):
-        batches.batch(index)
-
-
-def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
-    handler = signal.getsignal(signal.SIGCHLD)
-    batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
-    background_process(batches).send_signal(signal.SIGKILL)
-    with pytest.raises(
-        UserError, match=r"^data\.workers=1: a process that reads and tokenises was killed.*resume=auto"
-    ):
-        read_on(batches, 10**6)  # a few batches were prepared before
-    assert signal.getsignal(signal.SIGCHLD) == handler
-
-
-def test_a_worker_ends_when_closed_but_not_by_the_signals_that_end_a_run(folder: Path) -> None:
-    batches = StreamingBatches(plan_of(text_config(folder), 2), 1)
-    worker = background_process(batches)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        worker.send_signal(number)
-    read_on(batches, 30)
-    assert worker.is_running()
-    batches.close()
-    assert worker not in psutil.Process().children()
-
-
-def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
-    """Even if the rows that it has prepared are larger than a pipe's buffer and are never fetched."""
-    write_lines(tmp_path / "a.jsonl", [{"text": f"{number}" * 20_000} for number in range(20)])
-    plan = plan_of(replace(text_config(tmp_path), path=str(tmp_path)), 2)
-    plan = replace(plan, shape=RowShape(2**16, 2**16))
-    reading, writing = os.pipe()
-    run = os.fork()
-    if run == 0:
-        batches = StreamingBatches(plan, 1)
-        os.write(writing, str(background_process(batches).pid).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
-    worker = psutil.Process(int(os.read(reading, 99)))
-    os.waitpid(run, 0)
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(worker.pid) and worker.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

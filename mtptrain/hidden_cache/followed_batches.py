@@ -21,10 +21,10 @@ from mtptrain.data.batches import BatchSource
 from mtptrain.data.files import Position
 from mtptrain.data.packing import Piece, fill_rows, pack_pieces
 from mtptrain.errors import UserError
-from mtptrain.hidden_cache import followed
+from mtptrain.hidden_cache import growing_cache
 from mtptrain.hidden_cache.consumed import deleted_error
-from mtptrain.hidden_cache.followed import WAY_OUT, FollowedCache, Sight
 from mtptrain.hidden_cache.format import decode_streams, shard_file
+from mtptrain.hidden_cache.growing_cache import WAY_OUT, GrowingCache, Sight
 from mtptrain.hidden_cache.reader import OPEN_SHARDS, OpenShards, check_row_length, read_text, with_streams
 from mtptrain.run.distributed import max_over_processes, on_each_rank, rank_rows
 from mtptrain.run.progress import waiting
@@ -70,16 +70,15 @@ class FollowedBatches(BatchSource):
         UserError: rows are too short for the pieces.
     """
 
-    def __init__(self, source: FollowedCache, settings: RowSettings, dtype: torch.dtype, minutes: int) -> None:
+    def __init__(self, source: GrowingCache, settings: RowSettings, dtype: torch.dtype, minutes: int) -> None:
         check_row_length(source.cache, settings.length)
         self.source, self.settings, self.dtype, self.minutes = source, settings, dtype, minutes
         self.shards = OpenShards(source.cache)
         self.texts: OrderedDict[int, ShardText] = OrderedDict()  # those used last
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streams")
         self.ahead: dict[int, Future[Batch]] = {}
-        self.index = self.offset = (
-            0  # the next batch; row number of batch 0, negative if batches of other data preceded
-        )
+        self.index = 0  # of the next batch
+        self.offset = 0  # row number of batch 0, negative if batches of other data preceded
         self.is_complete = False  # all shards are known
         self._begin(0, 0)
         self._epoch_order = lru_cache(maxsize=2)(self._shuffled_epoch)  # a batch may span two
@@ -113,7 +112,7 @@ class FollowedBatches(BatchSource):
                         f"distributed_timeout={self.minutes}: {shard_file(number)} did not appear in "
                         f"{self.source.cache.folder} within {self.minutes} minutes; {WAY_OUT}"
                     )
-                time.sleep(followed.POLL_SECONDS)
+                time.sleep(growing_cache.POLL_SECONDS)
         return True
 
     def batch(self, index: int) -> Batch:
@@ -188,9 +187,9 @@ class FollowedBatches(BatchSource):
     def _exhausted(self) -> UserError:
         rows, size = self.firsts[-1], self.settings.batch_size
         return UserError(
-            f"data.delete_consumed=True: all {rows} rows of {self.source.cache.folder} are used, {size} at a time, and "
-            "there is no second epoch; the last step is saved: give its number as train.steps, with resume=auto and "
-            "resume_allow=[train.steps]"
+            f"data.delete_consumed={self.source.deletes}: all {rows} rows of {self.source.cache.folder} are used, "
+            f"{size} at a time, and deleted shards leave no second epoch; the last step is saved: give its number as "
+            "train.steps, with resume=auto and resume_allow=[train.steps]"
         )
 
     def _add(self, number: int) -> None:

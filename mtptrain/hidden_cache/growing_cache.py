@@ -1,4 +1,4 @@
-"""`data.follow=true`: the shards of a stream cache in their order, as `+recipe=collect` writes them.
+"""`data.follow=true`: a stream cache that `+recipe=collect` may still be writing, looked at shard by shard.
 
 Nothing is written for the follower: each shard has a record, `shard_NNNNN.json`, once it is whole, `begun.json` holds
 the cache's identity, and the manifest says that there are no more shards.
@@ -60,7 +60,7 @@ class Sight(Enum):
     none_left = "none_left"  # the cache is complete, and has fewer shards
 
 
-class FollowedCache:
+class GrowingCache:
     """A cache that may still be written, read by one run.
 
     Args:
@@ -74,7 +74,8 @@ class FollowedCache:
 
     def __init__(self, cache: StreamCache, run: str, deletes: bool) -> None:
         self.cache, self.run, self.deletes = cache, run, deletes
-        self.total = len(cache.files) if _has_manifest(cache.folder) else None  # number of shards; None = unknown
+        # The number of shards; None = unknown. The manifest may have come since `open_streams` looked for it.
+        self.total = len(cache.files) or None
         self.num_deleted = on_rank0(lambda: claim_shards(cache.folder, run, deletes))
 
     @property
