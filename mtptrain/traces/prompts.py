@@ -264,6 +264,8 @@ def read_dataset(name: str, setting: str = "prompts", split: str | None = None) 
     """
     setting = f"{setting}={name}"
     repository, subset, own_split = [*name.split(":", 2), "", ""][:3]
+    if not repository:
+        raise UserError(f"{setting}: has no name before the colon; give NAME:SUBSET:SPLIT")
     if kind_of(Path(repository)) in ROW_KINDS:
         raise UserError(f"{setting}: is a file, of which :{subset} chooses nothing; give {repository}")
     chosen = {"name": subset, "split": own_split or split}

@@ -200,6 +200,11 @@ def test_a_name_chooses_subset_and_split(chosen: str, split: str | None, text: s
     assert source.prompt_rows[0].domain == tmp_path.name
 
 
+def test_a_subset_needs_the_name_of_its_data_set() -> None:
+    with pytest.raises(UserError, match=r"^prompts=:main: has no name before the colon; give NAME:SUBSET:SPLIT$"):
+        read_prompt_rows([":main"])
+
+
 def test_a_file_has_no_subset(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "whole"})
     with pytest.raises(
