@@ -15,12 +15,12 @@ from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text
 from mtptrain.evaluation.compare import (
     CountsByLength,
     Runs,
-    chosen_text,
     compare_heads,
     head_sentence,
     print_comparison,
 )
 from mtptrain.evaluation.comparison_result import COMPARISON_SCHEMA, ComparedHead, ComparedRun, Comparison
+from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
 from mtptrain.evaluation.metrics import acceptance_length
 from mtptrain.evaluation.report.headline import seen_text

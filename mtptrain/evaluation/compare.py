@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtptrain.evaluation.comparison_result import ComparedHead, HeadComparison, PromptGains
-from mtptrain.evaluation.head_result import ChosenOn, Gain
+from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_gain_by_domain
 from mtptrain.evaluation.runs import gain_of_runs, position_gain_of_runs
 from mtptrain.replay.replay import Counts
@@ -106,16 +106,6 @@ def head_sentence(head: ComparedHead, draft_length: int) -> str:
     return (
         f"{lead}, mean of {len(head.runs)} runs ({low:.3f} to {high:.3f} over runs and prompts); runs {shown}, "
         f"standard deviation {float(np.std(lengths, ddof=1)):.3f}"
-    )
-
-
-def chosen_text(head: str, chosen: ChosenOn | None) -> str | None:
-    """Return how many of the prompts chose a checkpoint as the best of its run, as one sentence; None if none did."""
-    if chosen is None or not chosen.shared:
-        return None
-    return (
-        f"{head} was chosen as the best of its run on {chosen.shared} of these {chosen.prompts} prompts, so its figure "
-        "is too high by chance; measure it on others"
     )
 
 

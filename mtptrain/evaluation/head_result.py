@@ -128,6 +128,16 @@ class ChosenOn:
     by: str
 
 
+def chosen_text(head: str, chosen: ChosenOn | None) -> str | None:
+    """Return how many of the prompts chose a checkpoint as the best of its run, as one sentence; None if none did."""
+    if chosen is None or not chosen.shared:
+        return None
+    return (
+        f"{head} was chosen as the best of its run on {chosen.shared} of these {chosen.prompts} prompts, so its figure "
+        "is too high by chance; measure it on others"
+    )
+
+
 class BucketKind(Enum):
     """A way of sorting drafted tokens into buckets."""
 

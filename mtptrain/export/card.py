@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCardData
 import mtptrain
 from mtptrain.config import ExportForm, ExportTarget
 from mtptrain.decoding.policy import Policy
-from mtptrain.evaluation.compare import chosen_text, gain_sentence
-from mtptrain.evaluation.head_result import ChosenOn, Gain
+from mtptrain.evaluation.compare import gain_sentence
+from mtptrain.evaluation.head_result import ChosenOn, Gain, chosen_text
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import DraftLength, shown_lengths
 from mtptrain.export.origin import Origin

@@ -21,7 +21,7 @@ from mtptrain.data.tokens import (
     tokenize_corpus,
 )
 from mtptrain.errors import UserError
-from mtptrain.run import nodes
+from mtptrain.run import distributed, nodes
 from tests.conftest import CHAT_TEMPLATE
 
 BOS_EOS = ([0], [1])
@@ -229,7 +229,7 @@ def test_one_process_of_a_node_tokenises_and_the_others_read_its_cache(
         return list(told)
 
     monkeypatch.setattr(nodes, "world_size", lambda: 2)
-    monkeypatch.setattr(nodes, "gather_objects", gather_objects)
+    monkeypatch.setattr(distributed, "gather_objects", gather_objects)
     monkeypatch.setenv("LOCAL_RANK", "0")
     first = share_corpus(make)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -243,11 +243,11 @@ def test_a_mistake_of_the_process_that_tokenises_ends_all(monkeypatch: pytest.Mo
         raise UserError("data.path=x: cannot be read")
 
     monkeypatch.setattr(nodes, "world_size", lambda: 2)
-    monkeypatch.setattr(nodes, "gather_objects", lambda value: [value, ("elsewhere", [], None)])
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, (("elsewhere", []), None)])
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=r"data\.path=x"):
         share_corpus(fail)
-    monkeypatch.setattr(nodes, "gather_objects", lambda value: [("elsewhere", [], UserError("data.path=x: no")), value])
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [(None, UserError("data.path=x: no")), value])
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=r"data\.path=x"):
         share_corpus(lambda: pytest.fail("tokenised"))

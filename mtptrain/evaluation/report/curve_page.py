@@ -11,8 +11,8 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from mtptrain.evaluation.compare import chosen_text
 from mtptrain.evaluation.curve import Curve, CurvePoint
+from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.report.headline import seen_text, span
 from mtptrain.evaluation.report.plots import acceptance_by_step
 from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid, prompts_text

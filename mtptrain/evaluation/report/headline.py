@@ -15,8 +15,7 @@ from mtptrain.evaluation.certificate_result import (
     PassDifference,
     TextDifference,
 )
-from mtptrain.evaluation.compare import chosen_text
-from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts
+from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts, chosen_text
 from mtptrain.evaluation.result import Doubt, Evaluation, Speedup
 
 
