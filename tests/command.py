@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,66 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]
 
 
-def run_main(*arguments: str) -> int:
-    """Run the command in this process; return its exit code."""
+@contextmanager
+def measuring_little() -> Iterator[None]:
+    """Make a recipe's measurements cheap: these numbers only make figures less noisy; plots have their own tests.
+
+    Nothing that is measured is left out. `run_main` with `is_full` measures as users do.
+    """
+    from mtptrain.certificate import rounding, sampler
+    from mtptrain.evaluation import speedup
+    from mtptrain.evaluation.report import plots
+    from mtptrain.recipes import evaluate
+
+    with (
+        patch.object(evaluate, "STEP_REPETITIONS", 2),
+        patch.object(speedup, "LEAST_BATCHES", 1),
+        patch.object(rounding, "COPIES", 3),
+        patch.object(sampler, "DRAWS", 2_000),
+        patch.object(plots, "_svg", blank_plot),
+    ):
+        yield
+
+
+def blank_plot(figure: object, axes: object, name: str, description: str) -> str:
+    """Return an empty plot with the description of the real one."""
+    return f'<svg role="img" aria-label="{description}"></svg>'
+
+
+@contextmanager
+def composing_once() -> Iterator[None]:
+    """Keep Hydra from composing a configuration twice; the first time tells it whether a command is a sweep."""
+    from hydra._internal.hydra import Hydra
+    from hydra.types import RunMode
+
+    ask = Hydra.get_mode
+
+    def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        chosen = {"-m", "--multirun"} & set(sys.argv) or any("hydra.mode" in one for one in overrides)
+        return ask(hydra, config_name, overrides) if chosen else RunMode.RUN
+
+    with patch.object(Hydra, "get_mode", mode):
+        yield
+
+
+def run_main(*arguments: str, is_full: bool = False) -> int:
+    """Run the command in this process; return its exit code.
+
+    Args:
+        arguments: of the command.
+        is_full: measure as users do, also with `Light` settings.
+    """
     from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run without Hydra installed
 
     from mtptrain import cli
 
     GlobalHydra.instance().clear()
-    with patch.object(sys, "argv", ["mtptrain", *fitting(arguments)]):
+    is_little = not is_full and any(isinstance(one, Light) for one in arguments)
+    with (
+        patch.object(sys, "argv", ["mtptrain", *fitting(arguments)]),
+        composing_once(),
+        measuring_little() if is_little else nullcontext(),
+    ):
         try:
             cli.main()
         except SystemExit as ending:

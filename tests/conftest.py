@@ -105,9 +105,6 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def light(backbone_folder: Path, corpus_file: Path) -> list[str]:
     """Return settings that keep a recipe on the random backbone to about a second: two steps, two prompts."""
-    from mtptrain.recipes import evaluate  # the tests of kernels run without its packages
-
-    evaluate.STEP_REPETITIONS = 2  # the number only makes times less noisy
     settings = [
         f"backbone.path={backbone_folder}",
         "data=text",

@@ -98,7 +98,7 @@ def largest(difference_N: np.ndarray) -> float:
 
 
 def measure_noise(
-    compute: Callable[[], list[Logits]], modules: Sequence[nn.Module], dtype: torch.dtype, copies: int = COPIES
+    compute: Callable[[], list[Logits]], modules: Sequence[nn.Module], dtype: torch.dtype
 ) -> RoundingNoise:
     """Return the rounding noise of a computation of logits.
 
@@ -106,12 +106,11 @@ def measure_noise(
         compute: returns the logits of some texts.
         modules: their leaves are disturbed.
         dtype: of the arithmetic.
-        copies: disturbed computations of each text.
     """
     exact = compute()
     gaps: list[np.ndarray] = []
     log_ps: list[np.ndarray] = []
-    for copy in counted("certificate: measuring the rounding noise", range(copies)):
+    for copy in counted("certificate: measuring the rounding noise", range(COPIES)):
         with disturbed(modules, dtype, copy):
             for one, other in zip(exact, compute(), strict=True):
                 gaps.append(other.gap_N - one.gap_N)

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 
-from mtptrain.recipes import evaluate
 from tests.command import SMALL, run_main
 
 Job = tuple[str, list[str]]  # its name and the settings of the command
@@ -87,7 +86,6 @@ def output_in(path: Path) -> Iterator[None]:
                 os.close(number)
 
 
-@patch.object(evaluate, "STEP_REPETITIONS", 1)  # times are not read here
 def run(folder: Path, commands: list[Job]) -> None:
     """Run commands one after the other; write NAME.code and NAME.RANK.txt into `folder`."""
     number = os.environ.get("RANK", "0")

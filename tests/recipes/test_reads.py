@@ -24,13 +24,13 @@ from tests.recipes.test_recipes import SHAPE
 SIZES = "backbone.shape.vocab_size=300 backbone.shape.hidden_size=64 backbone.shape.num_experts=4"  # of the release
 # A program, and settings with which one run reads all that the program may read with its source of data.
 PROGRAMS = {
-    "distill, stdlib": "+recipe=distill data=stdlib decoding.temperature=1",
+    "distill, stdlib": "+recipe=distill data=stdlib data.max_documents=40 decoding.temperature=1",
     "distill, text": "+recipe=distill data=text data.path={corpus}",
     "distill, text read during training": "+recipe=distill data=text data.path={corpus} data.streaming=true",
-    "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}]",
+    "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}] data.max_documents=40",
     "distill, streams": "+recipe=distill data=streams data.path={streams}",
     "distill, followed streams": "+recipe=distill data=streams data.path={streams} data.follow=true",
-    "distill, on_policy": "+recipe=distill_on_policy on_policy.num_prompts=4 on_policy.max_new_tokens=8",
+    "distill, on_policy": "+recipe=distill_on_policy data.max_documents=40 on_policy.num_prompts=4 on_policy.max_new_tokens=8",
     "distill, on_policy from a text": "+recipe=distill data=on_policy data.path={corpus} on_policy.num_prompts=4",
     "distill, on_policy from prompts": "+recipe=distill_on_policy on_policy.prompts={prompts} on_policy.path={new}/t",
     "pretrain": "+recipe=pretrain data=text data.path={corpus} evaluation.every=1",
