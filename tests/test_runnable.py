@@ -1,4 +1,4 @@
-"""Commands of the pages: those under `<!-- runnable -->` run, in order, and every one can be pasted into bash and zsh."""
+"""Commands of the pages: those under `<!-- runnable -->` run, in order, and all can be pasted into bash and zsh."""
 
 import re
 import shlex

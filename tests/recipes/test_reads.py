@@ -27,12 +27,15 @@ PROGRAMS = {
     "distill, stdlib": "+recipe=distill data=stdlib data.max_documents=40 decoding.temperature=1",
     "distill, text": "+recipe=distill data=text data.path={corpus}",
     "distill, text read during training": "+recipe=distill data=text data.path={corpus} data.streaming=true",
-    "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}] data.max_documents=40",
+    "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}] "
+    "data.max_documents=40",
     "distill, streams": "+recipe=distill data=streams data.path={streams}",
     "distill, followed streams": "+recipe=distill data=streams data.path={streams} data.follow=true",
-    "distill, on_policy": "+recipe=distill_on_policy data.max_documents=40 on_policy.num_prompts=4 on_policy.max_new_tokens=8",
+    "distill, on_policy": "+recipe=distill_on_policy on_policy.num_prompts=4 on_policy.max_new_tokens=8 "
+    "data.max_documents=40",
     "distill, on_policy from a text": "+recipe=distill data=on_policy data.path={corpus} on_policy.num_prompts=4",
-    "distill, on_policy from prompts": "+recipe=distill_on_policy on_policy.prompts={prompts} on_policy.path={new}/t",
+    "distill, on_policy from prompts": "+recipe=distill_on_policy on_policy.prompts={prompts} on_policy.path={new}/t "
+    "data.max_documents=40",
     "pretrain": "+recipe=pretrain data=text data.path={corpus} evaluation.every=1",
     "collect": "+recipe=collect data=text data.path={corpus}",
     "evaluate": "+recipe=evaluate data=text data.path={corpus} checkpoint={head}",
