@@ -34,7 +34,7 @@ test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-servers: $(VENV)/installed-dev ## download vLLM by name (336 MB); run its loader on exports, look up what collect.engine=vllm uses; not in CI
 	$(BIN)/python -m pytest -s tests/servers/check_loaders.py
