@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test test-servers quality kernels mutants lock clean
+.PHONY: run test docs test-servers quality kernels mutants lock clean
 
 # The locked pip comes first: it applies the lock also where a package is built from source (--build-constraint).
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need 
 
 test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-servers: $(VENV)/installed-dev ## download vLLM by name (336 MB); run its loader on exports, look up what collect.engine=vllm uses; not in CI
 	$(BIN)/python -m pytest -s tests/servers/check_loaders.py

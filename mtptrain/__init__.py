@@ -1,3 +1,3 @@
 """Train multi-token-prediction heads on a frozen DeepSeek-V4 backbone and measure what they gain."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

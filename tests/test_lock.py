@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 from tests.command import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REQUIREMENTS = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+EXTRAS = PROJECT["optional-dependencies"]
+LISTED = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["docs"], *EXTRAS["dev"]]]
+REQUIREMENTS = [requirement for requirement in LISTED if requirement.name != PROJECT["name"]]  # dev asks for docs
 LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 LOCKED = dict(line.split("==") for line in LINES if not line.startswith("#"))
 

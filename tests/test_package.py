@@ -1,18 +1,27 @@
-"""The wheel holds everything that a run needs, and runs without the checkout."""
+"""The distributions are whole, and the wheel runs in an environment of its own, without the checkout."""
 
+import json
 import os
 import shutil
+import site
 import subprocess
 import sys
+import tarfile
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from twine.commands.check import check
 
+import mtptrain
 from mtptrain.training.checkpoint import checkpoint_folders
-from tests.command import ROOT, run_process
+from tests.command import ROOT, fitting
 
 NEEDED = {".py", ".yaml", ".html", ".css"}
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+OF_GIT = {".gitignore", ".dockerignore"}
 
 
 def sources() -> list[str]:
@@ -35,22 +44,68 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel built from the copy."""
-    target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(checkout)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = target.glob("*.whl")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution built from the copy, and the wheel built from that."""
+    target = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), str(checkout)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    """The wheel."""
+    (path,) = built.glob("*.whl")
     return zipfile.ZipFile(path)
 
 
 @pytest.fixture(scope="module")
-def unpacked(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the unpacked wheel."""
-    folder = tmp_path_factory.mktemp("unpacked")
-    wheel.extractall(folder)
+def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel, which finds the packages that it depends on in the present one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python, (path,) = folder / "bin" / "python", built.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    (own,) = folder.glob("lib/*/site-packages")
+    # The folders alone: the files there that make the checkout importable are not read.
+    (own / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
     return folder
+
+
+def run_installed(environment: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the installed command in a folder outside the checkout."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(environment / "bin" / "mtptrain"), *fitting(arguments)]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def test_the_source_distribution_holds_the_whole_checkout(checkout: Path, built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    links = {path for path in (checkout / "mtptrain").iterdir() if path.is_symlink()}
+    assert {link.name for link in links} == {"conf", "kernels", "recipes"}
+    linked = {
+        f"mtptrain/{link.name}/{name.partition('/')[2]}"
+        for link in links
+        for name in sources()
+        if name.startswith(f"{link.name}/")
+    }
+    files = {name for name in sources() if not (checkout / name).is_symlink()} - OF_GIT
+    assert (files | linked) - held == set()
+
+
+def test_the_distributions_can_be_uploaded(built: Path) -> None:
+    assert not check([str(path) for path in built.iterdir()], strict=True)
+
+
+def test_the_version_is_one(built: Path) -> None:
+    assert mtptrain.__version__ == VERSION
+    assert {
+        path.name.removeprefix("mtptrain-").partition("-py3")[0].removesuffix(".tar.gz") for path in built.iterdir()
+    } == {VERSION}
 
 
 def test_the_wheel_holds_every_file_of_the_package(checkout: Path, wheel: zipfile.ZipFile) -> None:
@@ -75,26 +130,37 @@ def test_the_wheel_holds_nothing_but_the_package(wheel: zipfile.ZipFile) -> None
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
 
 
-def test_the_unpacked_wheel_is_what_python_imports(unpacked: Path, tmp_path: Path) -> None:
+def test_the_installed_package_is_what_python_imports(environment: Path, tmp_path: Path) -> None:
     shown = subprocess.run(
-        [sys.executable, "-c", "import mtptrain.recipes as r, mtptrain.kernels as k; print(*r.__path__, *k.__path__)"],
+        [
+            environment / "bin" / "python",
+            "-c",
+            "import mtptrain.recipes as r, mtptrain.kernels as k; print(r.__path__[0], k.__path__[0])",
+        ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
-    assert shown.stdout.split() == [str(unpacked / "mtptrain" / name) for name in ("recipes", "kernels")]
+    (own,) = environment.glob("lib/*/site-packages")
+    assert shown.stdout.split() == [str(own / "mtptrain" / name) for name in ("recipes", "kernels")]
 
 
-def test_the_unpacked_wheel_shows_a_configuration(unpacked: Path, tmp_path: Path) -> None:
-    code, output, errors = run_process("--cfg", "job", "+recipe=distill", folder=tmp_path, python_path=unpacked)
-    assert (code, errors) == (0, "")
-    assert "divergence: kl" in output
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [(["--version"], VERSION), (["--help"], "+recipe=NAME"), (["--cfg", "job", "+recipe=distill"], "divergence: kl")],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_installed_command_answers(arguments: list[str], line: str, environment: Path, tmp_path: Path) -> None:
+    ended = run_installed(environment, tmp_path, *arguments)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert line in ended.stdout
 
 
-def test_the_unpacked_wheel_trains_and_reports(unpacked: Path, light: list[str], tmp_path: Path) -> None:
-    code, output, errors = run_process("+recipe=distill", *light, folder=tmp_path, python_path=unpacked)
-    assert code == 0, output + errors
+def test_the_installed_command_trains_and_reports(environment: Path, light: list[str], tmp_path: Path) -> None:
+    ended = run_installed(environment, tmp_path, "+recipe=distill", *light)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     (run,) = (tmp_path / "outputs" / "distill").iterdir()  # the default folder of a run
     assert [folder.name for folder in checkpoint_folders(run / "checkpoints")] == ["step_00000001", "step_00000002"]
     assert "<style>" in (run / "report.html").read_text(encoding="utf-8")
+    assert json.loads((run / "provenance.json").read_text(encoding="utf-8"))["versions"]["mtptrain"] == VERSION

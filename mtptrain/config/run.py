@@ -90,7 +90,8 @@ class RunConfig:
     url: str | None = None  # measure_server: address of a running vLLM or SGLang server
     path: str | None = None  # report: an evaluation.json, or the folder of its run
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
-    # `heldout`, or one or a list of .jsonl and .parquet files, folders, and `datasets` as NAME or NAME:SUBSET:SPLIT
+    # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` as NAME or NAME:SUBSET:SPLIT, and
+    # benchmarks: gsm8k, math500, mbpp, humaneval, mt_bench.
     prompts: Any = HELDOUT
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

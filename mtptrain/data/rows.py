@@ -4,25 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mtptrain.data.files import Position, Row
 from mtptrain.errors import UserError
+from mtptrain.run.hub import HUB_ID
+from mtptrain.run.progress import waiting
 
 
 @contextmanager
-def _loading(setting: str) -> Iterator[None]:
+def _loading(setting: str, loader: str) -> Iterator[None]:
     """Turn any exception that `datasets` raises inside the block into a `UserError`."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        yield
+        with _quiet_hub():
+            yield
     except Exception as error:  # not found, no network, a damaged file, a bad schema
         summary = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or type(error).__name__
-        raise UserError(
-            f"{setting}: datasets cannot load it ({summary}); check the file, or the name and the network"
-        ) from error
+        raise UserError(f"{setting}: datasets cannot load it ({summary}); {_way_out(loader)}") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub's client, which prints two lines for every attempt to reach the network."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _way_out(loader: str) -> str:
+    if not HUB_ID.fullmatch(loader) or Path(loader).exists():
+        return "check the file, or the name and the network"
+    return (
+        f"check the name and the network, or run `hf download {loader} --repo-type dataset --local-dir {loader}` where "
+        "there is a network and copy that folder to the working directory, or set HF_HOME to a cache that holds the "
+        "data set, or give a local file"
+    )
 
 
 def _plain(row: Row) -> Row:
@@ -46,8 +71,9 @@ def load_rows(setting: str, loader: str, **arguments: Any) -> Iterator[Row]:
     """
     import datasets
 
-    with _loading(setting):
-        rows = datasets.load_dataset(loader, **arguments)
+    with _loading(setting, loader):
+        with waiting(f"loading {loader}"):
+            rows = datasets.load_dataset(loader, **arguments)
         if "split" not in arguments:
             rows = rows["test"] if "test" in rows else next(iter(rows.values()))
         yield from map(_plain, rows)
@@ -69,14 +95,14 @@ class DatasetRows:
     def __init__(self, setting: str, loader: str, state: Position | None, **arguments: Any) -> None:
         import datasets
 
-        self.setting = setting
-        with _loading(setting):
+        self.setting, self.loader = setting, loader
+        with _loading(setting, loader):
             self.rows = datasets.load_dataset(loader, streaming=True, **arguments)
             if state is not None:
                 self.rows.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Row]:
-        with _loading(self.setting):  # damaged files and lost connections show only while reading
+        with _loading(self.setting, self.loader):  # damaged files and lost connections show only while reading
             yield from map(_plain, self.rows)
 
     def state(self) -> Position:

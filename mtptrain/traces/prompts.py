@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from mtptrain.data.rows import load_rows
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.run.storage import sha256_file
+from mtptrain.traces.benchmarks import benchmark_name, check_unambiguous, choose_dataset, load_questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,8 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
     sources = []
     for name in names:
         path = Path(name)
-        if path.exists() or kind_of(path) in ROW_KINDS:
+        check_unambiguous(f"{setting}={name}", name.partition(":")[0])
+        if benchmark_name(name) is None and (path.exists() or kind_of(path) in ROW_KINDS):
             files = local_files(f"{setting}={name}", path, ROW_KINDS)
             sources += [_read_file(file, f"{setting}={file}") for file in files]
         else:
@@ -258,21 +259,15 @@ def read_dataset(name: str, setting: str = "prompts", split: str | None = None) 
     """Read a data set with `datasets.load_dataset`; other arguments and errors as in `read_prompt_rows`.
 
     Args:
-        name: NAME, NAME:SUBSET or NAME:SUBSET:SPLIT, such as `openai/gsm8k:main:test`; NAME::SPLIT has one subset.
+        name: NAME, NAME:SUBSET or NAME:SUBSET:SPLIT, such as `openai/gsm8k:main:test`; NAME::SPLIT has one subset. NAME
+            may be one of `BENCHMARKS`, which have a subset and a split of their own.
         setting: name of the setting, for the error.
         split: the split if the name has none.
     """
     setting = f"{setting}={name}"
-    repository, subset, own_split = [*name.split(":", 2), "", ""][:3]
-    if not repository:
-        raise UserError(f"{setting}: has no name before the colon; give NAME:SUBSET:SPLIT")
-    if kind_of(Path(repository)) in ROW_KINDS:
-        raise UserError(f"{setting}: is a file, of which :{subset} chooses nothing; give {repository}")
-    chosen = {"name": subset, "split": own_split or split}
-    rows = list(load_rows(setting, repository, **{key: value for key, value in chosen.items() if value}))
-    lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
-    sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return PromptSource(name, sha256, _prompt_rows(setting, repository.rsplit("/", 1)[-1], enumerate(rows, start=1)))
+    choice = choose_dataset(setting, name, split)
+    rows, sha256 = load_questions(setting, choice)
+    return PromptSource(choice.name, sha256, _prompt_rows(setting, choice.domain, enumerate(rows, start=1)))
 
 
 def _prompt_rows(setting: str, domain: str, rows: Iterator[tuple[int, Row | UserError]]) -> list[PromptRow]:
