@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from mtptrain.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 LONGEST = 100  # characters of a name: room for the endings of locks and temporary files below the usual 255 bytes
 UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")  # Hydra would not take `=` or a comma in `checkpoint=outputs/sweep/...`
@@ -25,13 +29,12 @@ def varied_settings(job: Sequence[str], command: Sequence[str]) -> dict[str, str
     return {str(override.key_or_group): _value_text(override) for override in varied if not override.is_delete()}
 
 
-def _value_text(override: object) -> str:
-    value = override.value()  # type: ignore[attr-defined]
-    text: str = override.get_value_element_as_str()  # type: ignore[attr-defined]
-    return value if isinstance(value, str) else text
+def _value_text(override: Override) -> str:
+    value = override.value()
+    return value if isinstance(value, str) else override.get_value_element_as_str()
 
 
-def _overrides(arguments: Sequence[str]) -> list:  # type: ignore[type-arg]
+def _overrides(arguments: Sequence[str]) -> list[Override]:
     """Return the overrides among some arguments; options are none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from markupsafe import Markup
@@ -28,7 +29,7 @@ from mtptrain.evaluation.report.template import write_page
 from mtptrain.evaluation.report.training_plots import LENGTH, draw_named
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.evaluation.sweep import JobFigures, JobOutcome, SweepJob, SweepResult, read_figures
-from mtptrain.run.record import MetricCurve
+from mtptrain.run.record import MetricCurve, RunRecord
 
 SWEEP_PAGE = "sweep.html"
 Figures = list[tuple[SweepJob, JobFigures]]
@@ -88,7 +89,13 @@ def sweep_table(figures: Figures) -> Grid:
     """Return the varied settings, the figures and the state of every job."""
     names = list(dict.fromkeys(name for job, _ in figures for name in job.settings))
     columns = [column for column in COLUMNS if any(COLUMNS[column](one) is not None for _, one in figures)]
-    headers = [*(name.replace(".", ".\n") for name in names or ["job"]), *columns, "state"]
+    lengths = {one.evaluation.draft_length for _, one in figures if one.evaluation is not None}
+    if len(lengths) == 1:  # then it stands in the header
+        columns = [column for column in columns if column != "K"]
+    shown = [
+        f"{column}\nK={min(lengths)}" if column in OF_LONGEST and len(lengths) == 1 else column for column in columns
+    ]
+    headers = [*(_short_names(names) or ["job"]), *shown, "state"]
     rows = []
     for job, one in figures:
         settings = [Cell(job.settings.get(name, MISSING_VALUE)) for name in names] or [Cell(job.folder)]
@@ -96,10 +103,15 @@ def sweep_table(figures: Figures) -> Grid:
         rows.append([*settings, *cells, Cell(STATES.get(job.outcome, job.outcome.value))])
     note = (
         "tok/pass: tokens a verify pass at the longest K, by replay, with its 95 % interval; gain: over stock; "
-        "speed-up: the highest of all K at the smallest batch; loss and alpha: of the first draft step on the training "
-        "text, last row."
+        "speed-up: the highest of all K at the smallest batch; loss: of the first draft step, last row."
     )
     return Grid("Jobs", headers, rows, note)
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Return the last parts of the names of settings, or the whole names if two have the same."""
+    short = [name.rpartition(".")[2] for name in names]
+    return short if len(set(short)) == len(names) else names
 
 
 def _tokens_a_pass(one: JobFigures) -> Cell | None:
@@ -118,7 +130,7 @@ def _speed(one: JobFigures) -> Cell | None:
     if one.evaluation is None:
         return None
     timed = one.evaluation.speedup[one.evaluation.first_batch][one.evaluation.last_head.name]
-    return speed_cell(max(timed.values(), key=lambda speed: speed.median))
+    return Cell(speed_cell(max(timed.values(), key=lambda speed: speed.median)).value)  # its interval is in the report
 
 
 def _draft_length(one: JobFigures) -> Cell | None:
@@ -134,13 +146,13 @@ def _verdict(one: JobFigures) -> Cell | None:
     return None if one.comparison is None else Cell(comparison_headline(one.comparison)[1])
 
 
+OF_LONGEST = ("tok/pass", "gain")
 COLUMNS = {
     "K": _draft_length,
     "tok/pass": _tokens_a_pass,
     "gain": _gain,
     "speed-up": _speed,
     "loss": lambda one: _last(one, "loss/step_1"),
-    "alpha": lambda one: _last(one, "alpha/step_1"),
     "verdict": _verdict,
 }
 
@@ -148,7 +160,7 @@ COLUMNS = {
 def sweep_plots(figures: Figures) -> dict[str, str]:
     """Return the figures of a sweep that have data, by their captions."""
     drawn = {
-        "Acceptance length by job (95 % intervals)": _lengths(counted(figures)),
+        "Acceptance length by job (95 % intervals)": _lengths(figures),
         "Training loss, first draft step": _curves(figures, "loss/step_1", "sweep-loss", "loss"),
         "Acceptance alpha, first draft step": _curves(figures, "alpha/step_1", "sweep-alpha", "alpha"),
         "Acceptance length by replay, longest K": _replays(figures),
@@ -159,19 +171,25 @@ def sweep_plots(figures: Figures) -> dict[str, str]:
 
 
 def _curves(figures: Figures, metric: str, name: str, y_label: str) -> str | None:
-    curves = {
-        job.label: one.record.curves[metric] for job, one in figures if one.record and metric in one.record.curves
-    }
-    return draw_named(curves, name, y_label, _short) if curves else None
+    return _drawn(figures, lambda record: record.curves.get(metric), name, y_label)
 
 
 def _replays(figures: Figures) -> str | None:
-    curves: dict[str, MetricCurve] = {}
-    for job, one in figures:
-        lengths = one.record.numbered(LENGTH) if one.record else {}
-        if lengths:
-            curves[job.label] = lengths[max(lengths)]
-    return draw_named(curves, "sweep-replay", "tokens a verify pass", _short) if curves else None
+    def longest(record: RunRecord) -> MetricCurve | None:
+        lengths = record.numbered(LENGTH)
+        return lengths[max(lengths)] if lengths else None
+
+    return _drawn(figures, longest, "sweep-replay", "tokens a verify pass")
+
+
+def _drawn(figures: Figures, choose: Callable[[RunRecord], MetricCurve | None], name: str, y_label: str) -> str | None:
+    """Draw a curve of every job that has it, in the colour of the job."""
+    curves = {
+        _short(job.label): (number, curve)
+        for number, (job, one) in enumerate(figures)
+        if one.record is not None and (curve := choose(one.record)) is not None
+    }
+    return draw_named(curves, name, y_label) if curves else None
 
 
 def _short(label: str) -> str:
@@ -179,19 +197,20 @@ def _short(label: str) -> str:
     return tick(" ".join(part.partition("=")[2] or part for part in label.split(" ")))
 
 
-def _lengths(evaluations: list[tuple[SweepJob, Evaluation]]) -> str | None:
-    """Draw tokens a verify pass with its interval, a row a job, the first at the top."""
-    known = [(job, one.last_head.replay[one.draft_length]) for job, one in evaluations]
-    known = [(job, one) for job, one in known if one.acceptance_length is not None and one.interval is not None]
+def _lengths(figures: Figures) -> str | None:
+    """Draw tokens a verify pass with its interval, a row a job whose evaluation counts, the first at the top."""
+    labels = [job.label for job, _ in figures]
+    measured = [(job.label, one.last_head.replay[one.draft_length]) for job, one in counted(figures)]
+    known = [(label, one) for label, one in measured if one.acceptance_length is not None and one.interval is not None]
     if not known:
         return None
     figure, axes = canvas("tokens a verify pass", "", 1)
     figure.set_figheight(1.2 + 0.32 * len(known))
-    for y, (_, one) in enumerate(known):
-        colour = series_style(y)["color"]
+    for y, (label, one) in enumerate(known):
+        colour = series_style(labels.index(label))["color"]
         axes.hlines([y], *(one.interval or (0, 0)), color=colour, linewidth=2.5, alpha=0.55)
         axes.plot([one.acceptance_length or 0], [y], "s", color=colour, markersize=5)
-    axes.set(yticks=range(len(known)), yticklabels=[_short(job.label) for job, _ in known])
+    axes.set(yticks=range(len(known)), yticklabels=[_short(label) for label, _ in known])
     axes.set_ylim(len(known) - 0.5, -0.5)
     axes.grid(False)
     axes.grid(axis="x", color=INK, alpha=0.12)
@@ -215,6 +234,7 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
     content = {
         "title": f"mtptrain sweep of {len(sweep.jobs)} jobs in {folder}",
         "headline": _sentence(sweep_headline(figures)),
+        "kind": _kind(figures),
         "failed": failed,
         "notes": [_sentence(note) for note in notes if note not in failed],
         "grid": sweep_table(figures),
@@ -227,6 +247,11 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
         },
     }
     write_page("sweep.html", content, path)
+
+
+def _kind(figures: Figures) -> str:
+    done = sum(job.outcome is JobOutcome.done for job, _ in figures)
+    return "single" if done == len(figures) else "unclear" if done else "failed"
 
 
 def _sentence(text: str) -> str:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -166,24 +166,25 @@ def _scale(axes: Axes, curves: list[MetricCurve]) -> None:
 
 def _shares(record: RunRecord) -> str | None:
     shares = {name.removeprefix("share/"): one for name, one in record.curves.items() if name.startswith("share/")}
-    return draw_named(shares, "training-shares", "share of the tokens") if shares else None
+    curves = {tick(name): (number, one) for number, (name, one) in enumerate(shares.items())}
+    return draw_named(curves, "training-shares", "share of the tokens") if shares else None
 
 
-def draw_named(curves: Mapping[str, MetricCurve], name: str, y_label: str, label: Callable[[str], str] = tick) -> str:
+def draw_named(curves: Mapping[str, tuple[int, MetricCurve]], name: str, y_label: str) -> str:
     """Draw curves by training step, a colour each.
 
     Args:
-        curves: by name.
+        curves: by their text in the legend, each with the number that chooses its colour.
         name: of the figure, unique on the page.
         y_label: of the axis.
-        label: returns the text of a name in the legend.
     """
-    first = min(curve.steps[0] for curve in curves.values())
-    last = max(curve.steps[-1] for curve in curves.values())
+    first = min(curve.steps[0] for _, curve in curves.values())
+    last = max(curve.steps[-1] for _, curve in curves.values())
     figure, axes = step_canvas(y_label, first, last)
-    for number, (title, curve) in enumerate(curves.items()):
+    for title, (number, curve) in curves.items():
         thin = thinned(curve)
-        marker = "." if len(thin.steps) < 30 else ""
-        axes.plot(thin.steps, thin.values, marker=marker, label=label(title), **series_style(number))
-    _scale(axes, list(curves.values()))
+        axes.plot(
+            thin.steps, thin.values, marker="." if len(thin.steps) < 30 else "", label=title, **series_style(number)
+        )
+    _scale(axes, [curve for _, curve in curves.values()])
     return svg(figure, axes, name, f"{y_label} by training step")

@@ -37,7 +37,7 @@ def sweep(tmp_path: Path) -> SweepResult:
 
 def printed(sweep: SweepResult, folder: Path) -> str:
     stream = io.StringIO()
-    print_sweep(sweep, folder, Console(file=stream, width=100))
+    print_sweep(sweep, folder, Console(file=stream, width=80))
     return stream.getvalue()
 
 
@@ -57,7 +57,7 @@ def test_one_table_and_one_page_show_every_job(sweep: SweepResult, tmp_path: Pat
     rows = [line.split() for line in shown.splitlines() if line.split()[:1] in (["kl"], ["ce"], ["tv"])]
     assert [row[0] for row in rows] == ["kl", "ce", "tv"]
     assert [row[-1] for row in rows] == ["done", "FAILED", "done"]
-    assert rows[1][1:-1] == ["-"] * 6
+    assert rows[1][1:-1] == ["-"] * 4
     assert f"checkpoints=[{tmp_path}/loss.divergence-kl,{tmp_path}/loss.divergence-tv]" in shown
 
 
