@@ -21,7 +21,7 @@ def test_a_job_is_named_by_the_settings_that_vary() -> None:
 
 
 ODD = [
-    "mtp.init=/runs/a b/../c",
+    "'mtp.init=/runs/a b/../c'",
     "'prompts=[x.jsonl,\"y z.jsonl\"]'",
     "data.path=" + "long/" * 80,
     "'data.path=\"ä=1,ö\"'",

@@ -30,7 +30,9 @@ def sweep(tmp_path: Path) -> SweepResult:
         folder = tmp_path / job(name).folder
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "metrics.jsonl").write_bytes(METRICS.read_bytes())
-        (folder / "evaluation.json").write_bytes(EVALUATIONS["greedy"].read_bytes())
+        values = json.loads(EVALUATIONS["greedy"].read_text(encoding="utf-8"))
+        values["heads"][1]["replay"]["3"]["acceptance_length"] += 0.25 * (name == "tv")
+        (folder / "evaluation.json").write_text(json.dumps(values), encoding="utf-8")
     values = {"schema": 1, "command": ["python"], "started": "now", "git_commit": None}
     return SweepResult(**values, jobs=[job("kl"), failed, job("tv")])
 
@@ -47,7 +49,7 @@ def test_one_table_and_one_page_show_every_job(sweep: SweepResult, tmp_path: Pat
     write_sweep_page(sweep, tmp_path, tmp_path / "sweep.html")
     text = (tmp_path / "sweep.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert "2 of 3 jobs done; loss.divergence=kl has the most tokens a verify pass, 1.67 (1.50 to 1.86) at K=3" in text
+    assert "2 of 3 jobs done; loss.divergence=tv has the most tokens a verify pass, 1.92 (1.50 to 1.86) at K=3" in text
     assert "FAILED" in text
     assert "loss.divergence=ce: loss.divergence=ce: is &lt;no&gt; distillation" in text
     assert text.count("<svg ") == 6
@@ -68,6 +70,13 @@ def test_jobs_that_do_not_compare_have_no_best_one(sweep: SweepResult, tmp_path:
     values = json.loads(EVALUATIONS["greedy"].read_text(encoding="utf-8"))
     values["certificate"]["passed"] = False
     other.write_text(json.dumps(values), encoding="utf-8")
+    assert "2 of 3 jobs done\n" in printed(sweep, tmp_path)
+
+
+def test_jobs_that_are_as_good_have_no_best_one(sweep: SweepResult, tmp_path: Path) -> None:
+    for name in ("kl", "tv"):
+        path = tmp_path / f"loss.divergence-{name}" / "evaluation.json"
+        path.write_bytes(EVALUATIONS["greedy"].read_bytes())
     assert "2 of 3 jobs done\n" in printed(sweep, tmp_path)
 
 
