@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 0.16  # of one K, over which the settings stand side by side
+SMALLEST = 0.02  # tokens a pass: equal heads differ by rounding, which no axis should magnify
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, str]:
@@ -122,6 +123,8 @@ def gain_by_domain(comparison: Comparison) -> str | None:
     axes.xaxis.set_major_locator(few_ticks())
     axes.autoscale(axis="x")
     axes.margins(x=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, -SMALLEST), max(right, SMALLEST))
     return svg(figure, axes, "compared-domains", "Gain by domain")
 
 

@@ -104,9 +104,9 @@ def sweep_table(figures: Figures) -> Grid:
         cells = [COLUMNS[column](one) or Cell(MISSING_VALUE) for column in columns]
         rows.append([*settings, *cells, Cell(STATES.get(job.outcome, job.outcome.value))])
     note = (
-        "tok/pass: tokens a verify pass at the longest K, by replay, with its 95 % interval; gain: over stock; speed-up: "
-        "the highest of all K at the smallest batch, ? if the job's report doubts it; loss: of the first draft step, last "
-        "row."
+        "tok/pass: tokens a verify pass at the longest K, by replay, with its 95 % interval; gain: over stock; "
+        "speed-up: the highest of all K at the smallest batch, ? if the job's report doubts it; loss: of the first "
+        "draft step, in the last row."
     )
     return Grid("Jobs", headers, rows, note)
 
