@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import closing
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
@@ -19,10 +20,12 @@ import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.given import Given, choose_source, given_settings
 from mtptrain.config.paths import expand_argument
+from mtptrain.config.sweep import check_command
 from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import register_help
+from mtptrain.recipes.sweep import Sweep
 from mtptrain.run.lost import UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
 
@@ -95,7 +98,7 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     return config, settings
 
 
-def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_number: int | None) -> None:
+def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_folder: Path | None) -> None:
     """Check the settings, open the run's folder and run the recipe's program."""
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
@@ -110,7 +113,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     processes = getattr(recipe, "PROCESSES", "one")
     use: FolderUse = getattr(recipe, "FOLDER", FolderUse.run)
     if processes == "none":
-        session = Session(config, open_run_folder(config, settings, job_number, use))
+        session = Session(config, open_run_folder(config, settings, job_folder, use))
         with closing(session.folder.lock):
             run_recipe(recipe, session, reads)
         return
@@ -123,7 +126,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     except ValueError as error:  # kernels import nothing of mtptrain, not even UserError
         raise UserError(str(error)) from None
     join(config, processes)
-    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
+    session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_folder, use)))
     with closing(session.folder.lock):
         if processes == "led":
             lead(session, lambda: run_recipe(recipe, session, reads))
@@ -171,17 +174,12 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
-def run_job(composed: DictConfig, errors: io.StringIO) -> None:
-    """Check and run one composed configuration."""
-    sys.stderr = sys.__stderr__
-    errors.seek(0)
-    errors.truncate()
-    hydra_config = HydraConfig.get()
-    job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
+def run_job(composed: DictConfig, job_folder: Path | None = None) -> None:
+    """Check and run one composed configuration; a job of a sweep has a folder."""
     try:
         given = given_settings()
         config, settings = typed_config(composed, given)
-        run_task(config, settings, given, job_number)
+        run_task(config, settings, given, job_folder)
     except UserError as error:
         stop(str(error), isinstance(error, UnreachableError))
     except Preempted as ending:
@@ -201,11 +199,21 @@ def main() -> None:
         print(f"mtptrain {mtptrain.__version__}")
         return
     sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
-    errors = io.StringIO()
+    try:
+        check_command(sys.argv[1:])
+    except UserError as error:
+        stop(str(error))
+    errors, sweep = io.StringIO(), Sweep(sys.argv)
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")
     def job(composed: DictConfig) -> None:
-        run_job(composed, errors)
+        sys.stderr = sys.__stderr__
+        errors.seek(0)
+        errors.truncate()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep.run(composed, lambda folder: run_job(composed, folder))
+        else:
+            run_job(composed)
 
     # Hydra prints its own errors and ends with code 1: capture them until the job starts and print them as one line.
     sys.stderr = errors
@@ -221,3 +229,6 @@ def main() -> None:
         raise
     finally:
         sys.stderr = sys.__stderr__
+        sweep.finish()
+    if sweep.exit_code:
+        raise SystemExit(sweep.exit_code)

@@ -12,17 +12,18 @@ from rich.console import Console
 
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
-from mtptrain.evaluation.compare import (
-    CountsByLength,
-    Runs,
-    compare_heads,
-    head_sentence,
-    print_comparison,
+from mtptrain.evaluation.compare import CountsByLength, Runs, compare_heads, differing_settings
+from mtptrain.evaluation.comparison_result import (
+    COMPARISON_FILE,
+    COMPARISON_SCHEMA,
+    ComparedHead,
+    ComparedRun,
+    Comparison,
 )
-from mtptrain.evaluation.comparison_result import COMPARISON_SCHEMA, ComparedHead, ComparedRun, Comparison
 from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
 from mtptrain.evaluation.metrics import acceptance_length
+from mtptrain.evaluation.report.comparison_page import COMPARISON_PAGE, print_result, write_comparison_page
 from mtptrain.evaluation.report.headline import seen_text
 from mtptrain.evaluation.runs import runs_by_domain, summarize_runs
 from mtptrain.recipes.session import Session
@@ -82,14 +83,22 @@ def run(session: Session) -> None:
         draft_length=longest,
         heads=heads,
         comparisons=comparisons,
+        differences=differing_settings([[_settings(session, path) for path in paths] for paths in config.compared]),
     )
-    write_json(folder.path / "comparison.json", to_json(result))
-    console = Console()
-    for head in heads:
-        console.print(head_sentence(head, longest), highlight=False, soft_wrap=True)
-    for comparison in comparisons:
-        print_comparison(comparison, console)
-    folder.print_status(f"wrote {folder.path / 'comparison.json'}")
+    write_json(folder.path / COMPARISON_FILE, to_json(result))
+    write_comparison_page(result, folder.path / COMPARISON_PAGE)
+    print_result(result, Console())
+    folder.print_status(f"wrote {folder.path / COMPARISON_FILE} and {folder.path / COMPARISON_PAGE}")
+
+
+def _settings(session: Session, path: str) -> dict[str, object] | None:
+    """Return the settings of the training of a checkpoint by name; None for the stock head."""
+    if path == "stock":
+        return None
+    checkpoint = session.checkpoint(path)
+    identity = checkpoint.head_identity(session.backbone.fingerprint)
+    first = {"+recipe": identity.task, "steps trained": checkpoint.step, "mtp.init": identity.start["init"]}
+    return {**first, **identity.settings, "data (digest of its tokens)": identity.data[:12]}
 
 
 def _shown(paths: list[str]) -> str:

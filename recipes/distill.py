@@ -29,7 +29,7 @@ from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.passages import Passages, prompt_digest
 from mtptrain.data.recorded import RecordedBatches
 from mtptrain.errors import UserError
-from mtptrain.evaluation.heads import Head
+from mtptrain.evaluation.heads import Head, heldout_figures, teacher_forced
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.losses.rollout import RolloutObjective
@@ -63,7 +63,7 @@ from mtptrain.training.trainer import Probe, Trainer
 
 PROCESSES = "any"
 EXPECTED = "replay/expected_length"  # at temperature 1
-PROBE_PROMPTS = 16  # few enough that a replay costs about as much as two training steps
+PROBE_PROMPTS, PROBE_ROWS = 16, 16  # few enough that each part of a probe costs about two to four training steps
 
 
 def reads(config: RunConfig) -> Settings:
@@ -176,7 +176,9 @@ def make_probe(session: Session, stack: MtpStack) -> Probe:
         if expected is not None:
             at_1 = acceptance_length(replay_head(expected, stack, texts)[longest])
             figures |= {} if at_1 is None else {f"{EXPECTED}_{longest}": at_1}
-        return figures
+        corpus, rows = session.heldout_corpus, min(PROBE_ROWS, config.evaluation.heldout_sequences)
+        model, steps = session.training_backbone.model, config.mtp.num_steps
+        return figures | heldout_figures(teacher_forced(model, stack, corpus, session.piece_length, rows, steps))
 
     score = f"replay/acceptance_length_{longest}" if expected is None else f"{EXPECTED}_{longest}"
     prompts = [prompt_digest(trace.prompt.tokens) for trace in traces]

@@ -28,6 +28,7 @@ from mtptrain.evaluation.metrics import by_domain, summarize, totals
 from mtptrain.evaluation.plausibility import summarize_heads
 from mtptrain.evaluation.report.page import write_report
 from mtptrain.evaluation.report.tables import print_summary
+from mtptrain.evaluation.report.training_page import training_of
 from mtptrain.evaluation.result import (
     EVALUATION_FILE,
     SCHEMA,
@@ -210,7 +211,7 @@ def evaluate_heads(session: Session, heads: list[Head], trace_set: TraceSet | No
     )
     folder = session.folder.path
     write_evaluation(folder / EVALUATION_FILE, evaluation)
-    write_report(evaluation, folder / "report.html")
+    write_report(evaluation, folder / "report.html", training_of(evaluation, folder))
     print_summary(evaluation, Console())
     session.folder.print_status(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
     return evaluation

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, settings
@@ -24,6 +22,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.folder_lock import is_held
 from mtptrain.run.progress import clock
+from mtptrain.run.record import run_section
 from mtptrain.run.trackers import TrackedRun, check_trackers
 from mtptrain.run.tracking import Trackers
 from mtptrain.run.typed_json import MismatchError, from_json
@@ -126,18 +125,8 @@ def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> Non
 
 def last_step(run_folder: Path, root: Path) -> int | None:
     """Return the last step of a run that has its checkpoint, by the config.yaml that it wrote last; None before."""
-    steps = _run_settings(run_folder, "train").get("steps")
+    steps = run_section(run_folder, "train").get("steps")
     return steps if isinstance(steps, int) and (root / checkpoint_name(steps)).is_dir() else None
-
-
-def _run_settings(run_folder: Path, section: str) -> Mapping[str, object]:
-    """Return the settings of a run in one section; none if it has not written them yet."""
-    try:
-        stored = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    found = stored.get(section) if isinstance(stored, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def watching_trackers(run_folder: Path, session: Session) -> Trackers:
@@ -146,7 +135,7 @@ def watching_trackers(run_folder: Path, session: Session) -> Trackers:
     Raises:
         UserError: a package of a tracker is missing, or the run's settings of tracking cannot be read.
     """
-    stored = _run_settings(run_folder, "tracking")
+    stored = run_section(run_folder, "tracking")
     names = {one: stored[one] for one in ("trackers", "project", "name", "group", "tags") if one in stored}
     try:
         tracking = from_json(TrackingConfig, names)

@@ -35,6 +35,7 @@ prompts="prompts=[$out/code.jsonl,$out/prose.jsonl]"
 if [ ! -e "$out/distill/checkpoints/step_00000060" ]; then
     run +recipe=distill train.steps=60 evaluation.every=30 evaluate_at_end=false resume=auto output_dir="$out/distill"
 fi
+cp "$out/distill/metrics.jsonl" tests/evaluation/data/metrics.jsonl
 head="checkpoint=$out/distill"
 record greedy report/data/greedy.json evaluation.json +recipe=evaluate "$head" "$prompts" "${timed[@]}" \
     "evaluation.batch_sizes=[1,2]"

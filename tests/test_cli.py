@@ -139,12 +139,27 @@ def test_the_folder_of_a_sweep_that_cannot_be_made_is_named(
     assert re.fullmatch(rf"mtptrain: \w+Error: .*'{corpus_file}/sweep'; see --help\n", capfd.readouterr().err)
 
 
-def test_a_sweep_stops_at_the_first_mistake(
+def test_a_sweep_lists_the_jobs_that_failed(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main("-m", "+recipe=distill", *light, "mtp.steps=9,1", f"output_dir={tmp_path}") == 2
-    assert capfd.readouterr().err == "mtptrain: mtp.steps=9: must be at most 8\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
+    assert run_main("-m", "+recipe=distill", *light, "mtp.steps=9,10", f"output_dir={tmp_path}") == 2
+    output, errors = capfd.readouterr()
+    assert errors.splitlines() == [
+        f"job 0: {tmp_path}/mtp.steps-9",
+        "mtptrain: mtp.steps=9: must be at most 8",
+        f"job 1: {tmp_path}/mtp.steps-10",
+        "mtptrain: mtp.steps=10: must be at most 8",
+        f"wrote {tmp_path}/sweep.json and {tmp_path}/sweep.html",
+    ]
+    assert output.startswith("0 of 2 jobs done\n")
+    assert output.count("FAILED") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun.yaml", "sweep.html", "sweep.json"]
+
+
+def test_a_sweep_over_its_own_folder_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("-m", "+recipe=distill", f"output_dir={tmp_path}/a,{tmp_path}/b") == 2
+    assert capfd.readouterr().err.startswith("mtptrain: output_dir: a sweep needs one folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors"])

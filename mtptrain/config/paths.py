@@ -1,10 +1,13 @@
-"""The user's home folder, `~`, at the beginning of the settings that hold paths."""
+"""The user's home folder, `~`, at the beginning of the settings that hold paths; the folder of a run without one."""
 
 from __future__ import annotations
 
 import re
+import time
 from os.path import expanduser
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 PATHS = (
     "output_dir",
@@ -49,3 +52,11 @@ def expand_argument(argument: str) -> str:
     """Replace an unquoted `~/` of a command-line argument: neither a shell nor Hydra reads `data.path=~/a.jsonl`."""
     home = expanduser("~")
     return re.sub(r"(?<=[=\[,:])~(?=/)", lambda _: home, argument)
+
+
+def default_output_dir(task: str) -> Path:
+    """Return a new folder for a run without `output_dir`.
+
+    The random end of its name keeps runs apart that start in the same second, also on other machines.
+    """
+    return Path("outputs") / task / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid4().hex[:8]}"

@@ -19,7 +19,7 @@ from mtptrain.config.choices import (
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.deepspeed import passed_settings
 from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, WatchConfig
-from mtptrain.config.paths import expand_home
+from mtptrain.config.paths import default_output_dir, expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import (
     ALL_CHECKPOINTS,
@@ -88,7 +88,7 @@ class RunConfig:
     # evaluate: `all` measures every checkpoint of the run in `checkpoint`.
     checkpoints: Any = field(default_factory=list)
     url: str | None = None  # measure_server: address of a running vLLM or SGLang server
-    path: str | None = None  # report: an evaluation.json, or the folder of its run
+    path: str | None = None  # report: the folder of a run, comparison or sweep, or the JSON file in it
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` as NAME or NAME:SUBSET:SPLIT, and
     # benchmarks: gsm8k, math500, mbpp, humaneval, mt_bench.
@@ -228,5 +228,6 @@ def register() -> None:
     for section in (schema.data.chat_template_kwargs, schema.deepspeed):
         OmegaConf.set_struct(section, False)  # its keys are the user's
     ConfigStore.instance().store(name="run_schema", node=schema)
-    # Hydra writes multirun.yaml there, regardless of settings.
-    OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or "outputs/sweep"), replace=True)
+    # Hydra writes multirun.yaml there, and every job has its folder below it.
+    new = default_output_dir("sweep")
+    OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or str(new)), replace=True)

@@ -6,11 +6,11 @@ A setting is one head, or the heads of several runs that differ in their seed. O
 
 from __future__ import annotations
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mtptrain.evaluation.comparison_result import ComparedHead, HeadComparison, PromptGains
+from mtptrain.evaluation.comparison_result import NO_PASSES, HeadComparison, PromptGains, SettingDifference
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_gain_by_domain
 from mtptrain.evaluation.runs import gain_of_runs, position_gain_of_runs
@@ -19,7 +19,6 @@ from mtptrain.traces.prompts import Prompt
 
 CountsByLength = dict[int, list[Counts]]  # counts of every prompt, by draft length
 Runs = list[CountsByLength]  # of the runs of one setting
-NO_PASSES = "no verify pass: every text ends at its first token"
 
 
 def compare_heads(names: tuple[str, str], base: Runs, other: Runs, prompts: list[Prompt]) -> HeadComparison:
@@ -92,46 +91,6 @@ def gain_sentence(names: tuple[str, str], gain: Gain | None, draft_length: int) 
     )
 
 
-def head_sentence(head: ComparedHead, draft_length: int) -> str:
-    """Return the acceptance length of a setting at one draft length, as one sentence; of several runs, their mean."""
-    measured = head.replay[draft_length]
-    if measured.acceptance_length is None or measured.interval is None:
-        return f"{head.name}: {NO_PASSES}"
-    low, high = measured.interval
-    lead = f"{head.name}: {measured.acceptance_length:.3f} tokens a pass at K={draft_length}"
-    if len(head.runs) == 1:
-        return f"{lead} ({low:.3f} to {high:.3f} over prompts)"
-    lengths = [one for run in head.runs if (one := run.acceptance_length[draft_length]) is not None]
-    shown = ", ".join(f"{length:.3f}" for length in lengths)
-    return (
-        f"{lead}, mean of {len(head.runs)} runs ({low:.3f} to {high:.3f} over runs and prompts); runs {shown}, "
-        f"standard deviation {float(np.std(lengths, ddof=1)):.3f}"
-    )
-
-
-def print_comparison(comparison: HeadComparison, console: Console) -> None:
-    """Print the verdict, the gain by draft length and by position, and a line for each of several domains."""
-    console.print(comparison.verdict, style="bold", highlight=False)
-    table = Table("K or k", "gain, tokens a pass at K", "would have shown", "gain in acceptance at k", box=None)
-    for k, gain in comparison.gain.items():
-        at_position = comparison.gain_by_position[k - 1]
-        detectable = "-" if gain is None else f"{gain.detectable:.2f}"
-        table.add_row(str(k), _with_interval(gain), detectable, _with_interval(at_position))
-    console.print(table, highlight=False)
-    if len(comparison.domains) > 1:
-        for domain, gains in comparison.domains.items():
-            style = "red" if domain in comparison.worse_on else None
-            line = f"({gains.prompts} prompts): {gains.verdict}" if gains else f"({NO_PASSES})"
-            console.print(f"{domain} {line}", style=style, highlight=False)
-
-
-def _with_interval(gain: Gain | None) -> str:
-    if gain is None:
-        return "-"
-    low, high = gain.interval
-    return f"{gain.gain:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
 def compare_with_stock(
     replays: dict[str, CountsByLength], prompts: list[Prompt]
 ) -> tuple[dict[int, Gain | None] | None, dict[str, Gain | None] | None]:
@@ -143,3 +102,22 @@ def compare_with_stock(
     gain = {k: paired_gain(stock[k], trained[k], groups) for k in stock}
     domains = [prompt.domain for prompt in prompts]
     return gain, paired_gain_by_domain(stock[longest], trained[longest], groups, domains)
+
+
+def differing_settings(heads: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[SettingDifference]:
+    """Return the settings that are not the same in all runs, in their order.
+
+    Args:
+        heads: of every compared head, the training settings of its runs by name; None for the stock head.
+    """
+    known = [settings for runs in heads for settings in runs if settings is not None]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    differing = [name for name in names if any(one.get(name) != known[0].get(name) for one in known)]
+    return [SettingDifference(name, [_values(runs, name) for runs in heads]) for name in differing]
+
+
+def _values(runs: Sequence[Mapping[str, Any] | None], name: str) -> str | None:
+    """Return the different values of a setting in the runs of a head, as on the command line."""
+    values = [settings.get(name) for settings in runs if settings is not None]
+    shown = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    return ", ".join(dict.fromkeys(shown)) or None

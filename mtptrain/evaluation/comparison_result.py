@@ -4,13 +4,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PromptsResult
 from mtptrain.run.provenance import Provenance
+from mtptrain.run.typed_json import MismatchError, from_json
 
+COMPARISON_FILE = "comparison.json"
 COMPARISON_SCHEMA = 5
+NO_PASSES = "no verify pass: every text ends at its first token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,30 @@ class ComparedHead:
     replay: dict[int, Acceptance]
     domains: dict[str, Acceptance | None]
 
+    @property
+    def letter(self) -> str:
+        """The letter at the beginning of the name."""
+        return self.name.partition(" ")[0]
+
+    @property
+    def shown(self) -> str:
+        """The name without its letter and brackets: the checkpoint, or the number of runs and their folders."""
+        return self.name.partition(" ")[2].removeprefix("(").removesuffix(")")
+
+
+@dataclass(frozen=True, slots=True)
+class SettingDifference:
+    """A training setting that is not the same in all compared runs.
+
+    Attributes:
+        name: as on the command line.
+        values: of every compared head in their order, as on the command line, those of several runs with commas; None
+            for a head without a record of its training, such as the stock head.
+    """
+
+    name: str
+    values: list[str | None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptGains:
@@ -88,7 +118,16 @@ class HeadComparison(PromptGains):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The content of comparison.json; `comparisons` has an entry for every head after the first."""
+    """The content of comparison.json.
+
+    Attributes:
+        schema: `COMPARISON_SCHEMA`.
+        provenance, backbone, prompts: of the measurement.
+        draft_length: the longest K.
+        heads: the compared settings.
+        comparisons: of every head after the first with the first.
+        differences: training settings that are not the same in all runs.
+    """
 
     schema: int
     provenance: Provenance
@@ -97,3 +136,27 @@ class Comparison:
     draft_length: int
     heads: list[ComparedHead]
     comparisons: list[HeadComparison]
+    differences: list[SettingDifference] = field(default_factory=list)
+
+
+def read_comparison(path: Path, setting: str) -> Comparison:
+    """Return the comparison of a file.
+
+    Args:
+        path: a comparison.json.
+        setting: name of the setting that gave the path.
+
+    Raises:
+        UserError: the file cannot be read, or is no comparison.json of this schema.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and stored.get("schema") != COMPARISON_SCHEMA:
+            raise MismatchError(f"schema: expected {COMPARISON_SCHEMA}, got {stored.get('schema')}")
+        return from_json(Comparison, stored)
+    except OSError as error:
+        raise UserError(f"{setting}={path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(
+            f"{setting}={path}: is no comparison.json of schema {COMPARISON_SCHEMA} ({error}); compare again"
+        ) from None

@@ -78,6 +78,12 @@ def teacher_forced(
     )
 
 
+def heldout_figures(forced: TeacherForced) -> dict[str, float]:
+    """Return the figures on held-out text by name, as metrics of a training step."""
+    figures = {f"heldout/alpha_{k}": value for k, value in enumerate(forced.alpha, start=1)}
+    return figures | {f"heldout/top1_match_{k}": value for k, value in enumerate(forced.top1, start=1)}
+
+
 def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[list[int]]) -> SeenPrompts | None:
     """Return the number of prompts at least half of whose passages were trained on; None if no passages are known.
 

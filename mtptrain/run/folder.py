@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from uuid import uuid4
 
 import yaml
 
 from mtptrain.config import RunConfig
+from mtptrain.config.paths import default_output_dir
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import BEGUN, is_begun
 from mtptrain.run.folder_lock import FolderLock, require_free
@@ -183,15 +182,6 @@ def is_rank0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def default_output_dir(task: str, job_number: int | None) -> Path:
-    """Return a new folder for a run without `output_dir`.
-
-    The random end of its name keeps runs apart that start in the same second, also on other machines.
-    """
-    stamp, job = time.strftime("%Y-%m-%d_%H-%M-%S"), "" if job_number is None else f"_job{job_number}"
-    return Path("outputs") / task / f"{stamp}{job}_{uuid4().hex[:8]}"
-
-
 def holds_run(path: Path) -> bool:
     """Return whether a folder holds checkpoints or metrics of a run."""
     metrics = path / METRICS_FILE
@@ -231,7 +221,7 @@ def read_provenance(path: Path) -> Provenance:
 def open_run_folder(
     config: RunConfig,
     settings: dict[str, object],
-    job_number: int | None = None,
+    job_folder: Path | None = None,
     use: FolderUse = FolderUse.run,
 ) -> RunFolder:
     """Return the folder of a run, checked but not created: `RunFolder.claim` creates it.
@@ -239,7 +229,7 @@ def open_run_folder(
     Args:
         config: of the run.
         settings: the same as plain values.
-        job_number: number of the job in a sweep; None outside a sweep.
+        job_folder: of a job of a sweep; None outside a sweep.
         use: what the recipe does with the folder.
 
     Raises:
@@ -247,9 +237,7 @@ def open_run_folder(
             provenance.json that cannot be read; a tracker is unknown or its package is missing.
     """
     check_trackers(config.tracking)
-    path = Path(config.output_dir) if config.output_dir else default_output_dir(config.task, job_number)
-    if config.output_dir and job_number is not None:
-        path = path / f"job{job_number}"
+    path = job_folder or Path(config.output_dir or default_output_dir(config.task))
     provenance = describe_run(config.seed)
     try:
         check_writable(path)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from mtptrain.evaluation.result import Evaluation, read_evaluation
 
 FOLDER = Path(__file__).parent
+METRICS = FOLDER / "data" / "metrics.jsonl"  # of a run of `+recipe=distill`
+LAST_STEP = int(json.loads(METRICS.read_text(encoding="utf-8").splitlines()[-1])["step"])
 EVALUATIONS = {name: FOLDER / "report" / "data" / f"{name}.json" for name in ("greedy", "sampled", "single")}
 
 

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from mtptrain.decoding.results import VerifyPass
-from mtptrain.evaluation.compare import CountsByLength, print_comparison
+from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.compare import compare_heads as compare
 from mtptrain.evaluation.comparison_result import HeadComparison
+from mtptrain.evaluation.report.comparison_page import print_comparison
 from mtptrain.replay.replay import count_passes
 from mtptrain.traces.prompts import Prompt
 

@@ -9,18 +9,29 @@ from tests.command import run_main
 from tests.recipes.test_recipes import check_training
 
 
-def test_a_sweep_gives_each_job_a_folder(light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_gives_each_job_a_folder_and_ends_with_one_table_and_page(
+    light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     sweep = tmp_path / "sweep"
-    arguments = ["-m", "+recipe=distill", "loss.divergence=kl,tv", "evaluate_at_end=false", f"output_dir={sweep}"]
-    assert run_main(*arguments, *light) == 0
-    assert sorted(path.name for path in sweep.iterdir()) == ["job0", "job1", "multirun.yaml"]
+    arguments = ["-m", "+recipe=distill", "loss.divergence=kl,ce,tv", "evaluate_at_end=false", f"output_dir={sweep}"]
+    assert run_main(*arguments, *light) == 2  # of the job with the loss that distillation refuses
+    jobs = {name: f"loss.divergence-{name}" for name in ("kl", "tv")}
+    assert sorted(path.name for path in sweep.iterdir()) == [
+        *jobs.values(),
+        *("multirun.yaml", "sweep.html", "sweep.json"),
+    ]
     assert list(Path.cwd().iterdir()) == []
-    for job, divergence in [("job0", "kl"), ("job1", "tv")]:
+    for divergence, job in jobs.items():
         check_training(sweep / job)
         settings = yaml.safe_load((sweep / job / "config.yaml").read_text(encoding="utf-8"))
         assert settings["loss"]["divergence"] == divergence
+    table = capfd.readouterr().out
+    assert table.startswith("2 of 3 jobs done\n")
+    assert "loss.divergence=ce: loss.divergence=ce: is training on data tokens" in table
+    assert run_main("+recipe=report", f"path={sweep}", "overwrite=true") == 0
+    assert capfd.readouterr().out == table
 
 
 def test_a_users_own_recipe_is_found(light: list[str], tmp_path: Path) -> None:

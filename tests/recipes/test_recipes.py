@@ -117,6 +117,7 @@ def test_measuring_during_training_is_logged_and_changes_nothing(
     assert run_main("+recipe=distill", *arguments, "evaluation.every=1", f"output_dir={probed}") == 0
     measured = [row for row in read_metrics(probed) if "replay/acceptance_length_2" in row]
     assert [row["step"] for row in measured] == [1, 2]
+    assert all(0 < row[f"heldout/alpha_{k}"] < 1 for row in measured for k in (1, 2, 3))
     assert (probed / "checkpoints" / "best" / "checkpoint.json").is_file()
     left, right = trained_tensors(plain), trained_tensors(probed)
     assert all(torch.equal(left[name], right[name]) for name in left)

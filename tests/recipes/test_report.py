@@ -8,7 +8,7 @@ import pytest
 
 from mtptrain.evaluation.result import SCHEMA
 from tests.command import ROOT, hold_folder, run_main
-from tests.evaluation.recorded import EVALUATIONS, recorded_evaluation
+from tests.evaluation.recorded import EVALUATIONS, FOLDER, LAST_STEP, METRICS, recorded_evaluation
 
 MEASURED = recorded_evaluation().last_head.replay[3]
 HEADLINE = f"trained head: {MEASURED.acceptance_length:.2f} tokens a verify pass at K=3 ("
@@ -68,6 +68,38 @@ def test_a_report_waits_for_a_run_that_writes_its_folder(tmp_path: Path, capfd: 
     finally:
         process.communicate()
     assert not (run / "report.html").exists()
+
+
+def test_a_training_has_a_report_while_it_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(METRICS.read_bytes())
+    (run / "config.yaml").write_text("task: distill\ntrain: {steps: 900}\n")
+    process = hold_folder(run)
+    try:
+        assert run_main("+recipe=report", f"path={run}") == 0
+        output = capfd.readouterr().out
+    finally:
+        process.communicate()
+    assert output.startswith(f"step {LAST_STEP} of 900; loss ")
+    assert "the training goes on" in output
+    assert "Acceptance length by replay" in (run / "report.html").read_text(encoding="utf-8")
+    assert refusal(capfd, f"path={run}").startswith(f"path={run}: {run / 'report.html'} exists")
+    assert run_main("+recipe=report", f"path={run}", "overwrite=true") == 0
+    assert "not finished; continue with" in capfd.readouterr().out
+    (run / "metrics.jsonl").write_text("{")
+    assert refusal(capfd, f"path={run}").startswith(f"path={run / 'metrics.jsonl'}: holds no row yet")
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "another.json"])
+def test_a_comparison_is_drawn_again(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_bytes((FOLDER / "data" / "comparison.json").read_bytes())
+    path = tmp_path / name if name == "another.json" else tmp_path
+    assert run_main("+recipe=report", f"path={path}") == 0
+    assert "Acceptance length and gain by domain" in capfd.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "comparison.html"])
+    (tmp_path / name).write_text('{"comparisons": [], "schema": 1}')
+    assert "is no comparison.json of schema" in refusal(capfd, f"path={path}")
 
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

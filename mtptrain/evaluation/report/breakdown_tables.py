@@ -1,4 +1,4 @@
-"""Tables that only the page shows: acceptance by kind of token, domain and confidence, step times, counts."""
+"""Tables that only the page shows: acceptance by kind of token and by confidence, step times, counts."""
 
 # K draft length, k position in the draft from 1
 
@@ -13,8 +13,6 @@ from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
     Cell,
     Grid,
-    gain_cell,
-    length_cell,
     ratio_cell,
     share_cell,
     speed_cell,
@@ -60,24 +58,6 @@ def _bucket_cells(bucket: Bucket | None) -> list[Cell]:
     if bucket is None:
         return [Cell(MISSING_VALUE)] * 3
     return [Cell(f"{bucket.reached:,.0f}"), share_cell(bucket.acceptance), share_cell(bucket.lost_share)]
-
-
-def domain_table(evaluation: Evaluation) -> Grid | None:
-    """Return the acceptance length of each head in each domain at the longest K; None with one domain."""
-    heads, gains = evaluation.heads, evaluation.gain_by_domain or {}
-    domains = list(heads[0].domains)
-    if len(domains) < 2:
-        return None
-    headers = ["domain", *(f"{head.name}\ntok/pass" for head in heads), *(["gain\ntok/pass"] if gains else [])]
-    rows = []
-    for domain in domains:
-        row = [Cell(domain), *(length_cell(head.domains[domain]) for head in heads)]
-        rows.append([*row, gain_cell(gains[domain])] if gains else row)
-    note = (
-        f"K={evaluation.draft_length}; 95 % bootstrap intervals over the prompts of the domain. "
-        f"{MISSING_VALUE}: its texts end at their first token, without a verify pass."
-    )
-    return Grid("Acceptance length by domain", headers, rows, note)
 
 
 def threshold_table(evaluation: Evaluation) -> Grid:

@@ -20,22 +20,26 @@ from mtptrain.evaluation.report.headline import (
     seen_texts,
     speed_text,
 )
-from mtptrain.evaluation.report.tables import drafts_table, length_table, position_table, speed_table
+from mtptrain.evaluation.report.tables import domain_table, drafts_table, length_table, position_table, speed_table
 from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.training_page import training_content
 from mtptrain.evaluation.result import Evaluation
+from mtptrain.run.record import RunRecord
 
 REPORT_FILE = "report.html"
 SHOWN_DETAILS = 100
 
 
-def write_report(evaluation: Evaluation, path: Path) -> None:
+def write_report(evaluation: Evaluation, path: Path, training: RunRecord | None = None) -> None:
     """Write the evaluation as an HTML file, atomically.
 
     Args:
         evaluation: the result.
         path: the file; its folder is made if it is missing.
+        training: record of the training of its last head; None if it is not at hand.
     """
-    write_page("page.html", _content(evaluation), path)
+    course = {"training_figures": []} if training is None else training_content(training)
+    write_page("page.html", _content(evaluation) | course, path)
 
 
 def _content(evaluation: Evaluation) -> dict[str, object]:
@@ -53,7 +57,7 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
         "lengths": length_table(evaluation),
         "drafts": drafts_table(evaluation),
         "speeds": speed_table(evaluation),
-        "domains": breakdown_tables.domain_table(evaluation),
+        "domains": domain_table(evaluation),
         "positions": position_table(evaluation),
         "steps": breakdown_tables.step_table(evaluation),
         "times": breakdown_tables.time_table(evaluation),

@@ -1,78 +1,62 @@
-"""The measured figures as inline SVG; colours follow the page through CSS variables."""
+"""The figures of an evaluation, and of the checkpoints of a run, as inline SVG."""
 
 # K draft length, k position in the draft from 1
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mtptrain.evaluation.curve import Curve
-from mtptrain.evaluation.head_result import Bucket, BucketKind, HeadResult, Interval
+from mtptrain.evaluation.head_result import Bucket, BucketKind, HeadResult
 from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES, reached_buckets
+from mtptrain.evaluation.report.drawing import (
+    COLOURS,
+    INK,
+    canvas,
+    draw_series,
+    draw_spans,
+    step_canvas,
+    svg,
+    tick,
+)
 from mtptrain.evaluation.result import Evaluation
 
 if TYPE_CHECKING:  # a third of a second of every start, and drawn once at the end
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-INK = "#1c2127"
-COLOURS = {"stock": "#6f7680", "trained": "#0b6bb0"}
-MARKERS = {"stock": "o", "trained": "s"}
-# The colours above become CSS, so that an inline figure follows the page's light or dark scheme.
-THEME = {INK: "currentColor", **{colour: f"var(--{name}, {colour})" for name, colour in COLOURS.items()}}
-SIZE_INCHES = (4.6, 3.0)  # at 350 CSS pixels, a phone's column, text stays above 10 pixels
 DODGE = 0.06  # of one K, so that the intervals of two heads stand side by side
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
 
 
 def acceptance_by_position(evaluation: Evaluation) -> str:
     """Draw the share of drafts kept at each position once all before it were, at the longest K."""
     length = evaluation.draft_length
-    figure, axes = _canvas(f"position k in the draft (K = {length})", "share accepted", length)
+    figure, axes = canvas(f"position k in the draft (K = {length})", "share accepted", length)
     for offset, head in _dodged(evaluation):
         shares = [float("nan") if share is None else share for share in head.replay[length].conditional]
-        _draw_series(axes, head.name, [k + offset for k in range(1, length + 1)], shares)
+        draw_series(axes, head.name, [k + offset for k in range(1, length + 1)], shares)
     axes.set_ylim(0, 1.02)
-    return _svg(figure, axes, "position", "Acceptance by draft position")
+    return svg(figure, axes, "position", "Acceptance by draft position")
 
 
 def acceptance_length(evaluation: Evaluation) -> str:
     """Draw tokens a verify pass against K, with 95 % intervals and the ceiling K+1."""
     longest = evaluation.draft_length
-    figure, axes = _canvas("draft length K", "tokens a verify pass", longest)
+    figure, axes = canvas("draft length K", "tokens a verify pass", longest)
     top = 1.0
     for offset, head in _dodged(evaluation):
         known = {k + offset: one for k, one in head.replay.items() if one.acceptance_length is not None}
         spans = [one.interval for one in known.values() if one.interval is not None]
         lengths = [one.acceptance_length for one in known.values() if one.acceptance_length is not None]
-        _draw_spans(axes, head.name, list(known), spans)
-        _draw_series(axes, head.name, list(known), lengths)
+        draw_spans(axes, head.name, list(known), spans)
+        draw_series(axes, head.name, list(known), lengths)
         top = max([top, *(high for _, high in spans)])
     edges = [0.5, longest + 0.5]
     axes.plot(edges, [edge + 1 for edge in edges], color=INK, linewidth=1, linestyle="--", label="ceiling K+1")
     # The ceiling of a long draft lies far above the measured lengths: let it leave the frame.
     axes.set_ylim(1, min(longest + 1.2, max(2.2, 1 + (top - 1) * 1.4)))
-    return _svg(figure, axes, "length", "Acceptance length against draft length")
+    return svg(figure, axes, "length", "Acceptance length against draft length")
 
 
 def gain(evaluation: Evaluation) -> str | None:
@@ -81,17 +65,17 @@ def gain(evaluation: Evaluation) -> str | None:
     if not known:
         return None
     xs, gains = list(known), list(known.values())
-    figure, axes = _canvas("draft length K", "gain, tokens a pass", max(xs))
+    figure, axes = canvas("draft length K", "gain, tokens a pass", max(xs))
     axes.axhline(0, color=INK, linewidth=1, linestyle="--", label="no gain")
-    _draw_spans(axes, "trained", xs, [one.interval for one in gains])
-    _draw_series(axes, "trained", xs, [one.gain for one in gains], label="trained - stock")
+    draw_spans(axes, "trained", xs, [one.interval for one in gains])
+    draw_series(axes, "trained", xs, [one.gain for one in gains], label="trained - stock")
     axes.margins(y=0.15)
-    return _svg(figure, axes, "gain", "Gain of the trained head over the stock head")
+    return svg(figure, axes, "gain", "Gain of the trained head over the stock head")
 
 
 def speedup(evaluation: Evaluation) -> str:
     """Draw tokens/s over plain decoding against K at the smallest batch: median, quartiles, batches, prediction."""
-    figure, axes = _canvas("draft length K", "speed-up over plain", evaluation.draft_length)
+    figure, axes = canvas("draft length K", "speed-up over plain", evaluation.draft_length)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="break-even")
     batch = evaluation.first_batch
     for offset, head in _dodged(evaluation):
@@ -99,13 +83,13 @@ def speedup(evaluation: Evaluation) -> str:
         xs = [k + offset for k in measured]
         for x, one in zip(xs, measured.values(), strict=True):
             axes.plot([x] * len(one.per_batch), one.per_batch, ".", color=COLOURS[name], alpha=0.35, markersize=4)
-        _draw_spans(axes, name, xs, [one.quartiles for one in measured.values()])
-        _draw_series(axes, name, xs, [one.median for one in measured.values()])
+        draw_spans(axes, name, xs, [one.quartiles for one in measured.values()])
+        draw_series(axes, name, xs, [one.median for one in measured.values()])
         predicted = [evaluation.steps[batch][name].predicted_speedup[k].median for k in measured]
         label = "predicted" if head is evaluation.heads[0] else None
         axes.plot(xs, predicted, "_", color=COLOURS[name], markersize=11, label=label)
     axes.margins(y=0.15)
-    return _svg(figure, axes, "speedup", "Speed-up on the clock against draft length")
+    return svg(figure, axes, "speedup", "Speed-up on the clock against draft length")
 
 
 def batch_speedup(evaluation: Evaluation) -> str | None:
@@ -114,7 +98,7 @@ def batch_speedup(evaluation: Evaluation) -> str | None:
     if len(sizes) < 2:
         return None
     name = evaluation.last_head.name
-    figure, axes = _canvas("batch", f"speed-up of the {name} head", 1)
+    figure, axes = canvas("batch", f"speed-up of the {name} head", 1)
     axes.set(xlim=(-0.5, len(sizes) - 0.5), xticks=range(len(sizes)), xticklabels=sizes)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="break-even")
     for length in evaluation.draft_lengths:
@@ -124,7 +108,7 @@ def batch_speedup(evaluation: Evaluation) -> str | None:
         end = (len(sizes) - 1, medians[-1])
         axes.annotate(f"K={length}", end, xytext=(5, -3), textcoords="offset points", fontsize=8)
     axes.margins(y=0.15)
-    return _svg(figure, axes, "batches", "Speed-up on the clock against the batch")
+    return svg(figure, axes, "batches", "Speed-up on the clock against the batch")
 
 
 def acceptance_by_step(curve: Curve) -> str:
@@ -134,11 +118,7 @@ def acceptance_by_step(curve: Curve) -> str:
         curve: with at least one point.
     """
     longest = curve.identity.draft_length
-    figure, axes = _canvas("training steps", "tokens a verify pass", 1)
-    steps = [point.step for point in curve.points]
-    room = 0.05 * max(steps[-1] - steps[0], 1)
-    axes.set(xlim=(steps[0] - room, steps[-1] + 2 * room))
-    axes.xaxis.set_major_locator(_few_ticks(integer=True))
+    figure, axes = step_canvas("tokens a verify pass", curve.points[0].step, curve.points[-1].step)
     for length in curve.draft_lengths:
         known = [(point.step, one) for point in curve.points if (one := point.replay[length]).acceptance_length]
         lengths = [one.acceptance_length for _, one in known if one.acceptance_length is not None]
@@ -150,32 +130,30 @@ def acceptance_by_step(curve: Curve) -> str:
             end = (known[-1][0], lengths[-1])
             axes.annotate(f"K={length}", end, xytext=(5, -3), textcoords="offset points", fontsize=8)
         if length == longest:
-            _draw_spans(
-                axes, "trained", [step for step, _ in known], [one.interval for _, one in known if one.interval]
-            )
+            draw_spans(axes, "trained", [step for step, _ in known], [one.interval for _, one in known if one.interval])
     stock = curve.stock[longest].acceptance_length if curve.stock else None
     if stock is not None:
         axes.axhline(stock, color=COLOURS["stock"], linewidth=1, linestyle="--", label=f"stock, K={longest}")
     axes.margins(y=0.15)
-    return _svg(figure, axes, "steps", "Acceptance length against training steps")
+    return svg(figure, axes, "steps", "Acceptance length against training steps")
 
 
 def calibration(evaluation: Evaluation) -> str:
     """Draw acceptance of drafted tokens against the head's confidence in them, with the diagonal."""
-    figure, axes = _canvas("head's confidence", "share accepted", 1)
+    figure, axes = canvas("head's confidence", "share accepted", 1)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="calibrated")
     for head in evaluation.heads:
         bins = head.calibration.bins
-        _draw_series(axes, head.name, [one.confidence for one in bins], [one.acceptance for one in bins])
-    return _svg(figure, axes, "calibration", "Acceptance against the head's confidence")
+        draw_series(axes, head.name, [one.confidence for one in bins], [one.acceptance for one in bins])
+    return svg(figure, axes, "calibration", "Acceptance against the head's confidence")
 
 
 def losses(evaluation: Evaluation) -> str:
     """Draw the share of the lost drafted tokens by class of the text's token, a bar a head."""
     kind = BucketKind.token_class
     figure, axes = _bars(evaluation, kind, lambda bucket: bucket.lost_share, "share of the lost tokens")
-    return _svg(figure, axes, "losses", "Where drafted tokens are lost")
+    return svg(figure, axes, "losses", "Where drafted tokens are lost")
 
 
 def acceptance_by(evaluation: Evaluation, kind: BucketKind) -> str | None:
@@ -184,7 +162,7 @@ def acceptance_by(evaluation: Evaluation, kind: BucketKind) -> str | None:
         return None
     figure, axes = _bars(evaluation, kind, lambda bucket: bucket.acceptance, "share accepted")
     axes.set(xlim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
-    return _svg(figure, axes, f"by-{kind.value}", f"Acceptance by {KIND_TITLES[kind]}")
+    return svg(figure, axes, f"by-{kind.value}", f"Acceptance by {KIND_TITLES[kind]}")
 
 
 def _bars(
@@ -194,7 +172,7 @@ def _bars(
     from matplotlib.ticker import MaxNLocator
 
     heads, names = evaluation.heads, reached_buckets(evaluation, kind)
-    figure, axes = _canvas(x_label, "", 1)
+    figure, axes = canvas(x_label, "", 1)
     figure.set_figheight(1.2 + 0.16 * (1 + len(heads)) * len(names))
     height = 0.8 / len(heads)
     for number, head in enumerate(heads):
@@ -202,7 +180,7 @@ def _bars(
         ys = [y + (number - (len(heads) - 1) / 2) * height for y in range(len(names))]
         widths = [shares.get(name, 0.0) for name in names]
         axes.barh(ys, widths, height * 0.92, color=COLOURS[head.name], label=head.name)
-    axes.set(yticks=range(len(names)), yticklabels=map(_tick, names), ylim=(len(names) - 0.5, -0.5))
+    axes.set(yticks=range(len(names)), yticklabels=map(tick, names), ylim=(len(names) - 0.5, -0.5))
     axes.grid(False)
     axes.grid(axis="x", color=INK, alpha=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
@@ -211,63 +189,7 @@ def _bars(
     return figure, axes
 
 
-def _tick(name: str) -> str:
-    """Return a bucket's name as a tick label: no dollar sign starts a formula, and a long name loses its middle."""
-    short = name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
-    return short.replace("$", r"\$")
-
-
 def _dodged(evaluation: Evaluation) -> list[tuple[float, HeadResult]]:
     """Return each head with its offset in K."""
     middle = (len(evaluation.heads) - 1) / 2
     return [((number - middle) * 2 * DODGE, head) for number, head in enumerate(evaluation.heads)]
-
-
-def _few_ticks(integer: bool = False) -> MaxNLocator:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=integer)
-
-
-def _canvas(x_label: str, y_label: str, longest: int) -> tuple[Figure, Axes]:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set(xlabel=x_label, ylabel=y_label, xlim=(0.5, longest + 0.5), xticks=range(1, longest + 1))
-        axes.yaxis.set_major_locator(_few_ticks())
-        axes.set_axisbelow(True)
-        axes.patch.set_visible(False)
-        figure.patch.set_visible(False)
-    return figure, axes
-
-
-def _draw_series(axes: Axes, name: str, xs: Sequence[float], values: Sequence[float], label: str | None = None) -> None:
-    axes.plot(xs, values, color=COLOURS[name], marker=MARKERS[name], markersize=5, label=label or name)
-
-
-def _draw_spans(axes: Axes, name: str, xs: Sequence[float], spans: Sequence[Interval]) -> None:
-    lows, highs = [low for low, _ in spans], [high for _, high in spans]
-    axes.vlines(xs, lows, highs, color=COLOURS[name], linewidth=2.5, alpha=0.55)
-
-
-def _svg(figure: Figure, axes: Axes, name: str, description: str) -> str:
-    """Return the figure as an `<svg>` element: the same bytes for the same data, ids of its own, colours as CSS."""
-    from matplotlib import rc_context
-
-    target = StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        _, labels = axes.get_legend_handles_labels()
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(labels), 3), columnspacing=1.4)
-        figure.savefig(target, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
-    text = target.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # matplotlib numbers its groups afresh in every figure; one page holds several.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub("|".join(THEME), lambda colour: THEME[colour.group()], text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

@@ -5,6 +5,7 @@ import pytest
 from mtptrain.evaluation.head_result import BucketKind
 from mtptrain.evaluation.report import plots
 from mtptrain.evaluation.report.breakdown_tables import KIND_TITLES
+from mtptrain.evaluation.report.drawing import INK
 from mtptrain.evaluation.result import Spread
 from tests.evaluation.recorded import recorded_evaluation
 from tests.evaluation.report.changes import with_acceptance, with_buckets, with_gain, with_speedup
@@ -15,7 +16,7 @@ EXTREME = [-0.31, -12.5, 0.0, 9.875, 123.456]
 def test_plots_take_their_colours_from_the_page() -> None:
     text = plots.acceptance_length(recorded_evaluation())
     assert "var(--trained, #0b6bb0)" in text
-    assert plots.INK not in text
+    assert INK not in text
     assert "currentColor" in text
 
 

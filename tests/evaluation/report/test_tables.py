@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from mtptrain.evaluation.report.breakdown_tables import domain_table, time_table
+from mtptrain.evaluation.report.breakdown_tables import time_table
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
+    domain_table,
     drafts_table,
     length_table,
     position_table,

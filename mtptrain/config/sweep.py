@@ -1,0 +1,81 @@
+"""The names of the jobs of a sweep (`-m`): the settings that it varies, as names of folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from mtptrain.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+LONGEST = 100  # characters of a name: room for the endings of locks and temporary files below the usual 255 bytes
+UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")  # Hydra would not take `=` or a comma in `checkpoint=outputs/sweep/...`
+FLAGS = ("-m", "--multirun")
+
+
+def varied_settings(job: Sequence[str], command: Sequence[str]) -> dict[str, str]:
+    """Return the settings of a job that its sweep varies, by name, in the order of the command.
+
+    Args:
+        job: the overrides of the job, as Hydra passes them.
+        command: the arguments of the command, options among them.
+    """
+    fixed = {override.key_or_group for override in _overrides(command) if not override.is_sweep_override()}
+    varied = [override for override in _overrides(job) if override.key_or_group not in fixed]
+    return {str(override.key_or_group): _value_text(override) for override in varied if not override.is_delete()}
+
+
+def _value_text(override: Override) -> str:
+    value = override.value()
+    return value if isinstance(value, str) else override.get_value_element_as_str()
+
+
+def _overrides(arguments: Sequence[str]) -> list[Override]:
+    """Return the overrides among some arguments; options are none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, found = OverridesParser.create(), []
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            found.append(parser.parse_override(argument))
+        except HydraException:  # the value of an option, such as --config-dir
+            continue
+    return found
+
+
+def job_name(varied: dict[str, str], number: int) -> str:
+    """Return the name of a job's folder: `loss.divergence-kl+train.steps-100`.
+
+    A name that has lost characters, because they are odd or too many, ends with a digest, so that no two are alike.
+
+    Args:
+        varied: the settings that the sweep varies.
+        number: of the job, which names it if nothing is varied.
+    """
+    text = "+".join(f"{name}-{value}" for name, value in varied.items())
+    if not text:
+        return f"job{number}"
+    name = UNSAFE.sub("_", text)[:LONGEST]
+    return name if name == text else f"{name}-{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Refuse a sweep over `output_dir`, whose jobs have a folder each below one.
+
+    Raises:
+        UserError: the command is a sweep over it.
+    """
+    if not any(flag in command for flag in FLAGS):
+        return
+    for override in _overrides(command):
+        if override.key_or_group == "output_dir" and override.is_sweep_override():
+            raise UserError(
+                "output_dir: a sweep needs one folder, in which every job gets its own, named by its settings; give one"
+            )

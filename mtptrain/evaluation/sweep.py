@@ -1,0 +1,132 @@
+"""The content of sweep.json as types: the jobs of a sweep, and what each of them has measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+from mtptrain.errors import UserError
+from mtptrain.evaluation.comparison_result import COMPARISON_FILE, Comparison, read_comparison
+from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
+from mtptrain.run.record import RunRecord, read_record
+from mtptrain.run.storage import write_json
+from mtptrain.run.typed_json import MismatchError, from_json, to_json
+
+SWEEP_FILE = "sweep.json"
+SWEEP_SCHEMA = 1
+T = TypeVar("T")
+
+
+class JobOutcome(Enum):
+    """How a job of a sweep ended."""
+
+    done = "done"
+    uncertified = "certificate failed"  # or the doctor found a fault: written, exit code 3
+    failed = "failed"
+    stopped = "stopped"  # by a signal: it can go on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepJob:
+    """One job of a sweep.
+
+    Attributes:
+        settings: those that the sweep varies, by name.
+        folder: name of its folder in that of the sweep.
+        outcome: how it ended.
+        exit_code: as that of a command of its own.
+        reason: why it failed, in words; None otherwise.
+        seconds: that it took.
+    """
+
+    settings: dict[str, str]
+    folder: str
+    outcome: JobOutcome
+    exit_code: int
+    reason: str | None
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """The varied settings, as on the command line; the folder if nothing is varied."""
+        return " ".join(f"{name}={value}" for name, value in self.settings.items()) or self.folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepResult:
+    """The content of sweep.json.
+
+    Attributes:
+        schema: `SWEEP_SCHEMA`.
+        command: as typed.
+        started: local time with its offset.
+        git_commit: of the checkout, see `provenance.git_commit`.
+        jobs: in the order in which they ran.
+    """
+
+    schema: int
+    command: list[str]
+    started: str
+    git_commit: str | None
+    jobs: list[SweepJob]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFigures:
+    """What a job has written into its folder; None for a result that it has not.
+
+    Attributes:
+        evaluation, comparison: results.
+        record: of its training.
+    """
+
+    evaluation: Evaluation | None
+    comparison: Comparison | None
+    record: RunRecord | None
+
+
+def read_figures(folder: Path) -> JobFigures:
+    """Return the results in the folder of a job; one that is missing or cannot be read is None."""
+    evaluation, comparison = folder / EVALUATION_FILE, folder / COMPARISON_FILE
+    return JobFigures(
+        evaluation=_read(lambda: read_evaluation(evaluation, "sweep")),
+        comparison=_read(lambda: read_comparison(comparison, "sweep")),
+        record=_read(lambda: read_record(folder)),
+    )
+
+
+def _read(read: Callable[[], T]) -> T | None:
+    with suppress(UserError, OSError):
+        return read()
+    return None
+
+
+def write_sweep(path: Path, sweep: SweepResult) -> None:
+    """Write a sweep.json, atomically."""
+    write_json(path, to_json(sweep))
+
+
+def read_sweep(path: Path, setting: str) -> SweepResult:
+    """Return the sweep of a file.
+
+    Args:
+        path: a sweep.json.
+        setting: name of the setting that gave the path.
+
+    Raises:
+        UserError: the file cannot be read, or is no sweep.json of this schema.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and stored.get("schema") != SWEEP_SCHEMA:
+            raise MismatchError(f"schema: expected {SWEEP_SCHEMA}, got {stored.get('schema')}")
+        return from_json(SweepResult, stored)
+    except OSError as error:
+        raise UserError(f"{setting}={path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{setting}={path}: is no sweep.json of schema {SWEEP_SCHEMA} ({error}); sweep again") from None
