@@ -17,21 +17,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 import mtptrain
 from mtptrain.config import RunConfig, register
+from mtptrain.config.arguments import read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
-from mtptrain.config.paths import expand_argument
 from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
+from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
-from mtptrain.help import register_help
+from mtptrain.help import print_recipe_help, register_help
 from mtptrain.run.lost import UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
     from mtptrain.config.reads import Settings
     from mtptrain.recipes.session import Session
-
-VERSION_FLAG = "--version"
-PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
 
 
 def stop(message: str, is_cut_off: bool = False) -> NoReturn:
@@ -79,7 +77,9 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
-        raise UserError("no recipe is chosen; add +recipe=distill (or another recipe that --help lists); see --help")
+        raise UserError(
+            "no recipe is chosen; add +recipe=distill, or begin with distill (or another one that --help lists)"
+        )
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
@@ -171,8 +171,8 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
-def run_job(composed: DictConfig, errors: io.StringIO) -> None:
-    """Check and run one composed configuration."""
+def run_job(composed: DictConfig, errors: io.StringIO, shows_help: bool = False) -> None:
+    """Check and run one composed configuration, or describe its recipe; `errors` are Hydra's."""
     sys.stderr = sys.__stderr__
     errors.seek(0)
     errors.truncate()
@@ -181,6 +181,9 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     try:
         given = given_settings()
         config, settings = typed_config(composed, given)
+        if shows_help:
+            print_recipe_help(str(HydraConfig.get().runtime.choices["recipe"]), config)
+            return
         run_task(config, settings, given, job_number)
     except UserError as error:
         stop(str(error), isinstance(error, UnreachableError))
@@ -197,15 +200,17 @@ def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
     register_help()
-    if VERSION_FLAG in sys.argv[1:]:  # Hydra would print its own version
+    line = read_arguments(sys.argv[1:])
+    if line.wants_version:  # Hydra would print its own version
         print(f"mtptrain {mtptrain.__version__}")
         return
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
+    set_verbosity(line.verbosity)
+    sys.argv[1:] = line.words
     errors = io.StringIO()
 
     @hydra.main(version_base="1.3", config_path="pkg://mtptrain.conf", config_name="config")
     def job(composed: DictConfig) -> None:
-        run_job(composed, errors)
+        run_job(composed, errors, shows_help=line.wants_help)
 
     # Hydra prints its own errors and ends with code 1: capture them until the job starts and print them as one line.
     sys.stderr = errors
@@ -214,10 +219,11 @@ def main() -> None:
     except SystemExit as ending:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
-            stop(composition_message(errors.getvalue(), ending.__context__, sys.argv[1:]))
+            message = composition_message(errors.getvalue(), ending.__context__, sys.argv[1:])
+            stop(message.removeprefix("+recipe=") if line.is_short else message)
         if ending.code == USER_MISTAKE and errors.getvalue():  # argparse uses the same exit code
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
-            stop(f"{reason}; options such as --config-dir go before the settings; see --help")
+            stop(f"{reason}; a setting is written name=value, without dashes; see --help")
         raise
     finally:
         sys.stderr = sys.__stderr__

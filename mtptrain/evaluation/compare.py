@@ -15,6 +15,7 @@ from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_gain_by_domain
 from mtptrain.evaluation.runs import gain_of_runs, position_gain_of_runs
 from mtptrain.replay.replay import Counts
+from mtptrain.run.tables import print_table
 from mtptrain.traces.prompts import Prompt
 
 CountsByLength = dict[int, list[Counts]]  # counts of every prompt, by draft length
@@ -117,7 +118,7 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
         at_position = comparison.gain_by_position[k - 1]
         detectable = "-" if gain is None else f"{gain.detectable:.2f}"
         table.add_row(str(k), _with_interval(gain), detectable, _with_interval(at_position))
-    console.print(table, highlight=False)
+    print_table(console, table)
     if len(comparison.domains) > 1:
         for domain, gains in comparison.domains.items():
             style = "red" if domain in comparison.worse_on else None
