@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import mtptrain
 from mtptrain.config import RunConfig, register
-from mtptrain.config.arguments import read_arguments
+from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
-from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
+from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
 from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
@@ -204,6 +204,11 @@ def main() -> None:
     if line.wants_version:  # Hydra would print its own version
         print(f"mtptrain {mtptrain.__version__}")
         return
+    if "COMP_LINE" in os.environ and is_first_word(os.environ["COMP_LINE"]):
+        print(" ".join(group_choices("recipe")))  # the shell picks those that fit
+        return
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = completion_line(os.environ["COMP_LINE"])
     set_verbosity(line.verbosity)
     sys.argv[1:] = line.words
     errors = io.StringIO()

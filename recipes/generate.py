@@ -57,7 +57,7 @@ def encode(session: Session, prompt: str, number: int) -> Request:
     return Request("" if chat else prompt, tokens, row_seed(session.config.seed, number))
 
 
-def requests(session: Session, screen: Screen) -> Iterator[Request]:
+def requests(session: Session) -> Iterator[Request]:
     """Yield the prompt of the settings, or one for each line of standard input; a typed one may be refused.
 
     Raises:
@@ -73,7 +73,7 @@ def requests(session: Session, screen: Screen) -> Iterator[Request]:
         except UserError as error:
             if not is_typed(sys.stdin):
                 raise UserError(f"prompt {number + 1} of standard input: {error}") from None
-            screen.say(str(error))
+            print(f"mtptrain: {error}", file=sys.stderr)
 
 
 def write_all(session: Session, screen: Screen) -> None:
@@ -92,7 +92,7 @@ def write_all(session: Session, screen: Screen) -> None:
         screen=screen,
     )
     screen.legend()
-    for request in requests(session, screen):
+    for request in requests(session):
         plain_figures = plain_figures or writer.time_plain(request)
         if config.generate.plain:
             figures, text = writer.write_plainly(request)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from mtptrain.config.arguments import read_arguments
 from mtptrain.config.verbosity import Verbosity, say, set_verbosity
 from mtptrain.run.progress import Progress, waiting
+from tests.command import run_main
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,25 @@ def test_any_text_is_a_prompt() -> None:
 
 def test_a_quoted_prompt_stays_as_it_is() -> None:
     assert parsed("prompt='a b'") == parsed('prompt="a b"') == "a b"
+
+
+# Completion by a shell
+
+
+def test_a_recipe_is_completed_as_the_first_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "mtptrain di")
+    assert run_main("-sc", "query=bash") == 0
+    assert {"distill", "doctor"} <= set(capfd.readouterr().out.split())
+
+
+def test_settings_are_completed_behind_a_recipe(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "mtptrain distill train.le")
+    assert run_main("-sc", "query=bash") == 0
+    assert capfd.readouterr().out.split() == ["train.learning_rate="]
 
 
 # Verbosity

@@ -81,6 +81,16 @@ def read_arguments(words: list[str]) -> CommandLine:
     return line
 
 
+def completion_line(line: str) -> str:
+    """Return a shell's line to complete with the recipe in Hydra's form, if it begins with one."""
+    return re.sub(r"^(\s*\S+\s+)([\w-]+)(?=\s)", r"\1+recipe=\2", line)
+
+
+def is_first_word(line: str) -> bool:
+    """Return whether a shell's line to complete ends with the first word behind the command, or before it."""
+    return re.fullmatch(r"\s*\S+\s+[\w-]*", line) is not None
+
+
 def _setting(word: str, is_first: bool) -> str:
     """Return a word as an override: the first one may be the name of a recipe, and a text needs no quotes."""
     if is_first and NAME.fullmatch(word):

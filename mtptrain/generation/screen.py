@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import unicodedata
 from typing import IO, Protocol
@@ -12,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mtptrain.config import Show
+from mtptrain.config.verbosity import say
 from mtptrain.evaluation.head_result import Piece, PieceKind
 
 # Apart without colours, too: NO_COLOR leaves bold and struck-through text.
@@ -33,7 +33,7 @@ class Screen(Protocol):
         ...
 
     def begin(self, title: str, prompt: str) -> None:
-        """Begin a text: what it is, and the prompt that it continues."""
+        """Begin a text: its title, if there are several, and the prompt that it continues."""
         ...
 
     def show(self, pieces: list[Piece], status: str) -> None:
@@ -61,7 +61,7 @@ def open_screen(show: Show, pace: float, console: Console) -> Screen:
         show = Show.marks if console.is_dumb_terminal else Show.colours if console.is_terminal else Show.text
     if show is Show.colours:
         return ColourScreen(console, pace)
-    return MarkScreen(console.file) if show is Show.marks else TextScreen(console.file, sys.stderr)
+    return MarkScreen(console.file) if show is Show.marks else TextScreen(console.file)
 
 
 def visible(text: str) -> str:
@@ -99,7 +99,7 @@ class ColourScreen:
     def begin(self, title: str, prompt: str) -> None:
         """See `Screen`."""
         self.width = self.console.width
-        self.console.print(Text(f"\n{title}", style=DIM))
+        self.console.print(Text(f"\n{title}" if title else "", style=DIM))
         self.live = Live(console=self.console, auto_refresh=False)
         self.live.start()
         self._open_line()
@@ -173,7 +173,7 @@ class MarkScreen:
 
     def begin(self, title: str, prompt: str) -> None:
         """See `Screen`."""
-        self.say(f"\n{title}")
+        self.say(f"\n{title}" if title else "")
         self._write(visible(prompt))
         self.is_open = True
 
@@ -199,22 +199,22 @@ class MarkScreen:
 
 
 class TextScreen:
-    """The text alone, without the prompt, for files and pipes; everything else goes elsewhere.
+    """The text alone, without the prompt, for files and pipes; the lines about it go to standard error.
 
     Args:
         out: gets the text, unchanged.
-        notes: gets the lines about it.
     """
 
-    def __init__(self, out: IO[str], notes: IO[str]) -> None:
-        self.out, self.notes, self.is_open = out, notes, False
+    def __init__(self, out: IO[str]) -> None:
+        self.out, self.is_open = out, False
 
     def legend(self) -> None:
         """See `Screen`."""
 
     def begin(self, title: str, prompt: str) -> None:
         """See `Screen`."""
-        self.say(title)
+        if title:
+            self.say(title)
         self.is_open = True
 
     def show(self, pieces: list[Piece], status: str) -> None:
@@ -231,4 +231,4 @@ class TextScreen:
 
     def say(self, line: str) -> None:
         """See `Screen`."""
-        print(line, file=self.notes, flush=True)
+        say(line)

@@ -76,7 +76,8 @@ class Writer:
             plain: figures of plain decoding, to compare with.
             plain_text: the text of plain decoding, to compare with.
         """
-        figures, text = self._show(request, self.draft_length, "with the head:", plain)
+        title = "" if plain_text is None else "with the head:"
+        figures, text = self._show(request, self.draft_length, title, plain)
         for line in summary_lines(figures, plain):
             self.screen.say(line)
         if plain_text is not None:

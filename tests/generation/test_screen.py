@@ -96,11 +96,11 @@ def test_marks_keep_rejected_drafts() -> None:
     assert rows[:2] == ["# a prompt", "def mean{(values}[-):↵-]) -> float{:"]
 
 
-def test_a_pipe_gets_the_text_alone() -> None:
-    out, notes = io.StringIO(), io.StringIO()
-    write(TextScreen(out, notes), "# a prompt\n")
+def test_a_pipe_gets_the_text_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    write(TextScreen(out), "# a prompt\n")
     assert out.getvalue() == TEXT + "\n"
-    assert notes.getvalue() == "with the head:\n"
+    assert capfd.readouterr() == ("", "with the head:\n")
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
