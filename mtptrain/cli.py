@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from contextlib import closing
@@ -180,6 +181,7 @@ def run_job(composed: DictConfig, errors: io.StringIO, shows_help: bool = False)
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
         given = given_settings()
+        logging.getLogger("mtptrain.cli").debug("given settings: %s", ", ".join(sorted(given.values)))
         config, settings = typed_config(composed, given)
         if shows_help:
             print_recipe_help(str(HydraConfig.get().runtime.choices["recipe"]), config)

@@ -71,7 +71,7 @@ def read_arguments(words: list[str]) -> CommandLine:
             OPTIONS[word](line)
         elif word.startswith("-") and word not in FLAGS:
             num_values = 1 if word in WITH_VALUE else 0
-            line.options += [word, *rest[:num_values]]
+            line.options += map(expand_argument, [word, *rest[:num_values]])
             rest = rest[num_values:]
         else:
             line.is_short |= not line.settings and bool(NAME.fullmatch(word))

@@ -255,8 +255,9 @@ def open_run_folder(
         path = path / f"job{job_number}"
     provenance = describe_run(config.seed)
     try:
-        check_writable(path)
-        require_free(path, "output_dir")
+        if use is not FolderUse.none:
+            check_writable(path)
+            require_free(path, "output_dir")
         if config.resume == "auto" and (path / PROVENANCE_FILE).exists():
             provenance = replace(provenance, continues=read_provenance(path))
     except OSError as error:

@@ -201,4 +201,4 @@ def test_one_process_prints_the_text_of_a_shared_backbone(cells: Path) -> None:
     output, other = ((cells / f"generate.{number}.txt").read_text(encoding="utf-8") for number in (0, 1))
     assert (cells / "generate.code").read_text(encoding="utf-8") == "0", output[-3000:]
     assert output.splitlines()[-1] == "both texts are identical: 6 tokens"
-    assert other == ""
+    assert "identical" not in other
