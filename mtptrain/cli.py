@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from contextlib import closing
@@ -18,13 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 import mtptrain
 from mtptrain.config import RunConfig, register
+from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
-from mtptrain.config.paths import expand_argument
 from mtptrain.config.sweep import check_command
-from mtptrain.config.typos import composition_message, no_such_setting, wrong_value
+from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
+from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
-from mtptrain.help import register_help
+from mtptrain.help import print_recipe_help, register_help
 from mtptrain.recipes.sweep import Sweep
 from mtptrain.run.lost import UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
@@ -32,9 +34,6 @@ from mtptrain.run.storage import disk_full_reason
 if TYPE_CHECKING:
     from mtptrain.config.reads import Settings
     from mtptrain.recipes.session import Session
-
-VERSION_FLAG = "--version"
-PLAN_FLAG, PLAN_SETTING = "--plan", "collect.plan_only=true"  # Hydra accepts no flags of other programs
 
 
 def stop(message: str, is_cut_off: bool = False) -> NoReturn:
@@ -82,7 +81,9 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
-        raise UserError("no recipe is chosen; add +recipe=distill (or another recipe that --help lists); see --help")
+        raise UserError(
+            "no recipe is chosen; add +recipe=distill, or begin with distill (or another one that --help lists)"
+        )
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
@@ -174,11 +175,15 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
-def run_job(composed: DictConfig, job_folder: Path | None = None) -> None:
-    """Check and run one composed configuration; a job of a sweep has a folder."""
+def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bool = False) -> None:
+    """Check and run one composed configuration, or describe its recipe; a job of a sweep has a folder."""
     try:
         given = given_settings()
+        logging.getLogger("mtptrain.cli").debug("given settings: %s", ", ".join(sorted(given.values)))
         config, settings = typed_config(composed, given)
+        if shows_help:
+            print_recipe_help(str(HydraConfig.get().runtime.choices["recipe"]), config)
+            return
         run_task(config, settings, given, job_folder)
     except UserError as error:
         stop(str(error), isinstance(error, UnreachableError))
@@ -195,10 +200,17 @@ def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
     register_help()
-    if VERSION_FLAG in sys.argv[1:]:  # Hydra would print its own version
+    line = read_arguments(sys.argv[1:])
+    if line.wants_version:  # Hydra would print its own version
         print(f"mtptrain {mtptrain.__version__}")
         return
-    sys.argv = [PLAN_SETTING if argument == PLAN_FLAG else expand_argument(argument) for argument in sys.argv]
+    if "COMP_LINE" in os.environ and is_first_word(os.environ["COMP_LINE"]):
+        print(" ".join(group_choices("recipe")))  # the shell picks those that fit
+        return
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = completion_line(os.environ["COMP_LINE"])
+    set_verbosity(line.verbosity)
+    sys.argv[1:] = line.words
     try:
         check_command(sys.argv[1:])
     except UserError as error:
@@ -210,10 +222,10 @@ def main() -> None:
         sys.stderr = sys.__stderr__
         errors.seek(0)
         errors.truncate()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and not line.wants_help:
             sweep.run(composed, lambda folder: run_job(composed, folder))
         else:
-            run_job(composed)
+            run_job(composed, shows_help=line.wants_help)
 
     # Hydra prints its own errors and ends with code 1: capture them until the job starts and print them as one line.
     sys.stderr = errors
@@ -222,10 +234,11 @@ def main() -> None:
     except SystemExit as ending:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
-            stop(composition_message(errors.getvalue(), ending.__context__, sys.argv[1:]))
+            message = composition_message(errors.getvalue(), ending.__context__, sys.argv[1:])
+            stop(message.removeprefix("+recipe=") if line.is_short else message)
         if ending.code == USER_MISTAKE and errors.getvalue():  # argparse uses the same exit code
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
-            stop(f"{reason}; options such as --config-dir go before the settings; see --help")
+            stop(f"{reason}; a setting is written name=value, without dashes; see --help")
         raise
     finally:
         sys.stderr = sys.__stderr__

@@ -1,26 +1,39 @@
-"""The lists of recipes, losses and trackers in `--help`, read from their sources so that none is written twice."""
+"""The help: of all recipes in `--help`, and of one recipe with the settings that it reads."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache
 from importlib.resources import files
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from mtptrain.config import LossName
+from mtptrain.config import LossName, RunConfig
+from mtptrain.config.reads import Settings
 from mtptrain.config.typos import group_choices
 
 INDENT, NAME_WIDTH = "  ", 18
+MOST_WIDTH = 100
+
+
+def recipe_comments(name: str) -> list[str]:
+    """Return the comment lines at the top of conf/recipe/NAME.yaml; none for a recipe of the user's own."""
+    path = files("mtptrain.conf").joinpath("recipe", f"{name}.yaml")
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+    count = next((number for number, line in enumerate(lines) if not line.startswith("# ")), len(lines))
+    return [line.removeprefix("# ") for line in lines[:count]]
 
 
 def list_recipes() -> str:
     """Return a line for every recipe: its name and the first comment below `# @package` in conf/recipe/NAME.yaml."""
-    lines = []
-    for name in group_choices("recipe"):
-        text = files("mtptrain.conf").joinpath("recipe", f"{name}.yaml").read_text(encoding="utf-8")
-        comments = (line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
-        summary = next((line for line in comments if not line.startswith("@package")), "")
-        lines.append(f"{INDENT}{name:{NAME_WIDTH}}{summary}")
-    return "\n".join(lines)
+    return "\n".join(f"{INDENT}{name:{NAME_WIDTH}}{recipe_comments(name)[0]}" for name in group_choices("recipe"))
 
 
 def register_help() -> None:
@@ -28,3 +41,70 @@ def register_help() -> None:
     OmegaConf.register_new_resolver("recipes", list_recipes, replace=True)
     OmegaConf.register_new_resolver("losses", lambda: "|".join(LossName), replace=True)
     OmegaConf.register_new_resolver("options", lambda group: "|".join(group_choices(group)), replace=True)
+
+
+def print_recipe_help(name: str, config: RunConfig) -> None:
+    """Print a recipe's purpose, and every setting that it reads with the rest of `config`, with value and meaning."""
+    from mtptrain.recipes import find_recipe
+    from mtptrain.run.progress import waiting
+
+    with waiting("importing PyTorch"):
+        recipe = find_recipe(config.task)
+    print("\n".join(recipe_help(name, config, recipe.reads(config))))
+
+
+def recipe_help(name: str, config: RunConfig, reads: Settings) -> Iterator[str]:
+    """Yield the lines of a recipe's help, no wider than the terminal (COLUMNS)."""
+    width = min(MOST_WIDTH, shutil.get_terminal_size().columns)
+    yield textwrap.fill(" ".join(recipe_comments(name)), width)
+    yield "\n" + textwrap.fill(f"Usage: mtptrain {name} [setting=value ...]", width) + "\n"
+    yield textwrap.fill(
+        "Settings that it reads. A choice, such as data=text, adds its own: mtptrain ... --help.", width
+    )
+    section = ""
+    for setting in sorted(reads - {"task"}, key=lambda one: ("." in one, one)):
+        if setting.rpartition(".")[0] != section:
+            section = setting.rpartition(".")[0]
+            yield ""
+        yield describe_setting(setting, config, width)
+
+
+def describe_setting(setting: str, config: RunConfig, width: int) -> str:
+    """Return a setting with its value, its words if it has a few, and the comment beside its field."""
+    value: Any = config
+    note = ""
+    for key in setting.split("."):
+        note = field_notes(type(value)).get(key, "") if is_dataclass(value) else ""
+        value = getattr(value, key, None)
+    words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
+    text = "; ".join(filter(None, [words, note]))
+    line = f"{INDENT}{setting}={_written(value)}  {text}".rstrip()
+    return textwrap.fill(line, width, subsequent_indent=INDENT * 3, break_long_words=False, break_on_hyphens=False)
+
+
+def _written(value: Any) -> str:
+    """Return a value as a command line writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(getattr(value, "value", value))
+
+
+@cache
+def field_notes(schema: type) -> dict[str, str]:
+    """Return the comment of every field of a settings class: the lines above it, or the end of its own."""
+    return dict(_notes(inspect.getsource(schema).splitlines(), set(get_type_hints(schema))))
+
+
+def _notes(lines: list[str], names: set[str]) -> Iterator[tuple[str, str]]:
+    above: list[str] = []
+    for line in map(str.strip, lines):
+        name = line.partition(":")[0]
+        if line.startswith("# "):
+            above.append(line.removeprefix("# "))
+            continue
+        if name in names and ":" in line:
+            _, _, behind = line.partition("  # ")
+            yield name, " ".join([*above, behind]).strip()
+        above = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtptrain.config.sweep import job_name, varied_settings
+from mtptrain.config.verbosity import say
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, Preempted, UserError
 
 if TYPE_CHECKING:  # a single run needs none of it
@@ -124,4 +124,4 @@ def _sweep_folder(composed: DictConfig, made: Path) -> Path:
 
 def _print_status(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        say(line)

@@ -29,6 +29,7 @@ CONTENTS = {
     "mtptrain/evaluation/": "results as types, metrics, speed, comparison",
     "mtptrain/evaluation/report/": "tables, plots and the HTML page",
     "mtptrain/export/": "a trained head in the format that servers load",
+    "mtptrain/generation/": "text on the screen while it is decoded",
     "mtptrain/hidden_cache/": "residual streams of a text on disk",
     "mtptrain/losses/": "training objectives",
     "mtptrain/mtp/": "MTP block, stack, rollout, initial weights",

@@ -125,7 +125,7 @@ def refused(light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
     def run(*arguments: str, recipe: str = "distill") -> str:
         folder = tmp_path / "run"
-        assert run_main(f"+recipe={recipe}", *light, f"output_dir={folder}", *arguments) == 2
+        assert run_main(f"+recipe={recipe}", *light, Light(f"output_dir={folder}"), *arguments) == 2
         output, errors = capfd.readouterr()
         lines = errors.splitlines()
         assert [line for line in lines if line.startswith("mtptrain:")] == lines[-1:]

@@ -10,6 +10,7 @@ import torch
 
 import mtptrain
 from mtptrain.config import LossName
+from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
 
 MISTAKES = [
@@ -102,9 +103,21 @@ def test_a_command_without_a_recipe_points_to_the_help(capfd: pytest.CaptureFixt
     assert re.fullmatch(r"mtptrain: no recipe is chosen; add \+recipe=distill .*\n", capfd.readouterr().err)
 
 
-def test_an_option_in_the_wrong_place_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_main("+recipe=distill", "--config-dir", "my", "train.steps=2") == 2
-    assert re.fullmatch(r"mtptrain: unrecognized arguments: train.steps=2; .*before.*\n", capfd.readouterr().err)
+def test_an_option_may_stand_behind_a_setting(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("+recipe=distill", "--cfg", "job", "train.steps=2") == 0
+    assert "  steps: 2\n" in capfd.readouterr().out
+
+
+def test_an_unknown_option_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("+recipe=distill", "--plain", "train.steps=2") == 2
+    line = "mtptrain: unrecognized arguments: --plain; a setting is written name=value, without dashes; see --help\n"
+    assert capfd.readouterr().err == line
+
+
+def test_a_mistyped_recipe_is_answered_with_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main("distil", "train.steps=2") == 2
+    line = r"mtptrain: distil: there is no such recipe; did you mean distill\?; there are backbone, .*\n"
+    assert re.fullmatch(line, capfd.readouterr().err)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -203,6 +216,33 @@ def test_help_lists_every_recipe_with_a_line(capfd: pytest.CaptureFixture[str]) 
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
         assert re.search(rf"^  {path.stem} +[A-Z].*[.?]$", output, re.MULTILINE)
     assert max(map(len, output.splitlines())) <= 120
+
+
+def test_a_command_of_no_words_prints_the_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main() == 0
+    alone = capfd.readouterr().out
+    assert run_main("-h") == 0
+    assert capfd.readouterr().out == alone
+    codes = {int(code) for code in re.findall(r"^  (\d+) +\S", alone.partition("Exit codes:")[2], re.MULTILINE)}
+    assert codes == {0, 1, USER_MISTAKE, CHECK_FAILED, PREEMPTED, INTERRUPTED}
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_the_help_of_a_recipe_lists_what_it_reads(
+    columns: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run_main("distill", "data=stdlib", "--help", "train.steps=7") == 0
+    output = capfd.readouterr().out
+    assert output.startswith("Train a head on the backbone's own")
+    assert "\n  train.steps=7" in output
+    text = " ".join(output.split())
+    assert "engine=single single|zero1|zero2|zero3" in text
+    assert "data.max_documents=null" in text
+    assert "threads=null CPU threads of torch; null = 1 for the tiny preset" in text
+    assert "plan." not in output
+    assert "data.path" not in output  # of data=text
+    assert max(map(len, output.splitlines())) <= max(columns, 48)  # the longest setting is not cut
 
 
 def test_the_version_is_that_of_this_package(capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     ["replay"],
     ["planning"],
     ["evaluation"],
-    ["certificate", "doctor", "serving"],
+    ["certificate", "doctor", "serving", "generation"],
     ["evaluation.report", "export"],
     ["recipes"],
     ["help"],

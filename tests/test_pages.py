@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtptrain import cli
-from tests.command import ROOT, run_main
+from tests.command import ROOT, Light, run_main
 
 PAGE = ROOT / "docs" / "v4_flash.md"
 OTHERS = ("hf download", "vllm serve")
@@ -58,5 +58,5 @@ def test_a_command_composes_and_passes_the_checks_before_weights(
     monkeypatch.setattr("mtptrain.run.distributed.join", lambda config, processes: None)
     (tmp_path / "RUN").mkdir()
     given = [re.sub("=RUN$", f"={tmp_path}/RUN", one) for one in settings(command) if not one.startswith("output_dir=")]
-    assert run_main(*given, f"output_dir={tmp_path / 'run'}") == 0
+    assert run_main(*given, Light(f"output_dir={tmp_path / 'run'}")) == 0
     assert len(passed) == 1

@@ -30,13 +30,14 @@ from mtptrain.config.choices import (
     ReleaseVariant,
     ServedAs,
     ShardCopies,
+    Show,
     StoredWeights,
     StreamFormat,
     Turns,
     WeightFormat,
 )
 from mtptrain.config.data import CollectConfig, DataConfig, MixtureConfig, OnPolicyConfig
-from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, WatchConfig
+from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, GenerateConfig, WatchConfig
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import HELDOUT, MAX_DRAFT_LENGTH, TRAINING, did_you_mean, require
 from mtptrain.config.run import ONE_DTYPE, RunConfig, TrackingConfig, register
@@ -66,6 +67,7 @@ __all__ = [
     "ExportForm",
     "ExportScheme",
     "ExportTarget",
+    "GenerateConfig",
     "HardwareConfig",
     "HeadExperts",
     "LossConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "ServedAs",
     "ShapeConfig",
     "ShardCopies",
+    "Show",
     "StockHeadConfig",
     "StoredWeights",
     "StreamFormat",

@@ -105,6 +105,19 @@ class ReleaseSize(Enum):
     servable = "servable"
 
 
+class Show(Enum):
+    """Form of a text on the screen while it is decoded.
+
+    `colours` by origin of the tokens, on a terminal; `marks` for a screen without them; `text` alone. `auto` is colours
+    on a terminal, marks on a terminal that cannot move its cursor, and text in a file or pipe.
+    """
+
+    auto = "auto"
+    colours = "colours"
+    marks = "marks"
+    text = "text"
+
+
 class EngineName(Enum):
     """Partitioning of the heads' training state: none, or a stage of DeepSpeed ZeRO.
 

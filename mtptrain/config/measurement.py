@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtptrain.config.choices import DraftChoice, PastDepth, ServedAs
+from mtptrain.config.choices import DraftChoice, PastDepth, ServedAs, Show
 from mtptrain.config.rules import MAX_DRAFT_LENGTH, check_fields, one_of, ranged, require
 from mtptrain.kernels.choices import Verification
 
@@ -110,3 +110,16 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "watch")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """Text on the screen while it is decoded."""
+
+    plain: bool = False  # decode each prompt plainly as well, show both, and compare the texts
+    raw: bool = False  # continue a prompt as it is, although the backbone has a chat template
+    show: Show = Show.auto
+    pace: float = ranged(0.05, at_least=0)  # seconds that a pass stays on a terminal at least; no figure counts them
+
+    def __post_init__(self) -> None:
+        check_fields(self, "generate")

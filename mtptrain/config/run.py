@@ -18,7 +18,7 @@ from mtptrain.config.choices import (
 )
 from mtptrain.config.data import CollectConfig, DataConfig, OnPolicyConfig
 from mtptrain.config.deepspeed import passed_settings
-from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, WatchConfig
+from mtptrain.config.measurement import DecodingConfig, EvaluationConfig, GenerateConfig, WatchConfig
 from mtptrain.config.paths import default_output_dir, expand_home
 from mtptrain.config.planning import HardwareConfig, PlanConfig
 from mtptrain.config.rules import (
@@ -81,7 +81,7 @@ class RunConfig:
     threads: int | None = ranged(None, at_least=1)
     # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
     distributed_timeout: int = ranged(60, at_least=1)
-    # evaluate, doctor, export, measure_server: a checkpoint's, a run's or an export's folder, or `stock`, or
+    # evaluate, doctor, export, generate, measure_server: a checkpoint's, a run's or an export's folder, or `stock`, or
     # hf://ORGANISATION/NAME.
     checkpoint: str | None = None
     # compare: two or more of these, the first is the baseline; the seeds of one setting are a list: [[A0,A1],[B0,B1]].
@@ -89,6 +89,7 @@ class RunConfig:
     checkpoints: Any = field(default_factory=list)
     url: str | None = None  # measure_server: address of a running vLLM or SGLang server
     path: str | None = None  # report: the folder of a run, comparison or sweep, or the JSON file in it
+    prompt: str | None = None  # generate: text to continue; null = each line of standard input
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
     # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` as NAME or NAME:SUBSET:SPLIT, and
     # benchmarks: gsm8k, math500, mbpp, humaneval, mt_bench.
@@ -104,6 +105,7 @@ class RunConfig:
     stock_head: StockHeadConfig = field(default_factory=StockHeadConfig)  # recipe=backbone: training of its stock head
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from mtptrain.config.reads import Settings, all_settings, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
+from mtptrain.config.verbosity import say
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
@@ -27,6 +27,9 @@ OTHER_RECIPE = {
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
     "checkpoints": "doctor, export and measure_server take one head: checkpoint=PATH",
     "hardware": "a run uses the hardware of its machine",
+    "output_dir": "generate writes no file: redirect its output, such as > text.txt",
+    "prompt": "a measurement takes prompts=[FILE]",
+    "prompts": "generate takes one text: prompt=TEXT",
     "path": "data.path and backbone.path name a text and a backbone",
 }
 # ...and for settings that the recipe reads only together with others.
@@ -104,7 +107,7 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
             raise UserError(f"{group}={choice}: {_reason(group, config, owners(changed[0]))}")
     if noted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
-        print(f"note: +recipe={config.task} does not read {names} with these settings", file=sys.stderr)
+        say(f"note: +recipe={config.task} does not read {names} with these settings")
 
 
 def _check_allowed(names: list[str]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from mtptrain.config.verbosity import say
 from mtptrain.run.distributed import rank
 
 _shown: set[str] = set()  # training and held-out documents are read one after the other from the same files
@@ -14,7 +13,7 @@ def note(line: str) -> None:
     """Print a line on stderr, once a run and on rank 0 only."""
     if rank() == 0 and not _is_silent and line not in _shown:
         _shown.add(line)
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def silence() -> None:

@@ -82,6 +82,26 @@ class VerifyPass:
     emitted: int
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The tokens that one pass added to a text, and the draft's end, which it did not keep.
+
+    Attributes:
+        accepted: kept drafts.
+        own: the verifier's own token; none if the text ended with a draft.
+        rejected: the first rejected draft and those after it; empty where the end of the text cut the draft.
+    """
+
+    accepted: list[int]
+    own: list[int]
+    rejected: list[int]
+
+    @property
+    def emitted(self) -> list[int]:
+        """The added tokens."""
+        return self.accepted + self.own
+
+
 def settle_passes(accepted: Sequence[int], drafted: Sequence[int], num_tokens: int) -> list[VerifyPass]:
     """Return the records of the passes that emitted a text of `num_tokens` tokens, the first from the prefill.
 
@@ -172,10 +192,21 @@ class Clock:
         setattr(self.seconds, phase, getattr(self.seconds, phase) + spent)
         self.last, self.recording = now, recording
 
+    def pause(self) -> None:
+        """Leave out the time since the last lap, which belongs to a reader of the passes."""
+        now = self._now()
+        self.started += now - self.last
+        self.last = now
+
+    def so_far(self) -> Seconds:
+        """Set the total up to the last lap, and return the seconds."""
+        self.seconds.total = self.last - self.started - self.seconds.record
+        return self.seconds
+
     def stop(self) -> Seconds:
         """Set the total, which excludes recording, and return the seconds."""
-        self.seconds.total = self._now() - self.started - self.seconds.record
-        return self.seconds
+        self.last = self._now()
+        return self.so_far()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -8,6 +8,8 @@ Plain decoding is the same loop with an empty draft.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
@@ -18,7 +20,7 @@ from mtptrain.backbone.placement import layer_devices
 from mtptrain.decoding.draft import Proposer
 from mtptrain.decoding.draws import Draws, row_seed
 from mtptrain.decoding.policy import GREEDY, Policy
-from mtptrain.decoding.results import Clock, DecodedBatch, Limits
+from mtptrain.decoding.results import Clock, DecodedBatch, Limits, NewTokens
 from mtptrain.decoding.steps import verify_step
 from mtptrain.decoding.texts import Draft, Texts, verify
 from mtptrain.errors import UserError
@@ -36,7 +38,6 @@ def decode_plain(
     return decode_speculative(model, None, prompts, 0, limits, policy, seeds)
 
 
-@torch.inference_mode()
 def decode_speculative(
     model: DeepseekV4ForCausalLM,
     proposer: Proposer | None,
@@ -64,16 +65,32 @@ def decode_speculative(
     Raises:
         UserError: a prompt is empty, too long or of another vocabulary.
     """
+    decoding = begin_decoding(model, proposer, prompts, draft_length, limits, policy, seeds)
+    for _ in decoding.passes():
+        pass
+    return decoding.finish()
+
+
+@torch.inference_mode()
+def begin_decoding(
+    model: DeepseekV4ForCausalLM,
+    proposer: Proposer | None,
+    prompts: list[list[int]],
+    draft_length: int,
+    limits: Limits,
+    policy: Policy = GREEDY,
+    seeds: list[int] | None = None,
+) -> Decoding:
+    """Return the decoding of `decode_speculative` before its first pass, to follow it pass by pass.
+
+    Raises:
+        UserError: a prompt is empty, too long or of another vocabulary.
+    """
     _check_token_ids(model, prompts, limits)
     assert (proposer is None) == (draft_length == 0), "draft_length must be 0 exactly when there is no proposer"
     texts = Texts(prompts, limits, draft_length, model.lm_head.weight.device)
     seeds = seeds or [row_seed(0, number) for number in range(len(prompts))]
-    run = _Run(model, proposer, texts, draft_length, policy, seeds)
-    run.read_prompts()
-    run.record()
-    while any(texts.is_open):
-        run.advance()
-    return DecodedBatch(texts.finish(), run.clock.stop())
+    return Decoding(model, proposer, texts, draft_length, policy, seeds)
 
 
 def _check_token_ids(model: DeepseekV4ForCausalLM, prompts: list[list[int]], limits: Limits) -> None:
@@ -112,8 +129,8 @@ def allocate_cache(model: DeepseekV4ForCausalLM, batch: int, max_length: int, ma
     return cache
 
 
-class _Run:
-    """State of a batch during decoding.
+class Decoding:
+    """A batch during decoding; `begin_decoding` makes one.
 
     Args:
         model: the backbone.
@@ -144,6 +161,25 @@ class _Run:
         self.empty_draft = Draft.nothing(torch.zeros_like(texts.length_B))
         if proposer is not None:
             proposer.start(texts, draft_length, policy)
+
+    @torch.inference_mode()
+    def passes(self) -> Iterator[list[NewTokens | None]]:
+        """Decode, and yield the new tokens of each row after every pass, the prompts' own first.
+
+        The clock stands still while the caller looks at them.
+        """
+        self.read_prompts()
+        self.record()
+        yield self.texts.news
+        self.clock.pause()
+        while any(self.texts.is_open):
+            self.advance()
+            yield self.texts.news
+            self.clock.pause()
+
+    def finish(self) -> DecodedBatch:
+        """Return the texts, as far as they were decoded, and the time that it took."""
+        return DecodedBatch(self.texts.finish(), self.clock.stop())
 
     def read_prompts(self) -> None:
         """Prefill backbone and proposer, and emit each row's first token."""

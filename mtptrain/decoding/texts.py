@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtptrain.decoding.penalties import count_context
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.results import Decoded, Limits, settle_passes
+from mtptrain.decoding.results import Decoded, Limits, NewTokens, settle_passes
 from mtptrain.kernels.acceptance import Emission, verify_logits
 
 SLOTS = 64  # the number of slots of a row is a multiple of it
@@ -67,6 +67,7 @@ class Texts:
         length_B: int64, known tokens of each row.
         is_open: for each row, whether it continues.
         newest: most tokens that a row gained in the last pass.
+        news: the tokens of each row in the last pass; None in a row that had ended before.
         num_passes: passes of a text without a stop token, at least.
     """
 
@@ -82,6 +83,7 @@ class Texts:
         self.records = [Decoded() for _ in prompts]
         self.is_open = [True] * len(prompts)
         self.newest = 0
+        self.news: list[NewTokens | None] = [None] * len(prompts)
         self._accepted: list[list[int]] = [[] for _ in prompts]
         self._drafted: list[list[int]] = [[] for _ in prompts]
         self._offset_L = torch.arange(draft_length + 1, device=device)
@@ -126,6 +128,7 @@ class Texts:
         gaps, probabilities = emission.gap_BL.tolist(), emission.probability_BL.tolist()
         drafted, proposed = (None, None) if draft is None else (draft.drafted_B.tolist(), draft.tokens_BK.tolist())
         self.newest = 0
+        self.news = [None] * len(self.records)
         for row in [row for row, is_open in enumerate(self.is_open) if is_open]:
             new = self._cut(row, tokens[row][: accepted[row] + 1])
             record, count = self.records[row], len(new)
@@ -133,11 +136,14 @@ class Texts:
             record.gaps += gaps[row][:count]
             record.probabilities += probabilities[row][:count]
             self.newest = max(self.newest, count)
+            self.news[row] = NewTokens([], new, [])
             if drafted is not None and proposed is not None:
                 kept = accepted[row]
                 self._accepted[row].append(kept)
                 self._drafted[row].append(drafted[row])
                 record.rejected.append(proposed[row][kept] if kept < drafted[row] else None)
+                rest = proposed[row][kept : drafted[row]] if count > kept else []
+                self.news[row] = NewTokens(new[:kept], new[kept:], rest)
         lengths = [prompt + len(record.tokens) for prompt, record in zip(self.lengths, self.records, strict=True)]
         self.length_B = torch.tensor(lengths, device=self.tokens_BT.device)
 

@@ -28,6 +28,7 @@ PURE_HOOKS = {break_zero_ties_hook}  # they only compute, so a trace may hold th
 VARYING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 CASTS = (torch.ops.aten.to.dtype, torch.ops.aten.contiguous.default)  # return a fitting argument itself
 
+LOGGER = logging.getLogger("mtptrain.decoding")
 TensorFunction = Callable[..., tuple[Tensor, ...]]
 
 
@@ -88,7 +89,7 @@ def recording_seconds() -> float:
 @cache
 def log_once(message: str) -> None:
     """Log a warning the first time that it occurs."""
-    logging.getLogger("mtptrain.decoding").warning(message)
+    LOGGER.warning(message)
 
 
 def tracing_obstacle(modules: Sequence[nn.Module]) -> str | None:
@@ -176,7 +177,9 @@ class Traced:
                 known.obstacle = f"TorchScript cannot hold a step: {str(error).strip().splitlines()[-1]}"
         if known.obstacle is not None:
             log_once(f"decoding without traces, because {known.obstacle}")
-        _Shared.seconds += time.perf_counter() - started
+        spent = time.perf_counter() - started
+        _Shared.seconds += spent
+        LOGGER.debug("recorded a step of %d tensors: %.2f s", len(recorder.read), spent)
         return outputs
 
     def _trace(

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mtptrain.doctor.result import DoctorResult, TensorFaults
 from mtptrain.evaluation.certificate_result import Outcome, ShiftedTargetControl
+from mtptrain.run.tables import print_table
 
 
 def print_diagnosis(result: DoctorResult, console: Console) -> None:
@@ -27,7 +28,7 @@ def print_diagnosis(result: DoctorResult, console: Console) -> None:
         low, high = row.against_right.interval
         gain = row.against_right.gain
         table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
-    console.print(table, highlight=False)
+    print_table(console, table)
     ceiling = result.controls.all_accept
     console.print(
         f"control: {_shifted_target(result.controls.shifted_target)}\n"

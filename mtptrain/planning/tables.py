@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtptrain.planning.result import DecodingPlan, DraftLengthRow, ModelSizes, PartCost, PassCost, Profile, TrainingPlan
+from mtptrain.run.tables import print_table
 
 
 def print_plan(plan: DecodingPlan | TrainingPlan, console: Console) -> None:
@@ -22,12 +23,12 @@ def print_decoding_plan(plan: DecodingPlan, console: Console) -> None:
     _print_line(console, decoding_summary(plan), style="bold")
     for line in (_describe_sizes(plan.model), _describe_decoding(plan), _describe_profile(plan.acceptance)):
         _print_line(console, line)
-    console.print(_draft_length_table(plan))
+    print_table(console, _draft_length_table(plan))
     shown = plan.draft_lengths[plan.best_draft_length or 1]
-    console.print(_work_table("Plain pass, t(1)", plan.draft_lengths[0].verify))
-    console.print(_work_table(f"Verify pass, t({shown.draft_length + 1})", shown.verify))
+    print_table(console, _work_table("Plain pass, t(1)", plan.draft_lengths[0].verify))
+    print_table(console, _work_table(f"Verify pass, t({shown.draft_length + 1})", shown.verify))
     if shown.draft is not None:
-        console.print(_work_table("Later draft step", shown.draft.later_step))
+        print_table(console, _work_table("Later draft step", shown.draft.later_step))
     _print_line(console, "Estimates: every part at the hardware's ceiling, without overlap. See docs/plan.md.")
 
 
@@ -39,13 +40,13 @@ def print_training_plan(plan: TrainingPlan, console: Console) -> None:
     _print_line(console, training_summary(plan), style="bold")
     _print_line(console, _describe_sizes(plan.model))
     _print_line(console, _describe_training(plan))
-    console.print(_shares_table(f"Memory per GPU during {memory.moment}, the peak", "GB", memory.gpu, 1e9))
+    print_table(console, _shares_table(f"Memory per GPU during {memory.moment}, the peak", "GB", memory.gpu, 1e9))
     _print_line(console, "GB at each moment: " + ", ".join(f"{name} {size:.4g}" for name, size in moments.items()))
-    console.print(_shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
-    console.print(_shares_table(f"A step of {step.tokens} tokens, all GPUs", "TFLOP", step.flops, 1e12))
+    print_table(console, _shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
+    print_table(console, _shares_table(f"A step of {step.tokens} tokens, all GPUs", "TFLOP", step.flops, 1e12))
     if step.sent_bytes_a_gpu:
-        console.print(_shares_table("Sent by each GPU per step", "GB", step.sent_bytes_a_gpu, 1e9))
-    console.print(_shares_table("Time of a step", "seconds (ceiling)", seconds, 1))
+        print_table(console, _shares_table("Sent by each GPU per step", "GB", step.sent_bytes_a_gpu, 1e9))
+    print_table(console, _shares_table("Time of a step", "seconds (ceiling)", seconds, 1))
     _print_line(
         console,
         f"A stream cache of these tokens takes {cache.bytes / 1e12:.4g} TB, {cache.bytes_a_token / 1024:g} KiB per "

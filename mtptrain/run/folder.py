@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import yaml
 
 from mtptrain.config import RunConfig
 from mtptrain.config.paths import default_output_dir
+from mtptrain.config.verbosity import say
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import BEGUN, is_begun
 from mtptrain.run.folder_lock import FolderLock, require_free
@@ -34,13 +34,14 @@ class FolderUse(Enum):
 
     `run`: written while the run goes on, and continued with `resume=auto`. `result`: a result, which only
     `overwrite=true` replaces. `whole`: appears when it is complete, and replaces nothing. `own`: the recipe locks and
-    checks what it writes.
+    checks what it writes. `none`: the recipe writes no file.
     """
 
     run = "run"
     result = "result"
     whole = "whole"
     own = "own"
+    none = "none"
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class RunFolder:
     def print_status(self, line: str) -> None:
         """Print a status line on stderr (rank 0 only)."""
         if is_rank0():
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def claim(self) -> None:
         """Lock the folder before anything is read or written, and refuse one that holds something else; rank 0 only.
@@ -76,7 +77,7 @@ class RunFolder:
         Raises:
             UserError: another run is writing the folder, it holds another run or a result, or it cannot be created.
         """
-        if self.use is FolderUse.own:
+        if self.use in (FolderUse.own, FolderUse.none):
             return
         self.take()
         if self.use is FolderUse.whole:
@@ -129,6 +130,8 @@ class RunFolder:
 
     def describe_rest(self) -> str:
         """Return what an interruption left of the run, and how to go on."""
+        if self.use is FolderUse.none:
+            return "the text on the screen is not whole; start it again"
         on = f"continue with resume=auto output_dir={self.path}"
         steps = sorted((self.path / "checkpoints").glob("step_[0-9]*"))
         parts = [folder for folder in self.lock.folders if is_begun(folder)]
@@ -240,8 +243,9 @@ def open_run_folder(
     path = job_folder or Path(config.output_dir or default_output_dir(config.task))
     provenance = describe_run(config.seed)
     try:
-        check_writable(path)
-        require_free(path, "output_dir")
+        if use is not FolderUse.none:
+            check_writable(path)
+            require_free(path, "output_dir")
         if config.resume == "auto" and (path / PROVENANCE_FILE).exists():
             provenance = replace(provenance, continues=read_provenance(path))
     except OSError as error:

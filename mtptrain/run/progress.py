@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -16,9 +17,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mtptrain.config.verbosity import is_quiet, say
 from mtptrain.run.distributed import rank
 
 T = TypeVar("T")
+
+LOGGER = logging.getLogger("mtptrain.run")
 
 SECONDS_BETWEEN_LINES = 5.0
 QUIET_SECONDS = 2.0  # a wait that ends earlier prints nothing
@@ -49,7 +53,7 @@ def waiting(label: str, share: Callable[[], float] | None = None) -> Iterator[No
             spent = time.monotonic() - begun
             done = share() if share is not None else 0.0
             left = f", about {clock(math.ceil(spent * (1 - done) / done))} left" if 0 < done < 1 else ""
-            print(f"{label}, for {clock(spent)} so far{left}", file=sys.stderr, flush=True)
+            say(f"{label}, for {clock(spent)} so far{left}")
             pause = SECONDS_BETWEEN_SIGNS
 
     thread = threading.Thread(target=print_signs, daemon=True)
@@ -61,6 +65,7 @@ def waiting(label: str, share: Callable[[], float] | None = None) -> Iterator[No
         ended.set()
         if thread.is_alive():
             thread.join()
+        LOGGER.debug("%s: %.1f s", label, time.monotonic() - begun)
 
 
 def counted(label: str, steps: Sequence[T]) -> Iterator[T]:
@@ -85,7 +90,7 @@ class Progress:
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "tok") -> None:
         self.label, self.total, self.start, self.unit = label, total, start, unit
         self.console = Console(file=sys.stderr)
-        self.is_shown = rank() == 0
+        self.is_shown = rank() == 0 and not is_quiet()
         is_live = self.is_shown and self.console.is_terminal
         self.live = Live(console=self.console, refresh_per_second=4) if is_live else None
         self.begun = time.monotonic()
@@ -121,4 +126,4 @@ class Progress:
             self.live.update(Text(line))
         elif self.is_shown and (elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total):
             self.last_line = elapsed
-            print(line, file=sys.stderr, flush=True)
+            say(line)

@@ -13,6 +13,7 @@ from mtptrain.evaluation.metrics import paired_gain, summarize
 from mtptrain.evaluation.result import PolicyResult, PromptsResult
 from mtptrain.replay.replay import Counts
 from mtptrain.run.provenance import Provenance
+from mtptrain.run.tables import print_table
 
 SERVER_FILE, SCHEMA = "server.json", 1
 NAMES = ("the prediction", "the server")
@@ -83,7 +84,7 @@ def print_measurement(result: ServerMeasurement, console: Console) -> None:
     for k, share in enumerate(predicted.conditional):
         measured = served.conditional[k] if k < len(served.conditional) else None
         table.add_row(f"kept at position {k + 1}", _share(measured), _share(share))
-    console.print(table, highlight=False)
+    print_table(console, table)
     if result.same_text is not None:
         console.print(f"{result.same_text:.0%} of the texts equal the backbone's own", highlight=False)
 

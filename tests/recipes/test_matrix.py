@@ -80,9 +80,15 @@ def run_all(folder: Path) -> None:
                     spread_on_one_device(own, jobs, patch)
             else:
                 matrix.run(own, jobs)
-    together.append((str(folder), [damaged_job(folder, corpus)]))
+    together.append((str(folder), [generating_job(folder), damaged_job(folder, corpus)]))
     (folder / "jobs.json").write_text(json.dumps(together), encoding="utf-8")
     run_in_two("tests.recipes.matrix", str(folder / "jobs.json"))
+
+
+def generating_job(folder: Path) -> matrix.Job:
+    """Return a text on the screen, decoded by processes that share the backbone's experts."""
+    settings = [f"backbone.path={folder / 'release' / 'backbone'}", "backbone.placement=expert_parallel"]
+    return "generate", ["+recipe=generate", *settings, "prompt=Line 7 of", "generate.plain=true"]
 
 
 def damaged_job(folder: Path, corpus: Path) -> matrix.Job:
@@ -189,3 +195,10 @@ def compare_evaluations(one: Path, other: Path) -> None:
     for head, shared in zip(left.heads, right.heads, strict=True):
         assert head.per_prompt == shared.per_prompt
         assert head.teacher_forced.alpha == pytest.approx(shared.teacher_forced.alpha, abs=1e-5)
+
+
+def test_one_process_prints_the_text_of_a_shared_backbone(cells: Path) -> None:
+    output, other = ((cells / f"generate.{number}.txt").read_text(encoding="utf-8") for number in (0, 1))
+    assert (cells / "generate.code").read_text(encoding="utf-8") == "0", output[-3000:]
+    assert output.splitlines()[-1] == "both texts are identical: 6 tokens"
+    assert "identical" not in other

@@ -46,6 +46,8 @@ PROGRAMS = {
     "watch": "+recipe=watch data=text data.path={corpus} checkpoint={head}",
     "doctor": "+recipe=doctor data=text data.path={corpus} checkpoint={head}",
     "doctor, prompts of a file": "+recipe=doctor checkpoint={head} prompts={prompts}",
+    "generate": "+recipe=generate checkpoint={head} prompt=The decoding.temperature=1",
+    "generate from a text as it is": "+recipe=generate checkpoint={head} prompt=The generate.raw=true",
     "compare": "+recipe=compare data=text data.path={corpus} checkpoints=[stock,{head}]",
     "export": "+recipe=export data=text data.path={corpus} checkpoint={head} target=vllm export.max_drop=9 "
     "plan.batch=2 " + SIZES,
@@ -111,7 +113,7 @@ def test_a_recipe_declares_the_settings_that_it_reads(
     sizes = [one for one in light if not one.startswith(("data=", "data.path=", "backbone.path="))]
     own = map(Light, (f"backbone.path={release_folder}", "train.warmup_steps=1", "data.chat_template=builtin"))
     with recorded_reads() as reads:
-        code = run_main(*sizes, *own, *arguments, f"output_dir={tmp_path / 'run'}")
+        code = run_main(*sizes, *own, *arguments, Light(f"output_dir={tmp_path / 'run'}"))
     assert code in (0, 3)  # the doctor finds a random head unhealthy
     assert reads.config is not None
     declared = find_recipe(reads.config.task).reads(reads.config)
@@ -150,6 +152,10 @@ UNREAD = [
     ("collect", "evaluation.num_prompts=5", "evaluation.num_prompts=5: belongs to"),
     ("plan", "data.path=a.txt", "data.path=a.txt: belongs to"),
     ("plan", "backbone=small", "backbone=small: belongs to .* model=NAME"),
+    ("generate", "prompt=a prompts=b", r"prompts=\['b'\]: belongs to .*; generate takes one text: prompt=TEXT"),
+    ("generate", "prompt=a output_dir=b", "output_dir=b: belongs to .*; generate writes no file: redirect its output"),
+    ("generate", "prompt=a generate.raw=true data.chat_template=builtin", "data.chat_template=builtin: .*"),
+    ("evaluate", "checkpoint=stock prompt=a", r"prompt=a: belongs to \+recipe=generate, .* prompts=\[FILE\]"),
     ("report", "path=a seed=5", "seed=5: belongs to"),
     (
         "evaluate",

@@ -65,3 +65,12 @@ def test_a_second_run_is_refused_as_soon_as_the_first_has_started(tmp_path: Path
 def test_runs_of_the_same_second_get_folders_of_their_own() -> None:
     assert len({default_output_dir("distill", None) for _ in range(100)}) == 100
     assert "_job3_" in default_output_dir("distill", 3).name
+
+
+def test_a_recipe_that_writes_no_file_needs_no_folder(corpus_file: Path) -> None:
+    config = RunConfig(task="generate", output_dir=str(corpus_file / "run"))  # below a file
+    folder = open_run_folder(config, {}, None, FolderUse.none)
+    with closing(folder.lock):
+        folder.claim()
+    assert corpus_file.is_file()
+    assert "not whole" in folder.describe_rest()

@@ -145,7 +145,7 @@ def print_comparison(comparison: HeadComparison, console: Console) -> None:
         at_position = comparison.gain_by_position[k - 1]
         detectable = "-" if gain is None else f"{gain.detectable:.2f}"
         table.add_row(str(k), _with_interval(gain), detectable, _with_interval(at_position))
-    console.print(table, highlight=False)
+    print_table(console, table)
     if len(comparison.domains) > 1:
         for domain, gains in comparison.domains.items():
             style = "red" if domain in comparison.worse_on else None

@@ -28,6 +28,7 @@ from mtptrain.evaluation.report.headline import (
     speed_text,
 )
 from mtptrain.evaluation.result import Evaluation, PromptsResult, Speedup, Spread
+from mtptrain.run.tables import print_table
 
 MISSING_VALUE, DOUBTFUL = "-", "? "
 SHOWN_DETAILS = 10
@@ -225,7 +226,7 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
 def print_grid(grid: Grid, console: Console) -> None:
     """Print a table between its title and its note."""
     console.print(Text(f"\n{grid.title}", style="bold"))
-    console.print(_rich_table(grid))
+    print_table(console, _rich_table(grid))
     console.print(Text(grid.note, style="dim"))
 
 

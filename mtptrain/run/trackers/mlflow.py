@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtptrain.config.verbosity import say
 from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
 
@@ -83,7 +83,7 @@ class MlflowTracker:
         if self.ends_run:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
         if self.local_store is not None:
-            print(f"show the run with: mlflow ui --backend-store-uri {self.local_store}", file=sys.stderr)
+            say(f"show the run with: mlflow ui --backend-store-uri {self.local_store}")
 
 
 def begin(run: TrackedRun) -> MlflowTracker:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from mtptrain.config.verbosity import say
 from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
 from mtptrain.run.typed_json import from_json, to_json
@@ -96,7 +96,7 @@ class WandbTracker:
         finally:
             if self.is_offline:  # each restart adds a folder
                 folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
-                print(f"W&B ran offline; upload it with: wandb sync {folders}", file=sys.stderr)
+                say(f"W&B ran offline; upload it with: wandb sync {folders}")
 
 
 def begin(run: TrackedRun) -> WandbTracker:

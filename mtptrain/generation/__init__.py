@@ -1,0 +1,1 @@
+"""Text on the screen while it is decoded: drafts kept and rejected, the verifier's own tokens, and the speed."""
