@@ -55,6 +55,7 @@ OTHER_SETTINGS = {
     "decoding.verification": "it matters at a decoding.temperature above 0; set one",
     "evaluation.best_by": "it chooses by measurements during the training: set evaluation.every=N",
     "export.embeddings": "a whole model has them: set export.form=draft",
+    "export.force": "only target=vllm goes by the path",
     "export.shards": "a draft has none of the model's shards: set export.form=full",
     "loss.step_decay": "it weighs several steps, each by itself: set mtp.steps above 1, and not loss.divergence=chain",
     "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",

@@ -171,6 +171,7 @@ UNREAD = [
     ),
     ("mini_release", f"{SERVABLE} backbone=small", "backbone=small: release.size=serv"),
     ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
+    ("export", "checkpoint=a target=hf export.force=true", "export.force=True: .*; only target=vllm goes by the path"),
     ("export", f"{COMPARED} prompts=b", r"prompts=\['b'\]: export.check=tensors measures"),
     ("export", f"{COMPARED} export.max_drop=1", "export.max_drop=1.0: .*check=replay"),
     ("export", f"{COMPARED} decoding.past_depth=stop", "decoding.past_depth=stop: .*export.check=tensors"),
