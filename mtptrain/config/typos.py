@@ -102,10 +102,10 @@ def _is_in_absent_section(argument: str) -> bool:
     return "." in name and type(None) in get_args(section) and any(map(is_dataclass, get_args(section)))
 
 
-def _is_in_list(argument: str) -> bool:
-    """Return whether an argument sets a part of a setting that is a list, such as data.mixture.path."""
+def _list_above(argument: str) -> str:
+    """Return the list of which an argument sets a part, as data.mixture.path does, or nothing."""
     parent = argument.partition("=")[0].lstrip("+~").rpartition(".")[0]
-    return parent in all_settings() and get_origin(_type_of(parent)) is list
+    return parent if parent in all_settings() and get_origin(_type_of(parent)) is list else ""
 
 
 def composition_message(text: str, error: BaseException | None, arguments: Sequence[str] = ()) -> str:
@@ -131,6 +131,11 @@ def composition_message(text: str, error: BaseException | None, arguments: Seque
         answer = _composition_answer(str(error), error.__cause__)
         if answer is not None:
             return answer
+    return _override_answer(text, arguments) or _own_lines(text)
+
+
+def _override_answer(text: str, arguments: Sequence[str]) -> str | None:
+    """Return the answer to a value that Hydra cannot put into its setting; None to another error."""
     several = re.search(r"^Ambiguous value for argument '(.*)'$", text, re.MULTILINE)
     if several is not None:
         name, _, values = several[1].partition("=")
@@ -139,16 +144,15 @@ def composition_message(text: str, error: BaseException | None, arguments: Seque
             f"{name}=[{values}], and a text with commas quotes, '{name}=\"{values}\"'"
         )
     merged = re.search(r"^Error merging override [+~]*([\w.]+)=(.*)$", text, re.MULTILINE)
+    unknown = re.search(r"^Key '(.*?)' not in ", text, re.MULTILINE)
     if merged is not None and merged[1] in all_settings():
         return f"{merged[1]}={merged[2]}: {_rule(_type_of(merged[1]), merged[1], merged[2])}"
-    unknown = re.search(r"^Key '(.*?)' not in ", text, re.MULTILINE)
     if merged is not None and unknown is not None:
         return no_such_setting(f"{merged[1]}.{unknown[1]}")
-    in_list = next(filter(_is_in_list, arguments), None)
-    if in_list is not None:
-        parent = in_list.partition("=")[0].lstrip("+~").rpartition(".")[0]
-        return f"{in_list}: {parent} is a list; write the whole list, {parent}=[A,B]"
-    return _own_lines(text)
+    part = next(filter(_list_above, arguments), None)
+    if part is None:
+        return None
+    return f"{part}: {_list_above(part)} is a list; write the whole list, {_list_above(part)}=[A,B]"
 
 
 def _composition_answer(text: str, cause: BaseException | None) -> str | None:
