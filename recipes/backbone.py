@@ -24,10 +24,10 @@ from mtptrain.config.reads import (
     ALWAYS,
     Settings,
     of_backbone,
+    of_documents,
     of_loss,
-    of_traces,
+    of_probe,
     of_training,
-    of_training_text,
     settings,
 )
 from mtptrain.data.batches import PackedBatches
@@ -139,12 +139,9 @@ def train_stock_head(session: Session, folder: Path) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a backbone and its stock head read."""
-    used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= settings(
-        "backbone.shape", "backbone.grow_from", "stock_head", "evaluation.every", "evaluation.heldout_sequences"
-    )
-    if config.evaluation.every > 0:  # while the stock head trains
-        used |= of_traces(config)
+    used = ALWAYS | of_backbone(config) | of_documents(config) | of_training(config) | of_loss(config)
+    used |= settings("backbone.shape", "backbone.grow_from", "stock_head", "evaluation.heldout_sequences")
+    used |= of_probe(config)  # while the stock head trains
     return used - {"backbone.path", "backbone.revision", "backbone.weights", "train.recompute"}
 
 

@@ -20,7 +20,7 @@ from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
 from mtptrain.config import PARTITIONED_PLACEMENTS, CollectEngine, RunConfig, require
 from mtptrain.config.data import require_documents
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_collecting, of_training_text
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_collecting, of_documents
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.consumed import deleted_bytes, written_shards
@@ -50,7 +50,7 @@ from mtptrain.hidden_cache.writer import (
     write_shard,
 )
 from mtptrain.recipes.session import Session
-from mtptrain.run.artifact import begin, finish, is_begun, total_counts
+from mtptrain.run.artifact import begin, check_identity, finish, is_begun, read_begun, total_counts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.folder import FolderUse, RunFolder
 from mtptrain.run.preemption import StopRequest
@@ -76,14 +76,12 @@ class Collector:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that a collection reads."""
-    return ALWAYS | of_training_text(config) | of_collecting(config) | of_backbone(config) - {"seed"}
+    return ALWAYS | of_documents(config) | of_collecting(config) | of_backbone(config) - {"seed"}
 
 
 def check(config: RunConfig) -> None:
     """Refuse data that is streamed or is no text, and a backbone shared by processes beside vLLM."""
     require_documents(config.data, config.task)
-    rule = "collect counts the tokens before it starts; leave it false"
-    require(not config.data.streaming, "data.streaming", True, rule)
     placement, is_vllm = config.backbone.placement, config.collect.engine is CollectEngine.vllm
     rule = "collect.engine=vllm runs in one process and compares with a whole backbone; set auto or replicate"
     require(not (is_vllm and placement in PARTITIONED_PLACEMENTS), "backbone.placement", placement.value, rule)
@@ -117,12 +115,12 @@ def check_disk(session: Session, shards: list[ShardDocuments]) -> None:
         )
 
 
-def describe_streams(session: Session, corpus: TokenizedCorpus) -> StreamIdentity:
-    """Return the identity of this run's cache."""
+def describe_streams(session: Session, corpus: TokenizedCorpus, backbone: str) -> StreamIdentity:
+    """Return the identity of this run's cache; `backbone` is the fingerprint."""
     config, source, chat = session.config, session.source, session.chat
     engine = config.collect.engine
     return StreamIdentity(
-        backbone=session.fingerprint,
+        backbone=backbone,
         stream=STREAM,
         layer=source.config.num_hidden_layers,
         num_streams=source.config.hc_mult,
@@ -151,6 +149,14 @@ def is_continued(run_folder: RunFolder) -> bool:
     if is_resumed and not is_begun(folder):
         run_folder.print_status(f"resume=auto: {folder} holds no shard to continue from; starting at the first")
     return is_begun(folder)
+
+
+def check_begun(session: Session, corpus: TokenizedCorpus) -> None:
+    """Refuse an interrupted cache of another run before weights are read, which an unknown fingerprint needs."""
+    folder, known = session.folder.path, session.known_fingerprint
+    stored = on_rank0(lambda: read_begun(STREAM_CACHE, "output_dir", folder))
+    want = describe_streams(session, corpus, known or stored.backbone)
+    check_identity(f"output_dir={folder}", stored, want, STREAM_CACHE.settings)
 
 
 def begin_cache(
@@ -281,7 +287,9 @@ def run(session: Session) -> None:
     if config.collect.plan_only:
         return
     is_old = on_rank0(lambda: is_continued(run_folder))
-    identity = describe_streams(session, corpus)
+    if is_old:
+        check_begun(session, corpus)
+    identity = describe_streams(session, corpus, session.fingerprint)
 
     def open_collector() -> Collector:
         if vllm_gpus:

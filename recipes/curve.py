@@ -56,8 +56,10 @@ class CurveBuilder:
 
     def __init__(self, session: Session, root: Path, trackers: Trackers) -> None:
         self.session, self.root, self.trackers = session, root, trackers
-        identity = _identity(session, root)
-        kept = _kept_curve(session, identity)
+        kept = _kept_curve(session, root)
+        identity = _identity(session, root, session.backbone.fingerprint)
+        if kept is not None:
+            check_identity(_where(session), kept.identity, identity, CURVE_SETTINGS)
         self.trace_set = _curve_traces(session, kept)
         self.stock: CountsByLength | None = None
         if session.config.evaluation.include_stock and has_stock(session.backbone):
@@ -193,11 +195,15 @@ def session_in(session: Session, folder: Path) -> Session:
     return inner
 
 
-def _identity(session: Session, root: Path) -> CurveIdentity:
+def _where(session: Session) -> str:
+    return f"output_dir={session.folder.path}"
+
+
+def _identity(session: Session, root: Path, backbone: str) -> CurveIdentity:
     config = session.config
     return CurveIdentity(
         run=str(root.absolute()),
-        backbone=session.backbone.fingerprint,
+        backbone=backbone,
         dtype=session.dtype_name,
         prompts=list(config.prompts),
         traces=config.evaluation.traces,
@@ -208,13 +214,18 @@ def _identity(session: Session, root: Path) -> CurveIdentity:
     )
 
 
-def _kept_curve(session: Session, identity: CurveIdentity) -> Curve | None:
-    """Return the curve that an interrupted measurement left, if this one continues it."""
+def _kept_curve(session: Session, root: Path) -> Curve | None:
+    """Return the curve that an interrupted measurement left, if this one continues it; no weight is read.
+
+    Raises:
+        UserError: it has other settings, or is known to be of another backbone.
+    """
     path = session.folder.path / CURVE_FILE
     if session.config.resume != "auto" or not path.exists():
         return None
     kept = read_curve(path)
-    check_identity(f"output_dir={path.parent}", kept.identity, identity, CURVE_SETTINGS)
+    identity = _identity(session, root, session.known_fingerprint or kept.identity.backbone)
+    check_identity(_where(session), kept.identity, identity, CURVE_SETTINGS)
     session.folder.print_status(f"{len(kept.points)} checkpoints are measured already")
     return kept
 
@@ -231,7 +242,7 @@ def _curve_traces(session: Session, kept: Curve | None) -> TraceSet:
     if config.evaluation.traces is None:
         _, sources = open_prompts(session, config.evaluation.num_prompts)
         have, want = ({"sources": {one.name: one.sha256 for one in of}} for of in (kept.prompts.sources, sources))
-        check_identity(f"output_dir={path.parent}", have, want, {"sources": "prompts and data"})
+        check_identity(_where(session), have, want, {"sources": "prompts and data"})
     session.folder.record()
     return kept_traces(session, path)
 

@@ -16,6 +16,7 @@ from mtptrain.backbone.placement import check_experts
 from mtptrain.config import DataSource, DraftChoice, HeadExperts, PastDepth, Placement, RunConfig, ServedAs, require
 from mtptrain.config.reads import (
     ALWAYS,
+    UNTRAINED,
     Settings,
     of_backbone,
     of_loss,
@@ -69,9 +70,11 @@ PROBE_PROMPTS, PROBE_ROWS = 16, 16  # few enough that each part of a probe costs
 def reads(config: RunConfig) -> Settings:
     """Return the settings that training a head and measuring it read."""
     used = ALWAYS | of_backbone(config) | of_training_text(config) | of_training(config) | of_loss(config)
-    used |= of_measuring(config) | settings("mtp", "evaluate_at_end", "overwrite")
-    is_probed = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
-    return used | of_probe(config) if is_probed else used
+    used |= settings("mtp", "evaluate_at_end")
+    if is_measured(config):
+        used |= of_measuring(config) | {"overwrite"}
+    can_probe = config.data.source is not DataSource.streams and config.backbone.placement is not Placement.zero3
+    return used | of_probe(config) if can_probe else used
 
 
 def check(config: RunConfig) -> None:
@@ -123,7 +126,7 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     tensors: dict[str, Tensor] | None = None
     if config.init == "stock":
         tensors = stock_tensors(backbone)
-    elif config.init not in ("fresh", "backbone"):
+    elif config.init not in UNTRAINED:
         try:
             start = session.checkpoint(config.init)
             start.head_identity(backbone.fingerprint)
@@ -144,7 +147,7 @@ def shared_traces(session: Session, make: Callable[[], list[Trace]]) -> list[Tra
 def passages_before(session: Session) -> Passages:
     """Return the passages that the head of `mtp.init` was trained on, as far as they are known."""
     init = session.config.mtp.init
-    known = None if init in ("stock", "fresh", "backbone") else session.checkpoint(init).passages()
+    known = None if init in ("stock", *UNTRAINED) else session.checkpoint(init).passages()
     return known or Passages.none()
 
 

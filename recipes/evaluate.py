@@ -16,7 +16,7 @@ from mtptrain.certificate.logits import certify_logits
 from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_totals, sample_texts
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
-from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, of_measuring, settings
+from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, of_measuring, of_tracking, settings
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
@@ -53,7 +53,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.folder import FolderUse
-from mtptrain.run.progress import Progress, waiting
+from mtptrain.run.progress import Progress
 from mtptrain.traces.file import Trace, TraceSet
 from mtptrain.training.checkpoint import checkpoint_name, open_checkpoint
 from mtptrain.training.run_checkpoints import checkpoints_of_run
@@ -101,8 +101,7 @@ def make_certificate(
     loops = greedy_loops(model, stacks, greedy, policy)
     logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
     identity, replay = certify_greedy(loops, logits.backbone.gap)
-    with waiting("certificate: testing the sampler"):
-        sampler = sampler_certificate()
+    sampler = sampler_certificate()
     controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(
@@ -225,9 +224,11 @@ def require_certificate(evaluation: Evaluation) -> None:
 
 def reads(config: RunConfig) -> Settings:
     """Return the settings that an evaluation reads."""
-    used = ALWAYS | of_backbone(config) | settings("checkpoint", "checkpoints", "tracking", "overwrite")
+    used = ALWAYS | of_backbone(config) | settings("checkpoint", "checkpoints", "overwrite")
     used |= of_curve(config) if config.measures_all else of_measuring(config)
-    return used - {"tracking.checkpoints", "tracking.metrics_file"}
+    if config.checkpoint == "stock":
+        used -= {"evaluation.include_stock"}
+    return used | (of_tracking(config) - {"tracking.checkpoints", "tracking.metrics_file"})
 
 
 def check(config: RunConfig) -> None:

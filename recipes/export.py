@@ -14,7 +14,7 @@ from transformers import DeepseekV4Config
 
 import mtptrain
 from mtptrain.backbone.load import BackboneSource
-from mtptrain.config import ExportCheck, ExportForm, ExportScheme, PlanConfig, RunConfig, require
+from mtptrain.config import ExportCheck, ExportForm, ExportScheme, ExportTarget, PlanConfig, RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, of_traces, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
@@ -273,6 +273,8 @@ def reads(config: RunConfig) -> Settings:
     """Return the settings that an export reads: without a replay, none of a measurement or of its plan of K."""
     used = ALWAYS | of_backbone(config) | settings("checkpoint", "export", "target")
     unread = {"export.shards" if config.export.form is ExportForm.draft else "export.embeddings"}
+    if config.target not in (None, ExportTarget.vllm):  # only vLLM goes by the path
+        unread.add("export.force")
     if config.export.check is ExportCheck.tensors:
         return used - unread - {"export.max_drop", "backbone.weights", "precision", "seed"}
     used |= of_traces(config)

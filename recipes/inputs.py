@@ -9,26 +9,26 @@ from collections.abc import Sequence
 
 from mtptrain.backbone.load import keeps_quantised
 from mtptrain.config import DataSource, did_you_mean
-from mtptrain.config.reads import Settings
+from mtptrain.config.reads import UNTRAINED, Settings
 from mtptrain.errors import UserError
 from mtptrain.mtp.numerics import served_numerics
-from mtptrain.mtp.stack import num_modules
+from mtptrain.mtp.stack import check_shapes, num_modules
 from mtptrain.mtp.start import check_start, check_stock, stored_head
-from mtptrain.recipes.distill import is_measured as is_measured_at_end
 from mtptrain.recipes.on_policy import check_texts
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.streams import check_streams
 from mtptrain.recipes.traces import check_prompts
 from mtptrain.run.distributed import choose_device
-from mtptrain.training.checkpoint import HeadIdentity
+from mtptrain.training.checkpoint import TENSORS, HeadIdentity
 
-NO_PATH = ("stock", "fresh", "backbone")  # heads that are not in a folder of their own
+NO_PATH = ("stock", *UNTRAINED)  # heads that are not in a folder of their own
 
 
 def check_inputs(session: Session, reads: Settings) -> None:
     """Check device, backbone's folder, chat template, heads, prompts and text, as far as the run reads them.
 
-    Whatever names its backbone is compared with this one, if its fingerprint is known without reading its weights.
+    Whatever names its backbone is compared with this one: by the fingerprint, if that is known without reading weights,
+    and otherwise by its sizes.
 
     Args:
         session: of the run.
@@ -47,10 +47,10 @@ def check_inputs(session: Session, reads: Settings) -> None:
     check_heads(session, reads)
     if "mtp.init" in reads:
         check_start(config.mtp, source, keeps_quantised(config.backbone, source.config, device))
-    if "prompts" in reads and is_measured(session, reads):
+    if "prompts" in reads:
         check_prompts(session)
-        if "evaluation.heldout_sequences" in reads:
-            _ = session.heldout_corpus
+    if "evaluation.heldout_sequences" in reads:
+        _ = session.heldout_corpus
     if "train.steps" in reads:
         check_training_text(session)
 
@@ -85,8 +85,12 @@ def _check_head(session: Session, path: str, setting: str, names: Sequence[str])
     """
     if path in names:
         return None
+    known = session.known_fingerprint
     try:
-        return session.checkpoint(path).head_identity(session.known_fingerprint)
+        checkpoint = session.checkpoint(path)
+        if known is None and session.config.task != "doctor":  # it names every tensor of a wrong shape
+            check_shapes(checkpoint.stored(TENSORS).shapes, session.source.config, f"checkpoint={checkpoint.folder}")
+        return checkpoint.head_identity(known)
     except UserError as error:
         raise UserError(f"{setting}{error}{did_you_mean(path, names)}") from None
 
@@ -95,14 +99,6 @@ def _check_served(session: Session, reads: Settings, depth: int) -> None:
     """Refuse `decoding.served_as` with a server that cannot run so many modules."""
     if "decoding.served_as" in reads:
         served_numerics(session.config.decoding.served_as, False, depth)
-
-
-def is_measured(session: Session, reads: Settings) -> bool:
-    """Return whether a run measures heads: a training run may leave it out, or be unable to decode."""
-    if "evaluate_at_end" not in reads:
-        return True
-    is_probed = "evaluation.every" in reads and session.config.evaluation.every > 0 and session.can_decode
-    return is_probed or is_measured_at_end(session.config)
 
 
 def check_training_text(session: Session) -> None:

@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mtptrain.config import MAX_DRAFT_LENGTH, TRAINING, Placement
+from mtptrain.config.reads import UNTRAINED
 from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.lead import lead
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prompt_row_conversations
-from mtptrain.run.artifact import begin, find_parts
+from mtptrain.run.artifact import begin, check_identity, find_parts
 from mtptrain.run.distributed import max_over_processes, on_rank0, rank, world_size
 from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
@@ -33,6 +34,7 @@ from mtptrain.traces.folder import (
     open_texts,
     outcome,
     read_texts,
+    stored_identity,
     text_file,
     write_batch,
 )
@@ -81,13 +83,13 @@ def open_on_policy_prompts(session: Session) -> PromptSet:
     return PromptSet(kept, sources, session.chat, len(conversations) - len(kept), room)
 
 
-def identify(session: Session, prompts: PromptSet) -> TextIdentity:
-    """Return the identity of this run's texts."""
+def identify(session: Session, prompts: PromptSet, backbone: str) -> TextIdentity:
+    """Return the identity of this run's texts; `backbone` is the fingerprint."""
     settings, chat = session.config.on_policy, prompts.chat
     conversations = [[conversation.prompt.tokens, conversation.turns] for conversation in prompts.conversations]
     content = json.dumps([chat.sha256 if chat else None, conversations])
     return TextIdentity(
-        backbone=session.fingerprint,
+        backbone=backbone,
         dtype=session.dtype_name,
         **{name: getattr(settings, name) for name in POLICY},
         max_new_tokens=settings.max_new_tokens,
@@ -106,15 +108,21 @@ def text_folder(session: Session, identity: TextIdentity) -> Path:
 
 
 def check_texts(session: Session) -> None:
-    """Refuse prompts that cannot be read, and a finished folder of other texts; no weight is read.
+    """Refuse prompts that cannot be read, and a folder of other texts, complete or not; no weight is read.
+
+    An unknown fingerprint is not compared yet.
 
     Raises:
         UserError: the first fault.
     """
     prompts = open_on_policy_prompts(session)
-    if session.config.on_policy.path is not None and session.known_fingerprint is not None:
-        identity = identify(session, prompts)
-        on_rank0(lambda: open_texts(text_folder(session, identity), identity))
+    if session.config.on_policy.path is None:
+        return
+    folder, known = Path(session.config.on_policy.path), session.known_fingerprint
+    stored = on_rank0(lambda: stored_identity(folder))
+    if stored is not None:
+        want = identify(session, prompts, known or stored.backbone)
+        check_identity(f"{SETTING}={folder}", stored, want, TEXTS.settings)
 
 
 def write_texts(
@@ -171,7 +179,7 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
     """
     config, run_folder = session.config, session.folder
     prompts = open_on_policy_prompts(session)
-    identity = identify(session, prompts)
+    identity = identify(session, prompts, session.fingerprint)
     folder = text_folder(session, identity)
     if on_rank0(lambda: open_texts(folder, identity)) is None:
         if not session.can_decode:
@@ -180,7 +188,7 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
                 "yet; make them first in a run with backbone.placement=expert_parallel and the same on_policy.path"
             )
         run_folder.print_status(f"continuing {len(prompts.conversations)} prompts with the backbone, into {folder}")
-        head = None if config.mtp.init in ("fresh", "backbone") else stack
+        head = None if config.mtp.init in UNTRAINED else stack
         if config.backbone.placement is Placement.expert_parallel:
             lead(session, lambda: write_texts(session, head, prompts, folder, identity))
         else:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mtptrain.config import DataConfig, DataSource
 from mtptrain.data.text import TextReader
+from mtptrain.errors import UserError
+from mtptrain.mtp.stack import check_shapes
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.streams import stream_cache
 from mtptrain.run.distributed import on_rank0
 from mtptrain.run.typed_json import to_json
-from mtptrain.training.checkpoint import HeadIdentity, newest_checkpoint, newest_identity
+from mtptrain.training.checkpoint import TENSORS, HeadIdentity, checkpoint_folders, newest_checkpoint, newest_identity
+from mtptrain.training.pieces import StoredTensors
 from mtptrain.training.resume import (
     Difference,
     Settings,
@@ -65,6 +72,14 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _newest_shapes(root: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a run's newest checkpoint, from the headers of its files; none if damaged."""
+    for folder in reversed(checkpoint_folders(root)):
+        with suppress(UserError, OSError, SafetensorError):
+            return StoredTensors(f"checkpoint={folder}", sorted(folder.glob(f"{TENSORS}*.safetensors"))).shapes
+    return {}
+
+
 def check_resumable(session: Session) -> None:
     """Refuse to continue a run with other settings; neither weights nor tensors are read.
 
@@ -78,7 +93,9 @@ def check_resumable(session: Session) -> None:
     data = None if config.data.source is DataSource.on_policy else data_digest(session)
     found = setting_differences(stored, head_settings(session), data)
     known = session.known_fingerprint
-    if known is not None and stored.backbone != known:
+    if known is None:
+        check_shapes(on_rank0(lambda: _newest_shapes(root)), session.source.config, f"resume=auto: {root}")
+    elif stored.backbone != known:
         found.insert(0, backbone_difference(stored.backbone, known))
     if stored.task != config.task:
         found.insert(0, Difference("+recipe", stored.task, config.task))

@@ -25,7 +25,7 @@ def stream_cache(session: Session) -> StreamCache:
 def check_streams(session: Session) -> None:
     """Raise a `UserError` if the cache is of another backbone, or another run deletes its shards."""
     cache = stream_cache(session)
-    check_origin(cache, session.known_fingerprint, hash_tokenizer(session.source.tokenizer))
+    check_origin(cache, _origin(session, session.known_fingerprint))
     check_unclaimed(cache.folder, _run(session) if session.config.data.follow else None)
 
 
@@ -37,7 +37,7 @@ def stream_batches(session: Session) -> BatchSource:
     """
     config, backbone, cache = session.config, session.training_backbone, stream_cache(session)
     data, size, dtype = config.data, config.train.batch_size, backbone.model.lm_head.weight.dtype
-    check_origin(cache, backbone.fingerprint, hash_tokenizer(backbone.tokenizer))
+    check_origin(cache, _origin(session, backbone.fingerprint))
     if data.follow:
         growing = GrowingCache(cache, _run(session), data.delete_consumed)
         settings = RowSettings(data.sequence_length, size, config.seed)
@@ -56,6 +56,14 @@ def describe_streams(session: Session) -> str:
         then = ", shard by shard" + (", which are deleted after use" if data.delete_consumed else "")
     share = f"one document in {cache.identity.data.heldout_every} was held out"
     return f"training on data.path={data.path}: {size} cached streams{then}; {share}"
+
+
+def _origin(session: Session, fingerprint: str | None) -> dict[str, object]:
+    """Return the part of a cache's identity that is the backbone's; without a fingerprint, its sizes and tokenizer."""
+    config = session.source.config
+    sizes = {"layer": config.num_hidden_layers, "num_streams": config.hc_mult, "width": config.hidden_size}
+    origin = {"tokenizer": hash_tokenizer(session.source.tokenizer), **sizes}
+    return origin if fingerprint is None else {"backbone": fingerprint, **origin}
 
 
 def _run(session: Session) -> str:

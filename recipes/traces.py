@@ -115,6 +115,11 @@ def kept_traces(session: Session, path: Path) -> TraceSet:
 
 def _check_trace_rooms(session: Session, traces: TraceSet) -> None:
     where = f"evaluation.traces={session.config.evaluation.traces}"
+    size, ids = int(session.source.config.vocab_size), (max(one.prompt.tokens + one.tokens) for one in traces.traces)
+    if (largest := max(ids)) >= size:
+        raise UserError(
+            f"{where}: holds the token id {largest} and this backbone has {size}; record traces of your own"
+        )
     for number, trace in enumerate(traces.traces, start=1):
         check_room(f"{where}: trace {number}", trace.prompt.tokens, session.prompt_room)
 

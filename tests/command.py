@@ -55,6 +55,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         ExportCheck,
         ExportConfig,
         MixtureConfig,
+        Placement,
         ReleaseConfig,
         ReleaseSize,
         RunConfig,
@@ -71,7 +72,10 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     has_traces = any(one.startswith("evaluation.traces=") for one in arguments)
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
     source = "text" if is_mixed else source
-    evaluation = EvaluationConfig(traces="traces" if has_traces else None)
+    every = [one.partition("=")[2] for one in arguments if one.startswith("evaluation.every=")]
+    evaluation = EvaluationConfig(traces="traces" if has_traces else None, every=int(every[-1]) if every else 0)
+    at_end = "evaluate_at_end=false" not in arguments
+    placement = Placement.zero3 if "backbone.placement=zero3" in arguments else Placement.replicate
     is_random, is_servable = "release.random=true" in arguments, "release.size=servable" in arguments
     size = ReleaseSize.servable if is_random and is_servable else ReleaseSize.tiny
     release = ReleaseConfig(random=is_random, size=size)
@@ -85,6 +89,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head
     prompts = "file" if has_prompts else HELDOUT
     config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release, export=export)
+    config.evaluate_at_end, config.backbone.placement = at_end, placement
     read = set(find_recipe(task).reads(config))
     if "data.source" in read:
         read.add("data")

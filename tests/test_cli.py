@@ -80,6 +80,22 @@ MISTAKES = [
     (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
     (["distill"], "distill: is not setting=value"),
     (["plan.batch=2"], "plan.batch=2: this recipe has no plan and does not read it; leave it out"),
+    (
+        ["data.mixture=[a.txt]"],
+        r"data.mixture=a.txt: must be a list of sections, such as .*\[{path:A,weight:2},{path:B}",
+    ),
+    (["train.steps=1,2"], r"train.steps=1,2: several values are jobs of a sweep, .* -m; .* train.steps=\[1,2\], and"),
+    (["output_dir="], "output_dir=: is empty; give a path"),
+    (["data.mixture=[{path:a,source:txt}]"], "data.mixture: source=txt: must be stdlib, text, .*; did you mean text"),
+    (["data.mixture=[{path:a},{path:b,weight:x}]"], "data.mixture: weight=x: must be a number$"),
+    (["data.mixture={path:a}"], "data.mixture={path:a}: must be a list of sections, such as data.mixture="),
+    (["train={stepz:4}"], r"train.stepz: there is no such setting; did you mean train.steps\?$"),
+    (["backbone={shape:{hiden_size:4}}"], r"backbone.shape.hiden_size: .*; did you mean backbone.shape.hidden_size\?$"),
+    (["+train={stepz:4}"], r"train.stepz: there is no such setting; did you mean train.steps\?$"),
+    (["data.mixture.path=a"], r"data.mixture.path=a: data.mixture is a list; write the whole list, data.mixture=\["),
+    (["tracking.trackers.wandbb=true"], "tracking.trackers.wandbb: unknown tracker; choose from mlflow"),
+    (["prompts=heldot"], r"prompts=heldot: datasets cannot load it .*; did you mean heldout\?$"),
+    (["resume=atuo"], r"resume=atuo: must be never or auto; did you mean auto\?$"),
     (["mtp.init=fersh"], r"mtp.init=fersh: .*; did you mean fresh\?"),
 ]
 

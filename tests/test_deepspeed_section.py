@@ -48,6 +48,20 @@ def test_auto_leaves_a_setting_to_the_run() -> None:
         ({"wall_clock_breakdown": "often"}, r"deepspeed\.wall_clock_breakdown=often: must be true or false"),
         ({"comms_logger": None}, r"deepspeed\.comms_logger=None: must be a section"),
         ({"flops_profiler": {"enable": True}}, r"did you mean flops_profiler\.enabled\?"),
+        ({"aio": {"block_size": 5}}, r"deepspeed\.aio=.*: tunes reads from NVMe"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memoy": True}}},
+            r"offload_optimizer\.pin_memoy=True: .*did you mean zero_optimization\.offload_optimizer\.pin_memory\?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "/a"}}},
+            r"offload_optimizer\.nvme_path=/a: is read with device: nvme only",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"offload_optimizer\.ratio=0\.5: replaces the optimiser",
+        ),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer=cpu: must be a section"),
         ({"surprise": 5}, r"deepspeed\.surprise=5: is not a setting that is passed"),
         ({"config": "absent.json"}, r"deepspeed\.config=absent\.json: cannot be read as JSON"),
     ],

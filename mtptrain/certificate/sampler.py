@@ -17,6 +17,7 @@ from torch import Tensor
 from mtptrain.evaluation.certificate_result import ChiSquare, KeptTest, SamplerTest, VerificationTest
 from mtptrain.kernels.acceptance import DrawKind, Sampling, Verification, sample_logits, uniforms, verify_logits
 from mtptrain.kernels.acceptance.reference import Verified
+from mtptrain.run.progress import counted
 
 VOCABULARY, DRAFT_LENGTH, TEXT_LENGTH = 5, 2, 3
 DRAWS = 20_000  # texts for each verification
@@ -155,13 +156,15 @@ def chi_square(observed_C: Tensor, chance_C: Tensor) -> ChiSquare:
 def sampler_certificate(sample: Sampler = sample_as_decoding, verify: Verifier = verify_as_decoding) -> SamplerTest:
     """Test whether sampled speculative decoding emits the target's distribution, for token and block verification.
 
-    The draws are counter-based and fixed, so the result is always the same.
+    The draws are counter-based and fixed, so the result is always the same. A long test says what it does, and from
+    the first verification on also what is left.
 
     Args:
         sample: draws drafted tokens.
         verify: verifies them.
     """
-    token, block = (_test_verification(kind, sample, verify) for kind in (Verification.token, Verification.block))
+    kinds = counted("certificate: testing the sampler", (Verification.token, Verification.block))
+    token, block = [_test_verification(kind, sample, verify) for kind in kinds]
     return SamplerTest(
         draws=DRAWS,
         vocabulary=VOCABULARY,

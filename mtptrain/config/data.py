@@ -82,7 +82,8 @@ class DataConfig:
             self.source is DataSource.streams or not self.follow,
             "data.follow",
             self.follow,
-            "waits for the shards of a stream cache; set data=streams and data.path to the folder of +recipe=collect",
+            "waits for the shards of a stream cache; train with +recipe=distill data=streams, and data.path set to the "
+            "output_dir of +recipe=collect",
         )
         require(
             self.follow or not self.delete_consumed,
@@ -214,7 +215,7 @@ def require_documents(data: DataConfig, task: str) -> None:
         task: name of the recipe.
 
     Raises:
-        UserError: the data are cached hidden states, the backbone's own texts, or a mixture.
+        UserError: the data are cached hidden states, the backbone's own texts, a mixture, or read during training.
     """
     generated = {
         DataSource.streams: "the hidden states of a text",
@@ -226,6 +227,8 @@ def require_documents(data: DataConfig, task: str) -> None:
         data.source.value,
         f"is {generated.get(data.source)}, and +recipe={task} reads the text itself; set data=stdlib or text",
     )
+    rule = f"is for the training of heads, and +recipe={task} reads its text before it starts; leave it false"
+    require(not data.streaming, "data.streaming", data.streaming, rule)
     require(
         not data.mixture,
         "data.mixture",

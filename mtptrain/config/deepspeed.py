@@ -18,7 +18,6 @@ FILE = "config"  # key of the section: a file of DeepSpeed's settings, over whic
 ZERO = "zero_optimization"
 FLAGS = {"dump_state", "memory_breakdown", "wall_clock_breakdown"}
 SECTIONS = {
-    "aio": {"block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"},
     "comms_logger": {"debug", "enabled", "prof_all", "prof_ops", "verbose"},
     "flops_profiler": {
         "detailed",
@@ -52,12 +51,16 @@ ZERO_3 = {
     "sub_group_size",
     "zero_hpz_partition_size",
 }
+OFFLOADS = {f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param"}
+ON_NVME = ("buffer_count", "buffer_size", "fast_init", "max_in_cpu", "nvme_path", "pipeline_read", "pipeline_write")
+OFFLOAD = {"device", "pin_memory"}
 ROUNDS_SENT = "rounds values while they are sent, so the numbers would depend on the number of processes; leave it out"
 KEEPS_FP32 = "would also round the tensors that DeepSeek-V4 keeps in fp32; set precision=bf16"
 COUNTS = "train.batch_size and train.accumulation give it; leave it out"
 ONE_PLACE = "the trackers of the run log everything; set tracking"
 OWNED = {
     "activation_checkpointing": "the rollout recomputes its own steps; set train.recompute",
+    "aio": "tunes reads from NVMe, where a run keeps nothing; leave it out",
     "amp": KEEPS_FP32,
     "autotuning": "starts runs of its own; leave it out",
     "bf16": KEEPS_FP32,
@@ -83,6 +86,14 @@ OWNED = {
     "wandb": ONE_PLACE,
     "zero_allow_untested_optimizer": "the optimiser is torch's, with the same bits at every engine; leave it out",
     "zero_force_ds_cpu_optimizer": "the optimiser is torch's, with the same bits at every engine; leave it out",
+    **dict.fromkeys(
+        (f"{ZERO}.offload_optimizer.{name}" for name in ("cpuadam_cores_perc", "ratio", "super_offload")),
+        "replaces the optimiser, which is torch's, with the same bits at every engine; leave it out",
+    ),
+    **dict.fromkeys(
+        (f"{section}.{name}" for section in OFFLOADS for name in ON_NVME),
+        "is read with device: nvme only, and a run keeps nothing there; leave it out",
+    ),
     f"{ZERO}.stage": "set engine=zero1, zero2 or zero3",
     f"{ZERO}.cpu_offload": "DeepSpeed has replaced it by offload_optimizer; set offload=true",
     f"{ZERO}.elastic_checkpoint": "checkpoints are written by mtptrain; leave it out",
@@ -142,10 +153,20 @@ def _check(name: str, value: Any, engine: EngineName) -> None:
         require(isinstance(value, dict), f"deepspeed.{name}", value, "must be a section, such as {enabled: true}")
         for key, one in value.items():
             _require_known(f"{name}.{key}", one, {f"{name}.{known}" for known in SECTIONS[name]})
+    if name in OFFLOADS:
+        _check_offload(name, value)
     is_of_3 = name.removeprefix(f"{ZERO}.") in ZERO_3
     require(not is_of_3 or engine is EngineName.zero3, f"deepspeed.{name}", value, "is read by engine=zero3 only")
-    device = value.get("device") if isinstance(value, dict) else None
-    require(device != "nvme", f"deepspeed.{name}.device", device, NVME)
+
+
+def _check_offload(name: str, value: Any) -> None:
+    """Refuse an offload to NVMe, and settings of it that have no effect in the memory of the CPU."""
+    require(isinstance(value, dict), f"deepspeed.{name}", value, "must be a section, such as {device: cpu}")
+    require(value.get("device") != "nvme", f"deepspeed.{name}.device", value.get("device"), NVME)
+    for key, one in value.items():
+        if f"{name}.{key}" in OWNED:
+            raise UserError(f"deepspeed.{name}.{key}={one}: {OWNED[f'{name}.{key}']}")
+        _require_known(f"{name}.{key}", one, {f"{name}.{known}" for known in OFFLOAD})
 
 
 def _require_known(name: str, value: Any, known: Collection[str]) -> None:

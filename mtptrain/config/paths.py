@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from mtptrain.config.rules import require
+
 PATHS = (
     "output_dir",
     "checkpoint",
@@ -30,13 +32,18 @@ PATHS = (
 
 
 def expand_home(config: Any) -> None:
-    """Replace `~` in the paths of a `RunConfig`, those of the sources of a mixture among them."""
+    """Replace `~` in the paths of a `RunConfig`, those of the sources of a mixture among them.
+
+    Raises:
+        UserError: a path is empty, as from a variable of the shell that is not set.
+    """
     for name in PATHS:
         *sections, setting = name.split(".")
         section = config
         for part in sections:
             section = getattr(section, part)
         if section is not None:
+            require(getattr(section, setting) != "", name, "", "is empty; give a path, or leave the setting out")
             setattr(section, setting, _expanded(getattr(section, setting)))
     for source in config.data.mixture:
         source.path = _expanded(source.path)

@@ -17,9 +17,12 @@ from mtptrain.config.rules import HELDOUT, TRAINING
 from mtptrain.config.run import RunConfig
 
 Settings = frozenset[str]  # dotted names of single settings
+UNTRAINED = ("fresh", "backbone")  # values of mtp.init
 TEMPLATE = ("data.chat_template", "data.chat_template_kwargs")
 # Settings of data=text.
 ROWS = tuple(f"data.{name}" for name in ("path", "subset", "split", "field_name", "format", "streaming"))
+# Of rows that may be conversations.
+CONVERSATIONS = frozenset({"data.turns", "data.on_bad_row", *TEMPLATE})
 SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
 
 
@@ -64,20 +67,25 @@ def of_backbone(config: RunConfig) -> Settings:
 def of_heldout_text(config: RunConfig) -> Settings:
     """Return the settings of the held-out documents as tokens."""
     data = config.data
-    used = settings("data.source", "data.turns", "data.on_bad_row", "data.cache_dir", *TEMPLATE)
+    used = settings("data.source", "data.cache_dir")
     if data.source is DataSource.streams:  # the cache knows its documents
-        return used | {"data.path", "data.follow"}
+        return used | CONVERSATIONS | {"data.path", "data.follow"}
     used |= settings("data.heldout_every", "data.max_documents", "data.max_tokens")
     if data.mixture:
-        return used | {"data.mixture", "data.streaming"}
-    return used if data.source is DataSource.stdlib or data.path is None else used | settings(*ROWS)
+        used |= {"data.mixture", "data.streaming"}
+        has_rows = any(one.source is DataSource.text for one in data.mixture)
+        return used | CONVERSATIONS if has_rows else used
+    return used if data.source is DataSource.stdlib or data.path is None else used | CONVERSATIONS | settings(*ROWS)
 
 
 def of_training_text(config: RunConfig) -> Settings:
     """Return the settings of the documents to train on, as rows of tokens."""
     data = config.data
-    used = of_heldout_text(config) | {"data.sequence_length"}
-    used |= {"data.delete_consumed"} if data.follow else set()
+    used = Settings({"data.sequence_length"})
+    if data.source is DataSource.streams:
+        used |= {"data.source", "data.path", "data.follow"}
+        return used | {"data.delete_consumed"} if data.follow else used
+    used |= of_heldout_text(config)
     has_library = any(one.source is DataSource.stdlib for one in data.sources().values())
     if data.source is DataSource.on_policy:
         used |= of_on_policy(config)
@@ -89,12 +97,20 @@ def of_training_text(config: RunConfig) -> Settings:
     return used | {"data.workers"} if data.is_streamed else used
 
 
+def of_documents(config: RunConfig) -> Settings:
+    """Return the settings of a text that is read once, before the work; `require_documents` refuses other data."""
+    used = of_training_text(config) - settings("data.follow", "data.delete_consumed", "data.workers")
+    return used - settings("on_policy", "decoding")
+
+
 def of_on_policy(config: RunConfig) -> Settings:
     """Return the settings of the backbone's own texts."""
     used = settings("on_policy", "decoding.stop", "decoding.stop_strings")
     if config.on_policy.temperature == 0:
         used -= settings("on_policy.min_p", "on_policy.top_k", "on_policy.top_p")
-    return used if config.on_policy.prompts == [TRAINING] else used - {"on_policy.prompt_tokens"}
+    if config.mtp.init in UNTRAINED:  # such a head drafts nothing
+        used -= {"on_policy.draft_length"}
+    return used if config.on_policy.prompts == [TRAINING] else (used | {*TEMPLATE}) - {"on_policy.prompt_tokens"}
 
 
 def of_collecting(config: RunConfig) -> Settings:
@@ -139,22 +155,30 @@ def of_curve(config: RunConfig) -> Settings:
 
 def of_probe(config: RunConfig) -> Settings:
     """Return the settings of the measurements during a training, by which it chooses its best checkpoint."""
-    return (
-        settings("evaluation.every", "evaluation.best_by")
-        if config.evaluation.every > 0
-        else settings("evaluation.every")
-    )
+    if config.evaluation.every == 0:
+        return settings("evaluation.every")
+    used = of_traces(config) | settings("evaluation.every", "evaluation.best_by")
+    return used | {*SAMPLING} if config.evaluation.best_by == "expected" else used  # at temperature 1
 
 
 def of_loss(config: RunConfig) -> Settings:
-    """Return the settings of the loss: without the temperature for cross-entropy, without the decay for `chain`."""
-    unread = {"ce": "loss.temperature", "chain": "loss.step_decay"}.get(config.loss.divergence.value)
-    return settings("loss") - {unread}
+    """Return the settings of the loss: `ce` has no temperature, and `chain` or a single step no decay."""
+    used = settings("loss")
+    if config.loss.divergence.value == "ce":
+        used -= {"loss.temperature"}
+    if config.loss.divergence.value == "chain" or config.mtp.num_steps == 1:
+        used -= {"loss.step_decay"}
+    return used
+
+
+def of_tracking(config: RunConfig) -> Settings:
+    """Return the settings of trackers: without a tracker, only whether there is one."""
+    return settings("tracking") if config.tracking.chosen else settings("tracking.metrics_file", "tracking.trackers")
 
 
 def of_training(config: RunConfig) -> Settings:
     """Return the settings of a training loop and of its engine."""
-    return settings("train", "engine", "offload", "deepspeed", "tracking", "resume_allow")
+    return settings("train", "engine", "offload", "deepspeed", "resume_allow") | of_tracking(config)
 
 
 def of_speed_plan(config: RunConfig, shape: str) -> Settings:

@@ -103,7 +103,10 @@ def check_fields(section: Any, name: str) -> None:
             continue
         items = value if isinstance(value, list) else [value]
         rule = "must be finite" if value == math.inf else part.metadata["rule"]
-        require(all(item in allowed for item in items), f"{name}.{part.name}".removeprefix("."), value, rule)
+        wrong = [item for item in items if item not in allowed]
+        if wrong and isinstance(allowed, tuple):
+            rule += did_you_mean(str(wrong[0]), allowed)
+        require(not wrong, f"{name}.{part.name}".removeprefix("."), value, rule)
 
 
 def checkpoint_groups(given: Any) -> list[list[str]]:

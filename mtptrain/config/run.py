@@ -227,7 +227,7 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(RunConfig)
-    for section in (schema.data.chat_template_kwargs, schema.deepspeed):
+    for section in (schema.data.chat_template_kwargs, schema.deepspeed, schema.tracking.trackers):
         OmegaConf.set_struct(section, False)  # its keys are the user's
     ConfigStore.instance().store(name="run_schema", node=schema)
     # Hydra writes multirun.yaml there, and every job has its folder below it.

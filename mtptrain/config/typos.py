@@ -18,6 +18,7 @@ from mtptrain.config.run import RunConfig
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+EXAMPLES = {"data.mixture": "sections, such as data.mixture=[{path:A,weight:2},{path:B}]"}
 ITEMS = {int: "whole numbers", float: "numbers", str: "texts"}
 NAMED = r"^Could not (?:override|delete from config\.) '([\w.@/]+)'"
 
@@ -60,6 +61,10 @@ def no_such_choice(group: str, choice: str, names: Sequence[str]) -> str:
 def wrong_value(error: OmegaConfBaseException) -> str:
     """Return the answer to a value of the wrong type, with the words or the kind of value that its setting accepts."""
     name, value = re.sub(r"\[.*", "", str(error.full_key)), error.value
+    lists = [one for one in sorted(all_settings()) if error.object_type in get_args(_type_of(one))]
+    if lists:  # OmegaConf names a setting of an item alone
+        kind = get_type_hints(error.object_type)[name.rpartition(".")[2]]
+        return f"{lists[0]}: {name}={value}: {_rule(kind, name, str(value))}"
     return f"{name}={value}: {_rule(_type_of(name), name, str(value))}"
 
 
@@ -76,7 +81,8 @@ def _rule(kind: Any, name: str, value: str) -> str:
     parts = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and one is not type(None)]
     section = next(filter(is_dataclass, parts), None)
     if get_origin(kind) is list:
-        return f"must be a list of {ITEMS.get(parts[-1], 'values')}, such as {name}=[A,B]"
+        items = ITEMS.get(parts[-1], "values")
+        return f"must be a list of {EXAMPLES.get(name, f'{items}, such as {name}=[A,B]')}"
     if section is not None:
         return f"{name} is a section; give one of its settings, such as {name}.{fields(section)[0].name}=VALUE"
     words = [one.value for one in parts[0]] if parts and issubclass(parts[0], Enum) else []
@@ -96,6 +102,12 @@ def _is_in_absent_section(argument: str) -> bool:
     return "." in name and type(None) in get_args(section) and any(map(is_dataclass, get_args(section)))
 
 
+def _list_above(argument: str) -> str:
+    """Return the list of which an argument sets a part, as data.mixture.path does, or nothing."""
+    parent = argument.partition("=")[0].lstrip("+~").rpartition(".")[0]
+    return parent if parent in all_settings() and get_origin(_type_of(parent)) is list else ""
+
+
 def composition_message(text: str, error: BaseException | None, arguments: Sequence[str] = ()) -> str:
     """Return the answer to Hydra's error about a command line, on one line.
 
@@ -112,12 +124,35 @@ def composition_message(text: str, error: BaseException | None, arguments: Seque
             return f"{absent}: this recipe has no {absent.partition('.')[0]} and does not read it; leave it out"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={choice}: there is one configuration; leave it out and choose +recipe=NAME"
         return no_such_choice(group, choice, error.options or group_choices(group))
     if isinstance(error, ConfigCompositionException):
         answer = _composition_answer(str(error), error.__cause__)
         if answer is not None:
             return answer
-    return _own_lines(text)
+    return _override_answer(text, arguments) or _own_lines(text)
+
+
+def _override_answer(text: str, arguments: Sequence[str]) -> str | None:
+    """Return the answer to a value that Hydra cannot put into its setting; None to another error."""
+    several = re.search(r"^Ambiguous value for argument '(.*)'$", text, re.MULTILINE)
+    if several is not None:
+        name, _, values = several[1].partition("=")
+        return (
+            f"{several[1]}: several values are jobs of a sweep, whose command begins with -m; a list has brackets, "
+            f"{name}=[{values}], and a text with commas quotes, '{name}=\"{values}\"'"
+        )
+    merged = re.search(r"^Error merging override [+~]*([\w.]+)=(.*)$", text, re.MULTILINE)
+    unknown = re.search(r"^Key '(.*?)' not in ", text, re.MULTILINE)
+    if merged is not None and merged[1] in all_settings():
+        return f"{merged[1]}={merged[2]}: {_rule(_type_of(merged[1]), merged[1], merged[2])}"
+    if merged is not None and unknown is not None:
+        return no_such_setting(f"{merged[1]}.{unknown[1]}")
+    part = next(filter(_list_above, arguments), None)
+    if part is None:
+        return None
+    return f"{part}: {_list_above(part)} is a list; write the whole list, {_list_above(part)}=[A,B]"
 
 
 def _composition_answer(text: str, cause: BaseException | None) -> str | None:
@@ -140,6 +175,8 @@ def _composition_answer(text: str, cause: BaseException | None) -> str | None:
         return (
             f"{name}: its parts have no {cause.key}{did_you_mean(str(cause.key), known)}; they have {', '.join(known)}"
         )
+    if isinstance(cause, OmegaConfBaseException) and is_dataclass(_type_of(name)):
+        return no_such_setting(str(cause.full_key))
     return no_such_setting(name)
 
 

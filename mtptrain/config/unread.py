@@ -8,7 +8,7 @@ from typing import Any
 
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
-from mtptrain.config.reads import Settings, all_settings, settings
+from mtptrain.config.reads import Settings, all_settings, of_measuring, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
@@ -56,16 +56,27 @@ OTHER_SETTINGS = {
     "decoding.top_k": "it matters at a decoding.temperature above 0; set one",
     "decoding.top_p": "it matters at a decoding.temperature above 0; set one",
     "decoding.verification": "it matters at a decoding.temperature above 0; set one",
+    "evaluation.best_by": "it chooses by measurements during the training: set evaluation.every=N",
     "export.embeddings": "a whole model has them: set export.form=draft",
+    "export.force": "only target=vllm goes by the path",
     "export.shards": "a draft has none of the model's shards: set export.form=full",
-    "loss.step_decay": "loss.divergence=chain weighs whole drafts",
+    "loss.step_decay": "it weighs several steps, each by itself: set mtp.steps above 1, and not loss.divergence=chain",
     "loss.temperature": "loss.divergence=ce compares with data tokens, which have none",
     "on_policy": "set data=on_policy",
     **dict.fromkeys(
         ("on_policy.min_p", "on_policy.top_k", "on_policy.top_p"),
         "it matters at an on_policy.temperature above 0; set one",
     ),
+    "on_policy.draft_length": "a head of mtp.init=fresh or backbone drafts nothing",
     "on_policy.prompt_tokens": "prompts of a file keep their length; leave on_policy.prompts out to cut prompts",
+    **dict.fromkeys(
+        ("data.chat_template", "data.chat_template_kwargs", "data.on_bad_row", "data.turns"),
+        "it is for rows of your own: set data=text data.path=FILE, or prompts=FILE with conversations",
+    ),
+    **dict.fromkeys(
+        ("tracking.checkpoints", "tracking.group", "tracking.name", "tracking.project", "tracking.tags"),
+        "no tracker is on: set tracking=wandb, mlflow or tensorboard",
+    ),
     "plan.acceptance": "plan.evaluation brings its own; leave one of them out",
     "plan.head": "it names a head of an evaluation: set plan.evaluation",
 }
@@ -96,15 +107,19 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
     _check_allowed(config.resume_allow)
     named = {_setting(name) for name in given.values} & all_settings()
     unread = sorted(name for name in named - reads if not _is_default(config, name))
-    measures = any(name.startswith("evaluation.") for name in reads)
-    noted = [name for name in unread if given.is_sweep or (measures and name.startswith("evaluation."))]
+    measures = any(name.startswith("evaluation.") for name in reads - {"evaluation.every"})
+    # A training that cannot measure between its steps still trains as it should.
+    sizes: str | tuple[str, ...] = (
+        "evaluation." if measures else "evaluation.every" if "evaluate_at_end" in reads else ()
+    )
+    noted = [name for name in unread if given.is_sweep or name.startswith(sizes)]
     for name in unread:
         if name not in noted:
-            raise UserError(f"{name}={_shown(config, name)}: {_reason(name, config, owners(name))}")
+            raise UserError(f"{name}={_shown(config, name)}: {_reason(name, config, reads, owners(name))}")
     for group, choice in sorted(given.groups.items()):
         changed = [name for name in sorted(settings(group)) if not _is_default(config, name)]
         if changed and reads.isdisjoint(changed):
-            raise UserError(f"{group}={choice}: {_reason(group, config, owners(changed[0]))}")
+            raise UserError(f"{group}={choice}: {_reason(group, config, reads, owners(changed[0]))}")
     if noted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
         say(f"note: +recipe={config.task} does not read {names} with these settings")
@@ -124,7 +139,10 @@ def _setting(name: str) -> str:
     return name
 
 
-def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
+def _reason(name: str, config: RunConfig, reads: Settings, owners: list[str]) -> str:
+    is_off = name.startswith("decoding.") and "prompts" not in reads
+    if "evaluate_at_end" in reads and (is_off or name in of_measuring(config) | {"overwrite"}):
+        return _nothing_measured(config, "evaluation.every" in reads)
     if config.task == "export" and config.export.check is ExportCheck.tensors and name.startswith(MEASURING):
         return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
     if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
@@ -136,6 +154,19 @@ def _reason(name: str, config: RunConfig, owners: list[str]) -> str:
     is_other = name.startswith("on_policy") and config.data.source is not DataSource.on_policy
     way_out = _way_out("on_policy" if is_other else name, OTHER_SETTINGS)
     return f"+recipe={config.task}{source} does not read it; {way_out}"
+
+
+def _nothing_measured(config: RunConfig, can_probe: bool) -> str:
+    """Return why a training that measures no head does not read a setting of measurements."""
+    if config.evaluate_at_end:
+        return (
+            f"backbone.placement={config.backbone.placement.value} decodes nothing, so nothing is measured; {LEAVE_OUT}"
+        )
+    if not can_probe:
+        return f"nothing is measured with evaluate_at_end=false; {LEAVE_OUT}"
+    if config.evaluation.every > 0:
+        return f"it belongs to the measurement at the end, and evaluate_at_end=false; {LEAVE_OUT}"
+    return f"nothing is measured with evaluate_at_end=false and evaluation.every=0; {LEAVE_OUT}, or set one of them"
 
 
 def _way_out(name: str, ways: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,9 +131,8 @@ def open_cache(folder: Path) -> StreamCache:
     return open_artifact(STREAM_CACHE, "data.path", folder)
 
 
-def check_origin(cache: StreamCache, backbone: str | None, tokenizer: str) -> None:
-    """Raise a `UserError` unless a cache was made with this tokenizer and this backbone; None = not known yet."""
-    want = {"tokenizer": tokenizer} if backbone is None else {"backbone": backbone, "tokenizer": tokenizer}
+def check_origin(cache: StreamCache, want: Mapping[str, object]) -> None:
+    """Raise a `UserError` unless a cache was made with a backbone of these fields of `StreamIdentity`."""
     have = {name: getattr(cache.identity, name) for name in want}
     check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
 

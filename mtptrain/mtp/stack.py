@@ -14,6 +14,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Rotar
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock, block_config
 from mtptrain.mtp.numerics import AS_TRAINED, Numerics, round_activations
+from mtptrain.release.names import our_shapes
 
 
 class MtpStack(nn.Module):
@@ -80,6 +81,27 @@ def head_digest(tensors: Mapping[str, Tensor]) -> str:
         value = tensors[name].detach().float().cpu() + 0.0  # -0.0 equals 0.0
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: DeepseekV4Config, source: str) -> None:
+    """Refuse tensors of another backbone by their shapes, which files state in their headers.
+
+    Args:
+        shapes: of `mtp.{d}.*`.
+        config: config of the backbone.
+        source: origin of the tensors, for the error.
+
+    Raises:
+        UserError: names the first tensor of another shape.
+    """
+    expected = our_shapes(config)
+    for name, shape in shapes.items():
+        fitting = expected.get(name.split(".", 2)[-1])
+        if fitting is not None and tuple(shape) != fitting:
+            raise UserError(
+                f"{source}: belongs to another backbone: its {name} is {list(shape)}, and that of a head of this "
+                f"backbone is {list(fitting)}; set backbone.path to match"
+            )
 
 
 def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, Tensor], source: str) -> MtpStack:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtptrain.run.artifact import Artifact, Kind, add_part, check_identity, open_artifact
+from mtptrain.run.artifact import Artifact, Kind, add_part, check_identity, is_begun, open_artifact, read_begun
 from mtptrain.traces.file import Trace, TraceSet, read_trace_set, write_trace_set
 
 SETTING = "on_policy.path"
@@ -124,6 +124,17 @@ def open_texts(folder: Path, identity: TextIdentity) -> TextFolder | None:
     texts = open_artifact(TEXTS, SETTING, folder)
     check_identity(texts.where, texts.identity, identity, TEXTS.settings)
     return texts
+
+
+def stored_identity(folder: Path) -> TextIdentity | None:
+    """Return the identity of the texts at `on_policy.path`, complete or not; None if the folder holds none.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if (folder / TEXTS.manifest).exists():
+        return open_artifact(TEXTS, SETTING, folder).identity
+    return read_begun(TEXTS, SETTING, folder) if is_begun(folder) else None
 
 
 def read_texts(texts: TextFolder) -> list[Trace]:

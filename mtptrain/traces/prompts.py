@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtptrain.config import HELDOUT, DataFormat
+from mtptrain.config import HELDOUT, TRAINING, DataFormat, did_you_mean
 from mtptrain.data.chat import ChatTemplate
 from mtptrain.data.documents import Message, Tool
 from mtptrain.data.files import ROW_KINDS, Row, check_readable, kind_of, local_files, read_rows, stem_of
@@ -223,7 +223,11 @@ def read_prompt_rows(names: list[str], setting: str = "prompts", split: str | No
             files = local_files(f"{setting}={name}", path, ROW_KINDS)
             sources += [_read_file(file, f"{setting}={file}") for file in files]
         else:
-            sources.append(read_dataset(name, setting, split))
+            try:
+                sources.append(read_dataset(name, setting, split))
+            except UserError as error:
+                word = HELDOUT if setting == "prompts" else TRAINING
+                raise UserError(f"{error}{did_you_mean(name, [word])}") from None
     return sources
 
 

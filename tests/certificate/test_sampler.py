@@ -1,6 +1,7 @@
 """The exact test of the sampler passes for the real one and fails for every usual mistake."""
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from mtptrain.certificate.sampler import chi_square, kept_probabilities, random_
 from mtptrain.evaluation.certificate_result import SamplerTest
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
+from mtptrain.run import progress
 from mtptrain.run.typed_json import from_json, to_json
 
 
@@ -25,9 +27,16 @@ def test_the_real_sampler_passes() -> None:
         assert way.kept.mean == pytest.approx(way.kept.expected_mean, abs=spread)
 
 
-def test_the_certificate_is_deterministic_and_json() -> None:
+def test_the_certificate_is_deterministic_and_json_and_estimates_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_SIGNS", 0.001)
     stored = json.loads(json.dumps(to_json(sampler_certificate())))
     assert from_json(SamplerTest, stored) == sampler_certificate()
+    assert re.search(
+        r"certificate: testing the sampler, for \d:\d\d so far, about \d:\d\d left", capsys.readouterr().err
+    )
 
 
 def test_block_verification_keeps_more_than_token_verification() -> None:

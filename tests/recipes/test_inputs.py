@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtptrain.backbone import load
+from mtptrain.release import fingerprint
 from tests.command import Refused, run_main
 from tests.conftest import save_backbone
 
@@ -67,19 +68,63 @@ WRONG = [
     ("distill", "backbone.path={foreign} resume=auto output_dir={head}", "resume=auto: .*backbone.path .fingerprint"),
     ("collect", "output_dir={streams}", "output_dir=.*streams: already holds a stream cache"),
     ("collect", "backbone.path={foreign} output_dir={streams} resume=auto", "output_dir=.*streams: holds backbone="),
+    ("evaluate", "{curve} backbone.path={foreign}", "checkpoint=.*head.*: holds backbone="),
+    ("evaluate", "{curve} decoding.draft_length=1", "output_dir=.*curve: holds draft_length=2 and this run has draft"),
+]
+
+
+# On a backbone of other sizes whose weights no run has hashed yet.
+UNHASHED = [
+    (
+        "distill",
+        "mtp.init={head}",
+        "mtp.init=.*: checkpoint=.*: belongs to another backbone: its mtp.0.* is .* of this",
+    ),
+    ("evaluate", "checkpoint={head}", "checkpoint=.*head.*: belongs to another backbone: its mtp.0"),
+    ("compare", "checkpoints=[{head},stock]", "checkpoint=.*head.*: belongs to another backbone"),
+    ("export", "checkpoint={head} target=vllm", "checkpoint=.*head.*: belongs to another backbone"),
+    ("distill", "resume=auto output_dir={head}", "resume=auto: .*head.*: belongs to another backbone: its mtp.0"),
+    ("distill", "data=streams data.path={streams}", "data.path=.*streams: holds num_streams=2 and this run has num"),
+    ("collect", "output_dir={streams} resume=auto", "output_dir=.*streams: holds num_streams=2 and this run has"),
+    (
+        "distill",
+        "data=on_policy {texts} on_policy.max_new_tokens=7",
+        "on_policy.path=.*texts: holds max_new_tokens=6 and this run has max_new_tokens=7",
+    ),
+    ("evaluate", "checkpoint=stock evaluation.traces={large}", "evaluation.traces=.*: holds the token id 9999 and"),
 ]
 
 
 @pytest.fixture(scope="module")
-def places(light: list[str], backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A head, streams and traces of the usual backbone, another backbone, and one without a head; only read them."""
+def places(light: list[str], backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
+    """Results of the usual backbone, and backbones of other weights, of other sizes and without a head; only read."""
     folder = tmp_path_factory.mktemp("places")
-    places = {name: folder / name for name in ("head", "streams", "foreign", "bare")}
+    places = {name: folder / name for name in ("head", "streams", "foreign", "bare", "wide")}
     assert run_main("+recipe=distill", *light, "train.steps=1", f"output_dir={places['head']}") == 0
     assert run_main("+recipe=collect", *light, f"output_dir={places['streams']}") == 0
+    curve = f"checkpoint={places['head']} checkpoints=all evaluation.decoded=none output_dir={folder / 'curve'}"
+    assert run_main("+recipe=evaluate", *light, *curve.split()) == 0
+    texts = f"on_policy.num_prompts=2 on_policy.prompt_tokens=8 on_policy.path={folder / 'texts'}"
+    written = ["data=on_policy", *texts.split(), "on_policy.max_new_tokens=6", "evaluate_at_end=false"]
+    assert run_main("+recipe=distill", *light, *written, f"output_dir={folder / 'writer'}") == 0
     save_backbone(places["foreign"], rms_norm_eps=1e-3)
     shutil.copytree(backbone_folder, places["bare"], ignore=shutil.ignore_patterns("mtp.*"))
-    return places | {"traces": places["head"] / "traces.jsonl"}
+    save_backbone(places["wide"], hc_mult=3)
+    traces = places["head"] / "traces.jsonl"
+    lines = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
+    lines[1]["tokens"][0] = 9999
+    (folder / "large.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    settings = {"curve": f"{curve} resume=auto", "texts": texts}
+    return places | {"traces": traces, "large": folder / "large.jsonl"} | settings
+
+
+def forbid_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test fail if a backbone is loaded."""
+
+    def load_backbone(*_: object) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr(load, "load_backbone", load_backbone)
 
 
 @pytest.mark.parametrize(("recipe", "arguments", "line"), WRONG)
@@ -88,20 +133,32 @@ def test_a_wrong_input_is_found_before_a_backbone_is_loaded(
     arguments: str,
     line: str,
     refused: Refused,
-    places: dict[str, Path],
+    places: dict[str, Path | str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def load_backbone(*_: object) -> None:
-        raise AssertionError("the backbone was loaded")
-
-    monkeypatch.setattr(load, "load_backbone", load_backbone)
+    forbid_weights(monkeypatch)
     talk, prompts = tmp_path / "talk.jsonl", tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
     talk.write_text((json.dumps({"messages": messages}) + "\n") * 30, encoding="utf-8")
     prompts.write_text(json.dumps({"prompt": "The river follows"}) + "\n", encoding="utf-8")
     given = re.split(" (?=[a-z_.]+=)", arguments.format(new=tmp_path, talk=talk, prompts=prompts, **places))
     assert re.match(line, refused(*given, recipe=recipe))
+
+
+@pytest.mark.parametrize(("recipe", "arguments", "line"), UNHASHED)
+def test_sizes_are_compared_before_weights_are_hashed(
+    recipe: str,
+    arguments: str,
+    line: str,
+    refused: Refused,
+    places: dict[str, Path | str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_weights(monkeypatch)
+    monkeypatch.setattr(fingerprint, "known_fingerprint", lambda _: None)
+    given = arguments.format(**places).split()
+    assert re.match(line, refused(f"backbone.path={places['wide']}", *given, recipe=recipe))
 
 
 def test_a_run_says_what_it_trains_on(

@@ -25,6 +25,9 @@ SIZES = "backbone.shape.vocab_size=300 backbone.shape.hidden_size=64 backbone.sh
 # A program, and settings with which one run reads all that the program may read with its source of data.
 PROGRAMS = {
     "distill, stdlib": "+recipe=distill data=stdlib data.max_documents=40 decoding.temperature=1",
+    "distill, not measured": "+recipe=distill data=text data.path={corpus} evaluate_at_end=false",
+    "distill, probed only": "+recipe=distill data=text data.path={corpus} evaluate_at_end=false evaluation.every=1",
+    "distill, streams, not measured": "+recipe=distill data=streams data.path={streams} evaluate_at_end=false",
     "distill, text": "+recipe=distill data=text data.path={corpus}",
     "distill, text read during training": "+recipe=distill data=text data.path={corpus} data.streaming=true",
     "distill, mixture": "+recipe=distill data.mixture=[{{path:{corpus}}},{{source:stdlib,name:library}}] "
@@ -64,7 +67,7 @@ PROGRAMS = {
     "plan of training": "+recipe=plan plan.what=training plan.measured=true",
     "report": "+recipe=report path={head}",
 }
-# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps, in a tracker,
+# Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps,
 # without a path, in a folder with an earlier run, or beside a run that still trains.
 RARELY_READ = {
     "backbone.revision",
@@ -78,7 +81,6 @@ RARELY_READ = {
 }
 # Of single programs: several processes need a placement, and no weights are placed.
 RARELY_READ_BY = {"export of tensors": {"backbone.placement"}}
-RARELY_READ |= {f"tracking.{name}" for name in ("group", "name", "project", "tags")}
 # Read with others although the result does not depend on them.
 READ_WITHOUT_EFFECT = {
     *(*SAMPLING, "decoding.past_depth"),  # a policy is made whole, also at temperature 0
@@ -88,7 +90,9 @@ READ_WITHOUT_EFFECT = {
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off
     *ROWS,  # copied from parts of a mixture
     *(f"data.mixture.{part.name}" for part in fields(MixtureConfig)),
-    *("data.turns", "data.on_bad_row", "data.max_tokens"),  # the chat template and the encoder are made whole
+    # The chat template and the encoder are made whole, also for texts without conversations.
+    *("data.turns", "data.on_bad_row", "data.max_tokens", "data.chat_template", "data.chat_template_kwargs"),
+    "on_policy.draft_length",  # of a head, if there is one
 }
 
 
@@ -176,6 +180,7 @@ UNREAD = [
     ),
     ("mini_release", f"{SERVABLE} backbone=small", "backbone=small: release.size=serv"),
     ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
+    ("export", "checkpoint=a target=hf export.force=true", "export.force=True: .*; only target=vllm goes by the path"),
     ("export", f"{COMPARED} prompts=b", r"prompts=\['b'\]: export.check=tensors measures"),
     ("export", f"{COMPARED} export.max_drop=1", "export.max_drop=1.0: .*check=replay"),
     ("export", f"{COMPARED} decoding.past_depth=stop", "decoding.past_depth=stop: .*export.check=tensors"),
@@ -189,6 +194,43 @@ UNREAD = [
         "distill",
         "data=on_policy on_policy.temperature=0 on_policy.min_p=0.1",
         "on_policy.min_p=0.1: .* with data=on_policy .*at an on_policy.temperature above 0",
+    ),
+    (
+        "distill",
+        "evaluate_at_end=false decoding.temperature=1",
+        "decoding.temperature=1.0: nothing is measured with evaluate_at_end=false and evaluation.every=0; leave it",
+    ),
+    ("distill", "evaluate_at_end=false decoding.top_k=5", "decoding.top_k=5: nothing is measured"),
+    ("pretrain", "evaluate_at_end=false prompts=a", r"prompts=\['a'\]: nothing is measured with evaluate_at_end=false"),
+    ("distill", "evaluate_at_end=false evaluation.num_prompts=9", "evaluation.num_prompts=9: nothing is measured"),
+    ("distill", "evaluate_at_end=false overwrite=true", "overwrite=True: nothing is measured"),
+    (
+        "distill",
+        "data=streams evaluate_at_end=false decoding.stop=[1]",
+        r"decoding.stop=\[1\]: nothing is measured with evaluate_at_end=false; leave it out$",
+    ),
+    (
+        "distill",
+        "backbone.placement=zero3 decoding.temperature=1",
+        "decoding.temperature=1.0: backbone.placement=zero3 decodes nothing, so nothing is measured",
+    ),
+    ("report", "path=a data=streams data.path=b data.follow=true", "data.follow=True: belongs to .*compare, distill"),
+    ("collect", "data=streams data.path=b data.follow=true", "data.follow=True: belongs to .*compare, distill"),
+    ("backbone", "data.streaming=true", r"data.streaming=True: .* \+recipe=backbone reads its text before it starts"),
+    ("backbone", "decoding.temperature=1", "decoding.temperature=1.0: belongs to"),
+    ("distill", "data=stdlib data.turns=last", "data.turns=last: .* data=stdlib .*; it is for rows of your own"),
+    ("evaluate", "checkpoint=stock data=stdlib data.chat_template=builtin", "data.chat_template=builtin: .*rows"),
+    ("distill", "data=streams evaluate_at_end=false data.turns=last", "data.turns=last: nothing is measured"),
+    ("distill", "tracking.name=a", "tracking.name=a: .*; no tracker is on: set tracking=wandb, mlflow"),
+    (
+        "distill",
+        "mtp.steps=1 loss.step_decay=0.5",
+        "loss.step_decay=0.5: .*; it weighs several steps, .* mtp.steps above 1",
+    ),
+    (
+        "distill",
+        "data=on_policy mtp.init=fresh on_policy.draft_length=3",
+        "on_policy.draft_length=3: .*; a head of mtp.init=fresh or backbone drafts nothing",
     ),
     ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]

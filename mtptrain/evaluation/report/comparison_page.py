@@ -26,6 +26,7 @@ from mtptrain.evaluation.report.comparison_tables import (
 from mtptrain.evaluation.report.headline import Headline, seen_text
 from mtptrain.evaluation.report.tables import print_grid
 from mtptrain.evaluation.report.template import write_page
+from mtptrain.run.tables import print_table
 
 COMPARISON_PAGE = "comparison.html"
 
