@@ -33,8 +33,8 @@ kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need 
 test: quality kernels ## lint, types, kernels and tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-servers: $(VENV)/installed-dev ## download vLLM by name (336 MB); run its loader on exports, look up what collect.engine=vllm uses; not in CI
-	$(BIN)/python -m pytest -s tests/servers/check_loaders.py
+test-servers: $(VENV)/installed-dev ## download vLLM (336 MB) and SGLang (39 MB) by name; run their loaders on exports; not in CI
+	$(BIN)/python -m pytest -s tests/servers/check_loaders.py tests/servers/check_sglang.py
 
 mutants: $(VENV)/installed-dev ## plant single faults and print the test, certificate or control that notices each
 	$(BIN)/python -m tests.mutants
