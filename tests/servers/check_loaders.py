@@ -23,7 +23,7 @@ from mtptrain.export.servers import VLLM_HIJACKS
 from mtptrain.hidden_cache.vllm_engine import SAMPLING, VLLM, StreamKeeper, engine_options
 from mtptrain.release.names import Scheme
 from tests.conftest import VOCAB_SIZE, save_release
-from tests.export.folders import export_stack
+from tests.export.folders import FORMS, export_stack
 from tests.release.server_rules import LOADERS, NUM_LAYERS, vllm_name, vllm_parameters
 from tests.servers.wheels import download
 from tests.tiny import random_backbone, random_stack
@@ -130,12 +130,12 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", ["shared", "stacked", "base", "draft"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_vllm_loads_every_tensor_of_an_exported_head(kind: str, vllm_source: dict[str, str], tmp_path: Path) -> None:
-    scheme: Scheme = "fp8" if kind == "base" else "fp8_fp4"
-    model, depth = random_backbone(vocab_size=VOCAB_SIZE), 2 if kind == "stacked" else 1
-    save_release(tmp_path / "R", ReleaseVariant.base if kind == "base" else ReleaseVariant.release)
-    written = export_stack(random_stack(model, depth), tmp_path / "R", tmp_path / "X", is_draft=kind == "draft")
+    scheme: Scheme = "fp8" if "base" in kind else "fp8_fp4"
+    model, depth = random_backbone(vocab_size=VOCAB_SIZE), 2 if "stacked" in kind else 1
+    save_release(tmp_path / "R", ReleaseVariant.base if "base" in kind else ReleaseVariant.release)
+    written = export_stack(random_stack(model, depth), tmp_path / "R", tmp_path / "X", is_draft="draft" in kind)
     config = model.config
     module: Any = Module(vllm_source, depth, config.num_hidden_layers, config.n_routed_experts, scheme)
     loaded = module.load_weights(iter(written.items()))

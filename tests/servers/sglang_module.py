@@ -28,6 +28,8 @@ from tests.servers.absent import install
 ABSENT = ["sgl_kernel", "tvm_ffi", "torchvision", "compressed_tensors", "gguf", "sentencepiece", "aiohttp", "starlette"]
 ABSENT += ["orjson", "pybase64", "zmq", "IPython", "traitlets"]
 ABSENT += ["sglang.srt.constrained", "sglang.srt.entrypoints"]
+RANKS = ["tp_rank", "pp_rank", "attn_tp_rank", "attn_dp_rank", "attn_cp_rank"]
+RANKS += ["moe_ep_rank", "moe_dp_rank", "moe_tp_rank"]
 
 
 class Warnings(logging.Handler):
@@ -53,23 +55,27 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def begin() -> None:
     """Give SGLang its settings and process groups of one."""
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
-    from sglang.srt.runtime_context import get_context
+    from sglang.srt.runtime_context import get_context, get_parallel
 
     get_context().override_server_args(device="cpu").install()
     meeting = f"file://{tempfile.mkdtemp()}/meeting"
     init_distributed_environment(1, 0, meeting, 0, "gloo")
     initialize_model_parallel()
+    get_parallel().override_permanently(**dict.fromkeys(RANKS, 0))
 
 
 def make_module(folder: Path) -> tuple[Any, Any]:
-    """Return the config of SGLang's draft model and its module, with the storage that the folder has."""
-    from sglang.srt.configs.load_config import LoadConfig
+    """Return the config of SGLang's draft model and its module.
+
+    The storage is set as in `_get_quantization_config` of its loader, which would import every model of SGLang.
+    """
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import _get_quantization_config
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
     from sglang.srt.models.deepseek_v4_nextn import DeepseekV4ForCausalLMNextN
 
     model = ModelConfig(str(folder), is_draft_model=True, dtype="bfloat16", speculative_algorithm="EAGLE")
-    storage = _get_quantization_config(model, LoadConfig(), {}, {})
+    storage = Fp8Config.from_config(model.hf_config.quantization_config)
+    storage.is_fp4_experts, storage.is_dsv4_fp4_experts = model.is_fp4_experts, True
     torch.set_default_dtype(torch.bfloat16)
     return model, DeepseekV4ForCausalLMNextN(model.hf_config, storage)
 
