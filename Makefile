@@ -36,8 +36,8 @@ test: quality kernels ## lint, types, kernels and tests
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test-servers: $(VENV)/installed-dev ## download vLLM by name (336 MB); run its loader on exports, look up what collect.engine=vllm uses; not in CI
-	$(BIN)/python -m pytest -s tests/servers/check_loaders.py
+test-servers: $(VENV)/installed-dev ## download vLLM (336 MB) and SGLang (39 MB) by name; run their loaders on exports; not in CI
+	$(BIN)/python -m pytest -s tests/servers/check_loaders.py tests/servers/check_sglang.py
 
 mutants: $(VENV)/installed-dev ## plant single faults and print the test, certificate or control that notices each
 	$(BIN)/python -m tests.mutants

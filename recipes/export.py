@@ -14,7 +14,16 @@ from transformers import DeepseekV4Config
 
 import mtptrain
 from mtptrain.backbone.load import BackboneSource
-from mtptrain.config import ExportCheck, ExportForm, ExportScheme, ExportTarget, PlanConfig, RunConfig, require
+from mtptrain.config import (
+    ExportCheck,
+    ExportConfig,
+    ExportForm,
+    ExportScheme,
+    ExportTarget,
+    PlanConfig,
+    RunConfig,
+    require,
+)
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, of_traces, settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
@@ -263,9 +272,9 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
         *acceptance_lines(export, depth),
         *(f"warning: {line}" for line in export.warnings),
-        *serving_notes(export.target),
+        *serving_notes(export.target, export.samples),
         f"serve at K={best.served} ({best.reason}):",
-        serve_command(export.target, export.form, *served, best.served),
+        serve_command(export.target, export.form, *served, best.served, export.samples),
     ]
 
 
@@ -290,6 +299,17 @@ def check(config: RunConfig) -> None:
         raise UserError(f"checkpoint={config.checkpoint}: export needs a trained head; give a run or step_* folder")
 
 
+def check_paths(target: ExportTarget, folder: Path, export: ExportConfig) -> list[str]:
+    """Return warnings about names of the export, on disk and on the hub, that its target misreads.
+
+    Raises:
+        UserError: there is one, and `export.force` is not set.
+    """
+    named = {"output_dir": str(folder.absolute()), PUSH: export.push_to_hub}
+    found = (check_path(target, name, path, export.force) for name, path in named.items() if path)
+    return [line for line in found if line]
+
+
 def load_head(session: Session, checkpoint: Checkpoint) -> Head | None:
     """Return the head to replay, on its loaded backbone; None if only tensors are compared, which needs no weights.
 
@@ -308,14 +328,14 @@ def run(session: Session) -> None:
     assert config.target is not None
     checkpoint = session.checkpoint(str(config.checkpoint))
     folder = run_folder.path
-    warned = check_path(config.target, folder, config.export.force)
+    warned = check_paths(config.target, folder, config.export)
     if config.export.push_to_hub:
         check_upload(config.export.push_to_hub, PUSH)
     check_loads(session, checkpoint)
     head = load_head(session, checkpoint)
     try:
         with run_folder.write_whole() as temporary:
-            export = build(session, checkpoint, head, [warned] if warned else [], temporary)
+            export = build(session, checkpoint, head, warned, temporary)
     except Exception as error:  # on a full disk each library raises its own error
         reason = disk_full_reason(error)
         if reason is None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces, settings
+from mtptrain.decoding.policy import Policy
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import describe_policy, describe_prompts
 from mtptrain.kernels.choices import Verification
@@ -19,6 +20,7 @@ from mtptrain.run.progress import Progress, waiting
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import to_json
 from mtptrain.serving.client import Answer, ServerClient
+from mtptrain.serving.counters import SGLANG
 from mtptrain.serving.result import SCHEMA, SERVER_FILE, ServerMeasurement, compare_counts, print_measurement
 from mtptrain.traces.file import Trace
 
@@ -75,6 +77,26 @@ def check_length(served: int, longest: int) -> None:
     require(served <= longest, "decoding.draft_length", longest, rule)
 
 
+def check_modules(server: str, served: int, depth: int, policy: Policy) -> None:
+    """Raise a `UserError` if a server runs a stacked head by another rule than replay.
+
+    Args:
+        server: `vLLM` or `SGLang`.
+        served: drafts a pass, K.
+        depth: number of the head's modules.
+        policy: of the replay.
+    """
+    if depth == 1:
+        return
+    rule = f"SGLang runs one MTP module and this head has {depth}; serve it with vLLM"
+    require(server != SGLANG, "url", server, rule)
+    rule = (
+        f"vLLM drafts {served} tokens with {depth} modules and starts again past them; serve with "
+        f"num_speculative_tokens={depth}, or set decoding.past_depth=wrap_around decoding.draft=greedy"
+    )
+    require(served <= depth or policy.wraps(depth, served), "decoding.past_depth", policy.past_depth.value, rule)
+
+
 def ask_server(session: Session, client: ServerClient, traces: list[Trace]) -> list[Answer]:
     """Return the server's answer to every prompt, one request at a time: its counters have no other way to tell them.
 
@@ -117,8 +139,10 @@ def run(session: Session) -> None:
     """Send the prompts, read the counters, and compare with replay; write server.json."""
     config, folder = session.config, session.folder
     client = ServerClient(str(config.url))  # before anything is loaded
-    check_length(client.counters().draft_length, config.decoding.draft_length)
+    longest = client.counters().draft_length
+    check_length(longest, config.decoding.draft_length)
     head = session.head(str(config.checkpoint))
+    check_modules(client.server, longest, head.stack.depth, session.policy)
     trace_set = prepare_traces(session)
     traces = trace_set.traces
     with waiting(f"replaying the {head.name} head on {len(traces)} texts"):

@@ -77,6 +77,7 @@ def measure(
         other=(drawn(other_policy), lengths(other)) if other_policy and other else None,
         served=lengths(served) if served else None,
         chosen_on=count_chosen(selection, [trace.prompt.tokens for trace in traces]),
+        samples=session.policy.is_greedy or not session.policy.draws_greedily,
     )
 
 

@@ -65,7 +65,8 @@ class DecodingConfig:
             "decoding.past_depth",
             self.past_depth.value,
             "overwrites keys, so a sampled draft depends on all passes before it and replay cannot sum over them; set "
-            "decoding.draft=greedy, as vLLM drafts by default, or past_depth=repeat_last or stop",
+            "decoding.draft=greedy, as vLLM drafts by default, or past_depth=stop, which drafts as vLLM does at "
+            "K = number of modules",
         )
         require(
             self.min_confidence == 0,

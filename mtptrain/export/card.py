@@ -17,7 +17,7 @@ from mtptrain.evaluation.head_result import ChosenOn, Gain, chosen_text
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import DraftLength, shown_lengths
 from mtptrain.export.origin import Origin
-from mtptrain.export.servers import SERVERS
+from mtptrain.export.servers import SERVERS, sampling_note
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
 from mtptrain.run.provenance import Provenance
@@ -95,6 +95,7 @@ class Measured:
             read back; None at temperature 0.
         served: acceptance length by K with the target's numerics, as read back; None for `hf`.
         chosen_on: prompts that chose the head as the best of its run; None if it was not chosen.
+        samples: whether drafts are sampled at a temperature above 0.
     """
 
     prompts: int
@@ -106,6 +107,7 @@ class Measured:
     other: tuple[str, dict[int, float | None]] | None = None
     served: dict[int, float | None] | None = None
     chosen_on: ChosenOn | None = None
+    samples: bool = True
 
     @property
     def longest(self) -> int:
@@ -146,6 +148,11 @@ class Export:
     warnings: list[str]
     origin: Origin
     provenance: Provenance
+
+    @property
+    def samples(self) -> bool:
+        """Whether the head is served with sampled drafts: unless it was measured with greedy ones."""
+        return self.acceptance is None or self.acceptance.samples
 
 
 EXPORT: Kind[HeadIdentity, Export] = replace(EXPORTED, content=Export)
@@ -252,12 +259,10 @@ def _roundings(export: Export) -> str:
     return "\n".join(f"| `{name}` | {error.absolute:.3g} | {error.relative:.3g} |" for name, error in worst)
 
 
-def serving_notes(target: ExportTarget) -> list[str]:
+def serving_notes(target: ExportTarget, samples: bool) -> list[str]:
     """Return what a server does differently from this project's measurements, and the switch if there is one."""
     server = SERVERS.get(target)
-    if server is None:
-        return []
-    return [*([server.sampling] if server.sampling else []), f"{server.name} {server.first_position}."]
+    return [] if server is None else [sampling_note(server, samples), f"{server.name} {server.first_position}."]
 
 
 def _metadata(export: Export, name: str, shown: list[int]) -> str:
@@ -321,8 +326,8 @@ def model_card(head: HeadIdentity, export: Export, folder: Path, source: Path) -
         record=EXPORT_MANIFEST,
         facts=_facts(head, export),
         acceptance=_acceptance(export, shown),
-        command=serve_command(export.target, export.form, folder, source, served),
-        notes="\n\n".join(serving_notes(export.target)),
+        command=serve_command(export.target, export.form, folder, source, served, export.samples),
+        notes="\n\n".join(serving_notes(export.target, export.samples)),
         warnings="\n".join(f"- {line}" for line in export.warnings or ["none"]),
         roundings=_roundings(export),
     )

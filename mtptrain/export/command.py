@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtptrain.config import ExportForm, ExportTarget
+from mtptrain.export.servers import SERVERS
 
 
-def serve_command(target: ExportTarget, form: ExportForm, folder: Path, source: Path, draft_length: int) -> str:
-    """Return the command that starts the target with a folder; drafts are sampled at a temperature above 0.
+def serve_command(
+    target: ExportTarget, form: ExportForm, folder: Path, source: Path, draft_length: int, samples: bool = True
+) -> str:
+    """Return the command that starts the target with a folder.
 
     Args:
         target: the server.
@@ -16,12 +19,14 @@ def serve_command(target: ExportTarget, form: ExportForm, folder: Path, source: 
         folder: the export.
         source: the model's folder, which serves a draft folder's model.
         draft_length: drafted tokens a pass, K.
+        samples: whether drafts are sampled at a temperature above 0; llama.cpp has no switch for it.
     """
     if target is ExportTarget.sglang:
+        switch = f" \\\n    {SERVERS[target].switch}" if samples else ""
         return (
             f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE \\\n"
             f"    --speculative-num-steps {draft_length} --speculative-eagle-topk 1 "
-            f"--speculative-num-draft-tokens {draft_length + 1} \\\n    --speculative-use-rejection-sampling"
+            f"--speculative-num-draft-tokens {draft_length + 1}{switch}"
         )
     if target is ExportTarget.llama_cpp:
         return (
@@ -33,7 +38,6 @@ def serve_command(target: ExportTarget, form: ExportForm, folder: Path, source: 
     if target is ExportTarget.hf:
         return f"python -m mtptrain +recipe=evaluate checkpoint=stock backbone.path={folder}"
     draft = f'"model": "{folder}", ' if form is ExportForm.draft else ""
-    settings = (
-        f'{{"method": "mtp", {draft}"num_speculative_tokens": {draft_length}, "draft_sample_method": "probabilistic"}}'
-    )
+    switch = f", {SERVERS[target].switch}" if samples else ""
+    settings = f'{{"method": "mtp", {draft}"num_speculative_tokens": {draft_length}{switch}}}'
     return f"vllm serve {source if form is ExportForm.draft else folder} --speculative-config '{settings}'"

@@ -7,7 +7,6 @@ Source: the loaders of vLLM 0.33.0 and SGLang 0.5.23, run on a CPU with exported
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,8 +16,8 @@ from mtptrain.release.config import is_release, read_config_json, stored_scales,
 from mtptrain.release.names import Scheme
 from mtptrain.release.shards import Shards
 
-# vLLM, vllm/config/speculative.py: a path with one of these changes the method or the architecture of the draft, even
-# with "method": "mtp".
+# vLLM, vllm/config/speculative.py: a path or hub name with `eagle-` or one of the others changes the method or the
+# architecture of the draft, even with "method": "mtp".
 VLLM_HIJACKS = ("eagle3", "eagle", "dflash", "dspark")
 
 
@@ -30,7 +29,8 @@ class Server:
         name: as its project writes it.
         checked: version whose rules these are.
         runs_stacked: whether it runs more than one module.
-        sampling: what it does at a temperature above 0, and the switch; empty if that is not known.
+        sampling: what it does at a temperature above 0, and the switch.
+        switch: of its command, for sampled drafts; empty if it has none.
         first_position: what it does with the embedding at position 0.
         numerics: what its modules compute differently from training, as `decoding.served_as` measures it.
     """
@@ -39,10 +39,12 @@ class Server:
     checked: str
     runs_stacked: bool
     sampling: str
+    switch: str
     first_position: str
     numerics: str
 
 
+WITHOUT_SWITCH = "The head was measured with greedy drafts, so the command leaves the switch out."
 AS_TRAINED = "reads the embedding at position 0, as in training"
 SERVERS = {
     ExportTarget.vllm: Server(
@@ -51,6 +53,7 @@ SERVERS = {
         runs_stacked=True,
         sampling='At a temperature above 0, vLLM drafts greedily without `"draft_sample_method": "probabilistic"`, and '
         "keeps about half as many drafts (docs/export.md).",
+        switch='"draft_sample_method": "probabilistic"',
         first_position="zeroes the embedding at position 0 at the first draft step; only the first tokens of a text "
         "are drafted worse",
         numerics="embedding at position 0 zeroed, keys and activations in FP8",
@@ -61,6 +64,7 @@ SERVERS = {
         runs_stacked=False,
         sampling="At a temperature above 0, SGLang drafts greedily without `--speculative-use-rejection-sampling`, and "
         "keeps about half as many drafts (docs/export.md).",
+        switch="--speculative-use-rejection-sampling",
         first_position=AS_TRAINED,
         numerics="keys and activations in FP8",
     ),
@@ -70,6 +74,7 @@ SERVERS = {
         runs_stacked=False,
         sampling="At a temperature above 0, llama.cpp drafts greedily and has no switch for it; the figures of "
         "greedy drafts are its own.",
+        switch="",
         first_position=f"{AS_TRAINED}, and keeps one more key there",
         numerics="one more key before the first",
     ),
@@ -115,31 +120,37 @@ def _check_draft(depth: int, shards: Shards) -> None:
     stated = read_config_json(shards.folder, shards.setting).get("num_nextn_predict_layers")
     if stated != depth:
         raise UserError(
-            f"export.form=draft: the head has {depth} modules, and vLLM takes their number from config.json of the "
+            f"export.form=draft: the head has {depth} module(s), and vLLM takes their number from config.json of the "
             f"model, which says {stated}: it would run others than were trained; use export.form=full"
         )
 
 
-def check_path(target: ExportTarget, folder: Path, is_forced: bool) -> str | None:
+def check_path(target: ExportTarget, setting: str, path: str, is_forced: bool) -> str | None:
     """Return a warning if vLLM takes an export of this path for another kind of draft.
 
     Args:
         target: the server.
-        folder: the export's final path.
+        setting: name of the setting that gives the path.
+        path: the export's final path, with its parent folders, or its name on the hub.
         is_forced: whether `export.force` allows such a path.
 
     Raises:
         UserError: it does, and it is not forced.
     """
-    word = next((word for word in VLLM_HIJACKS if word in str(folder.absolute()).lower()), None)
+    word = next((word for word in VLLM_HIJACKS if word in path.lower()), None)
     if target is not ExportTarget.vllm or word is None:
         return None
     line = f"the path contains `{word}`, from which vLLM takes the folder for another kind of draft whatever the method"
     if not is_forced:
         raise UserError(
-            f"output_dir={folder}: {line}; choose another name, or set export.force=true and rename it before serving"
+            f"{setting}={path}: {line}; choose another name, or set export.force=true and rename it before serving"
         )
-    return f"{line}: rename it before serving"
+    return f"{setting}={path}: {line}: rename it before serving"
+
+
+def sampling_note(server: Server, has_switch: bool) -> str:
+    """Return what a server does at a temperature above 0, and that its command lacks the switch if it does."""
+    return server.sampling if has_switch or not server.switch else f"{server.sampling} {WITHOUT_SWITCH}"
 
 
 def warnings(target: ExportTarget, shards: Shards, depth: int) -> list[str]:

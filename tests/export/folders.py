@@ -1,5 +1,6 @@
 """Exported folders written by the library's own functions, without a training run."""
 
+from itertools import product
 from pathlib import Path
 
 from transformers import DeepseekV4Config
@@ -10,6 +11,9 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.release.config import stored_scales, stored_scheme
 from mtptrain.release.modules import to_release
 from mtptrain.release.shards import Shards
+
+# Every kind of folder: one module or two, in FP4 and FP8 or as -Base, a whole model or a draft folder.
+FORMS = [" ".join(filter(None, words)) for words in product(("shared", "stacked"), ("", "base"), ("", "draft"))]
 
 
 def export_stack(stack: MtpStack, source: Path, folder: Path, is_draft: bool = False) -> Shards:

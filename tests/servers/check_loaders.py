@@ -7,8 +7,6 @@ attributes that the collection of streams uses are looked up in the source.
 
 import ast
 import re
-import subprocess
-import sys
 import typing
 import zipfile
 from collections.abc import Iterator
@@ -21,11 +19,13 @@ import torch
 from torch import Tensor
 
 from mtptrain.config import ReleaseVariant
+from mtptrain.export.servers import VLLM_HIJACKS
 from mtptrain.hidden_cache.vllm_engine import SAMPLING, VLLM, StreamKeeper, engine_options
 from mtptrain.release.names import Scheme
 from tests.conftest import VOCAB_SIZE, save_release
-from tests.export.folders import export_stack
+from tests.export.folders import FORMS, export_stack
 from tests.release.server_rules import LOADERS, NUM_LAYERS, vllm_name, vllm_parameters
+from tests.servers.wheels import download
 from tests.tiny import random_backbone, random_stack
 
 LAYERS = "vllm/model_executor/layers/fused_moe/"
@@ -33,8 +33,8 @@ MTP, EXPERTS = "vllm/models/deepseek_v4/nvidia/mtp.py", f"{LAYERS}routed_experts
 SPEC_LAYER = "vllm/model_executor/models/utils.py"
 MODEL, LLM, ARGUMENTS = "vllm/models/deepseek_v4/nvidia/model.py", "vllm/entrypoints/llm.py", "vllm/engine/arg_utils.py"
 WORKER_BASE, WORKER = "vllm/v1/worker/worker_base.py", "vllm/v1/worker/gpu_worker.py"
-SAMPLING_PARAMS, PROMPTS = "vllm/sampling_params.py", "vllm/inputs/llm.py"
-READ = (MTP, EXPERTS, SPEC_LAYER, MODEL, LLM, ARGUMENTS, WORKER_BASE, WORKER, SAMPLING_PARAMS, PROMPTS)
+SAMPLING_PARAMS, PROMPTS, DRAFTS = "vllm/sampling_params.py", "vllm/inputs/llm.py", "vllm/config/speculative.py"
+READ = (MTP, EXPERTS, SPEC_LAYER, MODEL, LLM, ARGUMENTS, WORKER_BASE, WORKER, SAMPLING_PARAMS, PROMPTS, DRAFTS)
 METHODS = {"_to_spec_layer_name", "load_weights", "_rewrite_spec_layer_name"}
 MAPPINGS = {"make_expert_params_mapping", "build_expert_params_mapping"}
 
@@ -71,11 +71,8 @@ class Parameter:
 @pytest.fixture(scope="session")
 def vllm_source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files of the wheel, by path."""
-    folder = tmp_path_factory.mktemp("wheels")
-    wheel = f"vllm=={LOADERS['vllm'].version}"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*download, wheel, "--dest", str(folder)], check=True)
-    with zipfile.ZipFile(next(folder.glob("vllm-*.whl"))) as archive:
+    wheel = download(f"vllm=={LOADERS['vllm'].version}", tmp_path_factory.mktemp("wheels"))
+    with zipfile.ZipFile(wheel) as archive:
         return {path: archive.read(path).decode() for path in READ}
 
 
@@ -133,12 +130,12 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", ["shared", "stacked", "base", "draft"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_vllm_loads_every_tensor_of_an_exported_head(kind: str, vllm_source: dict[str, str], tmp_path: Path) -> None:
-    scheme: Scheme = "fp8" if kind == "base" else "fp8_fp4"
-    model, depth = random_backbone(vocab_size=VOCAB_SIZE), 2 if kind == "stacked" else 1
-    save_release(tmp_path / "R", ReleaseVariant.base if kind == "base" else ReleaseVariant.release)
-    written = export_stack(random_stack(model, depth), tmp_path / "R", tmp_path / "X", is_draft=kind == "draft")
+    scheme: Scheme = "fp8" if "base" in kind else "fp8_fp4"
+    model, depth = random_backbone(vocab_size=VOCAB_SIZE), 2 if "stacked" in kind else 1
+    save_release(tmp_path / "R", ReleaseVariant.base if "base" in kind else ReleaseVariant.release)
+    written = export_stack(random_stack(model, depth), tmp_path / "R", tmp_path / "X", is_draft="draft" in kind)
     config = model.config
     module: Any = Module(vllm_source, depth, config.num_hidden_layers, config.n_routed_experts, scheme)
     loaded = module.load_weights(iter(written.items()))
@@ -150,6 +147,13 @@ def test_vllm_loads_every_tensor_of_an_exported_head(kind: str, vllm_source: dic
         assert any(same_bytes(one, tensor) for one in module.parameters[target].taken), name
     assert sum(len(parameter.taken) for parameter in module.parameters.values()) == len(head)
     print(f"\nvLLM {LOADERS['vllm'].version}, {kind}: {len(head)} tensors into {len(loaded)} parameters, bytes equal")
+
+
+def test_every_word_by_which_vllm_misreads_a_path_is_refused(vllm_source: dict[str, str]) -> None:
+    words = re.findall(r'"([^"]+)" in self\.draft_model_config\.model\.lower\(\)', vllm_source[DRAFTS])
+    assert len(words) >= 4
+    assert all(any(known in word for known in VLLM_HIJACKS) for word in words)
+    print(f"\nvLLM {VLLM}: takes a path with {', '.join(words)} for another kind of draft")
 
 
 def class_of(source: dict[str, str], path: str, name: str) -> ast.ClassDef:

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from mtptrain.backbone.load import Backbone, load_backbone, open_source
-from mtptrain.config import BackboneConfig
+from mtptrain.config import BackboneConfig, PastDepth
 from mtptrain.decoding.draft import MtpProposer
+from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_speculative
+from mtptrain.errors import UserError
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import stock_tensors
+from mtptrain.recipes.measure_server import check_modules
 from tests.command import Refused, run_main
 from tests.serving.stand_in import Served, StandIn, serving
 
@@ -41,6 +44,17 @@ def decode(backbone: Backbone) -> Callable[[list[int], dict[str, Any]], Served]:
         return Served(text, len(row.tokens), [one.accepted for one in row.passes])
 
     return answer
+
+
+def test_a_stacked_head_is_compared_with_a_server_that_runs_it_by_the_same_rule() -> None:
+    wraps = Policy(past_depth=PastDepth.wrap_around)
+    check_modules("SGLang", 4, 1, Policy())
+    check_modules("vLLM", 2, 2, Policy())
+    check_modules("vLLM", 4, 2, wraps)
+    with pytest.raises(UserError, match=r"past_depth=repeat_last: vLLM drafts 4 tokens with 2 modules .*wrap_around"):
+        check_modules("vLLM", 4, 2, Policy())
+    with pytest.raises(UserError, match=r"url=SGLang: SGLang runs one MTP module and this head has 2"):
+        check_modules("SGLang", 2, 2, wraps)
 
 
 @pytest.mark.parametrize("server", ["vLLM", "SGLang"])
