@@ -21,9 +21,9 @@ from mtptrain.evaluation.compare import (
 )
 from mtptrain.evaluation.comparison_result import COMPARISON_SCHEMA, ComparedHead, ComparedRun, Comparison
 from mtptrain.evaluation.head_result import chosen_text
-from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
+from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_policy, describe_prompts
 from mtptrain.evaluation.metrics import acceptance_length
-from mtptrain.evaluation.report.headline import seen_text
+from mtptrain.evaluation.report.headline import policy_text, seen_text
 from mtptrain.evaluation.runs import runs_by_domain, summarize_runs
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head
@@ -79,12 +79,14 @@ def run(session: Session) -> None:
         provenance=folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
+        policy=describe_policy(session.policy, config.decoding.served_as),
         draft_length=longest,
         heads=heads,
         comparisons=comparisons,
     )
     write_json(folder.path / "comparison.json", to_json(result))
     console = Console()
+    console.print(f"{len(prompts)} prompts, {policy_text(result.policy)}", highlight=False, soft_wrap=True)
     for head in heads:
         console.print(head_sentence(head, longest), highlight=False, soft_wrap=True)
     for comparison in comparisons:

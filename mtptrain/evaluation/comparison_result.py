@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
-from mtptrain.evaluation.result import BackboneResult, PromptsResult
+from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
 from mtptrain.run.provenance import Provenance
 
-COMPARISON_SCHEMA = 5
+COMPARISON_SCHEMA = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,7 @@ class Comparison:
     provenance: Provenance
     backbone: BackboneResult
     prompts: PromptsResult
+    policy: PolicyResult
     draft_length: int
     heads: list[ComparedHead]
     comparisons: list[HeadComparison]

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from mtptrain.certificate.shifted_target import not_tested
+from mtptrain.config import PastDepth
 from mtptrain.evaluation.certificate_result import Outcome, PassCount, PassCountTest
 from mtptrain.evaluation.head_result import ChosenOn, SeenPrompts
 from mtptrain.evaluation.report.headline import (
@@ -12,6 +13,7 @@ from mtptrain.evaluation.report.headline import (
     chosen_texts,
     headline,
     headline_text,
+    policy_text,
     seen_texts,
     speed_text,
 )
@@ -181,6 +183,15 @@ def test_a_text_that_goes_on_is_named_as_such() -> None:
     greedy = replace(certificate.greedy_identity, differences=[replace(DIFFERENCE, gap=None)])
     (line,) = certificate_details(replace(certificate, greedy_identity=greedy))
     assert line.endswith("other token than plain greedy at position 17, where one of the two texts ends")
+
+
+def test_a_policy_is_told_with_every_choice_that_has_an_effect() -> None:
+    greedy = recorded_evaluation().policy
+    assert policy_text(greedy) == "temperature 0"
+    assert policy_text(replace(greedy, repetition_penalty=1.2)) == "temperature 0, repetition_penalty 1.2"
+    sampled = replace(recorded_evaluation("sampled").policy, top_k=20, past_depth=PastDepth.stop)
+    expected = "temperature 1, sampled drafts, token verification, top_k 20, past_depth stop"
+    assert policy_text(sampled) == expected
 
 
 def test_a_head_that_was_chosen_on_the_prompts_is_named() -> None:
