@@ -63,11 +63,11 @@ class Known:
 
 
 class _Shared:
-    """State of this process: the steps of every module, the times that `repeated` expects, seconds of recording."""
+    """State of this process: the steps of every module, the times that `repeated` expects, time of recording."""
 
     steps: ClassVar[WeakKeyDictionary[nn.Module, dict[Hashable, Known]]] = WeakKeyDictionary()
     times = 1
-    seconds = 0.0
+    seconds, processor_seconds = 0.0, 0.0
 
 
 @contextmanager
@@ -81,8 +81,13 @@ def repeated(times: int) -> Iterator[None]:
 
 
 def recording_seconds() -> float:
-    """Return the seconds that this process has spent on recording traces."""
+    """Return the seconds on the clock that this process has spent on recording traces."""
     return _Shared.seconds
+
+
+def recording_processor_seconds() -> float:
+    """Return the processor time of these seconds, which is less on a busy machine."""
+    return _Shared.processor_seconds
 
 
 @cache
@@ -163,7 +168,7 @@ class Traced:
 
     def _record(self, known: Known, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the function, and make a trace of the run."""
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         recorder = Recorder([*inputs, *self.tensors])
         before = [tensor.clone() for tensor in self.tensors[: self.num_state]]
         with recorder:
@@ -177,6 +182,7 @@ class Traced:
         if known.obstacle is not None:
             log_once(f"decoding without traces, because {known.obstacle}")
         _Shared.seconds += time.perf_counter() - started
+        _Shared.processor_seconds += time.process_time() - processor
         return outputs
 
     def _trace(

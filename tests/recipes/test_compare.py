@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_the_prompts_that_chose_a_best_checkpoint_are_counted(
 
 def test_a_run_that_is_listed_twice_as_a_seed_is_refused(seeds: list[Path], tmp_path: Path, refused: Refused) -> None:
     copies = f"checkpoints=[stock,[{seeds[0]},{seeds[0]}/checkpoints]]"
+    assert re.match(r"checkpoints=.*: a setting lists a run once", refused(copies, recipe="compare"))
+    shutil.copytree(seeds[0] / "checkpoints", tmp_path / "checkpoints")
+    copies = f"checkpoints=[stock,[{seeds[1]},{seeds[0]},{tmp_path}]]"
     assert re.match(r"checkpoints=.*: a setting lists a run once", refused(copies, recipe="compare"))
     assert re.match(r"checkpoints=.*: a setting lists a run once", refused("checkpoints=[[a,a],b]", recipe="compare"))
     assert re.match(

@@ -15,7 +15,7 @@ from mtptrain.evaluation.curve import Curve, CurvePoint
 from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.report.headline import policy_text, seen_text, span
 from mtptrain.evaluation.report.plots import acceptance_by_step
-from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid, prompts_text
+from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, interval_text, length_cell, print_grid
 from mtptrain.evaluation.report.template import write_page
 
 CURVE_PAGE = "curve.html"
@@ -68,7 +68,7 @@ def curve_table(curve: Curve) -> Grid:
         row = [Cell(name), *(length_cell(point.replay[length]) for length in curve.draft_lengths)]
         rows.append([*row, gain_cell(point.gain[longest] if point.gain else None)] if has_gain else row)
     note = (
-        f"tok/pass: tokens a verify pass by replay, 95 % bootstrap interval over {prompts_text(curve.prompts)}; the "
+        f"tok/pass: tokens a verify pass by replay, {interval_text(curve.prompts)}; the "
         "same texts for all checkpoints, so neighbouring points share most of their error. Best: by the run's own "
         "measurements during training."
     )
