@@ -173,6 +173,8 @@ def certificate_text(certificate: Certificate) -> str:
 
 def _logits_text(logits: LogitsTest) -> str:
     missing = sum(one.outcome is Outcome.not_tested for one in logits.comparisons)
+    if missing == len(logits.comparisons):
+        return "logits not tested: too few different prompts"
     note = f", {missing} not tested" if missing else ""
     return f"logits {_word(logits.passed)} ({len(logits.comparisons)} comparisons{note})"
 

@@ -163,6 +163,16 @@ def test_certificate_text_says_which_control_was_not_tested() -> None:
     assert text.endswith("controls passed (shifted target not tested: the texts are too few or too much alike)")
 
 
+def test_logits_of_too_few_prompts_are_not_said_to_have_passed() -> None:
+    certificate = recorded_evaluation().certificate
+    untested = [replace(one, outcome=Outcome.not_tested) for one in certificate.logits.comparisons]
+    text = certificate_text(replace(certificate, logits=replace(certificate.logits, comparisons=untested)))
+    assert "; logits not tested: too few different prompts; " in text
+    untested[0] = replace(untested[0], outcome=Outcome.passed)
+    text = certificate_text(replace(certificate, logits=replace(certificate.logits, comparisons=untested)))
+    assert f"; logits passed ({len(untested)} comparisons, {len(untested) - 1} not tested); " in text
+
+
 def test_certificate_details_name_too_many_ties_and_other_logits() -> None:
     certificate = recorded_evaluation().certificate
     ties = [replace(DIFFERENCE, position=position, gap=1e-6) for position in range(3)]
