@@ -6,6 +6,7 @@ python -m mtptrain +recipe=compare checkpoints=[stock,[SEED0,SEED1,SEED2]]
 
 from __future__ import annotations
 
+from itertools import combinations
 from string import ascii_uppercase
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from mtptrain.evaluation.comparison_result import (
     Comparison,
 )
 from mtptrain.evaluation.head_result import chosen_text
-from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_prompts
+from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_policy, describe_prompts
 from mtptrain.evaluation.metrics import acceptance_length
 from mtptrain.evaluation.report.comparison_page import COMPARISON_PAGE, print_result, write_comparison_page
 from mtptrain.evaluation.report.headline import seen_text
@@ -36,7 +37,7 @@ from mtptrain.training.resume import differences
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
-ONCE = "a setting lists a run once: a copy would pass for another seed"
+ONCE = "a setting lists a run once: a copy or another step of it would pass for another seed; train with other seeds"
 
 
 def reads(config: RunConfig) -> Settings:
@@ -80,6 +81,7 @@ def run(session: Session) -> None:
         provenance=folder.provenance,
         backbone=session.describe_backbone(),
         prompts=describe_prompts(trace_set),
+        policy=describe_policy(session.policy, config.decoding.served_as),
         draft_length=longest,
         heads=heads,
         comparisons=comparisons,
@@ -109,12 +111,12 @@ def _check_runs(session: Session, paths: list[str]) -> None:
     """Check the checkpoints of a setting against the backbone and each other.
 
     Raises:
-        UserError: a head belongs to another backbone, two paths name one checkpoint, or the heads differ in their form.
+        UserError: a head belongs to another backbone, two heads come from one training, or they differ in their form.
     """
     checkpoints = [session.checkpoint(path) for path in paths if path != "stock"]
     identities = [one.head_identity(session.backbone.fingerprint) for one in checkpoints]
-    folders = [one.folder.resolve() for one in checkpoints]
-    require(len(set(folders)) == len(folders), "checkpoints", paths, ONCE)
+    are_alike = any(not differences(one, other) for one, other in combinations(identities, 2))
+    require(not are_alike, "checkpoints", paths, ONCE)
     forms = sorted({f"mtp.mode={one.mode.value} with mtp.depth={one.depth}" for one in identities})
     rule = f"the runs of one setting differ in more than their seed: {' and '.join(forms)}; compare them apart"
     require(len(forms) < 2, "checkpoints", paths, rule)

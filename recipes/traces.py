@@ -167,11 +167,15 @@ def _join_copies(session: Session, traces: list[Trace]) -> list[Trace]:
     keys = [session.hasher.text(np.array(prompt.tokens)).tobytes() for prompt in prompts]
     groups = independent_groups([prompt.group for prompt in prompts], keys)
     count = len(set(groups))
-    if count < len(prompts):
-        note = ", and an interval over one group says nothing" if count == 1 else ""
+    if count == 1:
+        session.folder.print_status(
+            "all prompts are one independent group, which says nothing about others: every interval is the whole range "
+            "of possible values; give different prompts"
+        )
+    elif count < len(prompts):
         session.folder.print_status(
             f"the {len(prompts)} prompts are {count} independent groups: copies, turns of a conversation and slices of "
-            f"a document count as one in every interval{note}"
+            "a document count as one in every interval"
         )
     return [
         replace(trace, prompt=replace(prompt, group=group))

@@ -64,11 +64,11 @@ class Known:
 
 
 class _Shared:
-    """State of this process: the steps of every module, the times that `repeated` expects, seconds of recording."""
+    """State of this process: the steps of every module, the times that `repeated` expects, time of recording."""
 
     steps: ClassVar[WeakKeyDictionary[nn.Module, dict[Hashable, Known]]] = WeakKeyDictionary()
     times = 1
-    seconds = 0.0
+    seconds, processor_seconds = 0.0, 0.0
 
 
 @contextmanager
@@ -82,8 +82,13 @@ def repeated(times: int) -> Iterator[None]:
 
 
 def recording_seconds() -> float:
-    """Return the seconds that this process has spent on recording traces."""
+    """Return the seconds on the clock that this process has spent on recording traces."""
     return _Shared.seconds
+
+
+def recording_processor_seconds() -> float:
+    """Return the processor time of these seconds, which is less on a busy machine."""
+    return _Shared.processor_seconds
 
 
 @cache
@@ -164,7 +169,7 @@ class Traced:
 
     def _record(self, known: Known, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the function, and make a trace of the run."""
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         recorder = Recorder([*inputs, *self.tensors])
         before = [tensor.clone() for tensor in self.tensors[: self.num_state]]
         with recorder:
@@ -180,6 +185,7 @@ class Traced:
         spent = time.perf_counter() - started
         _Shared.seconds += spent
         LOGGER.debug("recorded a step of %d tensors: %.2f s", len(recorder.read), spent)
+        _Shared.processor_seconds += time.process_time() - processor
         return outputs
 
     def _trace(

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
-from mtptrain.evaluation.result import BackboneResult, PromptsResult
+from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.typed_json import MismatchError, from_json
 
 COMPARISON_FILE = "comparison.json"
-COMPARISON_SCHEMA = 5
+COMPARISON_SCHEMA = 6
 NO_PASSES = "no verify pass: every text ends at its first token"
 
 
@@ -133,6 +133,7 @@ class Comparison:
     provenance: Provenance
     backbone: BackboneResult
     prompts: PromptsResult
+    policy: PolicyResult
     draft_length: int
     heads: list[ComparedHead]
     comparisons: list[HeadComparison]

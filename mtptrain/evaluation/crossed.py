@@ -31,9 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtptrain.evaluation.head_result import Gain, Interval
-from mtptrain.evaluation.metrics import DETECTABLE
-
-ANGLES = 10_001  # of the grid that inverts Student's distribution
+from mtptrain.evaluation.metrics import DETECTABLE, clip
+from mtptrain.evaluation.student import NORMAL, student_quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +92,34 @@ def _by_group(values_SP: np.ndarray, groups: list[int]) -> np.ndarray:
     return sums_GS.T
 
 
-def crossed_interval(setting: Setting) -> Interval:
-    """Return the 95 % interval of the mean over runs, for other runs of the setting and other prompts."""
+def crossed_interval(setting: Setting, possible: Interval) -> Interval:
+    """Return the 95 % interval of the mean over runs, for other runs of the setting and other prompts.
+
+    Args:
+        setting: the runs.
+        possible: the least and the largest possible value, the interval of one group of prompts.
+    """
     half, _ = _half_widths(setting.values_SG.mean(0), [setting])
-    return setting.mean - half, setting.mean + half
+    return clip((setting.mean - half, setting.mean + half), possible)
 
 
-def crossed_gain(base: Setting, other: Setting) -> Gain:
-    """Return the difference of two settings' means, `other` minus `base`, on the same prompts."""
+def crossed_gain(base: Setting, other: Setting, most: float) -> Gain:
+    """Return the difference of two settings' means, `other` minus `base`, on the same prompts; at most `most`."""
     by_group_G = other.values_SG.mean(0) - base.values_SG.mean(0)
     half, detectable = _half_widths(by_group_G, [base, other])
     gain = other.mean - base.mean
-    return Gain(gain, (gain - half, gain + half), detectable)
+    return Gain(gain, clip((gain - half, gain + half), (-most, most)), min(detectable, most))
 
 
 def _half_widths(by_group_G: np.ndarray, settings: list[Setting]) -> tuple[float, float]:
-    """Return half the width of the 95 % interval, and the difference that would be found with 80 % power."""
+    """Return half the width of the 95 % interval, and the difference that would be found with 80 % power.
+
+    Both are infinite with one group of prompts, which says nothing about others.
+    """
     num_groups = len(by_group_G)
-    of_groups = float(by_group_G.var(ddof=1) / num_groups) if num_groups > 1 else 0.0
+    if num_groups < 2:
+        return math.inf, math.inf
+    of_groups = float(by_group_G.var(ddof=1) / num_groups)
     terms = [(of_groups, num_groups - 1), *(one.of_runs() for one in settings)]
     both = [one.of_interaction() for one in settings]
     # The difference of mean squares may be small by chance; each source alone is a lower bound.
@@ -120,20 +129,4 @@ def _half_widths(by_group_G: np.ndarray, settings: list[Setting]) -> tuple[float
     freedom = max(variance**2 / squares, 1.0) if squares else math.inf
     error = math.sqrt(variance)
     quantile = student_quantile(0.975, freedom)
-    return error * quantile, error * quantile * DETECTABLE / 1.960
-
-
-def student_quantile(probability: float, freedom: float) -> float:
-    """Return a quantile of Student's distribution: with t = sqrt(freedom) tan(x), x has the density cos(x)^(freedom-1).
-
-    Args:
-        probability: in (0, 1).
-        freedom: degrees of freedom, at least 1; infinity gives the normal distribution's.
-    """
-    freedom = min(freedom, 1e6)  # the normal distribution's to five digits
-    edge = min(math.pi / 2, 40 / math.sqrt(freedom))  # beyond it the density is below e^-800
-    x_A = np.linspace(-edge, edge, ANGLES)
-    middle_A = (x_A[1:] + x_A[:-1]) / 2
-    below_A = np.concatenate([[0.0], np.cumsum(np.cos(middle_A) ** (freedom - 1))])
-    angle = np.interp(probability, below_A / below_A[-1], x_A)
-    return math.sqrt(freedom) * math.tan(float(angle))
+    return error * quantile, error * quantile * DETECTABLE / NORMAL

@@ -17,7 +17,7 @@ class Gain:
 
     Attributes:
         gain: the difference.
-        interval: 95 % bootstrap interval over groups of prompts.
+        interval: 95 % interval over groups of prompts; of one group, everything possible.
         detectable: smallest true difference that these prompts would have shown with 80 % power.
     """
 
@@ -59,7 +59,7 @@ class Acceptance:
         acceptance_length: emitted tokens a verify pass; this and the interval are None without passes.
         passes: verify passes.
         emitted: tokens that the passes emitted.
-        interval: 95 % bootstrap interval of the acceptance length over groups of prompts.
+        interval: 95 % interval of the acceptance length over groups of prompts; of one group, everything possible.
         drafted: drafts that had a token at position k before the text ended; None if unknown.
         reached: drafts whose first k - 1 tokens were kept, so that position k was verified.
         accepted: drafts whose token k was kept, too.

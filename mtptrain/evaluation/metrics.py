@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtptrain.evaluation.head_result import Acceptance, Gain, Interval, Totals
+from mtptrain.evaluation.student import bootstrap_widening
 from mtptrain.replay.replay import Counts
 
 RESAMPLES = 2000
@@ -84,7 +85,7 @@ def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
         acceptance_length=emitted / passes if passes else None,
         passes=passes,
         emitted=emitted,
-        interval=interval(_resampled_lengths(prompts, groups)) if passes else None,
+        interval=_length_interval(prompts, groups, emitted / passes) if passes else None,
         drafted=[None] * len(positions.reached) if positions.drafted is None else [*positions.drafted],
         reached=positions.reached,
         accepted=positions.accepted,
@@ -120,7 +121,8 @@ def paired_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> G
     old, new = acceptance_length(base), acceptance_length(other)
     if old is None or new is None:
         return None
-    return difference(new - old, _resampled_lengths(other, groups) - _resampled_lengths(base, groups))
+    resampled_R = _resampled_lengths(other, groups) - _resampled_lengths(base, groups)
+    return difference(new - old, resampled_R, _num_groups(base, groups), most=draft_length(base))
 
 
 def paired_gain_by_domain(
@@ -137,11 +139,32 @@ def paired_gain_by_domain(
 def paired_position_gain(base: list[Counts], other: list[Counts], groups: list[int]) -> list[Gain | None]:
     """Return the difference of conditional acceptance at each position; None if a resample never reached it."""
     (old_K, old_RK), (new_K, new_RK) = (_conditional(prompts, groups) for prompts in (base, other))
-    known_K = np.isfinite(new_RK - old_RK).all(0)
+    known_K, num_groups = np.isfinite(new_RK - old_RK).all(0), _num_groups(base, groups)
     return [
-        difference(float(new_K[k] - old_K[k]), new_RK[:, k] - old_RK[:, k]) if known_K[k] else None
+        difference(float(new_K[k] - old_K[k]), new_RK[:, k] - old_RK[:, k], num_groups, most=1.0)
+        if known_K[k]
+        else None
         for k in range(len(known_K))
     ]
+
+
+def draft_length(prompts: list[Counts]) -> int:
+    """Return K, the most that a gain in acceptance length can be."""
+    return len(prompts[0].accepted_K)
+
+
+def lengths_of(prompts: list[Counts]) -> Interval:
+    """Return the least and the largest possible acceptance length."""
+    return 1.0, 1.0 + draft_length(prompts)
+
+
+def _length_interval(prompts: list[Counts], groups: list[int], length: float) -> Interval:
+    return widened(length, _resampled_lengths(prompts, groups), _num_groups(prompts, groups), lengths_of(prompts))
+
+
+def _num_groups(prompts: list[Counts], groups: list[int]) -> int:
+    """Return the number of groups with a verify pass."""
+    return len({group for counts, group in zip(prompts, groups, strict=True) if counts.passes > 0})
 
 
 def _resampled_lengths(prompts: list[Counts], groups: list[int]) -> np.ndarray:
@@ -184,6 +207,37 @@ def interval(values_R: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def difference(value: float, resampled_R: np.ndarray) -> Gain:
-    """Return a paired difference from its value and its resamples."""
-    return Gain(value, interval(resampled_R), detectable=float(DETECTABLE * resampled_R.std()))
+def widened(value: float, resampled_R: np.ndarray, num_groups: int, possible: Interval) -> Interval:
+    """Return the 95 % interval of a value: percentiles, moved away from it as far as so few groups require.
+
+    Args:
+        value: of the sample itself.
+        resampled_R: of its bootstrap samples.
+        num_groups: groups that were resampled. One says nothing about others: its interval is everything possible.
+        possible: the least and the largest possible value.
+    """
+    if num_groups < 2:
+        return possible
+    low, high = interval(resampled_R)
+    factor = bootstrap_widening(num_groups)
+    return clip((value + factor * (low - value), value + factor * (high - value)), possible)
+
+
+def clip(interval: Interval, possible: Interval) -> Interval:
+    """Return the part of an interval that is possible."""
+    return max(interval[0], possible[0]), min(interval[1], possible[1])
+
+
+def difference(value: float, resampled_R: np.ndarray, num_groups: int, most: float) -> Gain:
+    """Return a paired difference from its value and its resamples.
+
+    Args:
+        value: the difference.
+        resampled_R: of the bootstrap samples.
+        num_groups: groups that were resampled.
+        most: the largest possible difference.
+    """
+    detectable = most
+    if num_groups > 1:
+        detectable = min(bootstrap_widening(num_groups) * DETECTABLE * float(resampled_R.std()), most)
+    return Gain(value, widened(value, resampled_R, num_groups, (-most, most)), detectable)

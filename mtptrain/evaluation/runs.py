@@ -10,7 +10,15 @@ import numpy as np
 
 from mtptrain.evaluation.crossed import Setting, crossed_gain, crossed_interval
 from mtptrain.evaluation.head_result import Acceptance, Gain
-from mtptrain.evaluation.metrics import domain_rows, have_passes, paired_gain, paired_position_gain, summarize
+from mtptrain.evaluation.metrics import (
+    domain_rows,
+    draft_length,
+    have_passes,
+    lengths_of,
+    paired_gain,
+    paired_position_gain,
+    summarize,
+)
 from mtptrain.replay.replay import Counts
 
 RunCounts = list[list[Counts]]  # counts of every prompt at one draft length, run by run
@@ -32,7 +40,7 @@ def summarize_runs(runs: RunCounts, groups: list[int]) -> Acceptance:
     if not all(map(have_passes, runs)):
         return replace(pooled, acceptance_length=None, interval=None)
     setting = _lengths(runs, groups)
-    return replace(pooled, acceptance_length=setting.mean, interval=crossed_interval(setting))
+    return replace(pooled, acceptance_length=setting.mean, interval=crossed_interval(setting, lengths_of(runs[0])))
 
 
 def runs_by_domain(runs: RunCounts, groups: list[int], domains: list[str]) -> dict[str, Acceptance | None]:
@@ -51,7 +59,7 @@ def gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> Gain |
         return paired_gain(base[0], other[0], groups)
     if not all(map(have_passes, [*base, *other])):
         return None
-    return crossed_gain(_lengths(base, groups), _lengths(other, groups))
+    return crossed_gain(_lengths(base, groups), _lengths(other, groups), most=draft_length(base[0]))
 
 
 def position_gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> list[Gain | None]:
@@ -59,7 +67,7 @@ def position_gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) 
     if len(base) == len(other) == 1:
         return paired_position_gain(base[0], other[0], groups)
     pairs = [[_position(runs, k, groups) for runs in (base, other)] for k in range(len(base[0][0].reached_K))]
-    return [crossed_gain(old, new) if old and new else None for old, new in pairs]
+    return [crossed_gain(old, new, most=1.0) if old and new else None for old, new in pairs]
 
 
 def _lengths(runs: RunCounts, groups: list[int]) -> Setting:

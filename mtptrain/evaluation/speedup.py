@@ -17,7 +17,7 @@ from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
-from mtptrain.decoding.traced import recording_seconds, repeated
+from mtptrain.decoding.traced import recording_processor_seconds, recording_seconds, repeated
 from mtptrain.decoding.wrapped import head_proposer
 from mtptrain.evaluation.median import median_interval, spread
 from mtptrain.evaluation.result import Doubt, MachineLoad, Speedup, TimeShares
@@ -130,11 +130,11 @@ def run_interleaved(
 
 def timed(work: Callable[[], DecodedBatch]) -> tuple[DecodedBatch, Spent]:
     """Return the result of some work and the time that it took."""
-    wall, processor, recording = time.perf_counter(), time.process_time(), recording_seconds()
+    # Later runs reuse the traces that are recorded, so their time does not count.
+    wall, processor = time.perf_counter() - recording_seconds(), time.process_time() - recording_processor_seconds()
     result = work()
-    recording = recording_seconds() - recording  # of traces, which later runs reuse
-    wall = time.perf_counter() - wall - recording
-    processor = time.process_time() - processor - recording
+    wall = time.perf_counter() - recording_seconds() - wall
+    processor = time.process_time() - recording_processor_seconds() - processor
     return result, Spent(wall, processor, os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mtptrain.evaluation.crossed import Setting, crossed_gain, crossed_interval, student_quantile
+from mtptrain.evaluation.crossed import Setting, crossed_gain, crossed_interval
 from mtptrain.evaluation.metrics import interval, resampled_totals
+from mtptrain.evaluation.student import student_quantile
 
 TABULATED = {1: 12.7062, 2: 4.3027, 3: 3.1824, 10: 2.2281, 60: 2.0003, 1e9: 1.9600}
 
@@ -14,6 +15,7 @@ def test_a_quantile_of_student_equals_a_tabulated_value(freedom: float) -> None:
     assert student_quantile(0.975, freedom) == pytest.approx(TABULATED[freedom], rel=1e-4)
 
 
+ANY = (-100.0, 100.0)
 SIZES = [1, 2, 1, 3] * 6  # prompts of each group
 GROUPS = np.repeat(range(len(SIZES)), SIZES).tolist()
 TRIES = 300
@@ -44,7 +46,7 @@ def test_intervals_over_seeds_and_prompts_cover_the_truth(runs: int, seed: float
     for _ in range(TRIES):
         group_1G = random.normal(0, group, (1, len(SIZES)))
         base, other = (Setting.of(*simulated(random, runs, group_1G, seed, both), GROUPS) for _ in range(2))
-        spans = [crossed_gain(base, other).interval, crossed_interval(other)]
+        spans = [crossed_gain(base, other, 100).interval, crossed_interval(other, ANY)]
         covered += [low <= truth <= high for truth, (low, high) in zip((0, 2), spans, strict=True)]
     assert covered.min() / TRIES > 0.90
 
@@ -62,7 +64,7 @@ def test_a_bootstrap_of_prompts_alone_misses_the_variation_of_seeds() -> None:
 def test_one_run_of_each_setting_has_the_variation_of_prompts_alone() -> None:
     random = np.random.default_rng(3)
     n_SP, d_SP = simulated(random, 1, random.normal(0, 0.3, (1, len(SIZES))), 0.0, 0.0)
-    low, high = crossed_interval(Setting.of(n_SP, d_SP, GROUPS))
+    low, high = crossed_interval(Setting.of(n_SP, d_SP, GROUPS), ANY)
     totals_RF = resampled_totals(np.stack([n_SP[0], d_SP[0]], axis=1), GROUPS)
     assert (low, high) == pytest.approx(interval(totals_RF[:, 0] / totals_RF[:, 1]), abs=0.05)
 
@@ -73,5 +75,6 @@ def test_the_mean_is_that_of_the_runs_and_equal_runs_have_no_spread_of_seeds() -
     assert setting.runs_S == pytest.approx([13 / 5, 8 / 4])
     assert setting.mean == pytest.approx(2.3)
     same = Setting.of(n_SP[[0, 0, 0]], d_SP[[0, 0, 0]], [0, 1])
-    assert crossed_interval(same) == pytest.approx(crossed_interval(Setting.of(n_SP[:1], d_SP[:1], [0, 1])))
-    assert crossed_gain(same, same).interval == pytest.approx((0.0, 0.0))
+    alone = crossed_interval(Setting.of(n_SP[:1], d_SP[:1], [0, 1]), ANY)
+    assert crossed_interval(same, ANY) == pytest.approx(alone)
+    assert crossed_gain(same, same, 100).interval == pytest.approx((0.0, 0.0))

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from mtptrain.decoding.results import Decoded, DecodedBatch, Seconds, VerifyPass
+from mtptrain.decoding.traced import _Shared
 from mtptrain.evaluation.median import median_interval
 from mtptrain.evaluation.plausibility import find_doubts, is_busy, summarize_heads
 from mtptrain.evaluation.result import Doubt, MachineLoad
@@ -133,3 +134,13 @@ def test_the_interval_of_a_median_is_exact(count: int, interval: tuple[int, int]
 def test_load_is_compared_with_all_cores_of_the_machine() -> None:
     assert not is_busy(MachineLoad(processor_share=1.0, load=7.5, cores=8))
     assert is_busy(MachineLoad(processor_share=1.0, load=8.5, cores=8))
+
+
+def test_processor_time_leaves_out_that_of_recording_and_not_its_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Shared, "seconds", 0.0)
+
+    def record() -> DecodedBatch:
+        _Shared.seconds += 60.0  # on a busy machine
+        return DecodedBatch([_row(9, 5)], Seconds(1))
+
+    assert timed(record)[1].processor >= 0

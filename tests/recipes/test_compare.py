@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,16 @@ def test_runs_of_one_setting_are_pooled(
     seeds: list[Path], light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     heads = f"checkpoints=[stock,[{seeds[0]},{seeds[1]}]]"
-    assert run_main("+recipe=compare", *light, heads, f"output_dir={tmp_path}") == 0
+    policy = ["decoding.temperature=0.5", "decoding.top_p=0.9"]
+    assert run_main("+recipe=compare", *light, heads, *policy, f"output_dir={tmp_path}") == 0
     result = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     pooled = result["heads"][1]
     lengths = [run["acceptance_length"]["2"] for run in pooled["runs"]]
     assert pooled["replay"]["2"]["acceptance_length"] == pytest.approx(sum(lengths) / 2)
     assert len(result["comparisons"]) == 1
+    assert (result["policy"]["temperature"], result["policy"]["top_p"]) == (0.5, 0.9)
     output = capfd.readouterr().out
+    assert output.startswith("2 prompts, temperature 0.5, sampled drafts, token verification, top_p 0.9\n")
     assert "mean of 2 runs" in output
     assert "over runs and prompts" in output
 
@@ -67,6 +71,9 @@ def test_the_prompts_that_chose_a_best_checkpoint_are_counted(
 
 def test_a_run_that_is_listed_twice_as_a_seed_is_refused(seeds: list[Path], tmp_path: Path, refused: Refused) -> None:
     copies = f"checkpoints=[stock,[{seeds[0]},{seeds[0]}/checkpoints]]"
+    assert re.match(r"checkpoints=.*: a setting lists a run once", refused(copies, recipe="compare"))
+    shutil.copytree(seeds[0] / "checkpoints", tmp_path / "checkpoints")
+    copies = f"checkpoints=[stock,[{seeds[1]},{seeds[0]},{tmp_path}]]"
     assert re.match(r"checkpoints=.*: a setting lists a run once", refused(copies, recipe="compare"))
     assert re.match(r"checkpoints=.*: a setting lists a run once", refused("checkpoints=[[a,a],b]", recipe="compare"))
     assert re.match(

@@ -6,6 +6,7 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+from wandb import Settings
 
 from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.errors import UserError
@@ -198,3 +199,64 @@ def test_a_process_beside_a_run_that_has_sent_nothing_gives_it_its_id(tmp_path: 
     runs = [record.run.run_id for record in (*records(run), *records(own)) if record.HasField("run")]
     assert len(runs) == 2
     assert len(set(runs)) == 1
+
+
+class FakeRun:
+    """The arguments with which W&B was started, and the rows that it got."""
+
+    step = 0
+
+    def __init__(self, settings: Settings, **arguments: object) -> None:
+        self.id, self.mode, self.label, self.primary = (
+            arguments["id"],
+            arguments["mode"],
+            settings.x_label,
+            settings.x_primary,
+        )
+        self.rows: list[object] = []
+
+    def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def log(self, values: object, **numbered: object) -> None:
+        self.rows.append((values, numbered))
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+def test_a_watch_joins_an_online_run_that_began_in_shared_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[FakeRun] = []
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    monkeypatch.setattr("wandb.init", lambda **arguments: begun.append(FakeRun(**arguments)) or begun[-1])
+    run, own = tmp_path / "run", tmp_path / "watch"
+    own.mkdir()
+    with open_trackers(run) as trackers:
+        trackers.log(10, {"loss": 0.5})
+    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+        beside.log(5, {"measured": 1.5})
+    training, watch = begun
+    assert [(one.mode, one.label, one.primary) for one in begun] == [
+        ("shared", "training", True),
+        ("shared", "watch", False),
+    ]
+    assert watch.id == training.id
+    assert training.rows == [({"step": 10, "loss": 0.5}, {})]  # the server numbers the rows
+    assert watch.rows == [({"step": 5, "measured": 1.5}, {})]
+
+
+def test_a_watch_of_an_online_run_that_is_not_shared_stays_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of a second process would replace the first rows of the training: wandb/wandb#12269."""
+    run, own = tmp_path / "run", tmp_path / "watch"
+    own.mkdir()
+    run.mkdir()
+    write_json(run / "wandb_run.json", {"id": "training"})
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+        beside.log(5, {"measured": 1.5})
+    written = records(own)
+    assert {one.run.run_id for one in written if one.HasField("run")} == {"training"}
+    assert [row["measured"] for row in history(written)] == [1.5]
+    errors = capsys.readouterr().err
+    assert "did not begin with WANDB_MODE=shared; these rows are kept offline" in errors
+    assert "wandb sync" in errors

@@ -1,6 +1,6 @@
 """Train a random head on rows with very different numbers of tokens, in one process or several.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDER ENGINE...
 """
 
 from __future__ import annotations
@@ -137,12 +137,14 @@ def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> d
     return train(trainer)
 
 
-def main(folder: Path) -> None:
-    """Train with every engine: uninterrupted, resumed, continued from one process, and with a bad gradient."""
+def main(folder: Path, names: list[str]) -> None:
+    """Train with the named engines: uninterrupted, resumed, continued from one process, and with a bad gradient."""
     join(RunConfig(task="distill", train=CONFIG), processes="any")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, (engine, is_shared) in ENGINES.items():
+        if name not in names:
+            continue
         run_folder = folder / name
         results[name] = {
             "whole": train(head_trainer(engine, run_folder, is_shared=is_shared)),
@@ -151,6 +153,8 @@ def main(folder: Path) -> None:
             "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective, is_shared=is_shared)),
         }
     for name, engine, options in VARIANTS:
+        if name not in names:
+            continue
         run_folder = folder / name
         results[name] = {
             "whole": train(head_trainer(engine, run_folder, **options)),
@@ -161,4 +165,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -19,14 +19,27 @@ from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, VARIANTS, 
 TOLERANCE = 256 * 2**-24
 
 
-def train_all(folder: Path) -> None:
-    """Train in one process, with checkpoints in `folder`/one, then in two with every engine."""
-    torch.save(train(head_trainer(EngineName.single, folder / "one")), folder / "one.pt")
-    run_in_two("tests.training.heads", str(folder))
+def chosen_engines(items: list[pytest.Item]) -> list[str]:
+    """The engines of the chosen tests, and the one that bf16 heads are compared with; all if a test names none."""
+    chosen = {"half_single"}
+    for item in items:
+        if item.path == Path(__file__) and "folder" in getattr(item, "fixturenames", []):
+            callspec = getattr(item, "callspec", None)
+            if callspec is None:
+                return [*ENGINES, *(name for name, *_ in VARIANTS)]
+            chosen.add(callspec.params["engine"])
+    return sorted(chosen)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = chosen_engines(request.session.items)
+
+    def train_all(folder: Path) -> None:
+        """Train in one process, with checkpoints in `folder`/one, then in two with every engine."""
+        torch.save(train(head_trainer(EngineName.single, folder / "one")), folder / "one.pt")
+        run_in_two("tests.training.heads", str(folder), *names)
+
     return shared_folder(tmp_path_factory, "engines", train_all)
 
 

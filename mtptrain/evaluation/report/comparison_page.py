@@ -23,7 +23,7 @@ from mtptrain.evaluation.report.comparison_tables import (
     position_gain_table,
     run_table,
 )
-from mtptrain.evaluation.report.headline import Headline, seen_text
+from mtptrain.evaluation.report.headline import Headline, policy_text, seen_text
 from mtptrain.evaluation.report.tables import print_grid
 from mtptrain.evaluation.report.template import write_page
 from mtptrain.run.tables import print_table
@@ -107,11 +107,14 @@ def _provenance(comparison: Comparison) -> dict[str, str]:
         f"{backbone.heldout_bits_per_byte:.3f} bits/byte, fingerprint {backbone.fingerprint}",
         "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
         f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each",
+        "Policy": policy_text(comparison.policy),
     }
 
 
 def print_result(comparison: Comparison, console: Console) -> None:
     """Print a sentence for each setting, every comparison, and the tables by domain and of settings."""
+    lead = f"{comparison.prompts.count} prompts, {policy_text(comparison.policy)}"
+    console.print(lead, highlight=False, soft_wrap=True, markup=False)
     for head in comparison.heads:
         console.print(head_sentence(head, comparison.draft_length), highlight=False, soft_wrap=True, markup=False)
     for one in comparison.comparisons:

@@ -16,7 +16,8 @@ from mtptrain.evaluation.certificate_result import (
     TextDifference,
 )
 from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts, chosen_text
-from mtptrain.evaluation.result import Doubt, Evaluation, Speedup
+from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, Speedup
+from mtptrain.run.typed_json import to_json
 
 
 class Headline(Enum):
@@ -134,6 +135,16 @@ def span(interval: Interval, signed: bool = False) -> str:
     return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
 
 
+def policy_text(policy: PolicyResult) -> str:
+    """Return how tokens were drawn, drafted and verified; choices that change nothing are left out."""
+    kinds = f", {policy.draft.value} drafts, {policy.verification.value} verification" if policy.temperature else ""
+    neutral = to_json(
+        PolicyResult(policy.temperature, None, 1.0, policy.draft, policy.verification, min_confidence=0.0)
+    )
+    changed = [f", {name} {value}" for name, value in to_json(policy).items() if value != neutral[name]]
+    return f"temperature {policy.temperature:g}{kinds}{''.join(changed)}"
+
+
 def backbone_text(evaluation: Evaluation) -> str:
     """Return the loss of the frozen backbone on held-out text, as one line."""
     backbone = evaluation.backbone
@@ -162,6 +173,8 @@ def certificate_text(certificate: Certificate) -> str:
 
 def _logits_text(logits: LogitsTest) -> str:
     missing = sum(one.outcome is Outcome.not_tested for one in logits.comparisons)
+    if missing == len(logits.comparisons):
+        return "logits not tested: too few different prompts"
     note = f", {missing} not tested" if missing else ""
     return f"logits {_word(logits.passed)} ({len(logits.comparisons)} comparisons{note})"
 

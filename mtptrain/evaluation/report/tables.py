@@ -88,10 +88,13 @@ def share_cell(share: float | None) -> Cell:
     return Cell(MISSING_VALUE if share is None else f"{share:.3f}")
 
 
-def prompts_text(prompts: PromptsResult) -> str:
-    """Return the number of prompts and, if they are not independent, of the groups that intervals resample."""
+def interval_text(prompts: PromptsResult) -> str:
+    """Return what intervals are over: the prompts, or groups if prompts are not independent of each other."""
     groups = prompts.conversations
-    return f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
+    if groups == 1:
+        return "from one independent group of prompts, whose interval is all that is possible"
+    over = f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
+    return f"95 % bootstrap interval over {over}"
 
 
 def length_table(evaluation: Evaluation) -> Grid:
@@ -103,7 +106,7 @@ def length_table(evaluation: Evaluation) -> Grid:
     for length in evaluation.draft_lengths:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in evaluation.heads)]
         rows.append([*row, gain_cell(gains[length])] if gains else row)
-    note = f"tok/pass: tokens a verify pass, 95 % bootstrap interval over {prompts_text(evaluation.prompts)}."
+    note = f"tok/pass: tokens a verify pass, {interval_text(evaluation.prompts)}."
     return Grid("Acceptance length by draft length K", headers, rows, note)
 
 

@@ -18,16 +18,31 @@ from mtptrain.run.typed_json import from_json, to_json
 PACKAGES = ("wandb",)
 STEP = "step"  # the training step, as a metric
 BESIDE_ROWS = 10**9  # first row of a process beside the run, above all rows of the run itself
+SHARED = "shared"  # W&B's mode for several processes in one run
+_PRIMARY: dict[str, Any] = {"x_primary": True, "x_label": "training"}
+_BESIDE: dict[str, Any] = {"x_primary": False, "x_label": "watch", "x_update_finish_state": False}
+ALONE = (
+    "the W&B run of {folder} takes rows of its training alone, because that did not begin with WANDB_MODE=shared; "
+    "these rows are kept offline"
+)
 RUN_FILE = "wandb_run.json"  # W&B's id of the run, so that a resumed run continues it, and the rows that it has
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Content of `RUN_FILE`: W&B's id of the run, the last step that was sent, by metric, and W&B's last row number."""
+    """Content of `RUN_FILE`.
+
+    Attributes:
+        id: W&B's, of the run.
+        sent_steps: the last step that was sent, by metric.
+        row: W&B's last row number.
+        shared: whether the run takes rows of several processes.
+    """
 
     id: str
     sent_steps: dict[str, int] = field(default_factory=dict)
     row: int = -1
+    shared: bool = False
 
 
 class WandbTracker:
@@ -92,7 +107,7 @@ class WandbTracker:
         """End the run and print the command that uploads an offline one."""
         try:
             self.run.finish(exit_code=int(failed))
-            write_json(self.folder / RUN_FILE, to_json(_Record(self.run.id, self.sent_steps, self.row)))
+            write_json(self.folder / RUN_FILE, to_json(_Record(self.run.id, self.sent_steps, self.row, self.is_shared)))
         finally:
             if self.is_offline:  # each restart adds a folder
                 folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
@@ -105,6 +120,7 @@ def begin(run: TrackedRun) -> WandbTracker:
 
     has_key = bool(os.environ.get("WANDB_API_KEY"))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    is_shared = mode == SHARED
     if run.beside is not None:
         return _join(run, run.beside, mode)
     path = run.folder / RUN_FILE
@@ -112,7 +128,7 @@ def begin(run: TrackedRun) -> WandbTracker:
     if is_continued := path.exists():
         stored = from_json(_Record, json.loads(path.read_text(encoding="utf-8")))
     # Without `sent_steps` until the end: a killed process loses an unknown number of W&B's last rows.
-    write_json(path, {"id": stored.id})
+    write_json(path, {"id": stored.id, "shared": is_shared})
     begun = wandb.init(
         project=run.config.project,
         name=run.config.name,
@@ -123,15 +139,19 @@ def begin(run: TrackedRun) -> WandbTracker:
         dir=str(run.folder),
         mode=mode,
         config=run.settings,
-        settings=wandb.Settings(silent=True, console="off"),
+        settings=wandb.Settings(silent=True, console="off", **(_PRIMARY if is_shared else {})),
     )
     # A killed process has recorded no row; metrics.jsonl, or W&B's server, has its last one.
     last_row = max(stored.row, run.last_step or 0, int(begun.step) - 1) if is_continued else -1
-    return WandbTracker(begun, run.folder, replace(stored, row=last_row), mode == "offline")
+    return WandbTracker(begun, run.folder, replace(stored, row=last_row), mode == "offline", is_shared)
 
 
 def _join(run: TrackedRun, folder: Path, mode: Any) -> WandbTracker:
-    """Write into the W&B run of another process, with files in `folder`; offline, its part is uploaded last.
+    """Write into the W&B run of another process, with files in `folder`.
+
+    Online, W&B counts the rows that one process has sent, unless all of them began in its `shared` mode: rows of a
+    second process would replace the first rows of the training (https://github.com/wandb/wandb/issues/12269). So the
+    rows stay offline, to be uploaded after those of the training, unless that began with `WANDB_MODE=shared`.
 
     Source: https://docs.wandb.ai/models/track/log/distributed-training, "Track all processes to a single run".
     """
@@ -139,20 +159,22 @@ def _join(run: TrackedRun, folder: Path, mode: Any) -> WandbTracker:
 
     path, own = run.folder / RUN_FILE, folder / RUN_FILE
     if not path.exists():  # the run's own process will take this id
-        write_json(path, {"id": uuid4().hex[:8]})
-    identifier = from_json(_Record, json.loads(path.read_text(encoding="utf-8"))).id
+        write_json(path, {"id": uuid4().hex[:8], "shared": mode == SHARED})
+    of_run = from_json(_Record, json.loads(path.read_text(encoding="utf-8")))
     sent = from_json(_Record, json.loads(own.read_text(encoding="utf-8"))) if own.exists() else None
-    if sent is None or sent.id != identifier:
-        sent = _Record(identifier, row=BESIDE_ROWS)
-    is_shared = mode == "online"
+    if sent is None or sent.id != of_run.id:
+        sent = _Record(of_run.id, row=BESIDE_ROWS)
+    if mode in ("online", SHARED):
+        mode = SHARED if of_run.shared else "offline"
+        if not of_run.shared:
+            print(ALONE.format(folder=run.folder), file=sys.stderr)
+    is_shared = mode == SHARED
     begun = wandb.init(
         project=run.config.project,
         group=run.group,
-        id=identifier,
+        id=of_run.id,
         dir=str(folder),
-        mode="shared" if is_shared else mode,
-        settings=wandb.Settings(
-            silent=True, console="off", x_primary=False, x_label="watch", x_update_finish_state=False
-        ),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off", **_BESIDE),
     )
     return WandbTracker(begun, folder, sent, mode == "offline", is_shared)

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from mtptrain.certificate.shifted_target import not_tested
+from mtptrain.config import PastDepth
 from mtptrain.evaluation.certificate_result import Outcome, PassCount, PassCountTest
 from mtptrain.evaluation.head_result import ChosenOn, SeenPrompts
 from mtptrain.evaluation.report.headline import (
@@ -12,6 +13,7 @@ from mtptrain.evaluation.report.headline import (
     chosen_texts,
     headline,
     headline_text,
+    policy_text,
     seen_texts,
     speed_text,
 )
@@ -161,6 +163,16 @@ def test_certificate_text_says_which_control_was_not_tested() -> None:
     assert text.endswith("controls passed (shifted target not tested: the texts are too few or too much alike)")
 
 
+def test_logits_of_too_few_prompts_are_not_said_to_have_passed() -> None:
+    certificate = recorded_evaluation().certificate
+    untested = [replace(one, outcome=Outcome.not_tested) for one in certificate.logits.comparisons]
+    text = certificate_text(replace(certificate, logits=replace(certificate.logits, comparisons=untested)))
+    assert "; logits not tested: too few different prompts; " in text
+    untested[0] = replace(untested[0], outcome=Outcome.passed)
+    text = certificate_text(replace(certificate, logits=replace(certificate.logits, comparisons=untested)))
+    assert f"; logits passed ({len(untested)} comparisons, {len(untested) - 1} not tested); " in text
+
+
 def test_certificate_details_name_too_many_ties_and_other_logits() -> None:
     certificate = recorded_evaluation().certificate
     ties = [replace(DIFFERENCE, position=position, gap=1e-6) for position in range(3)]
@@ -181,6 +193,15 @@ def test_a_text_that_goes_on_is_named_as_such() -> None:
     greedy = replace(certificate.greedy_identity, differences=[replace(DIFFERENCE, gap=None)])
     (line,) = certificate_details(replace(certificate, greedy_identity=greedy))
     assert line.endswith("other token than plain greedy at position 17, where one of the two texts ends")
+
+
+def test_a_policy_is_told_with_every_choice_that_has_an_effect() -> None:
+    greedy = recorded_evaluation().policy
+    assert policy_text(greedy) == "temperature 0"
+    assert policy_text(replace(greedy, repetition_penalty=1.2)) == "temperature 0, repetition_penalty 1.2"
+    sampled = replace(recorded_evaluation("sampled").policy, top_k=20, past_depth=PastDepth.stop)
+    expected = "temperature 1, sampled drafts, token verification, top_k 20, past_depth stop"
+    assert policy_text(sampled) == expected
 
 
 def test_a_head_that_was_chosen_on_the_prompts_is_named() -> None:
