@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -212,6 +213,8 @@ def leave() -> None:
 
         dist.destroy_process_group()
         _joined.clear()
+        if groups := cast("Any", sys.modules.get("deepspeed.utils.groups")):
+            groups._WORLD_GROUP = None  # DeepSpeed would use it in the next job of a sweep
 
 
 def rank_rows(batch_size: int) -> range:

@@ -22,7 +22,7 @@ from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.start import freeze_untrained, place
-from mtptrain.run.distributed import join, rank, rank_rows, world_size
+from mtptrain.run.distributed import join, leave, rank, rank_rows, world_size
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.training.checkpoint import OPTIMIZER, BackboneIdentity, checkpoint_name, open_checkpoint
 from mtptrain.training.engine import make_engine
@@ -170,6 +170,9 @@ def main(folder: Path) -> None:
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
     results["small gradients"] = {name.value: small_gradients(name) for name in SUMMED}
+    leave()
+    join(RunConfig(task="distill", train=CONFIG), processes="any")
+    results["next job"] = small_gradients(EngineName.zero1)
     if rank() == 0:
         torch.save(results, folder / "results.pt")
 

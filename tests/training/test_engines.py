@@ -133,6 +133,11 @@ def test_micro_batches_are_added_up_in_fp32(engine: EngineName, two: dict[str, A
     assert two["small gradients"][engine.value] == 1.125
 
 
+def test_the_next_job_of_a_sweep_trains_with_deepspeed_too(two: dict[str, Any]) -> None:
+    """In processes that left a group and joined another."""
+    assert two["next job"] == 1.125
+
+
 @pytest.mark.parametrize("engine", [name for name, (_, is_shared) in ENGINES.items() if is_shared])
 def test_shared_experts_end_with_the_tensors_and_the_state_of_replicated_ones(
     engine: str, one: dict[str, Any], two: dict[str, Any]
