@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import platform
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
@@ -28,7 +30,7 @@ from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import print_recipe_help, register_help
 from mtptrain.recipes.sweep import Sweep
-from mtptrain.run.lost import UnreachableError, lost_process_error
+from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
@@ -36,21 +38,24 @@ if TYPE_CHECKING:
     from mtptrain.recipes.session import Session
 
 
-def stop(message: str, is_cut_off: bool = False) -> NoReturn:
-    """Print one line and end with the exit code of a user's mistake; if all ranks fail, only rank 0 prints.
+def stop(message: str, mistake: UserError | None = None) -> NoReturn:
+    """Print one line and end with the exit code of a user's mistake; of several ranks that fail, one prints.
 
     Args:
         message: the line.
-        is_cut_off: other hosts do not answer, so this process prints in any case.
+        mistake: the exception that ends the run; None before the processes meet.
     """
     distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
-    if number == "0":
-        print(f"mtptrain: {' '.join(message.split())}", file=sys.stderr)
-        if distributed is not None:
-            distributed.announce_failure()
-    elif is_cut_off or (distributed is not None and not distributed.rank0_failed_too()):
-        print(f"mtptrain: process {number}: {' '.join(message.split())}", file=sys.stderr)
+    if number != "0" and isinstance(mistake, UnreachableError):
+        is_printed = True  # the others cannot be asked
+    elif distributed is None:
+        is_printed = number == "0"
+    else:
+        is_printed = distributed.prints_mistake(isinstance(mistake, LostProcessError))
+    if is_printed:
+        origin = "" if number == "0" else f"process {number} on {platform.node()}: "
+        print(f"mtptrain: {origin}{' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(USER_MISTAKE)
 
 
@@ -175,6 +180,18 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
+@contextmanager
+def naming_lost_processes(minutes: int) -> Iterator[None]:
+    """Turn an error by which another process was lost into a line, if the recipe has not done so."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process_error(error, minutes, "start it again")
+        if lost is None:
+            raise
+        raise lost from error
+
+
 def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bool = False) -> None:
     """Check and run one composed configuration, or describe its recipe; a job of a sweep has a folder."""
     try:
@@ -184,11 +201,14 @@ def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bo
         if shows_help:
             print_recipe_help(str(HydraConfig.get().runtime.choices["recipe"]), config)
             return
-        run_task(config, settings, given, job_folder)
+        with naming_lost_processes(config.distributed_timeout):
+            run_task(config, settings, given, job_folder)
     except UserError as error:
-        stop(str(error), isinstance(error, UnreachableError))
+        stop(str(error), error)
     except Preempted as ending:
-        if os.environ.get("RANK", "0") == "0":
+        from mtptrain.run.distributed import another_rank_failed
+
+        if os.environ.get("RANK", "0") == "0" and not another_rank_failed():
             print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
         raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
     except KeyboardInterrupt:  # before there is a folder

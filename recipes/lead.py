@@ -12,6 +12,7 @@ from typing import TypeVar
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, SharedMistake, UserError
 from mtptrain.recipes.session import Session
 from mtptrain.run.distributed import END, LOAD, acting_alone, announce, await_order, rank, world_size
+from mtptrain.run.lost import LostProcessError
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def lead(session: Session, work: Callable[[], T]) -> T | None:
     with acting_alone():
         try:
             result = work()
-        except SharedMistake:
+        except (SharedMistake, LostProcessError):
             raise
         except UserError:
             announce(END + USER_MISTAKE)

@@ -34,10 +34,29 @@ if [[ " ${options[*]} " != *" --signals"[-_]"to"[-_]"handle"* ]]; then
     rendezvous+=(--signals-to-handle "SIGTERM,SIGHUP,SIGQUIT")
 fi
 
-agents=()
+# torchrun waits for ever for a rendezvous whose host is gone. After a success it waits at most 300 seconds for others.
+patience=330 # seconds
+watch_over() { # AGENT: end it if it outlives its processes
+    local idle=0 begun=
+    while kill -0 "$1" 2> /dev/null; do
+        if pgrep -P "$1" -f mtptrain > /dev/null; then
+            begun=yes idle=0
+        elif [[ -n $begun ]] && ((idle += 1, idle > patience)); then
+            echo "launch_torchrun: torchrun did not end although its processes have; it is killed" >&2
+            kill -KILL "$1"
+        fi
+        sleep 1 &> /dev/null
+    done
+}
+
+agents=() watchers=()
 for ((node = 0; node < local_nodes; node++)); do
     "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "${options[@]}" -m mtptrain "${settings[@]}" &
     agents+=($!)
+    if [[ " ${options[*]} " != *" --max"[-_]"restarts"* ]]; then
+        watch_over "$!" &
+        watchers+=($!)
+    fi
 done
 
 leaving=
@@ -58,7 +77,7 @@ leave() { # SIGNAL
 }
 trap 'leave TERM' TERM USR1
 trap 'leave INT' INT
-trap 'kill "${agents[@]}" 2> /dev/null || true' EXIT
+trap 'kill "${agents[@]}" "${watchers[@]}" 2> /dev/null || true' EXIT
 
 failed=0 statuses=()
 for agent in "${agents[@]}"; do

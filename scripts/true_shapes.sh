@@ -37,12 +37,12 @@ step mini_release "$PYTHON" -m mtptrain +recipe=mini_release release.random=true
 step load "$PYTHON" scripts/measure_load.py "backbone.path=$slice" "device=$device"
 
 text=(data=stdlib data.sequence_length=256)
-measured=(evaluation.num_prompts=3 evaluation.prompt_tokens=16 decoding.max_new_tokens=4)
+measured=(evaluation.num_prompts=1 evaluation.prompt_tokens=16 decoding.max_new_tokens=4)
 run collect "backbone.path=$slice" "${text[@]}" data.max_tokens=4096 resume=auto
 run distill "backbone.path=$slice" data=streams "data.path=$folder/collect" data.sequence_length=256 train.steps=2 \
     train.batch_size=1 train.recompute=true evaluate_at_end=false resume=auto
 run evaluate "backbone.path=$slice" checkpoint="$folder/distill" "${measured[@]}" decoding.draft_length=1 \
-    evaluation.heldout_sequences=2 evaluation.timed_prompts=3 'evaluation.batch_sizes=[1]' data.max_tokens=8192 \
+    evaluation.heldout_sequences=1 evaluation.timed_prompts=1 'evaluation.batch_sizes=[1]' data.max_tokens=8192 \
     overwrite=true
 run doctor "backbone.path=$slice" checkpoint="$folder/distill" evaluation.num_prompts=2 evaluation.prompt_tokens=16 \
     decoding.max_new_tokens=4 decoding.draft_length=1 data.max_tokens=8192 overwrite=true

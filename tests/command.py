@@ -165,8 +165,8 @@ def run_main(*arguments: str, is_full: bool = False) -> int:
     return 0
 
 
-def run_in_two(module: str, *arguments: str) -> str:
-    """Run a module in two processes and return their standard output."""
+def run_in_two(module: str, *arguments: str, code: int = 0) -> str:
+    """Run a module in two processes, whose launcher must end with `code`, and return their standard output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*launcher, "-m", module, *arguments],
@@ -177,7 +177,7 @@ def run_in_two(module: str, *arguments: str) -> str:
         timeout=300,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.returncode == code, ended.stderr[-4000:]
     return ended.stdout
 
 

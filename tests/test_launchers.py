@@ -165,6 +165,34 @@ def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(settings: list
     assert lines[0].endswith("choose another output_dir (+recipe cannot change within a run)")
 
 
+def impatient_launcher(folder: Path, seconds: int) -> Path:
+    """Write a copy of launch_torchrun.sh that waits only so long for torchrun to end after its processes."""
+    (folder / "scripts").mkdir()
+    for name in ("launch_torchrun.sh", "split_arguments.sh"):
+        script = (SCRIPTS / name).read_text(encoding="utf-8").replace("patience=330", f"patience={seconds}")
+        (folder / "scripts" / name).write_text(script, encoding="utf-8")
+    launcher = folder / "scripts" / "launch_torchrun.sh"
+    launcher.chmod(0o755)
+    return launcher
+
+
+def test_a_torchrun_that_outlives_its_processes_is_ended(tmp_path: Path) -> None:
+    """As on a host that is cut off from the rendezvous."""
+    launcher, stuck = impatient_launcher(tmp_path, 1), tmp_path / "torchrun"
+    stuck.write_text("#!/usr/bin/env bash\nbash -c 'sleep 2; : mtptrain'\nexec sleep 100\n", encoding="utf-8")
+    stuck.chmod(0o755)
+    ended = subprocess.run(
+        [launcher, "+recipe=distill"],
+        env={**os.environ, "PYTHON": str(stuck)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 137
+    assert "launch_torchrun: torchrun did not end although its processes have" in ended.stderr
+
+
 HOSTFILES: list[tuple[str | None, str]] = [
     (None, "cannot be read; give a file of lines NAME slots=PROCESSES"),
     ("one slots=2\ntwo slots=many\n", "line 2:two slots=many is not NAME slots=PROCESSES"),

@@ -41,6 +41,7 @@ RELIED = [
         "_keep_in_fp32_modules_strict",
         "random weights have the dtypes of loaded ones; only from_pretrained applies the list",
     ),
+    Relied("deepspeed.utils.groups", "", "_WORLD_GROUP", "DeepSpeed keeps a group that the run has destroyed"),
     Relied("deepspeed.ops", "", "__compatible_ops__", "no setting keeps its CPU collectives from compiling"),
     Relied("atexit", "", "_run_exitfuncs", "os._exit, which a process of several ends with, skips what is registered"),
     Relied(

@@ -18,6 +18,7 @@ import torch
 
 from mtptrain.training.checkpoint import checkpoint_folders, open_checkpoint
 from tests.command import ROOT, fitting
+from tests.test_launchers import impatient_launcher
 
 HOSTS = ("mtptrain_a", "mtptrain_b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -53,7 +54,7 @@ def hosts() -> Iterator[None]:
     remove()
 
 
-def start(light: list[str], folder: Path, port: int) -> list["subprocess.Popen[str]"]:
+def start(light: list[str], folder: Path, port: int, launcher: Path) -> list["subprocess.Popen[str]"]:
     """Start one process of a run on each host."""
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{ADDRESSES[0]}:{port}"]
     settings = ["+recipe=distill", *light, f"train.steps={STEPS}", "train.checkpoint_every=5", "evaluate_at_end=false"]
@@ -64,8 +65,14 @@ def start(light: list[str], folder: Path, port: int) -> list["subprocess.Popen[s
         local = ["--local-addr", address, f"--rdzv-conf=is_host={int(host == HOSTS[0])}", *meeting]
         processes.append(
             subprocess.Popen(
-                ["ip", "netns", "exec", host, ROOT / "scripts" / "launch_torchrun.sh", *local, *fitting(settings)],
-                env={**os.environ, "PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
+                ["ip", "netns", "exec", host, launcher, *local, *fitting(settings)],
+                env={
+                    **os.environ,
+                    "PYTHON": sys.executable,
+                    "PYTHONPATH": str(ROOT),
+                    "GLOO_SOCKET_IFNAME": "eth0",
+                    "OMP_NUM_THREADS": "1",
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -75,16 +82,16 @@ def start(light: list[str], folder: Path, port: int) -> list["subprocess.Popen[s
     return processes
 
 
-def finish(processes: list["subprocess.Popen[str]"], patience: float = 400) -> list[tuple[int, str]]:
-    """Return exit code and stderr of each host, which is killed after `patience` seconds more."""
+def finish(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str]]:
+    """Return exit code and stderr of each host."""
     ended = []
-    for process in processes:
-        try:
-            _, errors = process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired:
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=400)
+            ended.append((process.returncode, errors))
+    finally:
+        for process in [process for process in processes if process.poll() is None]:
             os.killpg(process.pid, signal.SIGKILL)
-            _, errors = process.communicate()
-        ended.append((process.returncode, errors))
     return ended
 
 
@@ -95,23 +102,23 @@ def head(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_lost_link_ends_the_job_in_one_line_and_the_run_continues(
     hosts: None, light: list[str], tmp_path: Path
 ) -> None:
-    whole = finish(start(light, tmp_path / "whole", 29611))
+    launcher = impatient_launcher(tmp_path, 30)
+    whole = finish(start(light, tmp_path / "whole", 29611, launcher))
     assert [code for code, _ in whole] == [0, 0], whole
-    run = start(light, tmp_path / "run", 29612)
+    run = start(light, tmp_path / "run", 29612, launcher)
     while not checkpoint_folders(tmp_path / "run" / "checkpoints"):
         assert run[0].poll() is None, run[0].communicate()[1][-3000:]
         time.sleep(0.05)
     ip("-n", HOSTS[1], "link", "set", "eth0", "down")
-    # torchrun's agent on the host that is cut off waits for its rendezvous without end; the training process has ended.
-    lost = finish(run, patience=120)
+    lost = finish(run)
     ip("-n", HOSTS[1], "link", "set", "eth0", "up")
-    assert "launch_torchrun: a node failed and the job is over" in lost[0][1]
     for code, errors in lost:
         assert code != 0
+        assert "launch_torchrun: a node failed and the job is over" in errors
         (line,) = [line for line in errors.splitlines() if "mtptrain: " in line]
         assert "another process is gone or does not answer" in line
         assert "is saved; continue with resume=auto" in line
-    again = finish(start(light, tmp_path / "run", 29613))
+    again = finish(start(light, tmp_path / "run", 29613, launcher))
     assert [code for code, _ in again] == [0, 0], again
     assert "continuing from step" in again[0][1]
     left, right = head(tmp_path / "whole"), head(tmp_path / "run")

@@ -29,6 +29,7 @@ from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
 from mtptrain.run.hub import HUB_ID
+from mtptrain.run.lost import lost_process_reason
 from mtptrain.run.progress import waiting
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -216,7 +217,7 @@ def _check_layers(config: BackboneConfig, source: BackboneSource, device: torch.
     """Refuse, before any weight is read, a placement of the layers that this machine cannot have."""
     num_experts = source.config.n_routed_experts
     if config.placement is Placement.expert_parallel:
-        check_experts(num_experts, "backbone.placement", "zero3")
+        check_experts(num_experts, "backbone.placement", "zero3, which does not decode")
     is_kept = keeps_quantised(config, source.config, device)
     require(
         not (is_kept and config.placement is Placement.zero3 and device.type == "cpu"),
@@ -256,6 +257,8 @@ def _load_model(
             )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many types
+        if lost_process_reason(error) is not None:
+            raise
         summary = " ".join(str(error).split())[:300]
         raise UserError(f"backbone.path={folder}: cannot be loaded as DeepSeek-V4 ({summary})") from error
     finally:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import DeepseekV4ForCausalLM
 
@@ -113,6 +113,22 @@ def run_experts(model: DeepseekV4ForCausalLM) -> None:
     routes_0k = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=weight.device)
     for layer in model.model.layers:
         layer.mlp.experts(none_0D, routes_0k, weight.new_empty(routes_0k.shape))
+
+
+def whole_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a layer, gathered from the processes that share them; every process must call it."""
+    from torch.distributed.tensor import DTensor  # importing it takes a tenth of a second
+
+    def copy_all() -> dict[str, Tensor]:
+        tensors = layer.state_dict().items()
+        return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in tensors}
+
+    if not any(hasattr(parameter, "ds_tensor") for parameter in layer.parameters()):
+        return copy_all()
+    from mtptrain.run.deepspeed import gathered
+
+    with gathered(layer):
+        return copy_all()
 
 
 def partition(model: DeepseekV4ForCausalLM, device: torch.device) -> None:

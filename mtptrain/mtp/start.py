@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.load import Backbone, BackboneSource
+from mtptrain.backbone.placement import whole_tensors
 from mtptrain.config import MtpConfig, require
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock
@@ -173,6 +174,8 @@ def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> 
     the state and the token through unchanged, both at the RMS size of the backbone's embeddings. So a module starts as
     one more layer of the backbone that also sees the next token.
 
+    Every process of a run must call it.
+
     Args:
         model: the backbone.
         depth: number of modules; all start alike.
@@ -182,7 +185,7 @@ def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> 
         UserError: the backbone has no sliding-window layer, or its weights are kept quantised.
     """
     number = last_sliding(model.config)
-    source = model.model.layers[number].state_dict()
+    source = whole_tensors(model.model.layers[number])
     stack = fresh_stack(model, depth, seed)
     for block in stack.mtp:
         assert isinstance(block, MtpBlock)

@@ -91,12 +91,15 @@ def held_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
 
 
 def backward_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
-    """Return the bytes of gradients while a rollout runs backward; fp32 sums come on top at stages 2 and 3."""
+    """Return the bytes of gradients while a rollout runs backward; fp32 sums come on top at stages 2 and 3.
+
+    Micro-batches are added up in fp32, where stage 1 and shared experts otherwise hold the gradients of one backward.
+    """
     one, shared = _in_engine(shape, load), _shared(shape, load)
-    size = 4.0 if load.heads is WeightFormat.fp32 else 2.0
-    gradients = size * shared
+    size, kept = 4.0 if load.heads is WeightFormat.fp32 else 2.0, _gradient_size(load)
+    gradients = kept * shared
     if load.zero_stage < 2:
-        gradients += size * (one.rounded + one.largest) + 4.0 * (one.total - one.rounded)
+        gradients += kept * one.rounded + size * one.largest + 4.0 * (one.total - one.rounded)
         return {"heads' gradients": gradients}
     if load.zero_stage == 2:
         return {"heads' gradients": gradients + size * one.largest, "sums of gradients": _summed(one, load)}
@@ -109,20 +112,26 @@ def reduction_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
     """Return the bytes of gradients while processes sum them; activations are gone by then."""
     one, shared = _in_engine(shape, load), _shared(shape, load)
     is_fp32 = load.heads is WeightFormat.fp32
-    size = 4.0 if is_fp32 else 2.0
+    size, kept = 4.0 if is_fp32 else 2.0, _gradient_size(load)
     if load.zero_stage == 3:
         return backward_bytes(shape, load)
     if load.zero_stage == 0:
         cat = 4.0 * one.total if load.num_gpus > 1 else 0.0
-        return {"heads' gradients": 4.0 * one.total + size * shared, "sums of gradients": cat}
-    casts = 0.0 if is_fp32 else 4.0 * _piece(one, load)
-    whole = size * one.rounded + 4.0 * (one.total - one.rounded) if load.zero_stage == 1 else size * one.largest
+        return {"heads' gradients": 4.0 * one.total + kept * shared, "sums of gradients": cat}
+    is_summed = is_fp32 or (load.zero_stage == 1 and load.micro_batches > 1)  # in fp32 already
+    casts = 0.0 if is_summed else 4.0 * _piece(one, load)
+    whole = kept * one.rounded + 4.0 * (one.total - one.rounded) if load.zero_stage == 1 else size * one.largest
     buffers = 1 if load.zero_stage == 1 or load.micro_batches == 1 else 2  # one more while micro-batches are added up
     return {
-        "heads' gradients": whole + size * shared,
+        "heads' gradients": whole + kept * shared,
         "sums of gradients": buffers * _summed(one, load) + casts,
         "DeepSpeed's bucket": BUCKET,
     }
+
+
+def _gradient_size(load: TrainingLoad) -> float:
+    """Return the bytes of a gradient that waits for the other micro-batches, or for none: of a rounded parameter."""
+    return 4.0 if load.heads is WeightFormat.fp32 or load.micro_batches > 1 else 2.0
 
 
 def update_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -48,6 +49,13 @@ def gather_persistent(optimizer: Any) -> None:
     small = getattr(optimizer, "persistent_parameters", None)
     if small:
         small[0].all_gather(small)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Hold the partitioned parameters of a module whole, inside the block; every process must enter it."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
 
 
 def partition_layers(layers: nn.ModuleList) -> None:

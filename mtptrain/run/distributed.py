@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mtptrain.config import PARTITIONED_PLACEMENTS, Device, EngineName, HeadExperts, Placement, Precision, RunConfig
+from mtptrain.config import Device, Precision, RunConfig
 from mtptrain.errors import SharedMistake, UserError
+from mtptrain.run.sharing import check_processes, refuse_sharing
 
 if TYPE_CHECKING:  # a plan computes nothing and starts without torch
     import torch
@@ -22,7 +24,8 @@ T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOIN_TIMEOUT = timedelta(minutes=5)  # torch would wait half an hour for a node that never starts
-FAILED = "mtptrain/first_failed"  # key that rank 0 sets in the shared store before it ends on a user's mistake
+# Keys in the shared store: ranks that end on a mistake of their own, or because another has ended; rank 0 among them.
+MISTAKE, LOST, RANK0_ENDS = "mtptrain/mistake", "mtptrain/lost", "mtptrain/rank0_ends"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ def join(config: RunConfig, processes: str) -> None:
     """
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
-        _refuse_sharing(config)
+        refuse_sharing(config)
         return
     missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
     if missing:
@@ -133,7 +136,7 @@ def join(config: RunConfig, processes: str) -> None:
         )
     size = int(os.environ["WORLD_SIZE"])
     if size > 1:
-        _check_processes(config, processes, size)
+        check_processes(config, processes, size)
     from torch import distributed as dist
 
     device = choose_device(config.device)
@@ -151,44 +154,6 @@ def join(config: RunConfig, processes: str) -> None:
             f"MASTER_ADDR={os.environ['MASTER_ADDR']}: the {size} processes did not meet ({summary}); check the "
             "address, the port and that every node was started"
         ) from None
-
-
-def _check_processes(config: RunConfig, processes: str, size: int) -> None:
-    """Refuse several processes if the recipe, the placement or the batch cannot be shared by them."""
-    placement = config.backbone.placement
-    if processes == "one":
-        raise UserError(f"task={config.task}: runs in one process and {size} were started; use one")
-    if processes == "led" and placement is not Placement.expert_parallel:
-        raise UserError(
-            f"backbone.placement={placement.value}: +recipe={config.task} decodes texts, in one process or, to hold a "
-            f"backbone that is too large for one, in several that share its experts; {size} were started: set "
-            "backbone.placement=expert_parallel, or use one"
-        )
-    if placement is Placement.auto:
-        raise UserError(
-            f"backbone.placement={placement.value}: spreads layers within one process and {size} were started; "
-            "set backbone.placement=replicate, zero3 or expert_parallel"
-        )
-    trains = processes == "any" and config.task != "collect"
-    if trains and config.train.batch_size % size:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size}: is the number of sequences of all processes together, and "
-            f"{size} processes cannot share it evenly; use a multiple of {size}"
-        )
-
-
-def _refuse_sharing(config: RunConfig) -> None:
-    """Refuse settings that partition tensors over processes, in a run of one process without a launcher."""
-    shares = {"engine": config.engine.value} if config.engine is not EngineName.single else {}
-    if config.backbone.placement in PARTITIONED_PLACEMENTS:
-        shares["backbone.placement"] = config.backbone.placement.value
-    if config.mtp.experts is HeadExperts.expert_parallel:
-        shares["mtp.experts"] = config.mtp.experts.value
-    for setting, value in shares.items():
-        raise UserError(
-            f"{setting}={value}: shares tensors out over processes and this one was started alone; start it with "
-            f"scripts/launch_torchrun.sh, or leave {setting} at its default"
-        )
 
 
 @contextmanager
@@ -248,6 +213,8 @@ def leave() -> None:
 
         dist.destroy_process_group()
         _joined.clear()
+        if groups := cast("Any", sys.modules.get("deepspeed.utils.groups")):
+            groups._WORLD_GROUP = None  # DeepSpeed would use it in the next job of a sweep
 
 
 def rank_rows(batch_size: int) -> range:
@@ -324,21 +291,37 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return None, mistake
 
 
-def announce_failure() -> None:
-    """Let the other ranks know that rank 0 is about to end on a user's mistake."""
+def prints_mistake(is_lost: bool) -> bool:
+    """Return whether this rank prints the mistake on which it ends, of all ranks that end on it: rank 0, or the first.
+
+    Args:
+        is_lost: the mistake is that another rank has ended. It is not printed if that rank prints a mistake of its own.
+    """
     for group in _joined:
-        group.store.set(FAILED, "yes")
+        with suppress(RuntimeError):  # the process that hosts the store has ended
+            place = group.store.add(LOST if is_lost else MISTAKE, 1)
+            if group.rank == 0:
+                is_first = not (is_lost and group.store.check([MISTAKE]))
+                group.store.set(RANK0_ENDS, "yes")
+                return is_first
+            if not _appears(group.store, RANK0_ENDS):
+                return place == 1 and not (is_lost and group.store.check([MISTAKE]))
+    return os.environ.get("RANK", "0") == "0"
 
 
-def rank0_failed_too(patience: timedelta = timedelta(seconds=5)) -> bool:
-    """Return whether rank 0 ends on a user's mistake as well and prints it for all; wait at most `patience`."""
+def another_rank_failed() -> bool:
+    """Return whether another rank ends on a mistake of its own, after which a launcher ends this one."""
+    with suppress(RuntimeError):
+        return any(group.store.check([MISTAKE]) for group in _joined)
+    return False
+
+
+def _appears(store: dist.Store, key: str, patience: timedelta = timedelta(seconds=5)) -> bool:
+    """Return whether a key is in the store; wait at most `patience` for it."""
     from torch import distributed as dist
 
     try:
-        for group in _joined:
-            group.store.wait([FAILED], patience)
+        store.wait([key], patience)
     except dist.DistStoreError:
         return False
-    except RuntimeError:  # rank 0 hosts the store and has ended
-        return True
     return True

@@ -9,11 +9,15 @@ SILENT = ("Timed out waiting", "Connection timed out", "No route to host", "Netw
 ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-class UnreachableError(UserError):
+class LostProcessError(UserError):
+    """Another process of the run has ended or does not answer."""
+
+
+class UnreachableError(LostProcessError):
     """Another host does not answer, so it cannot be asked which process says so: each one does."""
 
 
-def lost_process_error(error: BaseException, minutes: int, rest: str) -> UserError | None:
+def lost_process_error(error: BaseException, minutes: int, rest: str) -> LostProcessError | None:
     """Return the line for an error by which another process was lost; None for any other error.
 
     Args:
@@ -24,7 +28,7 @@ def lost_process_error(error: BaseException, minutes: int, rest: str) -> UserErr
     sign = lost_process_reason(error)
     if sign is None:
         return None
-    kind = UnreachableError if sign in SILENT else UserError
+    kind = UnreachableError if sign in SILENT else LostProcessError
     return kind(
         f"distributed_timeout={minutes}: another process is gone or does not answer ({sign}); look at its host and the "
         f"network between them; {rest}"

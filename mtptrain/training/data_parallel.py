@@ -26,7 +26,7 @@ class ReplicatedEngine:
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.module, self.config = module, config
-        self.masters = MasterWeights(module, lambda parameter: not is_share(parameter))
+        self.masters = MasterWeights(module, lambda p: not is_share(p), accumulates=config.accumulation > 1)
         self.shares = ExpertShares(module, config)
         self.optimizers = make_optimizers(self.masters.parameters, config)
 

@@ -31,7 +31,9 @@ class ExpertShares:
 
     def __init__(self, module: nn.Module, config: TrainConfig, scale: float = 1.0, offload: bool = False) -> None:
         self.shares = {name: p.detach() for name, p in module.named_parameters() if is_share(p)}
-        self.masters = MasterWeights(module, is_share, torch.device("cpu") if offload else None)
+        self.masters = MasterWeights(
+            module, is_share, torch.device("cpu") if offload else None, config.accumulation > 1
+        )
         self.config, self.scale = config, scale
         trained = self.masters.parameters
         self.optimizers = [make_adamw(trained, config)] if trained else []

@@ -19,6 +19,8 @@ class MasterWeights:
         module: its trainable parameters get masters.
         choose: returns whether a parameter gets one; None chooses all.
         device: of the masters; None for that of each parameter.
+        accumulates: whether gradients of several micro-batches are summed; fp32 sums then replace each gradient as
+            soon as a backward has it.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class MasterWeights:
         module: nn.Module,
         choose: Callable[[Tensor], bool] | None = None,
         device: torch.device | None = None,
+        accumulates: bool = False,
     ) -> None:
         self.module = module
         self.masters: dict[str, Tensor] = {}
@@ -34,6 +37,8 @@ class MasterWeights:
                 is_master = parameter.dtype == torch.float32 and device in (None, parameter.device)
                 copy = parameter.detach().to(device or parameter.device, torch.float32)
                 self.masters[name] = parameter if is_master else copy.requires_grad_()
+        for name, parameter in self._copies() if accumulates else []:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -46,6 +51,14 @@ class MasterWeights:
             if parameter.grad is not None:
                 self.masters[name].grad = parameter.grad.to(self.masters[name])
                 parameter.grad = None
+
+    def _add_gradient(self, name: str, parameter: Tensor) -> None:
+        """Move the gradient of one micro-batch."""
+        assert parameter.grad is not None
+        master = self.masters[name]
+        gradient = parameter.grad.to(master)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
 
     @torch.no_grad()
     def push(self) -> None:

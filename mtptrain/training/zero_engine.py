@@ -106,6 +106,9 @@ class ZeroEngine:
             dist_init_required=False,
             config=zero_settings(config, stage, offload, passed),
         )
+        if stage == 1 and self.accumulation > 1:
+            # DeepSpeed sums micro-batches in fp32 only if the first parameter is rounded.
+            self.engine.optimizer.use_grad_accum_attribute = True
         self.micro_batches = 0
         self._make_states(groups)
         gather_persistent(self.engine.optimizer)

@@ -52,7 +52,7 @@ def jobs(
             f"on_policy.path={folder}/t",
             *short,
         ],
-        "pretrain": ["+recipe=pretrain", *text, *training, *short],
+        "pretrain": ["+recipe=pretrain", *text, *training, *short, "mtp.init=backbone"],
         "evaluate": ["+recipe=evaluate", *text, f"checkpoint={head}"],
         "evaluate-all": ["+recipe=evaluate", *text, f"checkpoint={head}", "checkpoints=all", "evaluation.decoded=none"],
         "watch": ["+recipe=watch", *text, f"checkpoint={head}", "watch.minutes=1"],

@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDE
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtptrain.batch import Batch
 from mtptrain.config import EngineName, LossConfig, OptimizerName, RunConfig, TrainConfig
@@ -21,7 +22,7 @@ from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.start import freeze_untrained, place
-from mtptrain.run.distributed import join, rank, rank_rows
+from mtptrain.run.distributed import join, leave, rank, rank_rows, world_size
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.training.checkpoint import OPTIMIZER, BackboneIdentity, checkpoint_name, open_checkpoint
 from mtptrain.training.engine import make_engine
@@ -62,6 +63,9 @@ ENGINES: dict[str, tuple[EngineName, bool]] = {
     **{engine.value: (engine, False) for engine in EngineName},
     **{f"shared_{engine.value}": (engine, True) for engine in EngineName if engine is not EngineName.zero3},
 }
+
+
+SUMMED = [EngineName.single, EngineName.zero1, EngineName.zero2]  # stage 3 needs parameters of one dtype
 
 
 class UnevenBatches(BatchSource):
@@ -137,6 +141,15 @@ def resumed(engine: EngineName, source: Path, folder: Path, **options: Any) -> d
     return train(trainer)
 
 
+def small_gradients(engine_name: EngineName) -> float:
+    """Return the gradient's norm of a bf16 number that gets 1 from one micro-batch and 2^-9 from each of 64 others."""
+    module = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(1))])
+    engine = make_engine(engine_name, module, TrainConfig(accumulation=65, clip_norm=math.inf))
+    for slope in [1.0] + 64 * [2**-9]:
+        engine.backward(module[0].float().sum() * slope / world_size())
+    return engine.step(1e-3)
+
+
 def main(folder: Path, names: list[str]) -> None:
     """Train with the named engines: uninterrupted, resumed, continued from one process, and with a bad gradient."""
     join(RunConfig(task="distill", train=CONFIG), processes="any")
@@ -160,6 +173,10 @@ def main(folder: Path, names: list[str]) -> None:
             "whole": train(head_trainer(engine, run_folder, **options)),
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
+    results["small gradients"] = {name.value: small_gradients(name) for name in SUMMED}
+    leave()
+    join(RunConfig(task="distill", train=CONFIG), processes="any")
+    results["next job"] = small_gradients(EngineName.zero1)
     if rank() == 0:
         torch.save(results, folder / "results.pt")
 

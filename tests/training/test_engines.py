@@ -13,7 +13,7 @@ from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkp
 from tests.command import run_in_two
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
-from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, VARIANTS, head_trainer, resumed, train
+from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, SUMMED, VARIANTS, head_trainer, resumed, train
 
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
@@ -138,6 +138,17 @@ def test_bf16_heads_train_on_fp32_masters_alike(engine: str, two: dict[str, Any]
     assert {value.dtype for value in whole["tensors"].values() if value.is_floating_point()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(whole["norms"]), torch.tensor(single["norms"]), rtol=2**-5, atol=0)
     torch.testing.assert_close(torch.tensor(whole["losses"]), torch.tensor(single["losses"]), rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("engine", SUMMED)
+def test_micro_batches_are_added_up_in_fp32(engine: EngineName, two: dict[str, Any]) -> None:
+    """In bf16 every sum of 1 and 2^-9 is 1."""
+    assert two["small gradients"][engine.value] == 1.125
+
+
+def test_the_next_job_of_a_sweep_trains_with_deepspeed_too(two: dict[str, Any]) -> None:
+    """In processes that left a group and joined another."""
+    assert two["next job"] == 1.125
 
 
 @pytest.mark.parametrize("engine", [name for name, (_, is_shared) in ENGINES.items() if is_shared])

@@ -167,7 +167,7 @@ def _join(run: TrackedRun, folder: Path, mode: Any) -> WandbTracker:
     if mode in ("online", SHARED):
         mode = SHARED if of_run.shared else "offline"
         if not of_run.shared:
-            print(ALONE.format(folder=run.folder), file=sys.stderr)
+            say(ALONE.format(folder=run.folder))
     is_shared = mode == SHARED
     begun = wandb.init(
         project=run.config.project,
