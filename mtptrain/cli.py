@@ -86,9 +86,7 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     assert isinstance(values, dict)
     settings = {str(key): value for key, value in values.items()}
     if settings.get("task") in (None, "???"):
-        raise UserError(
-            "no recipe is chosen; add +recipe=distill, or begin with distill (or another one that --help lists)"
-        )
+        raise UserError("no recipe is chosen; add +recipe=distill or begin with distill (--help lists all recipes)")
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))

@@ -74,7 +74,8 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
     value: Any = config
     note = ""
     for key in setting.split("."):
-        note = field_notes(type(value)).get(key, "") if is_dataclass(value) else ""
+        schema: Any = type(value)
+        note = field_notes(schema).get(key, "") if is_dataclass(schema) else ""
         value = getattr(value, key, None)
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))
