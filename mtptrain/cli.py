@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
@@ -95,8 +96,22 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     return config, settings
 
 
-def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_number: int | None) -> None:
-    """Check the settings, open the run's folder and run the recipe's program."""
+def run_task(
+    config: RunConfig,
+    settings: dict[str, object],
+    given: Given,
+    job_number: int | None,
+    prepare: Callable[[Session], object] = lambda session: None,
+) -> None:
+    """Check the settings, open the run's folder and run the recipe's program.
+
+    Args:
+        config: of the run.
+        settings: the same as plain values.
+        given: the user's part of it.
+        job_number: number of the job in a sweep; None outside a sweep.
+        prepare: called with the session before the first check of its inputs.
+    """
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
     from mtptrain.run.folder import FolderUse, open_run_folder
@@ -112,6 +127,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     if processes == "none":
         session = Session(config, open_run_folder(config, settings, job_number, use))
         with closing(session.folder.lock):
+            prepare(session)
             run_recipe(recipe, session, reads)
         return
     from mtptrain.kernels.dispatch import requested
@@ -125,6 +141,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_n
     join(config, processes)
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_number, use)))
     with closing(session.folder.lock):
+        prepare(session)
         if processes == "led":
             lead(session, lambda: run_recipe(recipe, session, reads))
         else:
@@ -179,7 +196,7 @@ def run_job(composed: DictConfig, errors: io.StringIO) -> None:
     hydra_config = HydraConfig.get()
     job_number = hydra_config.job.num if hydra_config.mode == RunMode.MULTIRUN else None
     try:
-        given = given_settings()
+        given = given_settings(hydra_config)
         config, settings = typed_config(composed, given)
         run_task(config, settings, given, job_number)
     except UserError as error:

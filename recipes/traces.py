@@ -42,7 +42,8 @@ from mtptrain.traces.prompts import (
 TRACES_FILE = "traces.jsonl"
 
 
-def _check_room(where: str, tokens: list[int], room: int) -> None:
+def check_room(where: str, tokens: list[int], room: int) -> None:
+    """Raise a `UserError` unless a prompt leaves room for the tokens that are emitted and drafted after it."""
     if len(tokens) > room:
         raise UserError(
             f"{where}: the prompt has {len(tokens)} tokens and the backbone's context has room for {room} besides "
@@ -74,11 +75,11 @@ def open_prompts(session: Session, count: int) -> tuple[list[Conversation], list
     config, room = session.config, session.prompt_room
     if config.prompts == [HELDOUT]:
         conversations, source = slice_conversations(session.heldout_corpus, count, config.evaluation.prompt_tokens)
-        _check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", conversations[0].prompt.tokens, room)
+        check_room(f"evaluation.prompt_tokens={config.evaluation.prompt_tokens}", conversations[0].prompt.tokens, room)
         return conversations, [source]
     named, sources = prompt_row_conversations(session, read_prompt_rows(config.prompts), count)
     for where, conversation in named:
-        _check_room(where, conversation.prompt.tokens, room)
+        check_room(where, conversation.prompt.tokens, room)
     return [conversation for _, conversation in named], sources
 
 
@@ -115,7 +116,7 @@ def kept_traces(session: Session, path: Path) -> TraceSet:
 def _check_trace_rooms(session: Session, traces: TraceSet) -> None:
     where = f"evaluation.traces={session.config.evaluation.traces}"
     for number, trace in enumerate(traces.traces, start=1):
-        _check_room(f"{where}: trace {number}", trace.prompt.tokens, session.prompt_room)
+        check_room(f"{where}: trace {number}", trace.prompt.tokens, session.prompt_room)
 
 
 def check_prompts(session: Session) -> None:
