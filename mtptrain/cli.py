@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -102,8 +102,22 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     return config, settings
 
 
-def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_folder: Path | None) -> None:
-    """Check the settings, open the run's folder and run the recipe's program."""
+def run_task(
+    config: RunConfig,
+    settings: dict[str, object],
+    given: Given,
+    job_folder: Path | None,
+    prepare: Callable[[Session], object] = lambda session: None,
+) -> None:
+    """Check the settings, open the run's folder and run the recipe's program.
+
+    Args:
+        config: of the run.
+        settings: the same as plain values.
+        given: the user's part of it.
+        job_folder: of a job of a sweep; None outside a sweep.
+        prepare: called with the session before the first check of its inputs.
+    """
     from mtptrain.recipes import find_recipe, tasks_that_read
     from mtptrain.recipes.session import Session
     from mtptrain.run.folder import FolderUse, open_run_folder
@@ -119,6 +133,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_f
     if processes == "none":
         session = Session(config, open_run_folder(config, settings, job_folder, use))
         with closing(session.folder.lock):
+            prepare(session)
             run_recipe(recipe, session, reads)
         return
     from mtptrain.kernels.dispatch import requested
@@ -132,6 +147,7 @@ def run_task(config: RunConfig, settings: dict[str, object], given: Given, job_f
     join(config, processes)
     session = Session(config, on_rank0(lambda: open_run_folder(config, settings, job_folder, use)))
     with closing(session.folder.lock):
+        prepare(session)
         if processes == "led":
             lead(session, lambda: run_recipe(recipe, session, reads))
         else:
@@ -193,7 +209,7 @@ def naming_lost_processes(minutes: int) -> Iterator[None]:
 def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bool = False) -> None:
     """Check and run one composed configuration, or describe its recipe; a job of a sweep has a folder."""
     try:
-        given = given_settings()
+        given = given_settings(HydraConfig.get())
         logging.getLogger("mtptrain.cli").debug("given settings: %s", ", ".join(sorted(given.values)))
         config, settings = typed_config(composed, given)
         if shows_help:

@@ -1,5 +1,7 @@
 """The programs. `task` in conf/recipe/NAME.yaml names a module of this package; nothing lists them.
 
+A task with a dot, such as `my_package.my_program`, names a module of the user's own on Python's search path.
+
 A recipe defines
 
 - `run(session)`: the program;
@@ -22,11 +24,13 @@ from mtptrain.errors import UserError
 
 
 def find_recipe(task: str) -> Any:
-    """Return the module of this package that a task names.
+    """Return the module that a task names: one of this package or, by a name with a dot, one of the user's.
 
     Raises:
-        UserError: no module has this name.
+        UserError: no module has this name, or the user's module is no program.
     """
+    if "." in task:
+        return _find_own(task)
     name = f"{__name__}.{task}"
     module = import_module(name) if task.isidentifier() and find_spec(name) else None
     if not hasattr(module, "run"):
@@ -34,6 +38,24 @@ def find_recipe(task: str) -> Any:
         raise UserError(
             f"task={task}: there is no such program{did_you_mean(task, names)}; leave it to +recipe=NAME, see --help"
         )
+    return module
+
+
+def _find_own(task: str) -> Any:
+    """Return a module of the user's; errors of its own code keep their traceback."""
+    try:
+        is_there = all(part.isidentifier() for part in task.split(".")) and find_spec(task) is not None
+    except ModuleNotFoundError:  # of a package in the name
+        is_there = False
+    if not is_there:
+        raise UserError(
+            f"task={task}: there is no such module on Python's search path; start in the folder that holds it with "
+            "python -m mtptrain, or set PYTHONPATH"
+        )
+    module = import_module(task)
+    missing = [name for name in ("run", "reads") if not hasattr(module, name)]
+    if missing:
+        raise UserError(f"task={task}: the module has no function {' and no '.join(missing)}; see CONTRIBUTING.md")
     return module
 
 

@@ -230,7 +230,8 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         share_experts(stack)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
-    objective = RolloutObjective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
+    make_objective = session.objective or RolloutObjective
+    objective = make_objective(backbone.model, stack, config.loss, steps, recompute, quantized_rows)
     session.folder.print_status(describe_text(session, batches))
     batches = RecordedBatches(batches, session.hasher, passages_before(session))
     if is_measured(config) and not batches.is_stream:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a plan uses none of these and starts without torch
     from mtptrain.decoding.results import Limits
     from mtptrain.evaluation.heads import Head
     from mtptrain.evaluation.result import BackboneResult
+    from mtptrain.losses.rollout import RolloutObjective
     from mtptrain.mtp.stack import MtpStack
     from mtptrain.training.checkpoint import Checkpoint
 
@@ -34,10 +35,14 @@ class Session:
     Args:
         config: the settings.
         folder: the run's output folder.
+
+    Attributes:
+        objective: the training objective of a head, which a recipe of one's own may set; None is `RolloutObjective`.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        self.objective: type[RolloutObjective] | None = None
         self._checkpoints: dict[str, Checkpoint] = {}
 
     # Without weights
@@ -235,6 +240,15 @@ class Session:
         return room
 
     # With weights
+
+    def adopt(self, backbone: Backbone) -> None:
+        """Use a backbone that is loaded already, in place of the one that the settings name.
+
+        Raises:
+            UserError: a draft does not fit in its sliding window.
+        """
+        self._check_window(backbone.source)
+        self.__dict__ |= {"source": backbone.source, "backbone": backbone}
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -33,6 +33,7 @@ LAYERS = [
     ["recipes"],
     ["help"],
     ["cli"],
+    ["api"],
     ["__main__"],
 ]
 FORBIDDEN = [("training", "evaluation"), ("data", "decoding")]

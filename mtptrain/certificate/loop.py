@@ -91,13 +91,13 @@ def sample_texts(
         Sample(
             prompt=tokenizer.decode(trace.prompt.tokens[-40:], skip_special_tokens=False),
             draft_length=draft_length,
-            pieces=_pieces(tokenizer, row),
+            pieces=text_pieces(tokenizer, row),
         )
         for trace, row in rows[:count]
     ]
 
 
-def _pieces(tokenizer: Tokenizer, row: Decoded) -> list[Piece]:
+def text_pieces(tokenizer: Tokenizer, row: Decoded) -> list[Piece]:
     """Return the text token by token; a rejected draft stands before the verifier's token."""
     kinds: list[tuple[PieceKind, int | None]] = [(PieceKind.bonus, None)]
     for record, rejected in zip(row.passes, row.rejected, strict=True):

@@ -34,15 +34,13 @@ class Given:
         return "data.source" in self.values or "data.mixture" in self.values or "data" in self.groups
 
 
-def given_settings() -> Given:
-    """Return the settings that the user gave to the running Hydra job."""
-    from hydra.core.hydra_config import HydraConfig
+def given_settings(job: Any) -> Given:
+    """Return the settings that the user gave; `job` is Hydra's own section of the composed configuration."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
-    job = HydraConfig.get()
     overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False) or []]
-    values = set(_file_values(overrides))
+    values = set(_file_values(job, overrides))
     groups = {}
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_delete():
@@ -55,17 +53,16 @@ def given_settings() -> Given:
     return Given(frozenset(values), groups, job.mode == RunMode.MULTIRUN)
 
 
-def _file_values(overrides: list[str]) -> Iterator[str]:
+def _file_values(job: Any, overrides: list[str]) -> Iterator[str]:
     """Yield the settings in the YAML files of the user's folders that take part in a job."""
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    sources = HydraConfig.get().runtime.config_sources
+    sources = job.runtime.config_sources
     folders = [Path(one.path) for one in sources if one.provider not in OUR_PROVIDERS and one.schema == "file"]
     if not folders:
         return
-    name = HydraConfig.get().job.config_name
+    name = job.job.config_name
     defaults = GlobalHydra.instance().config_loader().compute_defaults_list(name, overrides, RunMode.RUN)
     for part in defaults.defaults:
         file = next((path for folder in folders if (path := folder / f"{part.config_path}.yaml").is_file()), None)

@@ -302,6 +302,13 @@ class HeadResult:
     other_drafts: dict[int, Acceptance] | None = None
     chosen_on: ChosenOn | None = None
 
+    def __repr__(self) -> str:
+        """Return name and acceptance length at the longest K, in place of every figure of every prompt."""
+        longest = max(self.replay)
+        length = self.replay[longest].acceptance_length
+        figure = "no verify pass" if length is None else f"{length:.2f} tokens a pass"
+        return f"<HeadResult {self.name}: {figure} at K={longest}>"
+
     def by_position(self, length: int) -> dict[str, Sequence[float | None]]:
         """Return the metrics of `POSITION_METRICS`, each with a value for every position of a draft of `length`."""
         alpha, top1, _ = self.teacher_forced.padded(length)

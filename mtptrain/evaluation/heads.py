@@ -42,6 +42,10 @@ class Head:
     passages: Passages | None = None
     selection: Selection | None = None
 
+    def __repr__(self) -> str:
+        size = f"{self.mode}, depth {self.stack.depth}, {self.num_parameters / 1e6:.2f} M parameters"
+        return f"<Head {self.name}: {size}, from {self.checkpoint}>"
+
     @property
     def num_parameters(self) -> int:
         """Number of parameters of all modules."""

@@ -16,6 +16,7 @@ from mtptrain.config import DraftChoice, PastDepth, ServedAs, Verification
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
+from mtptrain.evaluation.shown import describe, html_table
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json
@@ -197,6 +198,13 @@ class Evaluation:
     machine: dict[int, MachineLoad]
     steps: dict[int, dict[str, StepLatency]]
     plain_tokens_per_second: dict[int, float]
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        """Return the acceptance lengths as a table, for a notebook."""
+        return html_table(self)
 
     @property
     def draft_lengths(self) -> range:

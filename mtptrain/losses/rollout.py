@@ -108,7 +108,11 @@ class RolloutObjective:
         with as_stored(self.stack, self.stored) if self.stored else nullcontext():
             drafts = rollout(self.stack, embedding, streams_BSND, batch, self.steps, recompute=self.recompute)
         rows = align_slots(drafts, hidden_BSD, batch)
-        result = linear_loss(
+        return self.token_loss(rows), rows
+
+    def token_loss(self, rows: SlotRows) -> LinearLoss:
+        """Return loss, acceptance and top-1 match of every step and slot; a loss of one's own overrides this method."""
+        return linear_loss(
             rows.student_KTD,
             rows.teacher_TD,
             self.model.lm_head.weight,
@@ -117,7 +121,6 @@ class RolloutObjective:
             temperature=self.config.temperature,
             mask_KT=rows.mask_KT,
         )
-        return result, rows
 
     def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         """Return this micro-batch's share of the step's loss, and the metric sums to log."""

@@ -88,13 +88,17 @@ def share_cell(share: float | None) -> Cell:
     return Cell(MISSING_VALUE if share is None else f"{share:.3f}")
 
 
+def prompts_text(prompts: PromptsResult) -> str:
+    """Return the number of prompts and, if they are not independent, of the groups that intervals resample."""
+    groups = prompts.conversations
+    return f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
+
+
 def interval_text(prompts: PromptsResult) -> str:
     """Return what intervals are over: the prompts, or groups if prompts are not independent of each other."""
-    groups = prompts.conversations
-    if groups == 1:
+    if prompts.conversations == 1:
         return "from one independent group of prompts, whose interval is all that is possible"
-    over = f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
-    return f"95 % bootstrap interval over {over}"
+    return f"95 % bootstrap interval over {prompts_text(prompts)}"
 
 
 def length_table(evaluation: Evaluation) -> Grid:

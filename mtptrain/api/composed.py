@@ -1,0 +1,75 @@
+"""Settings from Python, composed and checked as those of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from mtptrain.cli import typed_config
+from mtptrain.config import RunConfig, register
+from mtptrain.config.given import Given, given_settings
+from mtptrain.config.typos import composition_message
+from mtptrain.errors import UserError
+from mtptrain.help import register_help
+
+Settings = Mapping[str, Any]  # by the names of the command line, such as {"train.steps": 40}
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # a word that needs no quotes
+WORDS = ("null", "true", "false", "nan", "inf")  # of Hydra's grammar, in any case
+
+
+class Composed(NamedTuple):
+    """The settings of a run: typed, as plain values, and the user's part of them."""
+
+    config: RunConfig
+    settings: dict[str, object]
+    given: Given
+
+
+def written(value: Any) -> str:
+    """Return a value as the command line writes it: None is null, a list is [A,B], a mapping is {K:V}."""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{written(key)}:{written(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(written, value)) + "]"
+    text = str(value)  # also of a path
+    if PLAIN.fullmatch(text) and text.lower() not in WORDS:
+        return text
+    # Hydra reads a backslash as itself, unless a quote follows.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def arguments_of(recipe: str, settings: Settings) -> list[str]:
+    """Return the arguments of the command line that runs a recipe with some settings."""
+    return [f"+recipe={recipe}", *(f"{name}={written(value)}" for name, value in settings.items())]
+
+
+def compose_run(arguments: Sequence[str]) -> Composed:
+    """Return the settings of a command line.
+
+    Raises:
+        UserError: a setting is unknown, has the wrong type or is out of range.
+    """
+    register()
+    register_help()
+    try:
+        with initialize_config_module("mtptrain.conf", version_base="1.3"):
+            composed = compose("config", list(arguments), return_hydra_config=True)
+            given = given_settings(composed.hydra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(composition_message(str(error), error, arguments)) from None
+    with open_dict(composed):
+        del composed["hydra"]
+    return Composed(*typed_config(composed, given), given)

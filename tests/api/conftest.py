@@ -1,0 +1,20 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mtptrain
+from tests.command import fitting
+
+
+@pytest.fixture(scope="session")
+def backbone(backbone_folder: Path) -> mtptrain.LoadedBackbone:
+    """The random backbone, loaded."""
+    return mtptrain.load_backbone(backbone_folder)
+
+
+def small_settings(light: list[str], recipe: str) -> dict[str, Any]:
+    """Return the settings of the `light` fixture that a recipe reads, as a user gives them in Python."""
+    pairs = (one.partition("=") for one in fitting([f"+recipe={recipe}", *light])[1:])
+    return {name: yaml.safe_load(value) for name, _, value in pairs if name != "backbone.path"}
