@@ -126,7 +126,7 @@ def own_settings(backbone: LoadedBackbone, settings: Settings | None) -> dict[st
 def open_session(composed: Composed, backbone: LoadedBackbone | None = None) -> Session:
     """Return a session that writes nothing."""
     config, settings, _ = composed
-    folder = RunFolder(default_output_dir(config.task, None), config, settings, describe_run(config.seed))
+    folder = RunFolder(default_output_dir(config.task), config, settings, describe_run(config.seed))
     session = Session(config, folder)
     if backbone is not None:
         session.adopt(backbone.loaded)
