@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
@@ -74,8 +74,8 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
     value: Any = config
     note = ""
     for key in setting.split("."):
-        is_section = is_dataclass(value)  # mypy takes the class of a value that it narrows for no key of a cache
-        note = field_notes(type(value)).get(key, "") if is_section else ""
+        schema: Hashable = type(value)
+        note = field_notes(schema).get(key, "") if is_dataclass(value) else ""
         value = getattr(value, key, None)
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))
