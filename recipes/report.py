@@ -94,7 +94,7 @@ def find_page(path: Path) -> Page:
         )
     if kind == METRICS_FILE:
         return _training_page(file)
-    evaluation = read_evaluation(file, "path")
+    evaluation = read_evaluation(path, "path")
     training = training_of(evaluation, file.parent)
     return Page(
         REPORT_FILE,
