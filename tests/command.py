@@ -54,6 +54,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         EvaluationConfig,
         ExportCheck,
         ExportConfig,
+        GenerateConfig,
         MixtureConfig,
         ReleaseConfig,
         ReleaseSize,
@@ -85,6 +86,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head
     prompts = "file" if has_prompts else HELDOUT
     config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release, export=export)
+    config.generate = GenerateConfig(raw="generate.raw=true" in arguments)
     read = set(find_recipe(task).reads(config))
     if "data.source" in read:
         read.add("data")
