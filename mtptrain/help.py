@@ -73,7 +73,8 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
     value: Any = config
     note = ""
     for key in setting.split("."):
-        note = "" if value is None else field_notes(type(value)).get(key, "")  # a section may be null
+        schema: Any = type(value)
+        note = "" if value is None else field_notes(schema).get(key, "")  # a section may be null
         value = getattr(value, key, None)
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))
