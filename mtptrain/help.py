@@ -6,8 +6,7 @@ import inspect
 import json
 import shutil
 import textwrap
-from collections.abc import Hashable, Iterator
-from dataclasses import is_dataclass
+from collections.abc import Iterator
 from enum import Enum
 from functools import cache
 from importlib.resources import files
@@ -74,8 +73,8 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
     value: Any = config
     note = ""
     for key in setting.split("."):
-        schema: Hashable = type(value)
-        note = field_notes(schema).get(key, "") if is_dataclass(value) else ""
+        schema: Any = type(value)
+        note = "" if value is None else field_notes(schema).get(key, "")  # a section may be null
         value = getattr(value, key, None)
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))

@@ -54,6 +54,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
         EvaluationConfig,
         ExportCheck,
         ExportConfig,
+        GenerateConfig,
         MixtureConfig,
         Placement,
         ReleaseConfig,
@@ -90,6 +91,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     prompts = "file" if has_prompts else HELDOUT
     config = RunConfig(task=task, data=data, evaluation=evaluation, prompts=prompts, release=release, export=export)
     config.evaluate_at_end, config.backbone.placement = at_end, placement
+    config.generate = GenerateConfig(raw="generate.raw=true" in arguments)
     read = set(find_recipe(task).reads(config))
     if "data.source" in read:
         read.add("data")
