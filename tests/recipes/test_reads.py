@@ -93,6 +93,7 @@ READ_WITHOUT_EFFECT = {
     # The chat template and the encoder are made whole, also for texts without conversations.
     *("data.turns", "data.on_bad_row", "data.max_tokens", "data.chat_template", "data.chat_template_kwargs"),
     "on_policy.draft_length",  # of a head, if there is one
+    "tracking.checkpoints",  # without a tracker that stores them
 }
 
 
