@@ -93,7 +93,7 @@ def check_target(target: ExportTarget, form: ExportForm, scheme: Scheme, depth: 
     """
     name, backbone_scheme = target.value, stored_scheme(shards)
     if form is ExportForm.draft and target is not ExportTarget.vllm:
-        raise UserError(f"export.form=draft: only vLLM loads a separate draft folder; use export.form=full for {name}")
+        raise UserError(f"export.form=draft: a draft folder is written for vLLM only; use export.form=full for {name}")
     if target is ExportTarget.hf:
         return
     if not is_release(shards):

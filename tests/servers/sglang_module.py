@@ -71,11 +71,13 @@ def make_module(folder: Path) -> tuple[Any, Any]:
     """
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.quantization.fp8 import Fp8Config
+    from sglang.srt.models import deepseek_v4
     from sglang.srt.models.deepseek_v4_nextn import DeepseekV4ForCausalLMNextN
 
     model = ModelConfig(str(folder), is_draft_model=True, dtype="bfloat16", speculative_algorithm="EAGLE")
     storage = Fp8Config.from_config(model.hf_config.quantization_config)
     storage.is_fp4_experts, storage.is_dsv4_fp4_experts = model.is_fp4_experts, True
+    deepseek_v4.get_rope_wrapper = lambda **_: None  # it has no parameters, and none for a CPU without YaRN
     torch.set_default_dtype(torch.bfloat16)
     return model, DeepseekV4ForCausalLMNextN(model.hf_config, storage)
 
