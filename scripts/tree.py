@@ -16,9 +16,10 @@ COUNTED = {".py", ".sh", ".sbatch", ".yaml", ".md", ".html", ".css", ".jsonl"}
 CONTENTS = {
     "conf/": "values only; a recipe's file picks its program by `task`",
     "docs/": "explanations that need more room than a docstring",
-    "examples/": "a small chat data set with rows of every form",
+    "examples/": "data, prompts, a template, a loss and a recipe from outside",
     "kernels/": "compute ops, a folder each: definition, PyTorch, Triton",
-    "mtptrain/": "command line, help, errors, `Batch`",
+    "mtptrain/": "command line, help, errors, `Batch`, names of the interface from Python",
+    "mtptrain/api/": "the interface from Python",
     "mtptrain/backbone/": "the frozen DeepSeek-V4: loading, residual streams, rewindable cache, decode step",
     "mtptrain/certificate/": "checks that the output is the backbone's own",
     "mtptrain/config/": "typed settings with units, ranges and rules",

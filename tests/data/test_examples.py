@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,12 @@ def test_the_example_data_set_has_rows_of_every_form_on_both_sides(
     assert all(f"rows are read as conversations of the form {form.value}" in noted for form in FORMS)
 
 
-def test_every_example_has_targets_and_tools_in_the_builtin_template(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["builtin", str(ROOT / "examples" / "template.jinja")])
+def test_every_example_has_targets_and_tools_in_a_template(template: str, tmp_path: Path) -> None:
     documents = list(TextReader(EXAMPLES))
     tokenizer = train_tokenizer([document.text for document in documents], 400)
     save_tokenizer(tokenizer, tmp_path)
-    chat = open_chat_template(EXAMPLES, tmp_path, tokenizer, [0])
+    chat = open_chat_template(replace(EXAMPLES, chat_template=template), tmp_path, tokenizer, [0])
     assert chat is not None
     assert len(documents) == 20
     assert sum(bool(document.tools) for document in documents) == 4
