@@ -106,6 +106,7 @@ def test_the_version_is_one(built: Path) -> None:
     assert {
         path.name.removeprefix("mtptrain-").partition("-py3")[0].removesuffix(".tar.gz") for path in built.iterdir()
     } == {VERSION}
+    assert f"\n## {VERSION} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_wheel_holds_every_file_of_the_package(checkout: Path, wheel: zipfile.ZipFile) -> None:
