@@ -16,7 +16,7 @@ COUNTED = {".py", ".sh", ".sbatch", ".yaml", ".md", ".html", ".css", ".jsonl"}
 CONTENTS = {
     "conf/": "values only; a recipe's file picks its program by `task`",
     "docs/": "explanations that need more room than a docstring",
-    "examples/": "data, prompts, a template, a loss and a recipe from outside",
+    "examples/": "a notebook, data, prompts, a template, a loss and a recipe from outside, V4-Flash in miniature",
     "kernels/": "compute ops, a folder each: definition, PyTorch, Triton",
     "mtptrain/": "command line, help, errors, `Batch`, names of the interface from Python",
     "mtptrain/api/": "the interface from Python",

@@ -160,7 +160,7 @@ def test_decode_refuses_a_setting_that_it_does_not_read(
 
 
 @pytest.mark.parametrize(
-    "prompts", [[], [[]], 3, [3.5], [[7, 10**6]], [{"role": "user", "content": "x"}], ["x" * 4000]]
+    "prompts", [[], [[]], 3, [3.5], [[7, 10**6]], [{"role": "user", "content": "x"}], [[7] * 5000]]
 )
 def test_decode_refuses_what_is_no_prompt(backbone: mtptrain.LoadedBackbone, prompts: Any) -> None:
     with pytest.raises(mtptrain.UserError, match="prompt"):
