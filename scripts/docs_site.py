@@ -16,7 +16,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "kernels/README.md")  # pages that are not in docs/
+OUTSIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    "examples/README.md",
+)  # pages that are not in docs/
 LINK = re.compile(r"(?<=\]\()(?P<target>[\w./-]+)(?=[#)])")  # of a Markdown link to a file, without its anchor
 REST = "More"  # section of the pages that mkdocs.yml does not list
 
@@ -57,9 +63,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, modules in API.items():
         content = f"# {name}\n\n" + "".join(f"::: {module}\n\n" for module in modules)
         files.append(File.generated(config, f"api/{name}.md", content=content))
-    for file in list(files.documentation_pages()):
-        for target in _targets(file):
-            _add_target(files, config, target)
+    read: set[str] = set()
+    while unread := [file for file in files.documentation_pages() if file.src_uri not in read]:
+        for file in unread:  # a linked page has links of its own
+            read.add(file.src_uri)
+            for target in _targets(file):
+                _add_target(files, config, target)
     return files
 
 
@@ -94,7 +103,8 @@ def _add_target(files: Files, config: MkDocsConfig, name: str) -> None:
         _add(files, config, name)
     if not path.is_dir():
         return
-    inside = [one.relative_to(path).as_posix() for one in sorted(path.rglob("*")) if one.is_file()]
+    kept = [one for one in sorted(path.rglob("*")) if one.is_file() and "__pycache__" not in one.parts]
+    inside = [one.relative_to(path).as_posix() for one in kept]
     for one in inside:
         _add(files, config, f"{name}/{one}")
     if files.get_file_from_path(f"{name}/README.md") is None:
