@@ -9,11 +9,11 @@ out=$1
 mkdir -p "$out"
 export OMP_NUM_THREADS=1
 run() { python -m mtptrain "$@"; }
-record() { # NAME TARGET RESULT SETTING...: run once, and copy the result to where the tests read it
+record() { # NAME TARGET RESULT SETTING...: run once, and copy the result, without FOLDER's path, to where tests read it
     local name=$1 target=$2 result=$3
     shift 3
     if [ ! -e "$out/$name/$result" ]; then run "$@" output_dir="$out/$name"; fi
-    cp "$out/$name/$result" "tests/evaluation/$target"
+    sed "s|$out/|outputs/|g" "$out/$name/$result" > "tests/evaluation/$target"
 }
 
 cat > "$out/code.jsonl" <<'END'

@@ -1,9 +1,8 @@
 """Results of real runs of the tiny backbone, recorded with few prompts and few held-out rows.
 
-The commands are in their `provenance`. `greedy`: two heads, two domains, batches of 1 and 2; `sampled`: temperature 1,
-batches of 1; `single`: one head, drafts of up to 8 tokens, one domain. They were made before the parts `logits` and
-`shifted_target` of the certificate, the processor time and the load were recorded: these hold figures of other runs of
-the tiny backbone, or null.
+`scripts/record_results.sh` makes them, on a machine that may be busy; the commands are in their `provenance`. `greedy`:
+two heads, two domains, batches of 1 and 2; `sampled`: temperature 1, batches of 1; `single`: one head, drafts of up to
+8 tokens, one domain.
 """
 
 import json

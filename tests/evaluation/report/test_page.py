@@ -105,7 +105,7 @@ def test_report_defines_its_terms(rendered: Rendered) -> None:
 
 def test_report_holds_the_provenance(rendered: Rendered) -> None:
     origin = rendered.evaluation.provenance
-    prompts = " 'prompts=[code.jsonl,prose.jsonl]'" if rendered.name != "single" else ""
+    prompts = " 'prompts=[outputs/code.jsonl,outputs/prose.jsonl]'" if rendered.name != "single" else ""
     for part in (
         f"python -m mtptrain +recipe=evaluate checkpoint=outputs/distill{prompts}",
         f"torch {origin.versions['torch']}",
@@ -181,4 +181,6 @@ def test_report_works_without_samples(report: Report) -> None:
 def test_prompts_that_were_seen_in_training_stand_below_the_headline(report: Report) -> None:
     text = report(with_seen_prompts(recorded_evaluation(), SeenPrompts(prompts=8, checked=8, seen=3)))
     assert '<p class="lead">The trained head saw 3 of 8 prompts in training.</p>' in text
-    assert "saw" not in Page(report(recorded_evaluation())).text
+    text = report(recorded_evaluation())  # whose head saw none
+    assert '<p class="lead">The trained head saw' not in text
+    assert "trained head saw 0 of 6 prompts in training" in Page(text).text
