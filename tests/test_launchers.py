@@ -61,6 +61,11 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, errors
 
 
+def running(process: "subprocess.Popen[str]", argument: str) -> list[psutil.Process]:
+    """Return the processes that a launcher started with an argument: `-u` is that of torchrun's own processes."""
+    return [one for one in psutil.Process(process.pid).children(recursive=True) if argument in one.cmdline()]
+
+
 def wait_for_checkpoint(run: Path, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 180
     while not checkpoint_folders(run / "checkpoints"):
@@ -108,7 +113,7 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     arguments = ["--local-nodes", "2", "--nproc-per-node", "1", *settings, f"output_dir={tmp_path}"]
     process = start("launch_torchrun.sh", *arguments)
     wait_for_checkpoint(tmp_path, process)
-    agent = psutil.Process(process.pid).children()[1]
+    agent = running(process, "torch.distributed.run")[1]
     for part in [agent, *agent.children(recursive=True)]:
         part.kill()
     code, errors = finish(process)
@@ -137,7 +142,7 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    worker = psutil.Process(process.pid).children(recursive=True)[-1]
+    worker = running(process, "-u")[-1]
     worker.suspend()
     time.sleep(1)
     worker.resume()
