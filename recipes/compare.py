@@ -9,8 +9,6 @@ from __future__ import annotations
 from itertools import combinations
 from string import ascii_uppercase
 
-from rich.console import Console
-
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_heldout_text, of_traces, settings
 from mtptrain.evaluation.compare import CountsByLength, Runs, compare_heads, differing_settings
@@ -31,6 +29,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
+from mtptrain.run.tables import open_console
 from mtptrain.run.typed_json import to_json
 from mtptrain.traces.file import Trace
 from mtptrain.training.resume import differences
@@ -89,7 +88,7 @@ def run(session: Session) -> None:
     )
     write_json(folder.path / COMPARISON_FILE, to_json(result))
     write_comparison_page(result, folder.path / COMPARISON_PAGE)
-    print_result(result, Console())
+    print_result(result, open_console())
     folder.print_status(f"wrote {folder.path / COMPARISON_FILE} and {folder.path / COMPARISON_PAGE}")
 
 

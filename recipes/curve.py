@@ -7,7 +7,6 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from safetensors import SafetensorError
 
 from mtptrain.errors import UserError
@@ -31,6 +30,7 @@ from mtptrain.recipes.traces import TRACES_FILE, kept_traces, open_prompts, prep
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.progress import waiting
+from mtptrain.run.tables import open_console
 from mtptrain.run.tracking import Trackers
 from mtptrain.traces.file import TraceSet
 from mtptrain.training.checkpoint import BEST, Checkpoint, checkpoint_name, open_checkpoint
@@ -161,7 +161,7 @@ class CurveBuilder:
     def finish(self) -> None:
         """Write and print the whole curve, and send it to the trackers as a table and files."""
         self.write()
-        print_curve(self.curve, Console())
+        print_curve(self.curve, open_console())
         folder = self.session.folder.path
         if self.trackers.is_on:
             columns = ["step", "K", "tokens_a_pass", "low", "high"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from torch import Tensor
 
 from mtptrain.backbone.load import Backbone
@@ -28,6 +27,7 @@ from mtptrain.release.modules import module_numbers
 from mtptrain.release.problems import Problems
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.storage import write_json
+from mtptrain.run.tables import open_console
 from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import Checkpoint
 
@@ -124,7 +124,7 @@ def run(session: Session) -> None:
         controls=controls,
     )
     write_json(run_folder.path / "doctor.json", to_json(result))
-    print_diagnosis(result, Console())
+    print_diagnosis(result, open_console())
     run_folder.print_status(f"wrote {run_folder.path / 'doctor.json'}")
     if not diagnosis.healthy:
         raise SystemExit(CHECK_FAILED)

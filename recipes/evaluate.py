@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.greedy import certify_greedy
 from mtptrain.certificate.logits import certify_logits
@@ -54,6 +52,7 @@ from mtptrain.recipes.traces import prepare_traces
 from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress
+from mtptrain.run.tables import open_console
 from mtptrain.traces.file import Trace, TraceSet
 from mtptrain.training.checkpoint import checkpoint_name, open_checkpoint
 from mtptrain.training.run_checkpoints import checkpoints_of_run
@@ -211,7 +210,7 @@ def evaluate_heads(session: Session, heads: list[Head], trace_set: TraceSet | No
     folder = session.folder.path
     write_evaluation(folder / EVALUATION_FILE, evaluation)
     write_report(evaluation, folder / "report.html", training_of(evaluation, folder))
-    print_summary(evaluation, Console())
+    print_summary(evaluation, open_console())
     session.folder.print_status(f"wrote {folder / EVALUATION_FILE} and {folder / 'report.html'}")
     return evaluation
 

@@ -9,8 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import TEMPLATE, Settings, of_backbone, of_decoding, settings
 from mtptrain.decoding.draws import row_seed
@@ -22,6 +20,7 @@ from mtptrain.generation.writer import Request, Writer
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.traces import check_room
 from mtptrain.run.folder import FolderUse
+from mtptrain.run.tables import open_console
 from mtptrain.traces.prompts import PromptRow, encode_prompt_row
 
 PROCESSES = "led"
@@ -104,7 +103,7 @@ def write_all(session: Session, screen: Screen) -> None:
 def run(session: Session) -> None:
     """Write the texts until the prompts end; a reader that closes the pipe ends them, too."""
     generate = session.config.generate
-    screen = open_screen(generate.show, generate.pace, Console())
+    screen = open_screen(generate.show, generate.pace, open_console())
     try:
         with repeated(BREAK_EVEN):  # steps are recorded at once, plain and speculative ones alike
             write_all(session, screen)

@@ -5,8 +5,6 @@ python -m mtptrain +recipe=measure_server url=http://127.0.0.1:8000 checkpoint=s
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from mtptrain.config import RunConfig, require
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_traces, settings
 from mtptrain.decoding.policy import Policy
@@ -18,6 +16,7 @@ from mtptrain.recipes.traces import prepare_traces, replay_head
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.progress import Progress, waiting
 from mtptrain.run.storage import write_json
+from mtptrain.run.tables import open_console
 from mtptrain.run.typed_json import to_json
 from mtptrain.serving.client import Answer, ServerClient
 from mtptrain.serving.counters import SGLANG
@@ -171,5 +170,5 @@ def run(session: Session) -> None:
         verdict=agreement.verdict,
     )
     write_json(folder.path / SERVER_FILE, to_json(result))
-    print_measurement(result, Console())
+    print_measurement(result, open_console())
     folder.print_status(f"wrote {folder.path / SERVER_FILE}")

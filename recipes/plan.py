@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from mtptrain.config import (
     DataSource,
     EngineName,
@@ -32,6 +30,7 @@ from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.provenance import Provenance
+from mtptrain.run.tables import open_console
 
 FOLDER = FolderUse.result
 PROCESSES = "none"  # shapes and data sheets only: torch is not loaded
@@ -171,5 +170,5 @@ def run(session: Session) -> None:
     run_folder.write()
     file = run_folder.path / "plan.json"
     write_plan(file, plan)
-    print_plan(plan, Console())
+    print_plan(plan, open_console())
     run_folder.print_status(f"wrote {file}")

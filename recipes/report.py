@@ -27,6 +27,7 @@ from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.record import read_record
 from mtptrain.run.storage import disk_full_reason
+from mtptrain.run.tables import open_console
 from mtptrain.run.tracking import METRICS_FILE
 
 FOLDER = FolderUse.own
@@ -172,5 +173,5 @@ def run(session: Session) -> None:
         page.write(target)
     except OSError as error:
         raise cannot_write(session, target, error) from None
-    page.show(Console())
+    page.show(open_console())
     session.folder.print_status(f"wrote {target}")

@@ -85,11 +85,10 @@ class Sweep:
         """Write sweep.json and its page, and print the table; do nothing without jobs and on ranks other than 0."""
         if self.folder is None or not self.jobs or os.environ.get("RANK", "0") != "0":
             return
-        from rich.console import Console
-
         from mtptrain.evaluation.report.sweep_page import SWEEP_PAGE, print_sweep, write_sweep_page
         from mtptrain.evaluation.sweep import SWEEP_FILE, SWEEP_SCHEMA, SweepResult, write_sweep
         from mtptrain.run.provenance import git_commit
+        from mtptrain.run.tables import open_console
 
         result = SweepResult(
             schema=SWEEP_SCHEMA,
@@ -103,7 +102,7 @@ class Sweep:
             write_sweep_page(result, self.folder, self.folder / SWEEP_PAGE)
         except OSError as error:  # the jobs' own results are written
             _print_status(f"{self.folder / SWEEP_FILE} cannot be written ({error.strerror})")
-        print_sweep(result, self.folder, Console())
+        print_sweep(result, self.folder, open_console())
         _print_status(f"wrote {self.folder / SWEEP_FILE} and {self.folder / SWEEP_PAGE}")
 
 

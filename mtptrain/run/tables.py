@@ -10,6 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 
+def open_console() -> Console:
+    """Return the console of results: standard output, as text in a notebook too, where a caller may redirect it."""
+    return Console(force_jupyter=False)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print a table, or a block for each row if a word or figure of it would be cut."""
     if _is_whole(table, console.width):
@@ -23,7 +28,7 @@ def print_table(console: Console, table: Table) -> None:
 
 def _is_whole(table: Table, width: int) -> bool:
     """Return whether every word of a table is whole at a width."""
-    trial = Console(file=io.StringIO(), width=width, force_terminal=False)
+    trial = Console(file=io.StringIO(), width=width, force_terminal=False, force_jupyter=False)
     with trial.capture() as printed:
         trial.print(table)
     cells = [cell for column in table.columns for cell in (column.header, *column.cells)]
