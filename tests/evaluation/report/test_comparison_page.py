@@ -18,7 +18,12 @@ from tests.evaluation.report.test_page import Page, figures
 
 @pytest.fixture
 def comparison() -> Comparison:
-    return from_json(Comparison, recorded_json("comparison"))
+    """A recorded comparison, with a gain at the longest K that leaves no doubt."""
+    recorded = from_json(Comparison, recorded_json("comparison"))
+    (one,), longest = recorded.comparisons, recorded.draft_length
+    gain = {**one.gain, longest: Gain(0.3, (0.2, 0.4), 0.05)}
+    one = replace(one, gain=gain, worse_on=[], verdict="B (distill) accepts more tokens a pass than A (stock)")
+    return replace(recorded, comparisons=[one])
 
 
 def page_of(comparison: Comparison, folder: Path) -> str:

@@ -49,7 +49,10 @@ def test_one_table_and_one_page_show_every_job(sweep: SweepResult, tmp_path: Pat
     write_sweep_page(sweep, tmp_path, tmp_path / "sweep.html")
     text = (tmp_path / "sweep.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert "2 of 3 jobs done; loss.divergence=tv has the most tokens a verify pass, 1.92 (1.50 to 1.86) at K=3" in text
+    best = json.loads((tmp_path / "loss.divergence-tv" / "evaluation.json").read_text())["heads"][1]["replay"]["3"]
+    low, high = best["interval"]
+    lead = "2 of 3 jobs done; loss.divergence=tv has the most tokens a verify pass"
+    assert f"{lead}, {best['acceptance_length']:.2f} ({low:.2f} to {high:.2f}) at K=3" in text
     assert "FAILED" in text
     assert "loss.divergence=ce: loss.divergence=ce: is &lt;no&gt; distillation" in text
     assert text.count("<svg ") == 6
