@@ -266,9 +266,8 @@ class Session:
         from mtptrain.backbone.load import load_backbone
         from mtptrain.run.distributed import LOAD, choose_device, choose_dtype, joining_others
 
-        device = choose_device(self.config.device)
+        device, source = choose_device(self.config.device), self.source
         dtype = choose_dtype(self.config.precision, device)
-        source = self.source
         with joining_others(LOAD):
             return load_backbone(self.config.backbone, device, dtype, has_layers, source)
 

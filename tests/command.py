@@ -73,9 +73,10 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     has_traces = any(one.startswith("evaluation.traces=") for one in arguments)
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
     source = "text" if is_mixed else source
+    has_path = source != "on_policy" or any(one.startswith("data.path=") for one in arguments)
     every = [one.partition("=")[2] for one in arguments if one.startswith("evaluation.every=")]
     evaluation = EvaluationConfig(traces="traces" if has_traces else None, every=int(every[-1]) if every else 0)
-    at_end = "evaluate_at_end=false" not in arguments
+    at_end = [one for one in arguments if one.startswith("evaluate_at_end=")][-1:] != ["evaluate_at_end=false"]
     placement = Placement.zero3 if "backbone.placement=zero3" in arguments else Placement.replicate
     is_random, is_servable = "release.random=true" in arguments, "release.size=servable" in arguments
     size = ReleaseSize.servable if is_random and is_servable else ReleaseSize.tiny
@@ -84,7 +85,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     export = ExportConfig(check=ExportCheck.tensors if is_compared else ExportCheck.replay)
     data = DataConfig(
         source=DataSource.text if source == "chat" else DataSource(source),
-        path=None if is_mixed else "text",
+        path=None if is_mixed or not has_path else "text",
         mixture=[MixtureConfig(path="text")] if is_mixed else [],
     )
     task = recipe if find_spec(f"mtptrain.recipes.{recipe}") else "distill"  # other recipes of the tests train a head

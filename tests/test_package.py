@@ -149,7 +149,7 @@ def test_the_installed_package_is_what_python_imports(environment: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [(["--version"], VERSION), (["--help"], "+recipe=NAME"), (["--cfg", "job", "+recipe=distill"], "divergence: kl")],
+    [(["--version"], VERSION), (["--help"], "+recipe=RECIPE"), (["--cfg", "job", "+recipe=distill"], "divergence: kl")],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_the_installed_command_answers(arguments: list[str], line: str, environment: Path, tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def of_probe(config: RunConfig) -> Settings:
     """Return the settings of the measurements during a training, by which it chooses its best checkpoint."""
     if config.evaluation.every == 0:
         return settings("evaluation.every")
-    used = of_traces(config) | settings("evaluation.every", "evaluation.best_by")
+    used = of_traces(config) | of_heldout_text(config) | {"data.sequence_length", "evaluation.heldout_sequences"}
+    used |= settings("evaluation.every", "evaluation.best_by")
     return used | {*SAMPLING} if config.evaluation.best_by == "expected" else used  # at temperature 1
 
 

@@ -175,7 +175,7 @@ def test_stacked_modules_and_a_release_without_a_head(
     assert re.search(r"^mtptrain: output_dir=.*eagle3-X: the path contains `eagle3`, .*; choose another name, or", line)
     assert not (tmp_path / "eagle3-X").exists()
     assert run_main("+recipe=export", *stacked, "target=vllm", "export.form=draft", f"output_dir={tmp_path}/Z") == 2
-    assert "export.form=draft: the head has 2 modules, and vLLM takes their number" in capfd.readouterr().err
+    assert "export.form=draft: the head has 2 module(s), and vLLM takes their number" in capfd.readouterr().err
     longer = ["export.force=true", "decoding.draft_length=3"]
     record = export(stacked, tmp_path / "eagle3-X", "target=vllm", *longer)
     assert record["depth"] == 2

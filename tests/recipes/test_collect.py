@@ -303,7 +303,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     [
         (["+recipe=distill", "--plan"], "collect.plan_only=True: belongs to +recipe=collect"),
         (["+recipe=collect", "data=streams", "data.path=x"], "data=streams: is the hidden states of a text"),
-        (["+recipe=collect", "data.streaming=true"], "data.streaming=True: collect counts the tokens"),
+        (["+recipe=collect", "data.streaming=true"], "data.streaming=True: is for the training of heads"),
         (["+recipe=distill", "data=streams"], "data.path=None: data=streams needs the folder"),
         (["+recipe=distill", "data=streams", "data.path=x", "mtp.init=backbone"], "mtp.init=backbone: copies a layer"),
     ],

@@ -63,8 +63,7 @@ def test_a_second_run_is_refused_as_soon_as_the_first_has_started(tmp_path: Path
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own() -> None:
-    assert len({default_output_dir("distill", None) for _ in range(100)}) == 100
-    assert "_job3_" in default_output_dir("distill", 3).name
+    assert len({default_output_dir("distill") for _ in range(100)}) == 100
 
 
 def test_a_recipe_that_writes_no_file_needs_no_folder(corpus_file: Path) -> None:
