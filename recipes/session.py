@@ -258,10 +258,9 @@ class Session:
 
     @cached_property
     def training_backbone(self) -> Backbone:
-        """The backbone that training needs: without decoder layers if it reads cached hidden states."""
-        if self.config.data.source is DataSource.streams:
-            return self._load(has_layers=False)
-        return self.backbone
+        """The backbone that training needs: without decoder layers if it reads cached streams and none is loaded."""
+        is_partial = self.config.data.source is DataSource.streams and "backbone" not in self.__dict__
+        return self._load(has_layers=False) if is_partial else self.backbone
 
     def _load(self, has_layers: bool) -> Backbone:
         from mtptrain.backbone.load import load_backbone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mtptrain.evaluation import result
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation
 from mtptrain.recipes.session import Session
-from mtptrain.run.tracking import METRICS_FILE
+from mtptrain.run.tracking import METRICS_FILE, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,8 @@ class TrainedRun:
     Attributes:
         folder: of the run; `load_head` and the command line take it as a checkpoint.
         head: as trained by the last step.
-        metrics: the rows of metrics.jsonl, each with its `step`; None stands for NaN and infinity.
+        metrics: the rows of metrics.jsonl, each with its `step`; None stands for NaN and infinity. Empty with
+            `tracking.metrics_file=false`.
         evaluation: of the head beside the stock head; None if the run did not measure it.
     """
 
@@ -110,9 +110,8 @@ def train(
     """
     given = {"evaluate_at_end": False} | dict(settings or {})
     folder = run_recipe(recipe, backbone, output_dir=output_dir, settings=given)
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     evaluation = read_evaluation(folder) if (folder / EVALUATION_FILE).exists() else None
-    return TrainedRun(folder, load_head(backbone, folder), [json.loads(line) for line in lines], evaluation)
+    return TrainedRun(folder, load_head(backbone, folder), list(read_rows(folder / METRICS_FILE)), evaluation)
 
 
 def evaluate(

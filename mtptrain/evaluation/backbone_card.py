@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mtptrain.backbone.load import Backbone
 from mtptrain.evaluation.head_result import TeacherForced
 from mtptrain.run.folder import RunFolder
+from mtptrain.run.tracking import METRICS_FILE, read_rows
 
 HEAD_FILE = "mtp.safetensors"
 
@@ -33,7 +33,7 @@ def backbone_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, 
     agreement = " / ".join(f"{value:.3f}" for value in figures.top1)
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
-    tokens = [f"{_tokens_trained(folder):,}" for folder in (run_folder.path, run_folder.path / "stock_head")]
+    tokens = [_tokens_trained(folder) for folder in (run_folder.path, run_folder.path / "stock_head")]
     return f"""# DeepSeek-V4 `{config.backbone.name}`
 
 A `DeepseekV4ForCausalLM` of {parameters:.2f} M parameters with all three attention kinds, hash-routed and top-k experts
@@ -55,7 +55,7 @@ cross-entropy on data tokens. For experiments with MTP heads; it writes no usefu
 """
 
 
-def _tokens_trained(run_folder: Path) -> int:
-    """Return the number of training tokens from a run's metrics."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(int(json.loads(line).get("tokens", 0)) for line in lines)
+def _tokens_trained(run_folder: Path) -> str:
+    """Return the number of training tokens in a run's metrics, which `tracking.metrics_file=false` switches off."""
+    counts = [int(row.get("tokens", 0)) for row in read_rows(run_folder / METRICS_FILE)]
+    return f"{max(counts):,}" if counts else "not recorded"

@@ -146,6 +146,19 @@ class PromptsResult:
     prompt_tokens: int
     new_tokens: int
 
+    @property
+    def count_text(self) -> str:
+        """The number of prompts and, if they are not independent, of the groups that intervals resample."""
+        is_single = self.conversations == self.count
+        return f"{self.count} prompts" if is_single else f"{self.conversations} groups of {self.count} prompts"
+
+    @property
+    def interval_text(self) -> str:
+        """The source of intervals: the prompts, or groups if prompts are not independent of each other."""
+        if self.conversations == 1:
+            return "from one independent group of prompts, whose interval is all that is possible"
+        return f"95 % bootstrap interval over {self.count_text}"
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyResult:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mtptrain.evaluation.result import Evaluation
 
 MISSING = "-"
-RULE = "<p>tokens a verify pass, 95 % bootstrap interval over {} groups of {} prompts; certificate {}</p>"
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -34,8 +33,8 @@ def html_table(evaluation: Evaluation) -> str:
         cells += [_gain(evaluation.gain[k])] if evaluation.gain else []
         rows.append("".join(f"<td>{cell}</td>" for cell in [str(k), *cells]))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    prompts = evaluation.prompts
-    rule = RULE.format(prompts.conversations, prompts.count, _verdict(evaluation))
+    interval = evaluation.prompts.interval_text
+    rule = f"<p>tokens a verify pass, {interval}; certificate {_verdict(evaluation)}</p>"
     return f"<table><tr>{head}</tr>{body}</table>{rule}"
 
 

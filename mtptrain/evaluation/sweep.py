@@ -63,7 +63,7 @@ class SweepResult:
 
     Attributes:
         schema: `SWEEP_SCHEMA`.
-        command: as typed.
+        command: with which it was started, in the form +recipe=NAME.
         started: local time with its offset.
         git_commit: of the checkout, see `provenance.git_commit`.
         jobs: in the order in which they ran.

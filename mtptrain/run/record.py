@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from mtptrain.run.folder_lock import is_held
-from mtptrain.run.tracking import METRICS_FILE
+from mtptrain.run.tracking import METRICS_FILE, read_rows
 
 STOCK_HEAD = "stock_head"  # the folder of the second training of +recipe=backbone, and its section of settings
 
@@ -80,12 +79,9 @@ def read_record(folder: Path) -> RunRecord | None:
     Raises:
         OSError: metrics.jsonl exists and cannot be read.
     """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return None
     curves: dict[str, MetricCurve] = {}
     last = -1
-    for step, metrics in _rows(path):
+    for step, metrics in _rows(folder / METRICS_FILE):
         if step < last:
             for curve in curves.values():
                 curve.cut(step)
@@ -98,10 +94,8 @@ def read_record(folder: Path) -> RunRecord | None:
     if last < 0:
         return None
     stored = stored_settings(folder)
-    task, steps = (
-        stored.get("task"),
-        _section(stored, STOCK_HEAD if folder.name == STOCK_HEAD else "train").get("steps"),
-    )
+    task = stored.get("task")
+    steps = _section(stored, STOCK_HEAD if folder.name == STOCK_HEAD else "train").get("steps")
     return RunRecord(
         folder=folder,
         task=task if isinstance(task, str) else None,
@@ -113,13 +107,9 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and metrics of every whole row; a live run may be writing the last one."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(step := row.pop("step", None), int):
+    """Yield step and metrics of every row with a step."""
+    for row in read_rows(path):
+        if isinstance(step := row.pop("step", None), int):
             known = {name: value for name, value in row.items() if isinstance(value, int | float) or value is None}
             yield step, {name: math.nan if value is None else float(value) for name, value in known.items()}
 

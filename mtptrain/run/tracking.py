@@ -149,20 +149,29 @@ def _open(path: Path, start_step: int) -> TextIO | None:
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop the rows that an interrupted run wrote after its last checkpoint, at `step`."""
-    kept = [json.dumps(row) for row in _rows(path) if row.get("step", 0) <= step]
+    kept = [json.dumps(row) for row in read_rows(path) if row.get("step", 0) <= step]
     write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _last_step(path: Path) -> int | None:
     """Return the step of the last row; None if there is no row that can be read."""
     try:
-        return max((row.get("step", 0) for row in _rows(path)), default=None)
+        return max((row.get("step", 0) for row in read_rows(path)), default=None)
     except OSError:
         return None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a log without a line that a kill cut short."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a log without lines that are none, such as the last one of a run that writes it or was killed.
+
+    A run with `tracking.metrics_file=false` has no log, and no rows.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            if isinstance(row := json.loads(line), dict):
+                yield row

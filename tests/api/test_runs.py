@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mtptrain
+from mtptrain.api import runs
 from mtptrain.run.storage import sha256_file
 from mtptrain.traces.file import Trace, read_trace_set
 from tests.api.conftest import small_settings
@@ -62,6 +63,14 @@ def test_train_gives_the_head_of_the_recipe(run: mtptrain.TrainedRun, by_command
     steps, losses = run.curve("loss/step_1")
     assert steps == [1, 2]
     assert all(loss > 0 for loss in losses)
+
+
+def test_a_training_without_a_log_has_no_rows(
+    backbone: mtptrain.LoadedBackbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runs, "run_recipe", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(runs, "load_head", lambda *_: None)
+    assert mtptrain.train(backbone, settings={"tracking.metrics_file": False}).metrics == []
 
 
 def test_evaluate_gives_the_figures_of_the_recipe(

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 from mtptrain.run.record import read_record
+from mtptrain.run.tracking import read_rows
 
 
 def write(folder: Path, *lines: object) -> Path:
@@ -35,6 +36,7 @@ def test_lines_that_are_no_rows_are_left_out_and_null_is_a_gap(tmp_path: Path) -
     assert record.curves["loss"].last == 1.0
     assert read_record(write(tmp_path, "{")) is None
     assert read_record(tmp_path / "missing") is None
+    assert list(read_rows(tmp_path / "missing" / "metrics.jsonl")) == []
 
 
 def test_a_record_knows_how_far_its_training_is(tmp_path: Path) -> None:

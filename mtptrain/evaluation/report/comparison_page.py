@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from statistics import stdev
 
@@ -25,7 +24,7 @@ from mtptrain.evaluation.report.comparison_tables import (
 )
 from mtptrain.evaluation.report.headline import Headline, policy_text, seen_text
 from mtptrain.evaluation.report.tables import print_grid
-from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
 from mtptrain.run.tables import print_table
 
 COMPARISON_PAGE = "comparison.html"
@@ -70,14 +69,14 @@ def write_comparison_page(comparison: Comparison, path: Path) -> None:
     """
     kind, headline = comparison_headline(comparison)
     verdicts = [
-        (verdict_kind(one, comparison.draft_length).value, _sentence(one.verdict)) for one in comparison.comparisons
+        (verdict_kind(one, comparison.draft_length).value, sentence(one.verdict)) for one in comparison.comparisons
     ]
     content = {
         "title": f"mtptrain comparison on {comparison.backbone.name}",
         "kind": kind.value,
-        "headline": _sentence(headline),
+        "headline": sentence(headline),
         "verdicts": verdicts if len(verdicts) > 1 else [],
-        "notes": [_sentence(note) for note in comparison_notes(comparison)],
+        "notes": [sentence(note) for note in comparison_notes(comparison)],
         "heads": {head.letter: describe_head(head) for head in comparison.heads},
         "gains": gain_table(comparison),
         "domains": domain_gain_table(comparison),
@@ -90,19 +89,10 @@ def write_comparison_page(comparison: Comparison, path: Path) -> None:
     write_page("comparison.html", content, path)
 
 
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
 def _provenance(comparison: Comparison) -> dict[str, str]:
-    origin, prompts, backbone = comparison.provenance, comparison.prompts, comparison.backbone
+    prompts, backbone = comparison.prompts, comparison.backbone
     return {
-        "Command": shlex.join(origin.command),
-        "Started": origin.started,
-        "Commit": origin.git_commit or "not a git checkout",
-        "Seed": str(origin.seed),
-        "Processor": f"{origin.hardware.processor}, {origin.hardware.cores} cores",
-        "GPUs": ", ".join(origin.hardware.gpus) or "none",
+        **origin_facts(comparison.provenance),
         "Backbone": f"{backbone.name}, held-out loss {backbone.heldout_nats_per_token:.3f} nats/token, "
         f"{backbone.heldout_bits_per_byte:.3f} bits/byte, fingerprint {backbone.fingerprint}",
         "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "

@@ -13,7 +13,6 @@ from mtptrain.evaluation.report.tables import (
     Grid,
     gain_cell,
     length_cell,
-    prompts_text,
     share_cell,
 )
 
@@ -29,7 +28,7 @@ def gain_table(comparison: Comparison) -> Grid:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in comparison.heads)]
         rows.append([*row, *map(gain_cell, gains), *map(_detectable, gains)])
     note = (
-        f"tok/pass: tokens a verify pass emits, by replay, with 95 % intervals over {_sources(comparison)}. Gain: the "
+        f"tok/pass: tokens a verify pass emits, by replay, {_sources(comparison)}. Gain: the "
         "paired difference on the same texts. Would show: the smallest true difference that these prompts would have "
         "shown with 80 % power."
     )
@@ -37,8 +36,12 @@ def gain_table(comparison: Comparison) -> Grid:
 
 
 def _sources(comparison: Comparison) -> str:
+    """Return the sources of variation that the intervals hold; one group of prompts has none that is known."""
+    prompts = comparison.prompts
+    if prompts.conversations == 1:
+        return prompts.interval_text
     runs = "runs and " if any(len(head.runs) > 1 for head in comparison.heads) else ""
-    return runs + prompts_text(comparison.prompts)
+    return f"with 95 % intervals over {runs}{prompts.count_text}"
 
 
 def _detectable(gain: Gain | None) -> Cell:

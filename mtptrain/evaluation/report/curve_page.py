@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,8 +14,8 @@ from mtptrain.evaluation.curve import Curve, CurvePoint
 from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.report.headline import policy_text, seen_text, span
 from mtptrain.evaluation.report.plots import acceptance_by_step
-from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, interval_text, length_cell, print_grid
-from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid
+from mtptrain.evaluation.report.template import origin_facts, write_page
 
 CURVE_PAGE = "curve.html"
 
@@ -68,7 +67,7 @@ def curve_table(curve: Curve) -> Grid:
         row = [Cell(name), *(length_cell(point.replay[length]) for length in curve.draft_lengths)]
         rows.append([*row, gain_cell(point.gain[longest] if point.gain else None)] if has_gain else row)
     note = (
-        f"tok/pass: tokens a verify pass by replay, {interval_text(curve.prompts)}; the "
+        f"tok/pass: tokens a verify pass by replay, {curve.prompts.interval_text}; the "
         "same texts for all checkpoints, so neighbouring points share most of their error. Best: by the run's own "
         "measurements during training."
     )
@@ -90,12 +89,9 @@ def write_curve_page(curve: Curve, path: Path) -> None:
 
 
 def _provenance(curve: Curve) -> dict[str, str]:
-    origin, prompts = curve.provenance, curve.prompts
+    prompts = curve.prompts
     return {
-        "Command": shlex.join(origin.command),
-        "Started": origin.started,
-        "Commit": origin.git_commit or "not a git checkout",
-        "Seed": str(origin.seed),
+        **origin_facts(curve.provenance),
         "Backbone": f"{curve.backbone.name}, fingerprint {curve.backbone.fingerprint}",
         "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
         f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each",

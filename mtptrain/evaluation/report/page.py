@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mtptrain.evaluation.report.headline import (
     speed_text,
 )
 from mtptrain.evaluation.report.tables import domain_table, drafts_table, length_table, position_table, speed_table
-from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_page import training_content
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.record import RunRecord
@@ -48,9 +47,9 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
     return {
         "evaluation": evaluation,
         "headline": headline(evaluation).value,
-        "headline_text": _sentence(headline_text(evaluation)),
-        "speed_text": _sentence(speed_text(evaluation)),
-        "seen_texts": [_sentence(text) for text in [*seen_texts(evaluation), *chosen_texts(evaluation)]],
+        "headline_text": sentence(headline_text(evaluation)),
+        "speed_text": sentence(speed_text(evaluation)),
+        "seen_texts": [sentence(text) for text in [*seen_texts(evaluation), *chosen_texts(evaluation)]],
         "certificate_text": certificate_text(certificate),
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
@@ -69,10 +68,6 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
         "loss_figures": list(_drawn(_loss_figures(evaluation))),
         "provenance": _provenance(evaluation),
     }
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
 
 
 def _drawn(figures: dict[str, str | None]) -> Iterator[tuple[str, Markup]]:
@@ -104,13 +99,7 @@ def _loss_figures(evaluation: Evaluation) -> dict[str, str | None]:
 
 def _provenance(evaluation: Evaluation) -> dict[str, str]:
     """Return the origin of the figures, name by name, as plain text."""
-    origin, backbone, prompts, policy = (
-        evaluation.provenance,
-        evaluation.backbone,
-        evaluation.prompts,
-        evaluation.policy,
-    )
-    hardware = origin.hardware
+    backbone, prompts, policy = evaluation.backbone, evaluation.prompts, evaluation.policy
     heads = {
         f"{head.name} head": f"{head.checkpoint} ({head.mode}, depth {head.depth}, {head.parameters:,} parameters)"
         for head in evaluation.heads
@@ -118,13 +107,7 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
     seen = [seen_text(head.name, head.seen_prompts) for head in evaluation.heads if head.seen_prompts is not None]
     top_k = "" if policy.top_k is None else f"top_k {policy.top_k}, "
     return {
-        "Command": shlex.join(origin.command),
-        "Started": origin.started,
-        "Commit": origin.git_commit or "not a git checkout",
-        "Seed": str(origin.seed),
-        "Processor": f"{hardware.processor}, {hardware.cores} cores, {hardware.torch_threads} torch threads",
-        "GPUs": ", ".join(hardware.gpus) or "none",
-        "Versions": ", ".join(f"{name} {version}" for name, version in origin.versions.items()),
+        **origin_facts(evaluation.provenance),
         "Backbone": f"{backbone_text(evaluation).removeprefix('backbone ')}; {backbone.parameters:,} parameters, "
         f"fingerprint {backbone.fingerprint}",
         **heads,

@@ -25,7 +25,7 @@ from mtptrain.evaluation.report.tables import (
     share_cell,
     speed_cell,
 )
-from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.template import sentence, write_page
 from mtptrain.evaluation.report.training_plots import LENGTH, draw_named
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.evaluation.sweep import JobFigures, JobOutcome, SweepJob, SweepResult, read_figures
@@ -79,12 +79,19 @@ def sweep_notes(figures: Figures, folder: Path) -> list[str]:
     """Return the reason of every failure and, if heads compare, how to compare them in pairs."""
     notes = [f"{job.label}: {job.reason}" for job, _ in figures if job.reason is not None]
     paths = [
-        str(path) for job, one in figures if one.record and ((path := folder / job.folder) / "checkpoints").is_dir()
+        str(path)
+        for job, one in figures
+        if is_head(one.record) and ((path := folder / job.folder) / "checkpoints").is_dir()
     ]
     if len(paths) > 1:
         command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", f"checkpoints=[{','.join(paths)}]"])
         notes.append(f"the highest of several is too high by chance; paired gains: {command}")
     return notes
+
+
+def is_head(record: RunRecord | None) -> bool:
+    """Return whether a job has trained a head, and no backbone."""
+    return record is not None and record.task != "backbone"
 
 
 def sweep_table(figures: Figures) -> Grid:
@@ -103,12 +110,8 @@ def sweep_table(figures: Figures) -> Grid:
         settings = [Cell(job.settings.get(name, MISSING_VALUE)) for name in names] or [Cell(job.folder)]
         cells = [COLUMNS[column](one) or Cell(MISSING_VALUE) for column in columns]
         rows.append([*settings, *cells, Cell(STATES.get(job.outcome, job.outcome.value))])
-    note = (
-        "tok/pass: tokens a verify pass at the longest K, by replay, with its 95 % interval; gain: over stock; "
-        "speed-up: the highest of all K at the smallest batch, ? if the job's report doubts it; loss: of the first "
-        "draft step, in the last row."
-    )
-    return Grid("Jobs", headers, rows, note)
+    note = "; ".join(f"{column}: {NOTES[column]}" for column in columns if column in NOTES)
+    return Grid("Jobs", headers, rows, f"{note}." if note else "")
 
 
 def _short_names(names: list[str]) -> list[str]:
@@ -157,6 +160,13 @@ COLUMNS = {
     "speed-up": _speed,
     "loss": lambda one: _last(one, "loss/step_1"),
     "verdict": _verdict,
+}
+
+NOTES = {
+    "tok/pass": "tokens a verify pass at the longest K, by replay, with its 95 % interval",
+    "gain": "over stock",
+    "speed-up": "the highest of all K at the smallest batch, ? if the job's report doubts it",
+    "loss": "of the first draft step, in the last row",
 }
 
 
@@ -236,10 +246,10 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
     failed = [f"{job.label}: {job.reason}" for job, _ in figures if job.reason is not None]
     content = {
         "title": f"mtptrain sweep of {len(sweep.jobs)} jobs in {folder}",
-        "headline": _sentence(sweep_headline(figures)),
+        "headline": sentence(sweep_headline(figures)),
         "kind": _kind(figures),
         "failed": failed,
-        "notes": [_sentence(note) for note in notes if note not in failed],
+        "notes": [sentence(note) for note in notes if note not in failed],
         "grid": sweep_table(figures),
         "figures": [(caption, Markup(text)) for caption, text in sweep_plots(figures).items()],
         "folders": {job.label: f"{job.folder} ({job.outcome.value}, {job.seconds:,.0f} s)" for job, _ in figures},
@@ -255,10 +265,6 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
 def _kind(figures: Figures) -> str:
     done = sum(job.outcome is JobOutcome.done for job, _ in figures)
     return "single" if done == len(figures) else "unclear" if done else "failed"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
 
 
 def print_sweep(sweep: SweepResult, folder: Path, console: Console) -> None:

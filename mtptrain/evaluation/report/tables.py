@@ -27,7 +27,7 @@ from mtptrain.evaluation.report.headline import (
     span,
     speed_text,
 )
-from mtptrain.evaluation.result import Evaluation, PromptsResult, Speedup, Spread
+from mtptrain.evaluation.result import Evaluation, Speedup, Spread
 from mtptrain.run.tables import print_table
 
 MISSING_VALUE, DOUBTFUL = "-", "? "
@@ -88,19 +88,6 @@ def share_cell(share: float | None) -> Cell:
     return Cell(MISSING_VALUE if share is None else f"{share:.3f}")
 
 
-def prompts_text(prompts: PromptsResult) -> str:
-    """Return the number of prompts and, if they are not independent, of the groups that intervals resample."""
-    groups = prompts.conversations
-    return f"{prompts.count} prompts" if groups == prompts.count else f"{groups} groups of {prompts.count} prompts"
-
-
-def interval_text(prompts: PromptsResult) -> str:
-    """Return what intervals are over: the prompts, or groups if prompts are not independent of each other."""
-    if prompts.conversations == 1:
-        return "from one independent group of prompts, whose interval is all that is possible"
-    return f"95 % bootstrap interval over {prompts_text(prompts)}"
-
-
 def length_table(evaluation: Evaluation) -> Grid:
     """Return the acceptance length of each head, and the gain, by K."""
     gains = evaluation.gain or {}
@@ -110,7 +97,7 @@ def length_table(evaluation: Evaluation) -> Grid:
     for length in evaluation.draft_lengths:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in evaluation.heads)]
         rows.append([*row, gain_cell(gains[length])] if gains else row)
-    note = f"tok/pass: tokens a verify pass, {interval_text(evaluation.prompts)}."
+    note = f"tok/pass: tokens a verify pass, {evaluation.prompts.interval_text}."
     return Grid("Acceptance length by draft length K", headers, rows, note)
 
 

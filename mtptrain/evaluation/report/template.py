@@ -1,7 +1,8 @@
-"""Rendering of the templates in this folder: self-contained HTML files in one style."""
+"""Rendering of the templates in this folder, self-contained HTML files in one style, and texts that pages share."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_text
 
 STYLE = "page.css"
@@ -26,6 +28,26 @@ def write_page(template: str, content: Mapping[str, object], path: Path) -> None
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     write_text(path, environment.get_template(template).render(content, style=Markup(_read(STYLE))))
+
+
+def sentence(text: str) -> str:
+    """Return a text with a capital letter and a full stop."""
+    return text[0].upper() + text[1:] + "."
+
+
+def origin_facts(origin: Provenance) -> dict[str, str]:
+    """Return the origin of a result, name by name."""
+    hardware = origin.hardware
+    threads = "" if hardware.torch_threads is None else f", {hardware.torch_threads} torch threads"
+    return {
+        "Command": shlex.join(origin.command),
+        "Started": origin.started,
+        "Commit": origin.git_commit or "not a git checkout",
+        "Seed": str(origin.seed),
+        "Processor": f"{hardware.processor}, {hardware.cores} cores{threads}",
+        "GPUs": ", ".join(hardware.gpus) or "none",
+        "Versions": ", ".join(f"{name} {version}" for name, version in origin.versions.items()),
+    }
 
 
 def _read(name: str) -> str:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 
 from markupsafe import Markup
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.report.tables import Cell, Grid, print_grid
-from mtptrain.evaluation.report.template import write_page
+from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_plots import EXPECTED, HELDOUT, LENGTH, training_figures
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.folder import PROVENANCE_FILE, read_provenance
@@ -43,9 +42,9 @@ def training_of(evaluation: Evaluation, folder: Path) -> RunRecord | None:
 
 
 def training_content(record: RunRecord) -> dict[str, object]:
-    """Return the values of the names in training_part.html."""
+    """Return the values of the names in parts.html that show a training."""
     return {
-        "training_text": _sentence(training_text(record)),
+        "training_text": sentence(training_text(record)),
         "training_figures": [(caption, Markup(text)) for caption, text in training_figures(record).items()],
     }
 
@@ -111,8 +110,8 @@ def write_training_page(record: RunRecord, path: Path) -> None:
     """Write the report of a training that has no evaluation, as an HTML file, atomically."""
     content = {
         "title": f"mtptrain: training in {record.folder}",
-        "headline": _sentence(training_text(record)),
-        "state": _sentence(state_text(record)),
+        "headline": sentence(training_text(record)),
+        "state": sentence(state_text(record)),
         "grid": training_table(record),
         "provenance": _provenance(record),
         **training_content(record),
@@ -123,21 +122,9 @@ def write_training_page(record: RunRecord, path: Path) -> None:
 def _provenance(record: RunRecord) -> dict[str, str]:
     """Return the origin of a run, name by name; nothing of one whose record cannot be read."""
     try:
-        origin = read_provenance(record.folder)
+        return origin_facts(read_provenance(record.folder))
     except (OSError, UserError):
         return {PROVENANCE_FILE: "cannot be read"}
-    return {
-        "Command": shlex.join(origin.command),
-        "Started": origin.started,
-        "Commit": origin.git_commit or "not a git checkout",
-        "Seed": str(origin.seed),
-        "Processor": f"{origin.hardware.processor}, {origin.hardware.cores} cores",
-        "GPUs": ", ".join(origin.hardware.gpus) or "none",
-    }
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
 
 
 def print_training(record: RunRecord, console: Console) -> None:

@@ -39,6 +39,12 @@ def with_third(comparison: Comparison, low: float, high: float) -> Comparison:
     return replace(comparison, heads=[*comparison.heads, replace(head, name="C (c)")], comparisons=[one, third])
 
 
+def test_the_interval_of_one_group_is_named_as_on_other_pages(comparison: Comparison) -> None:
+    assert f"with 95 % intervals over {comparison.prompts.count_text}." in gain_table(comparison).note
+    single = replace(comparison, prompts=replace(comparison.prompts, conversations=1))
+    assert "by replay, from one independent group of prompts" in gain_table(single).note
+
+
 def test_the_page_begins_with_the_verdict_and_holds_every_figure(comparison: Comparison, tmp_path: Path) -> None:
     text = page_of(comparison, tmp_path)
     page = Page(text)

@@ -83,6 +83,17 @@ def test_jobs_that_are_as_good_have_no_best_one(sweep: SweepResult, tmp_path: Pa
     assert "2 of 3 jobs done\n" in printed(sweep, tmp_path)
 
 
+def test_trained_backbones_are_not_to_be_compared_as_heads(sweep: SweepResult, tmp_path: Path) -> None:
+    assert "loss: of the first draft step" in printed(sweep, tmp_path)
+    for name in ("kl", "tv"):
+        folder = tmp_path / f"loss.divergence-{name}"
+        (folder / "evaluation.json").unlink()
+        (folder / "config.yaml").write_text("task: backbone")
+    text = printed(sweep, tmp_path)
+    assert "+recipe=compare" not in text
+    assert "tok/pass" not in text  # nor is a column explained that is not there
+
+
 def test_jobs_without_results_are_listed(sweep: SweepResult, tmp_path: Path) -> None:
     (tmp_path / "loss.divergence-kl" / "metrics.jsonl").write_text("{")
     (tmp_path / "loss.divergence-kl" / "evaluation.json").write_text("{")
