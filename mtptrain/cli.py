@@ -274,6 +274,9 @@ def main() -> None:
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
             stop(f"{reason}; a setting is written name=value, without dashes; see --help")
         raise
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
     finally:
         sys.stderr = sys.__stderr__
         sweep.finish()

@@ -131,7 +131,7 @@ class RunFolder:
     def describe_rest(self) -> str:
         """Return what an interruption left of the run, and how to go on."""
         if self.use is FolderUse.none:
-            return "the text on the screen is not whole; start it again"
+            return "nothing is written; start it again"
         on = f"continue with resume=auto output_dir={self.path}"
         steps = sorted((self.path / "checkpoints").glob("step_[0-9]*"))
         parts = [folder for folder in self.lock.folders if is_begun(folder)]

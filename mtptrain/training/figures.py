@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 
 def progress_figures(means: Mapping[str, float]) -> str:
-    """Return the loss of the first step and, if measured, the acceptance of every step, from their means by name."""
+    """Return the loss of the first step and, if measured, alpha of every step, from their means by name."""
     parts = [f"loss {_figure(means['loss/step_1'])}"] if "loss/step_1" in means else []
     alphas = [_figure(value) for name, value in means.items() if name.startswith("alpha/")]
     if alphas:
-        parts.append("acceptance " + "/".join(alphas))
+        parts.append("alpha " + "/".join(alphas))
     return "  ".join(parts)
 
 

@@ -75,7 +75,7 @@ def test_ctrl_c_ends_the_text_with_a_line_of_its_own(
     assert run_main(*TEXT, *light, "prompt=The river") == 130
     output, errors = capfd.readouterr()
     assert output.endswith("\n")
-    assert errors.splitlines()[-1] == ("mtptrain: interrupted: the text on the screen is not whole; start it again")
+    assert errors.splitlines()[-1] == ("mtptrain: interrupted: nothing is written; start it again")
 
 
 def test_a_closed_pipe_ends_the_texts_without_an_error(

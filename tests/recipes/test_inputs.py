@@ -177,4 +177,4 @@ def test_a_draft_step_without_targets_has_no_figure(
     text.write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefghijklmnopqrstuvwxyz"))
     arguments = [f"data.path={text}", "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
-    assert re.search(r"acceptance 0\.\d{3}/-/-", capfd.readouterr().err)
+    assert re.search(r"alpha 0\.\d{3}/-/-", capfd.readouterr().err)

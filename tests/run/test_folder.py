@@ -72,4 +72,4 @@ def test_a_recipe_that_writes_no_file_needs_no_folder(corpus_file: Path) -> None
     with closing(folder.lock):
         folder.claim()
     assert corpus_file.is_file()
-    assert "not whole" in folder.describe_rest()
+    assert "nothing is written" in folder.describe_rest()

@@ -113,7 +113,7 @@ def doubts_text(evaluation: Evaluation) -> str:
         for k, speed in by_length.items()
         for doubt in speed.doubts
     }
-    return " and ".join(_doubt_text(evaluation, doubt, *found[doubt]) for doubt in Doubt if doubt in found)
+    return ", and ".join(_doubt_text(evaluation, doubt, *found[doubt]) for doubt in Doubt if doubt in found)
 
 
 def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, head: str, speed: Speedup) -> str:
@@ -122,7 +122,7 @@ def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, h
         highest = max(speed.median, speed.after_prefill.median)
         return f"{highest:.2f}x of the {head} head {where} is more than the acceptance length, which cannot be"
     if doubt is Doubt.ratio_of_heads:
-        return f"the speeds of the heads {where} differ otherwise than their acceptance, which cannot be"
+        return f"the speeds of the heads {where} differ by a factor that their acceptance cannot give"
     machine = evaluation.machine[batch]
     share = "" if machine.processor_share is None else f"{100 * machine.processor_share:.0f} % of a processor"
     load = "" if machine.load is None else f"load {machine.load:.1f} on {machine.cores} cores"

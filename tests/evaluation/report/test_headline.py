@@ -103,7 +103,7 @@ def test_prompts_that_were_seen_in_training_are_told(seen: SeenPrompts, expected
     ("doubt", "words"),
     [
         (Doubt.above_acceptance_length, "is more than the acceptance length, which cannot be"),
-        (Doubt.ratio_of_heads, "differ otherwise than their acceptance, which cannot be"),
+        (Doubt.ratio_of_heads, "differ by a factor that their acceptance cannot give"),
         (Doubt.busy, "the machine was busy (71 % of a processor, load 3.2 on 2 cores)"),
     ],
 )
