@@ -73,7 +73,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     has_traces = any(one.startswith("evaluation.traces=") for one in arguments)
     has_prompts = not has_traces and any(one.startswith("prompts=") for one in arguments)
     source = "text" if is_mixed else source
-    has_path = source != "on_policy" or any(one.startswith("data.path=") for one in arguments)
+    has_path = source != "on_policy" or any(one.startswith(("data.path=", "on_policy.prompts=")) for one in arguments)
     every = [one.partition("=")[2] for one in arguments if one.startswith("evaluation.every=")]
     evaluation = EvaluationConfig(traces="traces" if has_traces else None, every=int(every[-1]) if every else 0)
     at_end = [one for one in arguments if one.startswith("evaluate_at_end=")][-1:] != ["evaluate_at_end=false"]

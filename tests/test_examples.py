@@ -129,7 +129,8 @@ def test_a_recipe_of_ones_own_runs_on_the_prompts(
 def test_a_setting_that_the_own_recipe_does_not_read_is_refused(
     own: list[str], backbone_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(*own, "+recipe=rejected_words", f"backbone.path={backbone_folder}", "train.steps=3") == 2
+    given = [f"prompts={EXAMPLES / 'prompts'}", f"backbone.path={backbone_folder}", "train.steps=3"]
+    assert run_main(*own, "+recipe=rejected_words", *given) == 2
     assert "train.steps=3: belongs to +recipe=" in capfd.readouterr().err
 
 

@@ -147,6 +147,8 @@ def _reason(name: str, config: RunConfig, reads: Settings, owners: list[str]) ->
         return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
     if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
         return "release.size=servable brings all sizes of its random backbone; leave one of them out"
+    if owners == ["generate"] and name in OTHER_SETTINGS:  # it reads a chat template in any case, for its one prompt
+        owners = []
     if owners:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"

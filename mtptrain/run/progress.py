@@ -89,7 +89,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, start: int = 0, unit: str = "tok") -> None:
         self.label, self.total, self.start, self.unit = label, total, start, unit
-        self.console = Console(file=sys.stderr, force_jupyter=False)
+        self.console = Console(file=sys.stderr)
         self.is_shown = rank() == 0 and not is_quiet()
         is_live = self.is_shown and self.console.is_terminal
         self.live = Live(console=self.console, refresh_per_second=4) if is_live else None

@@ -31,7 +31,7 @@ def by_command(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("command")
     trained, measured = f"output_dir={folder / 'train'}", f"output_dir={folder / 'evaluate'}"
     assert run_main("+recipe=distill", *light, trained, "evaluate_at_end=false") == 0
-    assert run_main("+recipe=evaluate", *light, measured, f"checkpoint={folder / 'train'}") == 0
+    assert run_main("+recipe=evaluate", *light, measured, f"checkpoint={folder / 'train'}", is_full=True) == 0
     return folder
 
 
@@ -159,7 +159,7 @@ def test_results_are_short_on_a_screen_and_tables_in_a_notebook(
         ({"decoding.top_p": 0.5}, "matters at a decoding.temperature above 0"),
         ({"decoding.max_new_tokens": 0}, "must be at least 2"),
         ({"decoding.served_as": "vllm"}, "decode does not read it"),
-        ({"backbone.path": "x"}, "the backbone is loaded already"),
+        ({"backbone.path": "x"}, "backbone.path=x: decode does not read it"),
     ],
 )
 def test_decode_refuses_a_setting_that_it_does_not_read(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+import mtptrain
 from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfig
 from mtptrain.errors import UserError
 from mtptrain.export.card import EXPORT, Measured
@@ -45,7 +46,13 @@ def test_untouched_shards_are_the_same_files(exported: Path, release_folder: Pat
 
 def test_the_config_describes_the_head_of_the_folder(exported: Path, release_folder: Path) -> None:
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (release_folder, exported))
-    facts = {"version": "0.1.0", "mode": "shared", "steps": 3, "scheme": "fp8_fp4", "checked": "vLLM 0.33.0"}
+    facts = {
+        "version": mtptrain.__version__,
+        "mode": "shared",
+        "steps": 3,
+        "scheme": "fp8_fp4",
+        "checked": "vLLM 0.33.0",
+    }
     assert after.pop("mtptrain") == facts
     assert after == before
 

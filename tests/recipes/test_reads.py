@@ -85,7 +85,7 @@ RARELY_READ_BY = {"export of tensors": {"backbone.placement"}}
 READ_WITHOUT_EFFECT = {
     *(*SAMPLING, "decoding.past_depth"),  # a policy is made whole, also at temperature 0
     "decoding.served_as",  # heads are loaded alike; an export computes as its target, the doctor as trained
-    *("engine", "mtp.experts"),  # whether a single process was told to share tensors
+    *("backbone.placement", "engine", "mtp.experts"),  # whether a single process was told to share tensors
     "backbone.weights",  # tells the room for a backbone, also for that of recipe=backbone, which is not quantised
     *("decoding.min_confidence", "loss.temperature", "loss.step_decay"),
     *("data.mixture", "data.streaming", "evaluation.every"),  # whether they are off

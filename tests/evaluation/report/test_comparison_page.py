@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtptrain.evaluation.compare import differing_settings, gain_sentence
+from mtptrain.evaluation.compare import differing_settings
 from mtptrain.evaluation.comparison_result import Comparison, SettingDifference
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.report.comparison_page import comparison_headline, print_result, write_comparison_page
@@ -18,13 +18,12 @@ from tests.evaluation.report.test_page import Page, figures
 
 @pytest.fixture
 def comparison() -> Comparison:
-    """A recorded comparison, with a clear gain: records are made anew, with whatever verdict they then have."""
+    """A recorded comparison, with a gain at the longest K that leaves no doubt."""
     recorded = from_json(Comparison, recorded_json("comparison"))
-    (one,) = recorded.comparisons
-    longest, clear = recorded.draft_length, Gain(0.4, (0.2, 0.6), 0.3)
-    verdict = gain_sentence((one.base, one.other), clear, longest)
-    changed = replace(one, gain={**one.gain, longest: clear}, verdict=verdict, worse_on=[])
-    return replace(recorded, comparisons=[changed])
+    (one,), longest = recorded.comparisons, recorded.draft_length
+    gain = {**one.gain, longest: Gain(0.3, (0.2, 0.4), 0.05)}
+    one = replace(one, gain=gain, worse_on=[], verdict="B (distill) accepts more tokens a pass than A (stock)")
+    return replace(recorded, comparisons=[one])
 
 
 def page_of(comparison: Comparison, folder: Path) -> str:
