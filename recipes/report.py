@@ -61,8 +61,8 @@ def check(config: RunConfig) -> None:
     """Refuse a report without an evaluation."""
     if config.path is None:
         raise UserError(
-            "path=null: report needs an evaluation.json or the folder of its run, of a comparison or of a sweep; set "
-            "path=RUN"
+            "path=null: report needs an evaluation.json or the folder of its run, of a training, a comparison or a "
+            "sweep; set path=RUN"
         )
 
 

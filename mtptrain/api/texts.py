@@ -139,8 +139,8 @@ def decode(
         >>> texts = mtptrain.decode(backbone, "def add(a, b):", mtptrain.load_head(backbone))
         >>> print(texts[0], texts.tokens_per_pass)
     """
-    _check_read(settings or {})
     given = own_settings(backbone, {"checkpoint": STOCK, **(settings or {})})
+    _check_read(settings or {})
     session = open_session(compose_run(arguments_of("evaluate", given)), backbone)
     tokens = [_encode(session, prompt, number) for number, prompt in enumerate(_several(prompts), start=1)]
     batch = _decode(session, tokens, head)

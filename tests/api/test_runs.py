@@ -12,7 +12,7 @@ from mtptrain.api import runs
 from mtptrain.run.storage import sha256_file
 from mtptrain.traces.file import Trace, read_trace_set
 from tests.api.conftest import small_settings
-from tests.command import run_main
+from tests.command import measuring_little, run_main
 
 EQUAL = ("backbone", "draft_length", "gain", "gain_by_domain", "heads", "policy", "prompts")  # the rest holds times
 SIZES = {"decoding.draft_length": 2, "decoding.max_new_tokens": 6}
@@ -48,7 +48,8 @@ def run(
 def evaluation(backbone: mtptrain.LoadedBackbone, light: list[str], run: mtptrain.TrainedRun) -> mtptrain.Evaluation:
     """The same evaluation from Python, of the head that was trained there."""
     folder = run.folder.parent / "evaluate"
-    return mtptrain.evaluate(backbone, run.head, output_dir=folder, settings=small_settings(light, "evaluate"))
+    with measuring_little():  # as the command did
+        return mtptrain.evaluate(backbone, run.head, output_dir=folder, settings=small_settings(light, "evaluate"))
 
 
 @pytest.fixture(scope="module")
