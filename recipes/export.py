@@ -36,6 +36,7 @@ from mtptrain.export.card import (
     model_card,
     serving_notes,
     shown_length,
+    unchanged_tensors,
     verdict,
 )
 from mtptrain.export.command import serve_command
@@ -268,7 +269,7 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
     (changed, total), best = export.changed, export.draft_length
     return [
         f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
-        f"unchanged: {export.untouched} tensors of the model, by SHA-256",
+        unchanged_tensors(export),
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
         *acceptance_lines(export, depth),
         *(f"warning: {line}" for line in export.warnings),

@@ -12,6 +12,7 @@ from mtptrain.data.passages import Passages
 from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import count_seen
+from mtptrain.export.servers import SERVERS
 from mtptrain.mtp.numerics import SERVED
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.recipes.session import Session
@@ -247,10 +248,12 @@ def replay_both(session: Session, stack: MtpStack, traces: list[Trace]) -> tuple
 def replay_stored(
     session: Session, stack: MtpStack, traces: list[Trace]
 ) -> tuple[CountsByLength, CountsByLength | None, CountsByLength | None]:
-    """Return the counts of `replay_both`, and those with the numerics of the export's target; None for `hf`."""
+    """Return the counts of `replay_both`, and those with numerics and drafts of the export's target; None for `hf`."""
     counts, other = replay_both(session, stack, traces)
     target = session.config.target
     if target is None or target is ExportTarget.hf:
         return counts, other, None
     stack.compute_as(SERVED[ServedAs(target.value)])
-    return counts, other, replay_head(session, stack, traces)
+    served, served_other = replay_both(session, stack, traces)
+    draws_other = SERVERS[target].draws_greedily and not session.policy.draws_greedily
+    return counts, other, served_other if draws_other else served

@@ -10,10 +10,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 import mtptrain
-from mtptrain.config import ExportForm, ExportTarget
-from mtptrain.decoding.policy import Policy
+from mtptrain.config import ExportForm, ExportTarget, ServedAs
+from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.evaluation.compare import gain_sentence
 from mtptrain.evaluation.head_result import ChosenOn, Gain, chosen_text
+from mtptrain.evaluation.heads import describe_policy
 from mtptrain.export.command import serve_command
 from mtptrain.export.draft_length import DraftLength, shown_lengths
 from mtptrain.export.origin import Origin
@@ -21,6 +22,7 @@ from mtptrain.export.servers import SERVERS, sampling_note
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.run.artifact import Kind
 from mtptrain.run.provenance import Provenance
+from mtptrain.run.typed_json import to_json
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, HeadIdentity
 from mtptrain.training.exported import EXPORTED
 from mtptrain.training.selection import Selection
@@ -93,7 +95,8 @@ class Measured:
             or without verify passes.
         other: the policy with greedy instead of sampled drafts, or the reverse, and acceptance length by K under it, as
             read back; None at temperature 0.
-        served: acceptance length by K with the target's numerics, as read back; None for `hf`.
+        served: acceptance length by K with the target's numerics, as read back; None for `hf`. The drafts are greedy if
+            the target has no other ones.
         chosen_on: prompts that chose the head as the best of its run; None if it was not chosen.
         samples: whether drafts are sampled at a temperature above 0.
     """
@@ -159,8 +162,12 @@ EXPORT: Kind[HeadIdentity, Export] = replace(EXPORTED, content=Export)
 
 
 def drawn(policy: Policy) -> str:
-    """Return how tokens are drawn and drafted, for people to read."""
-    return "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+    """Return how tokens are drawn and drafted, for people to read; settings of `decoding` only if they differ."""
+    kind = "temperature 0" if policy.is_greedy else f"temperature {policy.temperature:g}, {policy.draft.value} drafts"
+    stated, default = (to_json(describe_policy(one, ServedAs.exact)) for one in (policy, GREEDY))
+    differing = {name: value for name, value in stated.items() if value != default[name]}
+    named = (f"{name} {value}" for name, value in differing.items() if name not in ("temperature", "draft"))
+    return ", ".join([kind, *named])
 
 
 def verdict(measured: Measured, k: int) -> str:
@@ -168,8 +175,16 @@ def verdict(measured: Measured, k: int) -> str:
     k = min(k, measured.longest)
     if measured.gain is None:
         return "The model came without a head to compare with."
-    sentence = gain_sentence(("the model's own head", "this head"), measured.gain[k], k)
-    return sentence if measured.gain[k].is_clear else f"{NO_GAIN}: {sentence}"
+    gain = measured.gain[k]
+    sentence = gain_sentence(("the model's own head", "this head"), gain, k)
+    sentence += f" at K={k}" if gain.is_clear or gain.is_clear_loss else ""
+    return sentence if gain.is_clear else f"{NO_GAIN}: {sentence}"
+
+
+def unchanged_tensors(export: Export) -> str:
+    """Return how many tensors of the model the folder holds, unchanged; a draft folder may hold none."""
+    count = export.untouched
+    return f"{count} tensors of the model, unchanged byte for byte" if count else "no tensor of the model in the folder"
 
 
 def _facts(head: HeadIdentity, export: Export) -> str:
@@ -184,8 +199,7 @@ def _facts(head: HeadIdentity, export: Export) -> str:
         "training data": origin.data or "not recorded",
         "stored as": f"{export.scheme}, for {export.target.value}, {export.form.value} folder",
         "loader checked": f"{server.name} {server.checked}" if server else "transformers",
-        "model": f"{origin.base_model or 'no hub id known'}, fingerprint {head.backbone}; {export.untouched} tensors, "
-        "unchanged byte for byte",
+        "model": f"{origin.base_model or 'no hub id known'}, fingerprint {head.backbone}; {unchanged_tensors(export)}",
         "licence": f"{origin.license}, the model's" if origin.license else "not stated in the model's folder",
         "head": f"{export.changed[0]} of {export.changed[1]} stored weights differ from the model's own head",
         "draft length": f"{best.served}, {best.reason}; fastest in the run's evaluation: {best.measured or 'unknown'}, "
@@ -227,12 +241,15 @@ def served_numerics(target: ExportTarget, measured: Measured, shown: list[int]) 
     server = SERVERS.get(target)
     if server is None or measured.served is None:
         return ""
+    greedy = measured.other if server.draws_greedily and measured.samples else None
+    compared = greedy[1] if greedy else measured.after
     pairs = []
     for k in shown:
-        trained, served = measured.after[k], measured.served[k]
+        trained, served = compared[k], measured.served[k]
         change = "" if trained is None or served is None else f" ({served - trained:+.4f})"
         pairs.append(f"K={k} {shown_length(served)}{change}")
-    return f"As {server.name} computes ({server.numerics}): {', '.join(pairs)}."
+    numerics = f"{server.numerics}; greedy drafts" if greedy else server.numerics
+    return f"As {server.name} computes ({numerics}): {', '.join(pairs)}."
 
 
 def further_figures(target: ExportTarget, measured: Measured, shown: list[int]) -> list[str]:

@@ -43,6 +43,11 @@ class Server:
     first_position: str
     numerics: str
 
+    @property
+    def draws_greedily(self) -> bool:
+        """Whether it drafts greedily at any temperature."""
+        return not self.switch
+
 
 WITHOUT_SWITCH = "The head was measured with greedy drafts, so the command leaves the switch out."
 AS_TRAINED = "reads the embedding at position 0, as in training"
@@ -150,7 +155,7 @@ def check_path(target: ExportTarget, setting: str, path: str, is_forced: bool) -
 
 def sampling_note(server: Server, has_switch: bool) -> str:
     """Return what a server does at a temperature above 0, and that its command lacks the switch if it does."""
-    return server.sampling if has_switch or not server.switch else f"{server.sampling} {WITHOUT_SWITCH}"
+    return server.sampling if has_switch or server.draws_greedily else f"{server.sampling} {WITHOUT_SWITCH}"
 
 
 def warnings(target: ExportTarget, shards: Shards, depth: int) -> list[str]:

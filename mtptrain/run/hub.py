@@ -31,11 +31,17 @@ def download_model(address: Path, patterns: list[str], setting: str) -> Path:
     """
     parts = ADDRESS.fullmatch(str(address))
     if parts is None:
-        raise UserError(f"{setting}={address}: must be hf://ORGANISATION/NAME, with @REVISION for another than main")
+        given = "hf://" + str(address).removeprefix("hf:").lstrip("/")
+        raise UserError(f"{setting}={given}: must be hf://ORGANISATION/NAME, with @REVISION for another than main")
     name, revision = parts["name"], parts["revision"] or "main"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, the network's and the system's types
+        if is_offline_mode():
+            raise UserError(
+                f"{setting}=hf://{name}: revision {revision} is not in the hub's cache of this machine, and the hub is "
+                "switched off by HF_HUB_OFFLINE; unset it, or give the folder"
+            ) from None
         raise UserError(
             f"{setting}=hf://{name}: could not be downloaded at revision {revision} ({_summary(error)}); download it "
             "on a machine with a network and give the folder"

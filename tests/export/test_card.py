@@ -9,9 +9,11 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import DeepseekV4Config
 
-from mtptrain.config import ExportTarget
-from mtptrain.evaluation.head_result import ChosenOn
-from mtptrain.export.card import Measured, further_figures, other_drafts
+from mtptrain.config import DraftChoice, ExportTarget, PastDepth
+from mtptrain.decoding.penalties import Penalties
+from mtptrain.decoding.policy import Policy
+from mtptrain.evaluation.head_result import ChosenOn, Gain
+from mtptrain.export.card import Measured, drawn, further_figures, other_drafts, verdict
 from mtptrain.mtp.stack import head_digest
 from mtptrain.release.names import release_table
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint
@@ -57,6 +59,35 @@ def test_the_card_shows_what_serving_changes() -> None:
     chosen = replace(measured, served=None, chosen_on=ChosenOn(prompts=8, shared=5, by="replay/expected_length_2"))
     (line,) = further_figures(ExportTarget.hf, chosen, [1, 2])
     assert line.startswith("This head was chosen as the best of its run on 5 of these 8 prompts, so its figure is too")
+
+
+def test_the_card_states_every_setting_of_the_policy_that_changes_a_figure() -> None:
+    assert drawn(Policy()) == "temperature 0"
+    assert drawn(Policy(past_depth=PastDepth.wrap_around)) == "temperature 0, past_depth wrap_around"
+    assert drawn(Policy(temperature=1, top_p=0.9)) == "temperature 1, sampled drafts, top_p 0.9"
+    penalised = Policy(temperature=0.5, draft=DraftChoice.greedy, penalties=Penalties(repetition=1.1))
+    assert drawn(penalised) == "temperature 0.5, greedy drafts, repetition_penalty 1.1"
+
+
+def test_a_clear_loss_names_its_draft_length() -> None:
+    lost = Measured(8, "temperature 0", {1: 1.5}, {1: 1.4}, [0.4], {1: Gain(-0.1, (-0.2, -0.05), 0.1)})
+    assert verdict(lost, 4).startswith(
+        "NOT BETTER THAN THE MODEL'S OWN HEAD on these prompts: this head accepts 0.10 fewer"
+    )
+    assert verdict(lost, 4).endswith("(0.05 to 0.20) at K=1")
+
+
+def test_llama_cpp_s_numerics_are_compared_with_greedy_drafts() -> None:
+    """It drafts greedily at any temperature, so that is how `replay_stored` counts its drafts."""
+    lengths, served = {1: 1.5}, {1: 1.26}
+    sampled = Measured(8, "temperature 1, sampled drafts", lengths, lengths, [0.5], None, served=served)
+    both = replace(sampled, other=("temperature 1, greedy drafts", {1: 1.25}))
+    line = "As llama.cpp computes (one more key before the first; greedy drafts): K=1 1.260 (+0.0100)."
+    assert further_figures(ExportTarget.llama_cpp, both, [1])[-1] == line
+    greedy = replace(sampled, samples=False, other=("temperature 1, sampled drafts", {1: 1.7}), after={1: 1.25})
+    line = "As llama.cpp computes (one more key before the first): K=1 1.260 (+0.0100)."
+    assert further_figures(ExportTarget.llama_cpp, greedy, [1])[-1] == line
+    assert further_figures(ExportTarget.vllm, both, [1])[-1].endswith("in FP8): K=1 1.260 (-0.2400).")
 
 
 def test_the_card_has_metadata_that_the_hub_reads(exported: Path) -> None:

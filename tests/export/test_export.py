@@ -84,7 +84,9 @@ def test_a_draft_folder_holds_the_head_and_on_request_what_it_shares_with_the_mo
     written = Shards(tmp_path / "draft", "draft")
     names = {name for name in Shards(release_folder, "R") if name.startswith("mtp.")}
     assert set(written) == names | set(shared)
-    assert f'"model": "{tmp_path}/draft"' in (tmp_path / "draft" / "README.md").read_text()
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert f'"model": "{tmp_path}/draft"' in card
+    assert ("no tensor of the model in the folder" in card) == (not shared)
 
 
 @pytest.mark.parametrize("container", [torch.float32, torch.float8_e8m0fnu])
@@ -122,7 +124,11 @@ def test_a_new_module_replaces_the_blocks_of_a_release_with_dspark(light: list[s
 
 
 def test_llama_cpp_gets_a_full_folder_and_the_commands_of_its_converter(settings: list[str], tmp_path: Path) -> None:
-    export(settings, tmp_path / "X", "target=llama_cpp")
+    acceptance = export(settings, tmp_path / "X", "target=llama_cpp", "decoding.temperature=1")["acceptance"]
+    greedy = acceptance["other"][1]["1"]
+    assert (
+        abs(acceptance["served"]["1"] - greedy) < abs(acceptance["after"]["1"] - greedy) / 2
+    )  # it has no sampled drafts
     card = (tmp_path / "X" / "README.md").read_text()
     assert f"python convert_hf_to_gguf.py {tmp_path}/X --mtp --outfile head.gguf" in card
     assert "--spec-type draft-mtp" in card

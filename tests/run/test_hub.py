@@ -30,17 +30,25 @@ def test_without_a_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"^export\.push_to_hub=a/b: the hub is switched off by HF_HUB_OFFLINE; unset"):
         check_upload("a/b", PUSH)
-    line = r"^checkpoint=hf://a/b: could not be downloaded at revision main \(.*\); download it on a machine with a net"
+    line = r"^checkpoint=hf://a/b: revision main is not in the hub's cache .* off by HF_HUB_OFFLINE; unset it, or give"
     with pytest.raises(UserError, match=line):
         download_model(Path("hf://a/b"), ["*"], "checkpoint")
     with pytest.raises(UserError, match=r"could not be uploaded .*is whole: upload it with `hf upload a/b"):
         upload_folder(tmp_path, "a/b", PUSH)
 
 
+def test_a_model_that_the_hub_does_not_have_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (
+        r"^checkpoint=hf://a/none: could not be downloaded at revision v2 \(.*\); download it on a machine with a net"
+    )
+    with stand_in(monkeypatch, tmp_path), pytest.raises(UserError, match=line):
+        download_model(Path("hf://a/none@v2"), ["*"], "checkpoint")
+
+
 @pytest.mark.parametrize("address", ["hf://", "hf://head", "hf://a/b/c", "hf://a/b@"])
 def test_another_address_is_refused(address: str) -> None:
     assert is_address(Path(address))
-    with pytest.raises(UserError, match=r"must be hf://ORGANISATION/NAME"):
+    with pytest.raises(UserError, match=f"^checkpoint={address}: must be hf://ORGANISATION/NAME"):
         download_model(Path(address), ["*"], "checkpoint")
 
 

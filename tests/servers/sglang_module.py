@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import is_torchvision_available
 
 from tests.servers.absent import install
 
@@ -100,6 +101,7 @@ def main(source: str, *folders: str) -> None:
     """Load every folder."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.path.insert(0, source)
+    is_torchvision_available()  # remembered, so transformers does not take the stand-in for the package
     install(ABSENT)
     begin()
     for folder in folders:
