@@ -31,7 +31,7 @@ def by_command(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("command")
     trained, measured = f"output_dir={folder / 'train'}", f"output_dir={folder / 'evaluate'}"
     assert run_main("+recipe=distill", *light, trained, "evaluate_at_end=false") == 0
-    assert run_main("+recipe=evaluate", *light, measured, f"checkpoint={folder / 'train'}", is_full=True) == 0
+    assert run_main("+recipe=evaluate", *light, measured, f"checkpoint={folder / 'train'}") == 0
     return folder
 
 
