@@ -127,7 +127,8 @@ def decode(
     Args:
         backbone: writes or verifies the texts.
         prompts: a prompt or several. A prompt is a text, token ids, or a conversation that the chat template renders.
-        head: drafts; None decodes plainly.
+        head: drafts; None decodes plainly. The settings of drafts then have no effect, so that the same settings serve
+            both.
         settings: those of `decoding`, `seed` and the chat template, such as {"decoding.max_new_tokens": 64,
             "decoding.draft_length": 3, "decoding.temperature": 1.0}.
 
