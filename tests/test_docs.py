@@ -64,7 +64,7 @@ def test_a_page_loads_nothing_from_elsewhere(site: Path) -> None:
 
 def test_the_api_shows_docstrings(site: Path) -> None:
     text = (site / "api" / "planning.html").read_text(encoding="utf-8")
-    assert "Return the tokens per verify pass with K drafts" in text
+    assert "Return the tokens a pass with K drafts" in text
     assert "share of drafts kept at position k" in text
 
 
