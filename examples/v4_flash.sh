@@ -5,7 +5,7 @@
 #
 # The page has the command for 8 GPUs of every step. The differences: the page downloads the weights, names a text, starts
 # every step with scripts/launch_torchrun.sh, and trains with +recipe=flash_1node, which shares out the experts. The
-# settings in `small` keep a step to half a minute.
+# settings in `small` keep the steps short.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,7 +1,7 @@
 """A hook of MkDocs (mkdocs.yml): lay the site out as the repository, so that links between files hold on both.
 
-`docs/plan.md` is the page `docs/plan/`, README.md is the home page, and `../kernels/README.md` leads where it leads on
-a code host. A linked folder without a README.md becomes a list of its files, and linked files that are no pages are
+`docs/plan.md` is the page `docs/plan/`, README.md is the home page, and `../kernels/README.md` has the same target as
+on a code host. A linked folder without a README.md becomes a list of its files, and linked files that are no pages are
 copied. `api/*.md` are made here, for mkdocstrings.
 """
 

@@ -28,7 +28,7 @@ CONTENTS = {
     "mtptrain/decoding/": "plain and speculative decoding, drafting, policies",
     "mtptrain/doctor/": "diagnosis of a head: tensors and wirings",
     "mtptrain/evaluation/": "results as types, metrics, speed, comparison",
-    "mtptrain/evaluation/report/": "tables, plots and the HTML page",
+    "mtptrain/evaluation/report/": "tables, plots and the HTML pages",
     "mtptrain/export/": "a trained head in the format that servers load",
     "mtptrain/generation/": "text on the screen while it is decoded",
     "mtptrain/hidden_cache/": "residual streams of a text on disk",

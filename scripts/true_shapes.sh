@@ -6,7 +6,7 @@
 #
 # The slice has every width of V4-Flash and its 129,280 words, but 3 layers, 8 experts and random weights: 2.5 B
 # parameters, 3 GB on disk. It finds what a small backbone cannot: a tensor of [tokens, words], a copy of the experts.
-# Needs 16 GB of memory and 12 GB of disk; one thread takes about 10 minutes. FOLDER keeps a log of every step and a file
+# Needs 16 GB of memory and 12 GB of disk; docs/training.md has the time. FOLDER keeps a log of every step and a file
 # .row for each finished one, which a second start skips. A failed step ends the script with exit code 1.
 set -euo pipefail
 

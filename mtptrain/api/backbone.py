@@ -1,4 +1,4 @@
-"""Load a backbone and its heads once, and look at what they are trained on."""
+"""Load a backbone and its heads once, and look at their training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run recipes on a loaded backbone: train a head, measure it, or anything else that the command line does."""
+"""Run recipes on a loaded backbone: train a head, measure it, or run any other recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a run says on standard error beside its results and errors: `-q`, nothing, or `-v`."""
+"""Verbosity of standard error: `-q` for errors alone, `-v` for details."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from mtptrain.evaluation.head_result import Gain, Interval
 from mtptrain.evaluation.metrics import DETECTABLE, clip
-from mtptrain.evaluation.student import NORMAL, student_quantile
+from mtptrain.evaluation.student_t import NORMAL, student_quantile
 
 
 @dataclass(frozen=True, slots=True)

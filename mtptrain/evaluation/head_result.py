@@ -56,7 +56,7 @@ class Acceptance:
     """Acceptance of one head at one draft length; the lists have an entry for every position.
 
     Attributes:
-        acceptance_length: emitted tokens a verify pass; this and the interval are None without passes.
+        acceptance_length: emitted tokens a pass; this and the interval are None without passes.
         passes: verify passes.
         emitted: tokens that the passes emitted.
         interval: 95 % interval of the acceptance length over groups of prompts; of one group, everything possible.

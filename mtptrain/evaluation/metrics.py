@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtptrain.evaluation.head_result import Acceptance, Gain, Interval, Totals
-from mtptrain.evaluation.student import bootstrap_widening
+from mtptrain.evaluation.student_t import bootstrap_widening
 from mtptrain.replay.replay import Counts
 
 RESAMPLES = 2000

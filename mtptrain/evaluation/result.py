@@ -16,7 +16,7 @@ from mtptrain.config import DraftChoice, PastDepth, ServedAs, Verification
 from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
-from mtptrain.evaluation.shown import describe, html_table
+from mtptrain.evaluation.notebook import describe, html_table
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
 from mtptrain.run.typed_json import MismatchError, from_json, to_json

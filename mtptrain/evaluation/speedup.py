@@ -144,7 +144,7 @@ def tokens_per_second(runs: list[DecodedBatch]) -> float:
 
 
 def batch_length(runs: list[BatchRuns], head: str, draft_length: int) -> float:
-    """Return the tokens per verify pass of a whole batch, over the tokens per plain step.
+    """Return the tokens a pass of a whole batch, over the tokens per plain step.
 
     A batch decodes until its last row ends, and rows that have ended waste their share of a pass: with several rows
     this falls below the acceptance length of the rows. With one row it is the acceptance length.

@@ -145,7 +145,7 @@ def describe_times(times: StepTimes, lengths: Mapping[int, float]) -> StepLatenc
 
     Args:
         times: as measured.
-        lengths: tokens per verify pass by K >= 1: the acceptance length, or a whole batch's `batch_length`.
+        lengths: tokens a pass by K >= 1: the acceptance length, or a whole batch's `batch_length`.
     """
     predictions = times.predictions(lengths)
     return StepLatency(

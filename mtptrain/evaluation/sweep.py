@@ -1,4 +1,4 @@
-"""The content of sweep.json as types: the jobs of a sweep, and what each of them has measured."""
+"""The content of sweep.json as types: the jobs of a sweep and their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class JobOutcome(Enum):
-    """How a job of a sweep ended."""
+    """The end of a job of a sweep."""
 
     done = "done"
     uncertified = "certificate failed"  # or the doctor found a fault: written, exit code 3
@@ -36,12 +36,12 @@ class SweepJob:
     """One job of a sweep.
 
     Attributes:
-        settings: those that the sweep varies, by name.
-        folder: name of its folder in that of the sweep.
-        outcome: how it ended.
-        exit_code: as that of a command of its own.
-        reason: why it failed, in words; None otherwise.
-        seconds: that it took.
+        settings: the varied settings, by name.
+        folder: name of its folder within the folder of the sweep.
+        outcome: its end.
+        exit_code: the exit code of the same command outside of a sweep.
+        reason: of a failure, in words; None without one.
+        seconds: duration.
     """
 
     settings: dict[str, str]

@@ -1,6 +1,6 @@
 """Types of plan.json, and the functions that write and read it. docs/plan.md describes every key."""
 
-# K drafted tokens per pass
+# K drafted tokens a pass
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class DraftLengthRow:
 
     Attributes:
         draft_length: K; 0 is plain decoding.
-        acceptance_length: tokens per verify pass.
+        acceptance_length: tokens a pass.
         speedup: over plain decoding.
         tokens_per_second: of all rows together.
         break_even: see `speedup.Prediction`.

@@ -14,7 +14,7 @@ class Prediction:
 
     Attributes:
         draft_length: K; 0 is plain decoding.
-        acceptance_length: tokens per verify pass.
+        acceptance_length: tokens a pass.
         speedup: over plain decoding.
         break_even: acceptance, equal at every position, for a speed-up of 1; None if even full acceptance does not
             pay, and for K = 0.
@@ -27,7 +27,7 @@ class Prediction:
 
 
 def predicted_acceptance_length(conditional: Sequence[float], draft_length: int) -> float:
-    """Return the tokens per verify pass with K drafts, 1 + sum_k prod_{j<=k} c_j.
+    """Return the tokens a pass with K drafts, 1 + sum_k prod_{j<=k} c_j.
 
     Args:
         conditional: c_k in [0, 1], share of drafts kept at position k, given that all earlier ones were kept; later
@@ -62,7 +62,7 @@ def predict_speedups(
     Args:
         step_seconds: t(n), the time of one backbone pass over n new tokens of every row, for n = 1 and every K + 1.
         draft_seconds: d(K), the time of drafting K >= 1 tokens in every row.
-        lengths: AL(K), tokens per verify pass.
+        lengths: AL(K), tokens a pass.
     """
     plain = step_seconds[1]
     predictions = []

@@ -65,7 +65,7 @@ def decoding_summary(plan: DecodingPlan) -> str:
         return "drafting does not pay at this acceptance: every K from 1 to 8 is slower than plain decoding"
     row = plan.draft_lengths[plan.best_draft_length]
     return (
-        f"best: K={row.draft_length}, {row.speedup:.2f}x at {row.acceptance_length:.2f} tokens per verify pass "
+        f"best: K={row.draft_length}, {row.speedup:.2f}x at {row.acceptance_length:.2f} tokens a pass "
         f"(ceiling: {row.tokens_per_second:.0f} tokens/s over all rows)"
     )
 

@@ -5,7 +5,7 @@ import pytest
 
 from mtptrain.evaluation.crossed import Setting, crossed_gain, crossed_interval
 from mtptrain.evaluation.metrics import interval, resampled_totals
-from mtptrain.evaluation.student import student_quantile
+from mtptrain.evaluation.student_t import student_quantile
 
 TABULATED = {1: 12.7062, 2: 4.3027, 3: 3.1824, 10: 2.2281, 60: 2.0003, 1e9: 1.9600}
 

@@ -1,1 +1,1 @@
-"""One evaluation as a table on the terminal and as a page with plots."""
+"""Evaluations, comparisons, curves, sweeps and trainings as tables on the terminal and as HTML pages with plots."""
