@@ -110,7 +110,7 @@ def _measure_pending(session: Session, builder: CurveBuilder, refusals: dict[Pat
 def _print_point(session: Session, point: CurvePoint) -> None:
     longest = max(point.replay)
     length = point.replay[longest].acceptance_length
-    shown = "no verify pass" if length is None else f"{length:.2f} tokens a verify pass at K={longest}"
+    shown = "no verify pass" if length is None else f"{length:.2f} tokens a pass at K={longest}"
     session.folder.print_status(f"step {point.step}: {shown}")
 
 

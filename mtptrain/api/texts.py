@@ -105,7 +105,7 @@ class DecodedTexts(Sequence[DecodedText]):
     def _repr_html_(self) -> str:
         """Return all texts for a notebook, below a line of figures."""
         length = self.tokens_per_pass
-        passes = "" if length is None else f"{length:.2f} tokens a verify pass, "
+        passes = "" if length is None else f"{length:.2f} tokens a pass, "
         figures = f"<p>{passes}{self.tokens_per_second:,.0f} tokens/s</p>"
         return figures + "".join(text._repr_html_() for text in self.texts)
 

@@ -20,7 +20,7 @@ def describe(evaluation: Evaluation) -> str:
     longest = evaluation.draft_length
     lengths = [(head.name, head.replay[longest].acceptance_length) for head in evaluation.heads]
     figures = ", ".join(f"{name} {MISSING if length is None else f'{length:.2f}'}" for name, length in lengths)
-    return f"<Evaluation at K={longest}: {figures} tokens a verify pass; certificate {_verdict(evaluation)}>"
+    return f"<Evaluation at K={longest}: {figures} tokens a pass; certificate {_verdict(evaluation)}>"
 
 
 def html_table(evaluation: Evaluation) -> str:
@@ -34,7 +34,7 @@ def html_table(evaluation: Evaluation) -> str:
         rows.append("".join(f"<td>{cell}</td>" for cell in [str(k), *cells]))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     interval = evaluation.prompts.interval_text
-    rule = f"<p>tokens a verify pass, {interval}; certificate {_verdict(evaluation)}</p>"
+    rule = f"<p>tokens a pass, {interval}; certificate {_verdict(evaluation)}</p>"
     return f"<table><tr>{head}</tr>{body}</table>{rule}"
 
 

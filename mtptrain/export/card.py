@@ -294,7 +294,7 @@ def _metadata(export: Export, name: str, shown: list[int]) -> str:
                 dataset_type="prompts",
                 dataset_name=f"{measured.prompts} prompts, continued by the model at {measured.policy}",
                 metric_type="acceptance_length",
-                metric_name=f"tokens a verify pass at K={k}",
+                metric_name=f"tokens a pass at K={k}",
                 metric_value=round(length, 4),
             )
             for k in shown

@@ -11,7 +11,7 @@ from tests.command import ROOT, hold_folder, run_main
 from tests.evaluation.recorded import EVALUATIONS, FOLDER, LAST_STEP, METRICS, recorded_evaluation
 
 MEASURED = recorded_evaluation().last_head.replay[3]
-HEADLINE = f"trained head: {MEASURED.acceptance_length:.2f} tokens a verify pass at K=3 ("
+HEADLINE = f"trained head: {MEASURED.acceptance_length:.2f} tokens a pass at K=3 ("
 
 
 def stored_run(folder: Path) -> Path:

@@ -71,8 +71,8 @@ def _gains(
 
 
 def length_by_setting(comparison: Comparison) -> str:
-    """Draw tokens a verify pass against K, a line a setting."""
-    figure, axes = canvas("draft length K", "tokens a verify pass", comparison.draft_length)
+    """Draw tokens a pass against K, a line a setting."""
+    figure, axes = canvas("draft length K", "tokens a pass", comparison.draft_length)
     for number, head in enumerate(comparison.heads):
         offset = _offset(number, len(comparison.heads))
         known = {k + offset: one for k, one in head.replay.items()}

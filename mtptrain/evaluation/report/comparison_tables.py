@@ -28,7 +28,7 @@ def gain_table(comparison: Comparison) -> Grid:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in comparison.heads)]
         rows.append([*row, *map(gain_cell, gains), *map(_detectable, gains)])
     note = (
-        f"tok/pass: tokens a verify pass emits, by replay, {_sources(comparison)}. Gain: the "
+        f"tok/pass: tokens a pass (acceptance length), by replay, {_sources(comparison)}. Gain: the "
         "paired difference on the same texts. Would show: the smallest true difference that these prompts would have "
         "shown with 80 % power."
     )

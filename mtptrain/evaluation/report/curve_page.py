@@ -27,7 +27,7 @@ def curve_headline(curve: Curve) -> str:
     if not known:
         return "no checkpoint is measured yet" if not curve.points else "no verify pass in any checkpoint"
     last, top = max(known), max(known, key=lambda step: known[step])
-    lead = f"step {last}: {known[last]:.2f} tokens a verify pass at K={longest}{_interval(curve, last)}"
+    lead = f"step {last}: {known[last]:.2f} tokens a pass at K={longest}{_interval(curve, last)}"
     if last == top:
         return f"{lead}, the highest of {len(known)} checkpoints"
     return f"{lead}; the highest of {len(known)} checkpoints is step {top} with {known[top]:.2f}{_interval(curve, top)}"
@@ -67,7 +67,7 @@ def curve_table(curve: Curve) -> Grid:
         row = [Cell(name), *(length_cell(point.replay[length]) for length in curve.draft_lengths)]
         rows.append([*row, gain_cell(point.gain[longest] if point.gain else None)] if has_gain else row)
     note = (
-        f"tok/pass: tokens a verify pass by replay, {curve.prompts.interval_text}; the "
+        f"tok/pass: tokens a pass (acceptance length) by replay, {curve.prompts.interval_text}; the "
         "same texts for all checkpoints, so neighbouring points share most of their error. Best: by the run's own "
         "measurements during training."
     )

@@ -51,7 +51,7 @@ def headline_text(evaluation: Evaluation) -> str:
     if measured.acceptance_length is None or measured.interval is None:
         return f"{warning}{head.name} head: no verify pass, because every text ends at its first token"
     lead = (
-        f"{warning}{head.name} head: {measured.acceptance_length:.2f} tokens a verify pass at K={length} "
+        f"{warning}{head.name} head: {measured.acceptance_length:.2f} tokens a pass at K={length} "
         f"({span(measured.interval)})"
     )
     gain = evaluation.longest_gain

@@ -41,9 +41,9 @@ def acceptance_by_position(evaluation: Evaluation) -> str:
 
 
 def acceptance_length(evaluation: Evaluation) -> str:
-    """Draw tokens a verify pass against K, with 95 % intervals and the ceiling K+1."""
+    """Draw tokens a pass against K, with 95 % intervals and the ceiling K+1."""
     longest = evaluation.draft_length
-    figure, axes = canvas("draft length K", "tokens a verify pass", longest)
+    figure, axes = canvas("draft length K", "tokens a pass", longest)
     top = 1.0
     for offset, head in _dodged(evaluation):
         known = {k + offset: one for k, one in head.replay.items() if one.acceptance_length is not None}
@@ -112,13 +112,13 @@ def batch_speedup(evaluation: Evaluation) -> str | None:
 
 
 def acceptance_by_step(curve: Curve) -> str:
-    """Draw tokens a verify pass against training steps, a line a K, with the stock head and 95 % intervals at the last.
+    """Draw tokens a pass against training steps, a line a K, with the stock head and 95 % intervals at the last.
 
     Args:
         curve: with at least one point.
     """
     longest = curve.identity.draft_length
-    figure, axes = step_canvas("tokens a verify pass", curve.points[0].step, curve.points[-1].step)
+    figure, axes = step_canvas("tokens a pass", curve.points[0].step, curve.points[-1].step)
     for length in curve.draft_lengths:
         known = [(point.step, one) for point in curve.points if (one := point.replay[length]).acceptance_length]
         lengths = [one.acceptance_length for _, one in known if one.acceptance_length is not None]

@@ -59,7 +59,7 @@ def sweep_headline(figures: Figures) -> str:
         return lead
     measured = evaluation.last_head.replay[evaluation.draft_length]
     interval = f" ({span(measured.interval)})" if measured.interval is not None else ""
-    return f"{lead}; {best.label} has the most tokens a verify pass, {_length(evaluation):.2f}{interval} at K=" + (
+    return f"{lead}; {best.label} has the most tokens a pass, {_length(evaluation):.2f}{interval} at K=" + (
         f"{evaluation.draft_length}"
     )
 
@@ -163,7 +163,7 @@ COLUMNS = {
 }
 
 NOTES = {
-    "tok/pass": "tokens a verify pass at the longest K, by replay, with its 95 % interval",
+    "tok/pass": "tokens a pass at the longest K, by replay, with its 95 % interval",
     "gain": "over stock",
     "speed-up": "the highest of all K at the smallest batch, ? if the job's report doubts it",
     "loss": "of the first draft step, in the last row",
@@ -192,7 +192,7 @@ def _replays(figures: Figures) -> str | None:
         lengths = record.numbered(LENGTH)
         return lengths[max(lengths)] if lengths else None
 
-    return _drawn(figures, longest, "sweep-replay", "tokens a verify pass")
+    return _drawn(figures, longest, "sweep-replay", "tokens a pass")
 
 
 def _drawn(figures: Figures, choose: Callable[[RunRecord], MetricCurve | None], name: str, y_label: str) -> str | None:
@@ -211,13 +211,13 @@ def _short(label: str) -> str:
 
 
 def _lengths(figures: Figures) -> str | None:
-    """Draw tokens a verify pass with its interval, a row a job whose evaluation counts, the first at the top."""
+    """Draw tokens a pass with its interval, a row a job whose evaluation counts, the first at the top."""
     labels = [job.label for job, _ in figures]
     measured = [(job.label, one.last_head.replay[one.draft_length]) for job, one in counted(figures)]
     known = [(label, one) for label, one in measured if one.acceptance_length is not None and one.interval is not None]
     if not known:
         return None
-    figure, axes = canvas("tokens a verify pass", "", 1)
+    figure, axes = canvas("tokens a pass", "", 1)
     figure.set_figheight(1.2 + 0.32 * len(known))
     for y, (label, one) in enumerate(known):
         colour = series_style(labels.index(label))["color"]

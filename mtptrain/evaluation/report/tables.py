@@ -97,7 +97,7 @@ def length_table(evaluation: Evaluation) -> Grid:
     for length in evaluation.draft_lengths:
         row = [Cell(str(length)), *(length_cell(head.replay[length]) for head in evaluation.heads)]
         rows.append([*row, gain_cell(gains[length])] if gains else row)
-    note = f"tok/pass: tokens a verify pass, {evaluation.prompts.interval_text}."
+    note = f"tok/pass: tokens a pass (acceptance length), {evaluation.prompts.interval_text}."
     return Grid("Acceptance length by draft length K", headers, rows, note)
 
 

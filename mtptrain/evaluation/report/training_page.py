@@ -74,7 +74,7 @@ def _last(record: RunRecord, name: str, form: str) -> str | None:
 
 def _last_length(record: RunRecord) -> str | None:
     longest = max(record.numbered(LENGTH), default=None)
-    return _last(record, f"{LENGTH}{longest}", f"{{:.2f}} tokens a verify pass at K={longest} by replay")
+    return _last(record, f"{LENGTH}{longest}", f"{{:.2f}} tokens a pass at K={longest} by replay")
 
 
 def training_table(record: RunRecord) -> Grid:
@@ -96,8 +96,8 @@ def training_table(record: RunRecord) -> Grid:
     note = (
         "Loss and alpha: means over the training text since the row before. Held-out alpha: on a few held-out rows. "
         "Alpha is the overlap of the head's and the backbone's distributions, the probability that a sampled draft is "
-        "accepted. tok/pass: tokens a verify pass emits, by replay of a few held-out prompts. The best of many is too "
-        "good by chance."
+        "accepted. tok/pass: tokens a pass (acceptance length), by replay of a few held-out prompts. The best of many "
+        "is too good by chance."
     )
     return Grid("Figures of the training", ["figure", "first", "best", "last"], rows, note)
 

@@ -68,7 +68,7 @@ def _alphas(record: RunRecord) -> str | None:
 
 
 def replay_lengths(record: RunRecord) -> str | None:
-    """Draw tokens a verify pass by replay against steps, a line a K; None if the run replays nothing."""
+    """Draw tokens a pass by replay against steps, a line a K; None if the run replays nothing."""
     policy, expected = record.numbered(LENGTH), record.numbered(EXPECTED)
     parts = [
         _Lines(policy, "K=", strongest_first=False, marker="s", label="decoding policy"),
@@ -83,7 +83,7 @@ def replay_lengths(record: RunRecord) -> str | None:
         ),
     ]
     parts = [part for part in parts if part.curves]
-    return _figure(record, "replay-length", "tokens a verify pass", parts) if parts else None
+    return _figure(record, "replay-length", "tokens a pass", parts) if parts else None
 
 
 def _replay_positions(record: RunRecord) -> str | None:

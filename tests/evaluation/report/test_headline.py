@@ -49,7 +49,7 @@ def test_headline_follows_the_interval_of_the_gain(
     assert headline(evaluation) is expected
     text, measured = headline_text(evaluation), evaluation.last_head.replay[3]
     low, high = measured.interval
-    figures = f"{measured.acceptance_length:.2f} tokens a verify pass at K=3 ({low:.2f} to {high:.2f})"
+    figures = f"{measured.acceptance_length:.2f} tokens a pass at K=3 ({low:.2f} to {high:.2f})"
     assert text.startswith(f"trained head: {figures}, ")
     assert words in text
 

@@ -51,7 +51,7 @@ def test_one_table_and_one_page_show_every_job(sweep: SweepResult, tmp_path: Pat
     page = Page(text)
     best = json.loads((tmp_path / "loss.divergence-tv" / "evaluation.json").read_text())["heads"][1]["replay"]["3"]
     low, high = best["interval"]
-    lead = "2 of 3 jobs done; loss.divergence=tv has the most tokens a verify pass"
+    lead = "2 of 3 jobs done; loss.divergence=tv has the most tokens a pass"
     assert f"{lead}, {best['acceptance_length']:.2f} ({low:.2f} to {high:.2f}) at K=3" in text
     assert "FAILED" in text
     assert "loss.divergence=ce: loss.divergence=ce: is &lt;no&gt; distillation" in text
