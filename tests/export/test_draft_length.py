@@ -4,7 +4,7 @@ import pytest
 
 from mtptrain.config import ExportTarget, HardwareConfig, PlanConfig, ShapeConfig
 from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.result import Evaluation
+from mtptrain.evaluation.result import Doubt, Evaluation
 from mtptrain.export.draft_length import (
     PlannedLength,
     choose_draft_length,
@@ -18,9 +18,20 @@ from tests.evaluation.recorded import recorded_evaluation
 H200 = HardwareConfig(name="h200", memory=1.41e11, bandwidth=4.8e12, fp8_flops=2e15, bf16_flops=1e15, fp32_flops=5e14)
 
 
+def with_doubts(evaluation: Evaluation, doubts: dict[str, list[Doubt]]) -> Evaluation:
+    """Return the evaluation with these doubts about the speed-ups of each head at the smallest batch, and no others."""
+    batch = evaluation.first_batch
+    speeds = {
+        head: {k: replace(speed, doubts=doubts.get(head, [])) for k, speed in by_length.items()}
+        for head, by_length in evaluation.speedup[batch].items()
+    }
+    return replace(evaluation, speedup={**evaluation.speedup, batch: speeds})
+
+
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    return recorded_evaluation()
+    """A recorded evaluation, as if on an idle machine."""
+    return with_doubts(recorded_evaluation(), {})
 
 
 def test_the_measured_length_comes_before_the_planned_one_and_that_before_the_trained_steps() -> None:
@@ -52,6 +63,16 @@ def test_the_fastest_length_of_an_evaluation_is_that_of_the_trained_head(evaluat
     assert fastest is not None
     assert speedups[fastest].median == max(one.median for one in speedups.values())
     assert fastest_measured(None) is None
+
+
+@pytest.mark.parametrize("head", ["stock", "trained"])
+def test_doubtful_speeds_choose_no_length_and_the_export_says_so(evaluation: Evaluation, head: str) -> None:
+    doubtful = with_doubts(evaluation, {head: [Doubt.busy]})
+    assert fastest_measured(doubtful) is None
+    assert own_warnings(doubtful) == [
+        *own_warnings(evaluation),
+        "the speeds of the run's own evaluation are doubtful (its report says why), so they choose no K",
+    ]
 
 
 def test_a_head_that_its_own_evaluation_finds_no_better_gets_loud_warnings(evaluation: Evaluation) -> None:
