@@ -85,9 +85,15 @@ def choose_draft_length(
     if measured is not None:
         return DraftLength(measured, "fastest in the evaluation of the run", measured, planned)
     if planned is not None:
-        reason = f"fastest by the plan for {planned.hardware}, whose times are a ceiling"
-        return DraftLength(max(1, planned.draft_length), reason, measured, planned)
+        return DraftLength(max(1, planned.draft_length), _plan_reason(planned), measured, planned)
     return DraftLength(steps, "the draft steps of the training", measured, planned)
+
+
+def _plan_reason(planned: PlannedLength) -> str:
+    """Return what a plan says for its K, or that it has none."""
+    if planned.draft_length == 0:
+        return f"the least: by the plan for {planned.hardware}, no K is faster than serving without drafts"
+    return f"fastest by the plan for {planned.hardware}, whose times are a ceiling"
 
 
 def own_warnings(evaluation: Evaluation | None) -> list[str]:
@@ -100,8 +106,11 @@ def own_warnings(evaluation: Evaluation | None) -> list[str]:
         lines.append(f"THE RUN'S OWN EVALUATION shows no gain: {gain_sentence(names, gain, k)}")
     if not evaluation.certificate.passed:
         lines.append("THE CERTIFICATE of the run's own evaluation failed; its figures do not count")
+    best = fastest_measured(evaluation)
     if _is_doubted(evaluation):
         lines.append("the speeds of the run's own evaluation are doubtful (its report says why), so they choose no K")
+    elif best is not None and evaluation.speedup[evaluation.first_batch]["trained"][best].median <= 1:
+        lines.append("in the run's own evaluation, no K was faster than plain decoding")
     return lines
 
 
