@@ -203,11 +203,11 @@ def vllm_collector(
     gc.collect()
     torch.cuda.empty_cache()
     engine = open_vllm(source.folder, source.config, tensor_parallel, length)
-    found = (engine.piece_streams(corpus, piece) for piece in pieces)
+    folder = session.folder.path
+    found = (engine.piece_streams(corpus, piece, folder) for piece in pieces)
     fidelity = measure_fidelity(f"vLLM {VLLM}", zip(expected, found, strict=True), readout)
     check_fidelity(fidelity, collect)
     session.folder.print_status(describe_fidelity(fidelity))
-    folder = session.folder.path
     return Collector(
         lambda number: engine.write_shard(folder, number, shards[number], corpus, collect.format), fidelity
     )

@@ -71,21 +71,23 @@ def _numbers(values: np.ndarray) -> list[float]:
     return [int(value) if value.is_integer() else value for value in values.tolist()]
 
 
-def summarize(prompts: list[Counts], groups: list[int]) -> Acceptance:
+def summarize(prompts: list[Counts], groups: list[int], longest: int | None = None) -> Acceptance:
     """Return the acceptance of one head at one draft length, with a 95 % bootstrap interval over groups of prompts.
 
     Args:
         prompts: counts of each prompt; a prompt without passes (one emitted token) adds nothing, and without any
             passes length and interval are None.
         groups: the group of each prompt.
+        longest: K; None if the counts are by position.
     """
     passes, emitted = passes_and_tokens(prompts)
+    possible = lengths_of(prompts) if longest is None else (1.0, 1.0 + longest)
     positions = by_position(prompts)
     return Acceptance(
         acceptance_length=emitted / passes if passes else None,
         passes=passes,
         emitted=emitted,
-        interval=_length_interval(prompts, groups, emitted / passes) if passes else None,
+        interval=_length_interval(prompts, groups, emitted / passes, possible) if passes else None,
         drafted=[None] * len(positions.reached) if positions.drafted is None else [*positions.drafted],
         reached=positions.reached,
         accepted=positions.accepted,
@@ -158,8 +160,8 @@ def lengths_of(prompts: list[Counts]) -> Interval:
     return 1.0, 1.0 + draft_length(prompts)
 
 
-def _length_interval(prompts: list[Counts], groups: list[int], length: float) -> Interval:
-    return widened(length, _resampled_lengths(prompts, groups), _num_groups(prompts, groups), lengths_of(prompts))
+def _length_interval(prompts: list[Counts], groups: list[int], length: float, possible: Interval) -> Interval:
+    return widened(length, _resampled_lengths(prompts, groups), _num_groups(prompts, groups), possible)
 
 
 def _num_groups(prompts: list[Counts], groups: list[int]) -> int:

@@ -26,7 +26,7 @@ class DraftLength:
     Attributes:
         served: K of the command.
         reason: for people to read.
-        measured: fastest K of the run's own evaluation, at its smallest batch; None if it has none.
+        measured: fastest K of the run's own evaluation, at its smallest batch; None if it has none or they are doubted.
         planned: fastest K of the plan; None without a plan for this model.
     """
 
@@ -37,9 +37,17 @@ class DraftLength:
 
 
 def fastest_measured(evaluation: Evaluation | None) -> int | None:
-    """Return the K at which an evaluation timed the trained head as fastest; None without one."""
-    speedups = evaluation.speedup[evaluation.first_batch].get("trained") if evaluation else None
+    """Return the K at which an evaluation timed the trained head as fastest; None without one or if it is doubted."""
+    if evaluation is None or _is_doubted(evaluation):
+        return None
+    speedups = evaluation.speedup[evaluation.first_batch].get("trained")
     return max(speedups, key=lambda k: speedups[k].median) if speedups else None
+
+
+def _is_doubted(evaluation: Evaluation) -> bool:
+    """Return whether a speed-up at the smallest batch cannot be right, as on a busy machine."""
+    by_head = evaluation.speedup[evaluation.first_batch]
+    return any(speed.doubts for by_length in by_head.values() for speed in by_length.values())
 
 
 def fastest_planned(
@@ -77,13 +85,19 @@ def choose_draft_length(
     if measured is not None:
         return DraftLength(measured, "fastest in the evaluation of the run", measured, planned)
     if planned is not None:
-        reason = f"fastest by the plan for {planned.hardware}, whose times are a ceiling"
-        return DraftLength(max(1, planned.draft_length), reason, measured, planned)
+        return DraftLength(max(1, planned.draft_length), _plan_reason(planned), measured, planned)
     return DraftLength(steps, "the draft steps of the training", measured, planned)
 
 
+def _plan_reason(planned: PlannedLength) -> str:
+    """Return what a plan says for its K, or that it has none."""
+    if planned.draft_length == 0:
+        return f"the least: by the plan for {planned.hardware}, no K is faster than serving without drafts"
+    return f"fastest by the plan for {planned.hardware}, whose times are a ceiling"
+
+
 def own_warnings(evaluation: Evaluation | None) -> list[str]:
-    """Return what the evaluation of a run holds against its head: no gain over the stock head, a failed certificate."""
+    """Return what a run's evaluation holds against its head or itself: no gain, a failed certificate, doubts."""
     if evaluation is None:
         return []
     gain, k, lines = evaluation.longest_gain, evaluation.draft_length, []
@@ -92,6 +106,11 @@ def own_warnings(evaluation: Evaluation | None) -> list[str]:
         lines.append(f"THE RUN'S OWN EVALUATION shows no gain: {gain_sentence(names, gain, k)}")
     if not evaluation.certificate.passed:
         lines.append("THE CERTIFICATE of the run's own evaluation failed; its figures do not count")
+    best = fastest_measured(evaluation)
+    if _is_doubted(evaluation):
+        lines.append("the speeds of the run's own evaluation are doubtful (its report says why), so they choose no K")
+    elif best is not None and evaluation.speedup[evaluation.first_batch]["trained"][best].median <= 1:
+        lines.append("in the run's own evaluation, no K was faster than plain decoding")
     return lines
 
 

@@ -10,9 +10,9 @@ step must hold one whole piece: no prefix caching, no two requests at a time, no
 from __future__ import annotations
 
 import importlib
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from mtptrain.data.tokens import TokenizedCorpus
 from mtptrain.errors import UserError
 from mtptrain.hidden_cache.format import shard_file
 from mtptrain.hidden_cache.writer import ShardDocuments, write_shard
+from mtptrain.run.storage import temporary_path
 
 VLLM = "0.33.0"  # whose source the extension was written for
 DTYPE = "bfloat16"  # of its kernels of DeepSeek-V4
@@ -150,11 +151,18 @@ class VllmEngine:
         self.engine.collective_rpc("write_streams", args=(where, number, moved, tokens, mask, stored_as.value))
         return sum(size for _, size in pieces)
 
-    def piece_streams(self, corpus: TokenizedCorpus, piece: Piece) -> Tensor:
-        """Return the streams of a piece, fp32 [T, N, D], by way of a shard."""
-        with TemporaryDirectory() as folder:
-            self.write_shard(Path(folder), 0, [[piece]], corpus, StreamFormat.fp32)
-            return load_file(Path(folder) / shard_file(0))["streams"]
+    def piece_streams(self, corpus: TokenizedCorpus, piece: Piece, cache: Path) -> Tensor:
+        """Return the streams of a piece, fp32 [T, N, D], by way of a shard.
+
+        The shard lies in the folder of the cache, where the next start clears what a killed one left.
+        """
+        folder = temporary_path(cache / "gate")
+        folder.mkdir()
+        try:
+            self.write_shard(folder, 0, [[piece]], corpus, StreamFormat.fp32)
+            return load_file(folder / shard_file(0))["streams"]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def engine_options(folder: Path, tensor_parallel: int, piece_length: int) -> dict[str, str | float]:

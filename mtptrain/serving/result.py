@@ -70,7 +70,8 @@ def compare_counts(served: list[Counts], predicted: list[Counts], groups: list[i
     verdict = gain_sentence(NAMES, difference, draft_length)
     if difference is not None and difference.is_clear_loss:
         verdict = f"LESS THAN PREDICTED: {verdict}; docs/export.md lists what serving changes"
-    return Agreement(summarize(served, groups), summarize(predicted, groups), difference, verdict)
+    ours, theirs = (summarize(counts, groups, draft_length) for counts in (predicted, served))
+    return Agreement(served=theirs, predicted=ours, difference=difference, verdict=verdict)
 
 
 def print_measurement(result: ServerMeasurement, console: Console) -> None:

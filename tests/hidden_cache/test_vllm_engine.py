@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.hidden_cache.vllm_engine import VLLM, VllmEngine
 from mtptrain.hidden_cache.writer import piece_streams, write_shard
 from mtptrain.recipes import find_recipe
+from mtptrain.run.storage import clear_leftovers
 from tests.command import Refused, run_main, tree
 from tests.hidden_cache.vllm_stand_in import StandIn, install
 from tests.reads import recorded_reads
@@ -111,14 +113,33 @@ def test_each_piece_has_the_streams_of_a_forward_of_its_own(tmp_path: Path) -> N
     model, text = random_backbone(), corpus(9, 20)
     engine = VllmEngine(StandIn(model), SAMPLING, model.config)
     for piece in ((0, 9), (9, 20), (17, 5)):
-        found, expected = engine.piece_streams(text, piece), piece_streams(model, text, [piece], 32)
+        found, expected = engine.piece_streams(text, piece, tmp_path), piece_streams(model, text, [piece], 32)
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-4)
 
 
-def test_a_piece_that_took_two_steps_is_noticed() -> None:
+def test_the_next_start_clears_a_piece_of_a_killed_comparison(tmp_path: Path) -> None:
+    """The folder of the piece, made again here as if its run had been killed, is among those that a start clears."""
+    model, text, written = random_backbone(), corpus(9), []
+
+    class Recording(StandIn):
+        def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
+            written.extend([Path(args[0])] if method == "write_streams" else [])
+            return super().collective_rpc(method, timeout, args)
+
+    VllmEngine(Recording(model), SAMPLING, model.config).piece_streams(text, (0, 9), tmp_path)
+    (folder,) = written
+    assert not any(tmp_path.iterdir())
+    folder.mkdir()
+    (folder / shard_file(0)).touch()
+    clear_leftovers(tmp_path)
+    assert folder.parent == tmp_path
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_piece_that_took_two_steps_is_noticed(tmp_path: Path) -> None:
     model, text = random_backbone(), corpus(20)
     with pytest.raises(RuntimeError, match="did not run all 20 tokens of a request in its last step"):
-        VllmEngine(StandIn(model, "split"), SAMPLING, model.config).piece_streams(text, (0, 20))
+        VllmEngine(StandIn(model, "split"), SAMPLING, model.config).piece_streams(text, (0, 20), tmp_path)
 
 
 def test_a_model_with_other_streams_is_noticed() -> None:
