@@ -23,7 +23,7 @@ import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
-from mtptrain.config.sweep import check_command
+from mtptrain.config.sweep import check_command, first_job
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given
 from mtptrain.config.verbosity import set_verbosity
@@ -230,6 +230,14 @@ def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bo
         raise SystemExit(INTERRUPTED) from None
 
 
+def open_sweep(sweep: Sweep, composed: DictConfig) -> None:
+    """Set the folder of a sweep, or end with a line if it holds another sweep."""
+    try:
+        sweep.open(composed)
+    except UserError as error:
+        stop(str(error), error)
+
+
 def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
@@ -244,7 +252,7 @@ def main() -> None:
     if "COMP_LINE" in os.environ:
         os.environ["COMP_LINE"] = completion_line(os.environ["COMP_LINE"])
     set_verbosity(line.verbosity)
-    sys.argv[1:] = line.words
+    sys.argv[1:] = first_job(line.words) if line.wants_help else line.words
     try:
         check_command(sys.argv[1:])
     except UserError as error:
@@ -256,8 +264,9 @@ def main() -> None:
         sys.stderr = sys.__stderr__
         errors.seek(0)
         errors.truncate()
-        if HydraConfig.get().mode == RunMode.MULTIRUN and not line.wants_help:
-            sweep.run(composed, lambda folder: run_job(composed, folder))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            open_sweep(sweep, composed)
+            sweep.run(lambda folder: run_job(composed, folder))
         else:
             run_job(composed, shows_help=line.wants_help)
 

@@ -66,6 +66,18 @@ def job_name(varied: dict[str, str], number: int) -> str:
     return name if name == text else f"{name}-{sha256(text.encode()).hexdigest()[:8]}"
 
 
+def first_job(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a sweep's first job, to describe it; those of any other command as they are."""
+    if not any(flag in command for flag in FLAGS):
+        return list(command)
+    first = {}
+    for override in _overrides(command):
+        if override.is_sweep_override():
+            value = next(override.sweep_string_iterator())
+            first[override.input_line] = f"{override.get_key_element()}={value}"
+    return [first.get(word, word) for word in command if word not in FLAGS]
+
+
 def check_command(command: Sequence[str]) -> None:
     """Refuse a sweep over `output_dir`, whose jobs have a folder each below one.
 
