@@ -89,7 +89,11 @@ def test_wandb_records_offline_without_a_key(light: list[str], tmp_path: Path, m
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_tracking_none_writes_no_metrics(light: list[str], tmp_path: Path) -> None:
+def test_tracking_none_writes_the_checkpoint_alone_and_says_where(
+    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["tracking=none", "evaluate_at_end=false", f"output_dir={tmp_path}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "provenance.json"]
+    last = tmp_path / "checkpoints" / "step_00000002"
+    assert capfd.readouterr().err.endswith(f"\nwrote {last}; measure it with +recipe=evaluate checkpoint={tmp_path}\n")
