@@ -41,7 +41,7 @@ class Sweep:
         self.keeps_earlier = True
 
     def open(self, composed: DictConfig) -> None:
-        """Set the folder before the first job, and refuse one that holds another sweep.
+        """Set the folder, before the first job, and refuse one that holds another sweep.
 
         Raises:
             UserError: it does, and neither `resume=auto` adds to that sweep nor `overwrite=true` replaces it.
@@ -50,8 +50,6 @@ class Sweep:
 
         from mtptrain.evaluation.sweep import SWEEP_FILE, read_sweep
 
-        if self.folder is not None:
-            return
         folder = _sweep_folder(composed, Path(HydraConfig.get().runtime.output_dir))
         self.keeps_earlier = not composed.overwrite
         if self.keeps_earlier and (folder / SWEEP_FILE).exists():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from itertools import product
 from typing import TYPE_CHECKING
 
 from mtptrain.errors import UserError
@@ -76,6 +77,17 @@ def first_job(command: Sequence[str]) -> list[str]:
             value = next(override.sweep_string_iterator())
             first[override.input_line] = f"{override.get_key_element()}={value}"
     return [first.get(word, word) for word in command if word not in FLAGS]
+
+
+def job_arguments(command: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the overrides of every job of a sweep, in order."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in _overrides(command)
+    ]
+    return map(list, product(*choices))
 
 
 def check_command(command: Sequence[str]) -> None:

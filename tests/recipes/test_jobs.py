@@ -62,6 +62,28 @@ def test_a_sweep_replaces_no_other_sweep_but_adds_to_it(tmp_path: Path, capfd: p
     assert [job["settings"]["plan.batch"] for job in sweep_jobs(sweep)] == ["4", "8"]
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("plan plan.batch=1,2 checkpoint=stock", "checkpoint=stock: belongs to +recipe=doctor, evaluate, "),
+        ("evaluate checkpoint=stock train.steps=1,2", "train.steps=1: belongs to +recipe="),
+    ],
+)
+def test_a_setting_that_no_job_reads_ends_a_sweep_before_the_first(
+    command: str, line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("-m", *command.split(), f"output_dir={tmp_path / 'sweep'}") == 2
+    output, errors = capfd.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+    assert errors.startswith(f"mtptrain: {line}")
+
+
+def test_a_setting_that_one_job_reads_is_noted_in_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan.what=decoding,training", "plan.batch=2", f"output_dir={tmp_path / 'sweep'}"]
+    assert run_main("-m", "plan", *arguments) == 0
+    assert capfd.readouterr().err.count("note: +recipe=plan does not read plan.batch=2 with these settings\n") == 1
+
+
 def test_the_help_of_a_sweep_is_printed_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("-m", "plan", "plan.batch=1,2", f"output_dir={tmp_path / 'sweep'}", "--help") == 0
     output, errors = capfd.readouterr()
