@@ -7,25 +7,27 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
-from mtptrain.config.sweep import check_command
+from mtptrain.config.sweep import check_command, first_job, job_arguments
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
-from mtptrain.config.unread import check_given
+from mtptrain.config.unread import check_given, check_sweep
 from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import print_recipe_help, register_help
@@ -230,6 +232,36 @@ def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bo
         raise SystemExit(INTERRUPTED) from None
 
 
+def sweep_jobs(command: Sequence[str]) -> Iterator[tuple[Given, RunConfig, Settings]]:
+    """Yield the user's settings, the configuration and the settings to read of every job that can be composed."""
+    from mtptrain.recipes import find_recipe
+
+    loader, name = GlobalHydra.instance().config_loader(), HydraConfig.get().job.config_name
+    for arguments in job_arguments(command):
+        try:
+            composed = loader.load_configuration(name, arguments, RunMode.RUN)
+            given = given_settings(composed.hydra)
+            with open_dict(composed):
+                del composed["hydra"]
+            config, _ = typed_config(composed, given)
+            yield given, config, find_recipe(config.task).reads(config)
+        except (UserError, HydraException, OmegaConfBaseException):  # the job itself will say so
+            continue
+
+
+def open_sweep(sweep: Sweep, composed: DictConfig) -> None:
+    """Set the folder of a sweep; end with a line if it holds another one, or if no job reads a given setting."""
+    from mtptrain.recipes import tasks_that_read
+
+    if sweep.folder is not None:
+        return
+    try:
+        sweep.open(composed)
+        check_sweep(sweep_jobs(sweep.command), tasks_that_read)
+    except UserError as error:
+        stop(str(error), error)
+
+
 def main() -> None:
     """Run `python -m mtptrain` or the `mtptrain` script."""
     register()
@@ -244,7 +276,7 @@ def main() -> None:
     if "COMP_LINE" in os.environ:
         os.environ["COMP_LINE"] = completion_line(os.environ["COMP_LINE"])
     set_verbosity(line.verbosity)
-    sys.argv[1:] = line.words
+    sys.argv[1:] = first_job(line.words) if line.wants_help else line.words
     try:
         check_command(sys.argv[1:])
     except UserError as error:
@@ -256,8 +288,9 @@ def main() -> None:
         sys.stderr = sys.__stderr__
         errors.seek(0)
         errors.truncate()
-        if HydraConfig.get().mode == RunMode.MULTIRUN and not line.wants_help:
-            sweep.run(composed, lambda folder: run_job(composed, folder))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            open_sweep(sweep, composed)
+            sweep.run(lambda folder: run_job(composed, folder))
         else:
             run_job(composed, shows_help=line.wants_help)
 

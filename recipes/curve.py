@@ -17,7 +17,7 @@ from mtptrain.evaluation.curve import (
     Curve,
     CurveIdentity,
     CurvePoint,
-    read_curve,
+    continued_curve,
     write_curve,
 )
 from mtptrain.evaluation.heads import Head, count_chosen, count_seen, describe_policy, describe_prompts
@@ -223,7 +223,7 @@ def _kept_curve(session: Session, root: Path) -> Curve | None:
     path = session.folder.path / CURVE_FILE
     if session.config.resume != "auto" or not path.exists():
         return None
-    kept = read_curve(path)
+    kept = continued_curve(path)
     identity = _identity(session, root, session.known_fingerprint or kept.identity.backbone)
     check_identity(_where(session), kept.identity, identity, CURVE_SETTINGS)
     session.folder.print_status(f"{len(kept.points)} checkpoints are measured already")

@@ -264,6 +264,9 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     if rank() > 0:
         return stack
     trained = checkpoint_folders(trainer.checkpoints)[-1]
+    if not config.evaluate_at_end:
+        way_on = f"measure it with +recipe=evaluate checkpoint={session.folder.path}"
+        session.folder.print_status(f"wrote {trained}; {way_on}")
     tensors = open_checkpoint(trained).tensors()
     whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, str(trained))
     return session.serve(place(whole, backbone).eval(), config.mtp.zero_first_embedding)

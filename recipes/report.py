@@ -1,4 +1,4 @@
-"""`+recipe=report`: draw the page of an earlier evaluation, comparison, sweep or training; no model is loaded.
+"""`+recipe=report`: draw the page of an earlier evaluation, curve, comparison, sweep or training; no model is loaded.
 
 python -m mtptrain +recipe=report path=outputs/distill/RUN
 """
@@ -16,7 +16,9 @@ from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings
 from mtptrain.errors import UserError
 from mtptrain.evaluation.comparison_result import COMPARISON_FILE, read_comparison
+from mtptrain.evaluation.curve import read_curve
 from mtptrain.evaluation.report.comparison_page import COMPARISON_PAGE, print_result, write_comparison_page
+from mtptrain.evaluation.report.curve_page import CURVE_PAGE, print_curve, write_curve_page
 from mtptrain.evaluation.report.page import REPORT_FILE, write_report
 from mtptrain.evaluation.report.sweep_page import SWEEP_PAGE, print_sweep, write_sweep_page
 from mtptrain.evaluation.report.tables import print_summary
@@ -24,7 +26,7 @@ from mtptrain.evaluation.report.training_page import print_training, training_of
 from mtptrain.evaluation.result import EVALUATION_FILE, read_evaluation
 from mtptrain.evaluation.sweep import SWEEP_FILE, read_sweep
 from mtptrain.recipes.session import Session
-from mtptrain.run.folder import FolderUse
+from mtptrain.run.folder import CURVE_FILE, FolderUse
 from mtptrain.run.record import read_record
 from mtptrain.run.storage import disk_full_reason
 from mtptrain.run.tables import open_console
@@ -32,7 +34,13 @@ from mtptrain.run.tracking import METRICS_FILE
 
 FOLDER = FolderUse.own
 PROCESSES = "none"
-RECORDS = (EVALUATION_FILE, COMPARISON_FILE, SWEEP_FILE, METRICS_FILE)  # the first that a folder holds is drawn
+RECORDS = (
+    EVALUATION_FILE,
+    CURVE_FILE,
+    COMPARISON_FILE,
+    SWEEP_FILE,
+    METRICS_FILE,
+)  # the first that a folder holds is drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +69,13 @@ def check(config: RunConfig) -> None:
     """Refuse a report without an evaluation."""
     if config.path is None:
         raise UserError(
-            "path=null: report needs an evaluation.json or the folder of its run, of a training, a comparison or a "
-            "sweep; set path=RUN"
+            "path=null: report needs an evaluation.json or the folder of its run, of a training, a curve, a comparison "
+            "or a sweep; set path=RUN"
         )
 
 
 def find_page(path: Path) -> Page:
-    """Return the page of a run, a comparison or a sweep.
+    """Return the page of a run, a curve, a comparison or a sweep.
 
     Args:
         path: its folder, or the file that holds its figures.
@@ -86,6 +94,9 @@ def find_page(path: Path) -> Page:
             lambda page: write_comparison_page(comparison, page),
             lambda console: print_result(comparison, console),
         )
+    if kind == CURVE_FILE:
+        curve = read_curve(file)
+        return Page(CURVE_PAGE, lambda page: write_curve_page(curve, page), lambda console: print_curve(curve, console))
     if kind == SWEEP_FILE:
         sweep = read_sweep(file, "path")
         return Page(
@@ -127,7 +138,7 @@ def _kind(file: Path) -> str:
         keys = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return EVALUATION_FILE  # reading it will say why it cannot be read
-    kinds = {"comparisons": COMPARISON_FILE, "jobs": SWEEP_FILE}
+    kinds = {"comparisons": COMPARISON_FILE, "jobs": SWEEP_FILE, "points": CURVE_FILE}
     return next((kind for key, kind in kinds.items() if isinstance(keys, dict) and key in keys), EVALUATION_FILE)
 
 
@@ -141,7 +152,7 @@ def claim_page(session: Session, page: Page) -> Path:
     """
     path = Path(str(session.config.path))
     if session.config.output_dir is None:
-        folder = path if path.is_dir() else path.parent
+        folder = session.folder.path = path if path.is_dir() else path.parent
         setting, way_out = "path", "set output_dir to another folder"
     else:
         folder = session.folder.path

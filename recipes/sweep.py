@@ -38,12 +38,33 @@ class Sweep:
         self.jobs: list[SweepJob] = []
         self.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.exit_code = 0  # that of the first job that failed
+        self.keeps_earlier = True
 
-    def run(self, composed: DictConfig, start: Callable[[Path], None]) -> None:
-        """Run a job in its folder, and keep how it ended.
+    def open(self, composed: DictConfig) -> None:
+        """Set the folder, before the first job, and refuse one that holds another sweep.
+
+        Raises:
+            UserError: it does, and neither `resume=auto` adds to that sweep nor `overwrite=true` replaces it.
+        """
+        from hydra.core.hydra_config import HydraConfig
+
+        from mtptrain.evaluation.sweep import SWEEP_FILE, read_sweep
+
+        folder = _sweep_folder(composed, Path(HydraConfig.get().runtime.output_dir))
+        self.keeps_earlier = not composed.overwrite
+        if self.keeps_earlier and (folder / SWEEP_FILE).exists():
+            if composed.resume != "auto":
+                raise UserError(
+                    f"output_dir={folder}: already holds {SWEEP_FILE}; choose another folder, add to its jobs with "
+                    "resume=auto, or set overwrite=true to replace it"
+                )
+            read_sweep(folder / SWEEP_FILE, "output_dir")
+        self.folder = folder
+
+    def run(self, start: Callable[[Path], None]) -> None:
+        """Run a job in its folder, and keep how it ended; call `open` first.
 
         Args:
-            composed: its configuration.
             start: runs it, given its folder.
 
         Raises:
@@ -55,7 +76,7 @@ class Sweep:
         job = HydraConfig.get()
         varied = varied_settings([str(one) for one in OmegaConf.to_container(job.overrides.task) or []], self.command)
         name = job_name(varied, int(job.job.num))
-        self.folder = _sweep_folder(composed, Path(job.runtime.output_dir))
+        assert self.folder is not None
         _print_status(f"job {job.job.num}: {self.folder / name}")
         begun, code, reason = time.monotonic(), 0, None
         try:
@@ -95,7 +116,7 @@ class Sweep:
             command=["python", "-m", "mtptrain", *self.command[1:]],
             started=self.started,
             git_commit=git_commit(),
-            jobs=self.jobs,
+            jobs=[*self._earlier_jobs(), *self.jobs],
         )
         try:
             write_sweep(self.folder / SWEEP_FILE, result)
@@ -104,6 +125,16 @@ class Sweep:
             _print_status(f"{self.folder / SWEEP_FILE} cannot be written ({error.strerror})")
         print_sweep(result, self.folder, open_console())
         _print_status(f"wrote {self.folder / SWEEP_FILE} and {self.folder / SWEEP_PAGE}")
+
+    def _earlier_jobs(self) -> list[SweepJob]:
+        """Return the jobs of the sweep.json in the folder that did not run again, also those of a sweep beside this."""
+        from mtptrain.evaluation.sweep import SWEEP_FILE, read_sweep
+
+        assert self.folder is not None
+        path, own = self.folder / SWEEP_FILE, {job.folder for job in self.jobs}
+        if not self.keeps_earlier or not path.exists():
+            return []
+        return [job for job in read_sweep(path, "output_dir").jobs if job.folder not in own]
 
 
 def _reason(ending: SystemExit) -> str | None:

@@ -184,6 +184,14 @@ def _join_copies(session: Session, traces: list[Trace]) -> list[Trace]:
     ]
 
 
+def describe_work(conversations: list[Conversation], sources: list[Source]) -> str:
+    """Return the line before prompts are continued: their number, later turns among them, and their sources."""
+    used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
+    later = sum(len(one.turns) for one in conversations)
+    also = f", then {later} later turns of theirs, each a prompt of its own" if later else ""
+    return f"continuing {len(conversations)} prompts with the backbone ({used}){also}"
+
+
 def gather_traces(session: Session, count: int) -> TraceSet:
     """Return the traces of `evaluation.traces`, or the backbone's continuations of at most `count` prompts."""
     config = session.config
@@ -193,8 +201,7 @@ def gather_traces(session: Session, count: int) -> TraceSet:
         return replace(traces, traces=_join_copies(session, traces.traces))
     conversations, sources = open_prompts(session, count)
     limits = session.limits
-    used = ", ".join(f"{source.used} of {source.rows} in {source.name}" for source in sources)
-    session.folder.print_status(f"continuing {len(conversations)} prompts with the backbone ({used})")
+    session.folder.print_status(describe_work(conversations, sources))
 
     model, done = session.backbone.model, 0
     answer = answer_text(session.source.tokenizer, limits)

@@ -10,11 +10,12 @@ from mtptrain import cli
 from mtptrain.api.backbone import STOCK, LoadedBackbone, load_head, own_settings
 from mtptrain.api.backbone import Path as UserPath
 from mtptrain.api.composed import Settings, arguments_of, compose_run
-from mtptrain.errors import CHECK_FAILED
+from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation import result
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation
 from mtptrain.recipes.session import Session
+from mtptrain.run.folder import FolderUse
 from mtptrain.run.tracking import METRICS_FILE, read_rows
 
 
@@ -70,6 +71,8 @@ def run_recipe(
     opened: list[Session] = []
 
     def prepare(session: Session) -> None:
+        if session.folder.use is FolderUse.none:
+            raise UserError(f"recipe={recipe}: shows text and writes no folder; decode() returns texts in Python")
         opened.append(session)
         command = ["python", "-m", "mtptrain", *arguments]  # the present one is that of a notebook's kernel
         session.folder.provenance = replace(session.folder.provenance, command=command)
@@ -141,6 +144,11 @@ def evaluate(
     """
     checkpoint = head.checkpoint if isinstance(head, Head) else str(head)
     given = {"checkpoint": checkpoint} | dict(settings or {})
+    if given.get("checkpoints") is not None:
+        raise UserError(
+            f"checkpoints={given['checkpoints']}: evaluate returns the figures of one head; "
+            "run_recipe('evaluate', ...) measures a run's checkpoints, run_recipe('compare', ...) several heads"
+        )
     return read_evaluation(run_recipe("evaluate", backbone, output_dir=output_dir, settings=given))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from itertools import product
 from typing import TYPE_CHECKING
 
 from mtptrain.errors import UserError
@@ -64,6 +65,29 @@ def job_name(varied: dict[str, str], number: int) -> str:
         return f"job{number}"
     name = UNSAFE.sub("_", text)[:LONGEST]
     return name if name == text else f"{name}-{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def first_job(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a sweep's first job, to describe it; those of any other command as they are."""
+    if not any(flag in command for flag in FLAGS):
+        return list(command)
+    first = {}
+    for override in _overrides(command):
+        if override.is_sweep_override():
+            value = next(override.sweep_string_iterator())
+            first[override.input_line] = f"{override.get_key_element()}={value}"
+    return [first.get(word, word) for word in command if word not in FLAGS]
+
+
+def job_arguments(command: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the overrides of every job of a sweep, in order."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in _overrides(command)
+    ]
+    return map(list, product(*choices))
 
 
 def check_command(command: Sequence[str]) -> None:

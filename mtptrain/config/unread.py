@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
@@ -16,6 +17,7 @@ from mtptrain.config.verbosity import say
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
+Job = tuple[Given, RunConfig, Settings]  # of a sweep
 # The way out by setting or section, of which the longest name counts: for settings of other recipes...
 OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
@@ -92,7 +94,7 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
     """Refuse the first setting that was given and is not read; a default value is accepted.
 
     Sizes of an evaluation are only noted, so that one list of them fits every recipe that measures heads; so is
-    everything in a sweep, whose jobs share a command line.
+    everything in a sweep, whose jobs share a command line: `check_sweep` refuses a setting that none of them reads.
 
     Args:
         given: the user's settings.
@@ -105,8 +107,7 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
             `resume_allow` that is no setting.
     """
     _check_allowed(config.resume_allow)
-    named = {_setting(name) for name in given.values} & all_settings()
-    unread = sorted(name for name in named - reads if not _is_default(config, name))
+    unread = unread_settings(given, config, reads)
     measures = any(name.startswith("evaluation.") for name in reads - {"evaluation.every"})
     # A training that cannot measure between its steps still trains as it should.
     sizes: str | tuple[str, ...] = (
@@ -123,6 +124,34 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
     if noted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
         say(f"note: +recipe={config.task} does not read {names} with these settings")
+
+
+def unread_settings(given: Given, config: RunConfig, reads: Settings) -> list[str]:
+    """Return the settings that were given, differ from the default and are not read; sorted."""
+    named = {_setting(name) for name in given.values} & all_settings()
+    return sorted(name for name in named - reads if not _is_default(config, name))
+
+
+def check_sweep(jobs: Iterable[Job], owners: Callable[[str, RunConfig], list[str]]) -> None:
+    """Refuse the first setting that was given to a sweep and that none of its jobs reads.
+
+    Args:
+        jobs: the user's settings, the configuration and the settings that the recipe reads, by job.
+        owners: returns the tasks that read a setting with a configuration.
+
+    Raises:
+        UserError: as `check_given` does.
+    """
+    first, unread = None, set[str]()
+    for given, config, reads in jobs:
+        unread = (unread if first else set(all_settings())) & set(unread_settings(given, config, reads))
+        first = first or (given, config, reads)
+        if not unread:
+            return
+    if first is not None:
+        given, config, reads = first
+        alone = replace(given, values=frozenset(unread), groups={}, is_sweep=False)
+        check_given(alone, config, reads, lambda name: owners(name, config))
 
 
 def _check_allowed(names: list[str]) -> None:

@@ -117,17 +117,35 @@ def write_curve(path: Path, curve: Curve) -> None:
 
 
 def read_curve(path: Path) -> Curve:
-    """Return the curve of a file.
+    """Return the curve of a file, to draw it.
 
     Raises:
         UserError: the file cannot be read, or is no curve.json of this schema.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or stored.get("schema") != CURVE_SCHEMA:
-            raise MismatchError(f"it is not of schema {CURVE_SCHEMA}")
-        return from_json(Curve, stored)
+        return _parse_curve(path)
+    except OSError as error:
+        raise UserError(f"path={path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"path={path}: is no curve.json of schema {CURVE_SCHEMA} ({error}); measure again") from None
+
+
+def continued_curve(path: Path) -> Curve:
+    """Return the curve of a file, to add points to it.
+
+    Raises:
+        UserError: as `read_curve` does.
+    """
+    try:
+        return _parse_curve(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"output_dir={path.parent}: {path.name} cannot be continued ({error}); delete it, or choose another folder"
         ) from None
+
+
+def _parse_curve(path: Path) -> Curve:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict) or stored.get("schema") != CURVE_SCHEMA:
+        raise MismatchError(f"it is not of schema {CURVE_SCHEMA}")
+    return from_json(Curve, stored)

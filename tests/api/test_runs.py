@@ -13,6 +13,7 @@ from mtptrain.run.storage import sha256_file
 from mtptrain.traces.file import Trace, read_trace_set
 from tests.api.conftest import small_settings
 from tests.command import measuring_little, run_main
+from tests.evaluation.recorded import EVALUATIONS
 
 EQUAL = ("backbone", "draft_length", "gain", "gain_by_domain", "heads", "policy", "prompts")  # the rest holds times
 SIZES = {"decoding.draft_length": 2, "decoding.max_new_tokens": 6}
@@ -184,4 +185,14 @@ def test_settings_go_to_the_function_that_reads_them(backbone: mtptrain.LoadedBa
         mtptrain.training_batches(backbone, settings={"data": "on_policy"})
     with pytest.raises(mtptrain.UserError, match="does not read it"):
         mtptrain.evaluate(backbone, output_dir=tmp_path / "run", settings={"train.steps": 3})
+    with pytest.raises(mtptrain.UserError, match=r"checkpoints=all: evaluate returns the figures of one head"):
+        mtptrain.evaluate(backbone, tmp_path, output_dir=tmp_path / "run", settings={"checkpoints": "all"})
+    with pytest.raises(mtptrain.UserError, match="recipe=generate: shows text and writes no folder"):
+        mtptrain.run_recipe("generate", backbone, settings={"checkpoint": "stock", "prompt": "The river"})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_report_from_python_returns_the_folder_of_its_page(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_bytes(EVALUATIONS["single"].read_bytes())
+    assert mtptrain.run_recipe("report", settings={"path": tmp_path / "evaluation.json"}) == tmp_path
+    assert (tmp_path / "report.html").exists()

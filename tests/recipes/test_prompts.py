@@ -3,13 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtptrain.data.tokenizer import load_tokenizer
+from mtptrain.recipes.traces import describe_work
 from mtptrain.traces.file import TraceSet, read_trace_set
+from mtptrain.traces.prompts import Conversation, Prompt, Source
 from tests.command import Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
 
@@ -63,6 +66,14 @@ def test_prompt_files_are_measured_turn_by_turn_and_by_domain(measured: Path) ->
     prompts = evaluation["prompts"]
     assert [(source["rows"], source["used"]) for source in prompts["sources"]] == [(2, 2), (5, 3)]
     assert (prompts["count"], prompts["conversations"], prompts["dropped_turns"]) == (6, 5, 0)
+
+
+def test_later_turns_are_announced_as_prompts_of_their_own() -> None:
+    first = Conversation(Prompt([7], "talk", 0), turns=["And then?", "Who?"])
+    source = Source("talk.jsonl", "", 9, 1)
+    line = "continuing 1 prompts with the backbone (1 of 9 in talk.jsonl)"
+    assert describe_work([first], [source]) == f"{line}, then 2 later turns of theirs, each a prompt of its own"
+    assert describe_work([replace(first, turns=[])], [source]) == line
 
 
 def test_a_text_begins_with_the_mark_that_documents_begin_with(measured: Path) -> None:

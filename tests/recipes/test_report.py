@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mtptrain.evaluation.curve import CURVE_SCHEMA, Curve, CurveIdentity, CurvePoint, write_curve
 from mtptrain.evaluation.result import SCHEMA
 from tests.command import ROOT, hold_folder, run_main
 from tests.evaluation.recorded import EVALUATIONS, FOLDER, LAST_STEP, METRICS, recorded_evaluation
@@ -100,6 +101,55 @@ def test_a_comparison_is_drawn_again(name: str, tmp_path: Path, capfd: pytest.Ca
     assert sorted(os.listdir(tmp_path)) == sorted([name, "comparison.html"])
     (tmp_path / name).write_text('{"comparisons": [], "schema": 1}')
     assert "is no comparison.json of schema" in refusal(capfd, f"path={path}")
+
+
+def small_curve() -> Curve:
+    """A curve with one checkpoint, of the figures of a recorded evaluation."""
+    recorded, head = recorded_evaluation(), recorded_evaluation().last_head
+    longest = recorded.draft_length
+    identity = CurveIdentity(
+        run="run",
+        backbone=recorded.backbone.fingerprint,
+        dtype="float32",
+        prompts=["heldout"],
+        traces=None,
+        num_prompts=4,
+        prompt_tokens=32,
+        draft_length=longest,
+        policy=recorded.policy,
+    )
+    point = CurvePoint(
+        step=2,
+        tokens=64,
+        checkpoint="run/checkpoints/step_00000002",
+        digest="",
+        replay={k: head.replay[k] for k in range(1, longest + 1)},
+        gain=None,
+        seen_prompts=None,
+        chosen_on=None,
+    )
+    return Curve(
+        schema=CURVE_SCHEMA,
+        provenance=recorded.provenance,
+        identity=identity,
+        backbone=recorded.backbone,
+        prompts=recorded.prompts,
+        stock=None,
+        best_step=None,
+        points=[point],
+        skipped=[],
+    )
+
+
+@pytest.mark.parametrize("name", ["curve.json", "another.json"])
+def test_a_curve_is_drawn_again(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_curve(tmp_path / name, small_curve())
+    path = tmp_path / name if name == "another.json" else tmp_path
+    assert run_main("+recipe=report", f"path={path}") == 0
+    assert "Acceptance length by checkpoint" in capfd.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "curve.html"])
+    (tmp_path / name).write_text('{"points": [], "schema": 0}')
+    assert "is no curve.json of schema" in refusal(capfd, f"path={path}")
 
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
