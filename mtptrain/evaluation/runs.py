@@ -60,27 +60,28 @@ def gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> Gain |
         return paired_gain(base[0], other[0], groups)
     if not all(map(have_passes, [*base, *other])):
         return None
-    return crossed_gain(*_lengths([base, other], groups), most=draft_length(base[0]))
+    old, new = _lengths([base, other], groups)
+    return crossed_gain(old, new, most=draft_length(base[0]))
 
 
 def position_gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> list[Gain | None]:
     """Return the difference of conditional acceptance at each position; None if too few drafts reached it."""
     if len(base) == len(other) == 1:
         return paired_position_gain(base[0], other[0], groups)
-    sides = [base, other]
-    at_positions = [_position(sides, k, groups) for k in range(len(base[0][0].reached_K))]
-    return [crossed_gain(*settings, most=1.0) if settings else None for settings in at_positions]
+    at_positions = [_position([base, other], k, groups) for k in range(len(base[0][0].reached_K))]
+    return [pair and crossed_gain(*pair, most=1.0) for pair in at_positions]
 
 
 def _lengths(sides: list[RunCounts], groups: list[int]) -> list[Setting]:
     return _settings(sides, lambda counts: (counts.emitted, counts.passes), groups)
 
 
-def _position(sides: list[RunCounts], k: int, groups: list[int]) -> list[Setting] | None:
-    """Return the settings of the acceptance at a position; None if a run never reached it."""
+def _position(sides: list[RunCounts], k: int, groups: list[int]) -> tuple[Setting, Setting] | None:
+    """Return two settings of the acceptance at a position; None if a run never reached it."""
     if not all(any(counts.reached_K[k] > 0 for counts in run) for runs in sides for run in runs):
         return None
-    return _settings(sides, lambda counts: (counts.accepted_K[k], counts.reached_K[k]), groups)
+    old, new = _settings(sides, lambda counts: (counts.accepted_K[k], counts.reached_K[k]), groups)
+    return old, new
 
 
 def _settings(
