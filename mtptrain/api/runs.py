@@ -60,8 +60,8 @@ def run_recipe(
         settings: by their names on the command line, such as {"checkpoints": ["stock", "runs/a"]}.
 
     Raises:
-        UserError: a setting is unknown, wrong or not read by the recipe, an input cannot be used, or a backbone is given
-            and the recipe loads none.
+        UserError: a setting is unknown, wrong or not read by the recipe, an input cannot be used, or a backbone is
+            given and the recipe loads none.
         Preempted: Ctrl-C or a signal ended a training; its work is saved.
 
     Example:
