@@ -308,7 +308,7 @@ class Session:
         depth = num_modules(tensors)
         stack = stack_from_tensors(self.backbone.config, depth, tensors, str(self.source.folder))
         stack = self.serve(place(stack, self.backbone).eval(), zero_first=False)
-        return Head("stock", "stock", "shared" if depth == 1 else "stacked", stack)
+        return Head("stock", "stock", "shared" if depth == 1 else "stacked", stack, backbone=self.backbone.fingerprint)
 
     def trained_head(self, checkpoint: Checkpoint) -> Head:
         """Return the head of a checkpoint.
@@ -324,7 +324,9 @@ class Session:
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
         stack = self.serve(place(stack, self.backbone).eval(), identity.zero_first)
         passages, selection = checkpoint.passages(), checkpoint.selection()
-        return Head("trained", str(checkpoint.folder), identity.mode.value, stack, passages, selection)
+        return Head(
+            "trained", str(checkpoint.folder), identity.mode.value, stack, passages, selection, identity.backbone
+        )
 
     def serve(self, stack: MtpStack, zero_first: bool) -> MtpStack:
         """Return modules after giving them the numerics of `decoding.served_as`; `zero_first` is that of training."""

@@ -20,6 +20,17 @@ def test_a_job_is_named_by_the_settings_that_vary() -> None:
     assert job_name(varied_settings(["+recipe=plan"], ["mtptrain", "-m", "+recipe=plan,distill"]), 0) == "recipe-plan"
 
 
+@pytest.mark.parametrize(
+    ("command", "job", "name"),
+    [
+        ("seed=0 seed=1,2", ["seed=0", "seed=2"], "seed-2"),
+        ("seed=1,2 seed=0", ["seed=2", "seed=0"], "job5"),
+    ],
+)
+def test_of_a_setting_that_is_given_twice_the_last_value_counts(command: str, job: list[str], name: str) -> None:
+    assert job_name(varied_settings(job, command.split()), 5) == name
+
+
 ODD = [
     "'mtp.init=/runs/a b/../c'",
     "'prompts=[x.jsonl,\"y z.jsonl\"]'",

@@ -123,6 +123,19 @@ def own_settings(backbone: LoadedBackbone, settings: Settings | None) -> dict[st
     return {**backbone.settings, **(settings or {})}
 
 
+def check_head(backbone: LoadedBackbone, head: Head) -> None:
+    """Refuse a head that was loaded with another backbone, whose streams it reads.
+
+    Raises:
+        UserError: the backbones differ.
+    """
+    if head.backbone not in (None, backbone.fingerprint):
+        raise UserError(
+            f"head={head.checkpoint}: is a head of another backbone; give the backbone that it was loaded with, or "
+            "load_head(backbone, ...) with this one"
+        )
+
+
 def open_session(composed: Composed, backbone: LoadedBackbone | None = None) -> Session:
     """Return a session that writes nothing."""
     config, settings, _ = composed

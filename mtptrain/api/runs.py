@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mtptrain import cli
-from mtptrain.api.backbone import STOCK, LoadedBackbone, load_head, own_settings
+from mtptrain.api.backbone import STOCK, LoadedBackbone, check_head, load_head, own_settings
 from mtptrain.api.backbone import Path as UserPath
 from mtptrain.api.composed import Settings, arguments_of, compose_run
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation import result
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation
+from mtptrain.recipes import find_recipe
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import FolderUse
 from mtptrain.run.tracking import METRICS_FILE, read_rows
@@ -60,7 +61,8 @@ def run_recipe(
         settings: by their names on the command line, such as {"checkpoints": ["stock", "runs/a"]}.
 
     Raises:
-        UserError: a setting is unknown, wrong or not read by the recipe, or an input cannot be used.
+        UserError: a setting is unknown, wrong or not read by the recipe, an input cannot be used, or a backbone is
+            given and the recipe loads none.
         Preempted: Ctrl-C or a signal ended a training; its work is saved.
 
     Example:
@@ -68,7 +70,9 @@ def run_recipe(
     """
     given = own_settings(backbone, settings) if backbone is not None else dict(settings or {})
     arguments = arguments_of(recipe, given | ({} if output_dir is None else {"output_dir": output_dir}))
-    opened: list[Session] = []
+    composed, opened = compose_run(arguments), list[Session]()
+    if backbone is not None and "backbone.path" not in find_recipe(composed.config.task).reads(composed.config):
+        raise UserError(f"backbone: +recipe={recipe} loads none; leave the argument out")
 
     def prepare(session: Session) -> None:
         if session.folder.use is FolderUse.none:
@@ -80,7 +84,7 @@ def run_recipe(
             session.adopt(backbone.loaded)
 
     try:
-        cli.run_task(*compose_run(arguments), None, prepare)
+        cli.run_task(*composed, None, prepare)
     except SystemExit as ending:
         if ending.code != CHECK_FAILED:
             raise
@@ -144,6 +148,8 @@ def evaluate(
     """
     checkpoint = head.checkpoint if isinstance(head, Head) else str(head)
     given = {"checkpoint": checkpoint} | dict(settings or {})
+    if isinstance(head, Head):
+        check_head(backbone, head)
     if given.get("checkpoints") is not None:
         raise UserError(
             f"checkpoints={given['checkpoints']}: evaluate returns the figures of one head; "

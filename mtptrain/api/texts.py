@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from mtptrain.api.backbone import STOCK, LoadedBackbone, open_session, own_settings
+from mtptrain.api.backbone import STOCK, LoadedBackbone, check_head, open_session, own_settings
 from mtptrain.api.composed import Settings, arguments_of, compose_run
 from mtptrain.certificate.loop import text_pieces
 from mtptrain.config.reads import SAMPLING, TEMPLATE
@@ -133,8 +133,8 @@ def decode(
             "decoding.draft_length": 3, "decoding.temperature": 1.0}.
 
     Raises:
-        UserError: a prompt is empty, too long or of another vocabulary, a conversation has no template, or a setting is
-            not read.
+        UserError: a prompt is empty, too long or of another vocabulary, a conversation has no template, the head is one
+            of another backbone, or a setting is not read.
 
     Example:
         >>> texts = mtptrain.decode(backbone, "def add(a, b):", mtptrain.load_head(backbone))
@@ -142,6 +142,8 @@ def decode(
     """
     given = own_settings(backbone, {"checkpoint": STOCK, **(settings or {})})
     _check_read(settings or {})
+    if head is not None:
+        check_head(backbone, head)
     session = open_session(compose_run(arguments_of("evaluate", given)), backbone)
     tokens = [_encode(session, prompt, number) for number, prompt in enumerate(_several(prompts), start=1)]
     batch = _decode(session, tokens, head)

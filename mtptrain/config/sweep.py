@@ -21,12 +21,14 @@ FLAGS = ("-m", "--multirun")
 def varied_settings(job: Sequence[str], command: Sequence[str]) -> dict[str, str]:
     """Return the settings of a job that its sweep varies, by name, in the order of the command.
 
+    Of a setting that the command gives twice the last value counts, as everywhere.
+
     Args:
         job: the overrides of the job, as Hydra passes them.
         command: the arguments of the command, options among them.
     """
-    fixed = {override.key_or_group for override in _overrides(command) if not override.is_sweep_override()}
-    varied = [override for override in _overrides(job) if override.key_or_group not in fixed]
+    is_swept = {override.key_or_group: override.is_sweep_override() for override in _overrides(command)}
+    varied = [override for override in _overrides(job) if is_swept.get(override.key_or_group, True)]
     return {str(override.key_or_group): _value_text(override) for override in varied if not override.is_delete()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
-from mtptrain.config.reads import Settings, all_settings, of_measuring, settings
+from mtptrain.config.reads import TEMPLATE, Settings, all_settings, of_measuring, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
@@ -23,7 +23,7 @@ OTHER_RECIPE = {
     "backbone": "a plan takes model=NAME, any other recipe needs none",
     "backbone.grow_from": "only +recipe=backbone trains a backbone",
     "backbone.weights": "a miniature is made of decoded weights",
-    "backbone.path": "+recipe=backbone builds a backbone from backbone.shape",
+    "backbone.path": "a plan takes model=NAME, +recipe=backbone sizes in backbone.shape, any other recipe needs none",
     "backbone.shape": "other recipes take sizes from config.json in backbone.path",
     "watch": "+recipe=watch measures a run while it trains elsewhere",
     "checkpoint": "training starts from a head with mtp.init=PATH, and compare takes checkpoints=[A,B]",
@@ -129,6 +129,8 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
 def unread_settings(given: Given, config: RunConfig, reads: Settings) -> list[str]:
     """Return the settings that were given, differ from the default and are not read; sorted."""
     named = {_setting(name) for name in given.values} & all_settings()
+    if given.is_sweep:
+        named -= {"output_dir"}  # that of the sweep itself, which every sweep reads
     return sorted(name for name in named - reads if not _is_default(config, name))
 
 
@@ -176,6 +178,8 @@ def _reason(name: str, config: RunConfig, reads: Settings, owners: list[str]) ->
         return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
     if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
         return "release.size=servable brings all sizes of its random backbone; leave one of them out"
+    if config.task == "generate" and name in settings(*TEMPLATE):
+        return "generate.raw=true continues the prompt as it is; leave one of them out"
     if owners == ["generate"] and name in OTHER_SETTINGS:  # it reads a chat template in any case, for its one prompt
         owners = []
     if owners:

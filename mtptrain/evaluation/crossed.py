@@ -41,9 +41,11 @@ class Setting:
 
     Attributes:
         values_SG: pseudo-value of every run on every group of prompts, float64.
+        num_measured: groups that every run has measured, at least: those with a denominator above 0.
     """
 
     values_SG: np.ndarray
+    num_measured: int
 
     @classmethod
     def of(cls, numerators_SP: np.ndarray, denominators_SP: np.ndarray, groups: list[int]) -> Setting:
@@ -57,7 +59,8 @@ class Setting:
         n_SG, d_SG = (_by_group(values_SP, groups) for values_SP in (numerators_SP, denominators_SP))
         total_S1 = d_SG.sum(1, keepdims=True)
         ratio_S1 = n_SG.sum(1, keepdims=True) / total_S1
-        return cls(ratio_S1 + n_SG.shape[1] * (n_SG - ratio_S1 * d_SG) / total_S1)
+        values_SG = ratio_S1 + n_SG.shape[1] * (n_SG - ratio_S1 * d_SG) / total_S1
+        return cls(values_SG, int((d_SG > 0).sum(1).min()))
 
     @property
     def runs_S(self) -> np.ndarray:
@@ -114,10 +117,10 @@ def crossed_gain(base: Setting, other: Setting, most: float) -> Gain:
 def _half_widths(by_group_G: np.ndarray, settings: list[Setting]) -> tuple[float, float]:
     """Return half the width of the 95 % interval, and the difference that would be found with 80 % power.
 
-    Both are infinite with one group of prompts, which says nothing about others.
+    Both are infinite if a run has measured one group of prompts, which says nothing about others.
     """
     num_groups = len(by_group_G)
-    if num_groups < 2:
+    if min(setting.num_measured for setting in settings) < 2:
         return math.inf, math.inf
     of_groups = float(by_group_G.var(ddof=1) / num_groups)
     terms = [(of_groups, num_groups - 1), *(one.of_runs() for one in settings)]

@@ -33,6 +33,7 @@ class Head:
         stack: its modules, in eval mode.
         passages: of the text that it was trained on; None if unknown.
         selection: how it was chosen as the best of its run; None if it was not, or this is unknown.
+        backbone: fingerprint of its backbone; None if the head was not loaded but has just been trained.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Head:
     stack: MtpStack
     passages: Passages | None = None
     selection: Selection | None = None
+    backbone: str | None = None
 
     def __repr__(self) -> str:
         size = f"{self.mode}, depth {self.stack.depth}, {self.num_parameters / 1e6:.2f} M parameters"

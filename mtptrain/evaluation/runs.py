@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,7 @@ def summarize_runs(runs: RunCounts, groups: list[int]) -> Acceptance:
     pooled = summarize([counts for run in runs for counts in run], groups * len(runs))
     if not all(map(have_passes, runs)):
         return replace(pooled, acceptance_length=None, interval=None)
-    setting = _lengths(runs, groups)
+    (setting,) = _lengths([runs], groups)
     return replace(pooled, acceptance_length=setting.mean, interval=crossed_interval(setting, lengths_of(runs[0])))
 
 
@@ -59,24 +60,44 @@ def gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> Gain |
         return paired_gain(base[0], other[0], groups)
     if not all(map(have_passes, [*base, *other])):
         return None
-    return crossed_gain(_lengths(base, groups), _lengths(other, groups), most=draft_length(base[0]))
+    old, new = _lengths([base, other], groups)
+    return crossed_gain(old, new, most=draft_length(base[0]))
 
 
 def position_gain_of_runs(base: RunCounts, other: RunCounts, groups: list[int]) -> list[Gain | None]:
     """Return the difference of conditional acceptance at each position; None if too few drafts reached it."""
     if len(base) == len(other) == 1:
         return paired_position_gain(base[0], other[0], groups)
-    pairs = [[_position(runs, k, groups) for runs in (base, other)] for k in range(len(base[0][0].reached_K))]
-    return [crossed_gain(old, new, most=1.0) if old and new else None for old, new in pairs]
+    at_positions = [_position([base, other], k, groups) for k in range(len(base[0][0].reached_K))]
+    return [pair and crossed_gain(*pair, most=1.0) for pair in at_positions]
 
 
-def _lengths(runs: RunCounts, groups: list[int]) -> Setting:
-    emitted_SP = np.array([[counts.emitted for counts in run] for run in runs], dtype=np.float64)
-    passes_SP = np.array([[counts.passes for counts in run] for run in runs], dtype=np.float64)
-    return Setting.of(emitted_SP, passes_SP, groups)
+def _lengths(sides: list[RunCounts], groups: list[int]) -> list[Setting]:
+    return _settings(sides, lambda counts: (counts.emitted, counts.passes), groups)
 
 
-def _position(runs: RunCounts, k: int, groups: list[int]) -> Setting | None:
-    accepted_SP = np.array([[counts.accepted_K[k] for counts in run] for run in runs])
-    reached_SP = np.array([[counts.reached_K[k] for counts in run] for run in runs])
-    return Setting.of(accepted_SP, reached_SP, groups) if (reached_SP.sum(1) > 0).all() else None
+def _position(sides: list[RunCounts], k: int, groups: list[int]) -> tuple[Setting, Setting] | None:
+    """Return two settings of the acceptance at a position; None if a run never reached it."""
+    if not all(any(counts.reached_K[k] > 0 for counts in run) for runs in sides for run in runs):
+        return None
+    old, new = _settings(sides, lambda counts: (counts.accepted_K[k], counts.reached_K[k]), groups)
+    return old, new
+
+
+def _settings(
+    sides: list[RunCounts], ratio: Callable[[Counts], tuple[float, float]], groups: list[int]
+) -> list[Setting]:
+    """Return the pseudo-values of settings on the same prompts.
+
+    A prompt that no run measures is left out, as in the bootstrap: its pseudo-values would be the mean itself, and
+    narrow the interval.
+
+    Args:
+        sides: the runs of each setting.
+        ratio: returns numerator and denominator of a prompt.
+        groups: the group of every prompt.
+    """
+    parts = [np.array([[ratio(counts) for counts in run] for run in runs], dtype=np.float64) for runs in sides]
+    kept = [i for i in range(len(groups)) if any((part_SP2[:, i, 1] > 0).any() for part_SP2 in parts)]
+    chosen = [groups[i] for i in kept]
+    return [Setting.of(part_SP2[:, kept, 0], part_SP2[:, kept, 1], chosen) for part_SP2 in parts]

@@ -28,7 +28,7 @@ RETURNED = {
 }
 TYPES = {
     "LoadedBackbone": ["config", "device", "encode", "fingerprint", "loaded", "model", "settings", "text", "tokenizer"],
-    "Head": ["checkpoint", "mode", "name", "num_parameters", "passages", "selection", "stack"],
+    "Head": ["backbone", "checkpoint", "mode", "name", "num_parameters", "passages", "selection", "stack"],
     "DecodedText": ["pieces", "prompt", "record", "text", "tokens", "tokens_per_pass"],
     "DecodedTexts": ["batch", "count", "index", "texts", "tokens_per_pass", "tokens_per_second"],
     "TrainedRun": ["curve", "evaluation", "folder", "head", "metrics"],

@@ -1,6 +1,7 @@
 """Results from Python are those of the command line, and a loaded backbone is the same after every use."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,26 @@ def test_a_report_from_python_returns_the_folder_of_its_page(tmp_path: Path) -> 
     (tmp_path / "evaluation.json").write_bytes(EVALUATIONS["single"].read_bytes())
     assert mtptrain.run_recipe("report", settings={"path": tmp_path / "evaluation.json"}) == tmp_path
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["stock", "trained"])
+def test_a_head_of_another_backbone_is_refused(
+    backbone: mtptrain.LoadedBackbone, run: mtptrain.TrainedRun, checkpoint: str, tmp_path: Path
+) -> None:
+    head = run.head if checkpoint == "trained" else mtptrain.load_head(backbone)
+    other = replace(backbone, loaded=replace(backbone.loaded, fingerprint="0" * 64))
+    for work in (lambda: mtptrain.decode(other, "The river", head), lambda: mtptrain.evaluate(other, head)):
+        with pytest.raises(mtptrain.UserError, match=r"head=.*: is a head of another backbone; give"):
+            work()
+
+
+def test_what_a_function_cannot_return_or_use_is_refused_before_the_work(
+    backbone: mtptrain.LoadedBackbone, run: mtptrain.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mtptrain.UserError, match=r"checkpoints=all: evaluate returns the figures of one head"):
+        mtptrain.evaluate(backbone, run.folder, settings={"checkpoints": "all"})
+    for recipe, settings in (("report", {"path": run.folder}), ("plan", {}), ("backbone", {})):
+        with pytest.raises(mtptrain.UserError, match=f"backbone: .recipe={recipe} loads none; leave"):
+            mtptrain.run_recipe(recipe, backbone, settings=settings)
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@ import pytest
 
 from mtptrain.evaluation.head_result import Gain
 from mtptrain.evaluation.metrics import difference, interval, paired_gain, summarize, widened
-from mtptrain.evaluation.runs import gain_of_runs, summarize_runs
+from mtptrain.evaluation.runs import gain_of_runs, position_gain_of_runs, summarize_runs
 from mtptrain.replay.replay import Counts
 
 
@@ -55,3 +55,25 @@ def test_one_group_says_nothing_about_others() -> None:
         assert gain == Gain(pytest.approx(1.3), (-2, 2), detectable=2)
     pooled = summarize_runs([base, other], groups)
     assert (pooled.acceptance_length, pooled.interval) == (pytest.approx(1.85), (1, 3))
+
+
+def test_groups_that_nothing_was_measured_on_narrow_no_interval() -> None:
+    """Texts that end at their first token have no pass, and few drafts reach a late position."""
+    nothing = np.zeros(2)
+    empty = Counts(0.0, 0.0, nothing, nothing, nothing)
+    rng = np.random.default_rng(0)
+
+    def measured(gain: float) -> list[Counts]:
+        return [
+            Counts(10.0, 12 + gain + noise, nothing, np.array([10.0, 4 * (i == 0)]), np.array([2.0, gain * (i == 0)]))
+            for i, noise in enumerate(rng.normal(0, 1, 5))
+        ]
+
+    base, other = ([measured(gain) for _ in range(2)] for gain in (1.0, 3.0))
+    with_empty = [[[*run, *[empty] * 20] for run in runs] for runs in (base, other)]
+    groups = list(range(25))
+    assert gain_of_runs(*with_empty, groups) == gain_of_runs(base, other, groups[:5])
+    assert summarize_runs(with_empty[0], groups).interval == summarize_runs(base, groups[:5]).interval
+    one = [[[run[0], empty, empty] for run in runs] for runs in (base, other)]
+    assert gain_of_runs(*one, [0, 1, 2]).interval == (-2, 2)
+    assert position_gain_of_runs(base, other, groups[:5])[1] == Gain(0.5, (-1, 1), detectable=1)

@@ -13,7 +13,7 @@ import yaml
 from mtptrain import cli
 from mtptrain.config import MixtureConfig, RunConfig
 from mtptrain.config.given import Given
-from mtptrain.config.reads import ALWAYS, ROWS, SAMPLING
+from mtptrain.config.reads import ALWAYS, ROWS, SAMPLING, settings
 from mtptrain.config.unread import check_given
 from mtptrain.recipes import find_recipe
 from tests.command import ROOT, Light, Refused, read_metrics, run_main
@@ -234,6 +234,12 @@ UNREAD = [
         "data=on_policy mtp.init=fresh on_policy.draft_length=3",
         "on_policy.draft_length=3: .*; a head of mtp.init=fresh or backbone drafts nothing",
     ),
+    (
+        "generate",
+        "checkpoint=stock prompt=a generate.raw=true data.chat_template=builtin",
+        "data.chat_template=builtin: generate.raw=true continues the prompt as it is; leave one of them out",
+    ),
+    ("report", "path=a backbone.path=b", "backbone.path=b: .* any other recipe needs none"),
     ("distill", "data=stdlib data.format=alpaca", "data.format=alpaca: .* data=stdlib .*: set data=text"),
 ]
 
@@ -255,6 +261,12 @@ def test_sizes_of_an_evaluation_that_are_not_read_are_noted(
     assert run_main("+recipe=doctor", *light, *arguments, f"output_dir={tmp_path}") == 3
     note = r"^note: \+recipe=doctor does not read evaluation.timed_prompts=1 with these settings$"
     assert re.search(note, capfd.readouterr().err, re.MULTILINE)
+
+
+def test_a_sweep_reads_its_folder_for_every_recipe(capfd: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig(task="generate", output_dir="sweep")
+    check_given(Given(frozenset({"output_dir"}), {}, is_sweep=True), config, settings("prompt"), lambda _: [])
+    assert capfd.readouterr().err == ""
 
 
 def test_values_of_a_shipped_recipe_are_not_refused(tmp_path: Path) -> None:
