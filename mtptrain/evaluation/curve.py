@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
+from mtptrain.evaluation.stored import read_json
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.run.typed_json import to_json
 
 CURVE_SCHEMA = 1
 
@@ -123,10 +123,7 @@ def read_curve(path: Path) -> Curve:
         UserError: the file cannot be read, or is no curve.json of this schema.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or stored.get("schema") != CURVE_SCHEMA:
-            raise MismatchError(f"it is not of schema {CURVE_SCHEMA}")
-        return from_json(Curve, stored)
+        return read_json(Curve, path, CURVE_SCHEMA)
     except (OSError, ValueError) as error:
         raise UserError(
             f"output_dir={path.parent}: {path.name} cannot be continued ({error}); delete it, or choose another folder"
