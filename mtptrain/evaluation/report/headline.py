@@ -16,7 +16,7 @@ from mtptrain.evaluation.certificate_result import (
     TextDifference,
 )
 from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts, chosen_text
-from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, Speedup
+from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, PromptsResult, Speedup
 from mtptrain.run.typed_json import to_json
 
 
@@ -143,6 +143,14 @@ def policy_text(policy: PolicyResult) -> str:
     )
     changed = [f", {name} {value}" for name, value in to_json(policy).items() if value != neutral[name]]
     return f"temperature {policy.temperature:g}{kinds}{''.join(changed)}"
+
+
+def prompts_text(prompts: PromptsResult) -> str:
+    """Return number, source and sizes of the prompts that heads were replayed on, as one line."""
+    return (
+        f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
+        f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each"
+    )
 
 
 def backbone_text(evaluation: Evaluation) -> str:

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
@@ -25,7 +24,7 @@ from mtptrain.evaluation.report.tables import (
     share_cell,
     speed_cell,
 )
-from mtptrain.evaluation.report.template import sentence, write_page
+from mtptrain.evaluation.report.template import drawn, sentence, write_page
 from mtptrain.evaluation.report.training_plots import LENGTH, draw_named
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.evaluation.sweep import JobFigures, JobOutcome, SweepJob, SweepResult, read_figures
@@ -248,10 +247,10 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
         "title": f"mtptrain sweep of {len(sweep.jobs)} jobs in {folder}",
         "headline": sentence(sweep_headline(figures)),
         "kind": _kind(figures),
-        "failed": failed,
+        "verdicts": [("failed", f"Failed: {line}") for line in failed],
         "notes": [sentence(note) for note in notes if note not in failed],
         "grid": sweep_table(figures),
-        "figures": [(caption, Markup(text)) for caption, text in sweep_plots(figures).items()],
+        "figures": drawn(sweep_plots(figures)),
         "folders": {job.label: f"{job.folder} ({job.outcome.value}, {job.seconds:,.0f} s)" for job, _ in figures},
         "provenance": {
             "Command": shlex.join(sweep.command),
