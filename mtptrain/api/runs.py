@@ -69,7 +69,7 @@ def run_recipe(
     arguments = arguments_of(recipe, given | ({} if output_dir is None else {"output_dir": output_dir}))
     opened: list[Session] = []
 
-    def prepare(session: Session) -> None:
+    def _prepare(session: Session) -> None:
         opened.append(session)
         command = ["python", "-m", "mtptrain", *arguments]  # the present one is that of a notebook's kernel
         session.folder.provenance = replace(session.folder.provenance, command=command)
@@ -77,7 +77,7 @@ def run_recipe(
             session.adopt(backbone.loaded)
 
     try:
-        cli.run_task(*compose_run(arguments), None, prepare)
+        cli.run_task(*compose_run(arguments), None, _prepare)
     except SystemExit as ending:
         if ending.code != CHECK_FAILED:
             raise

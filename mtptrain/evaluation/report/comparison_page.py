@@ -23,7 +23,7 @@ from mtptrain.evaluation.report.comparison_tables import (
 )
 from mtptrain.evaluation.report.headline import Headline, policy_text, prompts_text, seen_text
 from mtptrain.evaluation.report.tables import print_grid
-from mtptrain.evaluation.report.template import drawn, origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.run.tables import print_table
 
 COMPARISON_PAGE = "comparison.html"
@@ -82,7 +82,7 @@ def write_comparison_page(comparison: Comparison, path: Path) -> None:
         "positions": position_gain_table(comparison),
         "runs": run_table(comparison),
         "differences": difference_table(comparison),
-        "figures": drawn(comparison_figures(comparison)),
+        "figures": captioned(comparison_figures(comparison)),
         "provenance": _provenance(comparison),
     }
     write_page("comparison.html", content, path)

@@ -14,7 +14,7 @@ from mtptrain.evaluation.head_result import chosen_text
 from mtptrain.evaluation.report.headline import policy_text, prompts_text, seen_text, span
 from mtptrain.evaluation.report.plots import acceptance_by_step
 from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid
-from mtptrain.evaluation.report.template import drawn, origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 
 CURVE_PAGE = "curve.html"
 
@@ -81,7 +81,7 @@ def write_curve_page(curve: Curve, path: Path) -> None:
         "kind": "single",
         "headline": sentence(curve_headline(curve)),
         "notes": [sentence(note) for note in curve_notes(curve)],
-        "figures": drawn({"Acceptance length against training steps (95 % intervals)": plot}),
+        "figures": captioned({"Acceptance length against training steps (95 % intervals)": plot}),
         "grid": curve_table(curve),
         "provenance": _provenance(curve),
     }

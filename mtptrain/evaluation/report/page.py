@@ -17,7 +17,7 @@ from mtptrain.evaluation.report.headline import (
     speed_text,
 )
 from mtptrain.evaluation.report.tables import domain_table, drafts_table, length_table, position_table, speed_table
-from mtptrain.evaluation.report.template import drawn, origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_page import training_content
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.record import RunRecord
@@ -63,8 +63,8 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
         "thresholds": breakdown_tables.threshold_table(evaluation),
         "passes": breakdown_tables.pass_table(evaluation),
         "counts": breakdown_tables.count_table(evaluation),
-        "figures": drawn(_speed_figures(evaluation)),
-        "loss_figures": drawn(_loss_figures(evaluation)),
+        "figures": captioned(_speed_figures(evaluation)),
+        "loss_figures": captioned(_loss_figures(evaluation)),
         "provenance": _provenance(evaluation),
     }
 

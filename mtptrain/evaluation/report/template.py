@@ -30,7 +30,7 @@ def write_page(template: str, content: Mapping[str, object], path: Path) -> None
     write_text(path, environment.get_template(template).render(content, style=Markup(_read(STYLE))))
 
 
-def drawn(figures: Mapping[str, str | None]) -> list[tuple[str, Markup]]:
+def captioned(figures: Mapping[str, str | None]) -> list[tuple[str, Markup]]:
     """Return captions and SVG elements, which matplotlib has escaped; a figure without data is left out."""
     return [(caption, Markup(svg)) for caption, svg in figures.items() if svg]
 

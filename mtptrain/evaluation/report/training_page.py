@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.report.tables import Cell, Grid, print_grid
-from mtptrain.evaluation.report.template import drawn, origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_plots import EXPECTED, HELDOUT, LENGTH, training_figures
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.folder import PROVENANCE_FILE, read_provenance
@@ -44,7 +44,7 @@ def training_content(record: RunRecord) -> dict[str, object]:
     """Return the values of the names in parts.html that show a training."""
     return {
         "training_text": sentence(training_text(record)),
-        "training_figures": drawn(training_figures(record)),
+        "training_figures": captioned(training_figures(record)),
     }
 
 
