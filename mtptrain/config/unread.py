@@ -8,7 +8,7 @@ from typing import Any
 
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
-from mtptrain.config.reads import Settings, all_settings, of_measuring, settings
+from mtptrain.config.reads import CONVERSATIONS, Settings, all_settings, of_measuring, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
@@ -147,9 +147,8 @@ def _reason(name: str, config: RunConfig, reads: Settings, owners: list[str]) ->
         return "export.check=tensors measures nothing and does not read it; leave it out, or set export.check=replay"
     if config.task == "mini_release" and config.release.size is ReleaseSize.servable and name.startswith("backbone"):
         return "release.size=servable brings all sizes of its random backbone; leave one of them out"
-    if owners == ["generate"] and name in OTHER_SETTINGS:  # it reads a chat template in any case, for its one prompt
-        owners = []
-    if owners:
+    is_of_rows = name in CONVERSATIONS and "data.source" in reads  # read by this recipe, too, with another text
+    if owners and not is_of_rows:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"
     source = f" with data={config.data.source.value}" if name.startswith(("data", "on_policy")) else ""
