@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mtptrain.evaluation.curve import Curve, CurvePoint
-from mtptrain.evaluation.head_result import chosen_text
-from mtptrain.evaluation.report.headline import policy_text, prompts_text, seen_text, span
+from mtptrain.evaluation.head_result import chosen_text, span
+from mtptrain.evaluation.report.headline import policy_text, prompts_text, seen_text
 from mtptrain.evaluation.report.plots import acceptance_by_step
 from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid
 from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page

@@ -15,7 +15,7 @@ from mtptrain.evaluation.certificate_result import (
     PassDifference,
     TextDifference,
 )
-from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts, chosen_text
+from mtptrain.evaluation.head_result import Gain, SeenPrompts, chosen_text, span
 from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, PromptsResult, Speedup
 from mtptrain.run.typed_json import to_json
 
@@ -127,12 +127,6 @@ def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, h
     share = "" if machine.processor_share is None else f"{100 * machine.processor_share:.0f} % of a processor"
     load = "" if machine.load is None else f"load {machine.load:.1f} on {machine.cores} cores"
     return f"the machine was busy ({', '.join(filter(None, [share, load]))})"
-
-
-def span(interval: Interval, signed: bool = False) -> str:
-    """Return `low to high` with two decimals."""
-    low, high = interval
-    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
 
 
 def policy_text(policy: PolicyResult) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from mtptrain.evaluation.head_result import span
 from mtptrain.evaluation.report.comparison_page import comparison_headline
 from mtptrain.evaluation.report.drawing import canvas, name_rows, series_style, svg, tick
-from mtptrain.evaluation.report.headline import span
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
     Cell,
