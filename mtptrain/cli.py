@@ -9,9 +9,8 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -25,6 +24,7 @@ import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
+from mtptrain.config.reads import Settings, section_of
 from mtptrain.config.sweep import check_command, first_job, job_arguments
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given, check_sweep
@@ -36,7 +36,6 @@ from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_e
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
-    from mtptrain.config.reads import Settings
     from mtptrain.recipes.session import Session
 
 
@@ -69,7 +68,7 @@ def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> li
         if key not in known:
             unknown.append(prefix + key)
             continue
-        section = next((part for part in (known[key], *get_args(known[key])) if is_dataclass(part)), None)
+        section = section_of(known[key])
         if isinstance(value, dict) and section is not None:
             unknown.extend(unknown_keys(value, section, f"{prefix}{key}."))
     return unknown

@@ -28,10 +28,7 @@ from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_speed_plan, 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head
 from mtptrain.export.card import (
-    EXPORT,
     NOT_MEASURED,
-    Export,
-    Measured,
     further_figures,
     model_card,
     serving_notes,
@@ -57,6 +54,7 @@ from mtptrain.export.folder import (
     write_full,
 )
 from mtptrain.export.origin import find_origin, hub_id, own_evaluation
+from mtptrain.export.record import EXPORT, Export, Measured
 from mtptrain.export.self_check import changed_weights, check_unchanged, compare_head
 from mtptrain.export.servers import SERVERS, check_path, check_target, warnings
 from mtptrain.mtp.stack import head_digest

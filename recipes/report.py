@@ -95,7 +95,7 @@ def find_page(path: Path) -> Page:
             lambda console: print_result(comparison, console),
         )
     if kind == CURVE_FILE:
-        curve = read_curve(file)
+        curve = read_curve(file, "path")
         return Page(CURVE_PAGE, lambda page: write_curve_page(curve, page), lambda console: print_curve(curve, console))
     if kind == SWEEP_FILE:
         sweep = read_sweep(file, "path")

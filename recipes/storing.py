@@ -10,7 +10,7 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.compare import CountsByLength
 from mtptrain.evaluation.heads import count_chosen
 from mtptrain.evaluation.metrics import acceptance_length, by_position, paired_gain
-from mtptrain.export.card import Measured, drawn
+from mtptrain.export.record import Measured, drawn
 from mtptrain.mtp.stack import MtpStack, stack_from_tensors
 from mtptrain.mtp.start import has_stock, place
 from mtptrain.recipes.session import Session

@@ -75,11 +75,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links to folders lead to their pages."""
 
-    def with_page(match: re.Match[str]) -> str:
+    def _with_page(match: re.Match[str]) -> str:
         is_folder = (ROOT / _resolved(page.file.src_uri, match["target"])).is_dir()
         return f"{match['target'].rstrip('/')}/README.md" if is_folder else match["target"]
 
-    return LINK.sub(with_page, markdown)
+    return LINK.sub(_with_page, markdown)
 
 
 def _resolved(source: str, target: str) -> str:

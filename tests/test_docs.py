@@ -1,8 +1,6 @@
 """The site of the documentation: built strictly, whole, and without anything from a network."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urldefrag
@@ -12,6 +10,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from tests.command import ROOT
+from tests.scripts import load_script
 
 LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=\"?([^\" >]+)")
 LINKED = re.compile(r"<a\b[^>]*?\bhref=\"?([^\" >]+)")
@@ -71,13 +70,7 @@ def test_the_api_shows_docstrings(site: Path) -> None:
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
     """The script that draws the figures."""
-    spec = importlib.util.spec_from_file_location("plot_speed", ROOT / "scripts" / "plot_speed.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plot_speed"] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot_speed")
 
 
 def test_the_figures_of_the_page_on_speed_are_those_of_the_plan(plots: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """The locked versions are those that pyproject.toml allows, complete and the same for every build of torch."""
 
-import importlib.util
 import re
 import sys
 import tomllib
@@ -12,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.command import ROOT
+from tests.scripts import load_script
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -24,12 +24,7 @@ LOCKED = dict(line.split("==") for line in LINES if not line.startswith("#"))
 @pytest.fixture(scope="module")
 def lock() -> ModuleType:
     """The script that makes the lock."""
-    spec = importlib.util.spec_from_file_location("lock", ROOT / "scripts" / "lock.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("lock")
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)

@@ -1,8 +1,11 @@
 """The interface from Python: the recipes' own steps as functions, for notebooks and scripts.
 
 `mtptrain` offers these names itself. A function composes and checks its settings as the command line does, and runs the
-recipe's own program, so that its results are those of the command line. A mistake raises `UserError`.
+recipe's own program, so that its results are those of the command line. A mistake raises `UserError`. The list of
+names is in `mtptrain/__init__.py`.
 """
+
+# ruff: noqa: F401
 
 from mtptrain.api.backbone import LoadedBackbone, load_backbone, load_head, training_batches
 from mtptrain.api.runs import TrainedRun, evaluate, read_evaluation, run_recipe, train
@@ -13,24 +16,3 @@ from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import HeadResult
 from mtptrain.evaluation.heads import Head
 from mtptrain.evaluation.result import Evaluation
-
-__all__ = [
-    "Batch",
-    "BatchSource",
-    "DecodedText",
-    "DecodedTexts",
-    "Evaluation",
-    "Head",
-    "HeadResult",
-    "LoadedBackbone",
-    "TrainedRun",
-    "UserError",
-    "decode",
-    "evaluate",
-    "load_backbone",
-    "load_head",
-    "read_evaluation",
-    "run_recipe",
-    "train",
-    "training_batches",
-]

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtptrain.cli import typed_config
 from mtptrain.config import RunConfig, register
+from mtptrain.config.arguments import quoted
 from mtptrain.config.given import Given, given_settings
 from mtptrain.config.typos import composition_message
 from mtptrain.errors import UserError
@@ -45,10 +46,7 @@ def written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(written, value)) + "]"
     text = str(value)  # also of a path
-    if PLAIN.fullmatch(text) and text.lower() not in WORDS:
-        return text
-    # Hydra reads a backslash as itself, unless a quote follows.
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return text if PLAIN.fullmatch(text) and text.lower() not in WORDS else quoted(text)
 
 
 def arguments_of(recipe: str, settings: Settings) -> list[str]:

@@ -74,7 +74,7 @@ def run_recipe(
     if backbone is not None and "backbone.path" not in find_recipe(composed.config.task).reads(composed.config):
         raise UserError(f"backbone: +recipe={recipe} loads none; leave the argument out")
 
-    def prepare(session: Session) -> None:
+    def _prepare(session: Session) -> None:
         if session.folder.use is FolderUse.none:
             raise UserError(f"recipe={recipe}: shows text and writes no folder; decode() returns texts in Python")
         opened.append(session)
@@ -84,7 +84,7 @@ def run_recipe(
             session.adopt(backbone.loaded)
 
     try:
-        cli.run_task(*composed, None, prepare)
+        cli.run_task(*composed, None, _prepare)
     except SystemExit as ending:
         if ending.code != CHECK_FAILED:
             raise

@@ -119,16 +119,16 @@ def whole_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a layer, gathered from the processes that share them; every process must call it."""
     from torch.distributed.tensor import DTensor  # importing it takes a tenth of a second
 
-    def copy_all() -> dict[str, Tensor]:
+    def _copy_all() -> dict[str, Tensor]:
         tensors = layer.state_dict().items()
         return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in tensors}
 
     if not any(hasattr(parameter, "ds_tensor") for parameter in layer.parameters()):
-        return copy_all()
+        return _copy_all()
     from mtptrain.run.deepspeed import gathered
 
     with gathered(layer):
-        return copy_all()
+        return _copy_all()
 
 
 def partition(model: DeepseekV4ForCausalLM, device: torch.device) -> None:

@@ -97,13 +97,14 @@ def _setting(word: str, is_first: bool) -> str:
         return f"+recipe={word}"
     name, _, value = word.partition("=")
     if name.lstrip("+") in TEXTS and value != "null" and not QUOTED.fullmatch(value):
-        return f"{name}={_quoted(value)}"
+        return f"{name}={quoted(_without_references(value))}"
     return expand_argument(word)
 
 
-def _quoted(text: str) -> str:
-    """Return a text in Hydra's quotes: a backslash counts only before a quote, and `${` begins a reference."""
-    text = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", text)
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    text = re.sub(r"(\\+)\Z", r"\1\1", text)
-    return f"'{text}'"
+def quoted(text: str) -> str:
+    """Return a text in Hydra's quotes, where a backslash is itself unless a quote follows; `${` begins a reference."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def _without_references(text: str) -> str:
+    return re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
-from mtptrain.config.reads import TEMPLATE, Settings, all_settings, of_measuring, settings
+from mtptrain.config.reads import CONVERSATIONS, TEMPLATE, Settings, all_settings, of_measuring, settings
 from mtptrain.config.rules import any_of
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
@@ -180,9 +180,8 @@ def _reason(name: str, config: RunConfig, reads: Settings, owners: list[str]) ->
         return "release.size=servable brings all sizes of its random backbone; leave one of them out"
     if config.task == "generate" and name in settings(*TEMPLATE):
         return "generate.raw=true continues the prompt as it is; leave one of them out"
-    if owners == ["generate"] and name in OTHER_SETTINGS:  # it reads a chat template in any case, for its one prompt
-        owners = []
-    if owners:
+    is_of_rows = name in CONVERSATIONS and "data.source" in reads  # read by this recipe, too, with another text
+    if owners and not is_of_rows:
         reason = f"belongs to +recipe={any_of(owners)}, and +recipe={config.task} does not read it"
         return f"{reason}; {_way_out(name, OTHER_RECIPE)}"
     source = f" with data={config.data.source.value}" if name.startswith(("data", "on_policy")) else ""

@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
+from mtptrain.evaluation.stored import ResultFile
 from mtptrain.run.provenance import Provenance
-from mtptrain.run.typed_json import MismatchError, from_json
 
 COMPARISON_FILE = "comparison.json"
 COMPARISON_SCHEMA = 6
@@ -140,24 +138,15 @@ class Comparison:
     differences: list[SettingDifference] = field(default_factory=list)
 
 
+_FILE = ResultFile(
+    content=Comparison,
+    name=COMPARISON_FILE,
+    schema=COMPARISON_SCHEMA,
+    wanted=f"a {COMPARISON_FILE} or its folder",
+    again="compare again",
+)
+
+
 def read_comparison(path: Path, setting: str) -> Comparison:
-    """Return the comparison of a file.
-
-    Args:
-        path: a comparison.json.
-        setting: name of the setting that gave the path.
-
-    Raises:
-        UserError: the file cannot be read, or is no comparison.json of this schema.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(stored, dict) and stored.get("schema") != COMPARISON_SCHEMA:
-            raise MismatchError(f"schema: expected {COMPARISON_SCHEMA}, got {stored.get('schema')}")
-        return from_json(Comparison, stored)
-    except OSError as error:
-        raise UserError(f"{setting}={path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(
-            f"{setting}={path}: is no comparison.json of schema {COMPARISON_SCHEMA} ({error}); compare again"
-        ) from None
+    """Return the comparison of a file or a folder; see `ResultFile.read`."""
+    return _FILE.read(path, setting)

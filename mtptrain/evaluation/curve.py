@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
+from mtptrain.evaluation.stored import ResultFile, read_json
+from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.run.typed_json import to_json
 
 CURVE_SCHEMA = 1
 
@@ -116,36 +117,29 @@ def write_curve(path: Path, curve: Curve) -> None:
     write_json(path, to_json(curve))
 
 
-def read_curve(path: Path) -> Curve:
-    """Return the curve of a file, to draw it.
+_FILE = ResultFile(
+    content=Curve,
+    name=CURVE_FILE,
+    schema=CURVE_SCHEMA,
+    wanted=f"a {CURVE_FILE} or its folder",
+    again="measure again",
+)
 
-    Raises:
-        UserError: the file cannot be read, or is no curve.json of this schema.
-    """
-    try:
-        return _parse_curve(path)
-    except OSError as error:
-        raise UserError(f"path={path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"path={path}: is no curve.json of schema {CURVE_SCHEMA} ({error}); measure again") from None
+
+def read_curve(path: Path, setting: str) -> Curve:
+    """Return the curve of a file or a folder; see `ResultFile.read`."""
+    return _FILE.read(path, setting)
 
 
 def continued_curve(path: Path) -> Curve:
     """Return the curve of a file, to add points to it.
 
     Raises:
-        UserError: as `read_curve` does.
+        UserError: the file cannot be read, or is no curve.json of this schema.
     """
     try:
-        return _parse_curve(path)
+        return read_json(Curve, path, CURVE_SCHEMA)
     except (OSError, ValueError) as error:
         raise UserError(
             f"output_dir={path.parent}: {path.name} cannot be continued ({error}); delete it, or choose another folder"
         ) from None
-
-
-def _parse_curve(path: Path) -> Curve:
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(stored, dict) or stored.get("schema") != CURVE_SCHEMA:
-        raise MismatchError(f"it is not of schema {CURVE_SCHEMA}")
-    return from_json(Curve, stored)

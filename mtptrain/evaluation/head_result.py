@@ -11,6 +11,12 @@ from enum import Enum
 Interval = tuple[float, float]
 
 
+def span(interval: Interval, signed: bool = False) -> str:
+    """Return `low to high` with two decimals."""
+    low, high = interval
+    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Gain:
     """A paired difference between two heads on the same prompts.

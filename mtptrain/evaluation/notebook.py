@@ -7,7 +7,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from mtptrain.evaluation.head_result import Acceptance, Gain
+from mtptrain.evaluation.head_result import Acceptance, Gain, span
 
 if TYPE_CHECKING:
     from mtptrain.evaluation.result import Evaluation
@@ -45,12 +45,10 @@ def _verdict(evaluation: Evaluation) -> str:
 def _length(measured: Acceptance) -> str:
     if measured.acceptance_length is None or measured.interval is None:
         return MISSING
-    low, high = measured.interval
-    return f"{measured.acceptance_length:.2f} ({low:.2f} to {high:.2f})"
+    return f"{measured.acceptance_length:.2f} ({span(measured.interval)})"
 
 
 def _gain(gain: Gain | None) -> str:
     if gain is None:
         return MISSING
-    low, high = gain.interval
-    return f"{gain.gain:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{gain.gain:+.2f} ({span(gain.interval, signed=True)})"

@@ -7,19 +7,18 @@ Keys that are draft lengths or batch sizes are whole numbers here and text in th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from mtptrain.config import DraftChoice, PastDepth, ServedAs, Verification
-from mtptrain.errors import UserError
 from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.head_result import Gain, HeadResult, Interval
 from mtptrain.evaluation.notebook import describe, html_table
+from mtptrain.evaluation.stored import ResultFile
 from mtptrain.run.provenance import Provenance
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.run.typed_json import to_json
 from mtptrain.traces.prompts import Source
 
 SCHEMA = 4  # of evaluation.json
@@ -250,32 +249,15 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     write_json(path, to_json(evaluation))
 
 
+_FILE = ResultFile(
+    content=Evaluation,
+    name=EVALUATION_FILE,
+    schema=SCHEMA,
+    wanted=f"an {EVALUATION_FILE} or its run's folder",
+    again="give one that `+recipe=evaluate` of this version wrote",
+)
+
+
 def read_evaluation(path: Path, setting: str) -> Evaluation:
-    """Return the evaluation of a file or a run's folder.
-
-    Args:
-        path: an evaluation.json, or the folder that holds it.
-        setting: name of the setting that gave the path.
-
-    Raises:
-        UserError: the file cannot be read, or is no evaluation.json of this schema.
-    """
-    try:
-        file = path / EVALUATION_FILE if path.is_dir() else path
-        return _decode(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(
-            f"{setting}={path}: cannot be read ({error.strerror}); give an {EVALUATION_FILE} or its run's folder"
-        ) from None
-    except ValueError as error:  # not UTF-8, no JSON, or of another form
-        raise UserError(
-            f"{setting}={path}: is no {EVALUATION_FILE} of schema {SCHEMA} ({error}); give one that `+recipe=evaluate` "
-            "of this version wrote"
-        ) from None
-
-
-def _decode(stored: object) -> Evaluation:
-    schema = stored.get("schema") if isinstance(stored, dict) else None
-    if schema != SCHEMA:
-        raise MismatchError(f"schema: expected {SCHEMA}, got {schema}")
-    return from_json(Evaluation, stored)
+    """Return the evaluation of a file or a run's folder; see `ResultFile.read`."""
+    return _FILE.read(path, setting)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from typing import TypeVar
 from mtptrain.errors import UserError
 from mtptrain.evaluation.comparison_result import COMPARISON_FILE, Comparison, read_comparison
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
+from mtptrain.evaluation.stored import ResultFile
 from mtptrain.run.record import RunRecord, read_record
 from mtptrain.run.storage import write_json
-from mtptrain.run.typed_json import MismatchError, from_json, to_json
+from mtptrain.run.typed_json import to_json
 
 SWEEP_FILE = "sweep.json"
 SWEEP_SCHEMA = 1
@@ -111,22 +111,15 @@ def write_sweep(path: Path, sweep: SweepResult) -> None:
     write_json(path, to_json(sweep))
 
 
+_FILE = ResultFile(
+    content=SweepResult,
+    name=SWEEP_FILE,
+    schema=SWEEP_SCHEMA,
+    wanted=f"a {SWEEP_FILE} or its folder",
+    again="sweep again",
+)
+
+
 def read_sweep(path: Path, setting: str) -> SweepResult:
-    """Return the sweep of a file.
-
-    Args:
-        path: a sweep.json.
-        setting: name of the setting that gave the path.
-
-    Raises:
-        UserError: the file cannot be read, or is no sweep.json of this schema.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(stored, dict) and stored.get("schema") != SWEEP_SCHEMA:
-            raise MismatchError(f"schema: expected {SWEEP_SCHEMA}, got {stored.get('schema')}")
-        return from_json(SweepResult, stored)
-    except OSError as error:
-        raise UserError(f"{setting}={path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{setting}={path}: is no sweep.json of schema {SWEEP_SCHEMA} ({error}); sweep again") from None
+    """Return the sweep of a file or a folder; see `ResultFile.read`."""
+    return _FILE.read(path, setting)

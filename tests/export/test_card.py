@@ -13,7 +13,8 @@ from mtptrain.config import DraftChoice, ExportTarget, PastDepth
 from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import Policy
 from mtptrain.evaluation.head_result import ChosenOn, Gain
-from mtptrain.export.card import Measured, drawn, further_figures, other_drafts, verdict
+from mtptrain.export.card import further_figures, other_drafts, verdict
+from mtptrain.export.record import Measured, drawn
 from mtptrain.mtp.stack import head_digest
 from mtptrain.release.names import release_table
 from mtptrain.training.checkpoint import EXPORT_MANIFEST, find_checkpoint

@@ -14,8 +14,8 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 import mtptrain
 from mtptrain.config import ExportConfig, ExportTarget, ReleaseVariant, RunConfig
 from mtptrain.errors import UserError
-from mtptrain.export.card import EXPORT, Measured
 from mtptrain.export.folder import check_room, save_tensors
+from mtptrain.export.record import EXPORT, Measured
 from mtptrain.recipes.storing import check_drop
 from mtptrain.release.modules import from_release
 from mtptrain.release.names import release_table

@@ -18,7 +18,7 @@ from mtptrain.run.artifact import begin, finish, total_counts
 from mtptrain.training.checkpoint import newest_checkpoint
 from mtptrain.training.data_parallel import ReplicatedEngine
 from mtptrain.training.trainer import Trainer
-from tests.training.test_trainer import (
+from tests.training.toy import (
     CONFIG,
     IDENTITY,
     ToyModel,

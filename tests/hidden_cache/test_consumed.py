@@ -16,7 +16,7 @@ from tests.hidden_cache.growing import (
     shards_on_disk,
     trainer,
 )
-from tests.training.test_trainer import (
+from tests.training.toy import (
     MemoryLog,
     equal_states,
     state,

@@ -22,7 +22,7 @@ from mtptrain.hidden_cache.reader import HiddenStateBatches
 from mtptrain.training.checkpoint import checkpoint_folders, newest_checkpoint
 from mtptrain.training.trainer import Trainer
 from tests.hidden_cache.growing import SHARDS, S, Writer, follow, read, rows_of_epoch, same, shards_on_disk, trainer
-from tests.training.test_trainer import (
+from tests.training.toy import (
     MemoryLog,
     equal_states,
     state,

@@ -140,7 +140,7 @@ def test_a_shared_backbone_measures_what_a_whole_one_measures(kind: str, placeme
 def test_a_shared_backbone_measures_all_checkpoints_as_a_whole_one_does(
     kind: str, placement: str, task: str, cells: Path
 ) -> None:
-    one, other = (read_curve(cells / kind / where / task / "curve.json") for where in ("alone", placement))
+    one, other = (read_curve(cells / kind / where / task, "path") for where in ("alone", placement))
     assert len(one.points) > 0
     assert [point.replay for point in one.points] == [point.replay for point in other.points]
 

@@ -1,6 +1,5 @@
 """Names, shapes and stored values of heads in the release format."""
 
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from mtptrain.release.codec import SCALE_DTYPES
 from mtptrain.release.encoding_error import EncodingError
 from mtptrain.release.modules import from_release, to_release
 from mtptrain.release.names import ENTRIES, EXPERT_ENTRIES, Scheme, our_shapes, release_table
+from tests.scripts import load_script
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -135,11 +135,7 @@ def test_no_name_stands_in_the_table_twice() -> None:
 
 
 def test_docs_release_is_the_output_of_its_script() -> None:
-    spec = importlib.util.spec_from_file_location("release_document", ROOT / "scripts" / "release_document.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("release_document")
     page = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
     assert page == script.document()
     assert "1575 tensors" in page

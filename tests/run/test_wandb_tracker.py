@@ -30,6 +30,11 @@ def open_trackers(folder: Path) -> Trackers:
     return Trackers(TrackedRun(config, folder, {"seed": 3}))
 
 
+def open_beside(run: Path, own: Path) -> Trackers:
+    """The trackers of a process with a folder of its own, which writes into a run."""
+    return Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own))
+
+
 def test_a_run_carries_its_names_and_configuration(tmp_path: Path) -> None:
     with open_trackers(tmp_path) as trackers:
         trackers.log(1, {"loss": 0.25})
@@ -176,7 +181,7 @@ def test_a_process_beside_a_run_writes_into_it_and_leaves_its_record_alone(tmp_p
     own.mkdir()
     with open_trackers(run) as trackers:
         trackers.log(10, {"loss": 0.5})
-    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+    with open_beside(run, own) as beside:
         beside.log(10, {"measured": 1.5})
     with open_trackers(run) as trackers:
         trackers.log(20, {"loss": 0.25})
@@ -192,7 +197,7 @@ def test_a_process_beside_a_run_that_has_sent_nothing_gives_it_its_id(tmp_path: 
     run, own = tmp_path / "run", tmp_path / "watch"
     own.mkdir()
     run.mkdir()
-    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+    with open_beside(run, own) as beside:
         beside.log(1, {"measured": 1.5})
     with open_trackers(run) as trackers:
         trackers.log(2, {"loss": 0.25})
@@ -231,7 +236,7 @@ def test_a_watch_joins_an_online_run_that_began_in_shared_mode(tmp_path: Path, m
     own.mkdir()
     with open_trackers(run) as trackers:
         trackers.log(10, {"loss": 0.5})
-    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+    with open_beside(run, own) as beside:
         beside.log(5, {"measured": 1.5})
     training, watch = begun
     assert [(one.mode, one.label, one.primary) for one in begun] == [
@@ -252,7 +257,7 @@ def test_a_watch_of_an_online_run_that_is_not_shared_stays_offline(
     run.mkdir()
     write_json(run / "wandb_run.json", {"id": "training"})
     monkeypatch.setenv("WANDB_MODE", "online")
-    with Trackers(TrackedRun(TrackingConfig(trackers={"wandb": True}), run, {}, beside=own)) as beside:
+    with open_beside(run, own) as beside:
         beside.log(5, {"measured": 1.5})
     written = records(own)
     assert {one.run.run_id for one in written if one.HasField("run")} == {"training"}

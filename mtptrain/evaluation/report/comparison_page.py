@@ -7,7 +7,6 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import stdev
 
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
@@ -22,9 +21,9 @@ from mtptrain.evaluation.report.comparison_tables import (
     position_gain_table,
     run_table,
 )
-from mtptrain.evaluation.report.headline import Headline, policy_text, seen_text
+from mtptrain.evaluation.report.headline import Headline, policy_text, prompts_text, seen_text
 from mtptrain.evaluation.report.tables import print_grid
-from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.run.tables import print_table
 
 COMPARISON_PAGE = "comparison.html"
@@ -83,20 +82,19 @@ def write_comparison_page(comparison: Comparison, path: Path) -> None:
         "positions": position_gain_table(comparison),
         "runs": run_table(comparison),
         "differences": difference_table(comparison),
-        "figures": [(caption, Markup(text)) for caption, text in comparison_figures(comparison).items()],
+        "figures": captioned(comparison_figures(comparison)),
         "provenance": _provenance(comparison),
     }
     write_page("comparison.html", content, path)
 
 
 def _provenance(comparison: Comparison) -> dict[str, str]:
-    prompts, backbone = comparison.prompts, comparison.backbone
+    backbone = comparison.backbone
     return {
         **origin_facts(comparison.provenance),
         "Backbone": f"{backbone.name}, held-out loss {backbone.heldout_nats_per_token:.3f} nats/token, "
         f"{backbone.heldout_bits_per_byte:.3f} bits/byte, fingerprint {backbone.fingerprint}",
-        "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
-        f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each",
+        "Prompts": prompts_text(comparison.prompts),
         "Policy": policy_text(comparison.policy),
     }
 

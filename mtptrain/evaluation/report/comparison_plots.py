@@ -15,7 +15,7 @@ from mtptrain.evaluation.report.drawing import (
     SERIES_MARKERS,
     canvas,
     draw_spans,
-    few_ticks,
+    name_rows,
     series_style,
     svg,
     tick,
@@ -117,11 +117,7 @@ def gain_by_domain(comparison: Comparison) -> str | None:
         axes.hlines(ys, low, high, color=style["color"], linewidth=2.5, alpha=0.55)
         marker = SERIES_MARKERS[(number + 1) % len(SERIES_MARKERS)]
         axes.plot([one.gain for one in gains], ys, marker, color=style["color"], label=letters(one), markersize=5)
-    axes.set(yticks=range(len(domains)), yticklabels=map(tick, domains), ylim=(len(domains) - 0.5, -0.5))
-    axes.grid(False)
-    axes.grid(axis="x", color=INK, alpha=0.12)
-    axes.xaxis.set_major_locator(few_ticks())
-    axes.autoscale(axis="x")
+    name_rows(axes, [tick(domain) for domain in domains])
     axes.margins(x=0.1)
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -SMALLEST), max(right, SMALLEST))

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 from mtptrain.evaluation.comparison_result import ComparedHead, Comparison, HeadComparison, PromptGains
-from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.report.headline import span
+from mtptrain.evaluation.head_result import Gain, span
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
     Cell,

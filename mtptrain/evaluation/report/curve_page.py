@@ -6,16 +6,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
 from mtptrain.evaluation.curve import Curve, CurvePoint
-from mtptrain.evaluation.head_result import chosen_text
-from mtptrain.evaluation.report.headline import policy_text, seen_text, span
+from mtptrain.evaluation.head_result import chosen_text, span
+from mtptrain.evaluation.report.headline import policy_text, prompts_text, seen_text
 from mtptrain.evaluation.report.plots import acceptance_by_step
 from mtptrain.evaluation.report.tables import Cell, Grid, gain_cell, length_cell, print_grid
-from mtptrain.evaluation.report.template import origin_facts, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 
 CURVE_PAGE = "curve.html"
 
@@ -76,12 +75,13 @@ def curve_table(curve: Curve) -> Grid:
 
 def write_curve_page(curve: Curve, path: Path) -> None:
     """Write the curve as an HTML file, atomically."""
-    drawn = acceptance_by_step(curve) if curve.points else None
+    plot = acceptance_by_step(curve) if curve.points else None
     content = {
         "title": f"mtptrain: all checkpoints of {curve.identity.run}",
-        "headline": curve_headline(curve),
-        "notes": curve_notes(curve),
-        "plot": Markup(drawn) if drawn else None,
+        "kind": "single",
+        "headline": sentence(curve_headline(curve)),
+        "notes": [sentence(note) for note in curve_notes(curve)],
+        "figures": captioned({"Acceptance length against training steps (95 % intervals)": plot}),
         "grid": curve_table(curve),
         "provenance": _provenance(curve),
     }
@@ -89,12 +89,10 @@ def write_curve_page(curve: Curve, path: Path) -> None:
 
 
 def _provenance(curve: Curve) -> dict[str, str]:
-    prompts = curve.prompts
     return {
         **origin_facts(curve.provenance),
         "Backbone": f"{curve.backbone.name}, fingerprint {curve.backbone.fingerprint}",
-        "Prompts": f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
-        f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each",
+        "Prompts": prompts_text(curve.prompts),
         "Policy": policy_text(curve.identity.policy),
     }
 

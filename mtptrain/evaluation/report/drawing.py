@@ -85,6 +85,15 @@ def step_canvas(y_label: str, first: int, last: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Turn the axes for horizontal bars or intervals: a name for each whole number of y, the first at the top."""
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes.grid(False)
+    axes.grid(axis="x", color=INK, alpha=0.12)
+    axes.xaxis.set_major_locator(few_ticks())
+    axes.autoscale(axis="x")
+
+
 def draw_series(axes: Axes, name: str, xs: Sequence[float], values: Sequence[float], label: str | None = None) -> None:
     """Draw the line of a head with markers."""
     axes.plot(xs, values, color=COLOURS[name], marker=MARKERS[name], markersize=5, label=label or name)

@@ -15,8 +15,8 @@ from mtptrain.evaluation.certificate_result import (
     PassDifference,
     TextDifference,
 )
-from mtptrain.evaluation.head_result import Gain, Interval, SeenPrompts, chosen_text
-from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, Speedup
+from mtptrain.evaluation.head_result import Gain, SeenPrompts, chosen_text, span
+from mtptrain.evaluation.result import Doubt, Evaluation, PolicyResult, PromptsResult, Speedup
 from mtptrain.run.typed_json import to_json
 
 
@@ -129,12 +129,6 @@ def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, h
     return f"the machine was busy ({', '.join(filter(None, [share, load]))})"
 
 
-def span(interval: Interval, signed: bool = False) -> str:
-    """Return `low to high` with two decimals."""
-    low, high = interval
-    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
-
-
 def policy_text(policy: PolicyResult) -> str:
     """Return how tokens were drawn, drafted and verified; choices that change nothing are left out."""
     kinds = f", {policy.draft.value} drafts, {policy.verification.value} verification" if policy.temperature else ""
@@ -143,6 +137,14 @@ def policy_text(policy: PolicyResult) -> str:
     )
     changed = [f", {name} {value}" for name, value in to_json(policy).items() if value != neutral[name]]
     return f"temperature {policy.temperature:g}{kinds}{''.join(changed)}"
+
+
+def prompts_text(prompts: PromptsResult) -> str:
+    """Return number, source and sizes of the prompts that heads were replayed on, as one line."""
+    return (
+        f"{prompts.count} {prompts.source} prompts of at most {prompts.prompt_tokens} tokens, "
+        f"{prompts.conversations} independent groups, {prompts.new_tokens} new tokens each"
+    )
 
 
 def backbone_text(evaluation: Evaluation) -> str:

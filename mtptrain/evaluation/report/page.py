@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-
-from markupsafe import Markup
 
 from mtptrain.evaluation.report import breakdown_tables, plots
 from mtptrain.evaluation.report.headline import (
@@ -20,7 +17,7 @@ from mtptrain.evaluation.report.headline import (
     speed_text,
 )
 from mtptrain.evaluation.report.tables import domain_table, drafts_table, length_table, position_table, speed_table
-from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_page import training_content
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.record import RunRecord
@@ -46,10 +43,12 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
     certificate = evaluation.certificate
     return {
         "evaluation": evaluation,
-        "headline": headline(evaluation).value,
-        "headline_text": sentence(headline_text(evaluation)),
-        "speed_text": sentence(speed_text(evaluation)),
-        "seen_texts": [sentence(text) for text in [*seen_texts(evaluation), *chosen_texts(evaluation)]],
+        "title": f"mtptrain evaluation of {evaluation.backbone.name}",
+        "kind": headline(evaluation).value,
+        "headline": sentence(headline_text(evaluation)),
+        "notes": [
+            sentence(text) for text in [speed_text(evaluation), *seen_texts(evaluation), *chosen_texts(evaluation)]
+        ],
         "certificate_text": certificate_text(certificate),
         "certificate_details": certificate_details(certificate),
         "shown_details": SHOWN_DETAILS,
@@ -64,15 +63,10 @@ def _content(evaluation: Evaluation) -> dict[str, object]:
         "thresholds": breakdown_tables.threshold_table(evaluation),
         "passes": breakdown_tables.pass_table(evaluation),
         "counts": breakdown_tables.count_table(evaluation),
-        "figures": list(_drawn(_speed_figures(evaluation))),
-        "loss_figures": list(_drawn(_loss_figures(evaluation))),
+        "figures": captioned(_speed_figures(evaluation)),
+        "loss_figures": captioned(_loss_figures(evaluation)),
         "provenance": _provenance(evaluation),
     }
-
-
-def _drawn(figures: dict[str, str | None]) -> Iterator[tuple[str, Markup]]:
-    """Yield captions and SVG elements, which matplotlib has escaped; a figure without data is left out."""
-    return ((caption, Markup(svg)) for caption, svg in figures.items() if svg)
 
 
 def _speed_figures(evaluation: Evaluation) -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from mtptrain.evaluation.report.drawing import (
     canvas,
     draw_series,
     draw_spans,
+    name_rows,
     step_canvas,
     svg,
     tick,
@@ -180,11 +181,8 @@ def _bars(
         ys = [y + (number - (len(heads) - 1) / 2) * height for y in range(len(names))]
         widths = [shares.get(name, 0.0) for name in names]
         axes.barh(ys, widths, height * 0.92, color=COLOURS[head.name], label=head.name)
-    axes.set(yticks=range(len(names)), yticklabels=map(tick, names), ylim=(len(names) - 0.5, -0.5))
-    axes.grid(False)
-    axes.grid(axis="x", color=INK, alpha=0.12)
+    name_rows(axes, [tick(name) for name in names])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.autoscale(axis="x")
     axes.set_xlim(left=0)
     return figure, axes
 

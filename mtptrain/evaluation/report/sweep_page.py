@@ -8,13 +8,12 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
+from mtptrain.evaluation.head_result import span
 from mtptrain.evaluation.report.comparison_page import comparison_headline
-from mtptrain.evaluation.report.drawing import INK, canvas, few_ticks, series_style, svg, tick
-from mtptrain.evaluation.report.headline import span
+from mtptrain.evaluation.report.drawing import canvas, name_rows, series_style, svg, tick
 from mtptrain.evaluation.report.tables import (
     MISSING_VALUE,
     Cell,
@@ -25,7 +24,7 @@ from mtptrain.evaluation.report.tables import (
     share_cell,
     speed_cell,
 )
-from mtptrain.evaluation.report.template import sentence, write_page
+from mtptrain.evaluation.report.template import captioned, sentence, write_page
 from mtptrain.evaluation.report.training_plots import LENGTH, draw_named
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.evaluation.sweep import JobFigures, JobOutcome, SweepJob, SweepResult, read_figures
@@ -188,11 +187,11 @@ def _curves(figures: Figures, metric: str, name: str, y_label: str) -> str | Non
 
 
 def _replays(figures: Figures) -> str | None:
-    def longest(record: RunRecord) -> MetricCurve | None:
+    def _longest(record: RunRecord) -> MetricCurve | None:
         lengths = record.numbered(LENGTH)
         return lengths[max(lengths)] if lengths else None
 
-    return _drawn(figures, longest, "sweep-replay", "tokens a pass")
+    return _drawn(figures, _longest, "sweep-replay", "tokens a pass")
 
 
 def _drawn(figures: Figures, choose: Callable[[RunRecord], MetricCurve | None], name: str, y_label: str) -> str | None:
@@ -223,12 +222,7 @@ def _lengths(figures: Figures) -> str | None:
         colour = series_style(labels.index(label))["color"]
         axes.hlines([y], *(one.interval or (0, 0)), color=colour, linewidth=2.5, alpha=0.55)
         axes.plot([one.acceptance_length or 0], [y], "s", color=colour, markersize=5)
-    axes.set(yticks=range(len(known)), yticklabels=[_short(label) for label, _ in known])
-    axes.set_ylim(len(known) - 0.5, -0.5)
-    axes.grid(False)
-    axes.grid(axis="x", color=INK, alpha=0.12)
-    axes.xaxis.set_major_locator(few_ticks())
-    axes.autoscale(axis="x")
+    name_rows(axes, [_short(label) for label, _ in known])
     axes.margins(x=0.1)
     return svg(figure, axes, "sweep-length", "Acceptance length by job")
 
@@ -248,10 +242,10 @@ def write_sweep_page(sweep: SweepResult, folder: Path, path: Path) -> None:
         "title": f"mtptrain sweep of {len(sweep.jobs)} jobs in {folder}",
         "headline": sentence(sweep_headline(figures)),
         "kind": _kind(figures),
-        "failed": failed,
+        "verdicts": [("failed", f"Failed: {line}") for line in failed],
         "notes": [sentence(note) for note in notes if note not in failed],
         "grid": sweep_table(figures),
-        "figures": [(caption, Markup(text)) for caption, text in sweep_plots(figures).items()],
+        "figures": captioned(sweep_plots(figures)),
         "folders": {job.label: f"{job.folder} ({job.outcome.value}, {job.seconds:,.0f} s)" for job, _ in figures},
         "provenance": {
             "Command": shlex.join(sweep.command),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtptrain.config import DraftChoice
-from mtptrain.evaluation.head_result import POSITION_METRICS, Acceptance, Gain
+from mtptrain.evaluation.head_result import POSITION_METRICS, Acceptance, Gain, span
 from mtptrain.evaluation.report.headline import (
     Headline,
     backbone_text,
@@ -24,7 +24,6 @@ from mtptrain.evaluation.report.headline import (
     headline,
     headline_text,
     seen_texts,
-    span,
     speed_text,
 )
 from mtptrain.evaluation.result import Evaluation, Speedup, Spread

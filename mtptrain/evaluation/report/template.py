@@ -30,6 +30,11 @@ def write_page(template: str, content: Mapping[str, object], path: Path) -> None
     write_text(path, environment.get_template(template).render(content, style=Markup(_read(STYLE))))
 
 
+def captioned(figures: Mapping[str, str | None]) -> list[tuple[str, Markup]]:
+    """Return captions and SVG elements, which matplotlib has escaped; a figure without data is left out."""
+    return [(caption, Markup(svg)) for caption, svg in figures.items() if svg]
+
+
 def sentence(text: str) -> str:
     """Return a text with a capital letter and a full stop."""
     return text[0].upper() + text[1:] + "."

@@ -7,13 +7,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
 from mtptrain.errors import UserError
 from mtptrain.evaluation.report.tables import Cell, Grid, print_grid
-from mtptrain.evaluation.report.template import origin_facts, sentence, write_page
+from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
 from mtptrain.evaluation.report.training_plots import EXPECTED, HELDOUT, LENGTH, training_figures
 from mtptrain.evaluation.result import Evaluation
 from mtptrain.run.folder import PROVENANCE_FILE, read_provenance
@@ -45,7 +44,7 @@ def training_content(record: RunRecord) -> dict[str, object]:
     """Return the values of the names in parts.html that show a training."""
     return {
         "training_text": sentence(training_text(record)),
-        "training_figures": [(caption, Markup(text)) for caption, text in training_figures(record).items()],
+        "training_figures": captioned(training_figures(record)),
     }
 
 
@@ -110,8 +109,9 @@ def write_training_page(record: RunRecord, path: Path) -> None:
     """Write the report of a training that has no evaluation, as an HTML file, atomically."""
     content = {
         "title": f"mtptrain: training in {record.folder}",
+        "kind": "single",
         "headline": sentence(training_text(record)),
-        "state": sentence(state_text(record)),
+        "notes": [sentence(state_text(record))],
         "grid": training_table(record),
         "provenance": _provenance(record),
         **training_content(record),
