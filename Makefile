@@ -35,6 +35,7 @@ test: quality kernels ## lint, types, kernels and tests
 
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "wrote build/site/index.html; with its search field: python3 -m http.server -d build/site"
 
 test-servers: $(VENV)/installed-dev ## download vLLM (336 MB) and SGLang (39 MB) by name; run their loaders on exports; not in CI
 	$(BIN)/python -m pytest -s tests/servers/check_loaders.py tests/servers/check_sglang.py
