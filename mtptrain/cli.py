@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -30,7 +30,7 @@ from mtptrain.config.typos import composition_message, group_choices, no_such_se
 from mtptrain.config.unread import check_given, check_sweep
 from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
-from mtptrain.help import print_recipe_help, register_help
+from mtptrain.help import print_recipe_help, register_help, wrapping_lines
 from mtptrain.recipes.sweep import Sweep
 from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_error
 from mtptrain.run.storage import disk_full_reason
@@ -195,6 +195,12 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         raise UserError(f"{where}: {reason} ({error}); free some room; {rest}") from error
 
 
+def leave_pipe() -> NoReturn:
+    """End the program without a word: the reader of its output, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(1) from None
+
+
 @contextmanager
 def naming_lost_processes(minutes: int) -> Iterator[None]:
     """Turn an error by which another process was lost into a line, if the recipe has not done so."""
@@ -226,6 +232,8 @@ def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bo
         if os.environ.get("RANK", "0") == "0" and not another_rank_failed():
             print(f"mtptrain: {'interrupted' if ending.is_by_user else 'preempted'}: {ending}", file=sys.stderr)
         raise SystemExit(INTERRUPTED if ending.is_by_user else PREEMPTED) from None
+    except BrokenPipeError:  # Hydra would print a traceback
+        leave_pipe()
     except KeyboardInterrupt:  # before there is a folder
         print("mtptrain: interrupted: nothing was written; start it again", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -296,7 +304,8 @@ def main() -> None:
     # Hydra prints its own errors and ends with code 1: capture them until the job starts and print them as one line.
     sys.stderr = errors
     try:
-        job()
+        with wrapping_lines() if "--help" in line.options else nullcontext():
+            job()
     except SystemExit as ending:
         sys.stderr = sys.__stderr__
         if ending.code == 1 and errors.getvalue():
@@ -306,9 +315,8 @@ def main() -> None:
             reason = errors.getvalue().splitlines()[-1].partition("error: ")[2]
             stop(f"{reason}; a setting is written name=value, without dashes; see --help")
         raise
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1) from None
+    except BrokenPipeError:
+        leave_pipe()
     finally:
         sys.stderr = sys.__stderr__
         sweep.finish()

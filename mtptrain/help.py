@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import cache
 from importlib.resources import files
@@ -18,7 +21,7 @@ from mtptrain.config import LossName, RunConfig
 from mtptrain.config.reads import Settings
 from mtptrain.config.typos import group_choices
 
-INDENT, NAME_WIDTH = "  ", 18
+INDENT, NAME_WIDTH = "  ", 19
 MOST_WIDTH = 100
 
 
@@ -33,6 +36,29 @@ def recipe_comments(name: str) -> list[str]:
 def list_recipes() -> str:
     """Return a line for every recipe: its name and the first comment below `# @package` in conf/recipe/NAME.yaml."""
     return "\n".join(f"{INDENT}{name:{NAME_WIDTH}}{recipe_comments(name)[0]}" for name in group_choices("recipe"))
+
+
+@contextmanager
+def wrapping_lines() -> Iterator[None]:
+    """Wrap lines printed meanwhile to the width of the terminal (COLUMNS), further ones below their second column."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        width = shutil.get_terminal_size().columns
+        for line in text.getvalue().splitlines():
+            print(_wrap(line, width) if len(line) > width else line)
+
+
+def _wrap(line: str, width: int) -> str:
+    first = re.match(r" *([^\s=]+ {2,})?", line)
+    indent = len(first[0]) if first and len(first[0]) < width // 2 else len(INDENT * 3)
+    return _fill(line, width, " " * indent)
+
+
+def _fill(line: str, width: int, indent: str) -> str:
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def register_help() -> None:
@@ -79,7 +105,7 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))
     line = f"{INDENT}{setting}={_written(value)}  {text}".rstrip()
-    return textwrap.fill(line, width, subsequent_indent=INDENT * 3, break_long_words=False, break_on_hyphens=False)
+    return _fill(line, width, INDENT * 3)
 
 
 def _written(value: Any) -> str:

@@ -22,6 +22,7 @@ from tests.command import run_main
         ("distill", "+recipe=distill"),
         ("distill train.steps=2", "+recipe=distill train.steps=2"),
         ("distill -m loss.divergence=kl,tv", "-m +recipe=distill loss.divergence=kl,tv"),
+        ("distill,pretrain -m seed=1,2", "-m +recipe=distill,pretrain seed=1,2"),
         ("--config-dir my mine seed=1", "--config-dir my +recipe=mine seed=1"),
         ("distill seed=1 --config-dir=my --cfg job", "--config-dir=my --cfg job +recipe=distill seed=1"),
         ("--config-dir=~/my mine", f"--config-dir={expanduser('~')}/my +recipe=mine"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mtptrain
+from mtptrain import cli
 from mtptrain.config import LossName
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
@@ -226,12 +227,35 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_half_file(
 # Commands that answer at once
 
 
-def test_help_lists_every_recipe_with_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(params=[40, 120])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return int(request.param)
+
+
+def fits(output: str, columns: int) -> bool:
+    """Return whether lines end within the columns; a setting with its value is not cut."""
+    return all(len(line) <= columns or len(line.split()) == 1 for line in output.splitlines())
+
+
+def test_help_lists_every_recipe(columns: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("--help") == 0
     output = capfd.readouterr().out
     for path in (ROOT / "conf" / "recipe").glob("*.yaml"):
-        assert re.search(rf"^  {path.stem} +[A-Z].*[.?]$", output, re.MULTILINE)
-    assert max(map(len, output.splitlines())) <= 120
+        assert re.search(rf"^  {path.stem} +[A-Z](.*\n    )*.*[.?]$", output, re.MULTILINE)
+    assert fits(output, columns)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "print_recipe_help", close)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert run_main("distill", "--help") == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_a_command_of_no_words_prints_the_help(capfd: pytest.CaptureFixture[str]) -> None:
@@ -243,11 +267,7 @@ def test_a_command_of_no_words_prints_the_help(capfd: pytest.CaptureFixture[str]
     assert codes == {0, 1, USER_MISTAKE, CHECK_FAILED, PREEMPTED, INTERRUPTED}
 
 
-@pytest.mark.parametrize("columns", [40, 100])
-def test_the_help_of_a_recipe_lists_what_it_reads(
-    columns: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
+def test_the_help_of_a_recipe_lists_what_it_reads(columns: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("distill", "data=stdlib", "--help", "train.steps=7") == 0
     output = capfd.readouterr().out
     assert output.startswith("Train a head on the backbone's own")
@@ -258,8 +278,7 @@ def test_the_help_of_a_recipe_lists_what_it_reads(
     assert "threads=null CPU threads of torch; null = 1 for the tiny preset" in text
     assert "plan." not in output
     assert "data.path" not in output  # of data=text
-    wide = [line for line in output.splitlines() if len(line) > columns]
-    assert all(len(line.split()) == 1 for line in wide)  # a setting with its value is not cut
+    assert fits(output, columns)
 
 
 def test_the_version_is_that_of_this_package(capfd: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +286,8 @@ def test_the_version_is_that_of_this_package(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().out == f"mtptrain {mtptrain.__version__}\n"
 
 
-def test_help_lists_every_loss_and_tracker(capfd: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_loss_and_tracker(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert run_main("--help") == 0
     output = capfd.readouterr().out
     assert f"loss.divergence={'|'.join(LossName)}\n" in output

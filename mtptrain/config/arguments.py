@@ -16,7 +16,7 @@ WITH_VALUE = (  # Hydra's options that are followed by a word of their own
 )
 FLAGS = {"--plan": "collect.plan_only=true"}  # Hydra accepts no options of other programs
 TEXTS = ("prompt",)  # settings with any text as their value
-NAME = re.compile(r"[\w-]+")
+NAME = re.compile(r"[\w-]+(,[\w-]+)*")  # of a recipe; a sweep may take several
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 
 
