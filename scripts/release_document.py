@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from transformers import DeepseekV4Config
 
 from mtptrain.backbone.build import preset_config
@@ -31,13 +33,16 @@ def _expert_part(row: Row) -> str:
 
 def document() -> str:
     """Return the text of docs/release.md."""
-    head = (
-        "# Tensors of a released MTP module\n\n"
-        "Written by `python scripts/release_document.py > docs/release.md`; do not edit.\n\n"
+    about = (
         "One line for each tensor: its name and storage in a DeepSeek-V4 release, and its name in a checkpoint of this"
         " package. FP8 is e4m3 with one UE8M0 scale for 128 x 128 values; packed FP4 is e2m1, two columns to a byte,"
         " with the even one in the low nibble and one UE8M0 scale for 32 columns of a row. Releases named -Base store"
-        " the experts as FP8 too, and every scale as float32, a power of two.\n"
+        " the experts as FP8 too, and every scale as float32, a power of two."
+    )
+    head = (
+        "# Tensors of a released MTP module\n\n"
+        "Written by `python scripts/release_document.py > docs/release.md`; do not edit.\n\n"
+        f"{textwrap.fill(about, 120)}\n"
     )
     flash, pro = (table_markdown(preset_config(name)) for name in ("v4_flash", "v4_pro"))
     return f"{head}\n## DeepSeek-V4-Flash\n\n{flash}\n## DeepSeek-V4-Pro\n\n{pro}"
