@@ -4,7 +4,7 @@
 #   scripts/launch_accelerate.sh --num_processes 2 +recipe=distill engine=zero2
 #   scripts/launch_accelerate.sh --config_file cluster.yaml +recipe=distill engine=zero2 output_dir=/shared/run
 #
-# Arguments before the first setting (NAME=VALUE or +NAME=VALUE) go to `accelerate launch`.
+# Arguments before the first setting (NAME=VALUE or a recipe's name) go to `accelerate launch`.
 set -euo pipefail
 
 # shellcheck source=scripts/split_arguments.sh

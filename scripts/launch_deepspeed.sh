@@ -5,8 +5,8 @@
 #   scripts/launch_deepspeed.sh --hostfile hosts +recipe=distill engine=zero2 output_dir=/shared/run
 #
 # A hostfile has a line a machine, `NAME slots=PROCESSES`; every machine must be reached by ssh without a password and
-# see this checkout and the output folder under the same paths. Arguments before the first setting (NAME=VALUE or
-# +NAME=VALUE) go to deepspeed.
+# see this checkout and the output folder under the same paths. Arguments before the first setting (NAME=VALUE or a
+# recipe's name) go to deepspeed.
 set -euo pipefail
 
 # shellcheck source=scripts/split_arguments.sh

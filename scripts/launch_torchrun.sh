@@ -5,8 +5,8 @@
 #   scripts/launch_torchrun.sh --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 +recipe=distill ...   (on each)
 #   scripts/launch_torchrun.sh --local-nodes 2 --nproc-per-node 1 +recipe=distill ...
 #
-# Arguments before the first setting (NAME=VALUE or +NAME=VALUE) go to torchrun, except --local-nodes N, which starts N
-# agents that meet on 127.0.0.1. After SIGTERM, SIGUSR1 or Ctrl-C every process of this machine saves, and this script
+# Arguments before the first setting (NAME=VALUE or a recipe's name) go to torchrun, except --local-nodes N, which
+# starts N agents that meet on 127.0.0.1. After SIGTERM, SIGUSR1 or Ctrl-C every process of this machine saves, and this script
 # ends with code 75, after Ctrl-C with 130; a second Ctrl-C ends everything at once.
 set -euo pipefail
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the launchers: choose PYTHON, and split the arguments into the launcher's `options` and the run's
-# `settings`, which begin with the first NAME=VALUE or +NAME=VALUE.
+# `settings`, which begin with the first NAME=VALUE or +NAME=VALUE, or with the name of a recipe if no +recipe= follows.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 [[ -x $PYTHON ]] || PYTHON=python3
@@ -11,6 +11,10 @@ fi
 
 options=()
 while (($#)) && [[ $1 != +*=* && ($1 == -* || $1 != *=*) ]]; do
+    if [[ " $*" != *" +recipe="* && -f $root/conf/recipe/$1.yaml ]]; then
+        set -- "+recipe=$1" "${@:2}"
+        break
+    fi
     options+=("$1")
     shift
 done

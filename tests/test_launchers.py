@@ -198,6 +198,25 @@ def test_a_torchrun_that_outlives_its_processes_is_ended(tmp_path: Path) -> None
     assert "launch_torchrun: torchrun did not end although its processes have" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ("--num_processes 2 distill engine=zero1", "+recipe=distill engine=zero1"),
+        ("--num_processes 2 evaluate", "+recipe=evaluate"),
+        ("--num_processes 2 --tee distill +recipe=plan", "+recipe=plan"),
+        ("distill output_dir=R", "+recipe=distill output_dir=R resume=auto"),
+        ("plan output_dir=R", "+recipe=plan output_dir=R"),
+    ],
+)
+def test_a_word_names_the_recipe(given: str, settings: str, tmp_path: Path) -> None:
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\necho "$@"\n')
+    echo.chmod(0o755)
+    command = [SCRIPTS / "launch_accelerate.sh", *given.split()]
+    ended = subprocess.run(command, env={**os.environ, "PYTHON": str(echo)}, capture_output=True, text=True, check=True)
+    assert ended.stdout.endswith(f" mtptrain {settings}\n")
+
+
 HOSTFILES: list[tuple[str | None, str]] = [
     (None, "cannot be read; give a file of lines NAME slots=PROCESSES"),
     ("one slots=2\ntwo slots=many\n", "line 2:two slots=many is not NAME slots=PROCESSES"),
