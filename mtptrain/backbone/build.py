@@ -52,7 +52,7 @@ def model_config(shape: ShapeConfig) -> DeepseekV4Config:
 def preset_config(name: str) -> DeepseekV4Config:
     """Return the transformers config for the sizes of a preset in conf/backbone."""
     text = files("mtptrain.conf").joinpath("backbone", f"{name}.yaml").read_text(encoding="utf-8")
-    return model_config(ShapeConfig(**yaml.safe_load(text)["shape"]))
+    return model_config(ShapeConfig(**yaml.safe_load(text).get("shape", {})))
 
 
 def build_model(shape: ShapeConfig, seed: int, device: torch.device) -> DeepseekV4ForCausalLM:

@@ -132,8 +132,16 @@ def test_a_hub_id_without_a_network_ends_in_one_line() -> None:
         backbone_folder(BackboneConfig(path="nobody/nothing"))
 
 
-def test_the_shipped_backbone_needs_no_path() -> None:
+def test_a_shipped_backbone_needs_no_path() -> None:
     assert backbone_folder(BackboneConfig()) == SHIPPED / "tiny"
+    assert backbone_folder(BackboneConfig(name="tiny12")) == SHIPPED / "tiny12"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny12"])
+def test_a_shipped_backbone_has_the_shape_of_its_preset(name: str) -> None:
+    config, preset = read_model_config(SHIPPED / name).to_dict(), preset_config(name).to_dict()
+    sizes = [key for key in preset if not key.startswith(("dtype", "architectures", "transformers_version"))]
+    assert {key: config[key] for key in sizes} == {key: preset[key] for key in sizes}
 
 
 @pytest.mark.parametrize(("name", "layers", "billions"), [("v4_flash", 43, 284.3), ("v4_pro", 61, 1573.0)])
