@@ -3,7 +3,7 @@
 # L, M, N leading sizes of the rows, C channels, E of them plain (not rotated), r rotated channel pairs, Q programs
 
 # Tuples grow while Triton unrolls a loop.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ than the plain ones, take them without an exchange through shared memory.
 # L, M, N leading sizes of the rows, C channels, E of them plain (not rotated), r rotated channel pairs
 
 # Tuples grow while Triton unrolls a loop.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .backward_kernel import norm_rotate_backward_kernel
 from .forward_kernel import norm_rotate_forward_kernel
 
 # None of these was measured on a GPU. A program is one warp with a few rows: no sum over channels needs a barrier.
-OPTIONS = {"num_warps": 1, "num_stages": 2}
+OPTIONS = {"num_warps": 1, "num_stages": 2, "enable_fp_fusion": True}
 # Values of a block of rows, which are read at once; the backward holds two of each in registers.
 FORWARD_VALUES, BACKWARD_VALUES, MOST_ROWS = 2048, 1024, 8
 WEIGHTED_ROWS = 16  # of a program of the weighted backward, which writes one part of the weight's gradient
