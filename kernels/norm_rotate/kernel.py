@@ -32,7 +32,7 @@ WEIGHTED_ROWS = 16  # of a program of the weighted backward, which writes one pa
 
 
 class _Rows(NamedTuple):
-    """The rows of a tensor: three leading dimensions, the innermost one that which shares its turns, if any.
+    """The leading dimensions of a tensor as programs take them: heads, which share their turns, innermost.
 
     Attributes:
         order: the dimensions, outermost first; at most three.
