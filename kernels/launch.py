@@ -16,6 +16,7 @@ class Shapes:
     heads: int
     vocabulary: int = 129_280  # V
     head_width: int = 512
+    rope_width: int = 64  # channels of a head that are rotated, the last ones
     streams: int = 4  # N
     window: int = 128
 

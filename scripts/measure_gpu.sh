@@ -7,7 +7,7 @@
 #   0  do all kernels run and agree with their definitions: sizes of a test and of V4-Flash, new memory filled with NaN
 #   1  linear_loss, K = 1 and 3, beside its bare products
 #   2  a verify pass and a draft on random weights, eager and recorded: `small`, then V4-Flash's widths with four layers
-#   3  attention and hyper-connections beside their definitions; the acceptance kernels
+#   3  attention, norm and rotation, and hyper-connections beside their definitions; the acceptance kernels
 #   4  forty training steps of `small` with the kernels on and off: losses, tokens/s, memory
 #   5  peers: every op beside torch.compile and, if installed, Liger
 #   6  `small` trained, a head distilled on it and evaluated, and its engine timed
@@ -100,7 +100,7 @@ recipe() { # NAME SECONDS SETTING...
 part_0() {
     local size op
     for size in "${sizes[@]}"; do
-        for op in acceptance hyper_connection linear_loss sink_attention; do
+        for op in acceptance hyper_connection linear_loss norm_rotate sink_attention; do
             bench "0_${op}_$size" 60 "$op" --sizes "$size" --rounds 0 --no-peers
         done
     done
@@ -117,7 +117,7 @@ part_2() {
 }
 part_3() {
     local op
-    for op in sink_attention hyper_connection acceptance; do
+    for op in sink_attention norm_rotate hyper_connection acceptance; do
         bench "3_$op" 90 "$op" --no-peers --rounds "$rounds"
     done
 }
@@ -136,7 +136,7 @@ distill() { # NAME SECONDS BACKBONE STEPS
 }
 part_5() {
     local op
-    for op in linear_loss sink_attention hyper_connection acceptance; do
+    for op in linear_loss sink_attention norm_rotate hyper_connection acceptance; do
         bench "5_$op" 300 "$op" --rounds "$rounds"
     done
 }

@@ -21,7 +21,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Indexer,
 )
 
-from mtptrain.backbone.pooling import pool_windows, rotate_
+from mtptrain.backbone.pooling import pool_windows
+from mtptrain.kernels.norm_rotate import rotate_, runs_triton
 from mtptrain.kernels.sink_attention import Cached, cached_attention
 
 NAME = "mtptrain"
@@ -37,7 +38,6 @@ def attention_forward(
     key_B1XC: Tensor,
     _value_B1XC: Tensor,
     chosen: Tensor | None,
-    scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return the output [B, S, H, C] of one layer; transformers passes a CSA indexer's chosen entries as the mask.
@@ -48,17 +48,29 @@ def attention_forward(
     num_tokens, compressor = query_BHSC.shape[2], module.compressor
     if not isinstance(compressor, (HcaCompressor, CsaCompressor, type(None))):
         raise ValueError(f"attn_implementation={NAME} needs `use_linear_attention(model)` once the model is built")
-    cached = Cached(
-        local_BXC=key_B1XC[:, 0, :num_tokens],
-        entries_BWC=None if compressor is None else key_B1XC[:, 0, num_tokens:],
-        chosen_BST=chosen if isinstance(compressor, CsaCompressor) else None,
-        length_B=torch.zeros(len(query_BHSC), dtype=torch.int64, device=query_BHSC.device),
-    )
-    rate = 1 if compressor is None else compressor.compress_rate
+    entries_BWC = None if compressor is None else key_B1XC[:, 0, num_tokens:]
+    chosen_BST = chosen if isinstance(compressor, CsaCompressor) else None
+    return attend(module, query_BHSC, key_B1XC[:, 0, :num_tokens], entries_BWC, chosen_BST), None
+
+
+def attend(
+    module: DeepseekV4Attention,
+    query_BHSC: Tensor,
+    key_BSC: Tensor,
+    entries_BWC: Tensor | None,
+    chosen_BST: Tensor | None,
+) -> Tensor:
+    """Return the output [B, S, H, C] of one layer for whole sequences, before its rotation back."""
+    length_B = torch.zeros(len(query_BHSC), dtype=torch.int64, device=query_BHSC.device)
     out_BHSC = cached_attention(
-        query_BHSC, cached, module.sinks, window=module.sliding_window, rate=rate, scale=scaling
+        query_BHSC,
+        Cached(key_BSC, entries_BWC, chosen_BST, length_B),
+        module.sinks,
+        window=module.sliding_window,
+        rate=1 if module.compressor is None else module.compressor.compress_rate,
+        scale=module.scaling,
     )
-    return out_BHSC.transpose(1, 2), None
+    return out_BHSC.transpose(1, 2)
 
 
 def no_mask(
@@ -74,6 +86,39 @@ def no_mask(
     if kv_length != q_length:
         raise ValueError(NO_CACHE)
     return torch.empty(0, dtype=torch.int64, device=device)
+
+
+class Attention(DeepseekV4Attention):
+    """transformers' module; where Triton runs, each norm takes the rotation after it into its launch."""
+
+    def forward(  # type: ignore[override, unused-ignore]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: dict[str, tuple[Tensor, Tensor]],
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output [B, S, D], and None in place of the weights."""
+        has_cache = any(others.get(name) is not None for name in ("cache", "past_key_values"))
+        if has_cache or torch.is_grad_enabled() or not runs_triton(hidden_states):
+            out: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, position_ids, attention_mask, **others
+            )
+            return out
+        cos_BSr, sin_BSr = position_embeddings[self.rope_layer_type]
+        turn_BSr = torch.complex(cos_BSr.float(), sin_BSr.float())
+        latent_BSQ = self.q_a_norm(self.q_a_proj(hidden_states))
+        query_BSHC = self.q_b_proj(latent_BSQ).unflatten(-1, (self.num_heads, self.head_dim))
+        query_BSHC = self.q_b_norm(query_BSHC, turn_BSr.unsqueeze(2))
+        key_BSC = self.kv_norm(self.kv_proj(hidden_states), turn_BSr)
+        entries_BWC, chosen_BST = None, None
+        if self.compressor is not None:
+            entries_B1WC, chosen_BST = self.compressor(hidden_states, latent_BSQ, position_ids, None, self.layer_idx)
+            entries_BWC = entries_B1WC.squeeze(1)
+        out_BSHC = attend(self, query_BSHC.transpose(1, 2), key_BSC, entries_BWC, chosen_BST)
+        grouped = rotate_(out_BSHC, turn_BSr.conj().unsqueeze(2)).reshape(*key_BSC.shape[:2], self.config.o_groups, -1)
+        return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
 
 
 class HcaCompressor(DeepseekV4HCACompressor):
@@ -150,6 +195,7 @@ def rotation(module: CsaCompressor | Indexer, like: Tensor, position_BS: Tensor)
 
 
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    DeepseekV4Attention: Attention,
     DeepseekV4HCACompressor: HcaCompressor,
     DeepseekV4CSACompressor: CsaCompressor,
     DeepseekV4Indexer: Indexer,

@@ -22,10 +22,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from mtptrain.backbone.cache import BackboneCache, CompressorState, LayerCache
-from mtptrain.backbone.pooling import Compressor, pool_windows, rotate_
+from mtptrain.backbone.modules import norm_and_rotate_
+from mtptrain.backbone.pooling import Compressor, pool_windows
 from mtptrain.backbone.step_plan import StepPlan, WindowPlan, plan_step
 from mtptrain.kernels.dispatch import use_triton
 from mtptrain.kernels.hyper_connection import expand_and_mix
+from mtptrain.kernels.norm_rotate import rotate_
 from mtptrain.kernels.sink_attention import Cached, cached_attention, unfit
 
 
@@ -149,8 +151,8 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
 
     query_latent_BSQ = attention.q_a_norm(attention.q_a_proj(inputs_BSD))
     query_BSHC = attention.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, attention.head_dim)
-    query_BSHC = rotate_(attention.q_b_norm(query_BSHC), rope_BSr.unsqueeze(2))
-    key_BSC = rotate_(attention.kv_norm(attention.kv_proj(inputs_BSD)), rope_BSr)
+    query_BSHC = norm_and_rotate_(attention.q_b_norm, query_BSHC, rope_BSr.unsqueeze(2))
+    key_BSC = norm_and_rotate_(attention.kv_norm, attention.kv_proj(inputs_BSD), rope_BSr)
 
     local_BXC = torch.cat([cache.ring.values_BRC, key_BSC], dim=1)
     entries_BWC, chosen_BSk, rate, span = None, None, 1, 1

@@ -1,4 +1,4 @@
-"""Replacements for modules of transformers' layers: hyper-connections on our kernels, norms and experts in few calls.
+"""Replacements for modules of transformers' layers: hyper-connections and norms on our kernels, experts in few calls.
 
 They replace the class of an existing module, so its tensors and their names stay.
 """
@@ -8,7 +8,6 @@ They replace the class of an existing module, so its tensors and their names sta
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Experts,
@@ -18,6 +17,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from mtptrain.kernels.hyper_connection import Connection, connect
+from mtptrain.kernels.norm_rotate import norm_and_rotate, rms_norm, rotate_, runs_triton
 
 # Limits to computing all experts for all tokens: weights of a layer's experts, and multiplications.
 MOST_WEIGHTS = 2**19  # 2 MiB of float32, which a core's cache holds; the shipped backbone's layers have 0.2 M
@@ -59,19 +59,30 @@ def replace_connections(module: nn.Module, kind: type[HyperConnection]) -> None:
 class Norm(DeepseekV4RMSNorm):
     """transformers' module in one call, with the input's dtype: in transformers 5.17 an fp32 weight makes it fp32."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the normed input, computed in float32, in its dtype."""
-        weight = self.weight.float()
-        normed = F.rms_norm(hidden_states.float(), weight.shape, weight, self.variance_epsilon)
-        return normed.to(hidden_states.dtype)
+    def forward(self, hidden_states: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return the normed input, computed in float32, in its dtype.
+
+        Args:
+            hidden_states: [..., C].
+            turn: complex64 [..., r], broadcast; rotates the last 2r channels of the result.
+        """
+        if turn is None:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return norm_and_rotate(hidden_states, turn, self.weight, eps=self.variance_epsilon)
 
 
 class UnweightedNorm(DeepseekV4UnweightedRMSNorm):
     """transformers' module in one call; it rounds once, not twice."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normed input, in its dtype."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return the normed input, in its dtype; arguments as those of `Norm`."""
+        return rms_norm(x, None, self.eps) if turn is None else norm_and_rotate(x, turn, eps=self.eps)
+
+
+def norm_and_rotate_(norm: nn.Module, x: Tensor, turn: Tensor) -> Tensor:
+    """Return `norm(x, turn)`; without Triton the rotation is in place, for a caller that needs no gradient."""
+    rotated: Tensor = norm(x, turn) if runs_triton(x) else rotate_(norm(x), turn)
+    return rotated
 
 
 NORMS: dict[type[nn.Module], type[nn.Module]] = {

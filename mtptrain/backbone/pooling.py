@@ -12,6 +12,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Indexer,
 )
 
+from mtptrain.backbone.modules import norm_and_rotate_
+
 Compressor = (
     DeepseekV4HCACompressor | DeepseekV4CSACompressor | DeepseekV4Indexer
 )  # all three pool windows in the same way
@@ -36,20 +38,10 @@ def pool_windows(
         kv_BMTF, gate_BMTF = _overlap(kv_BMTF), _overlap(gate_BMTF)
         gate_BMTF[:, :, : module.compress_rate].masked_fill_(first_BM11, float("-inf"))
     weight_BMTC = gate_BMTF.softmax(dim=2, dtype=torch.float32).to(kv_BMTF.dtype)
-    return rotate_(module.kv_norm((kv_BMTF * weight_BMTC).sum(dim=2)), rope_BMr)
+    return norm_and_rotate_(module.kv_norm, (kv_BMTF * weight_BMTC).sum(dim=2), rope_BMr)
 
 
 def _overlap(x_BMTF: Tensor) -> Tensor:
     """Join the first half of the window before with the second of each: [B, M + 1, rate, 2C] -> [B, M, 2 rate, C]."""
     before_BMTF, after_BMTF = x_BMTF.chunk(2, dim=-1)
     return torch.cat([before_BMTF[:, :-1], after_BMTF[:, 1:]], dim=2)
-
-
-def rotate_(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the last 2r channels of x in place, pair by pair, in float32; return x. rope is complex64, broadcast."""
-    rotated = x[..., -2 * rope.shape[-1] :]
-    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)))  # a view if x is float32
-    pairs *= rope
-    if x.dtype is not torch.float32:
-        rotated.copy_(torch.view_as_real(pairs).flatten(-2))
-    return x

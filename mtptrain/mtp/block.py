@@ -19,6 +19,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 
 from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_experts, replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
+from mtptrain.kernels.norm_rotate import rotate
 from mtptrain.mtp.numerics import KEY_BLOCK, round_fp8
 
 Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
@@ -74,15 +75,15 @@ class MtpBlock(nn.Module):
         angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.get_buffer("main_inv_freq").float()
         turn_BSr = torch.polar(torch.ones_like(angle_BSr), angle_BSr)
         query = module.q_b_proj(module.q_a_norm(module.q_a_proj(normed_BSD)))
-        query = module.q_b_norm(query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
-        key = module.kv_norm(module.kv_proj(normed_BSD))
-        key = _rotate(key, turn_BSr)
+        query_BHSC = query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+        query_BHSC = module.q_b_norm(query_BHSC, turn_BSr.unsqueeze(1))
+        key = module.kv_norm(module.kv_proj(normed_BSD), turn_BSr)
         if self.has_fp8_keys:
             plain = key.shape[-1] - 2 * turn_BSr.shape[-1]
             key = torch.cat([round_fp8(key[..., :plain], KEY_BLOCK), key[..., plain:]], dim=-1)
-        out_BHSC = attend(_rotate(query, turn_BSr.unsqueeze(1)), key)
+        out_BHSC = attend(query_BHSC, key)
         # Keys are also the values, so the output is rotated back by the query's position.
-        out_BSHC = _rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
+        out_BSHC = rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
         grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
 
@@ -107,11 +108,3 @@ class MtpBlock(nn.Module):
     def hidden(self, state_BSND: Tensor) -> Tensor:
         """Return the lm_head's input for the draft logits, [B, S, D]."""
         return self.norm(self.hc_head(state_BSND))
-
-
-def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Return x with interleaved RoPE on its last 2r channels, in float32; turn is complex64 [..., r], broadcast."""
-    width = 2 * turn.shape[-1]
-    pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
-    rotated = torch.view_as_real(pairs * turn).flatten(-2)
-    return torch.cat([x[..., :-width], rotated.to(x.dtype)], dim=-1)

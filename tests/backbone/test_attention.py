@@ -1,9 +1,12 @@
 """`attn_implementation="mtptrain"` against transformers' eager attention."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone import attention
 from mtptrain.backbone.attention import NO_CACHE, use_linear_attention
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import decode_step
@@ -31,6 +34,20 @@ def models() -> tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM]:
 @torch.no_grad()
 def test_it_equals_eager_attention(models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM], length: int) -> None:
     theirs, ours = (run_backbone(model, tokens(length)) for model in models)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_it_equals_eager_attention_through_triton(
+    models: tuple[DeepseekV4ForCausalLM, DeepseekV4ForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = run_backbone(models[0], tokens(7, rows=1))
+    monkeypatch.setenv("MTPTRAIN_KERNELS", "triton")
+    rotated = Mock(wraps=attention.rotate_)
+    monkeypatch.setattr(attention, "rotate_", rotated)
+    ours = run_backbone(models[1], tokens(7, rows=1))
+    assert rotated.call_count == 5  # the output of each of four layers, and the indexer's queries
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
 

@@ -1,0 +1,80 @@
+"""RMS norm and partial RoPE around an attention: norm and rotation of queries and keys, the output's rotation back."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from .reference import norm_and_rotate_reference, rms_norm, rotate_in_place_reference, rotate_reference
+
+__all__ = ["norm_and_rotate", "rms_norm", "rotate", "rotate_", "runs_triton"]
+
+
+def norm_and_rotate(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
+    """Return `norm_and_rotate_reference`; no gradient reaches `turn`.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check(x, turn)
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)} but must be ({x.shape[-1]},): a factor for each channel")
+    if runs_triton(x):
+        from .kernel import norm_and_rotate_triton  # needs Triton, which a machine without a GPU may lack
+
+        return norm_and_rotate_triton(x, turn, weight, eps=eps)
+    return norm_and_rotate_reference(x, turn, weight, eps=eps)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Return `rotate_reference`; no gradient reaches `turn`.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check(x, turn)
+    if runs_triton(x):
+        from .kernel import rotate_triton  # needs Triton, which a machine without a GPU may lack
+
+        return rotate_triton(x, turn)
+    return rotate_reference(x, turn)
+
+
+def rotate_(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate x in place, and return x; Triton reads and writes the rotated channels only, and gives no gradient.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check(x, turn)
+    if use_triton("norm_rotate", x, _unfit(x) or _unfit_in_place(x)):
+        from .kernel import rotate_in_place_triton  # needs Triton, which a machine without a GPU may lack
+
+        return rotate_in_place_triton(x, turn)
+    return rotate_in_place_reference(x, turn)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Return whether Triton norms and rotates this tensor."""
+    return use_triton("norm_rotate", x, _unfit(x))
+
+
+def _check(x: Tensor, turn: Tensor) -> None:
+    channels, width = x.shape[-1], 2 * turn.shape[-1]
+    if not 0 < width <= channels:
+        raise ValueError(f"turn rotates {width} channels, and x has {channels}")
+    leading = (1,) * (x.ndim - turn.ndim) + turn.shape[:-1]
+    fits = len(leading) == x.ndim - 1
+    if not fits or any(have not in (1, need) for have, need in zip(leading, x.shape[:-1], strict=True)):
+        raise ValueError(f"turn is {tuple(turn.shape)}, which does not broadcast over x, {tuple(x.shape)}")
+
+
+def _unfit(x: Tensor) -> str | None:
+    if x.dtype is torch.float64:
+        return "its input is float64"
+    return f"its input has {x.ndim} dimensions, more than 4" if x.ndim > 4 else None
+
+
+def _unfit_in_place(x: Tensor) -> str | None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "its input needs a gradient and is rotated in place"
+    return None if x.stride(-1) == 1 else "its input is rotated in place and its channels are not contiguous"
