@@ -10,8 +10,6 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from mtptrain.backbone.placement import check_experts
 from mtptrain.config import DataSource, DraftChoice, HeadExperts, PastDepth, Placement, RunConfig, ServedAs, require
 from mtptrain.config.reads import (
@@ -34,10 +32,11 @@ from mtptrain.evaluation.heads import Head, heldout_figures, teacher_forced
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import share_experts
+from mtptrain.mtp.expert_parallel import whole_digest
 from mtptrain.mtp.fake_quantization import rows_by_tensor
-from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
+from mtptrain.mtp.stack import MtpStack, stack_from_tensors
+from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_head
+from mtptrain.mtp.tensors import HeadTensors
 from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
 from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
@@ -88,13 +87,13 @@ def check(config: RunConfig) -> None:
 
 
 def training_batches(session: Session, stack: MtpStack) -> BatchSource:
-    """Return the packed training batches; `stack` drafts for the backbone if it has to write the texts itself."""
+    """Return the packed training batches; `stack`, whole, drafts for a backbone that has to write the texts itself."""
     config = session.config
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
         return stream_batches(session)
     if data.source is DataSource.on_policy:
-        corpus = on_policy_corpus(session, stack)
+        corpus = on_policy_corpus(session, lambda: whole_start(session, stack))
         return PackedBatches(corpus, data.sequence_length, size, config.seed, session.piece_length)
     return session.text_batches
 
@@ -116,6 +115,34 @@ def describe_text(session: Session, batches: BatchSource) -> str:
     return f"training on {what}, read and tokenised during training; {share}"
 
 
+def start_tensors(session: Session) -> HeadTensors | None:
+    """Return the head of `mtp.init`, whose tensors are not read yet; None if the modules start from no head.
+
+    Raises:
+        UserError: `mtp.init` names no sound checkpoint of this backbone.
+    """
+    init, backbone = session.config.mtp.init, session.training_backbone
+    if init == "stock":
+        return stock_head(backbone)
+    if init in UNTRAINED:
+        return None
+    try:
+        start = session.checkpoint(init)
+        start.head_identity(backbone.fingerprint)
+    except UserError as error:
+        raise UserError(f"mtp.init={init}: {error}") from None
+    return start.head()
+
+
+def whole_start(session: Session, stack: MtpStack) -> MtpStack:
+    """Return the modules before training with all experts, given those of this process."""
+    config = session.config.mtp
+    if config.experts is HeadExperts.replicate:
+        return stack
+    whole = replace(config, experts=HeadExperts.replicate)
+    return initial_stack(whole, session.training_backbone, start_tensors(session), session.config.seed)
+
+
 def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
     """Return the modules before training, from `mtp.init`, and the record of that start for checkpoints.
 
@@ -123,18 +150,10 @@ def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
         UserError: `mtp.init` names no sound checkpoint of this backbone.
     """
     config, backbone = session.config.mtp, session.training_backbone
-    tensors: dict[str, Tensor] | None = None
-    if config.init == "stock":
-        tensors = stock_tensors(backbone)
-    elif config.init not in UNTRAINED:
-        try:
-            start = session.checkpoint(config.init)
-            start.head_identity(backbone.fingerprint)
-        except UserError as error:
-            raise UserError(f"mtp.init={config.init}: {error}") from None
-        tensors = start.tensors()
+    tensors = start_tensors(session)
     stack = initial_stack(config, backbone, tensors, session.config.seed)
-    return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
+    names = None if tensors is None else tensors.shapes
+    return stack, describe_start(config, names) | {"sha256": whole_digest(stack)}
 
 
 def shared_traces(session: Session, make: Callable[[], list[Trace]]) -> list[Trace]:
@@ -226,8 +245,6 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
-    if config.mtp.experts is HeadExperts.expert_parallel:  # texts are written, and the start identified, by the whole
-        share_experts(stack)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     make_objective = session.objective or RolloutObjective

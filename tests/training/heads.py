@@ -14,14 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.batch import Batch
-from mtptrain.config import EngineName, LossConfig, OptimizerName, RunConfig, TrainConfig
+from mtptrain.config import (
+    EngineName,
+    HeadExperts,
+    LossConfig,
+    MtpConfig,
+    MtpMode,
+    OptimizerName,
+    RunConfig,
+    TrainConfig,
+)
 from mtptrain.data.batches import BatchSource
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import share_experts
-from mtptrain.mtp.start import freeze_untrained, place
+from mtptrain.mtp.expert_parallel import whole_digest
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.start import freeze_untrained, initial_stack, place
+from mtptrain.mtp.tensors import HeldTensors
 from mtptrain.run.distributed import join, leave, rank, rank_rows, world_size
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.training.checkpoint import OPTIMIZER, BackboneIdentity, checkpoint_name, open_checkpoint
@@ -42,6 +54,7 @@ CONFIG = TrainConfig(
 )
 ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the last has no target at step 3
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
 VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
     ("offloaded", EngineName.zero2, {"offload": True}),
@@ -96,6 +109,24 @@ class SilentLog(MetricsLog):
         super().__init__(None, Trackers())
 
 
+def start(backbone: DeepseekV4ForCausalLM, init: str, experts: HeadExperts, depth: int = 1) -> MtpStack:
+    """Return the modules before training: from a random head of one module, `fresh`, or from the backbone."""
+    stored = HeldTensors(random_stack(backbone).state_dict())
+    mode = MtpMode.shared if depth == 1 else MtpMode.stacked
+    config = MtpConfig(mode=mode, depth=depth, init=init, experts=experts)
+    return initial_stack(config, SimpleNamespace(model=backbone, config=backbone.config), stored, 3)
+
+
+def start_digests(experts: HeadExperts) -> dict[str, str]:
+    """Return the digests of all kinds of start, on an fp32 and on a bf16 backbone."""
+    backbones = {name: random_backbone().to(dtype) for name, dtype in DTYPES.items()}
+    return {
+        f"{init} {dtype}": whole_digest(start(backbone, init, experts, depth=2))
+        for init in ("random", "fresh", "backbone")
+        for dtype, backbone in backbones.items()
+    }
+
+
 def head_trainer(
     engine: EngineName,
     folder: Path,
@@ -109,9 +140,9 @@ def head_trainer(
     """Return a trainer of a random head."""
     backbone = random_backbone().to(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
-    freeze_untrained(stack, trainable)
     if is_shared:
-        share_experts(stack)
+        stack = start(backbone, "random", HeadExperts.expert_parallel)
+    freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
     return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
@@ -173,6 +204,7 @@ def main(folder: Path, names: list[str]) -> None:
             "whole": train(head_trainer(engine, run_folder, **options)),
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
+    results["starts"] = start_digests(HeadExperts.expert_parallel)
     results["small gradients"] = {name.value: small_gradients(name) for name in SUMMED}
     leave()
     join(RunConfig(task="distill", train=CONFIG), processes="any")
