@@ -34,9 +34,9 @@ from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluat
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import whole_digest
 from mtptrain.mtp.fake_quantization import rows_by_tensor
-from mtptrain.mtp.stack import MtpStack, stack_from_tensors
-from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_head
-from mtptrain.mtp.tensors import HeadTensors
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, stock_head
+from mtptrain.mtp.tensors import HeadTensors, build_stack
 from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
 from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
@@ -281,9 +281,9 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     if rank() > 0:
         return stack
     trained = checkpoint_folders(trainer.checkpoints)[-1]
-    tensors = open_checkpoint(trained).tensors()
-    whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, str(trained))
-    return session.serve(place(whole, backbone).eval(), config.mtp.zero_first_embedding)
+    tensors, weight = open_checkpoint(trained).head(), backbone.model.lm_head.weight
+    whole = build_stack(backbone.config, config.mtp.depth, tensors, str(trained), weight)
+    return session.serve(whole.eval(), config.mtp.zero_first_embedding)
 
 
 def run(session: Session) -> None:

@@ -101,10 +101,10 @@ def _draw_experts(experts: DeepseekV4Experts, share: Share, config: DeepseekV4Co
     """
     own = share.experts(config.n_routed_experts)
     for kept in (experts.gate_up_proj, experts.down_proj):
-        step = 16 // math.gcd(kept[0].numel(), 16)
-        for start in range(0, config.n_routed_experts, step):
-            piece = range(start, min(start + step, config.n_routed_experts))
-            drawn = torch.empty(len(piece), *kept.shape[1:]).normal_(std=config.initializer_range)
+        drawn = kept.new_empty(16 // math.gcd(kept[0].numel(), 16), *kept.shape[1:])
+        for start in range(0, config.n_routed_experts, len(drawn)):
+            piece = range(start, min(start + len(drawn), config.n_routed_experts))
+            drawn[: len(piece)].normal_(std=config.initializer_range)
             for number in set(piece) & set(own):
                 kept[number - own.start] = drawn[number - start]
 

@@ -28,6 +28,7 @@ from mtptrain.config import (
     TrainConfig,
 )
 from mtptrain.data.batches import BatchSource
+from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import whole_digest
@@ -109,22 +110,47 @@ class SilentLog(MetricsLog):
         super().__init__(None, Trackers())
 
 
-def start(backbone: DeepseekV4ForCausalLM, init: str, experts: HeadExperts, depth: int = 1) -> MtpStack:
-    """Return the modules before training: from a random head of one module, `fresh`, or from the backbone."""
-    stored = HeldTensors(random_stack(backbone).state_dict())
+def start(
+    backbone: DeepseekV4ForCausalLM,
+    stored: HeldTensors | None,
+    init: str = "stored",
+    experts: HeadExperts = HeadExperts.expert_parallel,
+    depth: int = 1,
+) -> MtpStack:
+    """Return the modules before training, of stored tensors or from `mtp.init=fresh|backbone`."""
     mode = MtpMode.shared if depth == 1 else MtpMode.stacked
     config = MtpConfig(mode=mode, depth=depth, init=init, experts=experts)
     return initial_stack(config, SimpleNamespace(model=backbone, config=backbone.config), stored, 3)
 
 
 def start_digests(experts: HeadExperts) -> dict[str, str]:
-    """Return the digests of all kinds of start, on an fp32 and on a bf16 backbone."""
+    """Return the digests of two modules from every kind of start, on an fp32 and on a bf16 backbone."""
     backbones = {name: random_backbone().to(dtype) for name, dtype in DTYPES.items()}
     return {
-        f"{init} {dtype}": whole_digest(start(backbone, init, experts, depth=2))
-        for init in ("random", "fresh", "backbone")
+        f"{init} {dtype}": whole_digest(start(backbone, HeldTensors(stored), init, experts, depth=2))
+        for init in ("stored", "fresh", "backbone")
         for dtype, backbone in backbones.items()
+        for stored in [random_stack(backbone).state_dict()]
     }
+
+
+class DamagedHead(HeldTensors):
+    """A head of which the last expert cannot be read."""
+
+    def expert(self, name: str, number: int) -> Tensor:
+        if number == TINY["n_routed_experts"] - 1:
+            raise UserError(f"{name}: expert {number} is damaged")
+        return super().expert(name, number)
+
+
+def damage() -> str:
+    """Return the error of a start from a damaged head."""
+    backbone = random_backbone()
+    try:
+        start(backbone, DamagedHead(random_stack(backbone).state_dict()))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def head_trainer(
@@ -141,7 +167,7 @@ def head_trainer(
     backbone = random_backbone().to(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
     if is_shared:
-        stack = start(backbone, "random", HeadExperts.expert_parallel)
+        stack = start(backbone, HeldTensors(stack.state_dict()))
     freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
@@ -204,6 +230,7 @@ def main(folder: Path, names: list[str]) -> None:
             "whole": train(head_trainer(engine, run_folder, **options)),
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
+    results["damage"] = damage()
     results["starts"] = start_digests(HeadExperts.expert_parallel)
     results["small gradients"] = {name.value: small_gradients(name) for name in SUMMED}
     leave()

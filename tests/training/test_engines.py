@@ -195,6 +195,11 @@ def test_shared_experts_start_with_the_numbers_of_a_whole_head(two: dict[str, An
     assert len(set(two["starts"].values())) == len(two["starts"])
 
 
+def test_an_expert_that_one_process_cannot_read_is_a_mistake_of_all(two: dict[str, Any]) -> None:
+    """Rank 0 reports it, whose own experts are sound."""
+    assert two["damage"] == "mtp.0.layer.mlp.experts.gate_up_proj: expert 3 is damaged"
+
+
 def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any]) -> None:
     assert two
     of_one = open_checkpoint(folder / "one" / checkpoint_name(STEPS)).stored(OPTIMIZER)
