@@ -69,7 +69,7 @@ def test_new_weights_are_drawn_some_experts_at_a_time() -> None:
     live = LiveBytes("meta")
     with live:
         stack = fresh_stack(BACKBONE, 2, 5, SHARE)
-    assert peak_beside(stack, live, 0) < 4 * EXPERT
+    assert peak_beside(stack, live, 0) <= 4 * EXPERT
     torch.testing.assert_close(dict(stack.state_dict()), own(whole), rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
 
