@@ -9,6 +9,7 @@ With `mtp.experts`, `mtp.init` (`stock`, `fresh` or `backbone`) or `mtp.depth` i
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ class Peak:
     """The highest anonymous memory inside a `with` block, above that at its beginning, in MB."""
 
     def __enter__(self) -> Peak:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that a process keeps would hide new tensors
         self.begun = anonymous_memory()
         self.highest, self.ended = 0.0, threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
