@@ -27,22 +27,21 @@ from mtptrain.config.reads import (
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.passages import Passages, prompt_digest
 from mtptrain.data.recorded import RecordedBatches
-from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head, heldout_figures, teacher_forced
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import whole_digest
 from mtptrain.mtp.fake_quantization import rows_by_tensor
 from mtptrain.mtp.stack import MtpStack
-from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, stock_head
-from mtptrain.mtp.tensors import HeadTensors, build_stack
+from mtptrain.mtp.start import freeze_untrained, has_stock
+from mtptrain.mtp.tensors import build_stack
 from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
 from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.start import start_stack, whole_start
 from mtptrain.recipes.streams import describe_streams, stream_batches
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
@@ -113,47 +112,6 @@ def describe_text(session: Session, batches: BatchSource) -> str:
     parts = [f"{name} {weight / total:.0%}" for name, weight in zip(data.sources(), data.weights(), strict=True)]
     what = ", ".join(parts) if data.mixture else f"data.path={data.path}"
     return f"training on {what}, read and tokenised during training; {share}"
-
-
-def start_tensors(session: Session) -> HeadTensors | None:
-    """Return the head of `mtp.init`, whose tensors are not read yet; None if the modules start from no head.
-
-    Raises:
-        UserError: `mtp.init` names no sound checkpoint of this backbone.
-    """
-    init, backbone = session.config.mtp.init, session.training_backbone
-    if init == "stock":
-        return stock_head(backbone)
-    if init in UNTRAINED:
-        return None
-    try:
-        start = session.checkpoint(init)
-        start.head_identity(backbone.fingerprint)
-    except UserError as error:
-        raise UserError(f"mtp.init={init}: {error}") from None
-    return start.head()
-
-
-def whole_start(session: Session, stack: MtpStack) -> MtpStack:
-    """Return the modules before training with all experts, given those of this process."""
-    config = session.config.mtp
-    if config.experts is HeadExperts.replicate:
-        return stack
-    whole = replace(config, experts=HeadExperts.replicate)
-    return initial_stack(whole, session.training_backbone, start_tensors(session), session.config.seed)
-
-
-def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
-    """Return the modules before training, from `mtp.init`, and the record of that start for checkpoints.
-
-    Raises:
-        UserError: `mtp.init` names no sound checkpoint of this backbone.
-    """
-    config, backbone = session.config.mtp, session.training_backbone
-    tensors = start_tensors(session)
-    stack = initial_stack(config, backbone, tensors, session.config.seed)
-    names = None if tensors is None else tensors.shapes
-    return stack, describe_start(config, names) | {"sha256": whole_digest(stack)}
 
 
 def shared_traces(session: Session, make: Callable[[], list[Trace]]) -> list[Trace]:
