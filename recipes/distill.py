@@ -10,8 +10,6 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from mtptrain.backbone.placement import check_experts
 from mtptrain.config import DataSource, DraftChoice, HeadExperts, PastDepth, Placement, RunConfig, ServedAs, require
 from mtptrain.config.reads import (
@@ -29,21 +27,21 @@ from mtptrain.config.reads import (
 from mtptrain.data.batches import BatchSource, PackedBatches
 from mtptrain.data.passages import Passages, prompt_digest
 from mtptrain.data.recorded import RecordedBatches
-from mtptrain.errors import UserError
 from mtptrain.evaluation.heads import Head, heldout_figures, teacher_forced
 from mtptrain.evaluation.metrics import acceptance_length, by_position
 from mtptrain.evaluation.result import EVALUATION_FILE, Evaluation, read_evaluation
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.fake_quantization import rows_by_tensor
-from mtptrain.mtp.stack import MtpStack, head_digest, stack_from_tensors
-from mtptrain.mtp.start import describe_start, freeze_untrained, has_stock, initial_stack, place, stock_tensors
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.start import freeze_untrained, has_stock
+from mtptrain.mtp.tensors import build_stack
 from mtptrain.recipes.evaluate import evaluate_heads, require_certificate
 from mtptrain.recipes.lead import lead
 from mtptrain.recipes.on_policy import on_policy_corpus
 from mtptrain.recipes.publish import publish
 from mtptrain.recipes.resume import check_resumable, data_digest, head_settings, resume
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.start import start_stack, whole_start
 from mtptrain.recipes.streams import describe_streams, stream_batches
 from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
 from mtptrain.release.config import stored_scheme
@@ -88,13 +86,13 @@ def check(config: RunConfig) -> None:
 
 
 def training_batches(session: Session, stack: MtpStack) -> BatchSource:
-    """Return the packed training batches; `stack` drafts for the backbone if it has to write the texts itself."""
+    """Return the packed training batches; `stack`, whole, drafts for a backbone that has to write the texts itself."""
     config = session.config
     data, size = config.data, config.train.batch_size
     if data.source is DataSource.streams:
         return stream_batches(session)
     if data.source is DataSource.on_policy:
-        corpus = on_policy_corpus(session, stack)
+        corpus = on_policy_corpus(session, lambda: whole_start(session, stack))
         return PackedBatches(corpus, data.sequence_length, size, config.seed, session.piece_length)
     return session.text_batches
 
@@ -114,27 +112,6 @@ def describe_text(session: Session, batches: BatchSource) -> str:
     parts = [f"{name} {weight / total:.0%}" for name, weight in zip(data.sources(), data.weights(), strict=True)]
     what = ", ".join(parts) if data.mixture else f"data.path={data.path}"
     return f"training on {what}, read and tokenised during training; {share}"
-
-
-def start_stack(session: Session) -> tuple[MtpStack, dict[str, Any]]:
-    """Return the modules before training, from `mtp.init`, and the record of that start for checkpoints.
-
-    Raises:
-        UserError: `mtp.init` names no sound checkpoint of this backbone.
-    """
-    config, backbone = session.config.mtp, session.training_backbone
-    tensors: dict[str, Tensor] | None = None
-    if config.init == "stock":
-        tensors = stock_tensors(backbone)
-    elif config.init not in UNTRAINED:
-        try:
-            start = session.checkpoint(config.init)
-            start.head_identity(backbone.fingerprint)
-        except UserError as error:
-            raise UserError(f"mtp.init={config.init}: {error}") from None
-        tensors = start.tensors()
-    stack = initial_stack(config, backbone, tensors, session.config.seed)
-    return stack, describe_start(config, tensors) | {"sha256": head_digest(stack.state_dict())}
 
 
 def shared_traces(session: Session, make: Callable[[], list[Trace]]) -> list[Trace]:
@@ -226,8 +203,6 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
         settings=head_settings(session),
     )
     freeze_untrained(stack, config.mtp.trainable)
-    if config.mtp.experts is HeadExperts.expert_parallel:  # texts are written, and the start identified, by the whole
-        share_experts(stack)
     quantized_rows = rows_by_tensor(backbone.config, scheme) if scheme else None
     steps, recompute = config.mtp.num_steps, config.train.recompute
     make_objective = session.objective or RolloutObjective
@@ -267,9 +242,9 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
     if not config.evaluate_at_end:
         way_on = f"measure it with +recipe=evaluate checkpoint={session.folder.path}"
         session.folder.print_status(f"wrote {trained}; {way_on}")
-    tensors = open_checkpoint(trained).tensors()
-    whole = stack_from_tensors(backbone.config, config.mtp.depth, tensors, str(trained))
-    return session.serve(place(whole, backbone).eval(), config.mtp.zero_first_embedding)
+    tensors, weight = open_checkpoint(trained).head(), backbone.model.lm_head.weight
+    whole = build_stack(backbone.config, config.mtp.depth, tensors, str(trained), weight)
+    return session.serve(whole.eval(), config.mtp.zero_first_embedding)
 
 
 def run(session: Session) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -167,12 +168,13 @@ def write_texts(
     on_rank0(close_folder)
 
 
-def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
+def on_policy_corpus(session: Session, drafting_head: Callable[[], MtpStack]) -> TokenizedCorpus:
     """Return the backbone's own texts as training documents, after generating them if they do not exist yet.
 
     Args:
         session: of the run; its provenance records the texts.
-        stack: the head that the training starts from; it drafts the texts unless it is untrained.
+        drafting_head: returns the head that the training starts from, whole; it drafts the texts unless it is
+            untrained. A process calls it if it writes texts.
 
     Raises:
         UserError: the folder holds other texts or is damaged, or this run cannot make them.
@@ -188,11 +190,15 @@ def on_policy_corpus(session: Session, stack: MtpStack) -> TokenizedCorpus:
                 "yet; make them first in a run with backbone.placement=expert_parallel and the same on_policy.path"
             )
         run_folder.print_status(f"continuing {len(prompts.conversations)} prompts with the backbone, into {folder}")
-        head = None if config.mtp.init in UNTRAINED else stack
-        if config.backbone.placement is Placement.expert_parallel:
-            lead(session, lambda: write_texts(session, head, prompts, folder, identity))
-        else:
+
+        def write() -> None:
+            head = None if config.mtp.init in UNTRAINED else drafting_head()
             write_texts(session, head, prompts, folder, identity)
+
+        if config.backbone.placement is Placement.expert_parallel:
+            lead(session, write)
+        else:
+            write()
     texts = open_texts(folder, identity)
     assert texts is not None
     counts, making = texts.content.counts, texts.content.making

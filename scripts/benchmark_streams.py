@@ -21,8 +21,9 @@ from mtptrain.cli import typed_config
 from mtptrain.config import RunConfig, register
 from mtptrain.config.given import Given
 from mtptrain.recipes import collect
-from mtptrain.recipes.distill import make_trainer, start_stack
+from mtptrain.recipes.distill import make_trainer
 from mtptrain.recipes.session import Session
+from mtptrain.recipes.start import start_stack
 from mtptrain.run.folder import open_run_folder
 from mtptrain.training.trainer import Trainer
 

@@ -6,6 +6,8 @@ backbone's forward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -115,20 +117,27 @@ def run_experts(model: DeepseekV4ForCausalLM) -> None:
         layer.mlp.experts(none_0D, routes_0k, weight.new_empty(routes_0k.shape))
 
 
-def whole_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a layer, gathered from the processes that share them; every process must call it."""
+@contextmanager
+def layer_tensors(layer: nn.Module, has_own_experts: bool) -> Iterator[dict[str, Tensor]]:
+    """Give the tensors of a layer, gathered from the processes that share them; every process must enter the block.
+
+    Args:
+        layer: of the backbone.
+        has_own_experts: experts that expert parallelism has distributed are not gathered.
+    """
     from torch.distributed.tensor import DTensor  # importing it takes a tenth of a second
 
-    def _copy_all() -> dict[str, Tensor]:
-        tensors = layer.state_dict().items()
-        return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in tensors}
+    def _local(value: Tensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            return value
+        return value.to_local() if has_own_experts else value.full_tensor()
 
-    if not any(hasattr(parameter, "ds_tensor") for parameter in layer.parameters()):
-        return _copy_all()
-    from mtptrain.run.deepspeed import gathered
+    with ExitStack() as stack:
+        if any(hasattr(parameter, "ds_tensor") for parameter in layer.parameters()):
+            from mtptrain.run.deepspeed import gathered
 
-    with gathered(layer):
-        return _copy_all()
+            stack.enter_context(gathered(layer))
+        yield {name: _local(value) for name, value in layer.state_dict().items()}
 
 
 def partition(model: DeepseekV4ForCausalLM, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperHead,
     DeepseekV4RMSNorm,
     DeepseekV4RotaryEmbedding,
+    DeepseekV4TopKRouter,
 )
 
 from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_experts, replace_norms
@@ -41,11 +42,15 @@ class MtpBlock(nn.Module):
     is the state of the next step, and the draft logits are lm_head(norm(hc_head(state))). Embedding and lm_head are the
     backbone's.
 
+    Args:
+        config: config of the backbone.
+        num_shares: number of equal shares of the routed experts, of which the module holds one.
+
     Source: DeepSeek-V4's official inference code; arXiv 2412.19437, section 2.2 (multi-token prediction), with
     hyper-connections.
     """
 
-    def __init__(self, config: DeepseekV4Config) -> None:
+    def __init__(self, config: DeepseekV4Config, num_shares: int = 1) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         single = block_config(config)
@@ -56,7 +61,7 @@ class MtpBlock(nn.Module):
         self.hnorm = DeepseekV4RMSNorm(width, eps=eps)
         self.e_proj = nn.Linear(width, width, bias=False)
         self.h_proj = nn.Linear(width, width, bias=False)
-        self.layer = DeepseekV4DecoderLayer(single, 0)
+        self.layer = _decoder_layer(single, num_shares)
         replace_connections(self.layer, HyperConnection)
         self.hc_head = DeepseekV4HyperHead(single)
         self.norm = DeepseekV4RMSNorm(width, eps=eps)
@@ -108,3 +113,12 @@ class MtpBlock(nn.Module):
     def hidden(self, state_BSND: Tensor) -> Tensor:
         """Return the lm_head's input for the draft logits, [B, S, D]."""
         return self.norm(self.hc_head(state_BSND))
+
+
+def _decoder_layer(config: DeepseekV4Config, num_shares: int) -> DeepseekV4DecoderLayer:
+    """Return a layer with one share of the routed experts and a router over all of them."""
+    own = copy.deepcopy(config)
+    own.n_routed_experts = config.n_routed_experts // num_shares
+    layer = DeepseekV4DecoderLayer(own, 0)
+    layer.mlp.gate = DeepseekV4TopKRouter(config)
+    return layer

@@ -6,16 +6,19 @@ gradient of an expert therefore covers the tokens of all processes where the exp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtptrain.backbone.modules import Experts
 from mtptrain.backbone.placement import expert_mesh
+from mtptrain.config import HeadExperts
 from mtptrain.mtp.block import MtpBlock
-from mtptrain.mtp.stack import MtpStack
-from mtptrain.run.distributed import rank, world_size
+from mtptrain.mtp.stack import ALL_EXPERTS, MtpStack, Share, head_digest, pieces
+from mtptrain.run.distributed import broadcast_object, rank, receive_from, send_to_rank0, world_size
 
 WHOLE_SHAPE = "whole_shape"  # attribute of a parameter that is this process's share of a larger tensor
 
@@ -28,7 +31,6 @@ class SharedExperts(Experts):
         from transformers.distributed.expert_parallel import AllToAllEP  # not in transformers 5.17
 
         mesh = expert_mesh()
-        self.num_experts //= world_size()
         self.exchanged = AllToAllEP(self, mesh["expert"], mesh["tensor"])
         self.exchanged.experts_forward = super().forward  # on numbers from 0
 
@@ -38,20 +40,42 @@ class SharedExperts(Experts):
         return out_TD.to(hidden_states.dtype)
 
 
-@torch.no_grad()
-def share_experts(stack: MtpStack) -> None:
-    """Keep this process's equal share of the routed experts of every module, in the order of the ranks."""
+def own_share(experts: HeadExperts) -> Share:
+    """Return the share of a head's experts that this process holds."""
+    return Share(rank(), world_size()) if experts is HeadExperts.expert_parallel else ALL_EXPERTS
+
+
+def exchange_tokens(stack: MtpStack) -> None:
+    """Send tokens to the processes that hold their experts; every process calls it with its share, by its rank."""
     for block in stack.mtp:
         assert isinstance(block, MtpBlock)
         experts: Any = block.layer.mlp.experts
-        for name, parameter in list(experts.named_parameters(recurse=False)):
-            share = nn.Parameter(
-                parameter.detach().chunk(world_size())[rank()].clone(), requires_grad=parameter.requires_grad
-            )
-            setattr(share, WHOLE_SHAPE, parameter.shape)
-            setattr(experts, name, share)
+        for parameter in experts.parameters():
+            setattr(parameter, WHOLE_SHAPE, torch.Size((world_size() * len(parameter), *parameter.shape[1:])))
         experts.__class__ = SharedExperts
         experts.exchange()
+
+
+def whole_digest(stack: MtpStack) -> str:
+    """Return `head_digest` of a head whose experts processes may share; every process must call it.
+
+    Rank 0 receives the other experts one at a time.
+    """
+    state = stack.state_dict(keep_vars=True)
+    if rank() == 0:
+        return broadcast_object(head_digest(state, _gather_experts))
+    for name in sorted(state):
+        for expert in state[name].detach() if is_share(state[name]) else ():
+            send_to_rank0(expert)
+    return broadcast_object("")
+
+
+def _gather_experts(tensor: Tensor) -> Iterable[Tensor]:
+    """Return the pieces of a tensor, on rank 0; those of a share are the experts of all processes in order."""
+    if not is_share(tensor):
+        return pieces(tensor)
+    others = (receive_from(source, expert) for source in range(1, world_size()) for expert in tensor.detach())
+    return chain(tensor.detach(), others)
 
 
 def is_share(parameter: Tensor) -> bool:

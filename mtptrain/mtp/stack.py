@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4RotaryEmbedding
 
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock, block_config
 from mtptrain.mtp.numerics import AS_TRAINED, Numerics, round_activations
 from mtptrain.release.names import our_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Share `number`, from 0, of `count` equal shares of the routed experts of a head."""
+
+    number: int = 0
+    count: int = 1
+
+    def experts(self, num_experts: int) -> range:
+        """Return the numbers of its experts, of `num_experts`."""
+        size = num_experts // self.count
+        return range(self.number * size, (self.number + 1) * size)
+
+
+ALL_EXPERTS = Share()
 
 
 class MtpStack(nn.Module):
@@ -23,11 +41,12 @@ class MtpStack(nn.Module):
     Args:
         config: config of the backbone.
         depth: number of modules, at least 1.
+        num_shares: number of equal shares of the routed experts, of which the modules hold one.
     """
 
-    def __init__(self, config: DeepseekV4Config, depth: int) -> None:
+    def __init__(self, config: DeepseekV4Config, depth: int, num_shares: int = 1) -> None:
         super().__init__()
-        self.mtp = nn.ModuleList([MtpBlock(config) for _ in range(depth)])
+        self.mtp = nn.ModuleList([MtpBlock(config, num_shares) for _ in range(depth)])
         self.numerics = AS_TRAINED
 
     def compute_as(self, numerics: Numerics) -> None:
@@ -59,13 +78,35 @@ class MtpStack(nn.Module):
         return block
 
 
-def fresh_stack(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> MtpStack:
-    """Return newly initialised modules for a backbone, fp32, with the initialisation of transformers' layers."""
+def fresh_stack(model: DeepseekV4ForCausalLM, depth: int, seed: int, share: Share = ALL_EXPERTS) -> MtpStack:
+    """Return newly initialised modules for a backbone, fp32, with the initialisation of transformers' layers.
+
+    A share of the experts has the numbers that they have in a whole head of the same seed.
+    """
     torch.manual_seed(seed)
-    stack = MtpStack(model.config, depth)
+    stack = MtpStack(model.config, depth, share.count)
     for module in stack.modules():
-        model._init_weights(module)
+        if share.count > 1 and isinstance(module, DeepseekV4Experts):
+            _draw_experts(module, share, model.config)
+        else:
+            model._init_weights(module)
     return stack
+
+
+@torch.no_grad()
+def _draw_experts(experts: DeepseekV4Experts, share: Share, config: DeepseekV4Config) -> None:
+    """Draw the numbers of all experts as transformers does, some at a time, and keep those of a share.
+
+    torch turns 16 uniform numbers at once into normal ones, so pieces have a multiple of 16 values.
+    """
+    own = share.experts(config.n_routed_experts)
+    for kept in (experts.gate_up_proj, experts.down_proj):
+        drawn = kept.new_empty(16 // math.gcd(kept[0].numel(), 16), *kept.shape[1:])
+        for start in range(0, config.n_routed_experts, len(drawn)):
+            piece = range(start, min(start + len(drawn), config.n_routed_experts))
+            drawn[: len(piece)].normal_(std=config.initializer_range)
+            for number in set(piece) & set(own):
+                kept[number - own.start] = drawn[number - start]
 
 
 def num_modules(tensors: Collection[str]) -> int:
@@ -73,13 +114,24 @@ def num_modules(tensors: Collection[str]) -> int:
     return len({name.split(".")[1] for name in tensors})
 
 
-def head_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hex SHA-256 over names and fp32 values, which identifies a head in any dtype."""
+def pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """Return the experts of a stack of experts, and any other tensor whole."""
+    return tensor if tensor.ndim > 2 else [tensor]
+
+
+def head_digest(tensors: Mapping[str, Tensor], cut: Callable[[Tensor], Iterable[Tensor]] = pieces) -> str:
+    """Return a hex SHA-256 over names and fp32 values, which identifies a head in any dtype.
+
+    Args:
+        tensors: `mtp.{d}.*`.
+        cut: returns consecutive pieces of a tensor, which are read one at a time.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        value = tensors[name].detach().float().cpu() + 0.0  # -0.0 equals 0.0
-        digest.update(value.contiguous().numpy().tobytes())
+        for piece in cut(tensors[name]):
+            value = piece.detach().float().cpu() + 0.0  # -0.0 equals 0.0
+            digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -104,6 +156,25 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: DeepseekV4Config
             )
 
 
+def count_modules(tensors: Collection[str], depth: int, source: str) -> int:
+    """Return the number of stored modules.
+
+    Args:
+        tensors: names `mtp.{d}.*`.
+        depth: largest number of modules.
+        source: origin of the tensors, for the error.
+
+    Raises:
+        UserError: the modules are not 0..n with n < depth.
+    """
+    stored = {int(name.split(".")[1]) for name in tensors}
+    if stored != set(range(len(stored))) or not 0 < len(stored) <= depth:
+        raise UserError(
+            f"mtp.depth={depth}: {source} holds MTP modules {sorted(stored)}; set mtp.depth to their number"
+        )
+    return len(stored)
+
+
 def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, Tensor], source: str) -> MtpStack:
     """Return modules of stored tensors, fp32; a missing module starts as a copy of the one before it.
 
@@ -118,12 +189,7 @@ def stack_from_tensors(config: DeepseekV4Config, depth: int, tensors: dict[str, 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the modules are not 0..n with n < depth.
     """
-    stored = {int(name.split(".")[1]) for name in tensors}
-    num_stored = len(stored)
-    if stored != set(range(num_stored)) or not 0 < num_stored <= depth:
-        raise UserError(
-            f"mtp.depth={depth}: {source} holds MTP modules {sorted(stored)}; set mtp.depth to their number"
-        )
+    num_stored = count_modules(tensors, depth, source)
     with torch.device("meta"):
         stack = MtpStack(config, num_stored)
     for block in stack.mtp:

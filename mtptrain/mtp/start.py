@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from mtptrain.backbone.load import Backbone, BackboneSource
-from mtptrain.backbone.placement import whole_tensors
+from mtptrain.backbone.placement import layer_tensors
 from mtptrain.config import MtpConfig, require
 from mtptrain.errors import UserError
-from mtptrain.mtp.block import MtpBlock
+from mtptrain.mtp.expert_parallel import exchange_tokens, own_share
 from mtptrain.mtp.numerics import Numerics
-from mtptrain.mtp.stack import MtpStack, fresh_stack, num_modules, stack_from_tensors
-from mtptrain.release.modules import check_names, from_release, is_release_layout, read_release
+from mtptrain.mtp.stack import ALL_EXPERTS, MtpStack, Share, fresh_stack, num_modules
+from mtptrain.mtp.tensors import EXPERTS, HeadTensors, HeldTensors, build_stack, stored_dtype
+from mtptrain.release.modules import ReleasedModules, check_names, from_release, is_release_layout, read_release
+from mtptrain.release.names import our_shapes
 from mtptrain.release.problems import Problems, is_dspark, refuse_dspark
 from mtptrain.release.shards import HEAD_PREFIX
+from mtptrain.run.distributed import on_each_rank
 
-# Tensors that DeepSeek-V4 computes in fp32 in any dtype of the matrices; `place` adds the norms by name.
-STRICT_FP32 = frozenset({"attn_hc", "ffn_hc", "hc_head", "sinks", "e_score_correction_bias"})
 SLIDING = "sliding_attention"
-EXPERTS = "*.mlp.experts.*"  # the routed experts, all but 1/40 of V4-Flash's head
 
 
 def has_stock(backbone: Backbone | BackboneSource) -> bool:
@@ -84,6 +84,17 @@ def check_start(config: MtpConfig, source: BackboneSource, is_kept: bool) -> Non
     trained_names(names, config.trainable)
 
 
+def stock_head(backbone: Backbone | BackboneSource) -> HeadTensors:
+    """Return the head in a backbone's folder; its tensors are read, and in release format decoded, when needed.
+
+    Raises:
+        UserError: the folder holds no head or DSpark blocks, or a tensor is missing.
+    """
+    head = stored_head(backbone)
+    refuse_dspark(head.keys(), backbone.config)
+    return ReleasedModules(head, backbone.config) if is_release_layout(head.keys()) else HeldTensors(head)
+
+
 def stock_tensors(backbone: Backbone | BackboneSource) -> dict[str, Tensor]:
     """Return our `mtp.{d}.*` of the head in a backbone's folder; a head in release format is decoded to fp32.
 
@@ -109,38 +120,53 @@ def read_stock(backbone: Backbone) -> tuple[dict[str, Tensor], Problems]:
     return dict(head), Problems()
 
 
-def initial_stack(config: MtpConfig, backbone: Backbone, tensors: dict[str, Tensor] | None, seed: int) -> MtpStack:
-    """Return the modules before training, in the backbone's dtype and on its device.
+def initial_stack(config: MtpConfig, backbone: Backbone, tensors: HeadTensors | None, seed: int) -> MtpStack:
+    """Return the modules before training, in the backbone's dtype and on its device; every process must call it.
 
-    A missing module starts as a copy of the one before it; of surplus modules, the first `mtp.depth` are kept.
+    A missing module starts as a copy of the one before it; of surplus modules, the first `mtp.depth` are kept. With
+    `mtp.experts=expert_parallel` a process reads and holds no experts but its share.
 
     Args:
-        config: mode, depth and `init`.
+        config: mode, depth, `init` and `experts`.
         backbone: the frozen backbone.
-        tensors: tensors of the stock head or of a checkpoint; None if `mtp.init` is `fresh` or `backbone`.
+        tensors: of the stock head or of a checkpoint; None if `mtp.init` is `fresh` or `backbone`.
         seed: seed of newly initialised weights.
 
     Raises:
-        UserError: the tensors do not fit, or the backbone has no layer to start from.
+        UserError: on every process: the tensors do not fit or cannot be read, or the backbone has no layer to start
+            from.
     """
+    share = own_share(config.experts)
     if config.init == "fresh":
-        stack = fresh_stack(backbone.model, config.depth, seed)
+        stack = place(fresh_stack(backbone.model, config.depth, seed, share), backbone)
     elif config.init == "backbone":
-        stack = stack_from_backbone(backbone.model, config.depth, seed)
+        stack = stack_from_backbone(backbone.model, config.depth, share)
     else:
         assert tensors is not None
-        kept = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[1]) < config.depth}
-        stack = stack_from_tensors(backbone.config, config.depth, kept, f"mtp.init={config.init}")
+        stack = _stored_stack(config, backbone, tensors, share)
     stack.compute_as(Numerics(zero_first=config.zero_first_embedding))
-    return place(stack, backbone)
+    if share.count > 1:
+        exchange_tokens(stack)
+    return stack
 
 
-def describe_start(config: MtpConfig, stored: dict[str, Tensor] | None) -> dict[str, Any]:
+def _stored_stack(config: MtpConfig, backbone: Backbone, tensors: HeadTensors, share: Share) -> MtpStack:
+    """Return modules of stored tensors; what one process cannot read is an error on all."""
+    source, weight, built = f"mtp.init={config.init}", backbone.model.lm_head.weight, list[MtpStack]()
+
+    def build() -> None:
+        built.append(build_stack(backbone.config, config.depth, tensors, source, weight, share))
+
+    on_each_rank(build)
+    return built[0]
+
+
+def describe_start(config: MtpConfig, stored: Collection[str] | None) -> dict[str, Any]:
     """Return the description of a start that checkpoints record: `init`, and the number and conversion of its modules.
 
     Args:
         config: mode, depth and `init`.
-        stored: the head that the modules start from; None if they start from no head.
+        stored: names of the tensors that the modules start from; None if they start from no head.
     """
     start: dict[str, Any] = {"init": config.init}
     if stored is not None:
@@ -159,49 +185,75 @@ def place(stack: MtpStack, backbone: Backbone) -> MtpStack:
     stack.to(weight.device)
     for module_name, module in stack.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            path = [*module_name.split("."), name]
-            is_strict = not STRICT_FP32.isdisjoint(path) or any(part.endswith("norm") for part in path)
+            path = f"{module_name}.{name}"
             if tensor.is_floating_point() and "rotary_emb" not in path:
-                tensor.data = tensor.data.to(torch.float32 if is_strict else weight.dtype)
+                tensor.data = tensor.data.to(stored_dtype(path, weight.dtype))
     return stack
 
 
 @torch.no_grad()
-def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, seed: int) -> MtpStack:
-    """Return modules with the decoder layer, hc_head and norm of the backbone, fp32.
+def stack_from_backbone(model: DeepseekV4ForCausalLM, depth: int, share: Share = ALL_EXPERTS) -> MtpStack:
+    """Return modules with the decoder layer, hc_head and norm of the backbone, in its dtype and on its device.
 
-    Attention, hyper-connections, norms and experts come from its last sliding-window layer. `h_proj` and `e_proj` pass
-    the state and the token through unchanged, both at the RMS size of the backbone's embeddings. So a module starts as
-    one more layer of the backbone that also sees the next token.
+    Attention, hyper-connections, norms and experts come from its last sliding-window layer; a router's bias that it
+    lacks, as a hash layer does, is zero. `h_proj` and `e_proj` pass the state and the token through unchanged, both at
+    the RMS size of the backbone's embeddings. So a module starts as one more layer of the backbone that also sees the
+    next token.
 
     Every process of a run must call it.
 
     Args:
         model: the backbone.
         depth: number of modules; all start alike.
-        seed: seed of tensors that the layer lacks; the router's bias of a hash layer, for one, stays at zero.
+        share: share of the routed experts that the modules hold.
 
     Raises:
         UserError: the backbone has no sliding-window layer, or its weights are kept quantised.
     """
-    number = last_sliding(model.config)
-    source = whole_tensors(model.model.layers[number])
-    stack = fresh_stack(model, depth, seed)
-    for block in stack.mtp:
-        assert isinstance(block, MtpBlock)
-        target = block.layer.state_dict()
-        shared = {name: tensor for name, tensor in source.items() if _fits(tensor, target.get(name))}
-        missing = [name for name in target if name not in shared and not name.endswith("e_score_correction_bias")]
+    number, weight = last_sliding(model.config), model.lm_head.weight
+    with layer_tensors(model.model.layers[number], share.count > 1) as layer:
+        held = _as_module(layer, model, share)
+        missing = our_shapes(model.config).keys() - {name.split(".", 2)[-1] for name in held.tensors}
         if missing:
             raise UserError(
-                f"mtp.init=backbone: layer {number} has no {missing[0]} of the module's shape and dtype; set "
+                f"mtp.init=backbone: layer {number} has no {min(missing)} of the module's shape and dtype; set "
                 "backbone.weights=dequantize, or mtp.init=fresh"
             )
-        block.layer.load_state_dict(shared, strict=False)
-        block.hc_head.load_state_dict(model.model.hc_head.state_dict())
-        block.norm.load_state_dict(model.model.norm.state_dict())
-        _pass_through(block, model)
-    return stack
+        return build_stack(model.config, depth, held, "mtp.init=backbone", weight, share)
+
+
+def _as_module(layer: dict[str, Tensor], model: DeepseekV4ForCausalLM, share: Share) -> HeldTensors:
+    """Return the tensors of one module, those of a layer of the backbone as far as they fit.
+
+    Args:
+        layer: tensors of the layer, with all experts or with a share of them.
+        model: the backbone.
+        share: see `layer`.
+    """
+    tensors = _around_the_layer(model) | {f"layer.{name}": value for name, value in layer.items()}
+    is_whole = layer["mlp.gate.weight"].shape[0] == len(layer.get("mlp.experts.down_proj", ()))
+    shapes = our_shapes(model.config)
+    held = HeldTensors(
+        {f"mtp.0.{name}": tensors[name] for name in tensors if name in shapes}, ALL_EXPERTS if is_whole else share
+    )
+    fitting = {
+        name: value
+        for name, value in held.tensors.items()
+        if held.shapes[name] == shapes[name.split(".", 2)[-1]] and value.is_floating_point() and value.itemsize > 1
+    }
+    return HeldTensors(fitting, held.share)
+
+
+def _around_the_layer(model: DeepseekV4ForCausalLM) -> dict[str, Tensor]:
+    """Return a module's tensors around its layer: projections that are the identity, norms, and those of the output."""
+    config, weight = model.config, model.lm_head.weight
+    size = model.model.embed_tokens.weight.float().pow(2).mean().sqrt()
+    identity = torch.eye(config.hidden_size, device=weight.device)
+    tensors = {f"{name}_proj.weight": identity for name in ("e", "h")}
+    tensors |= {f"{name}norm.weight": size.expand(config.hidden_size) for name in ("e", "h")}
+    tensors["layer.mlp.gate.e_score_correction_bias"] = size.new_zeros(config.n_routed_experts)
+    output = {"hc_head": model.model.hc_head, "norm": model.model.norm}
+    return tensors | {f"{name}.{key}": value for name, one in output.items() for key, value in one.state_dict().items()}
 
 
 def last_sliding(config: DeepseekV4Config) -> int:
@@ -218,19 +270,6 @@ def last_sliding(config: DeepseekV4Config) -> int:
             "use mtp.init=fresh"
         )
     return sliding[-1]
-
-
-def _fits(tensor: Tensor, target: Tensor | None) -> bool:
-    return target is not None and target.shape == tensor.shape and tensor.is_floating_point() and tensor.itemsize > 1
-
-
-def _pass_through(block: MtpBlock, model: DeepseekV4ForCausalLM) -> None:
-    """Set the projections to the identity, and the norms to the RMS size of the backbone's embeddings."""
-    size = model.model.embed_tokens.weight.float().pow(2).mean().sqrt()
-    for projection in (block.e_proj, block.h_proj):
-        nn.init.eye_(projection.weight)
-    for norm in (block.enorm, block.hnorm):
-        norm.weight.fill_(size)
 
 
 def freeze_untrained(stack: MtpStack, trainable: str) -> None:
@@ -255,7 +294,7 @@ def trained_names(names: list[str], trainable: str) -> set[str]:
         UserError: a pattern matches no name.
     """
     if trainable == "no_experts":
-        return {name for name in names if not fnmatchcase(name, EXPERTS)}
+        return {name for name in names if EXPERTS not in name}
     trained: set[str] = set()
     for pattern in ["*"] if trainable == "all" else trainable.split(","):
         matches = {name for name in names if fnmatchcase(name, pattern)}

@@ -16,11 +16,12 @@ from mtptrain.planning.head_memory import (
     Kinds,
     backward_bytes,
     held_bytes,
+    own_weights,
     reduction_bytes,
     trained_weights,
     update_bytes,
 )
-from mtptrain.planning.parameters import Weights, backbone_parts, layer_parts, module_parts, total_weights
+from mtptrain.planning.parameters import Weights, backbone_parts, layer_parts, total_weights
 from mtptrain.planning.result import TrainingMemory
 from mtptrain.planning.training_load import TrainingLoad
 
@@ -100,13 +101,13 @@ def activation_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
 def host_bytes(shape: ShapeConfig, load: TrainingLoad, moved: Kinds) -> Kinds:
     """Return the bytes in a process's CPU memory: what is offloaded, and the larger of start and checkpoint.
 
-    At the start a process holds the whole head in fp32; a checkpoint passes through its own pieces of masters and
-    state. Files of the backbone are mapped, and count as no process's own.
+    At the start a process holds its own part of the head, new weights in fp32 and others in less; a checkpoint passes
+    through its own pieces of masters and state. Files of the backbone are mapped, and count as no process's own.
     """
-    start = 4.0 * load.modules * total_weights(module_parts(shape)).total
+    start = 4.0 * own_weights(shape, load).total
     pieces = 12.0 * trained_weights(shape, load).total / load.num_gpus
     if start >= pieces:
-        return {"whole head in fp32, at the start": start, **moved}
+        return {"head in fp32, at the start": start, **moved}
     return {"pieces of a checkpoint, while it is written": pieces, **moved}
 
 

@@ -65,6 +65,57 @@ def from_release(
     return state
 
 
+class ReleasedModules:
+    """Our tensors `mtp.{d}.*` of released modules in any scheme, decoded to fp32 when they are needed.
+
+    Args:
+        tensors: the `mtp.*` of a release and nothing else, read on demand.
+        config: config of the backbone.
+
+    Raises:
+        UserError: the tensors are DSpark blocks, or one is missing or unexpected.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: DeepseekV4Config) -> None:
+        check_names(tensors, config)
+        self.tensors, self.scheme = tensors, release_scheme(tensors)
+        self._rows: dict[tuple[str, int | None], list[Row]] = {}
+        for row in release_table(config, self.scheme):
+            if not row.is_scale:
+                self._rows.setdefault((row.ours, row.expert), []).append(row)
+        modules = _modules(tensors.keys())
+        self.shapes = {f"mtp.{d}.{name}": shape for d in modules for name, shape in our_shapes(config).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor that holds no experts.
+
+        Raises:
+            UserError: it is mis-shaped or cannot be decoded.
+        """
+        _, number, ours = name.split(".", 2)
+        (row,) = self._rows[ours, None]
+        return self._decoded(row, f"mtp.{number}.")
+
+    def expert(self, name: str, number: int) -> Tensor:
+        """Return one expert of a stack of experts.
+
+        Raises:
+            UserError: one of its parts is mis-shaped or cannot be decoded.
+        """
+        _, module, ours = name.split(".", 2)
+        out = torch.empty(self.shapes[name][1:])
+        for row in self._rows[ours, number]:
+            part_of_expert(row, out).copy_(self._decoded(row, f"mtp.{module}."))
+        return out
+
+    def _decoded(self, row: Row, prefix: str) -> Tensor:
+        problems = Problems()
+        value = _read(row, prefix, self.tensors, torch.float32, problems)
+        problems.raise_any(_subject(self.scheme))
+        assert value is not None
+        return value
+
+
 def check_names(tensors: Mapping[str, Tensor], config: DeepseekV4Config) -> None:
     """Refuse released modules that are DSpark blocks, or of which a tensor is missing or unexpected.
 
@@ -189,10 +240,13 @@ def _insert(value: Tensor, row: Row, prefix: str, shapes: dict[str, tuple[int, .
 
 def part_of(row: Row, whole: Tensor) -> Tensor:
     """Return the part of one of our tensors that a released tensor stores."""
-    if row.expert is None:
-        return whole
+    return whole if row.expert is None else part_of_expert(row, whole[row.expert])
+
+
+def part_of_expert(row: Row, expert: Tensor) -> Tensor:
+    """Return the part of an expert, in one of our stacks, that a released tensor stores."""
     half = {"w1": slice(0, row.value_shape[0]), "w3": slice(row.value_shape[0], None), "w2": slice(None)}
-    return whole[row.expert][half[row.released.split(".")[-2]]]
+    return expert[half[row.released.split(".")[-2]]]
 
 
 def _read(

@@ -267,6 +267,23 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def send_to_rank0(value: Tensor) -> None:
+    """Send a tensor to rank 0, which must receive it."""
+    from torch import distributed as dist
+
+    dist.send(value.cpu().contiguous(), 0, group=_joined[0].side)
+
+
+def receive_from(source: int, like: Tensor) -> Tensor:
+    """Return the next tensor that rank `source` sends to this one, on the CPU, of the shape and dtype of `like`."""
+    import torch
+    from torch import distributed as dist
+
+    value = torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format)
+    dist.recv(value, source, group=_joined[0].side)
+    return value
+
+
 def on_rank0(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 only and return its result on every process, or raise its `UserError` on every process."""
     result, error = broadcast_object(_attempt(work) if rank() == 0 else (None, None))

@@ -23,6 +23,7 @@ from mtptrain.config import MtpMode
 from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
 from mtptrain.mtp.expert_parallel import WHOLE_SHAPE
+from mtptrain.mtp.tensors import HeadTensors
 from mtptrain.run.artifact import Kind, StoredFile, check_identity, describe_file, finish, open_artifact
 from mtptrain.run.distributed import on_each_rank, on_rank0, rank, world_size
 from mtptrain.run.hub import is_address
@@ -124,6 +125,10 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors, on the CPU."""
         return dict(self.stored(TENSORS))
+
+    def head(self) -> HeadTensors:
+        """Return the trained tensors of a head; they are not read yet."""
+        return self.stored(TENSORS)
 
     def stored(self, kind: str) -> StoredTensors:
         """Return the tensors of all processes' files of a kind, `TENSORS` or `OPTIMIZER`; they are not read yet."""

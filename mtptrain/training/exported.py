@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
-from mtptrain.release.modules import from_release
+from mtptrain.mtp.tensors import HeadTensors
+from mtptrain.release.modules import ReleasedModules, from_release
 from mtptrain.release.shards import HEAD_PREFIX, Shards
 from mtptrain.run.artifact import Kind, open_artifact
 from mtptrain.run.hub import download_model
@@ -35,8 +37,14 @@ class ExportedHead(Checkpoint):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors, decoded to fp32."""
-        head = Shards(self.folder, f"checkpoint={self.folder}").only(HEAD_PREFIX)
-        return from_release(head, DeepseekV4Config.from_pretrained(self.folder), torch.float32)
+        return from_release(self._released(), DeepseekV4Config.from_pretrained(self.folder), torch.float32)
+
+    def head(self) -> HeadTensors:
+        """Return the stored tensors, decoded to fp32 when they are read."""
+        return ReleasedModules(self._released(), DeepseekV4Config.from_pretrained(self.folder))
+
+    def _released(self) -> Mapping[str, Tensor]:
+        return Shards(self.folder, f"checkpoint={self.folder}").only(HEAD_PREFIX)
 
 
 def open_exported(folder: Path) -> Checkpoint:

@@ -116,6 +116,11 @@ class StoredTensors(Mapping[str, Tensor]):
             return file.get_tensor(key).flatten()[:0]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def expert(self, name: str, number: int) -> Tensor:
+        """Return one expert of a stack of experts; do not write to it."""
+        shape = torch.Size(self.shapes[name][1:])
+        return self.part(name, number * shape.numel(), (number + 1) * shape.numel()).view(shape)
+
     def keys_of(self, name: str) -> list[str]:
         """Return the optimiser's keys of a trained tensor: KEY of each stored `NAME/KEY`."""
         return [stored.rpartition("/")[2] for stored in self.shapes if stored.rpartition("/")[0] == name]

@@ -11,6 +11,7 @@ from mtptrain.config import BackboneConfig, MtpConfig, MtpMode
 from mtptrain.errors import UserError
 from mtptrain.mtp.stack import head_digest
 from mtptrain.mtp.start import describe_start, initial_stack, stack_from_backbone, stock_tensors
+from mtptrain.mtp.tensors import HeldTensors
 from tests.tiny import random_backbone, random_batch, random_stack
 
 
@@ -25,7 +26,7 @@ def stacked(depth: int, init: str = "some/checkpoint") -> MtpConfig:
 
 def test_missing_depths_start_as_the_last_one_present(backbone: Backbone) -> None:
     stored = random_stack(backbone.model, depth=2).state_dict()
-    state = initial_stack(stacked(4), backbone, stored, 0).state_dict()
+    state = initial_stack(stacked(4), backbone, HeldTensors(stored), 0).state_dict()
     for name, tensor in state.items():
         _, depth, rest = name.split(".", 2)
         assert torch.equal(tensor, stored[f"mtp.{min(int(depth), 1)}.{rest}"])
@@ -35,7 +36,7 @@ def test_missing_depths_start_as_the_last_one_present(backbone: Backbone) -> Non
 
 def test_shared_takes_the_first_of_stacked_modules(backbone: Backbone) -> None:
     stored = random_stack(backbone.model, depth=3).state_dict()
-    state = initial_stack(MtpConfig(init="x"), backbone, stored, 0).state_dict()
+    state = initial_stack(MtpConfig(init="x"), backbone, HeldTensors(stored), 0).state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in state.items())
     assert describe_start(MtpConfig(init="x"), stored)["conversion"] == "modules 0..0 of 3 were kept"
 
@@ -47,7 +48,7 @@ def test_a_start_without_conversion_records_none(backbone: Backbone) -> None:
 
 def test_modules_from_the_backbone_hold_its_last_sliding_layer(backbone: Backbone) -> None:
     model = backbone.model
-    stack = stack_from_backbone(model, 2, 0)
+    stack = stack_from_backbone(model, 2)
     layer = model.model.layers[3].state_dict()
     for block in stack.mtp:
         state = block.state_dict()
@@ -58,7 +59,7 @@ def test_modules_from_the_backbone_hold_its_last_sliding_layer(backbone: Backbon
 
 def test_a_hash_layer_provides_everything_except_a_router_bias() -> None:
     model = random_backbone(layer_types=["sliding_attention"], num_hidden_layers=1, mlp_layer_types=["hash_moe"])
-    state = stack_from_backbone(model, 1, 0).state_dict()
+    state = stack_from_backbone(model, 1).state_dict()
     assert torch.equal(state["mtp.0.layer.mlp.gate.weight"], model.model.layers[0].mlp.gate.weight)
     assert not state["mtp.0.layer.mlp.gate.e_score_correction_bias"].any()
 
@@ -67,7 +68,7 @@ def test_a_module_from_the_backbone_passes_state_and_token_through_at_the_size_o
     backbone: Backbone,
 ) -> None:
     model = backbone.model
-    block = stack_from_backbone(model, 1, 0).mtp[0]
+    block = stack_from_backbone(model, 1).mtp[0]
     batch = random_batch(97, [[20]], 20)
     streams_BSND, _ = backbone_streams(model, batch)
     embedding_BSD = model.model.embed_tokens(batch.tokens_BS)
@@ -85,7 +86,7 @@ def test_a_backbone_without_sliding_layers_is_explained() -> None:
     with pytest.raises(
         UserError, match=r"mtp\.init=backbone: this backbone has no sliding-window layer .*mtp\.init=fresh"
     ):
-        stack_from_backbone(random_backbone(layer_types=kinds), 1, 0)
+        stack_from_backbone(random_backbone(layer_types=kinds), 1)
 
 
 def test_a_digest_depends_on_the_values_of_a_head_only() -> None:

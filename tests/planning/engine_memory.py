@@ -12,9 +12,7 @@ import torch
 from mtptrain.backbone.build import build_model
 from mtptrain.config import EngineName, HeadExperts, LossConfig, MtpConfig, RunConfig, ShapeConfig, TrainConfig
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import share_experts
-from mtptrain.mtp.stack import fresh_stack
-from mtptrain.mtp.start import freeze_untrained, place
+from mtptrain.mtp.start import freeze_untrained, initial_stack
 from mtptrain.run.distributed import join, max_over_processes, rank
 from mtptrain.training.engine import make_engine
 from tests.planning.live import LiveBytes, total_bytes
@@ -36,10 +34,7 @@ CASES = {
 def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
     """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
     model = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
-    stack = fresh_stack(model, 1, 0)
-    place(stack, SimpleNamespace(model=model))  # type: ignore[arg-type]
-    if mtp.experts is HeadExperts.expert_parallel:
-        share_experts(stack)
+    stack = initial_stack(mtp, SimpleNamespace(model=model), None, 0)  # type: ignore[arg-type]
     freeze_untrained(stack, mtp.trainable)
     batch = random_batch(SHAPE.vocab_size, [[16]], 16)
     live = LiveBytes("meta", model, stack)
@@ -62,6 +57,6 @@ def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
 
 if __name__ == "__main__":
     join(RunConfig(task="distill", engine=EngineName.zero1), "any")
-    results = {name: measure(engine, MtpConfig(**mtp)) for name, (engine, mtp) in CASES.items()}  # type: ignore[arg-type]
+    results = {name: measure(engine, MtpConfig(init="fresh", **mtp)) for name, (engine, mtp) in CASES.items()}  # type: ignore[arg-type]
     if rank() == 0:
         print(json.dumps(results), file=sys.stdout)

@@ -24,7 +24,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.mtp.start import place
 from mtptrain.planning.head_memory import BUCKET, backward_bytes, held_bytes, reduction_bytes, update_bytes
 from mtptrain.planning.training_load import TrainingLoad
-from mtptrain.planning.training_memory import activation_bytes, forward_bytes
+from mtptrain.planning.training_memory import activation_bytes, forward_bytes, host_bytes
 from tests.command import run_in_two
 from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE
 from tests.planning.live import LiveBytes, total_bytes
@@ -108,6 +108,14 @@ def test_decoding_the_experts_of_a_layer_takes_the_planned_bytes() -> None:
     planned = forward_bytes(FLASH, replace(LOAD, backbone=WeightFormat.release))["weights decoded for a layer"]
     assert planned == pytest.approx(live.peak, rel=0.02)
     assert both.numel() == 2 * down.numel()
+
+
+def test_new_modules_take_the_planned_bytes_of_a_process_that_shares_their_experts() -> None:
+    with META:
+        stack = MtpStack(model_config(FLASH), 2, num_shares=8)
+    load = replace(LOAD, modules=2, share_experts=True, train_experts=False)
+    planned = host_bytes(FLASH, load, {})["head in fp32, at the start"]
+    assert planned == pytest.approx(total_bytes(list(stack.parameters())), rel=1e-6)
 
 
 @pytest.fixture(scope="module")

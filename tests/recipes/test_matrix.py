@@ -28,8 +28,9 @@ TWO = ("replicate", "expert_parallel", "zero3")
 TASKS = [name for name, _ in matrix.jobs(Path(), Path(), Path(), "auto")]
 SHARED = {  # trainings that share the experts of the head too, by format and placement of the backbone
     ("release", "expert_parallel"): ["distill-online"],
+    ("shipped", "expert_parallel"): ["pretrain", "distill-on_policy"],
     ("shipped", "replicate"): ["pretrain", "distill-on_policy"],
-    ("release", "zero3"): ["distill-streams"],
+    ("release", "zero3"): ["distill-streams", "pretrain"],
 }
 DECODED = ("evaluate", "evaluate-all", "watch", "doctor", "compare", "export")
 REFUSED = {

@@ -14,14 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.batch import Batch
-from mtptrain.config import EngineName, LossConfig, OptimizerName, RunConfig, TrainConfig
+from mtptrain.config import (
+    EngineName,
+    HeadExperts,
+    LossConfig,
+    MtpConfig,
+    MtpMode,
+    OptimizerName,
+    RunConfig,
+    TrainConfig,
+)
 from mtptrain.data.batches import BatchSource
+from mtptrain.errors import UserError
 from mtptrain.losses.next_token import LossOutput
 from mtptrain.losses.rollout import RolloutObjective
-from mtptrain.mtp.expert_parallel import share_experts
-from mtptrain.mtp.start import freeze_untrained, place
+from mtptrain.mtp.expert_parallel import whole_digest
+from mtptrain.mtp.stack import MtpStack
+from mtptrain.mtp.start import freeze_untrained, initial_stack, place
+from mtptrain.mtp.tensors import HeldTensors
 from mtptrain.run.distributed import join, leave, rank, rank_rows, world_size
 from mtptrain.run.tracking import MetricsLog, Trackers
 from mtptrain.training.checkpoint import OPTIMIZER, BackboneIdentity, checkpoint_name, open_checkpoint
@@ -42,6 +55,7 @@ CONFIG = TrainConfig(
 )
 ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the last has no target at step 3
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
 VARIANTS: list[tuple[str, EngineName, dict[str, Any]]] = [
     ("offloaded", EngineName.zero2, {"offload": True}),
@@ -96,6 +110,49 @@ class SilentLog(MetricsLog):
         super().__init__(None, Trackers())
 
 
+def start(
+    backbone: DeepseekV4ForCausalLM,
+    stored: HeldTensors | None,
+    init: str = "stored",
+    experts: HeadExperts = HeadExperts.expert_parallel,
+    depth: int = 1,
+) -> MtpStack:
+    """Return the modules before training, of stored tensors or from `mtp.init=fresh|backbone`."""
+    mode = MtpMode.shared if depth == 1 else MtpMode.stacked
+    config = MtpConfig(mode=mode, depth=depth, init=init, experts=experts)
+    return initial_stack(config, SimpleNamespace(model=backbone, config=backbone.config), stored, 3)
+
+
+def start_digests(experts: HeadExperts) -> dict[str, str]:
+    """Return the digests of two modules from every kind of start, on an fp32 and on a bf16 backbone."""
+    backbones = {name: random_backbone().to(dtype) for name, dtype in DTYPES.items()}
+    return {
+        f"{init} {dtype}": whole_digest(start(backbone, HeldTensors(stored), init, experts, depth=2))
+        for init in ("stored", "fresh", "backbone")
+        for dtype, backbone in backbones.items()
+        for stored in [random_stack(backbone).state_dict()]
+    }
+
+
+class DamagedHead(HeldTensors):
+    """A head of which the last expert cannot be read."""
+
+    def expert(self, name: str, number: int) -> Tensor:
+        if number == TINY["n_routed_experts"] - 1:
+            raise UserError(f"{name}: expert {number} is damaged")
+        return super().expert(name, number)
+
+
+def damage() -> str:
+    """Return the error of a start from a damaged head."""
+    backbone = random_backbone()
+    try:
+        start(backbone, DamagedHead(random_stack(backbone).state_dict()))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def head_trainer(
     engine: EngineName,
     folder: Path,
@@ -109,9 +166,9 @@ def head_trainer(
     """Return a trainer of a random head."""
     backbone = random_backbone().to(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
-    freeze_untrained(stack, trainable)
     if is_shared:
-        share_experts(stack)
+        stack = start(backbone, HeldTensors(stack.state_dict()))
+    freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
     loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
     return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
@@ -173,6 +230,8 @@ def main(folder: Path, names: list[str]) -> None:
             "whole": train(head_trainer(engine, run_folder, **options)),
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, **options),
         }
+    results["damage"] = damage()
+    results["starts"] = start_digests(HeadExperts.expert_parallel)
     results["small gradients"] = {name.value: small_gradients(name) for name in SUMMED}
     leave()
     join(RunConfig(task="distill", train=CONFIG), processes="any")

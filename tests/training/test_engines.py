@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtptrain.config import EngineName, OptimizerName
+from mtptrain.config import EngineName, HeadExperts, OptimizerName
 from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkpoint
 from tests.command import run_in_two
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
-from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, SUMMED, VARIANTS, head_trainer, resumed, train
+from tests.training.heads import (
+    BAD,
+    CONFIG,
+    ENGINES,
+    MIDDLE,
+    STEPS,
+    SUMMED,
+    VARIANTS,
+    head_trainer,
+    resumed,
+    start_digests,
+    train,
+)
 
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
@@ -175,6 +187,17 @@ def test_shared_experts_train_as_whole_ones_with_other_settings(
     alone = train(head_trainer(EngineName.single, tmp_path, **options))
     losses = (torch.tensor(run["losses"], dtype=torch.float64) for run in (two[engine]["whole"], alone))
     torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+
+
+def test_shared_experts_start_with_the_numbers_of_a_whole_head(two: dict[str, Any]) -> None:
+    """Whatever the modules start from; the digest covers every bit."""
+    assert two["starts"] == start_digests(HeadExperts.replicate)
+    assert len(set(two["starts"].values())) == len(two["starts"])
+
+
+def test_an_expert_that_one_process_cannot_read_is_a_mistake_of_all(two: dict[str, Any]) -> None:
+    """Rank 0 reports it, whose own experts are sound."""
+    assert two["damage"] == "mtp.0.layer.mlp.experts.gate_up_proj: expert 3 is damaged"
 
 
 def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any]) -> None:

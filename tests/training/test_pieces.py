@@ -43,6 +43,15 @@ def test_any_part_is_read_across_pieces(start: int, stop: int, tmp_path: Path) -
     assert torch.equal(stored.part("matrix", start, stop), WHOLE["matrix"].flatten()[start:stop])
 
 
+def test_an_expert_is_read_across_pieces(tmp_path: Path) -> None:
+    stack = torch.arange(42.0).view(7, 2, 3)
+    flat, paths = stack.flatten(), [tmp_path / "a", tmp_path / "b"]
+    write_pieces(paths[0], [Piece("experts", (7, 2, 3), 0, flat[:20])])
+    write_pieces(paths[1], [Piece("experts", (7, 2, 3), 20, flat[20:])])
+    stored = StoredTensors("checkpoint=x", paths)
+    assert all(torch.equal(stored.expert("experts", number), expert) for number, expert in enumerate(stack))
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_missing_piece_is_named(number: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoint=x: a part of matrix is missing; use an older checkpoint"):
