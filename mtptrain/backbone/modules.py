@@ -8,7 +8,6 @@ They replace the class of an existing module, so its tensors and their names sta
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Experts,
@@ -17,6 +16,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4UnweightedRMSNorm,
 )
 
+from mtptrain.backbone.norm import rms_norm
 from mtptrain.kernels.hyper_connection import Connection, connect
 
 # Limits to computing all experts for all tokens: weights of a layer's experts, and multiplications.
@@ -61,8 +61,7 @@ class Norm(DeepseekV4RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normed input, computed in float32, in its dtype."""
-        weight = self.weight.float()
-        normed = F.rms_norm(hidden_states.float(), weight.shape, weight, self.variance_epsilon)
+        normed = rms_norm(hidden_states.float(), self.weight.float(), self.variance_epsilon)
         return normed.to(hidden_states.dtype)
 
 
@@ -71,7 +70,7 @@ class UnweightedNorm(DeepseekV4UnweightedRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed input, in its dtype."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return rms_norm(x, None, self.eps)
 
 
 NORMS: dict[type[nn.Module], type[nn.Module]] = {
