@@ -29,7 +29,7 @@ from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
-from mtptrain.decoding.traced import BREAK_EVEN, repeated
+from mtptrain.backbone.traced import BREAK_EVEN, repeated
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import place, stock_tensors
 from mtptrain.replay.drafts import draft_traces

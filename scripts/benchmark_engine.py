@@ -30,7 +30,7 @@ from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.decoding.steps import verify_step
-from mtptrain.decoding.traced import BREAK_EVEN
+from mtptrain.backbone.traced import BREAK_EVEN
 from mtptrain.errors import UserError
 from mtptrain.evaluation.median import spread
 from mtptrain.evaluation.speedup import batch_length, cut_batches, run_interleaved, summarize_speed

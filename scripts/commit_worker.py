@@ -13,8 +13,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from mtptrain.mtp.stack import stack_from_tensors
 PROMPT_TOKENS, NEW_TOKENS, DRAFTED = 96, 64, 4
 PASSES, STEPS = 10, 3  # a turn
 TRAINING = {"steps": 300, "batch_size": 4, "learning_rate": 4e-3, "warmup_steps": 20}  # `+recipe=distill` at b47bb27
+TRACES = ("mtptrain.backbone.traced", "mtptrain.decoding.traced")
 TRAINED_STEPS = 3  # draft steps of the training rollout
 
 
@@ -85,7 +87,7 @@ class Launches(TorchDispatchMode):
             self.counts[operator.overloadpacket.__name__] += 1
         return out
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, float]:
         """Return the number of all launches and of those that copy."""
         copies = ("copy_", "clone", "_to_copy", "cat", "stack", "index_copy", "_foreach_copy_")
         return {"all": self.counts.total(), "copies": sum(self.counts[name] for name in copies)}
@@ -203,7 +205,11 @@ class Worker:
 
     def launches(self, _: object) -> tuple[int, object]:
         """Count the launches of a verify pass, of a draft and of a training step, before anything is recorded."""
-        figures = {}
+        with getattr(traced(), "repeated", nullcontext)(1):  # nothing is recorded while it is counted
+            return 1, self._launches()
+
+    def _launches(self) -> dict[str, dict[str, float]]:
+        figures: dict[str, dict[str, float]] = {}
         with torch.inference_mode(), Launches() as counter:
             self.verify.function(self.tokens_BL)
         figures["verify pass"] = counter.figures()
@@ -214,14 +220,15 @@ class Worker:
         with Launches() as counter:
             self.steps(nullcontext(), 1)
         figures["training step"] = counter.figures()
-        return 1, figures
+        return figures
 
 
 def main() -> None:
     """Answer until the input ends."""
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr  # a print of the library is no answer
-    getattr(import_module(named("run.memory:__name__", "memory:__name__")), "keep_freed_memory", bool)()  # as a training
+    with suppress(ImportError):
+        named("run.memory:keep_freed_memory")()  # as a training does
     worker = Worker(torch.load(sys.argv[1]))
     expecting: Callable[[int], Any] = getattr(traced(), "repeated", nullcontext)
     with expecting(getattr(traced(), "BREAK_EVEN", 0)):
@@ -232,10 +239,7 @@ def main() -> None:
 
 def traced() -> Any:
     """Return the module of traces, None at commits before it."""
-    try:
-        return import_module("mtptrain.decoding.traced")
-    except ImportError:
-        return None
+    return next((import_module(name) for name in TRACES if find_spec(name)), None)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def entry_mask(num_entries: int, chosen_BQT: Tensor | None, position_BQ: Tensor,
         return closed_BQW
     index_BQT = torch.where(chosen_BQT < 0, num_entries, chosen_BQT)
     picked = torch.zeros(*position_BQ.shape, num_entries + 1, dtype=torch.bool, device=position_BQ.device)
-    return closed_BQW & picked.scatter_(2, index_BQT, True)[..., :-1]
+    return closed_BQW & picked.scatter_(2, index_BQT, 1)[..., :-1]
 
 
 def document_starts(segment_BS: Tensor) -> Tensor:

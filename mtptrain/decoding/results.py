@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mtptrain.config import require
-from mtptrain.decoding.traced import recording_seconds
+from mtptrain.backbone.traced import recording_seconds
 
 
 @dataclass(frozen=True, slots=True)
