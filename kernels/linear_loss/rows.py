@@ -23,8 +23,8 @@ ARGMAX_BLOCK = 128  # V = 2048, AMD EPYC, 2026-11: 0.2 us a row against 1.8 for 
 class _Pair(NamedTuple):
     """Inputs of a loss. It may overwrite log_q, q and scratch, but not log_p and p: the next step reads them.
 
-    For the losses of `_FROM_LOGITS`, log_p and log_q hold logits, and two numbers a row make up for it: sum p log p, and
-    the log-sum-exp of the student.
+    For the losses of `_FROM_LOGITS`, log_p and log_q hold logits, and two numbers of each row replace the logarithms:
+    sum p log p, and the log-sum-exp of the student.
     """
 
     target_N: Tensor
