@@ -150,7 +150,8 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSND: Tensor) -> tuple[Tensor, ...]:
-        post, comb, output_TD, x_TND = _flat(*ctx.saved_tensors)
+        saved = ctx.saved_tensors  # a recomputed step allows one access
+        post, comb, output_TD, x_TND = _flat(*saved)
         grad_TND = grad_BSND.flatten(0, 1)
         grads = _streams(grad_TND)
         output_grad_TD = weighted_sum(post.unbind(1), grads)
@@ -162,7 +163,7 @@ class _Expand(torch.autograd.Function):
         post_grad = torch.stack([torch.linalg.vecdot(grad_TD, output_TD) for grad_TD in grads], 1)
         comb_grad = torch.bmm(x_TND, grad_TND.transpose(1, 2))
         found = (post_grad, comb_grad, output_grad_TD, streams_TND)
-        return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(found, ctx.saved_tensors, strict=True))
+        return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(found, saved, strict=True))
 
 
 def _flat(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Iterator[Tensor]:
