@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.load import load_backbone
@@ -80,17 +79,27 @@ class Launches(TorchDispatchMode):
         """Run an operator and count it."""
         out = operator(*args, **(kwargs or {}))
         given, made = (
-            {value.untyped_storage().data_ptr() for value in tree_leaves(values) if isinstance(value, Tensor)}
-            for values in ((args, kwargs), out)
+            {tensor.untyped_storage().data_ptr() for tensor in tensors(values)}
+            for values in ([*args, *(kwargs or {}).values()], [out])
         )
-        if operator._schema.is_mutable or not made <= given:
-            self.counts[operator.overloadpacket.__name__] += 1
+        name = operator.overloadpacket.__name__
+        if name.endswith("_") or "out" in (kwargs or {}) or not made <= given:
+            self.counts[name] += 1
         return out
 
     def figures(self) -> dict[str, float]:
         """Return the number of all launches and of those that copy."""
         copies = ("copy_", "clone", "_to_copy", "cat", "stack", "index_copy", "_foreach_copy_")
         return {"all": self.counts.total(), "copies": sum(self.counts[name] for name in copies)}
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operator, lists of tensors included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
 
 
 class Clocks:
