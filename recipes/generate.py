@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 
+from mtptrain.backbone.traced import BREAK_EVEN, repeated
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import TEMPLATE, Settings, of_backbone, of_decoding, settings
 from mtptrain.decoding.draws import row_seed
-from mtptrain.decoding.traced import BREAK_EVEN, repeated
 from mtptrain.errors import UserError
 from mtptrain.generation.prompts import is_typed, read_lines
 from mtptrain.generation.screen import Screen, open_screen

@@ -22,6 +22,7 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.decode import make_indexers_causal
 from mtptrain.backbone.load import load_backbone
 from mtptrain.backbone.streams import run_backbone
+from mtptrain.backbone.traced import BREAK_EVEN, repeated
 from mtptrain.config import BackboneConfig, DataConfig
 from mtptrain.data.text import heldout_documents
 from mtptrain.data.tokens import Encoder, cache_folder, tokenize_corpus
@@ -29,7 +30,6 @@ from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
-from mtptrain.decoding.traced import BREAK_EVEN, repeated
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import place, stock_tensors
 from mtptrain.replay.drafts import draft_traces

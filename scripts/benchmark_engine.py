@@ -25,12 +25,12 @@ from torch import Tensor
 
 from mtptrain.backbone.decode import prefill
 from mtptrain.backbone.frozen import DeepseekV4ForCausalLM
+from mtptrain.backbone.traced import BREAK_EVEN
 from mtptrain.config import BackboneConfig, Device, RunConfig
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.decoding.results import Limits
 from mtptrain.decoding.speculative import allocate_cache
 from mtptrain.decoding.steps import verify_step
-from mtptrain.decoding.traced import BREAK_EVEN
 from mtptrain.errors import UserError
 from mtptrain.evaluation.median import spread
 from mtptrain.evaluation.speedup import batch_length, cut_batches, run_interleaved, summarize_speed

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from .eager import FEWEST, connect_eager, expand_and_mix_eager
 from .reference import Connection, connect_reference, expand_and_mix_reference
 
 __all__ = ["Connection", "connect", "expand_and_mix"]
@@ -39,7 +40,7 @@ def connect(
 
         op = connect_triton
     else:
-        op = connect_reference
+        op = connect_eager if _suits_eager(streams_BSND) else connect_reference
     return op(streams_BSND, fn_MX, base_M, scale_3, norm_eps=norm_eps, eps=eps, iterations=iterations)
 
 
@@ -58,7 +59,14 @@ def expand_and_mix(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, stre
         from .expand_kernel import expand_and_mix_triton  # needs Triton, which a machine without a GPU may lack
 
         return expand_and_mix_triton(post_BSN, comb_BSNN, output_BSD, streams_BSND)
-    return expand_and_mix_reference(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+    op = expand_and_mix_eager if _suits_eager(streams_BSND) else expand_and_mix_reference
+    return op(post_BSN, comb_BSNN, output_BSD, streams_BSND)
+
+
+def _suits_eager(streams_BSND: Tensor) -> bool:
+    """Return whether passes over memory cost more than calls: many tokens on a CPU, in float32 or less."""
+    num_tokens = streams_BSND.shape[0] * streams_BSND.shape[1]
+    return streams_BSND.is_cpu and num_tokens >= FEWEST and streams_BSND.dtype is not torch.float64
 
 
 def _unfit(streams_BSND: Tensor) -> str | None:

@@ -17,6 +17,7 @@ r_v is a softmax of min(log p, log q), so neg_log_alpha stays finite where alpha
 N rows of a chunk, K draft steps, T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -114,19 +115,26 @@ def _walk_chunks(
 ) -> LinearLoss:
     """Return all outputs; fill unit_grad_KTD, zero on entry, unless it is None."""
     outputs = _zero_outputs(student_KTD)
-    valid_T = torch.arange(len(target_T), device=target_T.device) if mask_KT is None else mask_KT.any(0).nonzero()[:, 0]
-    for chunk_N in valid_T.split(rows.capacity) if len(valid_T) else ():  # an empty tensor splits into one empty chunk
-        outputs.entropy_T[chunk_N] = rows.teacher(teacher_TD[chunk_N])
+    for chunk in _chunks(mask_KT, len(target_T), rows.capacity):
+        outputs.entropy_T[chunk] = rows.teacher(teacher_TD[chunk])
         for k, student_TD in enumerate(student_KTD):
-            keep_N = None if mask_KT is None else mask_KT[k, chunk_N]
+            keep_N = None if mask_KT is None else mask_KT[k, chunk]
             # Only few rows are masked in some steps but not in all, and selecting the others would copy [N, V] of the
             # teacher. So these rows are computed, whatever they hold, and dropped.
-            target_N = target_T[chunk_N] if keep_N is None else target_T[chunk_N].masked_fill(~keep_N, 0)
-            values = rows.student(student_TD[chunk_N], target_N, unit_grad_KTD is not None)
+            target_N = target_T[chunk] if keep_N is None else target_T[chunk].masked_fill(~keep_N, 0)
+            values = rows.student(student_TD[chunk], target_N, unit_grad_KTD is not None)
             for output_KT, value in zip((*outputs[:3], unit_grad_KTD), values, strict=True):
                 if output_KT is not None and value is not None:
-                    output_KT[k, chunk_N] = _kept(value, keep_N).to(output_KT.dtype)
+                    output_KT[k, chunk] = _kept(value, keep_N).to(output_KT.dtype)
     return outputs
+
+
+def _chunks(mask_KT: Tensor | None, tokens: int, capacity: int) -> Iterable[slice | Tensor]:
+    """Return the tokens of every chunk: slices, which need no copies, unless some token is masked in all steps."""
+    valid_T = None if mask_KT is None else mask_KT.any(0).nonzero()[:, 0]
+    if valid_T is None or len(valid_T) == tokens:
+        return [slice(begin, begin + capacity) for begin in range(0, tokens, capacity)]
+    return valid_T.split(capacity) if len(valid_T) else ()  # an empty tensor splits into one empty chunk
 
 
 def _kept(value_N: Tensor, keep_N: Tensor | None) -> Tensor:

@@ -21,7 +21,11 @@ ARGMAX_BLOCK = 128  # V = 2048, AMD EPYC, 2026-11: 0.2 us a row against 1.8 for 
 
 
 class _Pair(NamedTuple):
-    """Inputs of a loss. It may overwrite log_q, q and scratch, but not log_p and p: the next step reads them."""
+    """Inputs of a loss. It may overwrite log_q, q and scratch, but not log_p and p: the next step reads them.
+
+    For the losses of `_FROM_LOGITS`, log_p and log_q hold logits, and two numbers of each row replace the logarithms:
+    sum p log p, and the log-sum-exp of the student.
+    """
 
     target_N: Tensor
     log_p_NV: Tensor
@@ -29,6 +33,8 @@ class _Pair(NamedTuple):
     log_q_NV: Tensor
     q_NV: Tensor
     scratch_NV: Tensor
+    p_log_p_N: Tensor
+    log_sum_q_N: Tensor
 
 
 class TorchRows:
@@ -43,7 +49,7 @@ class TorchRows:
 
     def __init__(self, weight_VD: Tensor, tokens: int, divergence: Divergence, temperature: float) -> None:
         self.weight_VD, self.temperature = _operand(weight_VD), temperature
-        self.loss = _TOKEN_LOSS[divergence]
+        self.loss, self.has_logs = _TOKEN_LOSS[divergence], divergence not in _FROM_LOGITS
         vocabulary = len(weight_VD)
         budget = CHUNK_BYTES["cpu" if weight_VD.device.type == "cpu" else "cuda"]
         self.capacity = min(max(MIN_CHUNK_ROWS, budget // (4 * vocabulary)), max(tokens, 1))
@@ -53,6 +59,7 @@ class TorchRows:
         self.buffers = log_p, p, log_q, q, scratch
         self.plain_p = p if temperature == 1 else torch.empty_like(p)
         self.top_N = weight_VD.new_empty(0, dtype=torch.int64)
+        self.p_log_p_N = p.new_empty(0)
 
     def teacher(self, hidden_ND: Tensor) -> Tensor:
         """Return the entropy [N] at temperature 1."""
@@ -61,11 +68,14 @@ class TorchRows:
         plain_p_NV = self.plain_p[:rows]
         matmul(hidden_ND, self.weight_VD.T, out=log_p_NV)
         self.top_N = row_argmax(log_p_NV)
-        log_softmax_(log_p_NV, self.top_N, plain_p_NV)
-        entropy_N = -torch.mul(plain_p_NV, log_p_NV, out=scratch_NV).sum(-1)
+        log_sum_N1 = softmax(log_p_NV, self.top_N, plain_p_NV)
+        p_log_p_N = self.p_log_p_N = torch.mul(plain_p_NV, log_p_NV, out=scratch_NV).sum(-1) - log_sum_N1[:, 0]
         if self.temperature != 1:
-            log_softmax_(log_p_NV.div_(self.temperature), self.top_N, p_NV)
-        return entropy_N
+            log_sum_N1 = softmax(log_p_NV.div_(self.temperature), self.top_N, p_NV)
+            self.p_log_p_N = torch.mul(p_NV, log_p_NV, out=scratch_NV).sum(-1) - log_sum_N1[:, 0]
+        if self.has_logs:
+            log_p_NV.sub_(log_sum_N1)
+        return -p_log_p_N
 
     def student(
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
@@ -75,29 +85,32 @@ class TorchRows:
         log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV = (buffer[:rows] for buffer in self.buffers)
         matmul(hidden_ND, self.weight_VD.T, out=log_q_NV)
         top_N = row_argmax(log_q_NV)
-        log_softmax_(log_q_NV, top_N, q_NV)
+        log_sum_N1 = softmax(log_q_NV, top_N, q_NV)
         alpha_N = torch.minimum(q_NV, self.plain_p[:rows], out=scratch_NV).sum(-1)
         if self.temperature != 1:
-            log_softmax_(log_q_NV.div_(self.temperature), top_N, q_NV)
-        loss_N, dlogits_NV = self.loss(_Pair(target_N, log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV))
+            log_sum_N1 = softmax(log_q_NV.div_(self.temperature), top_N, q_NV)
+        if self.has_logs:
+            log_q_NV.sub_(log_sum_N1)
+        sums = (self.p_log_p_N, log_sum_N1[:, 0])
+        loss_N, dlogits_NV = self.loss(_Pair(target_N, log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV, *sums))
         grad_ND = matmul(dlogits_NV, self.weight_VD).div_(self.temperature) if needs_grad else None
         return loss_N, alpha_N, top_N == self.top_N, grad_ND
 
 
-def log_softmax_(x_NV: Tensor, top_N: Tensor, probabilities_NV: Tensor) -> None:
-    """Turn logits into their log_softmax in place, and fill in the softmax.
+def softmax(x_NV: Tensor, top_N: Tensor, probabilities_NV: Tensor) -> Tensor:
+    """Fill in the softmax of logits, and return their log-sum-exp, [N, 1].
 
     This takes one exponential instead of the two of torch.log_softmax and torch.exp: the log-sum-exp follows from the
     largest entry, whose probability is at least 1 / V.
 
     Args:
-        x_NV: logits, overwritten.
+        x_NV: logits.
         top_N: int64, the largest entry of each row.
         probabilities_NV: buffer for the softmax.
     """
     torch.softmax(x_NV, -1, out=probabilities_NV)
     top_N1 = top_N[:, None]
-    x_NV.sub_(x_NV.gather(-1, top_N1) - probabilities_NV.gather(-1, top_N1).log_())
+    return x_NV.gather(-1, top_N1) - probabilities_NV.gather(-1, top_N1).log_()
 
 
 # Every loss returns its value [N] and dloss/dz [N, V]. Comparisons go through float buffers because mixing bool and
@@ -106,12 +119,13 @@ def log_softmax_(x_NV: Tensor, top_N: Tensor, probabilities_NV: Tensor) -> None:
 
 def _ce(x: _Pair) -> tuple[Tensor, Tensor]:
     target_N1 = x.target_N[:, None]
-    loss_N = -x.log_q_NV.gather(-1, target_N1)[:, 0]
+    loss_N = x.log_sum_q_N - x.log_q_NV.gather(-1, target_N1)[:, 0]
     return loss_N, x.q_NV.scatter_add_(-1, target_N1, x.q_NV.new_full(target_N1.shape, -1))
 
 
 def _kl(x: _Pair) -> tuple[Tensor, Tensor]:
-    return -x.log_q_NV.sub_(x.log_p_NV).mul_(x.p_NV).sum(-1), x.q_NV.sub_(x.p_NV)
+    p_log_q_N = torch.mul(x.p_NV, x.log_q_NV, out=x.scratch_NV).sum(-1) - x.log_sum_q_N
+    return x.p_log_p_N - p_log_q_N, x.q_NV.sub_(x.p_NV)
 
 
 def _reverse_kl(x: _Pair) -> tuple[Tensor, Tensor]:
@@ -159,6 +173,7 @@ _TOKEN_LOSS: dict[Divergence, Callable[[_Pair], tuple[Tensor, Tensor]]] = {
     Divergence.neg_log_alpha: _neg_log_alpha,
     Divergence.hybrid: _hybrid,
 }
+_FROM_LOGITS = (Divergence.ce, Divergence.kl)  # whole rows of logs would be two more passes
 
 
 def _operand(weight_VD: Tensor) -> Tensor:

@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .reference import norm_and_rotate_reference, rms_norm, rotate_in_place_reference, rotate_reference
+from .eager import FEWEST, rms_norm_eager
+from .reference import rms_norm_reference, rotate_in_place_reference, rotate_reference
 
 __all__ = ["norm_and_rotate", "rms_norm", "rotate", "rotate_", "runs_triton"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return `rms_norm_reference`."""
+    is_float32 = x.dtype is torch.float32 or (weight is not None and x.dtype is not torch.float64)
+    if x.is_cpu and is_float32 and x.numel() >= FEWEST:
+        return rms_norm_eager(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
 
 
 def norm_and_rotate(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
@@ -22,7 +31,7 @@ def norm_and_rotate(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, ep
         from .kernel import norm_and_rotate_triton  # needs Triton, which a machine without a GPU may lack
 
         return norm_and_rotate_triton(x, turn, weight, eps=eps)
-    return norm_and_rotate_reference(x, turn, weight, eps=eps)
+    return rotate_reference(rms_norm(x, weight, eps), turn)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

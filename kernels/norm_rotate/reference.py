@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return the normed x, computed in float32 and rounded once to its dtype.
 
     Args:
@@ -61,4 +61,4 @@ def norm_and_rotate_reference(x: Tensor, turn: Tensor, weight: Tensor | None = N
     Returns:
         Shape and dtype of x; rounded after the norm, and the rotated channels once more.
     """
-    return rotate_reference(rms_norm(x, weight, eps), turn)
+    return rotate_reference(rms_norm_reference(x, weight, eps), turn)

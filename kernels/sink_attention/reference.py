@@ -31,19 +31,22 @@ def masked_attention(
     Returns:
         [B, H, S, C] in the queries' dtype, computed in float32 (in float64 from float64 queries).
     """
-    num_keys, dtype = key_BXC.shape[1], torch.promote_types(query_BHSC.dtype, torch.float32)
-    query, key = query_BHSC.to(dtype), key_BXC.to(dtype)
-    scores = torch.matmul(query, key.transpose(1, 2).unsqueeze(1)) * scale
-    parts = [scores.masked_fill(~mask_BSX.unsqueeze(1), float("-inf"))]
+    dtype = torch.promote_types(query_BHSC.dtype, torch.float32)
+    query_BSHC, key = query_BHSC.transpose(1, 2).to(dtype) * scale, key_BXC.to(dtype)
+    batch, num_slots, num_heads, _ = query_BSHC.shape
+    # One KV head: the queries of all heads are rows of one product.
+    scores_BSHX = torch.bmm(query_BSHC.flatten(1, 2), key.transpose(1, 2)).view(batch, num_slots, num_heads, -1)
+    parts = [scores_BSHX.masked_fill(~mask_BSX.unsqueeze(2), float("-inf"))]
     if chain_BSLC is not None:
         chain = chain_BSLC.to(dtype)
-        parts.append(torch.matmul(query.transpose(1, 2), chain.transpose(2, 3)).transpose(1, 2) * scale)
-    parts.append(sinks_H.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1))
+        parts.append(torch.matmul(query_BSHC, chain.transpose(2, 3)))
+    parts.append(sinks_H.to(dtype).view(1, 1, -1, 1).expand(batch, num_slots, -1, 1))
     weights = torch.cat(parts, dim=-1).softmax(-1)
-    out = torch.matmul(weights[..., :num_keys], key.unsqueeze(1))
+    num_keys = key.shape[1]
+    out_BSHC = torch.bmm(weights[..., :num_keys].flatten(1, 2), key).view(query_BSHC.shape)
     if chain_BSLC is not None:
-        out = out + torch.matmul(weights[..., num_keys:-1].transpose(1, 2), chain).transpose(1, 2)
-    return out.to(query_BHSC.dtype)
+        out_BSHC = out_BSHC + torch.matmul(weights[..., num_keys:-1], chain)
+    return out_BSHC.transpose(1, 2).to(query_BHSC.dtype)
 
 
 def rollout_attention_reference(
@@ -136,7 +139,7 @@ def entry_mask(num_entries: int, chosen_BQT: Tensor | None, position_BQ: Tensor,
         return closed_BQW
     index_BQT = torch.where(chosen_BQT < 0, num_entries, chosen_BQT)
     picked = torch.zeros(*position_BQ.shape, num_entries + 1, dtype=torch.bool, device=position_BQ.device)
-    return closed_BQW & picked.scatter_(2, index_BQT, True)[..., :-1]
+    return closed_BQW & picked.scatter_(2, index_BQT, 1)[..., :-1]
 
 
 def document_starts(segment_BS: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ a packed row they would mix documents in spite of any mask. So the backbone runs
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.placement import is_shared
+from mtptrain.backbone.traced import Traced, tracing_obstacle
 from mtptrain.batch import Batch
 from mtptrain.run.distributed import max_over_processes
 
@@ -24,7 +27,20 @@ def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tenso
         streams_BSND: output of the last decoder layer, before `hc_head` and the final norm. A hook captures it, because
             transformers overwrites the last entry of `hidden_states` with the post-norm tensor.
         hidden_BSD: norm(hc_head(streams)), the input of the lm_head.
+
+    On a CPU, the forward of a shape that occurs often is traced, unless gradients are wanted.
     """
+    if torch.is_grad_enabled() or tokens_BS.device.type != "cpu" or is_shared(model) or tracing_obstacle([model]):
+        return _forward(model, tokens_BS)
+    forward = Traced(partial(_forward, model), [model], state=(), constants="whole sequences", calls=1)
+    with torch.inference_mode():
+        outputs = forward(tokens_BS)
+    if torch.is_inference_mode_enabled():
+        return outputs[0], outputs[1]
+    return outputs[0].clone(), outputs[1].clone()  # autograd cannot save a tensor of inference mode
+
+
+def _forward(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
     captured: list[Tensor] = []
     handle = model.model.layers[-1].register_forward_hook(lambda _module, _args, output: captured.append(output))
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.placement import is_shared
-from mtptrain.decoding.traced import TensorFunction, log_once
+from mtptrain.backbone.traced import TensorFunction, log_once
 
 WARM_UPS = 2  # libraries and kernels initialise in their first runs, and a graph cannot record that
 

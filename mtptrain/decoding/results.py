@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer
 
+from mtptrain.backbone.traced import recording_seconds
 from mtptrain.config import require
-from mtptrain.decoding.traced import recording_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from transformers import DeepseekV4ForCausalLM
 from mtptrain.backbone.cache import BackboneCache
 from mtptrain.backbone.decode import run_step
 from mtptrain.backbone.placement import is_shared
+from mtptrain.backbone.traced import TensorFunction, Traced, log_once, tracing_obstacle
 from mtptrain.decoding.captured import Captured, can_record
-from mtptrain.decoding.traced import TensorFunction, Traced, log_once, tracing_obstacle
 
 
 class Step(Protocol):

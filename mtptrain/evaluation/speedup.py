@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.traced import recording_processor_seconds, recording_seconds, repeated
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import decode_plain, decode_speculative
-from mtptrain.decoding.traced import recording_processor_seconds, recording_seconds, repeated
 from mtptrain.decoding.wrapped import head_proposer
 from mtptrain.evaluation.median import median_interval, spread
 from mtptrain.evaluation.result import Doubt, MachineLoad, Speedup, TimeShares

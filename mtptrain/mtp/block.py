@@ -80,15 +80,15 @@ class MtpBlock(nn.Module):
         angle_BSr = position_BS.unsqueeze(-1) * self.rotary_emb.get_buffer("main_inv_freq").float()
         turn_BSr = torch.polar(torch.ones_like(angle_BSr), angle_BSr)
         query = module.q_b_proj(module.q_a_norm(module.q_a_proj(normed_BSD)))
-        query_BHSC = query.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
-        query_BHSC = module.q_b_norm(query_BHSC, turn_BSr.unsqueeze(1))
+        query_BSHC = query.unflatten(-1, (module.num_heads, module.head_dim))
+        query_BSHC = module.q_b_norm(query_BSHC, turn_BSr.unsqueeze(2))
         key = module.kv_norm(module.kv_proj(normed_BSD), turn_BSr)
         if self.has_fp8_keys:
             plain = key.shape[-1] - 2 * turn_BSr.shape[-1]
             key = torch.cat([round_fp8(key[..., :plain], KEY_BLOCK), key[..., plain:]], dim=-1)
-        out_BHSC = attend(query_BHSC, key)
+        out_BHSC = attend(query_BSHC.transpose(1, 2), key)
         # Keys are also the values, so the output is rotated back by the query's position.
-        out_BSHC = rotate(out_BHSC, turn_BSr.conj().unsqueeze(1)).transpose(1, 2)
+        out_BSHC = rotate(out_BHSC.transpose(1, 2), turn_BSr.conj().unsqueeze(2))
         grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
 

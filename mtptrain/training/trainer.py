@@ -29,7 +29,7 @@ from mtptrain.run.distributed import (
     rank,
     sum_over_processes,
 )
-from mtptrain.run.memory import peak_memory_bytes
+from mtptrain.run.memory import keep_freed_memory, peak_memory_bytes
 from mtptrain.run.nodes import require_shared
 from mtptrain.run.preemption import StopRequest
 from mtptrain.run.progress import Progress
@@ -300,6 +300,7 @@ class Trainer:
             UserError: a process does not see the run's folder.
         """
         require_shared(self.checkpoints.parent)
+        keep_freed_memory()
         self.engine.module.train()
         totals, logged_at, tokens_at = MetricTotals(), time.monotonic(), self.counters["tokens"]
         with closing(self.batches), self.stop_request, Progress(self.label, self.config.steps, self.step) as progress:

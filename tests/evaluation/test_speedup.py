@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from mtptrain.backbone.traced import _Shared
 from mtptrain.decoding.results import Decoded, DecodedBatch, Seconds, VerifyPass
-from mtptrain.decoding.traced import _Shared
 from mtptrain.evaluation.median import median_interval
 from mtptrain.evaluation.plausibility import find_doubts, is_busy, summarize_heads
 from mtptrain.evaluation.result import Doubt, MachineLoad

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.kernels.hyper_connection import bench
+from mtptrain.kernels.hyper_connection.eager import connect_eager, expand_and_mix_eager
 from mtptrain.kernels.hyper_connection.expand_kernel import expand_and_mix_triton
 from mtptrain.kernels.hyper_connection.kernel import connect_triton
 from mtptrain.kernels.hyper_connection.reference import connect_reference, expand_and_mix_reference
@@ -78,6 +79,24 @@ def test_triton_connects_like_the_definition(B: int, S: int, N: int, D: int, ite
     inputs, settings = connect_inputs(B, S, N, D), {**SETTINGS, "iterations": iterations}
     # Sums of N * D terms and their gradients through up to 40 divisions: 64 ulps of fp32.
     assert_close(run(connect_triton, inputs, **settings), run(connect_reference, inputs, **settings), 64 * 2**-23)
+
+
+@pytest.mark.parametrize(("B", "S", "N", "D", "iterations"), SHAPES)
+@pytest.mark.usefixtures("_poisoned_memory")
+def test_few_passes_equal_the_definition(B: int, S: int, N: int, D: int, iterations: int) -> None:
+    inputs, settings = connect_inputs(B, S, N, D), {**SETTINGS, "iterations": iterations}
+    # Bounds as for Triton: sums of N * D terms and their gradients through divisions; sums of N terms and of D.
+    assert_close(run(connect_eager, inputs, **settings), run(connect_reference, inputs, **settings), 64 * 2**-23)
+    inputs = expand_inputs(B, S, N, D)
+    assert_close(run(expand_and_mix_eager, inputs), run(expand_and_mix_reference, inputs), 4 * 2**-23)
+
+
+def test_few_passes_take_bfloat16_streams() -> None:
+    inputs, settings = connect_inputs(2, 5, 4, 60, dtype=torch.bfloat16), {**SETTINGS, "iterations": 20}
+    # One rounding to bf16; the definition rounds its parts of the streams' gradient one by one.
+    assert_close(run(connect_eager, inputs, **settings), run(connect_reference, inputs, **settings), 3 * 2**-8)
+    inputs = expand_inputs(2, 5, 4, 60, torch.bfloat16)
+    assert_close(run(expand_and_mix_eager, inputs), run(expand_and_mix_reference, inputs), 4 * 2**-8)
 
 
 @pytest.mark.usefixtures("_poisoned_memory")

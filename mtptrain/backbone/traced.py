@@ -1,4 +1,4 @@
-"""Decoding steps on a CPU as a list of recorded operators: a small model's step is nearly all Python code otherwise.
+"""Frozen steps on a CPU as a list of recorded operators: a small model's step is nearly all Python code otherwise.
 
 The operators of one run are recorded below autograd, where shapes are constants and composite operators are still
 whole, and TorchScript's interpreter runs the list. Every tensor that a step reads, the weights too, is an input of the
@@ -202,6 +202,10 @@ class Traced:
         return Trace(run, reads)
 
 
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _kind(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.dtype, tensor.device
 
@@ -233,6 +237,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
         self.known = {id(tensor): tensor for tensor in given}  # holds every tensor, so that no id is used twice
+        self.varying = {*map(_memory, given)}  # memory that may hold other values in another run
         self.operations: list[Operation] = []
         self.read: set[int] = set()
         self.obstacle: str | None = None
@@ -250,6 +255,8 @@ class Recorder(TorchDispatchMode):
         if results and not (operator in CASTS and result is args[0]):
             self.operations.append(Operation(operator, args, keywords, result))
             self.known |= {id(tensor): tensor for tensor in results}
+        if not self.varying.isdisjoint(map(_memory, tensors)):
+            self.varying |= {*map(_memory, results)}
         return result
 
     def _check(self, operator: Any, tensors: list[Tensor], result: Any) -> None:
@@ -258,7 +265,8 @@ class Recorder(TorchDispatchMode):
             and operator is not torch.ops.aten.lift_fresh.default
         ):
             self.obstacle = f"{operator} reads a tensor that is not among the inputs"
-        if tensors and isinstance(result, int | float | complex):
+        reads_value = isinstance(result, int | float | complex)
+        if reads_value and not self.varying.isdisjoint(map(_memory, tensors)):
             self.obstacle = f"{operator} reads a value"
         by_numbers = operator is torch.ops.aten.index.Tensor and tensors[1].dtype is torch.int64
         if VARYING & {*operator.tags} and not by_numbers:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
 
-from mtptrain.decoding import traced
+from mtptrain.backbone import traced
+from mtptrain.backbone.traced import BREAK_EVEN, Traced, repeated
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.penalties import Penalties
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_speculative
 from mtptrain.decoding.steps import Eager, verify_step
-from mtptrain.decoding.traced import BREAK_EVEN, Traced, repeated
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.mtp.stack import MtpStack
 from tests.tiny import random_backbone, random_stack
