@@ -33,7 +33,14 @@ ONE_PASS = ("ce", "kl")  # dloss/dz needs no sum over the row beyond that of the
 
 
 @triton.jit
-def _row_statistics(logits_ptr, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
+def _row_statistics(
+    logits_ptr,
+    vocabulary,
+    inverse_temperature,
+    TEMPERED: tl.constexpr,  # tau is not 1
+    ENTROPY: tl.constexpr,  # it is wanted
+    BLOCK: tl.constexpr,
+):
     """Return of one row: max, its first id, log-sums at temperature 1 and tau above it, entropy at temperature 1."""
     peak, top = float("-inf"), 0
     total, tempered, weighted = 0.0, 0.0, 0.0  # sums of e^x, e^(x / tau) and x e^x, with x = z - peak
@@ -48,11 +55,14 @@ def _row_statistics(logits_ptr, vocabulary, inverse_temperature, BLOCK: tl.const
         lift = tl.where(peak > float("-inf"), peak - new_peak, 0.0)  # nothing was summed before the first finite one
         e = tl.exp(x)
         shrink = tl.exp(lift)
-        weighted = shrink * (weighted + lift * total) + tl.sum(tl.where(e > 0, x * e, 0.0))
+        if ENTROPY:
+            weighted = shrink * (weighted + lift * total) + tl.sum(tl.where(e > 0, x * e, 0.0))
         total = shrink * total + tl.sum(e)
-        tempered = tl.exp(lift * inverse_temperature) * tempered + tl.sum(tl.exp(x * inverse_temperature))
+        if TEMPERED:
+            tempered = tl.exp(lift * inverse_temperature) * tempered + tl.sum(tl.exp(x * inverse_temperature))
         peak = new_peak
-    return peak, top, tl.log(total), tl.log(tempered), tl.log(total) - weighted / total
+    log_sum_tau = tl.log(tempered) if TEMPERED else tl.log(total)
+    return peak, top, tl.log(total), log_sum_tau, tl.log(total) - weighted / total
 
 
 @triton.jit
@@ -64,11 +74,12 @@ def _teacher_kernel(
     rows,
     vocabulary,
     inverse_temperature,
+    TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     peak, top, log_sum, log_sum_tau, entropy = _row_statistics(
-        logits_ptr + row * vocabulary, vocabulary, inverse_temperature, BLOCK
+        logits_ptr + row * vocabulary, vocabulary, inverse_temperature, TEMPERED, True, BLOCK
     )
     tl.store(statistics_ptr + row, peak)
     tl.store(statistics_ptr + rows + row, log_sum)
@@ -105,7 +116,9 @@ def _student_kernel(
     p_log_sum = tl.load(statistics_ptr + rows + row)
     p_log_sum_tau = tl.load(statistics_ptr + 2 * rows + row)
     target = tl.load(target_ptr + row)
-    q_peak, top, q_log_sum, q_log_sum_tau, _ = _row_statistics(student_ptr, vocabulary, inverse_temperature, BLOCK)
+    q_peak, top, q_log_sum, q_log_sum_tau, _ = _row_statistics(
+        student_ptr, vocabulary, inverse_temperature, TEMPERED, False, BLOCK
+    )
 
     # The divergence decides the meaning of the sums `first`, `second` and `third`.
     alpha, first, second, third = 0.0, 0.0, 0.0, 0.0
@@ -167,7 +180,9 @@ def _student_kernel(
             inside = ids < vocabulary
             q_x = tl.load(student_ptr + ids, mask=inside, other=float("-inf")) - q_peak
             p_x = tl.load(teacher_ptr + ids, mask=inside, other=float("-inf")) - p_peak
-            log_q, log_p = q_x * inverse_temperature - q_log_sum_tau, p_x * inverse_temperature - p_log_sum_tau
+            if TEMPERED:
+                q_x, p_x = q_x * inverse_temperature, p_x * inverse_temperature
+            log_q, log_p = q_x - q_log_sum_tau, p_x - p_log_sum_tau
             q, p = tl.exp(log_q), tl.exp(log_p)
             if DIVERGENCE == "reverse_kl":
                 grad = tl.where(q > 0, q * (log_q - log_p - loss), 0.0)
@@ -232,7 +247,16 @@ def teacher_rows(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor,
     statistics_3N, entropy_N = logits_NV.new_empty(3, rows), logits_NV.new_empty(rows)
     top_N = logits_NV.new_empty(rows, dtype=torch.int64)
     _teacher_kernel[(rows,)](
-        logits_NV, statistics_3N, top_N, entropy_N, rows, vocabulary, 1 / temperature, BLOCK=BLOCK, **OPTIONS
+        logits_NV,
+        statistics_3N,
+        top_N,
+        entropy_N,
+        rows,
+        vocabulary,
+        1 / temperature,
+        TEMPERED=temperature != 1.0,
+        BLOCK=BLOCK,
+        **OPTIONS,
     )
     return statistics_3N, top_N, entropy_N
 
@@ -295,23 +319,25 @@ def launches() -> list[Launch]:
     listed = [
         Launch(
             kernel=_teacher_kernel,
-            label="",
+            label="tempered" if is_tempered else "",
             arguments=common | pointers,
-            constants={"BLOCK": BLOCK},
+            constants={"TEMPERED": is_tempered, "BLOCK": BLOCK},
             options=OPTIONS,
         )
+        for is_tempered in (False, True)
     ]
     pointers = dict.fromkeys(("student_ptr", "teacher_ptr", "loss_ptr", "alpha_ptr"), "*fp32:16")
     pointers |= {"teacher_top_ptr": "*i64:16", "target_ptr": "*i64:16", "top1_match_ptr": "*i1:16"}
-    for divergence in Divergence:
+    plain = [(Divergence.ce, False), (Divergence.kl, False)]
+    for divergence, is_tempered in plain + [(one, True) for one in Divergence if one is not Divergence.ce]:
         listed.append(
             Launch(
                 kernel=_student_kernel,
-                label=f"{divergence} bf16",
+                label=f"{divergence} bf16{' tempered' if is_tempered else ''}",
                 arguments=common | pointers | {"dlogits_ptr": "*bf16:16"},
                 constants={
                     "DIVERGENCE": divergence.value,
-                    "TEMPERED": divergence is not Divergence.ce,
+                    "TEMPERED": is_tempered,
                     "GRADIENT": True,
                     "ONE_PASS": divergence.value in ONE_PASS,
                     "BLOCK": BLOCK,
