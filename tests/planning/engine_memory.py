@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import torch
 
 from mtptrain.backbone.build import build_model
-from mtptrain.config import EngineName, HeadExperts, LossConfig, MtpConfig, RunConfig, ShapeConfig, TrainConfig
+from mtptrain.config import (
+    EngineName,
+    HeadExperts,
+    LossConfig,
+    MtpConfig,
+    OptimizerName,
+    RunConfig,
+    ShapeConfig,
+    TrainConfig,
+)
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.expert_parallel import share_experts
 from mtptrain.mtp.stack import fresh_stack
@@ -26,6 +35,8 @@ ACCUMULATION = 2
 CASES = {
     "single": (EngineName.single, {}),
     "single_shared": (EngineName.single, {"experts": HeadExperts.expert_parallel}),
+    "single_muon": (EngineName.single, {}),
+    "single_shared_muon": (EngineName.single, {"experts": HeadExperts.expert_parallel}),
     "zero1": (EngineName.zero1, {}),
     "zero1_no_experts": (EngineName.zero1, {"trainable": "no_experts"}),
     "zero1_shared": (EngineName.zero1, {"experts": HeadExperts.expert_parallel}),
@@ -33,7 +44,12 @@ CASES = {
 }
 
 
-def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
+def optimizer_of(case: str) -> OptimizerName:
+    """Return the optimiser of a case."""
+    return OptimizerName.muon if case.endswith("muon") else OptimizerName.adamw
+
+
+def measure(engine_name: EngineName, mtp: MtpConfig, optimizer: OptimizerName) -> dict[str, int]:
     """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
     model = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
     stack = fresh_stack(model, 1, 0)
@@ -45,7 +61,7 @@ def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
     live = LiveBytes("meta", model, stack)
     with live:
         around = total_bytes([*model.parameters(), *model.buffers(), *stack.buffers()])
-        config = TrainConfig(accumulation=ACCUMULATION)
+        config = TrainConfig(accumulation=ACCUMULATION, optimizer=optimizer)
         engine = make_engine(engine_name, stack, config, False, {"zero_optimization": {"reduce_bucket_size": 1000}})
         objective = RolloutObjective(model, stack, LossConfig(), 1)
         peaks = {}
@@ -62,6 +78,9 @@ def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
 
 if __name__ == "__main__":
     join(RunConfig(task="distill", engine=EngineName.zero1), "any")
-    results = {name: measure(engine, MtpConfig(**mtp)) for name, (engine, mtp) in CASES.items()}  # type: ignore[arg-type]
+    results = {
+        name: measure(engine, MtpConfig(**mtp), optimizer_of(name))  # type: ignore[arg-type]
+        for name, (engine, mtp) in CASES.items()
+    }
     if rank() == 0:
         print(json.dumps(results), file=sys.stdout)
