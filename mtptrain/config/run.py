@@ -192,7 +192,7 @@ class RunConfig:
             is_single or self.train.optimizer is OptimizerName.adamw,
             "train.optimizer",
             self.train.optimizer.value,
-            f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single",
+            f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single or train.optimizer=adamw",
         )
         require(
             not (self.engine is EngineName.zero3 and self.mtp.quant_aware),
@@ -221,7 +221,7 @@ class RunConfig:
 
 
 def register() -> None:
-    """Register `RunConfig` as Hydra's schema, and the resolver that names the folder of a sweep."""
+    """Register `RunConfig` as Hydra's schema, and the resolvers of the values in conf/ that depend on others."""
     # Programs without this command line, such as most benchmarks in scripts/, need no Hydra.
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -233,3 +233,9 @@ def register() -> None:
     # Hydra writes multirun.yaml there, and every job has its folder below it.
     new = default_output_dir("sweep")
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or str(new)), replace=True)
+    OmegaConf.register_new_resolver("optimizer_for", optimizer_for, replace=True)
+
+
+def optimizer_for(engine: EngineName) -> str:
+    """Return the better optimiser that an engine can run: Muon needs whole matrices, which ZeRO cuts."""
+    return OptimizerName.muon.value if engine is EngineName.single else OptimizerName.adamw.value
