@@ -234,6 +234,7 @@ def register() -> None:
     new = default_output_dir("sweep")
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or str(new)), replace=True)
     OmegaConf.register_new_resolver("optimizer_for", optimizer_for, replace=True)
+    OmegaConf.register_new_resolver("at_least", max, replace=True)
 
 
 def optimizer_for(engine: EngineName) -> str:
