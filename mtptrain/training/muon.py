@@ -76,6 +76,7 @@ class Muon(torch.optim.Optimizer):
 
     def _matrices(self, parameter: Tensor) -> list[tuple[Tensor, ...]]:
         """Return weight, gradient and momentum of each matrix of a tensor, transposed if it is tall."""
+        assert parameter.grad is not None
         tensors = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
         flat = [tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None] for tensor in tensors]
         is_tall = parameter.shape[-2] > parameter.shape[-1]
