@@ -1,6 +1,6 @@
 """`+recipe=distill`: train a head on a frozen backbone's own next-token distribution, then measure it.
 
-python -m mtptrain +recipe=distill mtp.steps=3 loss.divergence=kl
+python -m mtptrain +recipe=distill mtp.steps=3 loss.divergence=tv
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MISTAKES = [
     (["mtp.depth=2"], "mtp.depth=2: mtp.mode=shared has one module .* set mtp.mode=stacked"),
     (["mtp.mode=stacked", "mtp.depth=3", "mtp.steps=2"], "mtp.steps=2: must be at least mtp.depth=3"),
     (["mtp.steps=9"], "mtp.steps=9: must be at most 8"),
-    (["data.sequence_length=4"], r"data.sequence_length=4: .*depth 3.* use at least 5"),
+    (["mtp.steps=3", "data.sequence_length=4"], r"data.sequence_length=4: .*depth 3.* use at least 5"),
     (["decoding.draft_length=9"], "decoding.draft_length=9: must lie between 1 and 8"),
     (["loss.divergence=ce"], r"loss.divergence=ce: .*use \+recipe=pretrain"),
     (["resume=sometimes"], "resume=sometimes: must be never or auto"),

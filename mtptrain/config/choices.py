@@ -138,7 +138,7 @@ class HeadExperts(Enum):
 
 
 class OptimizerName(Enum):
-    """Optimiser; `muon` trains the matrices and leaves all other tensors to AdamW."""
+    """Optimiser; `muon` trains matrices and stacks of them and leaves vectors to AdamW."""
 
     adamw = "adamw"
     muon = "muon"

@@ -188,12 +188,9 @@ class RunConfig:
         rule = "tunes DeepSpeed; set engine=zero1, zero2 or zero3"
         require(not (is_single and self.deepspeed), "deepspeed", sorted(self.deepspeed), rule)
         self.deepspeed = passed_settings(self.deepspeed, self.engine, self.offload)
-        require(
-            is_single or self.train.optimizer is OptimizerName.adamw,
-            "train.optimizer",
-            self.train.optimizer.value,
-            f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single",
-        )
+        rule = f"needs whole matrices and engine={self.engine.value} cuts them; set engine=single, or leave it out"
+        is_possible = is_single or self.train.optimizer is OptimizerName.adamw
+        require(is_possible, "train.optimizer", self.train.optimizer.value, rule)
         require(
             not (self.engine is EngineName.zero3 and self.mtp.quant_aware),
             "mtp.quant_aware",
@@ -221,7 +218,7 @@ class RunConfig:
 
 
 def register() -> None:
-    """Register `RunConfig` as Hydra's schema, and the resolver that names the folder of a sweep."""
+    """Register `RunConfig` as Hydra's schema, and the resolvers of the values in conf/ that depend on others."""
     # Programs without this command line, such as most benchmarks in scripts/, need no Hydra.
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -233,3 +230,10 @@ def register() -> None:
     # Hydra writes multirun.yaml there, and every job has its folder below it.
     new = default_output_dir("sweep")
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or str(new)), replace=True)
+    OmegaConf.register_new_resolver("optimizer_for", optimizer_for, replace=True)
+    OmegaConf.register_new_resolver("at_least", max, replace=True)
+
+
+def optimizer_for(engine: EngineName) -> str:
+    """Return the better optimiser that an engine can run: Muon needs whole matrices, which ZeRO cuts."""
+    return OptimizerName.muon.value if engine is EngineName.single else OptimizerName.adamw.value

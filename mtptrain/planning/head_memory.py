@@ -15,6 +15,7 @@ from mtptrain.planning.parameters import Weights, connection_matrices, module_pa
 from mtptrain.planning.training_load import TrainingLoad
 
 ADAMW_STATE, MUON_STATE = 8, 4  # bytes a parameter
+MUON_BATCH = 2**26  # values of matrices that Muon orthogonalises together; `mtptrain.training.muon.BATCH`
 BUCKET = 4.0 * 5e8  # DeepSpeed's `reduce_bucket_size`, in fp32
 Kinds = dict[str, float]  # bytes by kind of tensor
 WEIGHTS, MASTERS, STATE = "heads' weights", "heads' fp32 masters", "optimiser state"
@@ -63,7 +64,7 @@ def _in_engine(shape: ShapeConfig, load: TrainingLoad) -> Trained:
         total=expert + trained.matrix + trained.plain + trained.strict,
         rounded=expert + trained.matrix + trained.plain,
         largest=stacked if expert else others,
-        matrices=trained.matrix + trained.plain + load.modules * connection_matrices(shape),
+        matrices=expert + trained.matrix + trained.plain + load.modules * connection_matrices(shape),
     )
 
 
@@ -75,18 +76,17 @@ def _shared(shape: ShapeConfig, load: TrainingLoad) -> int:
 def held_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
     """Return the bytes between two steps: weights, masters and the optimiser's state.
 
-    AdamW keeps two fp32 values per parameter and Muon one. Muon takes two-dimensional tensors only; transformers stacks
-    a layer's experts in three dimensions. DeepSpeed makes fp32 masters of fp32 parameters too.
+    AdamW keeps two fp32 values per parameter and Muon, which leaves the vectors to AdamW, one. DeepSpeed makes fp32
+    masters of fp32 parameters too.
     """
     one, shared, is_fp32 = _in_engine(shape, load), _shared(shape, load), load.heads is WeightFormat.fp32
     mastered = one.total if load.zero_stage else 0 if is_fp32 else one.rounded
-    state = ADAMW_STATE * one.total
-    if load.optimizer is OptimizerName.muon:
-        state -= (ADAMW_STATE - MUON_STATE) * one.matrices
+    is_muon = load.optimizer is OptimizerName.muon
+    state = ADAMW_STATE * one.total - (is_muon * (ADAMW_STATE - MUON_STATE) * one.matrices)
     return {
         WEIGHTS: own_weights(shape, load).bytes(load.heads) * load.share(3),
         MASTERS: 4.0 * mastered * load.share(1) + (0.0 if is_fp32 else 4.0 * shared),
-        STATE: state * load.share(1) + ADAMW_STATE * shared,
+        STATE: state * load.share(1) + (MUON_STATE if is_muon else ADAMW_STATE) * shared,
     }
 
 
@@ -116,7 +116,7 @@ def reduction_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
     if load.zero_stage == 3:
         return backward_bytes(shape, load)
     if load.zero_stage == 0:
-        cat = 4.0 * one.total if load.num_gpus > 1 else 0.0
+        cat = 8.0 * one.total if load.num_gpus > 1 else 0.0  # all gradients in a row, and their sums
         return {"heads' gradients": 4.0 * one.total + kept * shared, "sums of gradients": cat}
     is_summed = is_fp32 or (load.zero_stage == 1 and load.micro_batches > 1)  # in fp32 already
     casts = 0.0 if is_summed else 4.0 * _piece(one, load)
@@ -139,9 +139,9 @@ def update_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
     one, shared = _in_engine(shape, load), _shared(shape, load)
     adamw = 4.0 * one.total * load.share(1)  # the square root of the second moments, of all tensors at once
     if load.zero_stage == 0:
-        flat = 4.0 * one.total if load.num_gpus > 1 else 0.0  # all gradients in a row, as they were summed
-        gradients = {"heads' gradients": 4.0 * (one.total + shared), "sums of gradients": flat}
-        return gradients | {"temporaries of the optimiser": adamw + 4.0 * shared}
+        is_muon = load.optimizer is OptimizerName.muon
+        own = _muon_temporaries(shape, load) if is_muon else adamw + 4.0 * shared
+        return {"heads' gradients": 4.0 * (one.total + shared), "temporaries of the optimiser": own}
     if load.zero_stage == 3:
         return {"sums of gradients": adamw, "temporaries of the optimiser": adamw}
     norm = 8.0 * _piece(one, load)  # DeepSpeed's norm of a gradient, in float64
@@ -150,6 +150,16 @@ def update_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
         "sums of gradients": _summed(one, load),
         "temporaries of the optimiser": max(adamw, norm, 4.0 * shared),
     }
+
+
+def _muon_temporaries(shape: ShapeConfig, load: TrainingLoad) -> float:
+    """Return the bytes of Muon's largest batch in fp32: the matrices twice, and two products of their shorter side."""
+    inner, width, experts = shape.expert_size, shape.hidden_size, shape.num_experts
+    stacks = [(2, width, width), (1, shape.q_lora_rank, shape.num_attention_heads * shape.head_dim)]
+    if load.train_experts:
+        stacks.append((experts // load.num_gpus if load.share_experts else experts, 2 * inner, width))
+    counts = [(min(load.modules * number, max(1, MUON_BATCH // (p * q))), p, q) for number, p, q in stacks]
+    return max(4.0 * number * (2 * p * q + 2 * min(p, q) ** 2) for number, p, q in counts)
 
 
 def _piece(one: Trained, load: TrainingLoad) -> float:

@@ -15,7 +15,7 @@ class TrainingLoad:
         num_gpus: processes, one per GPU.
         zero_stage: DeepSpeed stage for the heads; 0 keeps everything in every process.
         offload: masters and optimiser state are held in CPU memory.
-        optimizer: AdamW, or Muon for the matrices.
+        optimizer: AdamW, or Muon for the matrices and experts.
         placement: of the frozen backbone: `replicate`, `zero3` or `expert_parallel`.
         backbone: format of its weights.
         heads: bf16 with fp32 masters, or fp32.

@@ -15,7 +15,7 @@ from mtptrain.config import TrainConfig
 from mtptrain.mtp.expert_parallel import is_share
 from mtptrain.run.distributed import rank, sum_over_processes, world_size
 from mtptrain.training.engine import TrainingState
-from mtptrain.training.optim import MasterWeights, make_adamw, optimizer_pieces, restore_state
+from mtptrain.training.optim import MasterWeights, make_optimizers, optimizer_pieces, restore_state
 from mtptrain.training.pieces import Piece, StoredTensors, own_piece
 
 
@@ -35,8 +35,7 @@ class ExpertShares:
             module, is_share, torch.device("cpu") if offload else None, config.accumulation > 1
         )
         self.config, self.scale = config, scale
-        trained = self.masters.parameters
-        self.optimizers = [make_adamw(trained, config)] if trained else []
+        self.optimizers = make_optimizers(self.masters.parameters, config)
 
     def with_norm(self, norm: Tensor) -> Tensor:
         """Return the norm of the whole gradient, given that of all other parameters; called once a step.
@@ -54,13 +53,14 @@ class ExpertShares:
 
     def step(self, rate: float, norm: float) -> None:
         """Clip and update, unless the norm of the whole gradient is not finite; drop the gradients."""
-        if math.isfinite(norm) and self.optimizers:
+        if math.isfinite(norm):
             factor = min(1.0, self.config.clip_norm / (norm + 1e-6))
             for gradient in self._gradients():
                 gradient.mul_(factor)
-            for group in self.optimizers[0].param_groups:
-                group["lr"] = rate
-            self.optimizers[0].step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             self.masters.push()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

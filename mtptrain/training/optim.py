@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.config import OptimizerName, TrainConfig
+from mtptrain.training.muon import Muon
 from mtptrain.training.pieces import Piece, StoredTensors
 
 
@@ -98,19 +99,14 @@ def make_adamw(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim
 def make_optimizers(parameters: list[Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Return the optimisers of `train.optimizer`; each parameter belongs to one of them.
 
-    `muon` is torch's own. It updates the matrices, with steps scaled to the root mean square of AdamW's so that both
-    use one learning rate. AdamW updates vectors and the experts' three-dimensional stacks, which Muon refuses.
+    `muon` updates matrices and the experts' stacks of them, with steps scaled to the root mean square of AdamW's, so
+    that both use one learning rate. AdamW updates vectors and scalars.
     """
-    if not parameters:
-        return []
-    matrices = [p for p in parameters if p.ndim == 2] if config.optimizer is OptimizerName.muon else []
-    if not matrices:
-        return [make_adamw(parameters, config)]
-    muon = torch.optim.Muon(
-        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    rest = [p for p in parameters if p.ndim != 2]
-    return [muon, make_adamw(rest, config)] if rest else [muon]
+    is_muon = config.optimizer is OptimizerName.muon
+    matrices = [p for p in parameters if is_muon and p.ndim > 1]
+    rest = [p for p in parameters if not is_muon or p.ndim < 2]
+    muon = [Muon(matrices, config.learning_rate, config.weight_decay)] if matrices else []
+    return [*muon, *([make_adamw(rest, config)] if rest else [])]
 
 
 Part = Callable[[str, Tensor], Piece]  # name, tensor of this process -> the piece that it stores

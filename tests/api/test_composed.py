@@ -52,6 +52,23 @@ def test_every_kind_of_value_reaches_the_typed_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "optimizer", "steps"),
+    [
+        ([], "muon", 2),
+        (["engine=zero1"], "adamw", 2),  # whose processes hold no whole matrices
+        (["mtp.mode=stacked", "mtp.depth=3"], "muon", 3),
+        (["train.optimizer=adamw", "mtp.steps=1"], "adamw", 1),
+    ],
+)
+def test_the_defaults_of_distillation_fit_the_engine_and_the_depth(
+    arguments: list[str], optimizer: str, steps: int
+) -> None:
+    config, plain_values, _ = compose_run(["+recipe=distill", *arguments])
+    assert (config.train.optimizer.value, config.mtp.num_steps) == (optimizer, steps)
+    assert plain_values["train"]["optimizer"] == optimizer  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
     ("argument", "answer"),
     [
         ("trian.steps=3", "did you mean train.steps?"),

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import torch
 
 from mtptrain.backbone.build import build_model
-from mtptrain.config import EngineName, HeadExperts, LossConfig, MtpConfig, RunConfig, ShapeConfig, TrainConfig
+from mtptrain.config import (
+    EngineName,
+    HeadExperts,
+    LossConfig,
+    MtpConfig,
+    OptimizerName,
+    RunConfig,
+    ShapeConfig,
+    TrainConfig,
+)
 from mtptrain.losses.rollout import RolloutObjective
 from mtptrain.mtp.start import freeze_untrained, initial_stack
 from mtptrain.run.distributed import join, max_over_processes, rank
@@ -24,6 +33,8 @@ ACCUMULATION = 2
 CASES = {
     "single": (EngineName.single, {}),
     "single_shared": (EngineName.single, {"experts": HeadExperts.expert_parallel}),
+    "single_muon": (EngineName.single, {}),
+    "single_shared_muon": (EngineName.single, {"experts": HeadExperts.expert_parallel}),
     "zero1": (EngineName.zero1, {}),
     "zero1_no_experts": (EngineName.zero1, {"trainable": "no_experts"}),
     "zero1_shared": (EngineName.zero1, {"experts": HeadExperts.expert_parallel}),
@@ -31,7 +42,12 @@ CASES = {
 }
 
 
-def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
+def optimizer_of(case: str) -> OptimizerName:
+    """Return the optimiser of a case."""
+    return OptimizerName.muon if case.endswith("muon") else OptimizerName.adamw
+
+
+def measure(engine_name: EngineName, mtp: MtpConfig, optimizer: OptimizerName) -> dict[str, int]:
     """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
     model = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
     stack = initial_stack(mtp, SimpleNamespace(model=model), None, 0)  # type: ignore[arg-type]
@@ -40,7 +56,7 @@ def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
     live = LiveBytes("meta", model, stack)
     with live:
         around = total_bytes([*model.parameters(), *model.buffers(), *stack.buffers()])
-        config = TrainConfig(accumulation=ACCUMULATION)
+        config = TrainConfig(accumulation=ACCUMULATION, optimizer=optimizer)
         engine = make_engine(engine_name, stack, config, False, {"zero_optimization": {"reduce_bucket_size": 1000}})
         objective = RolloutObjective(model, stack, LossConfig(), 1)
         peaks = {}
@@ -57,6 +73,9 @@ def measure(engine_name: EngineName, mtp: MtpConfig) -> dict[str, int]:
 
 if __name__ == "__main__":
     join(RunConfig(task="distill", engine=EngineName.zero1), "any")
-    results = {name: measure(engine, MtpConfig(init="fresh", **mtp)) for name, (engine, mtp) in CASES.items()}  # type: ignore[arg-type]
+    results = {
+        name: measure(engine, MtpConfig(init="fresh", **mtp), optimizer_of(name))  # type: ignore[arg-type]
+        for name, (engine, mtp) in CASES.items()
+    }
     if rank() == 0:
         print(json.dumps(results), file=sys.stdout)

@@ -22,11 +22,19 @@ from mtptrain.config import Placement, WeightFormat
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.mtp.start import place
-from mtptrain.planning.head_memory import BUCKET, backward_bytes, held_bytes, reduction_bytes, update_bytes
+from mtptrain.planning.head_memory import (
+    BUCKET,
+    MUON_BATCH,
+    backward_bytes,
+    held_bytes,
+    reduction_bytes,
+    update_bytes,
+)
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import activation_bytes, forward_bytes, host_bytes
+from mtptrain.training.muon import BATCH
 from tests.command import run_in_two
-from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE
+from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE, optimizer_of
 from tests.planning.live import LiveBytes, total_bytes
 from tests.planning.presets import preset_shape
 
@@ -132,6 +140,7 @@ def test_an_engine_holds_the_planned_bytes_and_peaks_at_them(case: str, measured
     load = TrainingLoad(
         num_gpus=2,
         zero_stage=int(engine.value[-1]) if engine.value != "single" else 0,
+        optimizer=optimizer_of(case),
         train_experts="trainable" not in mtp,
         share_experts="experts" in mtp,
         micro_batches=ACCUMULATION,
@@ -143,3 +152,7 @@ def test_an_engine_holds_the_planned_bytes_and_peaks_at_them(case: str, measured
     assert held == pytest.approx(measured[case]["held"], rel=0.001)
     peak = max(measured[case]["reduction"], measured[case]["update"])
     assert held + max(sum(kinds.values()) for kinds in moments) == pytest.approx(peak, rel=0.05)
+
+
+def test_the_plan_counts_muons_batches() -> None:
+    assert MUON_BATCH == BATCH

@@ -63,7 +63,7 @@ def test_training_from_streams_has_the_losses_of_training_online(
     stored: str, backbone_folder: Path, release_folder: Path, small: list[str], light: list[str], tmp_path: Path
 ) -> None:
     path = f"backbone.path={release_folder if stored == 'released' else backbone_folder}"
-    longer = ["train.steps=5", "train.batch_size=3", path]
+    longer = ["train.steps=5", "train.batch_size=3", "mtp.steps=3", path]
     assert run_main("+recipe=collect", *small, path, f"output_dir={tmp_path / 'cache'}") == 0
     assert train_from(tmp_path / "cache", light, tmp_path / "cached", *longer) == 0
     assert run_main("+recipe=distill", *light, *longer, "evaluate_at_end=false", f"output_dir={tmp_path / 'on'}") == 0

@@ -79,7 +79,7 @@ def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
 def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a distill run in shared mode with three steps."""
     folder = tmp_path_factory.mktemp("distilled")
-    assert run_main("+recipe=distill", *light, f"output_dir={folder}", is_full=True) == 0
+    assert run_main("+recipe=distill", *light, "mtp.steps=3", f"output_dir={folder}", is_full=True) == 0
     return folder
 
 
@@ -112,7 +112,8 @@ def test_distill_trains_measures_and_records(distilled: Path) -> None:
 def test_measuring_during_training_is_logged_and_changes_nothing(
     router_bias_rate: float, light: list[str], tmp_path: Path
 ) -> None:
-    arguments = [*light, "train.log_every=2", f"train.router_bias_rate={router_bias_rate}", "evaluate_at_end=false"]
+    arguments = [*light, "mtp.steps=3", "train.log_every=2", f"train.router_bias_rate={router_bias_rate}"]
+    arguments += ["evaluate_at_end=false"]
     plain, probed = tmp_path / "plain", tmp_path / "probed"
     assert run_main("+recipe=distill", *arguments, f"output_dir={plain}") == 0
     assert run_main("+recipe=distill", *arguments, "evaluation.every=1", f"output_dir={probed}") == 0

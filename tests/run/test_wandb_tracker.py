@@ -159,7 +159,7 @@ def test_a_run_that_breaks_warns_once_and_stops_nothing(tmp_path: Path, capsys: 
 
 def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: list[str], tmp_path: Path) -> None:
     arguments = ["tracking=wandb", "tracking.checkpoints=true", "evaluation.every=1", f"output_dir={tmp_path}"]
-    assert run_main("+recipe=distill", *light, *arguments) == 0
+    assert run_main("+recipe=distill", *light, "mtp.steps=3", *arguments) == 0
     sent_records = records(tmp_path)
     rows = history(sent_records)
     sent = {name for row in rows for name in row}

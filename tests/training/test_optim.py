@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from mtptrain.config import OptimizerName, TrainConfig
+from mtptrain.training.muon import Muon
 from mtptrain.training.optim import MasterWeights, learning_rate, make_adamw, make_optimizers
 
 
@@ -74,14 +75,12 @@ def test_a_frozen_parameter_has_no_master() -> None:
     assert list(MasterWeights(module).masters) == ["weight"]
 
 
-def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
-    module = nn.Sequential(
-        nn.Linear(3, 5), nn.LayerNorm(5), nn.Conv1d(5, 2, 3)
-    )  # a convolution's weight has three dimensions
+def test_muon_takes_the_matrices_and_the_stacks_of_them_and_adamw_the_rest() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Conv1d(5, 2, 3))  # whose weight is a stack of two
     muon, adamw = make_optimizers(list(module.parameters()), TrainConfig(optimizer=OptimizerName.muon))
     taken = [[p.ndim for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
-    assert isinstance(muon, torch.optim.Muon)
-    assert taken == [[2], [3, 1, 1, 1, 1]]
+    assert isinstance(muon, Muon)
+    assert taken == [[2, 3], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("module", [nn.Linear(3, 5, bias=False), nn.LayerNorm(3)])
