@@ -25,10 +25,10 @@ from mtptrain.mtp.start import place
 from mtptrain.planning.head_memory import BUCKET, backward_bytes, held_bytes, reduction_bytes, update_bytes
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import activation_bytes, forward_bytes
-from tests.command import run_in_two
 from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE
 from tests.planning.live import LiveBytes, total_bytes
 from tests.planning.presets import preset_shape
+from tests.warm import run_in_two
 
 META = torch.device("meta")
 FLASH = preset_shape("v4_flash")
@@ -113,7 +113,7 @@ def test_decoding_the_experts_of_a_layer_takes_the_planned_bytes() -> None:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
     """Bytes of every case of `engine_memory` in two processes."""
-    printed = run_in_two("tests.planning.engine_memory")
+    printed, _ = run_in_two("tests.planning.engine_memory")
     results: dict[str, dict[str, int]] = json.loads(printed.splitlines()[-1])
     return results
 

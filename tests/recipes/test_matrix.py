@@ -20,7 +20,7 @@ from tests.command import edit_tensors, read_metrics, tree
 from tests.conftest import save_backbone, save_release
 from tests.recipes import matrix
 from tests.shared import shared_folder
-from tests.training.test_engines import run_in_two
+from tests.warm import run_in_two
 
 FORMATS = {"shipped": save_backbone, "release": save_release}
 ONE = ("alone", "auto")  # placements of one process

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mtptrain.config import EngineName, OptimizerName
 from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkpoint
-from tests.command import run_in_two
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
 from tests.training.heads import BAD, CONFIG, ENGINES, MIDDLE, STEPS, SUMMED, VARIANTS, head_trainer, resumed, train
+from tests.warm import run_in_two
 
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
