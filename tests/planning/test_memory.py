@@ -113,8 +113,9 @@ def test_decoding_the_experts_of_a_layer_takes_the_planned_bytes() -> None:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
     """Bytes of every case of `engine_memory` in two processes."""
-    printed, _ = run_in_two("tests.planning.engine_memory")
-    results: dict[str, dict[str, int]] = json.loads(printed.splitlines()[-1])
+    ended = run_in_two("tests.planning.engine_memory")
+    assert ended.codes == (0, 0), ended.errors[-4000:]
+    results: dict[str, dict[str, int]] = json.loads(ended.output.splitlines()[-1])
     return results
 
 

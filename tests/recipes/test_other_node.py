@@ -21,7 +21,8 @@ LINES = {
 def outputs(release_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     make_nodes(folder, release_folder)
-    run_in_two("tests.recipes.other_node", str(folder), str(corpus_file), codes=(0, -signal.SIGKILL))
+    ended = run_in_two("tests.recipes.other_node", str(folder), str(corpus_file))
+    assert ended.codes == (0, -signal.SIGKILL), ended.errors[-4000:]
     return folder
 
 
