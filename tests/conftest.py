@@ -36,6 +36,7 @@ from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
 gc.set_threshold(100_000, 50, 50)  # a collection visits the million objects of torch and transformers in vain
+os.fsync = lambda descriptor: None  # waits for the disk at every file; what a test writes need not outlast a power cut
 
 VOCAB_SIZE = 300  # 256 bytes, two bos_eos and a few merges
 SUBJECTS = ["The river", "A small engine", "Every reader", "The old library", "Our teacher", "This proof"]

@@ -154,7 +154,7 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
-    ended = run_in_two("mtptrain", *fitting(arguments))
+    ended = run_in_two("mtptrain", *fitting([*arguments, "resume=auto"]))
     assert ended.codes == (0, 0), ended.errors[-3000:]
     assert same_heads(tmp_path, whole)
 

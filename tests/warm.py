@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mtptrain.cli", "mtptrain.recipes.distill", "deepspeed"])
-SECONDS = 300  # until a process counts as stuck
+SECONDS = 900  # until a process counts as stuck
 
 
 @contextmanager
