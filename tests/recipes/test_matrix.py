@@ -20,7 +20,7 @@ from tests.command import edit_tensors, read_metrics, tree
 from tests.conftest import save_backbone, save_release
 from tests.recipes import matrix
 from tests.shared import shared_folder
-from tests.tiny import TWO_LAYERS
+from tests.tiny import THREE_LAYERS
 from tests.warm import run_in_two
 
 FORMATS = {"shipped": save_backbone, "release": save_release}
@@ -65,7 +65,7 @@ def run_all(folder: Path) -> None:
     together = []
     for kind, save in FORMATS.items():
         (folder / kind).mkdir()
-        save(folder / kind / "backbone", **TWO_LAYERS)
+        save(folder / kind / "backbone", **THREE_LAYERS)
         for placement in (*ONE, *TWO):
             own = folder / kind / placement
             own.mkdir()
@@ -96,7 +96,7 @@ def generating_job(folder: Path) -> matrix.Job:
 def damaged_job(folder: Path, corpus: Path) -> matrix.Job:
     """Return an evaluation on a release with a tensor of another shape, which every process notices by itself."""
     backbone = shutil.copytree(folder / "release" / "backbone", folder / "damaged")
-    edit_tensors("model-00003-of-00005.safetensors", cut_first)(backbone)
+    edit_tensors("model-00003-of-00006.safetensors", cut_first)(backbone)
     settings = dict(matrix.jobs(folder, backbone, corpus, "expert_parallel"))["evaluate"]
     return "damaged", ["checkpoint=stock" if one.startswith("checkpoint=") else one for one in settings]
 
@@ -156,7 +156,7 @@ def test_a_head_is_measured_at_the_end_of_its_training_by_the_same_processes(cel
 def test_an_export_of_tensors_writes_the_weights_of_a_measured_one(placement: str, cells: Path) -> None:
     measured, compared = (cells / "release" / placement / name for name in ("export", "export-tensors"))
     weights = {name: digest for name, digest in tree(measured).items() if name.endswith(".safetensors")}
-    assert len(weights) == 5
+    assert len(weights) == 6
     assert weights.items() <= tree(compared).items()
 
 

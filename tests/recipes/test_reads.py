@@ -17,10 +17,9 @@ from mtptrain.config.reads import ALWAYS, ROWS, SAMPLING
 from mtptrain.config.unread import check_given
 from mtptrain.recipes import find_recipe
 from tests.command import ROOT, Light, Refused, read_metrics, run_main
-from tests.conftest import corpus_texts, save_release
+from tests.conftest import corpus_texts
 from tests.reads import recorded_reads
 from tests.recipes.test_recipes import SHAPE
-from tests.tiny import TWO_LAYERS
 
 SIZES = "backbone.shape.vocab_size=300 backbone.shape.hidden_size=64 backbone.shape.num_experts=4"  # of the release
 # A program, and settings with which one run reads all that the program may read with its source of data.
@@ -100,33 +99,25 @@ READ_WITHOUT_EFFECT = {
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature release with few layers, which are read alike; do not write into it."""
-    folder = tmp_path_factory.mktemp("reads") / "R"
-    save_release(folder, **TWO_LAYERS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def places(light: list[str], release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def places(light: list[str], release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The inputs of the programs by name; do not write into them."""
     folder = tmp_path_factory.mktemp("reads")
     made = {name: folder / name for name in ("head", "streams", "corpus.jsonl", "prompts.jsonl")}
     corpus = next(one.removeprefix("data.path=") for one in light if one.startswith("data.path="))
     made["prompts.jsonl"].write_text("".join(json.dumps({"prompt": one}) + "\n" for one in corpus_texts()[:4]))
-    settings = [*light, f"backbone.path={release}"]
-    assert run_main("+recipe=distill", *settings, f"output_dir={made['head']}") == 0
-    assert run_main("+recipe=collect", *settings, f"output_dir={made['streams']}") == 0
+    release = [*light, f"backbone.path={release_folder}"]
+    assert run_main("+recipe=distill", *release, f"output_dir={made['head']}") == 0
+    assert run_main("+recipe=collect", *release, f"output_dir={made['streams']}") == 0
     return {"corpus": Path(corpus), "head": made["head"], "streams": made["streams"], "prompts": made["prompts.jsonl"]}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_recipe_declares_the_settings_that_it_reads(
-    program: str, places: dict[str, Path], light: list[str], release: Path, tmp_path: Path
+    program: str, places: dict[str, Path], light: list[str], release_folder: Path, tmp_path: Path
 ) -> None:
     arguments = PROGRAMS[program].format(**places, new=tmp_path).split()
     sizes = [one for one in light if not one.startswith(("data=", "data.path=", "backbone.path="))]
-    own = map(Light, (f"backbone.path={release}", "train.warmup_steps=1", "data.chat_template=builtin"))
+    own = map(Light, (f"backbone.path={release_folder}", "train.warmup_steps=1", "data.chat_template=builtin"))
     with recorded_reads() as reads:
         code = run_main(*sizes, *own, *arguments, Light(f"output_dir={tmp_path / 'run'}"))
     assert code in (0, 3)  # the doctor finds a random head unhealthy
@@ -282,10 +273,10 @@ def test_values_of_a_users_own_recipe_are_refused(
 
 @pytest.mark.parametrize(("place", "source"), [("corpus", "text"), ("streams", "streams")])
 def test_a_path_chooses_its_source(
-    place: str, source: str, places: dict[str, Path], light: list[str], tmp_path: Path, release: Path
+    place: str, source: str, places: dict[str, Path], light: list[str], tmp_path: Path, release_folder: Path
 ) -> None:
     sizes = [one for one in light if not one.startswith(("data", "backbone"))]
-    arguments = [f"backbone.path={release}", f"data.path={places[place]}", "evaluate_at_end=false"]
+    arguments = [f"backbone.path={release_folder}", f"data.path={places[place]}", "evaluate_at_end=false"]
     arguments += ["data.sequence_length=32", f"output_dir={tmp_path}"]
     assert run_main("+recipe=distill", *sizes, *arguments) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["data"]["source"] == source
