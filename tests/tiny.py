@@ -41,12 +41,6 @@ TINY: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "max_position_embeddings": 4096,
 }
-# For tests whose subject is not the backbone: one layer of each kind.
-THREE_LAYERS: dict[str, Any] = {
-    "num_hidden_layers": 3,
-    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"],
-    "mlp_layer_types": ["hash_moe", "moe", "moe"],
-}
 
 
 def random_backbone(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
