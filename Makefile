@@ -30,7 +30,11 @@ quality: $(VENV)/installed-dev ## what CI checks before the tests
 kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need not be here; prints what they take
 	$(BIN)/python -m mtptrain.kernels.aot
 
-test: quality kernels ## lint, types, kernels and tests
+# mypy runs on one core, so the kernels compile beside it; make 4 prints the output of each in one piece.
+TOGETHER := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+test: $(VENV)/installed-dev ## lint, types, kernels and tests
+	$(MAKE) $(TOGETHER) quality kernels
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens

@@ -25,6 +25,7 @@ from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings
 from mtptrain.config.reads import Settings, section_of
+from mtptrain.config.run import run_schema
 from mtptrain.config.sweep import check_command, first_job, job_arguments
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
 from mtptrain.config.unread import check_given, check_sweep
@@ -92,9 +93,8 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
     choose_source(settings, given)
-    schema = OmegaConf.structured(RunConfig)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
+        config = OmegaConf.to_object(OmegaConf.merge(run_schema(), settings))
     except UserError:
         raise
     except OmegaConfBaseException as error:

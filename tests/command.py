@@ -1,4 +1,4 @@
-"""Run `python -m mtptrain` from a test: in this process, or in a new one if the process matters."""
+"""Run `python -m mtptrain` from a test: in this process, or in another one if the process matters."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtptrain.release.shards import INDEX
 from mtptrain.run.storage import sha256_file
+from tests.warm import ROOT, WarmProcess
 
 
 class Light(str):
@@ -42,7 +43,6 @@ SMALL = [
     )
 ]
 Refused = Callable[..., str]  # the fixture that runs a command that must fail
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def fitting(arguments: Sequence[str]) -> list[str]:
@@ -167,45 +167,12 @@ def run_main(*arguments: str, is_full: bool = False) -> int:
     return 0
 
 
-def run_in_two(module: str, *arguments: str, code: int = 0) -> str:
-    """Run a module in two processes, whose launcher must end with `code`, and return their standard output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == code, ended.stderr[-4000:]
-    return ended.stdout
+def start_process(*arguments: str, folder: Path) -> WarmProcess:
+    """Start the command in another process, whose working directory is `folder`."""
+    return WarmProcess("mtptrain", *fitting(arguments), folder=folder)
 
 
-def start_process(
-    *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
-) -> "subprocess.Popen[str]":
-    """Start the command in a new process.
-
-    Args:
-        arguments: of the command.
-        folder: the working directory.
-        python_path: the folder of the package.
-        before: called in the new process before Python starts.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-m", "mtptrain", *fitting(arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(python_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-    )
-
-
-def kill_when(process: "subprocess.Popen[str]", is_due: Callable[[], object]) -> None:
+def kill_when(process: WarmProcess, is_due: Callable[[], object]) -> None:
     """Kill a command with SIGKILL as soon as `is_due()` is true; it must not have ended before."""
     deadline = time.monotonic() + 120
     while not is_due():
@@ -235,13 +202,14 @@ def hold_folder(folder: Path, beside: bool = False) -> "subprocess.Popen[str]":
     return process
 
 
-def run_process(
-    *arguments: str, folder: Path, python_path: Path = ROOT, before: Callable[[], None] | None = None
-) -> tuple[int, str, str]:
-    """Run the command in a new process; return its exit code, stdout and stderr."""
-    process = start_process(*arguments, folder=folder, python_path=python_path, before=before)
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+def run_process(*arguments: str, folder: Path) -> tuple[int, str, str]:
+    """Run the command in a new process, as a user does; return its exit code, stdout and stderr."""
+    command = [sys.executable, "-m", "mtptrain", *fitting(arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return ended.returncode, ended.stdout, ended.stderr
 
 
 def tree(folder: Path) -> dict[str, str]:

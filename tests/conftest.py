@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (the environment is set before anything imports torch or a Hugging Face package: they read it once)
 
+import gc
 import json
 import os
 import tempfile
@@ -34,6 +35,8 @@ from tests.command import SMALL, Light, Refused, run_main
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 50)  # a collection visits the million objects of torch and transformers in vain
+os.fsync = lambda descriptor: None  # waits for the disk at every file; what a test writes need not outlast a power cut
 
 VOCAB_SIZE = 300  # 256 bytes, two bos_eos and a few merges
 SUBJECTS = ["The river", "A small engine", "Every reader", "The old library", "Our teacher", "This proof"]
@@ -77,9 +80,9 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_release(folder: Path, variant: ReleaseVariant = ReleaseVariant.release) -> None:
+def save_release(folder: Path, variant: ReleaseVariant = ReleaseVariant.release, **overrides: object) -> None:
     """Write a random backbone and head in the official release format, with the same tokenizer."""
-    model = random_backbone(vocab_size=VOCAB_SIZE, sliding_window=16, bos_token_id=0, eos_token_id=1)
+    model = random_backbone(vocab_size=VOCAB_SIZE, sliding_window=16, bos_token_id=0, eos_token_id=1, **overrides)
     folder.mkdir()
     write_shards(folder, miniature_groups(model, random_stack(model).state_dict(), variant))
     write_json(folder / "config.json", miniature_config(model.config, variant, 1))

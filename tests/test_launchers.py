@@ -15,6 +15,7 @@ import torch
 from mtptrain.run.folder_lock import LOCK
 from mtptrain.training.checkpoint import checkpoint_folders, open_checkpoint
 from tests.command import ROOT, fitting, read_metrics, run_main
+from tests.warm import run_in_two
 
 SCRIPTS = ROOT / "scripts"
 SHELL_SCRIPTS = sorted(path.relative_to(ROOT) for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -136,8 +137,8 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(
 
     Before the signal, one process is suspended for a second while the other waits.
     """
-    arguments = ["--nproc-per-node", "2", *settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
-    process = start("launch_torchrun.sh", *arguments)
+    arguments = [*settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
+    process = start("launch_torchrun.sh", "--nproc-per-node", "2", *arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
@@ -153,8 +154,8 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
-    code, errors = finish(start("launch_torchrun.sh", *arguments))
-    assert code == 0, errors[-3000:]
+    ended = run_in_two("mtptrain", *fitting([*arguments, "resume=auto"]))
+    assert ended.codes == (0, 0), ended.errors[-3000:]
     assert same_heads(tmp_path, whole)
 
 

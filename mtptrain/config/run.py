@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from os.path import expanduser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtptrain.config.backbone import BackboneConfig, ExportConfig, ReleaseConfig
 from mtptrain.config.choices import (
@@ -32,6 +34,9 @@ from mtptrain.config.rules import (
     require,
 )
 from mtptrain.config.training import LossConfig, MtpConfig, StockHeadConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Why stage 3 refuses bf16.
 ONE_DTYPE = (
@@ -217,16 +222,32 @@ class RunConfig:
         )
 
 
-def register() -> None:
-    """Register `RunConfig` as Hydra's schema, and the resolvers of the values in conf/ that depend on others."""
+@cache
+def run_schema() -> DictConfig:
+    """Return the schema of `RunConfig`, the same object at every call: do not change it."""
     # Programs without this command line, such as most benchmarks in scripts/, need no Hydra.
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(RunConfig)
+
+
+@cache
+def _store_schema() -> None:
+    """Give Hydra the schema, with the sections whose keys are the user's left open."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    schema = OmegaConf.structured(RunConfig)
+    schema = deepcopy(run_schema())
     for section in (schema.data.chat_template_kwargs, schema.deepspeed, schema.tracking.trackers):
-        OmegaConf.set_struct(section, False)  # its keys are the user's
+        OmegaConf.set_struct(section, False)
     ConfigStore.instance().store(name="run_schema", node=schema)
+
+
+def register() -> None:
+    """Register `RunConfig` as Hydra's schema, and the resolvers of the values in conf/ that depend on others."""
+    from omegaconf import OmegaConf
+
+    _store_schema()
     # Hydra writes multirun.yaml there, and every job has its folder below it.
     new = default_output_dir("sweep")
     OmegaConf.register_new_resolver("sweep_folder", lambda path: expanduser(path or str(new)), replace=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -56,8 +57,12 @@ class Provenance:
     continues: Provenance | None = None
 
 
+@cache
 def git_commit() -> str | None:
-    """Return the commit of the checkout that holds this package, with `-dirty` if files differ; None outside one."""
+    """Return the commit of the checkout that holds this package, with `-dirty` if files differ; None outside one.
+
+    It is looked up once: a process goes on with the code that it has imported.
+    """
     folder = Path(mtptrain.__file__).resolve().parent
     try:
         # The package may be installed inside another repository, whose commit says nothing about it.

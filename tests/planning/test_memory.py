@@ -33,10 +33,10 @@ from mtptrain.planning.head_memory import (
 from mtptrain.planning.training_load import TrainingLoad
 from mtptrain.planning.training_memory import activation_bytes, forward_bytes, host_bytes
 from mtptrain.training.muon import BATCH
-from tests.command import run_in_two
 from tests.planning.engine_memory import ACCUMULATION, CASES, SHAPE, optimizer_of
 from tests.planning.live import LiveBytes, total_bytes
 from tests.planning.presets import preset_shape
+from tests.warm import run_in_two
 
 META = torch.device("meta")
 FLASH = preset_shape("v4_flash")
@@ -129,8 +129,9 @@ def test_new_modules_take_the_planned_bytes_of_a_process_that_shares_their_exper
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
     """Bytes of every case of `engine_memory` in two processes."""
-    printed = run_in_two("tests.planning.engine_memory")
-    results: dict[str, dict[str, int]] = json.loads(printed.splitlines()[-1])
+    ended = run_in_two("tests.planning.engine_memory")
+    assert ended.codes == (0, 0), ended.errors[-4000:]
+    results: dict[str, dict[str, int]] = json.loads(ended.output.splitlines()[-1])
     return results
 
 

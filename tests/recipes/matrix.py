@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from tests.command import SMALL, run_main
+from tests.warm import output_in
 
 Job = tuple[str, list[str]]  # its name and the settings of the command
 
@@ -66,24 +66,6 @@ def jobs(
     for name in shared:
         commands[name].append("mtp.experts=expert_parallel")
     return [(name, [*command, *where, f"output_dir={folder}/{name}"]) for name, command in commands.items()]
-
-
-@contextmanager
-def output_in(path: Path) -> Iterator[None]:
-    """Send stdout and stderr of this process to a file."""
-    kept = [os.dup(1), os.dup(2)]
-    with path.open("wb") as file:
-        try:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(kept[0], 1)
-            os.dup2(kept[1], 2)
-            for number in kept:
-                os.close(number)
 
 
 def run(folder: Path, commands: list[Job]) -> None:

@@ -18,7 +18,7 @@ from mtptrain.backbone import load
 from mtptrain.run import preemption
 from mtptrain.run.distributed import leave
 from tests.command import SMALL, edit_tensors, run_main
-from tests.recipes.matrix import output_in
+from tests.warm import output_in
 
 KILLED = "killed"  # the fault that ends the process, hence the last one
 JOBS = [  # fault, placement, recipe

@@ -17,9 +17,9 @@ from mtptrain.config import BackboneConfig
 from mtptrain.hidden_cache import reader
 from mtptrain.hidden_cache.manifest import open_cache
 from mtptrain.run.artifact import Artifact
-from tests.command import kill_when, read_metrics, run_main, start_process, tree
+from tests.command import fitting, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import save_backbone
-from tests.test_launchers import finish, start
+from tests.warm import run_in_two
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_two_processes_that_share_a_backbone_collect_what_one_collects(
     placement: str, cache: Path, small: list[str], tmp_path: Path
 ) -> None:
     settings = [*small, f"backbone.placement={placement}", f"output_dir={tmp_path}"]
-    code, errors = finish(start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=collect", *settings))
-    assert code == 0, errors[-3000:]
+    ended = run_in_two("mtptrain", *fitting(["+recipe=collect", *settings]))
+    assert ended.codes == (0, 0), ended.errors[-3000:]
     left, right = open_cache(tmp_path), open_cache(cache)
     assert left.identity == right.identity
     assert len(right.files) % 2 == 1  # so that one process pads with dummy forwards
@@ -232,9 +232,9 @@ def test_a_shard_that_one_of_two_processes_finds_damaged_is_named_once(
     broken = copied(cache, tmp_path)
     (broken / "shard_00001.safetensors").unlink()
     settings = [*light, "data=streams", f"data.path={broken}", f"output_dir={tmp_path / 'run'}"]
-    code, errors = finish(start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=distill", *settings))
-    assert code != 0
-    (line,) = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
+    ended = run_in_two("mtptrain", *fitting(["+recipe=distill", *settings]))
+    assert 0 not in ended.codes
+    (line,) = re.findall(r"^mtptrain: .*$", ended.errors, re.MULTILINE)
     assert "shard_00001.safetensors is missing" in line
 
 

@@ -23,9 +23,9 @@ from mtptrain.traces.file import Trace, read_trace_set
 from mtptrain.traces.folder import outcome
 from mtptrain.traces.on_policy import as_corpus
 from mtptrain.traces.prompts import Prompt
-from tests.command import Refused, kill_when, read_metrics, run_main, start_process, tree
+from tests.command import Refused, fitting, kill_when, read_metrics, run_main, start_process, tree
 from tests.conftest import CHAT_TEMPLATE, save_backbone
-from tests.test_launchers import finish, start
+from tests.warm import run_in_two
 
 PROMPT_TOKENS = "on_policy.prompt_tokens=8"  # prompts of a file keep their length
 
@@ -167,9 +167,8 @@ def test_an_untrained_head_drafts_nothing(small: list[str], tmp_path: Path) -> N
 
 def test_two_processes_write_what_one_writes(made: Path, small: list[str], tmp_path: Path) -> None:
     folders = [f"on_policy.path={tmp_path / 'texts'}", f"output_dir={tmp_path / 'run'}"]
-    launched = start("launch_torchrun.sh", "--nproc-per-node", "2", "+recipe=distill_on_policy", *small, *folders)
-    code, errors = finish(launched)
-    assert code == 0, errors[-3000:]
+    ended = run_in_two("mtptrain", *fitting(["+recipe=distill_on_policy", *small, *folders]))
+    assert ended.codes == (0, 0), ended.errors[-3000:]
     assert tree(tmp_path / "texts") == tree(made / "texts")
 
 

@@ -1,12 +1,13 @@
 """A fault of one node ends every process, with one line that says where it is."""
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.command import run_in_two
 from tests.recipes.other_node import JOBS, KILLED, make_nodes
+from tests.warm import run_in_two
 
 LINES = {
     "missing": r"process 1 on \S+: backbone\.path=R: 1 of 7 shards .* are missing: model-00003-of-00007\.safetensors",
@@ -20,7 +21,8 @@ LINES = {
 def outputs(release_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     make_nodes(folder, release_folder)
-    run_in_two("tests.recipes.other_node", str(folder), str(corpus_file), code=1)
+    ended = run_in_two("tests.recipes.other_node", str(folder), str(corpus_file))
+    assert ended.codes == (0, -signal.SIGKILL), ended.errors[-4000:]
     return folder
 
 

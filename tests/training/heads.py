@@ -164,7 +164,10 @@ def head_trainer(
     is_shared: bool = False,
 ) -> Trainer:
     """Return a trainer of a random head."""
-    backbone = random_backbone().to(dtype)
+    # The head learns from its streams alone, so one layer is enough.
+    backbone = random_backbone(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["moe"]).to(
+        dtype
+    )
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
     if is_shared:
         stack = start(backbone, HeldTensors(stack.state_dict()))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mtptrain.config import EngineName, HeadExperts, OptimizerName
 from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkpoint
-from tests.command import run_in_two
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
 from tests.training.heads import (
@@ -26,6 +25,7 @@ from tests.training.heads import (
     start_digests,
     train,
 )
+from tests.warm import run_in_two
 
 # Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
@@ -50,7 +50,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     def train_all(folder: Path) -> None:
         """Train in one process, with checkpoints in `folder`/one, then in two with every engine."""
         torch.save(train(head_trainer(EngineName.single, folder / "one")), folder / "one.pt")
-        run_in_two("tests.training.heads", str(folder), *names)
+        ended = run_in_two("tests.training.heads", str(folder), *names)
+        assert ended.codes == (0, 0), ended.errors[-4000:]
 
     return shared_folder(tmp_path_factory, "engines", train_all)
 
@@ -209,7 +210,8 @@ def test_the_stages_write_one_checkpoint_format(folder: Path, two: dict[str, Any
 
 def test_a_shared_backbone_has_the_streams_of_a_whole_one(backbone_folder: Path, tmp_path: Path) -> None:
     """Also where the processes hold different numbers of documents, of different lengths."""
-    run_in_two("tests.training.placements", str(backbone_folder), str(tmp_path))
+    ended = run_in_two("tests.training.placements", str(backbone_folder), str(tmp_path))
+    assert ended.codes == (0, 0), ended.errors[-4000:]
     for number in range(2):
         for (placement, dtype), (difference, share) in torch.load(tmp_path / f"placements_{number}.pt").items():
             # Experts that run on another number of rows sum in another order: a few roundings a layer, four layers.

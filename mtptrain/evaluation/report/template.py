@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,10 +25,15 @@ def write_page(template: str, content: Mapping[str, object], path: Path) -> None
         content: values of the names in it; `style` is added.
         path: the file; its folder is made if it is missing.
     """
-    environment = Environment(
+    write_text(path, _environment().get_template(template).render(content, style=Markup(_read(STYLE))))
+
+
+@cache
+def _environment() -> Environment:
+    """Return the environment, which compiles each template once."""
+    return Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(path, environment.get_template(template).render(content, style=Markup(_read(STYLE))))
 
 
 def captioned(figures: Mapping[str, str | None]) -> list[tuple[str, Markup]]:
