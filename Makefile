@@ -19,8 +19,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --build-constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-run: $(VENV)/installed ## distil the shipped head on the shipped backbone and measure it
-	$(BIN)/python -m mtptrain +recipe=distill
+run: $(VENV)/installed ## distil the head of a shipped backbone of twelve layers, and measure it
+	$(BIN)/python -m mtptrain +recipe=distill backbone=tiny12
 
 quality: $(VENV)/installed-dev ## what CI checks before the tests
 	$(BIN)/ruff format --check .
