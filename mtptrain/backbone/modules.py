@@ -20,8 +20,8 @@ from mtptrain.kernels.hyper_connection import Connection, connect
 from mtptrain.kernels.norm_rotate import norm_and_rotate, rms_norm, rotate_, runs_triton
 
 # Limits to computing all experts for all tokens: weights of a layer's experts, and multiplications.
-MOST_WEIGHTS = 2**19  # 2 MiB of float32, which a core's cache holds; the shipped backbone's layers have 0.2 M
-MOST_PRODUCTS = 2**24  # 85 tokens of the shipped backbone
+MOST_WEIGHTS = 2**19  # 2 MiB of float32, which a core's cache holds; layers of tiny have 0.2 M
+MOST_PRODUCTS = 2**24  # 85 tokens of tiny
 
 
 class HyperConnection(DeepseekV4HyperConnection):

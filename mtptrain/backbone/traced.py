@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtptrain.backbone.decode import break_zero_ties_hook
 from mtptrain.kernels.dispatch import Kernels, requested
 
-BREAK_EVEN = 48  # about the calls in which a trace of the shipped backbone's verify pass saves its own cost, 0.15 s
+BREAK_EVEN = 48  # about the calls in which a trace of tiny's verify pass saves its own cost, 0.15 s
 PURE_HOOKS = {break_zero_ties_hook}  # they only compute, so a trace may hold them
 VARYING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 CASTS = (torch.ops.aten.to.dtype, torch.ops.aten.contiguous.default)  # return a fitting argument itself

@@ -61,7 +61,7 @@ class BackboneConfig:
     """The frozen backbone and its placement in memory."""
 
     name: str = "tiny"
-    path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped backbone
+    path: str | None = None  # a folder, or a hub id as ORGANISATION/NAME; null = the shipped one of this name
     revision: str = "main"  # branch, tag or commit of a hub id
     placement: Placement = Placement.replicate  # of the layers
     weights: StoredWeights = StoredWeights.auto  # storage of a quantised release in memory
