@@ -85,8 +85,8 @@ def load_backbone(path: Path | None = None, *, settings: Settings | None = None)
     """Load a frozen backbone; torch's CPU threads are limited to a number that fits its size.
 
     Args:
-        path: folder of a DeepSeek-V4 checkpoint or its name on the hub; None is the tiny one that is shipped.
-        settings: `device`, `precision`, `threads` and those of `backbone`, such as {"backbone.weights": "keep"}.
+        path: folder of a DeepSeek-V4 checkpoint or its name on the hub; None is a shipped one, by default `tiny`.
+        settings: `device`, `precision`, `threads` and those of `backbone`, such as {"backbone": "tiny12"}.
 
     Raises:
         UserError: the backbone cannot be loaded, or a setting is not one of loading.
