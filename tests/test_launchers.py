@@ -168,7 +168,7 @@ def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(settings: list
     lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(lines) == 1
     assert "belongs to another run: +recipe distill -> pretrain, loss.divergence kl -> ce" in lines[0]
-    assert lines[0].endswith("choose another output_dir (+recipe cannot change within a run)")
+    assert lines[0].endswith("choose another output_dir (+recipe, train.optimizer cannot change within a run)")
 
 
 def impatient_launcher(folder: Path, seconds: int) -> Path:

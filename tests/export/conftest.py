@@ -12,7 +12,7 @@ from tests.export.exporting import FAST, export
 def settings(light: list[str], release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return all settings of an export except its target and folder."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    arguments = [*light, f"backbone.path={release_folder}", "evaluate_at_end=false"]
+    arguments = [*light, f"backbone.path={release_folder}", "mtp.steps=3", "evaluate_at_end=false"]
     assert run_main("+recipe=distill", *arguments, f"output_dir={run}") == 0
     return [*light, *FAST, f"backbone.path={release_folder}", Light(f"checkpoint={run}")]
 

@@ -175,6 +175,6 @@ def test_a_draft_step_without_targets_has_no_figure(
 ) -> None:
     text = tmp_path / "short.jsonl"  # two tokens with the begin and end of a text: a target for step 1 only
     text.write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefghijklmnopqrstuvwxyz"))
-    arguments = [f"data.path={text}", "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
+    arguments = [f"data.path={text}", "mtp.steps=3", "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
     assert re.search(r"alpha 0\.\d{3}/-/-", capfd.readouterr().err)
