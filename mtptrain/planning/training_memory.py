@@ -71,8 +71,8 @@ def forward_bytes(shape: ShapeConfig, load: TrainingLoad) -> Kinds:
 def saved_by_step(shape: ShapeConfig, load: TrainingLoad) -> float:
     """Return the bytes that one draft step saves for its backward pass, counted tensor by tensor in `mtp/block.py`.
 
-    Norms, hyper-connections and rotations run in fp32; attention saves queries and outputs, and no scores. The bytes are
-    those of the definitions: Triton, and a CPU with many tokens, save less.
+    Norms, hyper-connections and rotations run in fp32; attention saves queries and outputs, and no scores. Counted for
+    the definitions: Triton, and a CPU with many tokens, save less.
     """
     width, heads, experts = shape.hidden_size, shape.num_attention_heads, shape.experts_per_token
     streams, head_width, inner = shape.hc_mult * width, heads * shape.head_dim, shape.expert_size
