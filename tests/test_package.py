@@ -60,6 +60,11 @@ def wheel(built: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def without_checkout() -> dict[str, str]:
+    """Return the variables of processes that must not find the checkout, where pip would see the package installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new environment with the wheel, which finds the packages that it depends on in the present one."""
@@ -67,7 +72,7 @@ def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder)
     python, (path,) = folder / "bin" / "python", built.glob("*.whl")
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=without_checkout())
     (own,) = folder.glob("lib/*/site-packages")
     # The folders alone: the files there that make the checkout importable are not read.
     (own / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
@@ -76,9 +81,8 @@ def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_installed(environment: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run the installed command in a folder outside the checkout."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(environment / "bin" / "mtptrain"), *fitting(arguments)]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=without_checkout(), capture_output=True, text=True)
 
 
 def test_the_source_distribution_holds_the_whole_checkout(checkout: Path, built: Path) -> None:
