@@ -5,6 +5,7 @@ python -m mtptrain +recipe=distill mtp.steps=3 loss.divergence=tv
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from mtptrain.backbone.placement import check_experts
 from mtptrain.config import DataSource, DraftChoice, HeadExperts, PastDepth, Placement, RunConfig, ServedAs, require
+from mtptrain.config.backbone import backbone_words
 from mtptrain.config.reads import (
     ALWAYS,
     UNTRAINED,
@@ -240,8 +242,7 @@ def train_head(session: Session, trackers: Trackers) -> MtpStack:
         return stack
     trained = checkpoint_folders(trainer.checkpoints)[-1]
     if not config.evaluate_at_end:
-        way_on = f"measure it with +recipe=evaluate checkpoint={session.folder.path}"
-        session.folder.print_status(f"wrote {trained}; {way_on}")
+        session.folder.print_status(f"wrote {trained}; measure it with {way_to_measure(session)}")
     tensors, weight = open_checkpoint(trained).head(), backbone.model.lm_head.weight
     whole = build_stack(backbone.config, config.mtp.depth, tensors, str(trained), weight)
     return session.serve(whole.eval(), config.mtp.zero_first_embedding)
@@ -308,9 +309,16 @@ def train(session: Session, trackers: Trackers) -> MtpStack:
         session.folder.print_status(
             "backbone.placement=zero3: gathers every layer for every token and does not decode; measure the head in a "
             "run of its own, with backbone.placement=expert_parallel or in one process: "
-            f"+recipe=evaluate checkpoint={session.folder.path}"
+            f"{way_to_measure(session)}"
         )
     return stack
+
+
+def way_to_measure(session: Session) -> str:
+    """Return the settings that measure the trained head in a run of its own."""
+    backbone = session.config.backbone
+    words = backbone_words(backbone.name, backbone.path)
+    return shlex.join(["+recipe=evaluate", *words, f"checkpoint={session.folder.path}"])
 
 
 def measure(session: Session, stack: MtpStack, trackers: Trackers) -> Evaluation:

@@ -69,6 +69,13 @@ class BackboneConfig:
     shape: ShapeConfig = field(default_factory=ShapeConfig)  # built by `recipe=backbone`; for a release: its sizes
 
 
+def backbone_words(name: object, path: object) -> list[str]:
+    """Return the settings that choose a backbone on a command line, given those of a run; none for the default."""
+    default = BackboneConfig()
+    named = [] if name in (None, default.name) else [f"backbone={name}"]
+    return named + ([] if path is None else [f"backbone.path={path}"])
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     """The folder that `recipe=export` writes."""

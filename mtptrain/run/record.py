@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mtptrain.config.backbone import backbone_words
 from mtptrain.run.folder_lock import is_held
 from mtptrain.run.tracking import METRICS_FILE, read_rows
 
@@ -46,6 +47,7 @@ class RunRecord:
         last_step: of the last row.
         is_running: whether a process holds the folder.
         curves: by name of the metric.
+        backbone: settings that choose its backbone, for another command on the run.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class RunRecord:
     last_step: int
     is_running: bool
     curves: dict[str, MetricCurve]
+    backbone: list[str]
 
     @property
     def is_finished(self) -> bool:
@@ -95,6 +98,7 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
     stored = stored_settings(folder)
     task = stored.get("task")
+    backbone = _section(stored, "backbone")
     steps = _section(stored, STOCK_HEAD if folder.name == STOCK_HEAD else "train").get("steps")
     return RunRecord(
         folder=folder,
@@ -103,6 +107,7 @@ def read_record(folder: Path) -> RunRecord | None:
         last_step=last,
         is_running=is_held(folder),
         curves={name: curve for name, curve in curves.items() if curve.last is not None},
+        backbone=backbone_words(backbone.get("name"), backbone.get("path")),
     )
 
 

@@ -118,4 +118,6 @@ def test_tracking_none_writes_the_checkpoint_alone_and_says_where(
     assert run_main("+recipe=distill", *light, *arguments) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "provenance.json"]
     last = tmp_path / "checkpoints" / "step_00000002"
-    assert capfd.readouterr().err.endswith(f"\nwrote {last}; measure it with +recipe=evaluate checkpoint={tmp_path}\n")
+    (backbone,) = (word for word in light if word.startswith("backbone.path="))
+    way_on = f"measure it with +recipe=evaluate {backbone} checkpoint={tmp_path}"
+    assert capfd.readouterr().err.endswith(f"\nwrote {last}; {way_on}\n")

@@ -77,15 +77,19 @@ def _length(evaluation: Evaluation) -> float:
 def sweep_notes(figures: Figures, folder: Path) -> list[str]:
     """Return the reason of every failure and, if heads compare, how to compare them in pairs."""
     notes = [f"{job.label}: {job.reason}" for job, _ in figures if job.reason is not None]
-    paths = [
-        str(path)
-        for job, one in figures
-        if is_head(one.record) and ((path := folder / job.folder) / "checkpoints").is_dir()
-    ]
-    if len(paths) > 1:
-        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", f"checkpoints=[{','.join(paths)}]"])
+    heads = [(folder / job.folder, one.record) for job, one in figures if is_head(one.record)]
+    heads = [(path, record) for path, record in heads if (path / "checkpoints").is_dir()]
+    if len(heads) > 1:
+        checkpoints = f"checkpoints=[{','.join(str(path) for path, _ in heads)}]"
+        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *_backbone(heads), checkpoints])
         notes.append(f"the highest of several is too high by chance; paired gains: {command}")
     return notes
+
+
+def _backbone(heads: list[tuple[Path, RunRecord | None]]) -> list[str]:
+    """Return the settings of the backbone of the first head; heads of others are refused by the comparison itself."""
+    record = heads[0][1]
+    return [] if record is None else record.backbone
 
 
 def is_head(record: RunRecord | None) -> bool:

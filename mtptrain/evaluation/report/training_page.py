@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -59,7 +60,8 @@ def training_text(record: RunRecord) -> str:
 def state_text(record: RunRecord) -> str:
     """Return whether a training is finished, goes on or was interrupted, and the next command, as one sentence."""
     if record.is_finished:
-        way_on = f"python -m mtptrain +recipe=evaluate checkpoint={record.folder}"
+        settings = [*record.backbone, f"checkpoint={record.folder}"]
+        way_on = shlex.join(["python", "-m", "mtptrain", "+recipe=evaluate", *settings])
         return "the training is finished" if record.task == "backbone" else f"finished and not measured here: {way_on}"
     if record.is_running:
         return "the training goes on; these figures are those of its last row"
