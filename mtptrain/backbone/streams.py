@@ -19,6 +19,8 @@ from mtptrain.backbone.traced import Traced, tracing_obstacle
 from mtptrain.batch import Batch
 from mtptrain.run.distributed import max_over_processes
 
+MOST_TRACED = 2**33  # tokens times weights of a traced forward: 2,200 tokens of tiny12
+
 
 def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Run a full forward of rows that each hold one document from slot 0 on (padding at the end is harmless).
@@ -28,9 +30,9 @@ def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tenso
             transformers overwrites the last entry of `hidden_states` with the post-norm tensor.
         hidden_BSD: norm(hc_head(streams)), the input of the lm_head.
 
-    On a CPU, the forward of a shape that occurs often is traced, unless gradients are wanted.
+    On a CPU, a small forward of a shape that occurs often is traced, unless gradients are wanted.
     """
-    if torch.is_grad_enabled() or tokens_BS.device.type != "cpu" or is_shared(model) or tracing_obstacle([model]):
+    if torch.is_grad_enabled() or not _is_small(model, tokens_BS) or is_shared(model) or tracing_obstacle([model]):
         return _forward(model, tokens_BS)
     forward = Traced(partial(_forward, model), [model], state=(), constants="whole sequences", calls=1)
     with torch.inference_mode():
@@ -38,6 +40,12 @@ def run_backbone(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tenso
     if torch.is_inference_mode_enabled():
         return outputs[0], outputs[1]
     return outputs[0].clone(), outputs[1].clone()  # autograd cannot save a tensor of inference mode
+
+
+def _is_small(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> bool:
+    """Return whether Python takes much of a forward; a recording holds every tensor of it."""
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    return tokens_BS.is_cpu and tokens_BS.numel() * num_weights <= MOST_TRACED
 
 
 def _forward(model: DeepseekV4ForCausalLM, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:

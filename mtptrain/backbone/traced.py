@@ -181,7 +181,7 @@ class Traced:
             except RuntimeError as error:
                 known.obstacle = f"TorchScript cannot hold a step: {str(error).strip().splitlines()[-1]}"
         if known.obstacle is not None:
-            log_once(f"decoding without traces, because {known.obstacle}")
+            log_once(f"running without traces, because {known.obstacle}")
         spent = time.perf_counter() - started
         _Shared.seconds += spent
         LOGGER.debug("recorded a step of %d tensors: %.2f s", len(recorder.read), spent)

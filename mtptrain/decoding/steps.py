@@ -82,7 +82,7 @@ def make_step(model: DeepseekV4ForCausalLM, step: Recordable) -> Step:
         obstacle = tracing_obstacle(step.modules)
         if obstacle is None:
             return Traced(step.function, step.modules, step.state, step.constants, step.calls)
-        log_once(f"decoding without traces, because {obstacle}")
+        log_once(f"running without traces, because {obstacle}")
     return Eager(step.function)
 
 

@@ -24,6 +24,16 @@ def test_a_traced_forward_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch) -
         assert not any(value.is_inference() for value in result)
 
 
+@torch.no_grad()
+def test_a_large_forward_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = random_backbone(), torch.arange(140).reshape(2, 70) % 97
+    use_linear_attention(model)
+    monkeypatch.setattr(streams, "MOST_TRACED", tokens.numel() * sum(p.numel() for p in model.parameters()) - 1)
+    monkeypatch.setattr(streams, "Traced", lambda *_, **__: pytest.fail("it would hold every tensor of the forward"))
+    with repeated(traced.BREAK_EVEN):
+        assert run_backbone(model, tokens)[0].shape[:2] == tokens.shape
+
+
 def test_a_value_of_a_constant_is_no_obstacle_and_one_of_an_input_is() -> None:
     given = torch.ones(3)
     with torch.inference_mode(), Recorder([given]) as recorder:
