@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 run=(+recipe=distill train.steps=20 train.log_every=10 evaluate_at_end=false evaluation.every=0)
+run+=(train.optimizer=adamw) # which every engine has
 run+=("${settings[@]}")
 
 echo "| engine | placement | processes | loss, steps 11-20 (k=1) | peak memory a process | tokens/s |"
