@@ -323,10 +323,9 @@ class Session:
         identity = checkpoint.head_identity(self.backbone.fingerprint)
         stack = stack_from_tensors(self.backbone.config, identity.depth, checkpoint.tensors(), str(checkpoint.folder))
         stack = self.serve(place(stack, self.backbone).eval(), identity.zero_first)
+        folder, mode = str(checkpoint.folder), identity.mode.value
         passages, selection = checkpoint.passages(), checkpoint.selection()
-        return Head(
-            "trained", str(checkpoint.folder), identity.mode.value, stack, passages, selection, identity.backbone
-        )
+        return Head("trained", folder, mode, stack, passages, selection, identity.backbone)
 
     def serve(self, stack: MtpStack, zero_first: bool) -> MtpStack:
         """Return modules after giving them the numerics of `decoding.served_as`; `zero_first` is that of training."""
