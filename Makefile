@@ -21,6 +21,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 run: $(VENV)/installed ## distil the head of a shipped backbone of twelve layers, and measure it
 	$(BIN)/python -m mtptrain +recipe=distill backbone=tiny12
+	@echo "next: source $(BIN)/activate, open report.html, and try README.md, section I want to"
 
 quality: $(VENV)/installed-dev ## what CI checks before the tests
 	$(BIN)/ruff format --check .

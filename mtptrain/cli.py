@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
-from mtptrain.config.given import Given, choose_source, given_settings
+from mtptrain.config.given import Given, choose_source, given_settings, stand_in_path
 from mtptrain.config.reads import Settings, section_of
 from mtptrain.config.run import run_schema
 from mtptrain.config.sweep import check_command, first_job, job_arguments
@@ -75,8 +75,13 @@ def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> li
     return unknown
 
 
-def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[str, object]]:
-    """Return the typed configuration, and the same as plain values; `given` is the user's part of it.
+def typed_config(composed: DictConfig, given: Given, is_help: bool = False) -> tuple[RunConfig, dict[str, object]]:
+    """Return the typed configuration, and the same as plain values.
+
+    Args:
+        composed: by Hydra.
+        given: the user's part of it.
+        is_help: whether it is only to be described, so a missing path is no mistake.
 
     Raises:
         UserError: a key is unknown, a type is wrong or a value is out of range.
@@ -93,6 +98,8 @@ def typed_config(composed: DictConfig, given: Given) -> tuple[RunConfig, dict[st
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
     choose_source(settings, given)
+    if is_help:
+        stand_in_path(settings)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(run_schema(), settings))
     except UserError:
@@ -218,7 +225,7 @@ def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bo
     try:
         given = given_settings(HydraConfig.get())
         logging.getLogger("mtptrain.cli").debug("given settings: %s", ", ".join(sorted(given.values)))
-        config, settings = typed_config(composed, given)
+        config, settings = typed_config(composed, given, is_help=shows_help)
         if shows_help:
             print_recipe_help(str(HydraConfig.get().runtime.choices["recipe"]), config)
             return

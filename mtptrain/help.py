@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import re
 import shutil
 import textwrap
@@ -19,10 +18,19 @@ from omegaconf import OmegaConf
 
 from mtptrain.config import LossName, RunConfig
 from mtptrain.config.reads import Settings
+from mtptrain.config.rules import as_written
 from mtptrain.config.typos import group_choices
 
 INDENT, NAME_WIDTH = "  ", 19
 MOST_WIDTH = 100
+# Files of conf/ that a word chooses, by a setting that every recipe with such a choice reads.
+CHOICES = {
+    "backbone.name": "backbone",
+    "data.source": "data",
+    "hardware.name": "hardware",
+    "model.name": "model",
+    "tracking.trackers": "tracking",
+}
 
 
 def recipe_comments(name: str) -> list[str]:
@@ -52,7 +60,7 @@ def wrapping_lines() -> Iterator[None]:
 
 
 def _wrap(line: str, width: int) -> str:
-    first = re.match(r" *([^\s=]+ {2,})?", line)
+    first = re.match(r" *((?:\S+ )*\S+ {3,}|[^\s=]+ {2,})?", line)
     indent = len(first[0]) if first and len(first[0]) < width // 2 else len(INDENT * 3)
     return _fill(line, width, " " * indent)
 
@@ -83,9 +91,12 @@ def recipe_help(name: str, config: RunConfig, reads: Settings) -> Iterator[str]:
     width = min(MOST_WIDTH, shutil.get_terminal_size().columns)
     yield textwrap.fill(" ".join(recipe_comments(name)), width)
     yield "\n" + textwrap.fill(f"Usage: mtptrain {name} [setting=value ...]", width) + "\n"
-    yield textwrap.fill(
-        "Settings that it reads. A choice, such as data=text, adds its own: mtptrain ... --help.", width
-    )
+    choices = [group for setting, group in CHOICES.items() if setting in reads]
+    if choices:
+        yield textwrap.fill(f"Choices, each with settings of its own (mtptrain {name} CHOICE --help):", width)
+        yield from (f"{INDENT}{group}={'|'.join(group_choices(group))}" for group in choices)
+        yield ""
+    yield "Settings that it reads:"
     section = ""
     for setting in sorted(reads - {"task"}, key=lambda one: ("." in one, one)):
         if setting.rpartition(".")[0] != section:
@@ -104,17 +115,11 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
         value = getattr(value, key, None)
     words = "|".join(str(one.value) for one in type(value)) if isinstance(value, Enum) else ""
     text = "; ".join(filter(None, [words, note]))
-    line = f"{INDENT}{setting}={_written(value)}  {text}".rstrip()
+    shown = as_written(value)
+    if len(shown) > width:  # such as the layers of a model
+        shown = f"{shown[: width // 2]}..."
+    line = f"{INDENT}{setting}={shown}  {text}".rstrip()
     return _fill(line, width, INDENT * 3)
-
-
-def _written(value: Any) -> str:
-    """Return a value as a command line writes it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(getattr(value, "value", value))
 
 
 @cache

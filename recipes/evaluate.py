@@ -15,6 +15,7 @@ from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_t
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, of_measuring, of_tracking, settings
+from mtptrain.config.rules import as_written
 from mtptrain.decoding.policy import GREEDY
 from mtptrain.errors import CHECK_FAILED, UserError
 from mtptrain.evaluation.breakdown import break_down, calibrate, sweep_thresholds
@@ -234,12 +235,12 @@ def check(config: RunConfig) -> None:
     """Refuse an evaluation without a head, of several heads, or of all checkpoints of no run."""
     if config.checkpoints and not config.measures_all:
         raise UserError(
-            f"checkpoints={config.checkpoints}: evaluate takes one head, checkpoint=PATH, and with checkpoints=all "
-            "every checkpoint of its run; +recipe=compare takes several heads"
+            f"checkpoints={as_written(config.checkpoints)}: evaluate takes one head, checkpoint=PATH, and with "
+            "checkpoints=all every checkpoint of its run; +recipe=compare takes several heads"
         )
     if config.measures_all and config.checkpoint in (None, "stock"):
         raise UserError(
-            f"checkpoints=all: needs the folder of a run, and checkpoint={config.checkpoint}; set it to RUN"
+            f"checkpoints=all: needs the folder of a run, and checkpoint={as_written(config.checkpoint)}; set it to RUN"
         )
     if config.checkpoint is None:
         raise UserError("checkpoint=null: evaluate needs a head; give a run folder, a step_* folder, or `stock`")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings
+from mtptrain.config.rules import any_of
 from mtptrain.errors import UserError
 from mtptrain.evaluation.comparison_result import COMPARISON_FILE, read_comparison
 from mtptrain.evaluation.curve import read_curve
@@ -34,6 +35,7 @@ from mtptrain.run.tracking import METRICS_FILE
 
 FOLDER = FolderUse.own
 PROCESSES = "none"
+WANTED = "an evaluation.json or the folder of its run, of a training, a curve, a comparison or a sweep"
 RECORDS = (
     EVALUATION_FILE,
     CURVE_FILE,
@@ -68,10 +70,7 @@ def reads(config: RunConfig) -> Settings:
 def check(config: RunConfig) -> None:
     """Refuse a report without an evaluation."""
     if config.path is None:
-        raise UserError(
-            "path=null: report needs an evaluation.json or the folder of its run, of a training, a curve, a comparison "
-            "or a sweep; set path=RUN"
-        )
+        raise UserError(f"path=null: report needs {WANTED}; set path=RUN")
 
 
 def find_page(path: Path) -> Page:
@@ -85,7 +84,9 @@ def find_page(path: Path) -> Page:
     """
     file = path
     if path.is_dir():
-        file = path / next((name for name in RECORDS if (path / name).exists()), EVALUATION_FILE)
+        file = path / next((name for name in RECORDS if (path / name).exists()), "")
+        if file == path:
+            raise UserError(f"path={path}: holds no {any_of(RECORDS)}; give {WANTED}")
     kind = _kind(file)
     if kind == COMPARISON_FILE:
         comparison = read_comparison(file, "path")

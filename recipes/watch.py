@@ -14,6 +14,7 @@ import torch
 
 from mtptrain.config import RunConfig, TrackingConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, settings
+from mtptrain.config.rules import as_written
 from mtptrain.errors import UserError
 from mtptrain.evaluation.curve import CurvePoint
 from mtptrain.recipes.curve import CurveBuilder, UnreadableError
@@ -43,7 +44,8 @@ def reads(config: RunConfig) -> Settings:
 def check(config: RunConfig) -> None:
     """Refuse a watch without the folder of a run, or of a folder that does not exist."""
     if config.checkpoint in (None, "stock"):
-        raise UserError(f"checkpoint={config.checkpoint}: watch needs the folder of a training run; set checkpoint=RUN")
+        given = as_written(config.checkpoint)
+        raise UserError(f"checkpoint={given}: watch needs the folder of a training run; set checkpoint=RUN")
     checkpoints_of_run(Path(str(config.checkpoint)))
 
 

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -r "$out"' EXIT
 python -m mtptrain +recipe=report path="$1" output_dir="$out" > /dev/null
-chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1030 \
+chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1000 \
     --screenshot="$out/report.png" "file://$out/report.html" 2> "$out/log"
 mkdir -p docs/images
 # 64 colours are enough for text and two series, and make a third of the bytes.

@@ -25,7 +25,7 @@ MISTAKES = [
     (["loss.divergence=ce"], r"loss.divergence=ce: .*use \+recipe=pretrain"),
     (["resume=sometimes"], "resume=sometimes: must be never or auto"),
     (["resume=auto", "output_dir=null"], "resume=auto: .*set output_dir"),
-    (["data.path=null"], "data.path=None: data=text needs"),
+    (["data.path=null"], "data.path=null: data=text and data=chat need"),
     (["train.steps=0"], "train.steps=0: must be at least 1"),
     (["train.learning_rate=nan"], "train.learning_rate=nan: must be above 0"),
     (["train.beta1=1"], r"train.beta1=1.0: must lie in \[0, 1\)"),
@@ -42,7 +42,7 @@ MISTAKES = [
     (["~mtp.depht"], r"mtp.depht: there is no such setting; did you mean mtp.depth\?$"),
     (["steps=2"], r"steps: there is no such setting; did you mean mtp.steps, stock_head.steps or train.steps\?$"),
     (["xyzzy=2"], "xyzzy: there is no such setting; `--cfg job` lists all of them$"),
-    (["data.mixture=[{pth:a.txt}]"], r"data.mixture: its parts have no pth; did you mean path\?; they have name, "),
+    (["data.mixture=[{pth:a.txt}]"], r"data.mixture: its parts have no pth; did you mean path\? They have name, "),
     (["decoding.stop_below=0.4"], "decoding.stop_below: there is no .* is now called decoding.min_confidence$"),
     (["+decoding.stop_below=0.4"], "decoding.stop_below: there is no .* is now called decoding.min_confidence$"),
     (["stock_head.steps=0"], "stock_head.steps=0: must be at least 1"),
@@ -57,23 +57,23 @@ MISTAKES = [
     (["loss.divergence=reversekl"], r"loss.divergence=reversekl: must be .*; did you mean reverse_kl\?$"),
     (["engine=zero4"], r"engine=zero4: must be single, zero1, zero2 or zero3; did you mean zero3\?$"),
     (["++engine=zero4"], r"engine=zero4: must be single, zero1, zero2 or zero3; did you mean zero3\?$"),
-    (["offload=true"], "offload=True: needs engine=zero1, zero2 or zero3"),
+    (["offload=true"], "offload=true: needs engine=zero1, zero2 or zero3"),
     (["engine=zero1", "train.optimizer=muon"], "train.optimizer=muon: needs whole matrices .*; set engine=single"),
     (["engine=zero3", "precision=bf16"], "precision=bf16: DeepSpeed's stage 3 holds .*; set engine=zero2"),
     (["engine=zero2"], "engine=zero2: shares tensors out .* was started alone; start it with scripts/launch_"),
     (["mtp.experts=expert_parallel"], "mtp.experts=expert_parallel: shares tensors out .* was started alone"),
     (["mtp.experts=expert_parallel", "engine=zero3"], "mtp.experts=expert_parallel: .*; set engine=zero1 or zero2"),
-    (["deepspeed.config=absent.json"], r"deepspeed=\['config'\]: tunes DeepSpeed; set engine=zero1, zero2 or zero3"),
+    (["deepspeed.config=absent.json"], r"deepspeed=\[config\]: tunes DeepSpeed; set engine=zero1, zero2 or zero3"),
     (["engine=zero2", "deepspeed.bf16.enabled=true"], "deepspeed.bf16=.*; set precision=bf16"),
     (["backbone.placement=zero3"], "backbone.placement=zero3: shares tensors out .* was started alone"),
     (["device=tpu"], "device=tpu: must be auto, cpu or cuda"),
     (["data=csv"], "data=csv: there is no such choice of data; there are chat, .*, stdlib, streams, text$"),
-    (["data=txt"], r"data=txt: there is no such choice of data; did you mean text\?; there are "),
+    (["data=txt"], r"data=txt: there is no such choice of data; did you mean text\? There are "),
     (
         ["tracking=[wandb,tensorbord]"],
-        r"tracking=tensorbord: there is no such .*; did you mean tensorboard\?; there are",
+        r"tracking=tensorbord: there is no such .*; did you mean tensorboard\? There are",
     ),
-    (["+model=v4flash"], r"\+model=v4flash: there is no such choice of model; did you mean v4_flash\?; there are"),
+    (["+model=v4flash"], r"\+model=v4flash: there is no such choice of model; did you mean v4_flash\? There are"),
     (["model=v4_flash"], r"model: is not chosen yet; write it with a plus: \+model=v4_flash$"),
     (["+data=stdlib"], r"\+data: there is a choice of data already; write data=NAME without the plus to change it$"),
     (["task=distil"], r"task=distil: there is no such program; did you mean distill\?; leave it to \+recipe=NAME"),
@@ -110,7 +110,7 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> No
     code, output, errors = run_process("+recipe=distil", folder=tmp_path)
     assert (code, output) == (2, "")
     known = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")))
-    line = f"+recipe=distil: there is no such recipe; did you mean distill?; there are {known}"
+    line = f"+recipe=distil: there is no such recipe; did you mean distill? There are {known}"
     assert errors == f"mtptrain: {line}\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -133,7 +133,7 @@ def test_an_unknown_option_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_mistyped_recipe_is_answered_with_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main("distil", "train.steps=2") == 2
-    line = r"mtptrain: distil: there is no such recipe; did you mean distill\?; there are backbone, .*\n"
+    line = r"mtptrain: distil: there is no such recipe; did you mean distill\? There are backbone, .*\n"
     assert re.fullmatch(line, capfd.readouterr().err)
 
 
@@ -246,6 +246,14 @@ def test_help_lists_every_recipe(columns: int, capfd: pytest.CaptureFixture[str]
     assert fits(output, columns)
 
 
+def test_a_long_option_goes_on_below_its_text(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    assert run_main("--help") == 0
+    assert f" table and\n{' ' * 26}sweep.html\n" in capfd.readouterr().out
+
+
 def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +280,7 @@ def test_the_help_of_a_recipe_lists_what_it_reads(columns: int, capfd: pytest.Ca
     output = capfd.readouterr().out
     assert output.startswith("Train a head on the backbone's own")
     assert "\n  train.steps=7" in output
+    assert "\n  data=chat|on_policy|stdlib|streams|text\n" in output
     text = " ".join(output.split())
     assert "engine=single single|zero1|zero2|zero3" in text
     assert "data.max_documents=null" in text
@@ -279,6 +288,12 @@ def test_the_help_of_a_recipe_lists_what_it_reads(columns: int, capfd: pytest.Ca
     assert "plan." not in output
     assert "data.path" not in output  # of data=text
     assert fits(output, columns)
+
+
+@pytest.mark.parametrize("choice", ["distill data=text", "distill data=chat", "distill data=streams", "flash_2nodes"])
+def test_the_help_of_a_choice_needs_no_file(choice: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(*choice.split(), "--help") == 0
+    assert "\n  data.path=PATH" in capfd.readouterr().out
 
 
 def test_the_version_is_that_of_this_package(capfd: pytest.CaptureFixture[str]) -> None:

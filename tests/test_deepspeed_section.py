@@ -46,12 +46,12 @@ def test_auto_leaves_a_setting_to_the_run() -> None:
         ({"zero_optimization": 3}, "must be a section"),
         ({"zero_optimization": {"reduce_bucketsize": "auto"}}, r"did you mean zero_optimization\.reduce_bucket_size\?"),
         ({"wall_clock_breakdown": "often"}, r"deepspeed\.wall_clock_breakdown=often: must be true or false"),
-        ({"comms_logger": None}, r"deepspeed\.comms_logger=None: must be a section"),
+        ({"comms_logger": None}, r"deepspeed\.comms_logger=null: must be a section"),
         ({"flops_profiler": {"enable": True}}, r"did you mean flops_profiler\.enabled\?"),
         ({"aio": {"block_size": 5}}, r"deepspeed\.aio=.*: tunes reads from NVMe"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memoy": True}}},
-            r"offload_optimizer\.pin_memoy=True: .*did you mean zero_optimization\.offload_optimizer\.pin_memory\?",
+            r"offload_optimizer\.pin_memoy=true: .*did you mean zero_optimization\.offload_optimizer\.pin_memory\?",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "/a"}}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_module
@@ -16,6 +15,7 @@ from mtptrain.cli import typed_config
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import quoted
 from mtptrain.config.given import Given, given_settings
+from mtptrain.config.rules import as_written
 from mtptrain.config.typos import composition_message
 from mtptrain.errors import UserError
 from mtptrain.help import register_help
@@ -34,19 +34,8 @@ class Composed(NamedTuple):
 
 
 def written(value: Any) -> str:
-    """Return a value as the command line writes it: None is null, a list is [A,B], a mapping is {K:V}."""
-    if isinstance(value, Enum):
-        value = value.value
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{written(key)}:{written(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(written, value)) + "]"
-    text = str(value)  # also of a path
-    return text if PLAIN.fullmatch(text) and text.lower() not in WORDS else quoted(text)
+    """Return a value as the command line writes it, with quotes around texts that need them."""
+    return as_written(value, lambda text: text if PLAIN.fullmatch(text) and text.lower() not in WORDS else quoted(text))
 
 
 def arguments_of(recipe: str, settings: Settings) -> list[str]:

@@ -28,7 +28,7 @@ from mtptrain.release.family import check_family
 from mtptrain.release.fingerprint import fingerprint
 from mtptrain.release.shards import Shards, head_name
 from mtptrain.run.distributed import on_rank0
-from mtptrain.run.hub import HUB_ID
+from mtptrain.run.hub import HUB_ID, summary
 from mtptrain.run.lost import lost_process_reason
 from mtptrain.run.progress import waiting
 
@@ -136,10 +136,10 @@ def _from_hub(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's client raises its own, the network's and the system's types
-        summary = " ".join(str(error).split())[:200]
         raise UserError(
             f"backbone.path={name}: is no folder here and could not be downloaded from the hub at "
-            f"backbone.revision={revision} ({summary}); download it on a machine with a network and give the folder"
+            f"backbone.revision={revision} ({summary(error)}); download it on a machine with a "
+            "network and give the folder"
         ) from None
 
 

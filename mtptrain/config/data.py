@@ -104,7 +104,8 @@ class DataConfig:
             self.source is not DataSource.text or bool(self.path) or bool(self.mixture),
             "data.path",
             self.path,
-            "data=text needs a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a `datasets` name",
+            "data=text and data=chat need a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a "
+            "`datasets` name",
         )
         require(
             self.source is not DataSource.streams or bool(self.path),

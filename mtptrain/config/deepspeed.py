@@ -11,7 +11,7 @@ from os.path import expanduser
 from typing import Any
 
 from mtptrain.config.choices import EngineName
-from mtptrain.config.rules import did_you_mean, require
+from mtptrain.config.rules import as_written, did_you_mean, require
 from mtptrain.errors import UserError
 
 FILE = "config"  # key of the section: a file of DeepSpeed's settings, over which the other keys take precedence
@@ -146,7 +146,7 @@ def passed_settings(given: Section, engine: EngineName, offload: bool) -> Sectio
 def _check(name: str, value: Any, engine: EngineName) -> None:
     """Refuse a setting that belongs to the run, that its engine does not read, that is unknown or of a wrong type."""
     if name in OWNED:
-        raise UserError(f"deepspeed.{name}={value}: {OWNED[name]}")
+        raise UserError(f"deepspeed.{name}={as_written(value)}: {OWNED[name]}")
     _require_known(name, value, KNOWN)
     require(name not in FLAGS or isinstance(value, bool), f"deepspeed.{name}", value, "must be true or false")
     if name in SECTIONS:
@@ -165,7 +165,7 @@ def _check_offload(name: str, value: Any) -> None:
     require(value.get("device") != "nvme", f"deepspeed.{name}.device", value.get("device"), NVME)
     for key, one in value.items():
         if f"{name}.{key}" in OWNED:
-            raise UserError(f"deepspeed.{name}.{key}={one}: {OWNED[f'{name}.{key}']}")
+            raise UserError(f"deepspeed.{name}.{key}={as_written(one)}: {OWNED[f'{name}.{key}']}")
         _require_known(f"{name}.{key}", one, {f"{name}.{known}" for known in OFFLOAD})
 
 

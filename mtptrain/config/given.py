@@ -82,6 +82,13 @@ def _flat(value: Any, name: str) -> Iterator[str]:
         yield from _flat(one, f"{name}.{key}".removeprefix("."))
 
 
+def stand_in_path(settings: dict[str, Any]) -> None:
+    """Give a source that needs a path the path PATH, if it has none: the help of a recipe needs no file."""
+    data = settings["data"]
+    if data["source"] in (DataSource.text.value, DataSource.streams.value) and not data["mixture"]:
+        data["path"] = data["path"] or "PATH"
+
+
 def choose_source(settings: dict[str, Any], given: Given) -> None:
     """Set `data.source` to that of `data.path`, if the user gave a path and neither user nor recipe chose a source.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from enum import Enum
 from typing import Any
 
 from mtptrain.errors import UserError
@@ -19,7 +20,27 @@ ALL_CHECKPOINTS = "all"  # of `checkpoints`: every checkpoint of a run
 def require(condition: bool, setting: str, value: Any, rule: str) -> None:
     """Raise a `UserError` with setting, value and rule unless the condition holds."""
     if not condition:
-        raise UserError(f"{setting}={value}: {rule}")
+        raise UserError(f"{setting}={as_written(value)}: {rule}")
+
+
+def as_written(value: Any, text: Callable[[str], str] = str) -> str:
+    """Return a value as the command line writes it: None is null, a list is [A,B], a mapping is {K:V}.
+
+    Args:
+        value: of a setting.
+        text: writes a text that is none of these.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{as_written(key, text)}:{as_written(one, text)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(as_written(one, text) for one in value) + "]"
+    return text(str(value))  # also of a path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mtptrain.config.reads import all_settings
-from mtptrain.config.rules import any_of, did_you_mean
+from mtptrain.config.rules import any_of, as_written, did_you_mean
 from mtptrain.config.run import RunConfig
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}
@@ -55,7 +55,14 @@ def no_such_choice(group: str, choice: str, names: Sequence[str]) -> str:
     """Return the answer to an unknown file of a config group, such as a recipe; `names` are the existing ones."""
     plus = "" if group in ("backbone", "data", "tracking") else "+"
     kind = "recipe" if group == "recipe" else f"choice of {group}"
-    return f"{plus}{group}={choice}: there is no such {kind}{did_you_mean(choice, names)}; there are {', '.join(names)}"
+    return f"{plus}{group}={choice}: there is no such {kind}{_near_and_all(choice, names, 'there are')}"
+
+
+def _near_and_all(word: str, names: Sequence[str], opening: str) -> str:
+    """Return the nearest name, if one is near, and all of them behind two words such as `there are`."""
+    near = did_you_mean(word, names)
+    opening = f" {opening.capitalize()}" if near else f"; {opening}"
+    return f"{near}{opening} {', '.join(names)}"
 
 
 def wrong_value(error: OmegaConfBaseException) -> str:
@@ -64,8 +71,8 @@ def wrong_value(error: OmegaConfBaseException) -> str:
     lists = [one for one in sorted(all_settings()) if error.object_type in get_args(_type_of(one))]
     if lists:  # OmegaConf names a setting of an item alone
         kind = get_type_hints(error.object_type)[name.rpartition(".")[2]]
-        return f"{lists[0]}: {name}={value}: {_rule(kind, name, str(value))}"
-    return f"{name}={value}: {_rule(_type_of(name), name, str(value))}"
+        return f"{lists[0]}: {name}={as_written(value)}: {_rule(kind, name, str(value))}"
+    return f"{name}={as_written(value)}: {_rule(_type_of(name), name, str(value))}"
 
 
 def _type_of(name: str) -> Any:
@@ -172,9 +179,7 @@ def _composition_answer(text: str, cause: BaseException | None) -> str | None:
         if not is_dataclass(cause.object_type):
             return f"{name}: cannot be replaced as a whole; add to it with +{name}.{cause.key}=VALUE"
         known = [part.name for part in fields(cause.object_type)]
-        return (
-            f"{name}: its parts have no {cause.key}{did_you_mean(str(cause.key), known)}; they have {', '.join(known)}"
-        )
+        return f"{name}: its parts have no {cause.key}{_near_and_all(str(cause.key), known, 'they have')}"
     if isinstance(cause, OmegaConfBaseException) and is_dataclass(_type_of(name)):
         return no_such_setting(str(cause.full_key))
     return no_such_setting(name)

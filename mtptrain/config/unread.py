@@ -10,7 +10,7 @@ from typing import Any
 from mtptrain.config.choices import DataSource, ExportCheck, ReleaseSize
 from mtptrain.config.given import Given
 from mtptrain.config.reads import CONVERSATIONS, TEMPLATE, Settings, all_settings, of_measuring, settings
-from mtptrain.config.rules import any_of
+from mtptrain.config.rules import any_of, as_written
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
 from mtptrain.config.verbosity import say
@@ -160,7 +160,7 @@ def _check_allowed(names: list[str]) -> None:
     """Refuse a name in `resume_allow` that is no setting and no section."""
     for name in names:
         if not settings(name):
-            raise UserError(f"resume_allow={names}: {no_such_setting(name)}")
+            raise UserError(f"resume_allow={as_written(names)}: {no_such_setting(name)}")
 
 
 def _setting(name: str) -> str:
@@ -216,8 +216,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _shown(config: RunConfig, name: str) -> str:
-    value = _value(config, name)
-    return str(getattr(value, "value", value))
+    return as_written(_value(config, name))
 
 
 def _is_default(config: RunConfig, name: str) -> bool:

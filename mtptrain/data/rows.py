@@ -44,9 +44,9 @@ def _way_out(loader: str) -> str:
     if not HUB_ID.fullmatch(loader) or Path(loader).exists():
         return "check the file, or the name and the network"
     return (
-        f"check the name and the network, or run `hf download {loader} --repo-type dataset --local-dir {loader}` where "
-        "there is a network and copy that folder to the working directory, or set HF_HOME to a cache that holds the "
-        "data set, or give a local file"
+        f"check the path (there is no {loader} in the working folder), or the name and the network, or run `hf "
+        f"download {loader} --repo-type dataset --local-dir {loader}` where there is a network and copy that folder to "
+        "the working directory, or set HF_HOME to a cache that holds the data set, or give a local file"
     )
 
 

@@ -58,7 +58,9 @@ class ResultFile(Generic[T]):
         try:
             return read_json(self.content, path / self.name if path.is_dir() else path, self.schema)
         except OSError as error:
-            raise UserError(f"{setting}={path}: cannot be read ({error.strerror}); give {self.wanted}") from None
+            is_other = path.is_dir() and isinstance(error, FileNotFoundError)
+            reason = f"holds no {self.name}" if is_other else f"cannot be read ({error.strerror})"
+            raise UserError(f"{setting}={path}: {reason}; give {self.wanted}") from None
         except ValueError as error:
             raise UserError(
                 f"{setting}={path}: is no {self.name} of schema {self.schema} ({error}); {self.again}"

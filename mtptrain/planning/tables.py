@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtptrain.planning.result import DecodingPlan, DraftLengthRow, ModelSizes, PartCost, PassCost, Profile, TrainingPlan
-from mtptrain.run.tables import print_table
+from mtptrain.run.tables import print_sentence, print_table
 
 
 def print_plan(plan: DecodingPlan | TrainingPlan, console: Console) -> None:
@@ -20,16 +20,16 @@ def print_plan(plan: DecodingPlan | TrainingPlan, console: Console) -> None:
 
 def print_decoding_plan(plan: DecodingPlan, console: Console) -> None:
     """Print summary, assumptions, gain by K, and the work of a plain pass, the best verify pass and a draft step."""
-    _print_line(console, decoding_summary(plan), style="bold")
+    print_sentence(console, decoding_summary(plan), style="bold")
     for line in (_describe_sizes(plan.model), _describe_decoding(plan), _describe_profile(plan.acceptance)):
-        _print_line(console, line)
+        print_sentence(console, line)
     print_table(console, _draft_length_table(plan))
     shown = plan.draft_lengths[plan.best_draft_length or 1]
     print_table(console, _work_table("Plain pass, t(1)", plan.draft_lengths[0].verify))
     print_table(console, _work_table(f"Verify pass, t({shown.draft_length + 1})", shown.verify))
     if shown.draft is not None:
         print_table(console, _work_table("Later draft step", shown.draft.later_step))
-    _print_line(console, "Estimates: every part at the hardware's ceiling, without overlap. See docs/plan.md.")
+    print_sentence(console, "Estimates: every part at the hardware's ceiling, without overlap. See docs/plan.md.")
 
 
 def print_training_plan(plan: TrainingPlan, console: Console) -> None:
@@ -37,22 +37,22 @@ def print_training_plan(plan: TrainingPlan, console: Console) -> None:
     memory, step, cache = plan.memory, plan.step, plan.stream_cache
     seconds = {"computing": step.seconds.computing, "communication": step.seconds.communication}
     moments = {name: size / 1e9 for name, size in memory.moments.items()}
-    _print_line(console, training_summary(plan), style="bold")
-    _print_line(console, _describe_sizes(plan.model))
-    _print_line(console, _describe_training(plan))
+    print_sentence(console, training_summary(plan), style="bold")
+    print_sentence(console, _describe_sizes(plan.model))
+    print_sentence(console, _describe_training(plan))
     print_table(console, _shares_table(f"Memory per GPU during {memory.moment}, the peak", "GB", memory.gpu, 1e9))
-    _print_line(console, "GB at each moment: " + ", ".join(f"{name} {size:.4g}" for name, size in moments.items()))
+    print_sentence(console, "GB at each moment: " + ", ".join(f"{name} {size:.4g}" for name, size in moments.items()))
     print_table(console, _shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
     print_table(console, _shares_table(f"A step of {step.tokens} tokens, all GPUs", "TFLOP", step.flops, 1e12))
     if step.sent_bytes_a_gpu:
         print_table(console, _shares_table("Sent by each GPU per step", "GB", step.sent_bytes_a_gpu, 1e9))
     print_table(console, _shares_table("Time of a step", "seconds (ceiling)", seconds, 1))
-    _print_line(
+    print_sentence(
         console,
         f"A stream cache of these tokens takes {cache.bytes / 1e12:.4g} TB, {cache.bytes_a_token / 1024:g} KiB per "
         "token in bf16.",
     )
-    _print_line(
+    print_sentence(
         console,
         "Estimates, not measurements. Ceiling: products at the hardware's rate, without overlap. Expected: products at "
         "35 % of the data sheet's rate, which DeepSeek-V3's training reached (arXiv 2412.19437). See docs/plan.md.",
@@ -172,8 +172,3 @@ def _new_table(title: str, headers: list[str]) -> Table:
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right")
     return table
-
-
-def _print_line(console: Console, line: str, style: str | None = None) -> None:
-    """Print a sentence as one line, so that a file or a pipe gets it unbroken."""
-    console.print(line, style=style, highlight=False, soft_wrap=True)

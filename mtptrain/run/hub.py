@@ -43,7 +43,7 @@ def download_model(address: Path, patterns: list[str], setting: str) -> Path:
                 "switched off by HF_HUB_OFFLINE; unset it, or give the folder"
             ) from None
         raise UserError(
-            f"{setting}=hf://{name}: could not be downloaded at revision {revision} ({_summary(error)}); download it "
+            f"{setting}=hf://{name}: could not be downloaded at revision {revision} ({summary(error)}); download it "
             "on a machine with a network and give the folder"
         ) from None
 
@@ -64,7 +64,7 @@ def check_upload(name: str, setting: str) -> None:
         HfApi().whoami()
     except Exception as error:  # as in download_model
         raise UserError(
-            f"{setting}={name}: the hub does not answer to this user ({_summary(error)}); log in with `hf auth login`, "
+            f"{setting}={name}: the hub does not answer to this user ({summary(error)}); log in with `hf auth login`, "
             f"or leave {setting} out"
         ) from None
 
@@ -81,10 +81,12 @@ def upload_folder(folder: Path, name: str, setting: str) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add an exported head").repo_url)
     except Exception as error:  # as in download_model
         raise UserError(
-            f"{setting}={name}: could not be uploaded ({_summary(error)}); {folder} is whole: upload it with "
+            f"{setting}={name}: could not be uploaded ({summary(error)}); {folder} is whole: upload it with "
             f"`hf upload {name} {folder}`"
         ) from None
 
 
-def _summary(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def summary(error: Exception) -> str:
+    """Return the cause of an error of the hub's client on one line, without the client's remarks on its own cache."""
+    first = str(error).strip().split("\n")[0]
+    return " ".join(first.removeprefix("Got: ").split())[:200].rstrip(" .")

@@ -15,6 +15,11 @@ def open_console() -> Console:
     return Console(force_jupyter=False)
 
 
+def print_sentence(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line: in a terminal broken between words, in a file or a pipe whole."""
+    console.print(Text(line, style=style or ""), soft_wrap=not console.is_terminal)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print a table, or a block for each row if a word or figure of it would be cut."""
     if _is_whole(table, console.width):

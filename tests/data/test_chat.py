@@ -249,5 +249,5 @@ def test_an_answer_of_weight_0_is_no_target(tmp_path: Path) -> None:
 
 
 def test_variables_that_mtptrain_sets_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.chat_template_kwargs=\['messages'\]"):
+    with pytest.raises(UserError, match=r"data\.chat_template_kwargs=\[messages\]"):
         DataConfig(chat_template_kwargs={"messages": []})

@@ -223,7 +223,7 @@ REFUSED = [
     (["target=vllm", "export.scheme=bf16"], r"export\.scheme=bf16: vllm builds the head with the model's quantisation"),
     (["target=sglang", "export.form=draft"], r"export\.form=draft: a draft folder is written for vLLM only"),
     (["target=vllm", "checkpoint=stock"], r"checkpoint=stock: export needs a trained head"),
-    ([], r"target=None: export needs target=vllm"),
+    ([], r"target=null: export needs target=vllm"),
     (["target=llama_cpp", "export.form=draft"], r"export\.form=draft: a draft folder is written for vLLM only"),
     (["target=llama"], r"target"),
     (["target=vllm", "export.max_drop=-1"], r"export\.max_drop=-1\.0: must be 0 or more"),

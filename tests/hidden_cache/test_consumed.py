@@ -78,7 +78,7 @@ def test_an_interrupted_deletion_is_completed(whole: Path) -> None:
 
 def test_there_is_no_second_epoch_of_deleted_shards(whole: Path, tmp_path: Path) -> None:
     steps = rows_of_epoch(whole) // 2
-    with pytest.raises(UserError, match=r"data.delete_consumed=True: all \d+ rows .* give its number as train.steps"):
+    with pytest.raises(UserError, match=r"data.delete_consumed=true: all \d+ rows .* give its number as train.steps"):
         trainer(tmp_path, follow(whole, deletes=True), every=100, steps=100).run(MemoryLog())
     assert [path.name for path in checkpoint_folders(tmp_path / "checkpoints")] == [f"step_{steps:08d}"]
     ended = trainer(tmp_path, follow(whole, deletes=True), steps=steps)

@@ -186,10 +186,10 @@ def test_a_manifest_that_comes_after_the_cache_was_opened_brings_its_shards(writ
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"follow": True}, "data.follow=True: waits for the shards of a stream cache"),
+        ({"follow": True}, "data.follow=true: waits for the shards of a stream cache"),
         (
             {"source": DataSource.streams, "path": "x", "delete_consumed": True},
-            "data.delete_consumed=True: .*follow=true",
+            "data.delete_consumed=true: .*follow=true",
         ),
     ],
 )

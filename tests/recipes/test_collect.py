@@ -301,10 +301,10 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["+recipe=distill", "--plan"], "collect.plan_only=True: belongs to +recipe=collect"),
+        (["+recipe=distill", "--plan"], "collect.plan_only=true: belongs to +recipe=collect"),
         (["+recipe=collect", "data=streams", "data.path=x"], "data=streams: is the hidden states of a text"),
-        (["+recipe=collect", "data.streaming=true"], "data.streaming=True: is for the training of heads"),
-        (["+recipe=distill", "data=streams"], "data.path=None: data=streams needs the folder"),
+        (["+recipe=collect", "data.streaming=true"], "data.streaming=true: is for the training of heads"),
+        (["+recipe=distill", "data=streams"], "data.path=null: data=streams needs the folder"),
         (["+recipe=distill", "data=streams", "data.path=x", "mtp.init=backbone"], "mtp.init=backbone: copies a layer"),
     ],
 )

@@ -275,10 +275,10 @@ def test_a_folder_of_something_else_is_left_alone(
     ("arguments", "reason"),
     [
         (["on_policy.prompts=heldout"], "on_policy.prompts=heldout: is for measuring heads"),
-        (["on_policy.prompts=a.jsonl", "prompts=[a.jsonl,b.jsonl]"], "on_policy.prompts=['a.jsonl']: are used"),
+        (["on_policy.prompts=a.jsonl", "prompts=[a.jsonl,b.jsonl]"], "on_policy.prompts=[a.jsonl]: are used"),
         (
             ["on_policy.prompts=[training,a.jsonl]"],
-            "on_policy.prompts=['training', 'a.jsonl']: training cannot be combined",
+            "on_policy.prompts=[training,a.jsonl]: training cannot be combined",
         ),
         (["on_policy.temperature=-1"], "on_policy.temperature=-1.0: must be 0 (greedy) or above"),
         (["on_policy.draft_length=9"], "on_policy.draft_length=9: must lie between 0 and 8"),

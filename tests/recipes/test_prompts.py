@@ -177,10 +177,10 @@ def test_a_wrong_prompt_is_said_before_any_training(tmp_path: Path, refused: Ref
 SETTINGS: list[tuple[list[str], str]] = [
     (["prompts=[]"], "prompts=[]: must be heldout, or"),
     (["prompts=3"], "prompts=3: must be heldout, or"),
-    (["prompts=[heldout,a.jsonl]"], "prompts=['heldout', 'a.jsonl']: heldout cannot be combined with others"),
+    (["prompts=[heldout,a.jsonl]"], "prompts=[heldout,a.jsonl]: heldout cannot be combined with others"),
     (["prompts=absent.jsonl"], "prompts=absent.jsonl: cannot be read"),
     (["prompts=absent"], "prompts=absent: datasets cannot load it"),
-    (["prompts=a.jsonl", "evaluation.traces=b"], "prompts=['a.jsonl']: evaluation.traces brings its own prompts"),
+    (["prompts=a.jsonl", "evaluation.traces=b"], "prompts=[a.jsonl]: evaluation.traces brings its own prompts"),
     (["decoding.stop=[nowhere]"], "decoding.stop=nowhere: is not one token of the backbone's 300; give"),
     (["decoding.stop=[300]"], "decoding.stop=300: is not one token"),
     (["decoding.stop=[-1]"], "decoding.stop=-1: is not one token"),

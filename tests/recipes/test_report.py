@@ -154,7 +154,8 @@ def test_a_curve_is_drawn_again(name: str, tmp_path: Path, capfd: pytest.Capture
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert refusal(capfd).startswith("path=null: report needs an evaluation.json or the folder of its run")
-    assert refusal(capfd, f"path={tmp_path}").startswith(f"path={tmp_path}: cannot be read (No such file")
+    assert refusal(capfd, f"path={tmp_path}/absent").startswith(f"path={tmp_path}/absent: cannot be read (No such file")
+    assert refusal(capfd, f"path={tmp_path}").startswith(f"path={tmp_path}: holds no evaluation.json, curve.json, ")
     older = tmp_path / "evaluation.json"
     older.write_text(json.dumps({"schema": SCHEMA - 1}))
     line = refusal(capfd, f"path={older}")

@@ -74,10 +74,10 @@ def test_a_mixture_whose_reader_is_killed_continues_to_the_same_bits(mixture: li
     [
         (["data.mixture=[{path:x.jsonl}]"], "data.path=KEPT: data.mixture brings its own sources"),
         (["data.mixture=[{path:x.jsonl,weight:0}]"], "data.mixture.x.weight=0.0: must be above 0"),
-        (["data.mixture=[{weight:2}]"], "data.mixture.text.path=None: a source of text needs"),
+        (["data.mixture=[{weight:2}]"], "data.mixture.text.path=null: a source of text needs"),
         (["data.mixture=[{source:streams}]"], "data.mixture.streams.source=streams: a mixture is of"),
         (["data=streams", "data.mixture=[{path:x.jsonl}]"], "data=streams: data.mixture brings its own sources, of"),
-        (["data.mixture=[{path:a/x},{path:b/x.jsonl}]"], "data.mixture=['x', 'x']: sources need names of their own"),
+        (["data.mixture=[{path:a/x},{path:b/x.jsonl}]"], "data.mixture=[x,x]: sources need names of their own"),
         (["data.mixture=[{wieght:2}]"], "data.mixture: its parts have no wieght; did you mean weight?"),
         (["data.streaming=true", "data.workers=-1"], "data.workers=-1: must not be negative"),
         (["data.streaming=true", "train.batch_size=99"], "training documents, and read as a stream each of"),
@@ -94,7 +94,7 @@ def test_a_wrong_mixture_or_stream_is_refused(
 @pytest.mark.parametrize("recipe", ["collect", "backbone"])
 def test_what_reads_a_text_once_takes_no_mixture(recipe: str, refused: Refused) -> None:
     line = refused("data.path=null", "data.mixture=[{path:a.jsonl}]", recipe=recipe)
-    assert line.startswith("data.mixture=['a']: weighs the training text of heads")
+    assert line.startswith("data.mixture=[a]: weighs the training text of heads")
 
 
 @pytest.mark.parametrize("begun", ["true", "false"])

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtptrain.run.tables import print_table
+from mtptrain.run.tables import print_sentence, print_table
 
 
 def table() -> Table:
@@ -28,6 +28,14 @@ def test_no_figure_is_cut(width: int) -> None:
     output = printed(width)
     assert "…" not in output
     assert {"1.1234567", "2.1234567", "1.9876543x", "2.9876543x"} <= set(output.split())
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_sentence_is_broken_between_words_in_a_terminal_only(is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=12, force_terminal=is_terminal)
+    print_sentence(console, "one [bold] sentence of words")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == (["one [bold] ", "sentence of ", "words"] if is_terminal else ["one [bold] sentence of words"])
 
 
 def test_a_narrow_table_is_printed_row_by_row() -> None:

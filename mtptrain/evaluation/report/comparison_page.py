@@ -24,7 +24,7 @@ from mtptrain.evaluation.report.comparison_tables import (
 from mtptrain.evaluation.report.headline import Headline, policy_text, prompts_text, seen_text
 from mtptrain.evaluation.report.tables import print_grid
 from mtptrain.evaluation.report.template import captioned, origin_facts, sentence, write_page
-from mtptrain.run.tables import print_table
+from mtptrain.run.tables import print_sentence, print_table
 
 COMPARISON_PAGE = "comparison.html"
 
@@ -102,9 +102,9 @@ def _provenance(comparison: Comparison) -> dict[str, str]:
 def print_result(comparison: Comparison, console: Console) -> None:
     """Print a sentence for each setting, every comparison, and the tables by domain and of settings."""
     lead = f"{comparison.prompts.count} prompts, {policy_text(comparison.policy)}"
-    console.print(lead, highlight=False, soft_wrap=True, markup=False)
+    print_sentence(console, lead)
     for head in comparison.heads:
-        console.print(head_sentence(head, comparison.draft_length), highlight=False, soft_wrap=True, markup=False)
+        print_sentence(console, head_sentence(head, comparison.draft_length))
     for one in comparison.comparisons:
         print_comparison(one, console)
     for grid in (domain_gain_table(comparison), difference_table(comparison)):

@@ -130,6 +130,8 @@ def svg(figure: Figure, axes: Axes, name: str, description: str) -> str:
         _, labels = axes.get_legend_handles_labels()
         if labels:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(labels), 3), columnspacing=1.4)
+        for written in axes.texts:  # names of lines, which have no style yet
+            written.set(color=INK, fontfamily=STYLE["font.family"])
         figure.savefig(target, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
     text = target.getvalue()
     text = text[text.index("<svg") :].strip()

@@ -29,7 +29,9 @@ def record(tmp_path: Path) -> RunRecord:
 
 def test_every_recorded_figure_has_a_curve(record: RunRecord, tmp_path: Path) -> None:
     write_training_page(record, tmp_path / "report.html")
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert all("fill: currentColor" in style for style in re.findall('<text style="(.*?)"', text))  # also in the dark
     captions = ("Training loss by draft step", "Acceptance alpha", "Acceptance length by replay", "Learning rate")
     for caption in (*captions, "Gradient norm", "Training speed", "Load of the busiest expert"):
         assert caption in page.text
