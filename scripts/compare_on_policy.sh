@@ -12,6 +12,8 @@ shift
 # shellcheck source=scripts/split_arguments.sh
 source "$(dirname "${BASH_SOURCE[0]}")/split_arguments.sh"
 
+# The recipe of the tables, which was the default then.
+recipe=(train.optimizer=adamw mtp.steps=3 train.batch_size=4)
 # 240 steps of 4 rows of documents and 272 steps of 4 rows of own texts (224 of 256 tokens generated) have 0.244 M
 # targets each; hardly any text is used twice.
 off_steps=240 own_steps=272 texts=1088
@@ -19,7 +21,7 @@ seeds=(0 1 2)
 quiet=(evaluation.every=0 evaluate_at_end=false train.keep_checkpoints=1 resume=auto)
 
 train() { # NAME SETTING...
-    "$PYTHON" -m mtptrain "${@:2}" "${quiet[@]}" "${settings[@]}" "output_dir=$folder/$1"
+    "$PYTHON" -m mtptrain "${@:2}" "${recipe[@]}" "${quiet[@]}" "${settings[@]}" "output_dir=$folder/$1"
 }
 for seed in "${seeds[@]}"; do
     train "off_policy_seed$seed" +recipe=distill "train.steps=$off_steps" "seed=$seed"

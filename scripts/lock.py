@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)  # of requires-python: a newer one may choose versions that the oldest cannot install
 # The CUDA build of a torch release requires one release of triton; the CPU build requires none, and pip would take the
-# newest.
-CHOSEN = ("torch==2.13.0", "triton==3.7.1")
+# newest. Newer pymdown-extensions need Python 3.11.5, and Debian 12 has 3.11.2: pip would look for half an hour for
+# versions of the dev extra that agree, and give up.
+CHOSEN = ("torch==2.13.0", "triton==3.7.1", "pymdown-extensions==12.3")
 OMITTED = re.compile(r"mtptrain|(nvidia|cuda)-.*")  # this project, and what the CUDA build of torch pins itself
 
 

@@ -3,11 +3,12 @@
 import re
 import sys
 import tomllib
-from importlib.metadata import requires, version
+from importlib.metadata import distributions, requires, version
 from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from tests.command import ROOT
@@ -41,6 +42,15 @@ def test_the_lock_holds_exact_public_versions_of_packages_alone(lock: ModuleType
 def test_the_lock_holds_the_chosen_versions(lock: ModuleType) -> None:
     assert set(lock.CHOSEN) <= set(LINES)
     assert PROJECT["requires-python"].startswith(">={}.{},".format(*lock.OLDEST_PYTHON))
+
+
+def test_locked_versions_run_on_every_release_of_the_oldest_python(lock: ModuleType) -> None:
+    oldest = "{}.{}.0".format(*lock.OLDEST_PYTHON)
+    installed = {canonicalize_name(one.name): one for one in distributions()}
+    same = [installed[name] for name in LOCKED if name in installed and installed[name].version == LOCKED[name]]
+    needs = {one.name: SpecifierSet(one.metadata.get("Requires-Python") or "") for one in same}
+    assert len(needs) > len(LOCKED) / 2
+    assert {name: str(needed) for name, needed in needs.items() if not needed.contains(oldest)} == {}
 
 
 def test_names_builds_and_what_torch_brings_are_normalized(lock: ModuleType) -> None:

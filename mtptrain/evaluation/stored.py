@@ -58,7 +58,7 @@ class ResultFile(Generic[T]):
         try:
             return read_json(self.content, path / self.name if path.is_dir() else path, self.schema)
         except OSError as error:
-            is_other = path.is_dir() and isinstance(error, FileNotFoundError)
+            is_other = isinstance(error, FileNotFoundError) and path.is_dir()
             reason = f"holds no {self.name}" if is_other else f"cannot be read ({error.strerror})"
             raise UserError(f"{setting}={path}: {reason}; give {self.wanted}") from None
         except ValueError as error:
