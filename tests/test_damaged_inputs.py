@@ -168,9 +168,9 @@ def test_a_head_of_another_backbone_is_refused(trained: Path, tmp_path: Path, re
     save_backbone(other, index_topk=2)
     line = refused(f"backbone.path={other}", f"checkpoint={trained}", recipe="evaluate")
     assert re.match(
-        rf"checkpoint={trained}/.*: holds backbone=.* and this run has backbone=.*; set backbone.path", line
+        rf"checkpoint={trained}/.*: holds backbone=.* and this run has backbone=.*; set backbone or backbone.path", line
     )
     line = refused(f"backbone.path={other}", f"mtp.init={trained}")
     assert re.match(
-        rf"mtp.init={trained}: checkpoint=.* holds backbone=.* and this run has .*; set backbone.path", line
+        rf"mtp.init={trained}: checkpoint=.* holds backbone=.* and this run has .*; set backbone or backbone.path", line
     )

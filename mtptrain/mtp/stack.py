@@ -152,7 +152,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: DeepseekV4Config
         if fitting is not None and tuple(shape) != fitting:
             raise UserError(
                 f"{source}: belongs to another backbone: its {name} is {list(shape)}, and that of a head of this "
-                f"backbone is {list(fitting)}; set backbone.path to match"
+                f"backbone is {list(fitting)}; set backbone or backbone.path to match"
             )
 
 

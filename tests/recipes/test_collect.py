@@ -244,7 +244,7 @@ def test_streams_of_another_backbone_are_refused(
     save_backbone(tmp_path / "other", index_topk=2)
     line = refusal(cache, light, tmp_path / "run", capfd, f"backbone.path={tmp_path / 'other'}")
     assert "holds backbone=" in line
-    assert "set backbone.path to match, or collect anew" in line
+    assert "set backbone or backbone.path to match, or collect anew" in line
 
 
 def test_rows_shorter_than_the_pieces_are_refused(

@@ -219,7 +219,7 @@ def other_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REUSE: list[tuple[Callable[[Path], str], str]] = [
-    (lambda other: f"backbone.path={other}", "set backbone.path to match, or record"),
+    (lambda other: f"backbone.path={other}", "set backbone or backbone.path to match, or record"),
     (lambda _: "decoding.max_new_tokens=5", "max_new_tokens=6 and this run has max_new_tokens=5"),
     (lambda _: "decoding.top_p=0.5 decoding.temperature=1", "top_p=1.0 and this run has temperature=1.0, top_p=0.5"),
     (lambda _: "decoding.temperature=1", "temperature=0.0 and this run has temperature=1.0"),

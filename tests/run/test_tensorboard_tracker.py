@@ -42,8 +42,9 @@ def train(folder: Path, start_step: int, steps: tuple[int, ...]) -> None:
         trackers.table("evaluation/speedup", ["head", "median"], [("stock|a", 1.5)])
 
 
-def test_curves_settings_and_tables_are_read_back(tmp_path: Path) -> None:
+def test_curves_settings_and_tables_are_read_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, 0, (10, 20))
+    assert f"tensorboard --logdir {tmp_path}/tensorboard\n" in capfd.readouterr().err
     assert curve(tmp_path, "loss/step_1") == [(10, 10.0), (20, 20.0)]
     assert texts(tmp_path, "settings") == ["```yaml\nseed: 3\n```"]
     assert texts(tmp_path, "evaluation/speedup") == ["| head | median |\n| --- | --- |\n| stock\\|a | 1.5000 |"]

@@ -79,7 +79,7 @@ def canvas(x_label: str, y_label: str, longest: int) -> tuple[Figure, Axes]:
 def step_canvas(y_label: str, first: int, last: int) -> tuple[Figure, Axes]:
     """Return an empty figure over training steps, with room at the right for the name of a line."""
     figure, axes = canvas("training steps", y_label, 1)
-    room = 0.05 * max(last - first, 1)
+    room = max(0.05 * (last - first), 0.5)  # of one step, too, the axis has whole numbers
     axes.set(xlim=(first - room, last + 2 * room))
     axes.xaxis.set_major_locator(few_ticks(integer=True))
     return figure, axes

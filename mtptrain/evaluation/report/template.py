@@ -49,7 +49,8 @@ def sentence(text: str) -> str:
 def origin_facts(origin: Provenance) -> dict[str, str]:
     """Return the origin of a result, name by name."""
     hardware = origin.hardware
-    threads = "" if hardware.torch_threads is None else f", {hardware.torch_threads} torch threads"
+    count = hardware.torch_threads
+    threads = "" if count is None else f", {count} torch thread{'s' if count != 1 else ''}"
     return {
         "Command": shlex.join(origin.command),
         "Started": origin.started,
