@@ -35,7 +35,7 @@ TOGETHER := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)
 
 test: $(VENV)/installed-dev ## lint, types, kernels and tests
 	$(MAKE) $(TOGETHER) quality kernels
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
