@@ -1,5 +1,6 @@
 """Compose Hydra's configurations at less cost: what depends on the chosen files alone is kept for all tests."""
 
+import copy
 import pickle
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
@@ -52,6 +54,11 @@ def _composed(loader: Any, defaults: Any, repo: Any) -> DictConfig:
     return composed
 
 
+def _open(repo: CachingConfigRepository, delegate: Any) -> None:
+    """Initialise without the deep copy of all sources: another search path gets a list of its own."""
+    repo.delegate, repo.cache = copy.copy(delegate), {}
+
+
 def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
     """Return the mode of a command without composing it for the sake of `hydra.mode` in a file."""
     chosen = {"-m", "--multirun"} & set(sys.argv) or any("hydra.mode" in one for one in overrides)
@@ -63,6 +70,7 @@ def composing_once() -> Iterator[None]:
     """Keep Hydra from reading the same files again, and from composing a configuration twice."""
     with (
         patch.object(Hydra, "get_mode", _mode),
+        patch.object(CachingConfigRepository, "__init__", _open),
         patch.object(config_loader_impl, "create_defaults_list", _defaults),
         patch.object(ConfigLoaderImpl, "_compose_config_from_defaults_list", _composed),
     ):
