@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test docs test-servers quality kernels mutants lock clean
+.PHONY: run test tests docs test-servers quality kernels mutants lock clean
 
 # The locked pip comes first: it applies the lock also where a package is built from source (--build-constraint).
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,12 +31,12 @@ quality: $(VENV)/installed-dev ## what CI checks before the tests
 kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need not be here; prints what they take
 	$(BIN)/python -m mtptrain.kernels.aot
 
-# mypy runs on one core, so the kernels compile beside it; make 4 prints the output of each in one piece.
-TOGETHER := --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+tests: kernels
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
+# mypy runs on one core, so the tests run beside it.
 test: $(VENV)/installed-dev ## lint, types, kernels and tests
-	$(MAKE) $(TOGETHER) quality kernels
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) --no-print-directory --jobs 2 quality tests
 
 docs: $(VENV)/installed-dev ## build the site of the documentation into build/site, from which index.html opens
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

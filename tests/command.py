@@ -124,22 +124,6 @@ def write_blank(figure: object, target: TextIO, **options: object) -> None:
     target.write("<svg ></svg>")
 
 
-@contextmanager
-def composing_once() -> Iterator[None]:
-    """Keep Hydra from composing a configuration twice; the first time tells it whether a command is a sweep."""
-    from hydra._internal.hydra import Hydra
-    from hydra.types import RunMode
-
-    ask = Hydra.get_mode
-
-    def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
-        chosen = {"-m", "--multirun"} & set(sys.argv) or any("hydra.mode" in one for one in overrides)
-        return ask(hydra, config_name, overrides) if chosen else RunMode.RUN
-
-    with patch.object(Hydra, "get_mode", mode):
-        yield
-
-
 def run_main(*arguments: str, is_full: bool = False) -> int:
     """Run the command in this process; return its exit code.
 
@@ -150,6 +134,7 @@ def run_main(*arguments: str, is_full: bool = False) -> int:
     from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run without Hydra installed
 
     from mtptrain import cli
+    from tests.composing import composing_once
 
     GlobalHydra.instance().clear()
     is_little = not is_full and any(isinstance(one, Light) for one in arguments)

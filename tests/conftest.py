@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all tests are imported: collections would visit a million objects that stay
 _CACHE = tempfile.TemporaryDirectory(prefix="mtptrain-tests-")
 os.environ |= {
     "XDG_CACHE_HOME": _CACHE.name,
@@ -35,7 +36,7 @@ from tests.command import SMALL, Light, Refused, run_main
 from tests.tiny import random_backbone, random_stack
 
 torch.set_num_threads(1)
-gc.set_threshold(100_000, 50, 50)  # a collection visits the million objects of torch and transformers in vain
+gc.set_threshold(100_000, 50, 50)
 os.fsync = lambda descriptor: None  # waits for the disk at every file; what a test writes need not outlast a power cut
 
 VOCAB_SIZE = 300  # 256 bytes, two bos_eos and a few merges
@@ -70,6 +71,20 @@ def save_backbone(folder: Path, **overrides: object) -> None:
     model.save_pretrained(folder)
     save_tokenizer(train_tokenizer(corpus_texts(), VOCAB_SIZE), folder)
     save_file(random_stack(model).state_dict(), folder / "mtp.safetensors")
+
+
+LONG = ("recipes/test_matrix.py", "training/test_engines.py", "test_launchers.py", "recipes/test_other_node.py")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but not among modules and tests."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that wait for processes: the other workers take short ones meanwhile, to the end."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,10 @@ class Reads:
         value = object.__getattribute__(section, name)
         prefix = self._prefixes.get(id(section))
         is_setting = name in _single_settings(type(section)) and (id(section), name) not in self._replaced
-        if prefix is not None and is_setting and _has_effect(sys._getframe(2)):
-            self.names.add(f"{prefix}{name}")
+        if prefix is None or not is_setting or (setting := f"{prefix}{name}") in self.names:
+            return value
+        if _has_effect(sys._getframe(2)):
+            self.names.add(setting)
         return value
 
     def replace(self, section: Any, **changes: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mtptrain.cli", "mtptrain.recipes.distill", "deepspeed"])
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 SECONDS = 900  # until a process counts as stuck
 
 

@@ -1,0 +1,15 @@
+"""The packages that processes of tests begin with."""
+
+# ruff: noqa: E402, F401 (collections would visit the imported objects, which stay)
+
+import gc
+
+gc.disable()
+
+import deepspeed
+
+import mtptrain.cli
+import mtptrain.recipes.distill
+
+gc.freeze()
+gc.enable()
