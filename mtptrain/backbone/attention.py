@@ -119,8 +119,8 @@ class Attention(DeepseekV4Attention):
         if self.compressor is not None:
             entries_B1WC, chosen_BST = self.compressor(hidden_states, latent_BSQ, position_ids, None, self.layer_idx)
             entries_BWC = entries_B1WC.squeeze(1)
-        out_BSHC = attend(self, query_BSHC.transpose(1, 2), key_BSC, entries_BWC, chosen_BST)
-        grouped = rotate_(out_BSHC, turn_BSr.conj().unsqueeze(2)).reshape(*key_BSC.shape[:2], self.config.o_groups, -1)
+        out_BSHC = attend(self, query_BSHC.transpose(1, 2), key_BSC, entries_BWC, chosen_BST, turn_BSr)
+        grouped = out_BSHC.reshape(*key_BSC.shape[:2], self.config.o_groups, -1)
         return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
 
 
