@@ -78,7 +78,7 @@ def rollout_attention_reference(
         chain_BSLC: keys of each anchor's later steps, that of the query last; None at the base step.
         sinks_H: logit of each head's sink.
         start_BS: int64, the first slot of each anchor's document, see `document_starts`.
-        turn_BSr: complex64 rotations of the queries; one row serves all if B is 1. It gets no gradient.
+        turn_BSr: complex64 rotations of the queries, [B, S, r] or [1, S, r]; they get no gradient.
         window: upper bound on the keys that a query sees, at least L.
         scale: factor on the scores.
 
