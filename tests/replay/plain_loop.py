@@ -21,7 +21,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 
-# R = 1 row, S slots, K drafted tokens, V vocabulary
+# R = 1 row, S slots, K drafted tokens, V vocabulary, r rotated channel pairs
 
 
 def single_row(tokens: list[int]) -> Batch:
