@@ -1,6 +1,6 @@
 """Losses of the rows of a chunk in PyTorch: passes over [N, V] buffers that are allocated once.
 
-N rows of a chunk, D model width, V vocabulary.
+N rows of a chunk, D model width, V vocabulary, A logits of a block.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from .reference import HYBRID_ETA
 # Fewer rows waste a product with a large head. V = 129,280, D = 1024, AMD EPYC, 2026-11: 512 tokens take 2050 ms in
 # chunks of 128 rows, 1600 ms in chunks of 256, 1531 ms in one of 512.
 MIN_CHUNK_ROWS = 256
-CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}  # one [rows, V] fp32 buffer; CUDA: not measured
+# One [rows, V] fp32 buffer; CUDA: not measured. V = 2048, D = 128, AMD EPYC, 2026-11: chunks of 512 rows take 3 %
+# longer than chunks of 256, those of 128 rows 6 %.
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
 ARGMAX_BLOCK = 128  # V = 2048, AMD EPYC, 2026-11: 0.2 us a row against 1.8 for torch.argmax
 
 
@@ -55,7 +57,8 @@ class TorchRows:
         self.capacity = min(max(MIN_CHUNK_ROWS, budget // (4 * vocabulary)), max(tokens, 1))
         # Touching fresh pages costs a CPU more than the arithmetic done on them.
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-        log_p, p, log_q, q, scratch = (weight_VD.new_empty(self.capacity, vocabulary, dtype=dtype) for _ in range(5))
+        log_p, p, log_q, q = (weight_VD.new_empty(self.capacity, vocabulary, dtype=dtype) for _ in range(4))
+        scratch = torch.empty_like(q) if self.has_logs else log_p  # which no student reads then
         self.buffers = log_p, p, log_q, q, scratch
         self.plain_p = p if temperature == 1 else torch.empty_like(p)
         self.top_N = weight_VD.new_empty(0, dtype=torch.int64)
@@ -64,7 +67,7 @@ class TorchRows:
     def teacher(self, hidden_ND: Tensor) -> Tensor:
         """Return the entropy [N] at temperature 1."""
         rows = len(hidden_ND)
-        log_p_NV, p_NV, _, _, scratch_NV = (buffer[:rows] for buffer in self.buffers)
+        log_p_NV, p_NV, scratch_NV, *_ = (buffer[:rows] for buffer in self.buffers)
         plain_p_NV = self.plain_p[:rows]
         matmul(hidden_ND, self.weight_VD.T, out=log_p_NV)
         self.top_N = row_argmax(log_p_NV)
@@ -93,7 +96,9 @@ class TorchRows:
             log_q_NV.sub_(log_sum_N1)
         sums = (self.p_log_p_N, log_sum_N1[:, 0])
         loss_N, dlogits_NV = self.loss(_Pair(target_N, log_p_NV, p_NV, log_q_NV, q_NV, scratch_NV, *sums))
-        grad_ND = matmul(dlogits_NV, self.weight_VD).div_(self.temperature) if needs_grad else None
+        grad_ND = matmul(dlogits_NV, self.weight_VD) if needs_grad else None
+        if grad_ND is not None and self.temperature != 1:
+            grad_ND.div_(self.temperature)
         return loss_N, alpha_N, top_N == self.top_N, grad_ND
 
 
@@ -193,5 +198,6 @@ def row_argmax(x_NV: Tensor) -> Tensor:
         return x_NV.max(-1).indices
     blocks = x_NV.view(rows, -1, ARGMAX_BLOCK)
     block_N = blocks.amax(-1).max(-1).indices
-    inside_N = blocks[torch.arange(rows, device=x_NV.device), block_N].max(-1).indices
+    best_N1A = blocks.gather(1, block_N.view(-1, 1, 1).expand(-1, 1, ARGMAX_BLOCK))
+    inside_N = best_N1A.max(-1).indices[:, 0]
     return block_N * ARGMAX_BLOCK + inside_N

@@ -1,4 +1,4 @@
-"""RMS norm and partial RoPE around an attention: norm and rotation of queries and keys, the output's rotation back."""
+"""RMS norm and partial RoPE before an attention, in one launch."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from ..dispatch import use_triton
 from .eager import FEWEST, rms_norm_eager
 from .reference import rms_norm_reference, rotate_in_place_reference, rotate_reference
 
-__all__ = ["norm_and_rotate", "rms_norm", "rotate", "rotate_", "runs_triton"]
+__all__ = ["norm_and_rotate", "rms_norm", "rotate_", "runs_triton"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -32,20 +32,6 @@ def norm_and_rotate(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, ep
 
         return norm_and_rotate_triton(x, turn, weight, eps=eps)
     return rotate_reference(rms_norm(x, weight, eps), turn)
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Return `rotate_reference`; no gradient reaches `turn`.
-
-    Raises:
-        ValueError: shapes disagree.
-    """
-    _check(x, turn)
-    if runs_triton(x):
-        from .kernel import rotate_triton  # needs Triton, which a machine without a GPU may lack
-
-        return rotate_triton(x, turn)
-    return rotate_reference(x, turn)
 
 
 def rotate_(x: Tensor, turn: Tensor) -> Tensor:

@@ -83,13 +83,11 @@ def norm_rotate_forward_kernel(
     C: tl.constexpr,
     PAIRS: tl.constexpr,
     IS_NORMED: tl.constexpr,
-    IS_INVERSE: tl.constexpr,
-    IS_IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Write a block of rows, normed and rotated; with IS_IN_PLACE, only their rotated channels."""
+    """Write a block of rows, normed and rotated; without IS_NORMED, only the rotated channels, in place."""
     E: tl.constexpr = C - 2 * PAIRS
     i, j, first = first_row(tl.program_id(0), M, N, ROWS)
     x_ptr += i * x_stride_0 + j * x_stride_1
@@ -98,30 +96,27 @@ def norm_rotate_forward_kernel(
     values, turns = (), ()  # all rows are read before the first is written
     for number in tl.static_range(ROWS):
         row = (first + number).to(tl.int64)
-        if IS_IN_PLACE:
-            values += (load_pairs(x_ptr + row * x_stride_2 + E, row < N, PAIRS, BLOCK_P),)
-        else:
+        if IS_NORMED:
             values += (load_row(x_ptr + row * x_stride_2, row < N, E, PAIRS, BLOCK_E, BLOCK_P),)
+        else:
+            values += (load_pairs(x_ptr + row * x_stride_2 + E, row < N, PAIRS, BLOCK_P),)
         turns += (load_pairs(turn_ptr + row * turn_stride_2, row < N, PAIRS, BLOCK_P),)
     if weight_ptr is not None:
         weight, weight_even, weight_odd = load_row(weight_ptr, True, E, PAIRS, BLOCK_E, BLOCK_P)
     for number in tl.static_range(ROWS):
         row = (first + number).to(tl.int64)
         to_ptr = out_ptr + row * out_stride_2
-        if IS_IN_PLACE:
-            even, odd = values[number]
-        else:
+        if IS_NORMED:
             plain, even, odd = values[number]
-            if IS_NORMED:
-                inverse = inverse_rms(plain, even, odd, eps, C)
-                plain, even, odd = plain * inverse, even * inverse, odd * inverse
-                if weight_ptr is not None:
-                    plain, even, odd = plain * weight, even * weight_even, odd * weight_odd
-                # The definition rounds here, too.
-                even = even.to(out_ptr.dtype.element_ty).to(tl.float32)
-                odd = odd.to(out_ptr.dtype.element_ty).to(tl.float32)
+            inverse = inverse_rms(plain, even, odd, eps, C)
+            plain, even, odd = plain * inverse, even * inverse, odd * inverse
+            if weight_ptr is not None:
+                plain, even, odd = plain * weight, even * weight_even, odd * weight_odd
+            # The definition rounds here, too.
+            even = even.to(out_ptr.dtype.element_ty).to(tl.float32)
+            odd = odd.to(out_ptr.dtype.element_ty).to(tl.float32)
             store_plain(to_ptr, row < N, plain, E, BLOCK_E)
+        else:
+            even, odd = values[number]
         cos, sin = turns[number]
-        if IS_INVERSE:
-            sin = -sin
         store_pairs(to_ptr + E, row < N, even * cos - odd * sin, even * sin + odd * cos, PAIRS, BLOCK_P)

@@ -5,8 +5,7 @@ With n = x / rms(x), y = turn * (n weight) on the rotated pairs and y = n weight
     d = conj(turn) * dy (d = dy elsewhere)      g = d weight
     dx = (g - n mean(g n)) / rms(x)             dweight = sum over rows of d n
 
-A rotation without norm is the same launch with dx = d, so its gradient is the launch with the conjugate. The backward
-reads x and computes rms(x) again. There are no atomic additions.
+The backward reads x and computes rms(x) again. There are no atomic additions.
 """
 
 # C channels, r rotated channel pairs, Q programs
@@ -73,10 +72,8 @@ def _with_contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(
-    x: Tensor, turn: Tensor, weight: Tensor | None, out: Tensor, eps: float | None, is_inverse: bool = False
-) -> None:
-    """Write `out`, which may be x; an epsilon of None means no norm, and `turn` is real."""
+def _forward(x: Tensor, turn: Tensor, weight: Tensor | None, out: Tensor, eps: float | None) -> None:
+    """Write `out`; an epsilon of None means that it is x, rotated without a norm. `turn` is real."""
     if x.numel() == 0:
         return
     rows, channels, pairs = _rows_of(x, turn), x.shape[-1], turn.shape[-2]
@@ -92,8 +89,6 @@ def _forward(
         *rows.strides(turn),
         *rows.strides(out),
         IS_NORMED=eps is not None,
-        IS_INVERSE=is_inverse,
-        IS_IN_PLACE=out is x,
         **blocks,
         **OPTIONS,
     )
@@ -133,12 +128,12 @@ def _backward(
 
 class _NormAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, turn: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         x, turn = _with_contiguous_channels(x), _real(turn, x)
         weight = None if weight is None else weight.contiguous()
         out = torch.empty_like(x)
         _forward(x, turn, weight, out, eps)
-        ctx.save_for_backward(None if eps is None else x, turn, weight)
+        ctx.save_for_backward(x, turn, weight)
         ctx.eps = eps
         return out
 
@@ -146,24 +141,14 @@ class _NormAndRotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, turn, weight = ctx.saved_tensors
-        grad_out = _with_contiguous_channels(grad_out)
-        if ctx.eps is None:
-            grad_x = torch.empty_like(grad_out)
-            _forward(grad_out, turn, None, grad_x, None, is_inverse=True)
-            return grad_x, None, None, None
-        grad_x, grad_weight = _backward(x, turn, weight, grad_out, ctx.eps, ctx.needs_input_grad[2])
+        grad_out, needs_weight = _with_contiguous_channels(grad_out), ctx.needs_input_grad[2]
+        grad_x, grad_weight = _backward(x, turn, weight, grad_out, ctx.eps, needs_weight)
         return grad_x, None, grad_weight, None
 
 
 def norm_and_rotate_triton(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
     """Return `norm_and_rotate_reference` in the memory layout of x; gradients are rounded once."""
     out: Tensor = _NormAndRotate.apply(x, turn, weight, eps)
-    return out
-
-
-def rotate_triton(x: Tensor, turn: Tensor) -> Tensor:
-    """Return `rotate_reference` in the memory layout of x."""
-    out: Tensor = _NormAndRotate.apply(x, turn, None, None)
     return out
 
 
@@ -197,8 +182,7 @@ def launches() -> list[Launch]:
         return Launch(kernel=kernel, label=label, arguments=arguments, constants=constants, options=OPTIONS)
 
     def forward(label: str, **settings: Any) -> Launch:
-        kind = {"IS_NORMED": False, "IS_INVERSE": False, "IS_IN_PLACE": False}
-        return launch(norm_rotate_forward_kernel, label, FORWARD_VALUES, **kind | settings)
+        return launch(norm_rotate_forward_kernel, label, FORWARD_VALUES, **settings)
 
     def backward(label: str, **settings: Any) -> Launch:
         return launch(norm_rotate_backward_kernel, label, BACKWARD_VALUES, **settings)
@@ -207,9 +191,7 @@ def launches() -> list[Launch]:
     return [
         forward("queries", weight_ptr=None, IS_NORMED=True),
         forward("keys", IS_NORMED=True),
-        forward("without norm", weight_ptr=None),
-        forward("without norm, in place", weight_ptr=None, IS_IN_PLACE=True),
-        forward("without norm, inverse", weight_ptr=None, IS_INVERSE=True),
+        forward("in place", weight_ptr=None, IS_NORMED=False),
         backward("queries", weight_ptr=None, parts_ptr=None, BLOCKS=1),
         backward("keys", BLOCKS=weighted),
         backward("keys, frozen weight", parts_ptr=None, BLOCKS=1),

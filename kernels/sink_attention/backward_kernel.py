@@ -1,24 +1,22 @@
 """The Triton functions of the backward; see `kernel.py`."""
 
-# B rows, S anchors, H heads, C head width, E chain keys, G blocks of heads
+# B rows, S anchors, H heads, C head width, E chain keys, G blocks of heads, r rotated channel pairs
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .forward_kernel import CHAIN, dot, load_keys, load_rows, store_rows
+from .forward_kernel import CHAIN, dot, load_keys, load_rows, rotate_rows, store_rows
 
 
 @triton.jit
-def _load_pairs(
-    query_ptr, grad_out_ptr, token, group, H, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Return [2 heads, C]: the query of each head, then its grad_out. One product with twice the rows serves both."""
+def _load_pairs(query_ptr, grad_ptr, token, group, H, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return [2 heads, C]: of each head the query, then the gradient. One product with twice the rows serves both."""
     row, channel = tl.arange(0, 2 * BLOCK_H)[:, None], tl.arange(0, BLOCK_C)[None, :]
     head = group * BLOCK_H + row // 2
     offset = head * C + channel
-    pointer = tl.where(row % 2 == 0, query_ptr + token * H * C + offset, grad_out_ptr + token * H * C + offset)
+    pointer = tl.where(row % 2 == 0, query_ptr + token * H * C + offset, grad_ptr + token * H * C + offset)
     return tl.load(pointer, mask=(head < H) & (channel < C), other=0.0)
 
 
@@ -45,27 +43,36 @@ def sink_attention_chain_backward_kernel(
     chain_ptr,  # [B, S, E, C]
     out_ptr,  # [B, S, H, C]
     lse_ptr,  # [B, S, H]
-    grad_out_ptr,  # [B, S, H, C]
+    turn_ptr,  # [B, S, r, 2] with a batch stride
+    grad_out_ptr,  # [B, S, H, C], of the output that is rotated back
     delta_ptr,  # [B, S, H]
+    grad_ptr,  # [B, S, H, C], of the output before it is rotated back
     grad_chain_ptr,  # [B, S, G, E, C]
     scale,
     H,
+    S,
     E,
+    turn_stride_b,
     C: tl.constexpr,
+    PAIRS: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write delta of every query and head, and the gradient of the chain, if any."""
+    """Write delta and the rotated gradient of every query and head, and the gradient of the chain, if any."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = group * BLOCK_H + tl.arange(0, BLOCK_H)
     grad_out = load_rows(grad_out_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
     out = load_rows(out_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
-    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)  # a rotation of both changes no product
     tl.store(delta_ptr + token * H + head, delta, mask=head < H)
+    turn_ptr += token // S * turn_stride_b + token % S * 2 * PAIRS
+    grad = rotate_rows(grad_out.to(tl.float32), turn_ptr, False, BLOCK_H, C, PAIRS, BLOCK_C).to(grad_out.dtype)
+    store_rows(grad_ptr + token * H * C, head, C, head < H, grad, C, BLOCK_C)
     if EXTRA == CHAIN:
-        pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
+        query = load_rows(query_ptr + token * H * C, head, C, head < H, C, BLOCK_C)
+        pairs = tl.reshape(tl.permute(tl.join(query, grad), (0, 2, 1)), (2 * BLOCK_H, BLOCK_C))
         lse = tl.load(lse_ptr + token * H + head, mask=head < H, other=float("inf"))
         grad_chain_ptr += (token * tl.num_programs(1) + group) * E * C
         for begin in range(0, E, BLOCK_N):
@@ -82,7 +89,7 @@ def sink_attention_query_backward_kernel(
     chain_ptr,  # [B, S, E, C]
     start_ptr,  # [B, S]
     lse_ptr,  # [B, S, H]
-    grad_out_ptr,  # [B, S, H, C]
+    grad_ptr,  # [B, S, H, C]
     delta_ptr,  # [B, S, H]
     grad_query_ptr,  # [B, S, H, C]
     scale,
@@ -100,7 +107,7 @@ def sink_attention_query_backward_kernel(
     token = tl.program_id(0).to(tl.int64)
     row, anchor = token // S, (token % S).to(tl.int32)
     group = tl.program_id(1)
-    pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
+    pairs = _load_pairs(query_ptr, grad_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
     lse, delta = _load_sums(lse_ptr + token * H, delta_ptr + token * H, group, H, BLOCK_H)
     grad_query = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
 
@@ -131,7 +138,7 @@ def sink_attention_key_backward_kernel(
     start_ptr,  # [B, S]
     lse_ptr,  # [B, S, H]
     delta_ptr,  # [B, S, H]
-    grad_out_ptr,  # [B, S, H, C]
+    grad_ptr,  # [B, S, H, C]
     grad_context_ptr,  # [B, S, C]
     scale,
     H,
@@ -157,7 +164,7 @@ def sink_attention_key_backward_kernel(
         first = tl.maximum(anchor - local_window + 1, tl.load(start_ptr + token).to(tl.int32))
         seen = (at >= first) & (at <= anchor)
         group = step % groups
-        pairs = _load_pairs(query_ptr, grad_out_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
+        pairs = _load_pairs(query_ptr, grad_ptr, token, group, H, C, BLOCK_H, BLOCK_C)
         lse, delta = _load_sums(lse_ptr + token * H, delta_ptr + token * H, group, H, BLOCK_H)
         weight = tl.zeros((BLOCK_N, 2 * BLOCK_H), key.dtype)
         if step < end:  # always true, see the forward kernel

@@ -1,6 +1,7 @@
 """`sink_attention` beside its dense definition, as transformers computes it eagerly, and torch.compile of it.
 
-B rows, S queries, H heads, C head width, L chain keys, W compressed entries, T entries chosen for a query.
+B rows, S queries, H heads, C head width, L chain keys, W compressed entries, T entries chosen for a query,
+r rotated channel pairs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def cases(device: torch.device, sizes: str) -> Iterator[Case]:
         yield _prefill(device, *layer)
 
 
+def _turns(device: torch.device, B: int, S: int, C: int) -> Tensor:
+    """Return the rotations of positions 0 to S - 1, of 64 channels at V4's width."""
+    frequency_r = 1e4 ** -torch.linspace(0, 1, min(32, C // 4), device=device)
+    angle_Sr = torch.arange(S, device=device).unsqueeze(1) * frequency_r
+    return torch.polar(torch.ones_like(angle_Sr), angle_Sr).expand(B, -1, -1)
+
+
 def _prefill(device: torch.device, S: int, H: int, C: int, rate: int, T: int | None, window: int) -> Case:
     dtype, W = torch.bfloat16 if device.type == "cuda" else torch.float32, S // rate
     generator = torch.Generator(device).manual_seed(0)
@@ -51,16 +59,17 @@ def _prefill(device: torch.device, S: int, H: int, C: int, rate: int, T: int | N
         chosen_1ST = torch.where(entry_ST < closed_S1, entry_ST, -1).unsqueeze(0)
     query = values(1, S, H, C).transpose(1, 2)
     cached = Cached(values(1, S, C), values(1, W, C), chosen_1ST, torch.zeros(1, dtype=torch.int64, device=device))
-    sinks_H = values(H).float()
+    sinks_H, turn_1Sr = values(H).float(), _turns(device, 1, S, C)
 
     def forward(op: Callable[..., Tensor]) -> Callable[[], Outputs]:
-        return lambda: (op(query, cached, sinks_H, window=window, rate=rate, scale=C**-0.5),)
+        return lambda: (op(query, cached, sinks_H, turn_1Sr, window=window, rate=rate, scale=C**-0.5),)
 
     def in_pieces() -> Outputs:
         settings = {"window": window, "rate": rate, "scale": C**-0.5}
         size = max(1, PIECE // (S * (S + W)))
         heads = zip(query.split(size, dim=1), sinks_H.split(size), strict=True)
-        return (torch.cat([cached_attention_reference(part, cached, sinks, **settings) for part, sinks in heads], 1),)
+        pieces = [cached_attention_reference(part, cached, sinks, turn_1Sr, **settings) for part, sinks in heads]
+        return (torch.cat(pieces, 1),)
 
     compiled = {"torch.compile of definition": forward(torch.compile(cached_attention_reference, dynamic=False))}
     fits = S <= LONGEST_WHOLE
@@ -90,10 +99,11 @@ def _rollout(device: torch.device, B: int, S: int, H: int, C: int, L: int, windo
     leaves = [query, values(B, S, C), values(B, S, L, C) if L else None, sinks]
     differentiated = [x.requires_grad_() for x in leaves if x is not None]
     start_BS, grad = torch.zeros(B, S, dtype=torch.int64, device=device), values(B, H, S, C)
+    turn_BSr = _turns(device, B, S, C)
 
     def with_gradient(op: Callable[..., Tensor]) -> Callable[[], Outputs]:
         def run() -> Outputs:
-            out = op(*leaves, start_BS, window=window, scale=C**-0.5)
+            out = op(*leaves, start_BS, turn_BSr, window=window, scale=C**-0.5)
             return (out.detach(), *torch.autograd.grad(out, differentiated, grad))
 
         return run
@@ -104,7 +114,7 @@ def _rollout(device: torch.device, B: int, S: int, H: int, C: int, L: int, windo
         out = []
         size = max(1, PIECE // S**2)
         for heads in (slice(begin, begin + size) for begin in range(0, H, size)):
-            inputs = queries[:, heads].to(dtype), keys[0], keys[1] if L else None, all_sinks[heads], start_BS
+            inputs = queries[:, heads].to(dtype), keys[0], keys[1] if L else None, all_sinks[heads], start_BS, turn_BSr
             out.append(rollout_attention_reference(*inputs, window=window, scale=C**-0.5))
             out[-1].backward(grad[:, heads])
         pairs = zip(copies, differentiated, strict=True)

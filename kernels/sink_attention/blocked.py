@@ -1,13 +1,14 @@
 """`sink_attention` in blocks of queries: each block reads only the keys in its reach, so memory is linear in S."""
 
-# B rows, S queries, Q queries of a block, H heads, C head width, L chain keys of an anchor, W compressed entries
+# B rows, S queries, Q queries of a block, H heads, C head width, L chain keys of an anchor, W compressed entries,
+# r channel pairs that are rotated
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .reference import Cached, entry_mask, local_mask, masked_attention
+from .reference import Cached, entry_mask, local_mask, masked_attention_reference, rotate_back
 
 # H = 4, C = 32, window 64, fp32, forward and backward on one core of an AMD EPYC, 2026-11, busy machine: 13 ms for
 # [4, 256] in blocks of 32 or 64, 18 at 128, 24 dense; 140 for [1, 4096] in blocks of 32 to 128, 5300 dense.
@@ -20,6 +21,7 @@ def rollout_attention_blocked(
     chain_BSLC: Tensor | None,
     sinks_H: Tensor,
     start_BS: Tensor,
+    turn_BSr: Tensor,
     *,
     window: int,
     scale: float,
@@ -36,13 +38,22 @@ def rollout_attention_blocked(
         mask_BQX = (slot_X >= first_BS[:, rows, None]) & (slot_X <= slot_S[rows, None])
         chain_BQLC = None if chain_BSLC is None else chain_BSLC[:, rows]
         blocks.append(
-            masked_attention(query_BHSC[:, :, rows], context_BSC[:, reach], chain_BQLC, sinks_H, mask_BQX, scale)
+            masked_attention_reference(
+                query_BHSC[:, :, rows], context_BSC[:, reach], chain_BQLC, sinks_H, mask_BQX, scale
+            )
         )
-    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+    return rotate_back(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0], turn_BSr)
 
 
 def cached_attention_blocked(
-    query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
+    query_BHSC: Tensor,
+    cached: Cached,
+    sinks_H: Tensor,
+    turn_BSr: Tensor | None = None,
+    *,
+    window: int,
+    rate: int,
+    scale: float,
 ) -> Tensor:
     """Return `cached_attention_reference`, block by block; without a ring, a block reads only new keys in its reach."""
     local_BXC, entries_BWC, chosen_BST, length_B = cached
@@ -62,5 +73,8 @@ def cached_attention_blocked(
             keys.append(entries_BWC)
             masks.append(entry_mask(entries_BWC.shape[1], chosen_BQT, position_BS[:, rows], rate))
         mask_BQX = torch.cat(masks, 2)
-        blocks.append(masked_attention(query_BHSC[:, :, rows], torch.cat(keys, 1), None, sinks_H, mask_BQX, scale))
-    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+        blocks.append(
+            masked_attention_reference(query_BHSC[:, :, rows], torch.cat(keys, 1), None, sinks_H, mask_BQX, scale)
+        )
+    out_BHSC = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+    return out_BHSC if turn_BSr is None else rotate_back(out_BHSC, turn_BSr)

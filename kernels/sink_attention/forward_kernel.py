@@ -1,6 +1,6 @@
 """The Triton function of the forward, and the functions that the backward shares with it; see `kernel.py`."""
 
-# B rows, S queries, X local keys, W compressed entries, H heads, C head width, E further keys
+# B rows, S queries, X local keys, W compressed entries, H heads, C head width, E further keys, r rotated channel pairs
 
 from __future__ import annotations
 
@@ -41,6 +41,27 @@ def store_rows(pointer, row, row_stride, mask, values, C: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
+def rotate_rows(
+    values,
+    turn_ptr,
+    IS_BACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return float32 [rows, C] with the last r channel pairs turned by [r, 2], or turned back; C is even."""
+    pair = tl.arange(0, BLOCK_C // 2) - (C // 2 - PAIRS)
+    is_rotated = (pair >= 0) & (pair < PAIRS)
+    cos = tl.load(turn_ptr + 2 * pair, mask=is_rotated, other=1.0)[None, :]
+    sin = tl.load(turn_ptr + 2 * pair + 1, mask=is_rotated, other=0.0)[None, :]
+    if IS_BACK:
+        sin = -sin
+    even, odd = tl.split(tl.reshape(values, (ROWS, BLOCK_C // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK_C))
+
+
+@triton.jit
 def load_keys(
     local_ptr,  # of the query's row
     slot,  # [keys], index of each local key
@@ -72,6 +93,7 @@ def sink_attention_forward_kernel(
     sinks_ptr,  # [H]
     start_ptr,  # unless CACHED: [B, S], first slot of the query's document
     length_ptr,  # CACHED: [B], number of positions before the new keys
+    turn_ptr,  # [B, S, r, 2] with a batch stride, rotation of the queries; None: the output is not rotated back
     out_ptr,  # [B, S, H, C]
     lse_ptr,  # [B, S, H]
     scale,
@@ -83,9 +105,11 @@ def sink_attention_forward_kernel(
     query_stride_s,
     query_stride_h,
     extra_stride,
+    turn_stride_b,
     window,
     rate,
     C: tl.constexpr,
+    PAIRS: tl.constexpr,
     EXTRA: tl.constexpr,
     CACHED: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -95,6 +119,8 @@ def sink_attention_forward_kernel(
     """Write output and log-sum-exp of one query for a block of its heads."""
     token = tl.program_id(0).to(tl.int64)
     row, position = token // S, (token % S).to(tl.int32)
+    if turn_ptr is not None:
+        turn_ptr += row * turn_stride_b + position * 2 * PAIRS
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     query_ptr += row * query_stride_b + position * query_stride_s
     query = load_rows(query_ptr, head, query_stride_h, head < H, C, BLOCK_C)
@@ -143,5 +169,9 @@ def sink_attention_forward_kernel(
             weight = exact.to(key.dtype)
         weighted = dot(weight, key, weighted * shrink[:, None])
 
-    store_rows(out_ptr + token * H * C, head, C, head < H, weighted / total[:, None], C, BLOCK_C)
+    out = weighted / total[:, None]
+    if turn_ptr is not None:
+        out = out.to(out_ptr.dtype.element_ty).to(tl.float32)  # the definition rounds here, too
+        out = rotate_rows(out, turn_ptr, True, BLOCK_H, C, PAIRS, BLOCK_C)
+    store_rows(out_ptr + token * H * C, head, C, head < H, out, C, BLOCK_C)
     tl.store(lse_ptr + token * H + head, largest + tl.log(total), mask=head < H)

@@ -19,13 +19,16 @@ TENSOR_CORES = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}  # instruct
 def _argument_types() -> dict[str, str]:
     """Return the type of every non-constant argument of the kernels."""
     pointers = dict.fromkeys(
-        ["query", "local", "extra", "context", "chain", "out", "grad_out", "grad_query", "grad_context"], "*bf16:16"
+        ["query", "local", "extra", "context", "chain", "out", "grad_out", "grad", "grad_query", "grad_context"],
+        "*bf16:16",
     )
-    pointers |= dict.fromkeys(["sinks", "lse", "delta", "grad_chain"], "*fp32:16")
+    pointers |= dict.fromkeys(["sinks", "lse", "delta", "grad_chain", "turn"], "*fp32:16")
     pointers |= {"start": "*i64:16", "length": "*i64:16", "chosen": "*i64:16"}
     types = {f"{name}_ptr": kind for name, kind in pointers.items()}
     types |= dict.fromkeys(["S", "X", "E", "rate", "local_window"], "i32") | {"scale": "fp32", "H": "i32:16"}
-    types |= dict.fromkeys(["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "window"], "i32:16")
+    types |= dict.fromkeys(
+        ["query_stride_b", "query_stride_s", "query_stride_h", "extra_stride", "turn_stride_b", "window"], "i32:16"
+    )
     return types
 
 
@@ -33,7 +36,7 @@ def _on_each(kernel: Any, blocks: str, label: str = "", **fixed: Any) -> list[La
     """Return one launch for every GPU, at the width of V4's heads."""
     types, listed = _argument_types(), []
     for target, chosen in BLOCKS[blocks].items():
-        sized = constants(chosen, MODELS["V4-Flash"].head_width) | fixed
+        sized = constants(chosen, MODELS["V4-Flash"].head_width) | {"PAIRS": 32} | fixed
         sized = {name: value for name, value in sized.items() if name in kernel.arg_names}
         rows = sized["BLOCK_N" if kernel is sink_attention_key_backward_kernel else "BLOCK_H"]
         listed.append(

@@ -1,11 +1,11 @@
 """Definition of DeepSeek-V4's attention: of a draft step, as in serving, and of a backbone layer.
 
-Keys and values are shared, there is one KV head, and RoPE is already applied. Each head has a learned sink: a logit
-that takes weight and contributes no value.
+Keys and values are shared, there is one KV head, and RoPE is already applied; as values are rotated keys, the output is
+rotated back by the query's position. Each head has a learned sink: a logit that takes weight and contributes no value.
 """
 
 # B rows, S queries (anchors), X keys, H heads, C head width, L chain keys of an anchor, W compressed entries, T entries
-# chosen for a query
+# chosen for a query, r channel pairs that are rotated
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..norm_rotate.reference import rotate_reference
 
-def masked_attention(
+
+def masked_attention_reference(
     query_BHSC: Tensor, key_BXC: Tensor, chain_BSLC: Tensor | None, sinks_H: Tensor, mask_BSX: Tensor, scale: float
 ) -> Tensor:
     """Return attention with sinks over the keys that a mask allows, and over the chain of each query.
@@ -49,17 +51,23 @@ def masked_attention(
     return out_BSHC.transpose(1, 2).to(query_BHSC.dtype)
 
 
+def rotate_back(out_BHSC: Tensor, turn_BSr: Tensor) -> Tensor:
+    """Return an attention's output, rotated back by the rotations of its queries."""
+    return rotate_reference(out_BHSC.transpose(1, 2), turn_BSr.conj().unsqueeze(2)).transpose(1, 2)
+
+
 def rollout_attention_reference(
     query_BHSC: Tensor,
     context_BSC: Tensor,
     chain_BSLC: Tensor | None,
     sinks_H: Tensor,
     start_BS: Tensor,
+    turn_BSr: Tensor,
     *,
     window: int,
     scale: float,
 ) -> Tensor:
-    """Return the attention of one rollout step at every anchor.
+    """Return the attention of one rollout step at every anchor, rotated back.
 
     L steps past its module's base step, the query at anchor i sees the base-step keys of slots i + L - window < j <= i
     of its document, then the L keys of its chain: `window` keys in all, the sliding window of the decoder layer.
@@ -70,11 +78,12 @@ def rollout_attention_reference(
         chain_BSLC: keys of each anchor's later steps, that of the query last; None at the base step.
         sinks_H: logit of each head's sink.
         start_BS: int64, the first slot of each anchor's document, see `document_starts`.
+        turn_BSr: complex64 rotations of the queries, [B, S, r] or [1, S, r]; they get no gradient.
         window: upper bound on the keys that a query sees, at least L.
         scale: factor on the scores.
 
     Returns:
-        [B, H, S, C] in the queries' dtype, computed in float32.
+        [B, H, S, C] in the queries' dtype, computed in float32; rounded before the rotation, too.
 
     Source: DeepSeek-V4 sliding attention; serving order of keys as in vLLM and SGLang, see docs/rollout.md.
     """
@@ -82,7 +91,8 @@ def rollout_attention_reference(
     num_chain = 0 if chain_BSLC is None else chain_BSLC.shape[2]
     first_BS1 = torch.maximum(start_BS, slot_S - (window - num_chain) + 1).unsqueeze(2)
     mask_BSS = (slot_S >= first_BS1) & (slot_S <= slot_S.unsqueeze(1))
-    return masked_attention(query_BHSC, context_BSC, chain_BSLC, sinks_H, mask_BSS, scale)
+    out_BHSC = masked_attention_reference(query_BHSC, context_BSC, chain_BSLC, sinks_H, mask_BSS, scale)
+    return rotate_back(out_BHSC, turn_BSr)
 
 
 class Cached(NamedTuple):
@@ -95,7 +105,14 @@ class Cached(NamedTuple):
 
 
 def cached_attention_reference(
-    query_BHSC: Tensor, cached: Cached, sinks_H: Tensor, *, window: int, rate: int, scale: float
+    query_BHSC: Tensor,
+    cached: Cached,
+    sinks_H: Tensor,
+    turn_BSr: Tensor | None = None,
+    *,
+    window: int,
+    rate: int,
+    scale: float,
 ) -> Tensor:
     """Return the attention of one backbone layer over the sliding window and the complete compressed entries.
 
@@ -103,6 +120,7 @@ def cached_attention_reference(
         query_BHSC: queries, floating.
         cached: the keys.
         sinks_H: logit of each head's sink.
+        turn_BSr: as in `rollout_attention_reference`; None if the caller rotates the output back itself.
         window: number of positions that a query sees through the local keys, including itself.
         rate: number of positions that an entry summarises.
         scale: factor on the scores.
@@ -117,7 +135,8 @@ def cached_attention_reference(
     if cached.entries_BWC is not None:
         keys.append(cached.entries_BWC)
         masks.append(entry_mask(cached.entries_BWC.shape[1], cached.chosen_BST, position_BS, rate))
-    return masked_attention(query_BHSC, torch.cat(keys, 1), None, sinks_H, torch.cat(masks, 2), scale)
+    out_BHSC = masked_attention_reference(query_BHSC, torch.cat(keys, 1), None, sinks_H, torch.cat(masks, 2), scale)
+    return out_BHSC if turn_BSr is None else rotate_back(out_BHSC, turn_BSr)
 
 
 def local_mask(cached: Cached, position_BQ: Tensor, new_BS: Tensor, window: int) -> Tensor:

@@ -5,7 +5,8 @@ indexer's scores of all its heads. Here attention receives the keys and, in CSA,
 other visibility follows from the query's position. The compressors pass the chosen entries on in place of their mask.
 """
 
-# B rows, S tokens, H heads, C channels of a head, X keys, W compressed entries, T entries chosen for a query
+# B rows, S tokens, H heads, C channels of a head, X keys, W compressed entries, T entries chosen for a query,
+# r channel pairs that are rotated
 
 from __future__ import annotations
 
@@ -59,13 +60,15 @@ def attend(
     key_BSC: Tensor,
     entries_BWC: Tensor | None,
     chosen_BST: Tensor | None,
+    turn_BSr: Tensor | None = None,
 ) -> Tensor:
-    """Return the output [B, S, H, C] of one layer for whole sequences, before its rotation back."""
+    """Return the output [B, S, H, C] of one layer for whole sequences, rotated back if `turn_BSr` is given."""
     length_B = torch.zeros(len(query_BHSC), dtype=torch.int64, device=query_BHSC.device)
     out_BHSC = cached_attention(
         query_BHSC,
         Cached(key_BSC, entries_BWC, chosen_BST, length_B),
         module.sinks,
+        turn_BSr,
         window=module.sliding_window,
         rate=1 if module.compressor is None else module.compressor.compress_rate,
         scale=module.scaling,
@@ -116,8 +119,8 @@ class Attention(DeepseekV4Attention):
         if self.compressor is not None:
             entries_B1WC, chosen_BST = self.compressor(hidden_states, latent_BSQ, position_ids, None, self.layer_idx)
             entries_BWC = entries_B1WC.squeeze(1)
-        out_BSHC = attend(self, query_BSHC.transpose(1, 2), key_BSC, entries_BWC, chosen_BST)
-        grouped = rotate_(out_BSHC, turn_BSr.conj().unsqueeze(2)).reshape(*key_BSC.shape[:2], self.config.o_groups, -1)
+        out_BSHC = attend(self, query_BSHC.transpose(1, 2), key_BSC, entries_BWC, chosen_BST, turn_BSr)
+        grouped = out_BSHC.reshape(*key_BSC.shape[:2], self.config.o_groups, -1)
         return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
 
 

@@ -147,7 +147,7 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
     """Attend over the ring, the new keys and the compressed entries, and write all three to the cache."""
     batch, num_tokens, _ = inputs_BSD.shape
     kind = "main" if cache.compressor is None else "compress"
-    rope_BSr, unrope_BS1r = plan.rope_BSr[kind], plan.unrope_BSr[kind].unsqueeze(2)
+    rope_BSr = plan.rope_BSr[kind]
 
     query_latent_BSQ = attention.q_a_norm(attention.q_a_proj(inputs_BSD))
     query_BSHC = attention.q_b_proj(query_latent_BSQ).view(batch, num_tokens, -1, attention.head_dim)
@@ -166,16 +166,17 @@ def _attend(attention: DeepseekV4Attention, cache: LayerCache, plan: StepPlan, i
     if plan.local_BSL is None:  # the Triton kernel derives visibility from positions
         cached = Cached(local_BXC, entries_BWC, chosen_BSk, plan.length_B)
         settings = {"window": attention.sliding_window, "rate": rate, "scale": attention.scaling}
-        output_BSHC = cached_attention(query_BSHC.transpose(1, 2), cached, attention.sinks, **settings).transpose(1, 2)
+        output_BHSC = cached_attention(query_BSHC.transpose(1, 2), cached, attention.sinks, rope_BSr, **settings)
+        output_BSHC = output_BHSC.transpose(1, 2)
     elif entries_BWC is None:
-        output_BSHC = _softmax_with_sinks(query_BSHC, local_BXC, plan.local_BSL, attention)
+        output_BSHC = _masked_attention(query_BSHC, local_BXC, plan.local_BSL, plan.unrope_BSr[kind], attention)
     else:
         mask_BSL = torch.cat([plan.local_BSL, _chosen_mask(plan.visible_BSW[rate, span], chosen_BSk)], dim=2)
         key_BLC = torch.cat([local_BXC, entries_BWC], dim=1)
-        output_BSHC = _softmax_with_sinks(query_BSHC, key_BLC, mask_BSL, attention)
+        output_BSHC = _masked_attention(query_BSHC, key_BLC, mask_BSL, plan.unrope_BSr[kind], attention)
     cache.ring.write(plan.ring_slots, key_BSC)
 
-    grouped_BSGC = rotate_(output_BSHC, unrope_BS1r).view(batch, num_tokens, attention.config.o_groups, -1)
+    grouped_BSGC = output_BSHC.view(batch, num_tokens, attention.config.o_groups, -1)
     return attention.o_b_proj(attention.o_a_proj(grouped_BSGC).flatten(2))
 
 
@@ -187,10 +188,10 @@ def _chosen_mask(visible_BSW: Tensor, chosen_BSk: Tensor | None) -> Tensor:
     return torch.full_like(visible_BSW, float("-inf")).scatter_(-1, chosen_BSk, 0.0) + visible_BSW
 
 
-def _softmax_with_sinks(
-    query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, attention: DeepseekV4Attention
+def _masked_attention(
+    query_BSHC: Tensor, key_BLC: Tensor, mask_BSL: Tensor, unrope_BSr: Tensor, attention: DeepseekV4Attention
 ) -> Tensor:
-    """Return `eager_attention_forward` with K = V and one KV head: [B, S, H, C] before the inverse rotation."""
+    """Return `eager_attention_forward` with K = V and one KV head, [B, S, H, C], rotated back."""
     batch, num_tokens, num_heads, channels = query_BSHC.shape
     score_BXL = query_BSHC.view(batch, -1, channels) @ key_BLC.transpose(1, 2)  # X = S * H, queries of all heads
     score_BSHL = score_BXL.view(batch, num_tokens, num_heads, -1)
@@ -198,7 +199,8 @@ def _softmax_with_sinks(
     sink_BSH1 = attention.sinks.view(1, 1, -1, 1).expand(batch, num_tokens, -1, -1)
     # The sinks are float32 even in a bfloat16 model, so this softmax is in float32, like upstream's.
     weight_BSHL = torch.cat([score_BSHL, sink_BSH1], dim=-1).softmax(dim=-1)[..., :-1].to(key_BLC.dtype)
-    return (weight_BSHL.flatten(1, 2) @ key_BLC).view(query_BSHC.shape)
+    output_BSHC = (weight_BSHL.flatten(1, 2) @ key_BLC).view(query_BSHC.shape)
+    return rotate_(output_BSHC, unrope_BSr.unsqueeze(2))
 
 
 def _compress(module: Compressor, state: CompressorState, windows: WindowPlan, inputs_BSD: Tensor) -> None:

@@ -44,7 +44,8 @@ class StepPlan:
 
     Attributes:
         length_B: int64 positions before the new ones.
-        rope_BSr, unrope_BSr: by rope type, complex64 rotation of the new positions and its inverse.
+        rope_BSr: by rope type, complex64 rotation of the new positions.
+        unrope_BSr: its inverse; empty in a plan without masks, whose attention takes the rotation itself.
         ring_slots: int64 slots of the new keys in the sliding rings.
         local_BSL: 0 or -inf for the L = R + S keys concat(ring before the write, new keys); None in a plan without
             masks.
@@ -98,7 +99,7 @@ def plan_step(cache: BackboneCache, num_tokens: int, dtype: torch.dtype, has_mas
     return StepPlan(
         length_B=length_B,
         rope_BSr=rope_BSr,
-        unrope_BSr={kind: rope.conj_physical() for kind, rope in rope_BSr.items()},
+        unrope_BSr={kind: rope.conj_physical() for kind, rope in rope_BSr.items() if has_masks},
         ring_slots=ring.slots(positions_BS),
         local_BSL=_local_mask(ring.positions(length_B), positions_BS, cache.window, dtype) if has_masks else None,
         windows=windows,

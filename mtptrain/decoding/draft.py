@@ -4,7 +4,7 @@ All state is addressed by slot: the values of a rejected draft are overwritten w
 """
 
 # B rows, S slots of a prompt or pass, A anchors of a pass, N residual streams, D model width, H heads, C head width,
-# X cached and new keys, K draft steps, V vocabulary
+# X cached and new keys, K draft steps, V vocabulary, r channel pairs that are rotated
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class _ModuleCache:
         self.chain: list[Tensor] = []
         self.extra_B1C: Tensor | None = None  # a key at position -1
 
-    def attend_base(self, rows: slice, anchor_BA: Tensor, query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
+    def attend_base(
+        self, rows: slice, anchor_BA: Tensor, query_BHAC: Tensor, key_BAC: Tensor, turn_BAr: Tensor
+    ) -> Tensor:
         """Return a base step's attention over the keys of earlier anchors and of this pass; store the new keys."""
         self.chain = []
         ring = self.ring.rows(rows)
@@ -81,18 +83,18 @@ class _ModuleCache:
         context_BXC = torch.cat([ring.values_BRC, key_BAC], dim=1)
         mask_BAX = self._mask(known_BX, anchor_BA, num_chain=0)
         context_BXC, mask_BAX = self._with_extra(rows, context_BXC, anchor_BA, mask_BAX, num_chain=0)
-        out = masked_attention(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, self.scale)
+        out = masked_attention(query_BHAC, context_BXC, None, self.sinks_H, mask_BAX, turn_BAr, scale=self.scale)
         ring.write(ring.slots(anchor_BA), key_BAC)
         return out
 
-    def attend_chain(self, anchor_B1: Tensor, query_BH1C: Tensor, key_B1C: Tensor) -> Tensor:
+    def attend_chain(self, anchor_B1: Tensor, query_BH1C: Tensor, key_B1C: Tensor, turn_B1r: Tensor) -> Tensor:
         """Return a later step's attention at the last anchor, over the base-step keys and the draft's own chain."""
         self.chain.append(key_B1C)
         mask_B1X = self._mask(self.ring.positions(anchor_B1[:, 0] + 1), anchor_B1, num_chain=len(self.chain))
         chain_B1LC = torch.stack(self.chain, dim=2)
         keys_BXC, everything = self.ring.values_BRC, slice(None)
         keys_BXC, mask_B1X = self._with_extra(everything, keys_BXC, anchor_B1, mask_B1X, num_chain=len(self.chain))
-        return masked_attention(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, self.scale)
+        return masked_attention(query_BH1C, keys_BXC, chain_B1LC, self.sinks_H, mask_B1X, turn_B1r, scale=self.scale)
 
     def _with_extra(
         self, rows: slice, keys_BXC: Tensor, anchor_BA: Tensor, mask_BAX: Tensor, num_chain: int
@@ -158,7 +160,7 @@ class MtpProposer:
         first_B1 = torch.zeros_like(self.texts.tokens_BT[:, :1])
         keys: list[Tensor] = []
 
-        def attend(query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
+        def attend(query_BHAC: Tensor, key_BAC: Tensor, _turn_BAr: Tensor) -> Tensor:
             keys.append(key_BAC)
             return query_BHAC  # the output is unused
 

@@ -10,7 +10,7 @@ Source: vLLM's `vllm/v1/worker/gpu/spec_decode/multi_module_mtp/speculator.py` (
 """
 
 # B rows, T slots of a row, A anchors of a window, N residual streams, D model width, H heads, C head width, K draft
-# steps, V vocabulary
+# steps, V vocabulary, r channel pairs that are rotated
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Keys:
         self.window, self.scale, self.sinks_H = block.window, attention.scaling, attention.sinks
         self.values_TC = torch.zeros(slots, attention.head_dim, dtype=like.dtype, device=like.device)
 
-    def attend(self, anchor_A: Tensor, query_BHAC: Tensor, key_BAC: Tensor) -> Tensor:
+    def attend(self, anchor_A: Tensor, query_BHAC: Tensor, key_BAC: Tensor, turn_BAr: Tensor) -> Tensor:
         """Store the keys of a window of anchors in place of earlier ones, and return the attention over all keys."""
         self.values_TC[anchor_A] = key_BAC[0]
         low = max(0, int(anchor_A[0]) - self.window + 1)
@@ -58,7 +58,7 @@ class _Keys:
         age_AX = anchor_A.unsqueeze(1) - known_X
         mask_BAX = ((age_AX >= 0) & (age_AX < self.window)).unsqueeze(0)
         keys_BXC = self.values_TC[known_X].unsqueeze(0)
-        return masked_attention(query_BHAC, keys_BXC, None, self.sinks_H, mask_BAX, self.scale)
+        return masked_attention(query_BHAC, keys_BXC, None, self.sinks_H, mask_BAX, turn_BAr, scale=self.scale)
 
 
 class WrappingProposer:
@@ -128,7 +128,7 @@ class WrappingProposer:
                 self.model.model.embed_tokens(token_BA),
                 state_BAND,
                 anchor_A.unsqueeze(0) + module,  # RoPE is relative, so a shift of all positions of a module is none
-                lambda query, key, keys=keys: keys.attend(anchor_A, query, key),
+                lambda query, key, turn, keys=keys: keys.attend(anchor_A, query, key, turn),
             )
             hidden_1D = block.hidden(state_BAND[:, -1:])[:, 0]
             self.raw_BKV[row, step] = self.model.lm_head(hidden_1D.to(self.model.lm_head.weight.dtype))[0]

@@ -20,10 +20,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 
 from mtptrain.backbone.modules import HyperConnection, replace_connections, replace_experts, replace_norms
 from mtptrain.kernels.hyper_connection import expand_and_mix
-from mtptrain.kernels.norm_rotate import rotate
 from mtptrain.mtp.numerics import KEY_BLOCK, round_fp8
 
-Attend = Callable[[Tensor, Tensor], Tensor]  # (query_BHSC, key_BSC) -> output_BHSC
+# (query_BHSC, key_BSC, turn_BSr) -> output_BHSC, rotated back by the turns of the queries, as values are rotated keys
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def block_config(config: DeepseekV4Config) -> DeepseekV4Config:
@@ -86,10 +86,8 @@ class MtpBlock(nn.Module):
         if self.has_fp8_keys:
             plain = key.shape[-1] - 2 * turn_BSr.shape[-1]
             key = torch.cat([round_fp8(key[..., :plain], KEY_BLOCK), key[..., plain:]], dim=-1)
-        out_BHSC = attend(query_BSHC.transpose(1, 2), key)
-        # Keys are also the values, so the output is rotated back by the query's position.
-        out_BSHC = rotate(out_BHSC.transpose(1, 2), turn_BSr.conj().unsqueeze(2))
-        grouped = out_BSHC.reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
+        out_BHSC = attend(query_BSHC.transpose(1, 2), key, turn_BSr)
+        grouped = out_BHSC.transpose(1, 2).reshape(*normed_BSD.shape[:2], module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2))
 
     def forward(self, embedding_BSD: Tensor, state_BSND: Tensor, position_BS: Tensor, attend: Attend) -> Tensor:

@@ -5,7 +5,8 @@ hold entries of later steps. So step k at anchor i attends to the base-step keys
 the same chain, all inside the sliding window. docs/rollout.md has a diagram.
 """
 
-# B rows, S slots, N residual streams, D model width, C head width, L chain keys, K draft steps
+# B rows, S slots, N residual streams, D model width, C head width, L chain keys, K draft steps,
+# r channel pairs that are rotated
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class StepAttention:
         self.block, self.segment_BS, self.earlier = block, segment_BS, earlier
         self.key_BSC: Tensor | None = None
 
-    def __call__(self, query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
-        """Return the attention output of the queries, and keep the keys."""
+    def __call__(self, query_BHSC: Tensor, key_BSC: Tensor, turn_BSr: Tensor) -> Tensor:
+        """Return the attention output of the queries, rotated back, and keep the keys."""
         self.key_BSC = key_BSC
         context_BSC, *chain = [*self.earlier, key_BSC]
         chain_BSLC = torch.stack(chain, dim=2) if chain else None
@@ -47,6 +48,7 @@ class StepAttention:
             chain_BSLC,
             attention.sinks,
             document_starts(self.segment_BS),
+            turn_BSr,
             window=self.block.window,
             scale=attention.scaling,
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtptrain.kernels.norm_rotate.reference import rotate_reference
 from mtptrain.kernels.sink_attention import rollout_attention
 from mtptrain.kernels.sink_attention.blocked import cached_attention_blocked, rollout_attention_blocked
 from mtptrain.kernels.sink_attention.kernel import cached_attention_triton, rollout_attention_triton
@@ -19,13 +20,19 @@ from mtptrain.kernels.sink_attention.reference import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Inputs = dict[str, Tensor | None]
 
-# B rows, S anchors, H heads, C head width, L chain keys
+# B rows, S anchors, H heads, C head width, L chain keys, r rotated channel pairs
+
+
+def turns(*shape: int) -> Tensor:
+    """Return rotations by random angles, [B, S, r]."""
+    angle = torch.rand(shape, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 6
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def random_rollout(
     B: int, S: int, H: int, C: int, L: int, dtype: torch.dtype = torch.float32, size: float = 1.0, seed: int = 0
 ) -> Inputs:
-    """Return inputs of `rollout_attention`; a row holds three documents if it is long enough."""
+    """Return inputs of `rollout_attention`; a long row holds three documents, and C - 2 channels are rotated."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
@@ -38,6 +45,7 @@ def random_rollout(
         "chain_BSLC": values(B, S, L, C) if L else None,
         "sinks_H": values(H).float(),
         "start_BS": document_starts(segment_BS).to(DEVICE),
+        "turn_BSr": turns(B, S, C // 2 - 1),
     }
 
 
@@ -121,6 +129,7 @@ def test_equal_keys_share_the_weight_equally(op: Callable[..., Tensor]) -> None:
     ones = inputs | {"context_BSC": torch.ones(1, 7, 16, device=DEVICE), "sinks_H": torch.zeros(1, device=DEVICE)}
     ones["query_BHSC"] = torch.zeros_like(inputs["query_BHSC"])
     ones["start_BS"] = torch.zeros(1, 7, dtype=torch.int64, device=DEVICE)
+    ones["turn_BSr"] = torch.ones_like(inputs["turn_BSr"])
     out_S = op(*ones.values(), window=4, scale=1.0)[0, 0, :, 0]
     seen_S = torch.tensor([1, 2, 3, 4, 4, 4, 4], device=DEVICE)
     torch.testing.assert_close(out_S, seen_S / (seen_S + 1))
@@ -174,13 +183,31 @@ def test_a_layer_of_the_backbone_equals_its_definition(
 ) -> None:
     query_BHSC, cached = random_layer(B, S, R, W, T)
     settings = {"sinks_H": torch.tensor([0.5, -1.0], device=DEVICE), "window": 7, "rate": 3, "scale": 0.3}
+    settings["turn_BSr"] = turns(1, S, 8 if W else 3)  # one row for all
     expected = cached_attention_reference(query_BHSC, cached, **settings)
     assert_close([op(query_BHSC, cached, **settings)], [expected], ulps=16)
 
 
+@pytest.mark.parametrize("op", [cached_attention_blocked, cached_attention_triton])
+def test_a_layer_without_rotations_gives_the_plain_output(op: Callable[..., Tensor]) -> None:
+    query_BHSC, cached = random_layer(1, 2, 12, 0, 0)
+    settings = {"sinks_H": torch.zeros(2, device=DEVICE), "window": 7, "rate": 3, "scale": 0.3}
+    plain = cached_attention_reference(query_BHSC, cached, **settings)
+    assert_close([op(query_BHSC, cached, **settings)], [plain], ulps=16)
+    turn_BSr = turns(1, 2, 5)
+    rotated = rotate_reference(plain, turn_BSr.conj().unsqueeze(1))
+    assert_close([op(query_BHSC, cached, turn_BSr=turn_BSr, **settings)], [rotated], ulps=16)
+
+
 def test_a_layer_of_the_backbone_in_bfloat16_equals_its_definition() -> None:
     query_BHSC, cached = random_layer(2, 4, 12, 19, 6, torch.bfloat16)
-    settings = {"sinks_H": torch.zeros(2, device=DEVICE), "window": 7, "rate": 3, "scale": 0.3}
+    settings = {
+        "sinks_H": torch.zeros(2, device=DEVICE),
+        "window": 7,
+        "rate": 3,
+        "scale": 0.3,
+        "turn_BSr": turns(2, 4, 4),
+    }
     expected = cached_attention_reference(query_BHSC, cached, **settings)
     assert_close([cached_attention_triton(query_BHSC, cached, **settings)], [expected], ulps=4)
 
@@ -191,6 +218,7 @@ def test_wrong_shapes_are_named() -> None:
         ("context_BSC", torch.zeros(1, 4, 8), "one key per slot"),
         ("chain_BSLC", torch.zeros(1, 4, 2, 8), "L keys per slot"),
         ("start_BS", torch.zeros(1, 4), "see document_starts"),
+        ("turn_BSr", turns(1, 4, 2), r"must be \(1 or 1, 5, up to 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             rollout_attention(*(inputs | {name: value}).values(), window=4, scale=1.0)

@@ -35,10 +35,10 @@ def test_block_equals_a_transcription_of_the_official_formula(length: int) -> No
     state = torch.randn(length, model.config.hc_mult, model.config.hidden_size, generator=generator)
     positions = torch.arange(length)
 
-    def attend_rows(query_BHSC: Tensor, key_BSC: Tensor) -> Tensor:
+    def attend_rows(query_BHSC: Tensor, key_BSC: Tensor, turn_BSr: Tensor) -> Tensor:
         module, start_BS = block.layer.self_attn, torch.zeros(1, length, dtype=torch.int64)
         return rollout_attention(
-            query_BHSC, key_BSC, None, module.sinks, start_BS, window=block.window, scale=module.scaling
+            query_BHSC, key_BSC, None, module.sinks, start_BS, turn_BSr, window=block.window, scale=module.scaling
         )
 
     with torch.no_grad():

@@ -14,13 +14,14 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import VerifyPass
 from mtptrain.kernels.acceptance import DrawKind, uniforms
 from mtptrain.kernels.acceptance.reference import sample_tokens_reference, verify_draft_reference
+from mtptrain.kernels.sink_attention.reference import rotate_back
 from mtptrain.mtp.block import MtpBlock
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 
-# R = 1 row, S slots, K drafted tokens, V vocabulary
+# R = 1 row, S slots, K drafted tokens, V vocabulary, r rotated channel pairs
 
 
 def single_row(tokens: list[int]) -> Batch:
@@ -37,9 +38,9 @@ def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int
 
 
 def attend_to_table(
-    block: MtpBlock, table: dict[int, Tensor], slots: list[int], query_RHSC: Tensor, key_RSC: Tensor
+    block: MtpBlock, table: dict[int, Tensor], slots: list[int], query_RHSC: Tensor, key_RSC: Tensor, turn_RSr: Tensor
 ) -> Tensor:
-    """Return attention over the table's keys of earlier slots, after putting those of `slots` into it."""
+    """Return attention over the table's keys of earlier slots, rotated back, after putting those of `slots` into it."""
     table.update(zip(slots, key_RSC[0], strict=True))
     attention, out = block.layer.self_attn, []
     for at, slot in enumerate(slots):
@@ -47,7 +48,7 @@ def attend_to_table(
         scores_HX = query_RHSC[0, :, at] @ keys_XC.T * attention.scaling
         weights_HX = torch.cat([scores_HX, attention.sinks[:, None]], dim=1).softmax(-1)[:, :-1]
         out.append(weights_HX @ keys_XC)
-    return torch.stack(out, dim=1)[None]
+    return rotate_back(torch.stack(out, dim=1)[None], turn_RSr)
 
 
 def wrapped_logits(
