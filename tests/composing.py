@@ -6,38 +6,61 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import hydra.core.utils
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 _LISTS: dict[str, DefaultsList] = {}
-_COMPOSED: dict[str, bytes] = {}  # pickled, because that copies them in a third of the time of a deep copy
-_list_defaults, _compose, _choose_mode = (
+# Pickled, because that copies them in a third of the time of a deep copy.
+_COMPOSED: dict[str, bytes] = {}
+_FILES: dict[str, bytes] = {}
+_load_file, _list_defaults, _compose, _choose_mode = (
+    ConfigRepository.load_config,
     config_loader_impl.create_defaults_list,
     ConfigLoaderImpl._compose_config_from_defaults_list,
     Hydra.get_mode,
 )
 
 
-def _is_kept(repo: Any) -> bool:
-    """Return whether all files belong to packages; those of a test's own folder may change."""
-    return all(source.scheme() != "file" for source in repo.get_sources())
+def _origin(repo: Any) -> str | None:
+    """Return the packages that hold all files; None with a folder of a test's own, whose files may change."""
+    paths = [f"{source.scheme()}://{source.path}" for source in repo.get_sources()]
+    return None if any(path.startswith("file:") for path in paths) else " ".join(paths)
+
+
+def _copied(value: Any) -> Any:
+    """Return a deep copy."""
+    return pickle.loads(pickle.dumps(value))
+
+
+def _loaded(repo: ConfigRepository, config_path: str) -> Any:
+    """Return a file's content."""
+    origin = _origin(repo)
+    if origin is None:
+        return _load_file(repo, config_path)
+    name = f"{origin} {config_path}"
+    if name not in _FILES:
+        _FILES[name] = pickle.dumps(_load_file(repo, config_path))
+    return pickle.loads(_FILES[name])
 
 
 def _defaults(repo: Any, config_name: Any, overrides_list: Any, **options: Any) -> DefaultsList:
     """Return the list of files; it depends on the overrides of groups only."""
-    if not _is_kept(repo):
+    origin = _origin(repo)
+    if origin is None:
         return _list_defaults(repo, config_name, overrides_list, **options)
     chosen = Overrides(repo=repo, overrides_list=overrides_list)
     values, chosen.config_overrides = chosen.config_overrides, []
-    name = repr((config_name, options, chosen))
+    name = repr((origin, config_name, options, chosen))
     if name not in _LISTS:
         _LISTS[name] = _list_defaults(repo, config_name, overrides_list, **options)
     return replace(_LISTS[name], config_overrides=values)
@@ -45,9 +68,10 @@ def _defaults(repo: Any, config_name: Any, overrides_list: Any, **options: Any) 
 
 def _composed(loader: Any, defaults: Any, repo: Any) -> DictConfig:
     """Return the merged files without the values of the command line."""
-    if not _is_kept(repo):
+    origin = _origin(repo)
+    if origin is None:
         return _compose(loader, defaults, repo)
-    name = repr(defaults)
+    name = repr((origin, defaults))
     if name not in _COMPOSED:
         _COMPOSED[name] = pickle.dumps(_compose(loader, defaults, repo))
     composed: DictConfig = pickle.loads(_COMPOSED[name])
@@ -59,10 +83,10 @@ def _open(repo: CachingConfigRepository, delegate: Any) -> None:
     repo.delegate, repo.cache = copy.copy(delegate), {}
 
 
-def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+def _mode(program: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
     """Return the mode of a command without composing it for the sake of `hydra.mode` in a file."""
     chosen = {"-m", "--multirun"} & set(sys.argv) or any("hydra.mode" in one for one in overrides)
-    return _choose_mode(hydra, config_name, overrides) if chosen else RunMode.RUN
+    return _choose_mode(program, config_name, overrides) if chosen else RunMode.RUN
 
 
 @contextmanager
@@ -71,6 +95,8 @@ def composing_once() -> Iterator[None]:
     with (
         patch.object(Hydra, "get_mode", _mode),
         patch.object(CachingConfigRepository, "__init__", _open),
+        patch.object(ConfigRepository, "load_config", _loaded),
+        patch.object(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copied)),
         patch.object(config_loader_impl, "create_defaults_list", _defaults),
         patch.object(ConfigLoaderImpl, "_compose_config_from_defaults_list", _composed),
     ):
