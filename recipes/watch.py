@@ -73,7 +73,11 @@ def watch(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
     limits, begun, refusals = session.config.watch, time.monotonic(), dict[Path, str]()
     pause = min(SIGN_SECONDS, 30.0 * session.config.distributed_timeout)
     ends, sign_at, finished_at = begun + 60 * limits.minutes, begun + pause, math.inf
-    session.folder.print_status(f"watching {run_folder}, for at most {clock(60 * limits.minutes)}")
+    state, waiting = _state(run_folder), len(builder.pending())
+    session.folder.print_status(
+        f"watching {run_folder}, for at most {clock(60 * limits.minutes)}: it {state}; {waiting or 'no'} checkpoints to "
+        "measure yet"
+    )
     while True:
         last = last_step(run_folder, builder.root)
         _measure_pending(session, builder, refusals)
@@ -116,10 +120,13 @@ def _print_point(session: Session, point: CurvePoint) -> None:
     session.folder.print_status(f"step {point.step}: {shown}")
 
 
+def _state(run_folder: Path) -> str:
+    return "trains" if is_held(run_folder) else "is not training now"
+
+
 def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
     """Say that the watch goes on, and run a token, so that processes that share the backbone do not stop waiting."""
-    state = "trains" if is_held(run_folder) else "is not training now"
-    session.folder.print_status(f"{run_folder} {state}; {len(builder.curve.points)} checkpoints are measured")
+    session.folder.print_status(f"{run_folder} {_state(run_folder)}; {len(builder.curve.points)} checkpoints are measured")
     model = session.backbone.model
     with torch.no_grad():
         model(torch.tensor([[builder.trace_set.traces[0].prompt.tokens[0]]], device=model.lm_head.weight.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
@@ -34,6 +35,8 @@ def as_written(value: Any, text: Callable[[str], str] = str) -> str:
         value = value.value
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and math.isfinite(value) and abs(value) >= 1e7:
+        return format(Decimal(repr(value)).normalize(), "e")  # 9.894e+14, no row of zeros
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
