@@ -75,8 +75,8 @@ def watch(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
     ends, sign_at, finished_at = begun + 60 * limits.minutes, begun + pause, math.inf
     state, waiting = _state(run_folder), len(builder.pending())
     session.folder.print_status(
-        f"watching {run_folder}, for at most {clock(60 * limits.minutes)}: it {state}; {waiting or 'no'} checkpoints to "
-        "measure yet"
+        f"watching {run_folder}, for at most {clock(60 * limits.minutes)}: it {state}; "
+        f"checkpoints to measure yet: {waiting}"
     )
     while True:
         last = last_step(run_folder, builder.root)
@@ -126,7 +126,9 @@ def _state(run_folder: Path) -> str:
 
 def _give_sign(session: Session, builder: CurveBuilder, run_folder: Path) -> None:
     """Say that the watch goes on, and run a token, so that processes that share the backbone do not stop waiting."""
-    session.folder.print_status(f"{run_folder} {_state(run_folder)}; {len(builder.curve.points)} checkpoints are measured")
+    session.folder.print_status(
+        f"{run_folder} {_state(run_folder)}; {len(builder.curve.points)} checkpoints are measured"
+    )
     model = session.backbone.model
     with torch.no_grad():
         model(torch.tensor([[builder.trace_set.traces[0].prompt.tokens[0]]], device=model.lm_head.weight.device))

@@ -166,7 +166,7 @@ def test_a_watch_ends_at_its_time_limit_and_names_what_it_could_not_read(
     assert [point["step"] for point in result["points"]][:1] == [1]
     assert re.match("step_00000002 was skipped: .*missing, truncated or altered", result["skipped"][0])
     errors = " ".join(capfd.readouterr().err.split())
-    assert "for at most 0:00: it is not training now; 3 checkpoints to measure yet" in errors
+    assert "for at most 0:00: it is not training now; checkpoints to measure yet: 3" in errors
     assert "is not finished after 0:00: the watch ends" in errors
 
 
