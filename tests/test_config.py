@@ -1,5 +1,6 @@
 """Every range of every section is enforced, and errors name the setting as users type it."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -23,6 +24,7 @@ from mtptrain.config import (
 )
 from mtptrain.config.paths import expand_argument
 from mtptrain.config.rules import Range
+from mtptrain.config.run import run_schema
 from mtptrain.errors import UserError
 from mtptrain.kernels.choices import Divergence
 
@@ -83,7 +85,7 @@ def cases(is_allowed: bool) -> list[Any]:
 
 def make(name: str, value: Any) -> RunConfig:
     """Return the typed configuration with one setting, composed as on the command line."""
-    config = OmegaConf.structured(RunConfig)
+    config = copy.deepcopy(run_schema())
     config.task, config.output_dir, config.plan = "evaluate", "out", PlanConfig()
     if name.startswith("data.mixture"):
         config.data.source, config.data.mixture = "text", [MixtureConfig(name="0", path="a.txt")]
