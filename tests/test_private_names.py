@@ -80,6 +80,11 @@ RELIED = [
         "scaled_global_norm",
         "clipping counts the experts that DeepSpeed does not hold; its own mixture of experts averages norms",
     ),
+    *(
+        Relied("torch._C", "", name, "torch.jit.trace keeps all traces for the life of the process; these are freed")
+        for name in ("_create_graph_by_tracing", "_create_function_from_graph")
+    ),
+    Relied("torch", "", "_C", "holds both of them"),
     Relied("torch.utils", "", "_python_dispatch", "its mode sees the operators of a decoding step; torch documents it"),
     *(
         Relied("torch.nn.modules.module", "Module", name, "a trace runs no hooks, so modules with hooks are not traced")

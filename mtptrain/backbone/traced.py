@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -195,9 +194,11 @@ class Traced:
         arguments = [*inputs, *(self.tensors[number] for number in reads)]
         # Tracing runs the operators once more, so they get the state as it was, and not the state itself.
         copies = [*inputs, *([*before, *self.tensors[self.num_state :]][number] for number in reads)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is deprecated, without a successor that needs no compiler
-            run = torch.jit.trace(recorder.replay(arguments, outputs), copies, check_trace=False)
+        # torch.jit.trace keeps every function for the life of the process: a sweep would grow by 25 MB or more a job.
+        graph, _ = torch._C._create_graph_by_tracing(
+            recorder.replay(arguments, outputs), copies, lambda tensor: "", True, False
+        )
+        run = torch._C._create_function_from_graph("step", graph)
         _interpret(run, copies)  # the first call prepares the interpreter
         return Trace(run, reads)
 

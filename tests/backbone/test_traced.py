@@ -77,6 +77,15 @@ def test_traced_steps_give_the_same_texts_in_the_same_passes(
 
 
 @pytest.mark.usefixtures("no_obstacle")
+def test_traces_end_with_their_backbone() -> None:
+    """A process that evaluates many runs, such as a sweep, must not keep the traces of each."""
+    kept = len(torch.jit._state._python_cu.get_functions())
+    model = random_backbone()
+    assert decode(model, None, 0).seconds.record > 0
+    assert len(torch.jit._state._python_cu.get_functions()) == kept  # these live as long as the process
+
+
+@pytest.mark.usefixtures("no_obstacle")
 def test_a_trace_counts_the_output_of_prompts_of_other_lengths(eager: pytest.MonkeyPatch) -> None:
     model, policy, limits = random_backbone(), Policy(penalties=Penalties(frequency=3.0)), Limits(14)
     proposer = MtpProposer(model, random_stack(model))
