@@ -36,7 +36,7 @@ MAX_OVERLAP = 1 / 32
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    paths = []
+    paths: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]  # site-packages may be very large
         paths.extend(Path(folder, name) for name in names if name.endswith(".py"))
