@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,11 @@ MAX_OVERLAP = 1 / 32
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*.py")):
-        if not EXCLUDED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
-            yield path
+    found: list[Path] = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in EXCLUDED_FOLDERS]  # site-packages may hold 100,000 files
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    yield from sorted(found)
 
 
 def _read_source(path: Path) -> str | None:

@@ -1,5 +1,7 @@
 """The Triton functions of `acceptance`: compiled on a GPU, interpreted elsewhere."""
 
+from functools import cache, cached_property
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,14 +61,18 @@ class Case:
         if steps and not is_certain:  # logits beyond the count are not read
             draft_logits_BKV[~counts_BK1] = 1e30
 
+    @cached_property
+    def p_BLV(self) -> Tensor:
+        """The kernel's probabilities of the target."""
+        return policy_probabilities_triton(self.logits_BLV, self.sampling)
+
     def verify(self, verification: Verification) -> Emission:
         draft = (self.draft_BK, self.drafted_B, self.draft_logits_BKV)
         return verify_logits_triton(*draft, self.logits_BLV, self.u_BL, self.sampling, verification)
 
     def check(self, verification: Verification) -> Tensor:
         """Compare with the definition on the kernel's probabilities, and return the kept lengths."""
-        actual = self.verify(verification)
-        p_BLV = policy_probabilities_triton(self.logits_BLV, self.sampling)
+        actual, p_BLV = self.verify(verification), self.p_BLV
         expected = verify_draft_reference(self.draft_BK, self.q_BKV, p_BLV, self.u_BL, verification)
         assert torch.equal(actual.accepted_B, expected.accepted_B)
         assert torch.equal(actual.gap_BL, top_tokens_reference(self.logits_BLV)[1])
@@ -76,6 +82,12 @@ class Case:
             assert actual.probability_BL[row, : kept + 1].tolist() == p_BLV[row, range(kept + 1), emitted].tolist()
         assert ((actual.tokens_BL >= 0) & (actual.tokens_BL < p_BLV.shape[-1])).all()
         return actual.accepted_B
+
+
+@cache
+def case_of(rows: int, steps: int, vocabulary: int, sampling: Sampling, is_certain: bool = False) -> Case:
+    """Return a case that both ways of verification share, because its distributions take longest; do not change it."""
+    return Case(rows, steps, vocabulary, sampling, is_certain)
 
 
 @pytest.mark.parametrize("kind", list(DrawKind))
@@ -160,7 +172,7 @@ def test_the_likeliest_tokens_equal_the_reference(vocabulary: int) -> None:
 def test_verification_equals_the_reference_bit_by_bit(
     verification: Verification, rows: int, steps: int, vocabulary: int
 ) -> None:
-    accepted_B = Case(rows, steps, vocabulary, Sampling(0.7)).check(verification)
+    accepted_B = case_of(rows, steps, vocabulary, Sampling(0.7)).check(verification)
     if rows == 6:  # the case covers both outcomes: some drafts are kept, some are not
         assert 0 < float(accepted_B.float().mean()) < steps
 
@@ -174,12 +186,12 @@ def test_the_token_after_a_rejection_is_drawn_from_the_residual(verification: Ve
 
 @pytest.mark.parametrize("verification", list(Verification))
 def test_cut_distributions_are_verified_like_whole_ones(verification: Verification) -> None:
-    Case(2, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
+    case_of(2, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
 
 
 @pytest.mark.parametrize("verification", list(Verification))
 def test_certain_drafts_need_no_logits(verification: Verification) -> None:
-    Case(9, 2, 140, Sampling(0.7), is_certain=True).check(verification)
+    case_of(9, 2, 140, Sampling(0.7), is_certain=True).check(verification)
 
 
 def test_a_residual_of_nothing_falls_back_to_the_target() -> None:

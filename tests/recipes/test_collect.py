@@ -60,12 +60,14 @@ def refusal(cache: Path, light: list[str], output: Path, capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("stored", ["saved", "released"])
 def test_training_from_streams_has_the_losses_of_training_online(
-    stored: str, backbone_folder: Path, release_folder: Path, small: list[str], light: list[str], tmp_path: Path
+    stored: str, cache: Path, release_folder: Path, small: list[str], light: list[str], tmp_path: Path
 ) -> None:
-    path = f"backbone.path={release_folder if stored == 'released' else backbone_folder}"
-    longer = ["train.steps=5", "train.batch_size=3", "mtp.steps=3", path]
-    assert run_main("+recipe=collect", *small, path, f"output_dir={tmp_path / 'cache'}") == 0
-    assert train_from(tmp_path / "cache", light, tmp_path / "cached", *longer) == 0
+    longer = ["train.steps=5", "train.batch_size=3", "mtp.steps=3"]
+    if stored == "released":
+        longer.append(f"backbone.path={release_folder}")
+        cache = tmp_path / "cache"
+        assert run_main("+recipe=collect", *small, longer[-1], f"output_dir={cache}") == 0
+    assert train_from(cache, light, tmp_path / "cached", *longer) == 0
     assert run_main("+recipe=distill", *light, *longer, "evaluate_at_end=false", f"output_dir={tmp_path / 'on'}") == 0
     for left, right in zip(read_metrics(tmp_path / "cached"), read_metrics(tmp_path / "on"), strict=True):
         assert left["tokens"] == right["tokens"]
