@@ -80,12 +80,14 @@ def test_training_from_streams_has_the_losses_of_training_online(
 def test_rounded_streams_are_trained_on_and_measured_on_the_whole_backbone(
     stored_as: str, light: list[str], tmp_path: Path
 ) -> None:
-    made = tmp_path / "cache"
+    """The measurement reads no streams, so that one of the formats shows it."""
+    made, is_measured = tmp_path / "cache", stored_as == "fp8"
     assert run_main("+recipe=collect", *light, f"collect.format={stored_as}", f"output_dir={made}") == 0
-    assert train_from(made, light, tmp_path / "run", "evaluate_at_end=true") == 0
-    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
-    assert evaluation["certificate"]["passed"]
+    assert train_from(made, light, tmp_path / "run", f"evaluate_at_end={str(is_measured).lower()}") == 0
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    if is_measured:
+        evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+        assert evaluation["certificate"]["passed"]
 
 
 def test_only_embedding_head_and_norm_are_held_for_it(backbone_folder: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from mtptrain.api.backbone import open_session
+from mtptrain.api.composed import compose_run
 from mtptrain.data.tokenizer import load_tokenizer
-from mtptrain.recipes.traces import describe_work
+from mtptrain.recipes.traces import describe_work, gather_traces
 from mtptrain.traces.file import TraceSet, read_trace_set
 from mtptrain.traces.prompts import Conversation, Prompt, Source
-from tests.command import Refused, read_metrics, run_main
+from tests.command import Refused, fitting, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
 
 ROWS = {
@@ -36,6 +38,12 @@ def evaluate(light: list[str], folder: Path, *arguments: str, recipe: str = "eva
     heads = "checkpoints=[stock,stock]" if recipe == "compare" else "checkpoint=stock"
     assert run_main(f"+recipe={recipe}", *light, heads, f"output_dir={folder}", *arguments) == 0
     return read_trace_set(folder / "traces.jsonl")
+
+
+def recorded(light: list[str], *arguments: str) -> TraceSet:
+    """Return the texts that an evaluation would measure a head on."""
+    session = open_session(compose_run(fitting(["+recipe=evaluate", *light, "checkpoint=stock", *arguments])))
+    return gather_traces(session, session.config.evaluation.num_prompts)
 
 
 def result_of(folder: Path, name: str = "evaluation.json") -> dict[str, Any]:
@@ -100,7 +108,7 @@ def test_a_template_in_the_backbones_folder_is_found(
     folder = tmp_path / "backbone"
     shutil.copytree(backbone_folder, folder)
     shutil.copy(prompt_folder / "template.jinja", folder / "chat_template.jinja")
-    traces = evaluate(light, tmp_path / "run", f"prompts={prompt_folder}/talk.jsonl", f"backbone.path={folder}")
+    traces = recorded(light, f"prompts={prompt_folder}/talk.jsonl", f"backbone.path={folder}")
     assert traces.header.chat_template is not None
     assert len(traces.traces) == 3
 
@@ -246,13 +254,13 @@ def test_a_penalised_text_that_ends_with_a_string_is_certified(
     penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "presence_penalty": -0.2}
     settings = [f"decoding.{name}={value}" for name, value in penalties.items()]
     length = ["decoding.max_new_tokens=12", "evaluation.timed_prompts=2"]
-    whole = evaluate(light, tmp_path / "whole", *settings, *sampled, *length)
+    whole = recorded(light, *settings, *sampled, *length)
     end = load_tokenizer(Path(light[0].partition("=")[2]), VOCAB_SIZE).decode(whole.traces[0].tokens[3:5])
-    traces = evaluate(light, tmp_path / "cut", *settings, *sampled, *length, f'decoding.stop_strings=["{end}"]')
+    traces = evaluate(light, tmp_path, *settings, *sampled, *length, f'decoding.stop_strings=["{end}"]')
     assert traces.traces[0].tokens == whole.traces[0].tokens[: len(traces.traces[0].tokens)]
     assert len(traces.traces[0].tokens) <= 5
     assert traces.header.stop_strings == [end]
-    result = result_of(tmp_path / "cut")
+    result = result_of(tmp_path)
     assert result["certificate"]["passed"]
     assert result["policy"] | penalties == result["policy"]
 
