@@ -154,7 +154,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str, depth: int) -> None:
     policy = POLICIES[name]
     stack = random_stack(MODEL, depth)
     prompts, seeds = [prompt_of(length, length) for length in (5, 1, 13)], [11, 12, 13]
-    limits = Limits(24)  # three sliding windows, six and three compression windows
+    limits = Limits(17)  # two sliding windows, four and two compression windows, and a token
     together = decode_speculative(MODEL, MtpProposer(MODEL, stack), prompts, 4, limits, policy, seeds).rows
     for row, prompt in enumerate(prompts):
         alone = decode_speculative(MODEL, MtpProposer(MODEL, stack), [prompt], 4, limits, policy, [seeds[row]]).rows[0]

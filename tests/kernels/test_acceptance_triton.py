@@ -1,6 +1,6 @@
 """The Triton functions of `acceptance`: compiled on a GPU, interpreted elsewhere."""
 
-from functools import cache, cached_property
+from functools import cached_property
 
 import pytest
 import torch
@@ -84,12 +84,6 @@ class Case:
         return actual.accepted_B
 
 
-@cache
-def case_of(rows: int, steps: int, vocabulary: int, sampling: Sampling, is_certain: bool = False) -> Case:
-    """Return a case that both ways of verification share, because its distributions take longest; do not change it."""
-    return Case(rows, steps, vocabulary, sampling, is_certain)
-
-
 @pytest.mark.parametrize("kind", list(DrawKind))
 @pytest.mark.parametrize(("rows", "num_draws"), [(1, 1), (63, 5), (3, 129), (3, 0), (0, 4)])
 def test_draws_equal_the_reference_bit_by_bit(rows: int, num_draws: int, kind: DrawKind) -> None:
@@ -167,31 +161,33 @@ def test_the_likeliest_tokens_equal_the_reference(vocabulary: int) -> None:
     assert all(map(torch.equal, top_tokens_triton(logits_BLV), top_tokens_reference(logits_BLV)))
 
 
-@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (6, 3, 300), (2, 8, 129)])
+@pytest.mark.parametrize(("rows", "steps", "vocabulary"), [(1, 0, 5), (9, 1, 63), (6, 3, 140), (2, 8, 129)])
 @pytest.mark.parametrize("verification", list(Verification))
 def test_verification_equals_the_reference_bit_by_bit(
     verification: Verification, rows: int, steps: int, vocabulary: int
 ) -> None:
-    accepted_B = case_of(rows, steps, vocabulary, Sampling(0.7)).check(verification)
+    accepted_B = Case(rows, steps, vocabulary, Sampling(0.7)).check(verification)
     if rows == 6:  # the case covers both outcomes: some drafts are kept, some are not
         assert 0 < float(accepted_B.float().mean()) < steps
 
 
 @pytest.mark.parametrize("verification", list(Verification))
 def test_the_token_after_a_rejection_is_drawn_from_the_residual(verification: Verification) -> None:
-    case = Case(16, 1, 140, Sampling(2.0))
+    case = Case(8, 1, 140, Sampling(2.0))
     case.u_BL[:, 0] = 1 - 2**-53
-    assert case.check(verification).sum() < 8
+    assert case.check(verification).sum() < 4
 
 
-@pytest.mark.parametrize("verification", list(Verification))
-def test_cut_distributions_are_verified_like_whole_ones(verification: Verification) -> None:
-    case_of(2, 1, 140, Sampling(0.9, 12, 0.9)).check(verification)
+def test_cut_distributions_are_verified_like_whole_ones() -> None:
+    case = Case(2, 1, 140, Sampling(0.9, 12, 0.9))
+    for verification in Verification:
+        case.check(verification)
 
 
-@pytest.mark.parametrize("verification", list(Verification))
-def test_certain_drafts_need_no_logits(verification: Verification) -> None:
-    case_of(9, 2, 140, Sampling(0.7), is_certain=True).check(verification)
+def test_certain_drafts_need_no_logits() -> None:
+    case = Case(9, 2, 140, Sampling(0.7), is_certain=True)
+    for verification in Verification:
+        case.check(verification)
 
 
 def test_a_residual_of_nothing_falls_back_to_the_target() -> None:
