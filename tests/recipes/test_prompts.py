@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from mtptrain.api.backbone import open_session
-from mtptrain.api.composed import compose_run
 from mtptrain.data.tokenizer import load_tokenizer
-from mtptrain.recipes.traces import describe_work, gather_traces
+from mtptrain.recipes.traces import describe_work
 from mtptrain.traces.file import TraceSet, read_trace_set
 from mtptrain.traces.prompts import Conversation, Prompt, Source
-from tests.command import Refused, fitting, read_metrics, run_main
+from tests.command import Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
+from tests.recipes.recorded import recorded
 
 ROWS = {
     "talk.jsonl": [{"turns": ["Why?", "And then?"]}, {"turns": ["Who?"]}],
@@ -38,12 +37,6 @@ def evaluate(light: list[str], folder: Path, *arguments: str, recipe: str = "eva
     heads = "checkpoints=[stock,stock]" if recipe == "compare" else "checkpoint=stock"
     assert run_main(f"+recipe={recipe}", *light, heads, f"output_dir={folder}", *arguments) == 0
     return read_trace_set(folder / "traces.jsonl")
-
-
-def recorded(light: list[str], *arguments: str) -> TraceSet:
-    """Return the texts that an evaluation would measure a head on."""
-    session = open_session(compose_run(fitting(["+recipe=evaluate", *light, "checkpoint=stock", *arguments])))
-    return gather_traces(session, session.config.evaluation.num_prompts)
 
 
 def result_of(folder: Path, name: str = "evaluation.json") -> dict[str, Any]:
@@ -282,20 +275,20 @@ def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_w
     light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
-    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:20]]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:12]]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    measured = (f"prompts={file}", "evaluation.num_prompts=20")
+    measured = (f"prompts={file}", "evaluation.num_prompts=12")
     run = tmp_path / "run"
     assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
     output, errors = capfd.readouterr()
     stock, trained = result_of(run)["heads"]
     seen = trained["seen_prompts"]
     assert stock["seen_prompts"] is None
-    assert seen["prompts"] == seen["checked"] == 20
-    assert 10 <= seen["seen"] < 20  # those of the training side of the hold-out
-    assert f"{seen['seen']} of 20 prompts are trained on" in errors.partition("continuing 20 prompts")[0]
-    assert f"the trained head saw {seen['seen']} of 20 prompts in training" in " ".join(output.split())
+    assert seen["prompts"] == seen["checked"] == 12
+    assert 6 <= seen["seen"] < 12  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 12 prompts are trained on" in errors.partition("continuing 12 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 12 prompts in training" in " ".join(output.split())
     evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
     (alone,) = result_of(tmp_path / "again")["heads"]
     assert (alone["name"], alone["seen_prompts"]) == ("trained", seen)

@@ -281,16 +281,20 @@ def test_bf16_trains_on_a_cpu_with_fp32_masters(light: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize("variant", ["release", "base"])
-def test_a_miniature_release_is_evaluated_like_any_backbone(
+def test_a_miniature_release_is_measured_like_any_backbone(
     variant: str, backbone_folder: Path, light: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "R"
     arguments = [f"backbone.path={backbone_folder}", f"release.variant={variant}", f"output_dir={folder}"]
     assert run_main("+recipe=mini_release", *arguments) == 0
     run = tmp_path / "run"
-    settings = [*light, f"backbone.path={folder}", "checkpoint=stock", f"output_dir={run}"]
-    assert run_main("+recipe=evaluate", *settings) == 0
-    check_evaluation(run, ["stock"])
+    settings = [*light, f"backbone.path={folder}", f"output_dir={run}"]
+    if variant == "release":
+        assert run_main("+recipe=evaluate", *settings, "checkpoint=stock") == 0
+        check_evaluation(run, ["stock"])
+    else:  # on the same replay
+        assert run_main("+recipe=compare", *settings, "checkpoints=[stock,stock]") == 0
+        assert all(set(head["replay"]) == {"1", "2"} for head in read_json(run / "comparison.json")["heads"])
 
 
 def test_a_random_miniature_needs_no_backbone(tmp_path: Path) -> None:
