@@ -79,7 +79,7 @@ def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
 def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a distill run in shared mode with three steps."""
     folder = tmp_path_factory.mktemp("distilled")
-    assert run_main("+recipe=distill", *light, "mtp.steps=3", f"output_dir={folder}", is_full=True) == 0
+    assert run_main("+recipe=distill", *light, "mtp.steps=3", f"output_dir={folder}") == 0
     return folder
 
 
