@@ -103,7 +103,7 @@ def fitting(arguments: Sequence[str]) -> list[str]:
 def measuring_little() -> Iterator[None]:
     """Make a recipe's measurements cheap: these numbers only make figures less noisy; plots have their own tests.
 
-    Nothing that is measured is left out. `run_main` with `is_full` measures as users do.
+    Nothing that is measured is left out. The test of the installed command measures as users do.
     """
     from mtptrain.certificate import rounding, sampler
     from mtptrain.evaluation import speedup
@@ -124,20 +124,15 @@ def write_blank(figure: object, target: TextIO, **options: object) -> None:
     target.write("<svg ></svg>")
 
 
-def run_main(*arguments: str, is_full: bool = False) -> int:
-    """Run the command in this process; return its exit code.
-
-    Args:
-        arguments: of the command.
-        is_full: measure as users do, also with `Light` settings.
-    """
+def run_main(*arguments: str) -> int:
+    """Run the command in this process; return its exit code. It measures little with `Light` settings."""
     from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run without Hydra installed
 
     from mtptrain import cli
     from tests.composing import composing_once
 
     GlobalHydra.instance().clear()
-    is_little = not is_full and any(isinstance(one, Light) for one in arguments)
+    is_little = any(isinstance(one, Light) for one in arguments)
     with (
         patch.object(sys, "argv", ["mtptrain", *fitting(arguments)]),
         composing_once(),

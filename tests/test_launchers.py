@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,18 +91,24 @@ def settings(light: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of two nodes with one process each."""
-    run = tmp_path_factory.mktemp("launchers") / "whole"
-    arguments = ["--local-nodes", "2", "--nproc-per-node", "1", *settings, f"output_dir={run}"]
-    code, errors = finish(start("launch_torchrun.sh", *arguments))
-    assert code == 0, errors[-3000:]
+def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process."""
+    run = tmp_path_factory.mktemp("launchers") / "alone"
+    assert run_main(*settings, f"output_dir={run}") == 0
     return run
 
 
-def test_two_nodes_train_as_one_process(whole: Path, settings: list[str], tmp_path: Path) -> None:
-    assert run_main(*settings, f"output_dir={tmp_path}") == 0
-    two, one = read_metrics(whole), read_metrics(tmp_path)
+@pytest.fixture(scope="module")
+def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two processes, which need no launcher for it."""
+    run = tmp_path_factory.mktemp("launchers") / "whole"
+    ended = run_in_two("mtptrain", *fitting([*settings, f"output_dir={run}"]))
+    assert ended.codes == (0, 0), ended.errors[-3000:]
+    return run
+
+
+def test_two_processes_train_as_one(whole: Path, alone: Path) -> None:
+    two, one = read_metrics(whole), read_metrics(alone)
     assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, STEPS + 1))
     # Differences of fp32 rounding, carried through sixteen steps.
     assert [row["loss/step_1"] for row in two] == pytest.approx([row["loss/step_1"] for row in one], rel=1e-3)
@@ -126,27 +133,36 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     code, errors = finish(start("launch_torchrun.sh", *arguments))
     assert code == 0, errors[-3000:]
     assert "continuing from step" in errors
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, STEPS + 1))
     assert same_heads(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "expected", "processes"), [(signal.SIGUSR1, 75, 2), (signal.SIGINT, 130, 1)])
 def test_a_preempted_run_saves_and_continues_to_the_same_bits(
-    number: signal.Signals, expected: int, whole: Path, settings: list[str], tmp_path: Path
+    number: signal.Signals,
+    expected: int,
+    processes: int,
+    whole: Path,
+    alone: Path,
+    settings: list[str],
+    tmp_path: Path,
 ) -> None:
     """Checkpoints are due at the end only, so the signal is the reason for the one that is written.
 
-    Before the signal, one process is suspended for a second while the other waits.
+    Before the signal, one of two processes is suspended for a second while the other waits. The launcher sends SIGUSR1
+    to the processes after Ctrl-C, too, so that one process is enough then.
     """
     arguments = [*settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
-    process = start("launch_torchrun.sh", "--nproc-per-node", "2", *arguments)
+    process = start("launch_torchrun.sh", "--nproc-per-node", str(processes), *arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    worker = running(process, "-u")[-1]
-    worker.suspend()
-    time.sleep(1)
-    worker.resume()
+    if processes > 1:
+        worker = running(process, "-u")[-1]
+        worker.suspend()
+        time.sleep(1)
+        worker.resume()
     process.send_signal(number)
     code, errors = finish(process)
     assert code == expected, errors[-3000:]
@@ -154,18 +170,24 @@ def test_a_preempted_run_saves_and_continues_to_the_same_bits(
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
-    ended = run_in_two("mtptrain", *fitting([*arguments, "resume=auto"]))
-    assert ended.codes == (0, 0), ended.errors[-3000:]
-    assert same_heads(tmp_path, whole)
+    arguments.append("resume=auto")
+    if processes == 1:
+        assert run_main(*arguments) == 0
+    else:
+        ended = run_in_two("mtptrain", *fitting(arguments))
+        assert ended.codes == (0, 0), ended.errors[-3000:]
+    assert same_heads(tmp_path, alone if processes == 1 else whole)
 
 
-def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(settings: list[str], tmp_path: Path) -> None:
+def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(
+    alone: Path, settings: list[str], tmp_path: Path
+) -> None:
     """The folder holds the run of another recipe."""
-    assert run_main(*settings, "train.steps=1", f"output_dir={tmp_path}") == 0
-    arguments = ["--nproc-per-node", "2", "+recipe=pretrain", *settings[1:], f"output_dir={tmp_path}"]
-    code, errors = finish(start("launch_torchrun.sh", *arguments))
-    assert code != 0
-    lines = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
+    run = shutil.copytree(alone, tmp_path / "run")
+    ended = run_in_two("mtptrain", *fitting(["+recipe=pretrain", *settings[1:], "resume=auto", f"output_dir={run}"]))
+    assert 2 in ended.codes
+    assert 0 not in ended.codes
+    lines = re.findall(r"^mtptrain: .*$", ended.errors, re.MULTILINE)
     assert len(lines) == 1
     assert "belongs to another run: +recipe distill -> pretrain, loss.divergence kl -> ce" in lines[0]
     assert lines[0].endswith("choose another output_dir (+recipe, train.optimizer cannot change within a run)")

@@ -163,9 +163,13 @@ def test_the_installed_command_answers(arguments: list[str], line: str, environm
 
 
 def test_the_installed_command_trains_and_reports(environment: Path, light: list[str], tmp_path: Path) -> None:
+    """Beside the tests of the recipes this one measures as users do: every repetition, draw and plot."""
     ended = run_installed(environment, tmp_path, "+recipe=distill", *light)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (run,) = (tmp_path / "outputs" / "distill").iterdir()  # the default folder of a run
     assert [folder.name for folder in checkpoint_folders(run / "checkpoints")] == ["step_00000001", "step_00000002"]
-    assert "<style>" in (run / "report.html").read_text(encoding="utf-8")
+    assert json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["certificate"]["passed"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<style>" in page
+    assert "<svg" in page
     assert json.loads((run / "provenance.json").read_text(encoding="utf-8"))["versions"]["mtptrain"] == VERSION

@@ -120,17 +120,16 @@ def test_passes_of_sampled_drafts_follow_their_distribution(past_depth: PastDept
     assert (np.abs(np.mean(differences, axis=0)) <= 4 * error + 1e-9).all()
 
 
-@pytest.mark.parametrize("past_depth", [PastDepth.wrap_around, PastDepth.stop])
 @pytest.mark.parametrize(("depth", "length"), [(1, 4), (3, 3), (3, 2)])
-def test_a_draft_within_the_depth_or_of_one_module_is_the_same_in_any_case(
-    past_depth: PastDepth, depth: int, length: int
-) -> None:
+def test_a_draft_within_the_depth_or_of_one_module_is_the_same_in_any_case(depth: int, length: int) -> None:
     stack = random_stack(MODEL, depth)
-    rows = [
+    policies = [Policy(past_depth=one) for one in (PastDepth.repeat_last, PastDepth.wrap_around, PastDepth.stop)]
+    repeated, wrapped, stopped = (
         decode_speculative(MODEL, head_proposer(MODEL, stack, policy, length), PROMPTS, length, Limits(12), policy).rows
-        for policy in (Policy(), Policy(past_depth=past_depth))
-    ]
-    assert [row.passes for row in rows[0]] == [row.passes for row in rows[1]]
+        for policy in policies
+    )
+    for row, same, other in zip(repeated, wrapped, stopped, strict=True):
+        assert row.passes == same.passes == other.passes
 
 
 def test_a_row_that_wraps_around_does_not_depend_on_its_batch() -> None:

@@ -75,12 +75,13 @@ def test_the_exported_head_is_evaluated_as_the_stock_head_and_the_checkpoint_sti
         assert lengths == pytest.approx(record["acceptance"][moment])
 
 
-@pytest.mark.parametrize("shared", [(), ("embed.weight", "head.weight")])
+@pytest.mark.parametrize(("shared", "check"), [((), "replay"), (("embed.weight", "head.weight"), "tensors")])
 def test_a_draft_folder_holds_the_head_and_on_request_what_it_shares_with_the_model(
-    shared: tuple[str, ...], settings: list[str], release_folder: Path, tmp_path: Path
+    shared: tuple[str, ...], check: str, settings: list[str], release_folder: Path, tmp_path: Path
 ) -> None:
     """vLLM 0.33.0 takes embedding and lm_head from the model: 2.1 GB for V4-Flash."""
-    export(settings, tmp_path / "draft", "target=vllm", "export.form=draft", f"export.embeddings={bool(shared)}")
+    form = ["export.form=draft", f"export.embeddings={bool(shared)}", f"export.check={check}"]
+    export(settings, tmp_path / "draft", "target=vllm", *form)
     written = Shards(tmp_path / "draft", "draft")
     names = {name for name in Shards(release_folder, "R") if name.startswith("mtp.")}
     assert set(written) == names | set(shared)
@@ -89,9 +90,9 @@ def test_a_draft_folder_holds_the_head_and_on_request_what_it_shares_with_the_mo
     assert ("no tensor of the model in the folder" in card) == (not shared)
 
 
-@pytest.mark.parametrize("container", [torch.float32, torch.float8_e8m0fnu])
+@pytest.mark.parametrize(("container", "check"), [(torch.float32, "replay"), (torch.float8_e8m0fnu, "tensors")])
 def test_the_scales_of_a_head_are_stored_as_the_models(
-    container: torch.dtype, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    container: torch.dtype, check: str, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """-Base releases hold them as float32; beside FP8 experts vLLM takes an E8M0 scale for the number of its byte."""
     folder, run = tmp_path / "R", tmp_path / "run"
@@ -101,7 +102,7 @@ def test_the_scales_of_a_head_are_stored_as_the_models(
         save_tensors(scaled, file)
     arguments = [*light, *FAST, f"backbone.path={folder}"]
     assert run_main("+recipe=distill", *arguments, f"output_dir={run}", "evaluate_at_end=false") == 0
-    export(arguments, tmp_path / "X", f"checkpoint={run}", "target=vllm")
+    export(arguments, tmp_path / "X", f"checkpoint={run}", "target=vllm", f"export.check={check}")
     scales = {t.dtype for name, t in Shards(tmp_path / "X", "X").items() if name.endswith(".scale")}
     assert scales == {container}
     warned = "E8M0 scales, which vLLM reads as the numbers of their bytes" in capfd.readouterr().err
@@ -139,7 +140,7 @@ def test_llama_cpp_gets_a_full_folder_and_the_commands_of_its_converter(settings
 def test_shards_can_be_symlinked_or_copied(
     copies: str, settings: list[str], release_folder: Path, tmp_path: Path
 ) -> None:
-    export(settings, tmp_path / "X", "target=sglang", f"export.shards={copies}")
+    export(settings, tmp_path / "X", "target=sglang", f"export.shards={copies}", "export.check=tensors")
     first = tmp_path / "X" / "model-00001-of-00007.safetensors"
     assert first.is_symlink() == (copies == "symlink")
     assert first.samefile(release_folder / first.name) == (copies == "symlink")
@@ -147,7 +148,7 @@ def test_shards_can_be_symlinked_or_copied(
 
 
 def test_bf16_is_bit_exact(settings: list[str], tmp_path: Path) -> None:
-    record = export(settings, tmp_path / "X", "target=hf", "export.scheme=bf16")
+    record = export(settings, tmp_path / "X", "target=hf", "export.scheme=bf16", "export.check=tensors")
     assert record["scheme"] == "bf16"
     checkpoint = Path(record["checkpoint"].split(" (")[0])
     trained = load_file(checkpoint / "module.safetensors")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -52,6 +53,9 @@ HEADS = {
 }  # modules, draft steps
 # fp32 rounding through a layer whose activations are of order 10, relative to the largest entry.
 TOLERANCE = 2e-4
+
+
+Gradients = dict[str, Tensor | None]  # by tensor of the head
 
 
 class RecordingEngine:
@@ -114,12 +118,27 @@ def world(head: str, is_masked: bool) -> World:
     return World(model, stack, steps, exact, pieces, [draft(model, exact, piece, steps) for piece in pieces])
 
 
-def expected(of: World, settings: Settings) -> tuple[Expected, dict[str, Tensor | None]]:
-    """The definition's step, and its gradient by tensor."""
-    step = objective(of.pieces, of.drafts, of.steps, settings)
+def expected(of: World, *several: Settings) -> list[tuple[Expected, Gradients]]:
+    """The definition's step under each of several settings, and its gradient by tensor.
+
+    All gradients run back through the drafts together, which takes a tenth of the time.
+    """
+    steps = [objective(of.pieces, of.drafts, of.steps, settings) for settings in several]
+    logits = [logits_V for drafts in of.drafts for logits_V in drafts.values()]
+    grad = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    at_logits = zip(*(grad(step.loss, logits, materialize_grads=True) for step in steps), strict=True)
     parameters = dict(of.exact.named_parameters())
-    gradients = torch.autograd.grad(step.loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return step, dict(zip(parameters, gradients, strict=True))
+    together = grad(logits, list(parameters.values()), [torch.stack(one) for one in at_logits], is_grads_batched=True)
+    return [
+        (step, {name: None if one is None else one[i] for name, one in zip(parameters, together, strict=True)})
+        for i, step in enumerate(steps)
+    ]
+
+
+@cache
+def expected_by_settings(head: str, is_masked: bool, several: tuple[Settings, ...]) -> Mapping[Settings, Any]:
+    """Return `expected` of a world."""
+    return dict(zip(several, expected(world(head, is_masked), *several), strict=True))
 
 
 @cache
@@ -152,7 +171,7 @@ def batches(is_masked: bool, source: type[PackedBatches] = PackedBatches) -> Pac
 
 def train(
     of: World, settings: Settings, is_masked: bool, source: type[PackedBatches] = PackedBatches, **options: object
-) -> tuple[Step, float, dict[str, Tensor | None]]:
+) -> tuple[Step, float, Gradients]:
     """One optimiser step on all documents, in two micro-batches of two rows: counts and sums, loss, gradients."""
     of.stack.zero_grad()
     loss = LossConfig(
@@ -168,8 +187,10 @@ def train(
     return step, engine.loss, {name: parameter.grad for name, parameter in of.stack.named_parameters()}
 
 
-def assert_equal(ours: tuple[Step, float, dict[str, Tensor | None]], of: World, settings: Settings) -> None:
-    (step, loss, gradients), (want, wanted_gradients) = ours, expected(of, settings)
+def assert_equal(
+    ours: tuple[Step, float, Gradients], of: World, settings: Settings, wanted: tuple[Expected, Gradients] | None = None
+) -> None:
+    (step, loss, gradients), (want, wanted_gradients) = ours, wanted or expected(of, settings)[0]
     assert step.counts_K.tolist() == want.counts
     assert loss == pytest.approx(want.loss.item(), rel=TOLERANCE)
     assert step.sums_K["top1_match"].tolist() == want.sums["top1_match"]
@@ -191,21 +212,29 @@ def assert_equal(ours: tuple[Step, float, dict[str, Tensor | None]], of: World, 
 
 
 ODD = {"temperature": 0.6, "step_decay": 0.5, "scale": 0.3}
+WITH_ODD = tuple(Settings(divergence.value, **ODD) for divergence in LossName)
+COMBINATIONS = tuple(
+    Settings(divergence.value, *rest)
+    for divergence in LossName
+    for rest in itertools.product((1.0, 0.6), (1.0, 0.5), (1.0, 0.3))
+)
 
 
 @pytest.mark.parametrize("divergence", LossName)
 def test_every_combination_of_loss_settings_equals_the_definition(divergence: LossName) -> None:
-    of = world("shared", True)
-    for temperature, decay, scale in itertools.product((1.0, 0.6), (1.0, 0.5), (1.0, 0.3)):
-        settings = Settings(divergence.value, temperature, decay, scale)
-        assert_equal(train(of, settings, True, CachedBatches), of, settings)
+    of, wanted = world("shared", True), expected_by_settings("shared", True, COMBINATIONS)
+    of_it = [settings for settings in COMBINATIONS if settings.divergence == divergence.value]
+    assert len(of_it) == 8
+    for settings in of_it:
+        assert_equal(train(of, settings, True, CachedBatches), of, settings, wanted[settings])
 
 
 @pytest.mark.parametrize("divergence", LossName)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_and_loss_equals_the_definition(head: str, divergence: LossName) -> None:
     of, settings = world(head, False), Settings(divergence.value, **ODD)
-    assert_equal(train(of, settings, False), of, settings)
+    wanted = expected_by_settings(head, False, WITH_ODD)[settings]
+    assert_equal(train(of, settings, False), of, settings, wanted)
 
 
 @pytest.mark.parametrize("head", HEADS)

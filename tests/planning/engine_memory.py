@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.build import build_model
 from mtptrain.config import (
@@ -47,9 +48,10 @@ def optimizer_of(case: str) -> OptimizerName:
     return OptimizerName.muon if case.endswith("muon") else OptimizerName.adamw
 
 
-def measure(engine_name: EngineName, mtp: MtpConfig, optimizer: OptimizerName) -> dict[str, int]:
+def measure(
+    model: DeepseekV4ForCausalLM, engine_name: EngineName, mtp: MtpConfig, optimizer: OptimizerName
+) -> dict[str, int]:
     """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
-    model = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
     stack = initial_stack(mtp, SimpleNamespace(model=model), None, 0)  # type: ignore[arg-type]
     freeze_untrained(stack, mtp.trainable)
     batch = random_batch(SHAPE.vocab_size, [[16]], 16)
@@ -73,8 +75,9 @@ def measure(engine_name: EngineName, mtp: MtpConfig, optimizer: OptimizerName) -
 
 if __name__ == "__main__":
     join(RunConfig(task="distill", engine=EngineName.zero1), "any")
+    backbone = build_model(SHAPE, 0, torch.device("cpu")).eval().requires_grad_(False).bfloat16()
     results = {
-        name: measure(engine, MtpConfig(init="fresh", **mtp), optimizer_of(name))  # type: ignore[arg-type]
+        name: measure(backbone, engine, MtpConfig(init="fresh", **mtp), optimizer_of(name))  # type: ignore[arg-type]
         for name, (engine, mtp) in CASES.items()
     }
     if rank() == 0:

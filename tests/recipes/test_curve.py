@@ -31,24 +31,29 @@ def measure(light: list[str], run: Path, output: Path, *more: str) -> dict[str, 
     return json.loads((output / "curve.json").read_text(encoding="utf-8"))
 
 
-def test_all_checkpoints_are_measured_and_the_last_one_is_decoded(
-    trained: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    result = measure(light, trained, tmp_path)
+@pytest.fixture(scope="module")
+def measured(trained: Path, light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The measurement of all checkpoints of that run; do not write into it."""
+    folder = tmp_path_factory.mktemp("measured")
+    measure(light, trained, folder)
+    return folder
+
+
+def test_all_checkpoints_are_measured_and_the_last_one_is_decoded(trained: Path, measured: Path) -> None:
+    result = json.loads((measured / "curve.json").read_text(encoding="utf-8"))
     assert [point["step"] for point in result["points"]] == [1, 2, 3]
     best = json.loads((trained / "checkpoints" / "best" / "checkpoint.json").read_text(encoding="utf-8"))
     assert result["best_step"] == best["content"]["step"]
-    (decoded,) = tmp_path.glob("step_*")
+    (decoded,) = measured.glob("step_*")
     evaluation = json.loads((decoded / "evaluation.json").read_text(encoding="utf-8"))
     assert decoded.name == "step_00000003"
     assert evaluation["heads"][1]["replay"] == result["points"][-1]["replay"]
     assert evaluation["heads"][0]["replay"] == result["stock"]
     assert evaluation["gain"] == result["points"][-1]["gain"]
-    page = (tmp_path / "curve.html").read_text(encoding="utf-8")
+    page = (measured / "curve.html").read_text(encoding="utf-8")
     assert "Acceptance length against training steps" in page
     assert not re.search(r"""(src|href)=["']?https?:|@import""", page)
     assert f"{result['best_step']} (best)" in page
-    assert "Acceptance length by checkpoint" in capfd.readouterr().out
 
 
 def test_a_continued_measurement_measures_only_what_is_missing(
@@ -80,20 +85,19 @@ def test_a_continued_measurement_measures_only_what_is_missing(
 
 
 def test_a_measurement_of_other_settings_is_not_continued(
-    trained: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: Path, measured: Path, light: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    measure(light, trained, tmp_path, "evaluation.decoded=none")
-    arguments = [f"checkpoint={trained}", "checkpoints=all", "resume=auto", f"output_dir={tmp_path}"]
+    arguments = [f"checkpoint={trained}", "checkpoints=all", "resume=auto", f"output_dir={measured}"]
     assert run_main("+recipe=evaluate", *light, *arguments, "decoding.draft_length=1") == 2
     assert "draft_length=2 and this run has draft_length=1" in capfd.readouterr().err
-    assert run_main("+recipe=evaluate", *light, *arguments, "evaluation.decoded=none", "data.heldout_every=2") == 2
+    assert run_main("+recipe=evaluate", *light, *arguments, "data.heldout_every=2") == 2
     assert re.search(
         "holds sources.heldout=.* and this run has .*; set prompts and data to match", capfd.readouterr().err
     )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_others_are_measured(
-    trained: Path, light: list[str], tmp_path: Path
+    trained: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     tensors = run / "checkpoints" / "step_00000002" / "module.safetensors"
@@ -102,6 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_measured(
     assert [point["step"] for point in result["points"]] == [1, 3]
     assert re.match("step_00000002 was skipped: .*truncated or altered", result["skipped"][0])
     assert "was skipped" in (tmp_path / "out" / "curve.html").read_text(encoding="utf-8")
+    assert "Acceptance length by checkpoint" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 
 from mtptrain.backbone import load
 from mtptrain.release import fingerprint
+from mtptrain.traces.file import write_trace_set
 from tests.command import Refused, run_main
 from tests.conftest import save_backbone
+from tests.recipes.recorded import recorded
 
 WRONG = [
     # recipe, arguments; pattern of the line
@@ -100,7 +102,8 @@ def places(light: list[str], backbone_folder: Path, tmp_path_factory: pytest.Tem
     """Results of the usual backbone, and backbones of other weights, of other sizes and without a head; only read."""
     folder = tmp_path_factory.mktemp("places")
     places = {name: folder / name for name in ("head", "streams", "foreign", "bare", "wide")}
-    assert run_main("+recipe=distill", *light, "train.steps=1", f"output_dir={places['head']}") == 0
+    trained = ["train.steps=1", "evaluate_at_end=false", f"output_dir={places['head']}"]
+    assert run_main("+recipe=distill", *light, *trained) == 0
     assert run_main("+recipe=collect", *light, f"output_dir={places['streams']}") == 0
     curve = f"checkpoint={places['head']} checkpoints=all evaluation.decoded=none output_dir={folder / 'curve'}"
     assert run_main("+recipe=evaluate", *light, *curve.split()) == 0
@@ -110,7 +113,8 @@ def places(light: list[str], backbone_folder: Path, tmp_path_factory: pytest.Tem
     save_backbone(places["foreign"], rms_norm_eps=1e-3)
     shutil.copytree(backbone_folder, places["bare"], ignore=shutil.ignore_patterns("mtp.*"))
     save_backbone(places["wide"], hc_mult=3)
-    traces = places["head"] / "traces.jsonl"
+    traces = folder / "traces.jsonl"
+    write_trace_set(traces, recorded(light))
     lines = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
     lines[1]["tokens"][0] = 9999
     (folder / "large.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -161,20 +165,14 @@ def test_sizes_are_compared_before_weights_are_hashed(
     assert re.match(line, refused(f"backbone.path={places['wide']}", *given, recipe=recipe))
 
 
-def test_a_run_says_what_it_trains_on(
-    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}") == 0
-    errors = capfd.readouterr().err
-    line = rf"training on data.path={corpus_file}: \d+ documents, [\d,]+ tokens; one document in 3 is held out"
-    assert re.search(f"^{line}$", errors, re.MULTILINE)
-
-
-def test_a_draft_step_without_targets_has_no_figure(
+def test_a_run_says_what_it_trains_on_and_gives_no_figure_of_a_draft_step_without_targets(
     light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "short.jsonl"  # two tokens with the begin and end of a text: a target for step 1 only
     text.write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefghijklmnopqrstuvwxyz"))
     arguments = [f"data.path={text}", "mtp.steps=3", "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
-    assert re.search(r"alpha 0\.\d{3}/-/-", capfd.readouterr().err)
+    errors = capfd.readouterr().err
+    line = rf"training on data.path={text}: \d+ documents, [\d,]+ tokens; one document in 3 is held out"
+    assert re.search(f"^{line}$", errors, re.MULTILINE)
+    assert re.search(r"alpha 0\.\d{3}/-/-", errors)

@@ -15,6 +15,7 @@ from mtptrain.traces.file import TraceSet, read_trace_set
 from mtptrain.traces.prompts import Conversation, Prompt, Source
 from tests.command import Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
+from tests.recipes.recorded import recorded
 
 ROWS = {
     "talk.jsonl": [{"turns": ["Why?", "And then?"]}, {"turns": ["Who?"]}],
@@ -100,24 +101,23 @@ def test_a_template_in_the_backbones_folder_is_found(
     folder = tmp_path / "backbone"
     shutil.copytree(backbone_folder, folder)
     shutil.copy(prompt_folder / "template.jinja", folder / "chat_template.jinja")
-    traces = evaluate(light, tmp_path / "run", f"prompts={prompt_folder}/talk.jsonl", f"backbone.path={folder}")
+    traces = recorded(light, f"prompts={prompt_folder}/talk.jsonl", f"backbone.path={folder}")
     assert traces.header.chat_template is not None
     assert len(traces.traces) == 3
 
 
-@pytest.mark.parametrize("as_text", [True, False])
-def test_a_stop_token_ends_texts_early(
-    as_text: bool, measured: Path, backbone_folder: Path, prompt_folder: Path, light: list[str], tmp_path: Path
+def test_stop_tokens_given_as_text_and_as_id_end_texts_early(
+    measured: Path, backbone_folder: Path, prompt_folder: Path, light: list[str], tmp_path: Path
 ) -> None:
-    stop = read_trace_set(measured / "traces.jsonl").traces[-1].tokens[1]
+    stops = [trace.tokens[1] for trace in read_trace_set(measured / "traces.jsonl").traces[-2:]]
     vocabulary = result_of(backbone_folder, "tokenizer.json")["model"]["vocab"]
-    text = next(name for name, number in vocabulary.items() if number == stop)
-    given = f"'{text}'" if as_text else stop
-    files = [f"prompts={prompt_folder}/code.jsonl", "evaluation.num_prompts=5", f"decoding.stop=[{given}]"]
-    traces = evaluate(light, tmp_path, *files)
-    assert traces.header.stop == [1, stop]
-    assert all(stop not in trace.tokens[:-1] for trace in traces.traces)
-    assert any(trace.tokens[-1] == stop and len(trace.tokens) < 6 for trace in traces.traces)
+    text = next(name for name, number in vocabulary.items() if number == stops[0])
+    files = [f"prompts={prompt_folder}/code.jsonl", "evaluation.num_prompts=5"]
+    traces = evaluate(light, tmp_path, *files, f"decoding.stop=['{text}',{stops[1]}]")
+    assert traces.header.stop == sorted([1, *stops])
+    assert all(set(stops).isdisjoint(trace.tokens[:-1]) for trace in traces.traces)
+    for stop in stops:
+        assert any(trace.tokens[-1] == stop and len(trace.tokens) < 6 for trace in traces.traces)
     assert result_of(tmp_path)["certificate"]["passed"]
 
 
@@ -247,13 +247,13 @@ def test_a_penalised_text_that_ends_with_a_string_is_certified(
     penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "presence_penalty": -0.2}
     settings = [f"decoding.{name}={value}" for name, value in penalties.items()]
     length = ["decoding.max_new_tokens=12", "evaluation.timed_prompts=2"]
-    whole = evaluate(light, tmp_path / "whole", *settings, *sampled, *length)
+    whole = recorded(light, *settings, *sampled, *length)
     end = load_tokenizer(Path(light[0].partition("=")[2]), VOCAB_SIZE).decode(whole.traces[0].tokens[3:5])
-    traces = evaluate(light, tmp_path / "cut", *settings, *sampled, *length, f'decoding.stop_strings=["{end}"]')
+    traces = evaluate(light, tmp_path, *settings, *sampled, *length, f'decoding.stop_strings=["{end}"]')
     assert traces.traces[0].tokens == whole.traces[0].tokens[: len(traces.traces[0].tokens)]
     assert len(traces.traces[0].tokens) <= 5
     assert traces.header.stop_strings == [end]
-    result = result_of(tmp_path / "cut")
+    result = result_of(tmp_path)
     assert result["certificate"]["passed"]
     assert result["policy"] | penalties == result["policy"]
 
@@ -275,19 +275,21 @@ def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_w
     light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
-    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:12]]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    measured = (f"prompts={file}", "evaluation.num_prompts=60")
+    measured = (f"prompts={file}", "evaluation.num_prompts=12")
     run = tmp_path / "run"
     assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
     output, errors = capfd.readouterr()
     stock, trained = result_of(run)["heads"]
     seen = trained["seen_prompts"]
     assert stock["seen_prompts"] is None
-    assert seen["prompts"] == seen["checked"] == 60
-    assert 30 <= seen["seen"] < 60  # those of the training side of the hold-out
-    assert f"{seen['seen']} of 60 prompts are trained on" in errors.partition("continuing 60 prompts")[0]
-    assert f"the trained head saw {seen['seen']} of 60 prompts in training" in " ".join(output.split())
+    assert seen["prompts"] == seen["checked"] == 12
+    assert 6 <= seen["seen"] < 12  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 12 prompts are trained on" in errors.partition("continuing 12 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 12 prompts in training" in " ".join(output.split())
     evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
-    assert result_of(tmp_path / "again")["heads"][0]["seen_prompts"] == seen
+    (alone,) = result_of(tmp_path / "again")["heads"]
+    assert (alone["name"], alone["seen_prompts"]) == ("trained", seen)
+    assert result_of(tmp_path / "again")["certificate"]["passed"]

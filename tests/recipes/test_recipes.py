@@ -22,7 +22,7 @@ from tests.command import ROOT, read_metrics, run_main, tree
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
 CLUSTERS = {"flash_1node", "flash_2nodes", "pro_cluster"}  # too large to run here: test_plan.py plans them
-DIVERGENCES = [name.value for name in LossName if name.value != "ce"]
+DIVERGENCES = [name.value for name in LossName if name.value not in ("ce", "kl")]
 SHAPE = [
     "backbone.shape.vocab_size=280",
     "backbone.shape.hidden_size=32",
@@ -79,7 +79,7 @@ def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
 def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a distill run in shared mode with three steps."""
     folder = tmp_path_factory.mktemp("distilled")
-    assert run_main("+recipe=distill", *light, "mtp.steps=3", f"output_dir={folder}", is_full=True) == 0
+    assert run_main("+recipe=distill", *light, "mtp.steps=3", f"output_dir={folder}") == 0
     return folder
 
 
@@ -110,12 +110,13 @@ def test_distill_trains_measures_and_records(distilled: Path) -> None:
 
 @pytest.mark.parametrize("router_bias_rate", [0.0, 0.01])
 def test_measuring_during_training_is_logged_and_changes_nothing(
-    router_bias_rate: float, light: list[str], tmp_path: Path
+    router_bias_rate: float, distilled: Path, light: list[str], tmp_path: Path
 ) -> None:
     arguments = [*light, "mtp.steps=3", "train.log_every=2", f"train.router_bias_rate={router_bias_rate}"]
     arguments += ["evaluate_at_end=false"]
-    plain, probed = tmp_path / "plain", tmp_path / "probed"
-    assert run_main("+recipe=distill", *arguments, f"output_dir={plain}") == 0
+    plain, probed = distilled if router_bias_rate == 0 else tmp_path / "plain", tmp_path / "probed"
+    if plain != distilled:
+        assert run_main("+recipe=distill", *arguments, f"output_dir={plain}") == 0
     assert run_main("+recipe=distill", *arguments, "evaluation.every=1", f"output_dir={probed}") == 0
     measured = [row for row in read_metrics(probed) if "replay/acceptance_length_2" in row]
     assert [row["step"] for row in measured] == [1, 2]
@@ -177,12 +178,6 @@ def test_evaluating_a_checkpoint_repeats_what_its_run_measured(
         assert left["teacher_forced"] == right["teacher_forced"]
 
 
-def test_evaluate_leaves_the_stock_head_out_on_request(distilled: Path, light: list[str], tmp_path: Path) -> None:
-    arguments = [*light, f"checkpoint={distilled}", "evaluation.include_stock=false", f"output_dir={tmp_path}"]
-    assert run_main("+recipe=evaluate", *arguments) == 0
-    check_evaluation(tmp_path, ["trained"])
-
-
 def test_the_doctor_names_what_is_wrong_and_says_so_by_its_exit_code(
     distilled: Path, light: list[str], tmp_path: Path
 ) -> None:
@@ -208,7 +203,7 @@ def test_compare_measures_each_head_against_the_first(distilled: Path, light: li
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_divergence_trains_a_stack_of_two(divergence: str, light: list[str], tmp_path: Path) -> None:
+def test_every_other_divergence_trains_a_stack_of_two(divergence: str, light: list[str], tmp_path: Path) -> None:
     arguments = ["mtp.mode=stacked", "mtp.depth=2", f"loss.divergence={divergence}", "evaluate_at_end=false"]
     assert run_main("+recipe=distill", *light, *arguments, f"output_dir={tmp_path}") == 0
     check_training(tmp_path)
@@ -216,9 +211,11 @@ def test_every_divergence_trains_a_stack_of_two(divergence: str, light: list[str
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_a_stack_of_two_is_measured(light: list[str], tmp_path: Path) -> None:
-    arguments = ["mtp.mode=stacked", "mtp.depth=2", "mtp.steps=2", f"output_dir={tmp_path}"]
+def test_a_stack_of_two_is_trained_on_kl_and_measured(light: list[str], tmp_path: Path) -> None:
+    arguments = ["mtp.mode=stacked", "mtp.depth=2", "mtp.steps=2", "loss.divergence=kl", f"output_dir={tmp_path}"]
     assert run_main("+recipe=distill", *light, *arguments) == 0
+    check_training(tmp_path)
+    assert {name.split(".")[1] for name in trained_tensors(tmp_path)} == {"0", "1"}
     trained = check_evaluation(tmp_path, ["stock", "trained"])["heads"][1]
     assert (trained["mode"], trained["depth"]) == ("stacked", 2)
 
@@ -284,16 +281,20 @@ def test_bf16_trains_on_a_cpu_with_fp32_masters(light: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize("variant", ["release", "base"])
-def test_a_miniature_release_is_evaluated_like_any_backbone(
+def test_a_miniature_release_is_measured_like_any_backbone(
     variant: str, backbone_folder: Path, light: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "R"
     arguments = [f"backbone.path={backbone_folder}", f"release.variant={variant}", f"output_dir={folder}"]
     assert run_main("+recipe=mini_release", *arguments) == 0
     run = tmp_path / "run"
-    settings = [*light, f"backbone.path={folder}", "checkpoint=stock", f"output_dir={run}"]
-    assert run_main("+recipe=evaluate", *settings) == 0
-    check_evaluation(run, ["stock"])
+    settings = [*light, f"backbone.path={folder}", f"output_dir={run}"]
+    if variant == "release":
+        assert run_main("+recipe=evaluate", *settings, "checkpoint=stock") == 0
+        check_evaluation(run, ["stock"])
+    else:  # on the same replay
+        assert run_main("+recipe=compare", *settings, "checkpoints=[stock,stock]") == 0
+        assert all(set(head["replay"]) == {"1", "2"} for head in read_json(run / "comparison.json")["heads"])
 
 
 def test_a_random_miniature_needs_no_backbone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,12 +148,12 @@ def test_a_stack_of_another_depth_is_not_continued(
 
 
 def test_the_same_data_under_another_path_are_the_same_run(
-    light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    finished: Path, light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     moved = tmp_path / corpus_file.name
     moved.write_bytes(corpus_file.read_bytes())
-    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
-    assert run_main(*arguments) == 0
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={run}"]
     assert run_main(*arguments, "resume=auto", f"data.path={moved}") == 0
     moved.write_bytes(b"".join(moved.read_bytes().splitlines(keepends=True)[:40]))
     assert run_main(*arguments, "resume=auto", f"data.path={moved}") == 2
@@ -161,13 +162,21 @@ def test_the_same_data_under_another_path_are_the_same_run(
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_change_that_is_allowed_by_name_is_said_and_trained(
-    streaming: bool, light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    streaming: bool,
+    finished: Path,
+    light: list[str],
+    corpus_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)[:40]))
     arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path / 'run'}"]
-    arguments += ["data.streaming=true", "data.workers=0"] if streaming else []
-    assert run_main(*arguments) == 0
+    if streaming:
+        arguments += ["data.streaming=true", "data.workers=0"]
+        assert run_main(*arguments) == 0
+    else:
+        shutil.copytree(finished, tmp_path / "run")
     arguments += ["resume=auto", "resume_allow=[data.path,train]", "train.steps=4"]
     assert run_main(*arguments, f"data.path={other}") == 0
     lines = capfd.readouterr().err
@@ -227,21 +236,20 @@ def test_a_resume_without_a_checkpoint_says_that_it_starts(
     assert "step 2 of 2 is done: nothing is left to train" in capfd.readouterr().err.splitlines()
 
 
-def test_a_finished_run_is_not_trained_again(light: list[str], tmp_path: Path) -> None:
-    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
-    assert run_main(*arguments) == 0
-    checkpoints, rows = tree(tmp_path / "checkpoints"), read_metrics(tmp_path)
+def test_a_finished_run_is_not_trained_again(finished: Path, light: list[str], tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={run}"]
     assert run_main(*arguments, "resume=auto") == 0
-    assert tree(tmp_path / "checkpoints") == checkpoints
-    assert read_metrics(tmp_path) == rows
+    assert tree(run / "checkpoints") == tree(finished / "checkpoints")
+    assert read_metrics(run) == read_metrics(finished)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    finished: Path, light: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}"]
-    assert run_main(*arguments) == 0
-    newest = tmp_path / "checkpoints" / "step_00000002" / "module.safetensors"
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = ["+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={run}"]
+    newest = run / "checkpoints" / "step_00000002" / "module.safetensors"
     whole = newest.read_bytes()
     newest.write_bytes(whole[:-1])
     assert run_main(*arguments, "resume=auto") == 0

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.streams import run_backbone
@@ -21,7 +22,7 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 
-# R = 1 row, S slots, K drafted tokens, V vocabulary, r rotated channel pairs
+# R = 1 row, S slots, N streams, D model width, K drafted tokens, V vocabulary, r rotated channel pairs
 
 
 def single_row(tokens: list[int]) -> Batch:
@@ -29,12 +30,21 @@ def single_row(tokens: list[int]) -> Batch:
     return Batch(row_RS, torch.ones_like(row_RS), torch.arange(len(tokens)).unsqueeze(0))
 
 
-def draft_logits(model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], anchor: int, steps: int) -> Tensor:
-    """Return the logits [V] of step `steps` at an anchor, from a fresh rollout over the tokens."""
-    batch = single_row(tokens)
-    streams_RSND, _ = run_backbone(model, batch.tokens_BS)
-    states = rollout(stack, model.model.embed_tokens, streams_RSND, batch, steps)
-    return model.lm_head(states[-1][0, anchor])
+def draft_logits(
+    model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], steps: int, streams_RSND: Tensor
+) -> Tensor:
+    """Return the logits [K, S, V] of steps 1 to `steps` at every slot, from a fresh rollout over the tokens.
+
+    Args:
+        model: the backbone.
+        stack: the modules.
+        tokens: the text and the newest draft so far.
+        steps: K.
+        streams_RSND: of the first slots. A step reads those up to its anchor, so those of a draft may be missing.
+    """
+    padded_RSND = pad(streams_RSND, (0, 0, 0, 0, 0, len(tokens) - streams_RSND.shape[1]))
+    states = rollout(stack, model.model.embed_tokens, padded_RSND, single_row(tokens), steps)
+    return model.lm_head(torch.cat(states))
 
 
 def attend_to_table(
@@ -110,11 +120,12 @@ def decode_plainly(
     while len(tokens) - len(prompt) < new:
         anchor, draft, q = len(tokens) - 2, [], []
         anchors.append(anchor)
+        streams_RSND, _ = run_backbone(model, torch.tensor([tokens]))
         for step in range(1, drafted + 1):
             if wraps:
                 logits_V = wrapped_logits(model, stack, tokens + draft, anchors, length, step)
             else:
-                logits_V = draft_logits(model, stack, tokens + draft, anchor, step)
+                logits_V = draft_logits(model, stack, tokens + draft, step, streams_RSND)[-1, anchor]
             if float(logits_V.softmax(-1).max()) < policy.min_confidence:
                 break
             q.append(policy.proposal(logits_V[None], context(tokens + draft))[0])

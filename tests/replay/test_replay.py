@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtptrain.backbone.streams import run_backbone
 from mtptrain.certificate.sampled import SampledRun, certify_pass_counts, sampled_run
 from mtptrain.config import DraftChoice
 from mtptrain.decoding.draft import MtpProposer
@@ -49,14 +50,17 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
     for trace, drafts in zip(traces, draft_traces(MODEL, stack, traces, steps, policy), strict=True):
         size, text = len(trace.tokens) - 1, trace.prompt.tokens + trace.tokens
         assert drafts.q_KN.shape == drafts.confidence_KN.shape == (steps, size)
+        with torch.inference_mode():
+            streams_RSND, _ = run_backbone(MODEL, torch.tensor([text]))
+            logits_KSV = draft_logits(MODEL, stack, text, steps, streams_RSND)
+            p_SV = MODEL(input_ids=torch.tensor([text])).logits[0].softmax(-1)
         for n in range(size):
             anchor = len(trace.prompt.tokens) - 1 + n
             for step in range(1, steps + 1):
                 if n + step > size:
                     assert drafts.q_KN[step - 1, n] == 0
                     continue
-                with torch.inference_mode():
-                    logits_V = draft_logits(MODEL, stack, text, anchor, step)
+                logits_V = logits_KSV[step - 1, anchor]
                 sizes = torch.tensor([[len(trace.prompt.tokens)], [anchor + step + 1]])
                 context = count_context(torch.tensor([text]), *sizes, vocab_size=97)
                 q = policy.proposal(logits_V[None], context)[0, text[anchor + step + 1]]
@@ -67,8 +71,8 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
                     assert drafts.other_q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
                 confidence = float(logits_V.softmax(-1).max())
                 assert drafts.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
-            p_V = MODEL(input_ids=torch.tensor([text])).logits[0, anchor + 1].softmax(-1)
-            assert drafts.entropy_N[n] == pytest.approx(float(torch.special.entr(p_V).sum()), rel=2e-3, abs=1e-4)
+            entropy = float(torch.special.entr(p_SV[anchor + 1]).sum())
+            assert drafts.entropy_N[n] == pytest.approx(entropy, rel=2e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
