@@ -38,7 +38,9 @@ def rollout_attention_blocked(
     """Return `rollout_attention_reference`, block by block."""
     inputs = [query_BHSC, context_BSC, sinks_H, *([] if chain_BSLC is None else [chain_BSLC])]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, window, scale, needs_grad)
+    settings = (window, scale, needs_grad)
+    out_BHSC: Tensor = _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, *settings)
+    return out_BHSC
 
 
 class _RolloutAttention(torch.autograd.Function):
