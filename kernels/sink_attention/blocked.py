@@ -56,9 +56,8 @@ class _RolloutAttention(torch.autograd.Function):
         scale: float,
         needs_grad: bool,
     ) -> Tensor:
-        dtype = torch.promote_types(query_BHSC.dtype, torch.float32)
-        query_BSHC = (query_BHSC.transpose(1, 2).to(dtype) * scale).contiguous()
-        key_BSC, chain_LBSC = context_BSC.to(dtype), _chain_keys(chain_BSLC, dtype)
+        query_BSHC = _scaled(query_BHSC, scale)
+        key_BSC, chain_LBSC = context_BSC.to(query_BSHC.dtype), _chain_keys(chain_BSLC, query_BSHC.dtype)
         local, slot_S = window - len(chain_LBSC), torch.arange(start_BS.shape[1], device=start_BS.device)
         first_BS1 = torch.maximum(start_BS, slot_S - local + 1).unsqueeze(2)
         own_BSHE = _own_scores(query_BSHC, chain_LBSC, sinks_H)
@@ -74,17 +73,20 @@ class _RolloutAttention(torch.autograd.Function):
         out_BSHC = torch.cat(outs, dim=1)
         for number, chain_BSC in enumerate(chain_LBSC):
             out_BSHC.addcmul_(own_BSHE[..., number, None], chain_BSC.unsqueeze(2))
+        out_BHSC = out_BSHC.transpose(1, 2).to(query_BHSC.dtype)
         if needs_grad:
-            ctx.save_for_backward(query_BSHC, key_BSC, chain_BSLC, sinks_H, out_BSHC, own_BSHE, *weights)
-        ctx.local, ctx.scale, ctx.dtypes = local, scale, (query_BHSC.dtype, context_BSC.dtype)
-        return out_BSHC.transpose(1, 2).to(query_BHSC.dtype)
+            ctx.save_for_backward(query_BHSC, context_BSC, chain_BSLC, sinks_H, out_BHSC, own_BSHE, *weights)
+        ctx.local, ctx.scale = local, scale
+        return out_BHSC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
-        query_BSHC, key_BSC, chain_BSLC, sinks_H, out_BSHC, own_BSHE, *weights = ctx.saved_tensors
+        query_BHSC, context_BSC, chain_BSLC, sinks_H, out_BHSC, own_BSHE, *weights = ctx.saved_tensors
+        query_BSHC = _scaled(query_BHSC, ctx.scale)
+        key_BSC = context_BSC.to(query_BSHC.dtype)
         grad_out_BSHC = grad_out_BHSC.transpose(1, 2).to(query_BSHC.dtype).contiguous()
-        delta_BSH1 = (grad_out_BSHC * out_BSHC).sum(-1, keepdim=True)
+        delta_BSH1 = (grad_out_BSHC * out_BHSC.transpose(1, 2)).sum(-1, keepdim=True)
         grad_query_BSHC, grad_key_BSC = torch.empty_like(query_BSHC), torch.zeros_like(key_BSC)
         for (rows, reach), weights_BQHY in zip(_blocks(key_BSC.shape[1], ctx.local), weights, strict=True):
             saved = (query_BSHC[:, rows], grad_out_BSHC[:, rows], delta_BSH1[:, rows], weights_BQHY)
@@ -99,12 +101,18 @@ class _RolloutAttention(torch.autograd.Function):
             grad_chain.append((dscore_BSH1 * query_BSHC).addcmul_(weight_BSH1, grad_out_BSHC).sum(2))
         grad_sinks_H = -(own_BSHE[..., -1] * delta_BSH1[..., 0]).sum((0, 1))
         return (
-            grad_query_BSHC.mul_(ctx.scale).transpose(1, 2).to(ctx.dtypes[0]),
-            grad_key_BSC.to(ctx.dtypes[1]),
+            grad_query_BSHC.mul_(ctx.scale).transpose(1, 2).to(query_BHSC.dtype),
+            grad_key_BSC.to(context_BSC.dtype),
             torch.stack(grad_chain, dim=2).to(chain_BSLC.dtype) if grad_chain else None,
             grad_sinks_H.to(sinks_H.dtype),
             *[None] * 4,
         )
+
+
+def _scaled(query_BHSC: Tensor, scale: float) -> Tensor:
+    """Return queries times a factor, [B, S, H, C] in at least float32."""
+    dtype = torch.promote_types(query_BHSC.dtype, torch.float32)
+    return (query_BHSC.transpose(1, 2).to(dtype) * scale).contiguous()
 
 
 def _blocks(num_slots: int, local: int) -> Iterator[tuple[slice, slice]]:
