@@ -80,7 +80,7 @@ def saved_by_step(shape: ShapeConfig, load: TrainingLoad) -> float:
     routed = experts * (2 * width + 6 * inner)
     latent = shape.o_groups * shape.o_lora_rank
     others = 6 * width + 2 * head_width + 4 * shape.head_dim + latent + 4 * shape.num_experts + routed + 6 * inner
-    if load.heads is WeightFormat.fp32:  # without a GPU, where attention also saves the outputs of its blocks
+    if load.heads is WeightFormat.fp32:  # without a GPU, where attention saves weights, about as large as outputs
         return load.tokens * 4.0 * (in_fp32 + head_width + others)
     return load.tokens * (4.0 * in_fp32 + 2.0 * (others + 4 * streams))  # and rounded copies of the streams
 
