@@ -56,7 +56,9 @@ class Passages:
     def share_of(self, prompt_M: np.ndarray) -> float | None:
         """Return the share of a prompt's passages that are among these; None if none of them would have been kept."""
         kept = _below(prompt_M, self.bits)
-        return float(np.isin(kept, self.hashes).mean()) if len(kept) else None
+        # `np.isin` would sort all hashes for each prompt.
+        first, end = np.searchsorted(self.hashes, kept, "left"), np.searchsorted(self.hashes, kept, "right")
+        return float((first < end).mean()) if len(kept) else None
 
     def write(self, path: Path) -> None:
         """Write a file for `read_passages`."""
