@@ -68,7 +68,7 @@ class BatchSource:
         """
         if positions:
             raise UserError(
-                "data.streaming=False: the interrupted run read its data as a stream; set data.streaming and "
+                "data.streaming=false: the interrupted run read its data as a stream; set data.streaming and "
                 "data.mixture as they were, or start in another output_dir"
             )
 

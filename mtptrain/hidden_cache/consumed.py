@@ -104,7 +104,7 @@ def delete_shards(folder: Path, run: str, count: int) -> None:
             (folder / shard_file(number)).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"data.delete_consumed=True: {folder} cannot be changed ({error}); give write access, or set it to false"
+            f"data.delete_consumed=true: {folder} cannot be changed ({error}); give write access, or set it to false"
         ) from None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mtptrain.batch import Batch
+from mtptrain.config.rules import as_written
 from mtptrain.data.batches import BatchSource
 from mtptrain.data.files import Position
 from mtptrain.data.packing import Piece, fill_rows, pack_pieces
@@ -187,7 +188,7 @@ class FollowedBatches(BatchSource):
     def _exhausted(self) -> UserError:
         rows, size = self.firsts[-1], self.settings.batch_size
         return UserError(
-            f"data.delete_consumed={self.source.deletes}: all {rows} rows of {self.source.cache.folder} are used, "
+            f"data.delete_consumed={as_written(self.source.deletes)}: all {rows} rows of {self.source.cache.folder} are used, "
             f"{size} at a time, and deleted shards leave no second epoch; the last step is saved: give its number as "
             "train.steps, with resume=auto and resume_allow=[train.steps]"
         )

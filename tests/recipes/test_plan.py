@@ -152,7 +152,7 @@ MISTAKES = [
         r"\+model=huge: there is no such choice of model; there are small, tiny, tiny12, v4_flash, v4_pro$",
     ),
     (["model.shape.num_experts=0"], "backbone.shape.num_experts=0: must be at least 1"),
-    (["plan.acceptance=[0.8,1.2]"], r"plan.acceptance=\[0.8, 1.2\]: every share must lie in \[0, 1\]"),
+    (["plan.acceptance=[0.8,1.2]"], r"plan.acceptance=\[0.8,1.2\]: every share must lie in \[0, 1\]"),
     (["plan.acceptance=[nan]"], r"plan.acceptance=\[nan\]: every share must lie"),
     (["plan.acceptance=[]"], "plan.acceptance=.*at least one share; give"),
     (["plan.batch=0"], "plan.batch=0: must be at least 1"),

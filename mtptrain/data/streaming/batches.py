@@ -50,7 +50,7 @@ class StreamingBatches(BatchSource):
         """
         if index > 0 and not positions:
             raise UserError(
-                "data.streaming=True: the interrupted run did not read its data as a stream; set data.streaming and "
+                "data.streaming=true: the interrupted run did not read its data as a stream; set data.streaming and "
                 "data.mixture as they were, or start in another output_dir"
             )
         self.index, self._position = index, join_positions(positions) if positions else {}
