@@ -188,9 +188,9 @@ class FollowedBatches(BatchSource):
     def _exhausted(self) -> UserError:
         rows, size = self.firsts[-1], self.settings.batch_size
         return UserError(
-            f"data.delete_consumed={as_written(self.source.deletes)}: all {rows} rows of {self.source.cache.folder} are used, "
-            f"{size} at a time, and deleted shards leave no second epoch; the last step is saved: give its number as "
-            "train.steps, with resume=auto and resume_allow=[train.steps]"
+            f"data.delete_consumed={as_written(self.source.deletes)}: all {rows} rows of {self.source.cache.folder} "
+            f"are used, {size} at a time, and deleted shards leave no second epoch; the last step is saved: give its "
+            "number as train.steps, with resume=auto and resume_allow=[train.steps]"
         )
 
     def _add(self, number: int) -> None:

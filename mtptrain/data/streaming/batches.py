@@ -60,7 +60,8 @@ class StreamingBatches(BatchSource):
 
     def restart(self, index: int, passages: Passages | None = None) -> None:
         """Begin the data at micro-batch `index`, whose predecessors were of other data."""
-        self.index, self._position, self._loaders = index, {}, None
+        self.close()
+        self.index, self._position = index, {}
 
     def batch(self, index: int) -> Batch:
         """Return this process's rows of micro-batch `index`; micro-batches must be requested in order.
@@ -71,7 +72,11 @@ class StreamingBatches(BatchSource):
         assert index == self.index, f"micro-batch {index} was requested and {self.index} is next"
         if self._loaders is None:
             self._loaders = start_loaders(self.plan, self.row_numbers, self.workers, index, self._position)
-        parts = [next(loader) for loader in self._loaders]
+        try:
+            parts = [next(loader) for loader in self._loaders]
+        except UserError:
+            self.close()  # the other workers too
+            raise
         self.index, self._position = index + 1, join_positions([position for _, position in parts])
         return self._fill([row for rows, _ in parts for row in rows], index)
 
@@ -81,6 +86,8 @@ class StreamingBatches(BatchSource):
 
     def close(self) -> None:
         """End the worker processes."""
+        for loader in self._loaders or ():
+            loader.close()
         self._loaders = None
 
     def _fill(self, rows: list[Row], index: int) -> Batch:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from mtptrain.run.preemption import SIGNALS
 PREFETCHED = 4  # micro-batches that a worker prepares ahead
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal sent to a process when its parent ends
 
-Items = Iterator[tuple[list[Row], Position]]
+Items = Generator[tuple[list[Row], Position], None, None]
 
 
 def start_loaders(
@@ -92,17 +92,28 @@ def _quiet_fork() -> Iterator[None]:
 
 
 def _checked(items: Iterator[Any], workers: int) -> Items:
-    """Yield the items; raise the `UserError` that arrives as an item, or one that reports a killed worker."""
-    while True:
-        try:
-            item = next(items)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
-                raise
-            raise UserError(
-                f"data.workers={workers}: a process that reads and tokenises was killed, as happens when memory runs "
-                "out; free some or lower data.workers, and continue with the same output_dir and resume=auto"
-            ) from None
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    """Yield the items; raise the `UserError` that arrives as an item, or one that reports a killed worker.
+
+    The worker ends with this generator, also while a traceback holds its frame: it ignores the signals by which Python
+    ends its child processes at exit, and waits for it.
+    """
+    try:
+        while True:
+            item = _next_of(items, workers)
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items
+
+
+def _next_of(items: Iterator[Any], workers: int) -> Any:
+    try:
+        return next(items)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            f"data.workers={workers}: a process that reads and tokenises was killed, as happens when memory runs "
+            "out; free some or lower data.workers, and continue with the same output_dir and resume=auto"
+        ) from None
