@@ -69,6 +69,9 @@ class BackboneConfig:
     shape: ShapeConfig = field(default_factory=ShapeConfig)  # built by `recipe=backbone`; for a release: its sizes
 
 
+BACKBONE_CHOICE = "backbone or backbone.path"  # in an error: the settings that choose another backbone
+
+
 def backbone_words(name: object, path: object) -> list[str]:
     """Return the settings that choose a backbone on a command line, given those of a run; none for the default."""
     default = BackboneConfig()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.errors import UserError
 from mtptrain.evaluation.head_result import Acceptance, ChosenOn, Gain, SeenPrompts
 from mtptrain.evaluation.result import BackboneResult, PolicyResult, PromptsResult
@@ -45,7 +46,7 @@ class CurveIdentity:
 
 CURVE_SETTINGS = {  # the setting behind each part of the identity
     "run": "checkpoint",
-    "backbone": "backbone.path",
+    "backbone": BACKBONE_CHOICE,
     "dtype": "precision",
     "prompts": "prompts",
     "traces": "evaluation.traces",

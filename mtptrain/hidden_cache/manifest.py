@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mtptrain.config import CollectEngine, DataConfig, DataFormat, DataSource, OnBadRow, StreamFormat
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.hidden_cache.fidelity import Fidelity
 from mtptrain.run.artifact import Artifact, Kind, check_identity, is_whole, open_artifact
 from mtptrain.run.distributed import max_over_processes
@@ -101,7 +102,7 @@ STREAM_CACHE: Kind[StreamIdentity, StreamContent] = Kind(
     identity=StreamIdentity,
     content=StreamContent,
     settings={
-        **dict.fromkeys(("backbone", "stream", "layer", "num_streams", "width", "tokenizer"), "backbone.path"),
+        **dict.fromkeys(("backbone", "stream", "layer", "num_streams", "width", "tokenizer"), BACKBONE_CHOICE),
         "stored_as": "collect.format",
         "dtype": "precision",
         "chat_template": "data.chat_template",
@@ -134,7 +135,7 @@ def open_cache(folder: Path) -> StreamCache:
 def check_origin(cache: StreamCache, want: Mapping[str, object]) -> None:
     """Raise a `UserError` unless a cache was made with a backbone of these fields of `StreamIdentity`."""
     have = {name: getattr(cache.identity, name) for name in want}
-    check_identity(cache.where, have, want, dict.fromkeys(want, "backbone.path"), "collect anew")
+    check_identity(cache.where, have, want, dict.fromkeys(want, BACKBONE_CHOICE), "collect anew")
 
 
 def check_shards(cache: StreamCache) -> None:

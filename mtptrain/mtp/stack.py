@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4RotaryEmbedding
 
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.errors import UserError
 from mtptrain.mtp.block import MtpBlock, block_config
 from mtptrain.mtp.numerics import AS_TRAINED, Numerics, round_activations
@@ -152,7 +153,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: DeepseekV4Config
         if fitting is not None and tuple(shape) != fitting:
             raise UserError(
                 f"{source}: belongs to another backbone: its {name} is {list(shape)}, and that of a head of this "
-                f"backbone is {list(fitting)}; set backbone or backbone.path to match"
+                f"backbone is {list(fitting)}; set {BACKBONE_CHOICE} to match"
             )
 
 

@@ -272,7 +272,6 @@ def check_identity(
         return
     parts = (", ".join(f"{name}={_short(values.get(name))}" for name in names) for values in (stored, wanted))
     sources = ", ".join(dict.fromkeys(settings[name.split(".")[0]] for name in names))
-    sources = sources.replace("backbone.path", "backbone or backbone.path")  # a shipped one has a name
     raise UserError(
         f"{where}: holds {next(parts)} and this run has {next(parts)}; set {sources} to match, or {way_out}"
     )

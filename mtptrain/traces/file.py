@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.data.files import check_readable, json_lines
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
@@ -108,7 +109,7 @@ class TraceHeader:
 
 # Fields that must agree with the run that reads the traces, with the setting of each.
 BINDING = {
-    "backbone": "backbone.path",
+    "backbone": BACKBONE_CHOICE,
     "dtype": "precision",
     "temperature": "decoding.temperature",
     "top_k": "decoding.top_k",

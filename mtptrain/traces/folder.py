@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.run.artifact import Artifact, Kind, add_part, check_identity, is_begun, open_artifact, read_begun
 from mtptrain.traces.file import Trace, TraceSet, read_trace_set, write_trace_set
 
@@ -72,7 +73,7 @@ TEXTS: Kind[TextIdentity, TextContent] = Kind(
     identity=TextIdentity,
     content=TextContent,
     settings={
-        "backbone": "backbone.path",
+        "backbone": BACKBONE_CHOICE,
         "dtype": "precision",
         **{name: f"on_policy.{name}" for name in POLICY},
         "max_new_tokens": "on_policy.max_new_tokens",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mtptrain.config import MtpMode
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.data.passages import Passages, read_passages
 from mtptrain.errors import UserError
 from mtptrain.mtp.expert_parallel import WHOLE_SHAPE
@@ -165,7 +166,7 @@ class Checkpoint:
         if fingerprint is None:
             return self.identity
         have, want = {"backbone": self.identity.backbone}, {"backbone": fingerprint}
-        settings, way_out = {"backbone": "backbone.path"}, "choose another checkpoint"
+        settings, way_out = {"backbone": BACKBONE_CHOICE}, "choose another checkpoint"
         check_identity(f"checkpoint={self.folder}", have, want, settings, way_out)
         return self.identity
 

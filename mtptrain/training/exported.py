@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4Config
 
+from mtptrain.config.backbone import BACKBONE_CHOICE
 from mtptrain.mtp.tensors import HeadTensors
 from mtptrain.release.modules import ReleasedModules, from_release
 from mtptrain.release.shards import HEAD_PREFIX, Shards
@@ -23,7 +24,7 @@ EXPORTED: Kind[HeadIdentity, Any] = Kind(
     schema=3,
     identity=HeadIdentity,
     content=dict[str, Any],
-    settings={"backbone": "backbone.path"},
+    settings={"backbone": BACKBONE_CHOICE},
     manifest=EXPORT_MANIFEST,
     missing="give the folder of +recipe=export",
     damaged="export it anew",
