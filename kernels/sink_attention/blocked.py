@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..norm_rotate.reference import rotate_in_place_reference, rotate_reference
 from .reference import Cached, entry_mask, local_mask, masked_attention_reference, rotate_back
 
 # H = 4, C = 32, window 64, fp32, one core of an AMD EPYC, 2026-11, busy machine, forward and backward: [4, 256] takes
@@ -40,8 +41,10 @@ def rollout_attention_blocked(
     inputs = [query_BHSC, context_BSC, sinks_H, *([] if chain_BSLC is None else [chain_BSLC])]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     settings = (window, scale, needs_grad)
-    out_BHSC = _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, *settings)
-    return rotate_back(out_BHSC, turn_BSr)
+    out_BHSC: Tensor = _RolloutAttention.apply(
+        query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, turn_BSr, *settings
+    )
+    return out_BHSC
 
 
 class _RolloutAttention(torch.autograd.Function):
@@ -53,6 +56,7 @@ class _RolloutAttention(torch.autograd.Function):
         chain_BSLC: Tensor | None,
         sinks_H: Tensor,
         start_BS: Tensor,
+        turn_BSr: Tensor,
         window: int,
         scale: float,
         needs_grad: bool,
@@ -74,20 +78,24 @@ class _RolloutAttention(torch.autograd.Function):
         out_BSHC = torch.cat(outs, dim=1)
         for number, chain_BSC in enumerate(chain_LBSC):
             out_BSHC.addcmul_(own_BSHE[..., number, None], chain_BSC.unsqueeze(2))
-        out_BHSC = out_BSHC.transpose(1, 2).to(query_BHSC.dtype)
+        # The definition rounds before the rotation, too.
+        out_BSHC = rotate_in_place_reference(out_BSHC.to(query_BHSC.dtype), turn_BSr.conj().unsqueeze(2))
+        out_BHSC = out_BSHC.transpose(1, 2)
         if needs_grad:
-            ctx.save_for_backward(query_BHSC, context_BSC, chain_BSLC, sinks_H, out_BHSC, own_BSHE, *weights)
+            saved = (query_BHSC, context_BSC, chain_BSLC, sinks_H, turn_BSr, out_BHSC, own_BSHE)
+            ctx.save_for_backward(*saved, *weights)
         ctx.local, ctx.scale = local, scale
         return out_BHSC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_BHSC: Tensor) -> tuple[Tensor | None, ...]:
-        query_BHSC, context_BSC, chain_BSLC, sinks_H, out_BHSC, own_BSHE, *weights = ctx.saved_tensors
+        query_BHSC, context_BSC, chain_BSLC, sinks_H, turn_BSr, out_BHSC, own_BSHE, *weights = ctx.saved_tensors
         query_BSHC = _scaled(query_BHSC, ctx.scale)
         key_BSC = context_BSC.to(query_BSHC.dtype)
-        grad_out_BSHC = grad_out_BHSC.transpose(1, 2).to(query_BSHC.dtype).contiguous()
-        delta_BSH1 = (grad_out_BSHC * out_BHSC.transpose(1, 2)).sum(-1, keepdim=True)
+        grad_out_BSHC = grad_out_BHSC.transpose(1, 2).to(query_BSHC.dtype)
+        delta_BSH1 = (grad_out_BSHC * out_BHSC.transpose(1, 2)).sum(-1, keepdim=True)  # both rotated, or neither
+        grad_out_BSHC = rotate_reference(grad_out_BSHC, turn_BSr.unsqueeze(2))
         grad_query_BSHC, grad_key_BSC = torch.empty_like(query_BSHC), torch.zeros_like(key_BSC)
         for (rows, reach), weights_BQHY in zip(_blocks(key_BSC.shape[1], ctx.local), weights, strict=True):
             saved = (query_BSHC[:, rows], grad_out_BSHC[:, rows], delta_BSH1[:, rows], weights_BQHY)
@@ -106,7 +114,7 @@ class _RolloutAttention(torch.autograd.Function):
             grad_key_BSC.to(context_BSC.dtype),
             torch.stack(grad_chain, dim=2).to(chain_BSLC.dtype) if grad_chain else None,
             grad_sinks_H.to(sinks_H.dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
