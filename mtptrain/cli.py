@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 import mtptrain
 from mtptrain.config import RunConfig, register
@@ -61,9 +62,12 @@ def stop(message: str, mistake: UserError | None = None) -> NoReturn:
     raise SystemExit(USER_MISTAKE)
 
 
+_types = cache(get_type_hints)
+
+
 def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> list[str]:
     """Return the dotted keys, added with `+key=value`, that the schema does not have."""
-    known = get_type_hints(schema)
+    known = _types(schema)
     unknown = []
     for key, value in values.items():
         if key not in known:
@@ -79,7 +83,7 @@ def typed_config(composed: DictConfig, given: Given, is_help: bool = False) -> t
     """Return the typed configuration, and the same as plain values.
 
     Args:
-        composed: by Hydra.
+        composed: by Hydra; interpolations are resolved in it, and its source of data may be chosen.
         given: the user's part of it.
         is_help: whether it is only to be described, so a missing path is no mistake.
 
@@ -87,6 +91,9 @@ def typed_config(composed: DictConfig, given: Given, is_help: bool = False) -> t
         UserError: a key is unknown, a type is wrong or a value is out of range.
     """
     try:
+        choose_source(composed.data, given)
+        if is_help:
+            stand_in_path(composed.data)
         values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     except OmegaConfBaseException as error:  # an interpolation of a missing key
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}; write a value") from None
@@ -97,17 +104,26 @@ def typed_config(composed: DictConfig, given: Given, is_help: bool = False) -> t
     unknown = unknown_keys(settings, RunConfig)
     if unknown:
         raise UserError(no_such_setting(unknown[0]))
-    choose_source(settings, given)
-    if is_help:
-        stand_in_path(settings)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(run_schema(), settings))
+        _resolve(composed, settings)
+        config = OmegaConf.to_object(composed)
     except UserError:
         raise
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}=???: write a value") from None
     except OmegaConfBaseException as error:
         raise UserError(wrong_value(error)) from None
     assert isinstance(config, RunConfig)
     return config, settings
+
+
+def _resolve(composed: DictConfig, settings: dict[str, object]) -> None:
+    """Replace interpolations by their values, which checks the types of interpolated lists and mappings."""
+    try:
+        OmegaConf.resolve(composed)
+    except ValidationError:  # without the name of the setting
+        OmegaConf.merge(run_schema(), settings)
+        raise
 
 
 def run_task(

@@ -78,6 +78,8 @@ MISTAKES = [
     (["+data=stdlib"], r"\+data: there is a choice of data already; write data=NAME without the plus to change it$"),
     (["task=distil"], r"task=distil: there is no such program; did you mean distill\?; leave it to \+recipe=NAME"),
     (["seed=${nowhere}"], "seed: .*'nowhere' not found; write a value"),
+    (["train.steps=???"], r"train.steps=\?\?\?: write a value"),
+    (["data.mixture=${prompts}"], "data.mixture=heldout: must be a list of sections, such as data.mixture="),
     (["data.path=/a (b).txt"], r"data.path=/a \(b\).txt: is not setting=value; .*'setting=\"value\"'"),
     (["distill"], "distill: is not setting=value"),
     (["plan.batch=2"], "plan.batch=2: this recipe has no plan and does not read it; leave it out"),

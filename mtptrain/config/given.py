@@ -82,21 +82,22 @@ def _flat(value: Any, name: str) -> Iterator[str]:
         yield from _flat(one, f"{name}.{key}".removeprefix("."))
 
 
-def stand_in_path(settings: dict[str, Any]) -> None:
+def stand_in_path(data: Any) -> None:
     """Give a source that needs a path the path PATH, if it has none: the help of a recipe needs no file."""
-    data = settings["data"]
-    if data["source"] in (DataSource.text.value, DataSource.streams.value) and not data["mixture"]:
-        data["path"] = data["path"] or "PATH"
+    if data.source in (DataSource.text, DataSource.streams) and not data.mixture:
+        data.path = data.path or "PATH"
 
 
-def choose_source(settings: dict[str, Any], given: Given) -> None:
+def choose_source(data: Any, given: Given) -> None:
     """Set `data.source` to that of `data.path`, if the user gave a path and neither user nor recipe chose a source.
 
     A folder with a manifest holds the streams of `+recipe=collect`; any other path is text.
+
+    Args:
+        data: the composed section; its source may change.
+        given: the settings that the user gave.
     """
-    data = settings["data"]
-    if "data.path" not in given.values or data["path"] is None or given.chose_source():
+    if "data.path" not in given.values or data.path is None or given.chose_source():
         return
-    if data["source"] == DataSource.stdlib.value:
-        has_manifest = (Path(str(data["path"])) / MANIFEST).is_file()
-        data["source"] = (DataSource.streams if has_manifest else DataSource.text).value
+    if data.source is DataSource.stdlib:
+        data.source = DataSource.streams if (Path(data.path) / MANIFEST).is_file() else DataSource.text
