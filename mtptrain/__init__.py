@@ -6,7 +6,10 @@ them: torch is imported when the first name is used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +56,20 @@ __all__ = [
     "train",
     "training_batches",
 ]
+
+
+def _hide_folder_of_kernels() -> None:
+    """Keep transformers from taking the folder kernels/ of a checkout for the Hugging Face package of that name.
+
+    It would look for its version in all installed packages: a seventh of a start's time.
+    """
+    found = None if "kernels" in sys.modules else find_spec("kernels")
+    places = [] if found is None or found.origin else list(found.submodule_search_locations or [])
+    if places and all(Path(place).samefile(Path(__file__).parent / "kernels") for place in places):
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+_hide_folder_of_kernels()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,8 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +24,7 @@ import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings, stand_in_path
-from mtptrain.config.reads import Settings, section_of
+from mtptrain.config.reads import Settings, section_of, types_of
 from mtptrain.config.run import run_schema
 from mtptrain.config.sweep import check_command, first_job, job_arguments
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value
@@ -62,12 +61,9 @@ def stop(message: str, mistake: UserError | None = None) -> NoReturn:
     raise SystemExit(USER_MISTAKE)
 
 
-_types = cache(get_type_hints)
-
-
 def unknown_keys(values: dict[str, object], schema: Any, prefix: str = "") -> list[str]:
     """Return the dotted keys, added with `+key=value`, that the schema does not have."""
-    known = _types(schema)
+    known = types_of(schema)
     unknown = []
     for key, value in values.items():
         if key not in known:

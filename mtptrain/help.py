@@ -12,12 +12,12 @@ from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import cache
 from importlib.resources import files
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from mtptrain.config import LossName, RunConfig
-from mtptrain.config.reads import Settings
+from mtptrain.config.reads import Settings, types_of
 from mtptrain.config.rules import as_written
 from mtptrain.config.typos import group_choices
 
@@ -125,7 +125,7 @@ def describe_setting(setting: str, config: RunConfig, width: int) -> str:
 @cache
 def field_notes(schema: type) -> dict[str, str]:
     """Return the comment of every field of a settings class: the lines above it, or the end of its own."""
-    return dict(_notes(inspect.getsource(schema).splitlines(), set(get_type_hints(schema))))
+    return dict(_notes(inspect.getsource(schema).splitlines(), set(types_of(schema))))
 
 
 def _notes(lines: list[str], names: set[str]) -> Iterator[tuple[str, str]]:

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import hydra._internal.utils
 import hydra.core.utils
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -38,8 +40,8 @@ def _origin(repo: Any) -> str | None:
 
 
 def _copied(value: Any) -> Any:
-    """Return a deep copy."""
-    return pickle.loads(pickle.dumps(value))
+    """Return a deep copy; of Hydra's own section itself, since no callback changes it."""
+    return value if value is HydraConfig.instance().cfg else pickle.loads(pickle.dumps(value))
 
 
 def _loaded(repo: ConfigRepository, config_path: str) -> Any:
@@ -94,6 +96,7 @@ def composing_once() -> Iterator[None]:
     """Keep Hydra from reading the same files again, and from composing a configuration twice."""
     with (
         patch.object(Hydra, "get_mode", _mode),
+        patch.object(hydra._internal.utils, "is_under_debugger", bool),  # it reads the source of every frame
         patch.object(CachingConfigRepository, "__init__", _open),
         patch.object(ConfigRepository, "load_config", _loaded),
         patch.object(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copied)),

@@ -26,8 +26,14 @@ CONVERSATIONS = frozenset({"data.turns", "data.on_bad_row", *TEMPLATE})
 SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
 
 
+@cache
+def types_of(schema: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name."""
+    return get_type_hints(schema)
+
+
 def _names(schema: type, prefix: str = "") -> Iterator[str]:
-    types = get_type_hints(schema)
+    types = types_of(schema)
     for part in fields(schema):
         section = section_of(types[part.name])
         name = prefix + part.name

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.resources import files
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from mtptrain.config.reads import all_settings
+from mtptrain.config.reads import all_settings, types_of
 from mtptrain.config.rules import any_of, as_written, did_you_mean
 from mtptrain.config.run import RunConfig
 
@@ -70,7 +70,7 @@ def wrong_value(error: OmegaConfBaseException) -> str:
     name, value = re.sub(r"\[.*", "", str(error.full_key)), error.value
     lists = [one for one in sorted(all_settings()) if error.object_type in get_args(_type_of(one))]
     if lists:  # OmegaConf names a setting of an item alone
-        kind = get_type_hints(error.object_type)[name.rpartition(".")[2]]
+        kind = types_of(error.object_type)[name.rpartition(".")[2]]
         return f"{lists[0]}: {name}={as_written(value)}: {_rule(kind, name, str(value))}"
     return f"{name}={as_written(value)}: {_rule(_type_of(name), name, str(value))}"
 
@@ -80,7 +80,7 @@ def _type_of(name: str) -> Any:
     kind: Any = RunConfig
     for key in name.split("."):
         kind = next(filter(is_dataclass, (kind, *get_args(kind))), None)
-        kind = get_type_hints(kind).get(key) if kind is not None else None
+        kind = types_of(kind).get(key) if kind is not None else None
     return kind
 
 
@@ -105,7 +105,7 @@ def _words(kind: type) -> str:
 def _is_in_absent_section(argument: str) -> bool:
     """Return whether an argument sets part of a section that a recipe may leave null, such as plan.batch."""
     name = argument.partition("=")[0]
-    section = get_type_hints(RunConfig).get(name.partition(".")[0])
+    section = types_of(RunConfig).get(name.partition(".")[0])
     return "." in name and type(None) in get_args(section) and any(map(is_dataclass, get_args(section)))
 
 
