@@ -70,7 +70,8 @@ def wrong_value(error: OmegaConfBaseException) -> str:
     name, value = re.sub(r"\[.*", "", str(error.full_key)), error.value
     lists = [one for one in sorted(all_settings()) if error.object_type in get_args(_type_of(one))]
     if lists:  # OmegaConf names a setting of an item alone
-        kind = types_of(error.object_type)[name.rpartition(".")[2]]
+        item: Any = error.object_type
+        kind = types_of(item)[name.rpartition(".")[2]]
         return f"{lists[0]}: {name}={as_written(value)}: {_rule(kind, name, str(value))}"
     return f"{name}={as_written(value)}: {_rule(_type_of(name), name, str(value))}"
 
