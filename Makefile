@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
+# The tests start many processes, which need not compile the same files again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test tests docs test-servers quality kernels mutants lock clean
 
