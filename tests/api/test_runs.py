@@ -13,8 +13,9 @@ from mtptrain.api import runs
 from mtptrain.run.storage import sha256_file
 from mtptrain.traces.file import Trace, read_trace_set
 from tests.api.conftest import small_settings
-from tests.command import measuring_little, run_main
+from tests.command import run_main
 from tests.evaluation.recorded import EVALUATIONS
+from tests.light import measuring_little
 
 EQUAL = ("backbone", "draft_length", "gain", "gain_by_domain", "heads", "policy", "prompts")  # the rest holds times
 SIZES = {"decoding.draft_length": 2, "decoding.max_new_tokens": 6}

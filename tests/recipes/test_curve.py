@@ -12,6 +12,7 @@ from mtptrain.recipes import curve, watch
 from mtptrain.run.folder_lock import is_held
 from tests.command import Refused, hold_folder, run_main
 from tests.conftest import save_backbone
+from tests.recipes.test_recipes import check_drawn
 
 STEPS = 3
 
@@ -54,6 +55,7 @@ def test_all_checkpoints_are_measured_and_the_last_one_is_decoded(trained: Path,
     assert "Acceptance length against training steps" in page
     assert not re.search(r"""(src|href)=["']?https?:|@import""", page)
     assert f"{result['best_step']} (best)" in page
+    check_drawn(measured, "curve.html", 1)
 
 
 def test_a_continued_measurement_measures_only_what_is_missing(
