@@ -12,6 +12,7 @@ from mtptrain.recipes import curve, watch
 from mtptrain.run.folder_lock import is_held
 from tests.command import Refused, hold_folder, run_main
 from tests.conftest import save_backbone
+from tests.light import certified
 from tests.recipes.test_recipes import check_drawn
 
 STEPS = 3
@@ -36,7 +37,8 @@ def measure(light: list[str], run: Path, output: Path, *more: str) -> dict[str, 
 def measured(trained: Path, light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The measurement of all checkpoints of that run; do not write into it."""
     folder = tmp_path_factory.mktemp("measured")
-    measure(light, trained, folder)
+    with certified():
+        measure(light, trained, folder)
     return folder
 
 
