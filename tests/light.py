@@ -30,7 +30,7 @@ def measuring_little() -> Iterator[None]:
         patch.object(evaluate, "STEP_REPETITIONS", 1),
         patch.object(steptime, "WARM_UP", 0),
         patch.object(speedup, "LEAST_BATCHES", 1),
-        patch.object(rounding, "COPIES", 2),
+        patch.object(rounding, "COPIES", 3),
         patch.object(drafts, "NEW_TOKENS", 4),
         patch.object(controls, "PASSES", 3),
         patch.object(sampler, "DRAWS", 2_000),

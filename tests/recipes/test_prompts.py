@@ -278,10 +278,10 @@ def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_w
     light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
-    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:6]]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:8]]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    measured = (f"prompts={file}", "evaluation.num_prompts=6", "decoding.max_new_tokens=3")
+    measured = (f"prompts={file}", "evaluation.num_prompts=8")
     run = tmp_path / "run"
     with certified():
         assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
@@ -289,10 +289,10 @@ def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_w
     stock, trained = result_of(run)["heads"]
     seen = trained["seen_prompts"]
     assert stock["seen_prompts"] is None
-    assert seen["prompts"] == seen["checked"] == 6
-    assert 3 <= seen["seen"] < 6  # those of the training side of the hold-out
-    assert f"{seen['seen']} of 6 prompts are trained on" in errors.partition("continuing 6 prompts")[0]
-    assert f"the trained head saw {seen['seen']} of 6 prompts in training" in " ".join(output.split())
+    assert seen["prompts"] == seen["checked"] == 8
+    assert 4 <= seen["seen"] < 8  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 8 prompts are trained on" in errors.partition("continuing 8 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 8 prompts in training" in " ".join(output.split())
     evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
     (alone,) = result_of(tmp_path / "again")["heads"]
     assert (alone["name"], alone["seen_prompts"]) == ("trained", seen)
