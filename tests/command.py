@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from unittest.mock import patch
 
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtptrain.release.shards import INDEX
 from mtptrain.run.storage import sha256_file
+from tests.light import loading_once, measuring_little
 from tests.warm import ROOT, WarmProcess
 
 
@@ -99,45 +100,22 @@ def fitting(arguments: Sequence[str]) -> list[str]:
     return [one for one in arguments if not isinstance(one, Light) or one.partition("=")[0] in read]
 
 
-@contextmanager
-def measuring_little() -> Iterator[None]:
-    """Make a recipe's measurements cheap: these numbers only make figures less noisy; plots have their own tests.
-
-    Nothing that is measured is left out. The test of the installed command measures as users do.
-    """
-    from mtptrain.certificate import rounding, sampler
-    from mtptrain.evaluation import speedup
-    from mtptrain.recipes import evaluate
-
-    with (
-        patch.object(evaluate, "STEP_REPETITIONS", 2),
-        patch.object(speedup, "LEAST_BATCHES", 1),
-        patch.object(rounding, "COPIES", 3),
-        patch.object(sampler, "DRAWS", 2_000),
-        patch("matplotlib.figure.Figure.savefig", write_blank),
-    ):
-        yield
-
-
-def write_blank(figure: object, target: TextIO, **options: object) -> None:
-    """Write an empty plot."""
-    target.write("<svg ></svg>")
-
-
 def run_main(*arguments: str) -> int:
-    """Run the command in this process; return its exit code. It measures little with `Light` settings."""
+    """Run the command in this process; return its exit code. `Light` settings make it cheaper (`tests/light.py`)."""
     from hydra.core.global_hydra import GlobalHydra  # the tests of kernels run without Hydra installed
 
     from mtptrain import cli
     from tests.composing import composing_once
 
     GlobalHydra.instance().clear()
-    is_little = any(isinstance(one, Light) for one in arguments)
+    is_light = any(isinstance(one, Light) for one in arguments)
     with (
         patch.object(sys, "argv", ["mtptrain", *fitting(arguments)]),
         composing_once(),
-        measuring_little() if is_little else nullcontext(),
+        ExitStack() as stack,
     ):
+        for cheaper in (measuring_little, loading_once) if is_light else ():
+            stack.enter_context(cheaper())
         try:
             cli.main()
         except SystemExit as ending:

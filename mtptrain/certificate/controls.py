@@ -19,6 +19,8 @@ from mtptrain.mtp.stack import MtpStack
 from mtptrain.run.progress import waiting
 from mtptrain.traces.file import Trace
 
+PASSES = 8  # of the loop in which the backbone drafts for itself
+
 
 class BackboneProposer:
     """The backbone as its own greedy draft.
@@ -58,20 +60,17 @@ class BackboneProposer:
 
 
 @torch.inference_mode()
-def all_accept_control(
-    model: DeepseekV4ForCausalLM, prompt: list[int], draft_length: int, num_passes: int = 8
-) -> AllAcceptControl:
+def all_accept_control(model: DeepseekV4ForCausalLM, prompt: list[int], draft_length: int) -> AllAcceptControl:
     """Run the real decoding loop with the backbone as its own draft: every pass must emit K + 1 tokens.
 
     Args:
         model: the backbone.
         prompt: token ids.
         draft_length: K.
-        num_passes: passes to run if every draft is accepted.
     """
-    limits = Limits(1 + num_passes * (draft_length + 1))
+    limits = Limits(1 + PASSES * (draft_length + 1))
     proposer = BackboneProposer(model)
-    with waiting("control: the backbone drafts for itself", lambda: proposer.drafted / num_passes):
+    with waiting("control: the backbone drafts for itself", lambda: proposer.drafted / PASSES):
         passes = decode_speculative(model, proposer, [prompt], draft_length, limits).rows[0].passes
     length = sum(record.emitted for record in passes) / len(passes)
     return AllAcceptControl(length, ceiling=draft_length + 1, passed=length == draft_length + 1)

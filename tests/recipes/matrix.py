@@ -14,10 +14,13 @@ from unittest.mock import patch
 
 import torch
 
-from tests.command import SMALL, run_main
+from tests.command import SMALL, Light, run_main
 from tests.warm import output_in
 
 Job = tuple[str, list[str]]  # its name and the settings of the command
+NEW_TOKENS = 4
+# With the prompt as many tokens as elsewhere, more than the sliding window holds.
+SMALLER = [*SMALL, *map(Light, (f"decoding.max_new_tokens={NEW_TOKENS}", "evaluation.prompt_tokens=14"))]
 
 
 def jobs(
@@ -38,7 +41,7 @@ def jobs(
     text = ["data=text", f"data.path={corpus}"]
     training = ["train.steps=2", "train.batch_size=2", "train.log_every=1", "evaluation.every=2"]
     short = ["evaluate_at_end=false"]
-    texts = ["on_policy.num_prompts=2", "on_policy.prompt_tokens=8", "on_policy.max_new_tokens=6"]
+    texts = ["on_policy.num_prompts=2", "on_policy.prompt_tokens=8", f"on_policy.max_new_tokens={NEW_TOKENS}"]
     head = f"{folder}/distill-online"
     commands = {
         "distill-online": ["+recipe=distill", *text, *training, f"evaluate_at_end={at_end}"],
@@ -73,7 +76,7 @@ def run(folder: Path, commands: list[Job]) -> None:
     number = os.environ.get("RANK", "0")
     for name, arguments in commands:
         with output_in(folder / f"{name}.{number}.txt"):
-            code = run_main(*arguments, *SMALL)
+            code = run_main(*arguments, *SMALLER)
             if torch.distributed.is_initialized():  # a refused command leaves the group to the end of its process
                 torch.distributed.destroy_process_group()
         if number == "0":

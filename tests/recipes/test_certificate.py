@@ -2,24 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mtptrain.evaluation.certificate_result import Certificate
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.recipes import evaluate
 from tests.command import run_main
+from tests.evaluation.recorded import recorded_evaluation
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_certificate = evaluate.make_certificate
-
-    def make_failed(*arguments: Any) -> Certificate:
-        return replace(make_certificate(*arguments), passed=False)
-
-    monkeypatch.setattr(evaluate, "make_certificate", make_failed)
+    certificate = replace(recorded_evaluation().certificate, passed=False)
+    monkeypatch.setattr(evaluate, "make_certificate", lambda *_: certificate)
 
 
 def check_written(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.command import Refused, run_main
 from tests.conftest import save_backbone
+from tests.light import certified
 
 
 def test_a_head_of_another_backbone_is_refused_before_traces_are_made(
@@ -61,7 +62,8 @@ def test_the_prompts_that_chose_a_best_checkpoint_are_counted(
     (run,) = json.loads((tmp_path / "one" / "comparison.json").read_text(encoding="utf-8"))["heads"][1]["runs"]
     assert run["chosen_on"] == {"prompts": 2, "shared": 2, "by": "replay/expected_length_2"}
     assert "was chosen as the best of its run on 2 of these 2 prompts" in capfd.readouterr().err
-    assert run_main("+recipe=evaluate", *light, f"checkpoint={best}", f"output_dir={tmp_path}/two") == 0
+    with certified():
+        assert run_main("+recipe=evaluate", *light, f"checkpoint={best}", f"output_dir={tmp_path}/two") == 0
     evaluation = json.loads((tmp_path / "two" / "evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["heads"][1]["chosen_on"] == run["chosen_on"]
     assert "was chosen as the best of its run" in (tmp_path / "two" / "report.html").read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ from mtptrain.recipes import curve, watch
 from mtptrain.run.folder_lock import is_held
 from tests.command import Refused, hold_folder, run_main
 from tests.conftest import save_backbone
+from tests.light import certified
+from tests.recipes.test_recipes import check_drawn
 
 STEPS = 3
 
@@ -35,7 +37,8 @@ def measure(light: list[str], run: Path, output: Path, *more: str) -> dict[str, 
 def measured(trained: Path, light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The measurement of all checkpoints of that run; do not write into it."""
     folder = tmp_path_factory.mktemp("measured")
-    measure(light, trained, folder)
+    with certified():
+        measure(light, trained, folder)
     return folder
 
 
@@ -54,6 +57,7 @@ def test_all_checkpoints_are_measured_and_the_last_one_is_decoded(trained: Path,
     assert "Acceptance length against training steps" in page
     assert not re.search(r"""(src|href)=["']?https?:|@import""", page)
     assert f"{result['best_step']} (best)" in page
+    check_drawn(measured, "curve.html", 1)
 
 
 def test_a_continued_measurement_measures_only_what_is_missing(

@@ -15,6 +15,7 @@ from mtptrain.traces.file import TraceSet, read_trace_set
 from mtptrain.traces.prompts import Conversation, Prompt, Source
 from tests.command import Refused, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
+from tests.light import certified
 from tests.recipes.recorded import recorded
 
 ROWS = {
@@ -88,7 +89,8 @@ def test_a_trace_set_measures_the_same_again(
     recipe: str, name: str, measured: Path, light: list[str], tmp_path: Path
 ) -> None:
     traces = f"evaluation.traces={measured}/traces.jsonl"
-    evaluate(light, tmp_path, traces, "seed=3", recipe=recipe)
+    with certified():
+        evaluate(light, tmp_path, traces, "seed=3", recipe=recipe)
     assert (tmp_path / "traces.jsonl").read_bytes() == (measured / "traces.jsonl").read_bytes()
     again, first = result_of(tmp_path, name), result_of(measured)
     assert again["heads"][0]["replay"] == first["heads"][0]["replay"]
@@ -262,7 +264,8 @@ def test_copies_of_a_prompt_are_one_group(light: list[str], tmp_path: Path, capf
     rows = [{"prompt": text} for text in ("The river is", "the  RIVER\nis", "Our teacher", "The river is")]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    traces = evaluate(light, tmp_path / "run", f"prompts={file}", "evaluation.num_prompts=4")
+    with certified():
+        traces = evaluate(light, tmp_path / "run", f"prompts={file}", "evaluation.num_prompts=4")
     assert [trace.prompt.group for trace in traces.traces] == [0, 0, 2, 0]
     prompts = result_of(tmp_path / "run")["prompts"]
     assert (prompts["count"], prompts["conversations"]) == (4, 2)
@@ -275,20 +278,21 @@ def test_prompts_that_are_trained_on_are_counted_before_and_after_training_and_w
     light: list[str], corpus_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = [json.loads(line)["text"] for line in corpus_file.read_text(encoding="utf-8").splitlines()]
-    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:12]]
+    rows = [{"prompt": "  ".join(text.upper().split())} for text in texts[:8]]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    measured = (f"prompts={file}", "evaluation.num_prompts=12")
+    measured = (f"prompts={file}", "evaluation.num_prompts=8")
     run = tmp_path / "run"
-    assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
+    with certified():
+        assert run_main("+recipe=distill", *light, *measured, f"output_dir={run}") == 0
     output, errors = capfd.readouterr()
     stock, trained = result_of(run)["heads"]
     seen = trained["seen_prompts"]
     assert stock["seen_prompts"] is None
-    assert seen["prompts"] == seen["checked"] == 12
-    assert 6 <= seen["seen"] < 12  # those of the training side of the hold-out
-    assert f"{seen['seen']} of 12 prompts are trained on" in errors.partition("continuing 12 prompts")[0]
-    assert f"the trained head saw {seen['seen']} of 12 prompts in training" in " ".join(output.split())
+    assert seen["prompts"] == seen["checked"] == 8
+    assert 4 <= seen["seen"] < 8  # those of the training side of the hold-out
+    assert f"{seen['seen']} of 8 prompts are trained on" in errors.partition("continuing 8 prompts")[0]
+    assert f"the trained head saw {seen['seen']} of 8 prompts in training" in " ".join(output.split())
     evaluate(light, tmp_path / "again", *measured, f"checkpoint={run}", "evaluation.include_stock=false")
     (alone,) = result_of(tmp_path / "again")["heads"]
     assert (alone["name"], alone["seen_prompts"]) == ("trained", seen)

@@ -75,6 +75,15 @@ def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
     return evaluation
 
 
+def check_drawn(folder: Path, page: str, count: int) -> None:
+    """A page whose plots were only sketched can be drawn from its result, with so many plots or more."""
+    redrawn = folder / "redrawn"
+    assert run_main("+recipe=report", f"path={folder}", f"output_dir={redrawn}") == 0
+    drawn = (redrawn / page).read_text(encoding="utf-8").split("<svg ")[1:]
+    assert len(drawn) >= count
+    assert all("<path" in plot for plot in drawn)
+
+
 @pytest.fixture(scope="module")
 def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a distill run in shared mode with three steps."""
@@ -200,6 +209,11 @@ def test_compare_measures_each_head_against_the_first(distilled: Path, light: li
     assert len(comparison["comparisons"]) == 2
     measured = read_json(distilled / "evaluation.json")["heads"]
     assert [head["replay"] for head in comparison["heads"][:2]] == [head["replay"] for head in measured]
+    check_drawn(tmp_path, "comparison.html", 4)
+
+
+def test_the_page_of_a_small_run_can_be_drawn(distilled: Path) -> None:
+    check_drawn(distilled, "report.html", 12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

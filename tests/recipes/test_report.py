@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mtptrain.evaluation.curve import CURVE_SCHEMA, Curve, CurveIdentity, CurveP
 from mtptrain.evaluation.result import SCHEMA
 from tests.command import ROOT, hold_folder, run_main
 from tests.evaluation.recorded import EVALUATIONS, FOLDER, LAST_STEP, METRICS, recorded_evaluation
+from tests.light import sketching
 
 MEASURED = recorded_evaluation().last_head.replay[3]
 HEADLINE = f"trained head: {MEASURED.acceptance_length:.2f} tokens a pass at K=3 ("
@@ -20,6 +22,12 @@ def stored_run(folder: Path) -> Path:
     (folder / "evaluation.json").write_bytes(EVALUATIONS["greedy"].read_bytes())
     (folder / "config.yaml").write_text("task: evaluate\n")
     return folder
+
+
+@pytest.fixture
+def sketched() -> Iterator[None]:
+    with sketching():
+        yield
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -47,6 +55,7 @@ def test_an_old_run_gets_its_report_again_and_nothing_else(
     assert (run / "config.yaml").read_text() == "task: evaluate\n"
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_report_is_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run, other = stored_run(tmp_path / "run"), tmp_path / "other"
     (run / "report.html").write_text("mine")
@@ -86,7 +95,8 @@ def test_a_training_has_a_report_while_it_goes_on(tmp_path: Path, capfd: pytest.
     assert "the training goes on" in output
     assert "Acceptance length by replay" in (run / "report.html").read_text(encoding="utf-8")
     assert refusal(capfd, f"path={run}").startswith(f"path={run}: {run / 'report.html'} exists")
-    assert run_main("+recipe=report", f"path={run}", "overwrite=true") == 0
+    with sketching():
+        assert run_main("+recipe=report", f"path={run}", "overwrite=true") == 0
     assert "not finished; continue with" in capfd.readouterr().out
     (run / "metrics.jsonl").write_text("{")
     assert refusal(capfd, f"path={run}").startswith(f"path={run / 'metrics.jsonl'}: holds no row yet")

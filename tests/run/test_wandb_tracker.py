@@ -15,6 +15,7 @@ from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun
 from mtptrain.run.tracking import MetricsLog, Trackers
 from tests.command import read_metrics, run_main
+from tests.light import certified
 from tests.run.offline_run import artifacts, history, records
 
 
@@ -159,7 +160,8 @@ def test_a_run_that_breaks_warns_once_and_stops_nothing(tmp_path: Path, capsys: 
 
 def test_a_distilled_head_sends_metrics_tables_report_and_checkpoints(light: list[str], tmp_path: Path) -> None:
     arguments = ["tracking=wandb", "tracking.checkpoints=true", "evaluation.every=1", f"output_dir={tmp_path}"]
-    assert run_main("+recipe=distill", *light, "mtp.steps=3", *arguments) == 0
+    with certified():
+        assert run_main("+recipe=distill", *light, "mtp.steps=3", *arguments) == 0
     sent_records = records(tmp_path)
     rows = history(sent_records)
     sent = {name for row in rows for name in row}
