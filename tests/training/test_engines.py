@@ -13,13 +13,13 @@ from mtptrain.training.checkpoint import OPTIMIZER, checkpoint_name, open_checkp
 from tests.shared import shared_folder
 from tests.tiny import random_backbone, random_stack
 from tests.training.heads import (
-    BAD,
     CONFIG,
     ENGINES,
     MIDDLE,
     STEPS,
     SUMMED,
     VARIANTS,
+    BadObjective,
     head_trainer,
     resumed,
     start_digests,
@@ -27,7 +27,7 @@ from tests.training.heads import (
 )
 from tests.warm import run_in_two
 
-# Losses are sums of at most 60 fp32 terms in another order, and the difference grows over four steps: 256 roundings.
+# Losses are sums of at most 60 fp32 terms in another order, and the difference grows over the steps: 256 roundings.
 TOLERANCE = 256 * 2**-24
 
 
@@ -120,22 +120,40 @@ def test_a_run_of_two_processes_continues_on_one(
     close(continued["losses"], one["losses"][MIDDLE:])
 
 
+@pytest.fixture(scope="module")
+def one_bad(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of one process that continues with a step that is not finite."""
+    return resumed(EngineName.single, folder / "one", tmp_path_factory.mktemp("bad"), objective=BadObjective)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_all_processes_skip_a_step_that_is_not_finite_on_one(
-    engine: str, one: dict[str, Any], two: dict[str, Any], folder: Path
+def test_all_processes_skip_a_step_that_is_not_finite_on_one_and_train_on(
+    engine: str, one_bad: dict[str, Any], two: dict[str, Any], folder: Path
 ) -> None:
     bad = two[engine]["bad"]
-    close(bad["losses"], one["losses"][:BAD])
-    assert bad["skipped"] == STEPS - BAD
-    good = open_checkpoint(folder / engine / checkpoint_name(BAD)).tensors()
-    trained = [name for name in good if "e_score_correction_bias" not in name]
-    assert all(torch.equal(bad["tensors"][name], good[name]) for name in trained)
+    assert bad["skipped"] == one_bad["skipped"] == 1
+    before, after = (
+        open_checkpoint(run / engine / checkpoint_name(step)).tensors()
+        for run, step in ((folder, MIDDLE), (folder / "bad", MIDDLE + 1))
+    )
+    trained = [name for name in before if "e_score_correction_bias" not in name]
+    assert all(torch.equal(after[name], before[name]) for name in trained)
+    assert len(bad["losses"]) == STEPS - MIDDLE - 1
+    close(bad["losses"], one_bad["losses"])
+    close(bad["norms"][1:], one_bad["norms"][1:])
+
+
+@pytest.fixture(scope="module")
+def frozen_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of one process that trains all but the experts."""
+    return train(head_trainer(EngineName.single, tmp_path_factory.mktemp("frozen"), trainable="no_experts"))
 
 
 @pytest.mark.parametrize("engine", ["no_experts_zero2", "no_experts_zero3", "shared_no_experts"])
-def test_frozen_experts_stay_as_they_are_and_have_no_state(engine: str, two: dict[str, Any], tmp_path: Path) -> None:
-    alone = train(head_trainer(EngineName.single, tmp_path, trainable="no_experts"))
-    whole = two[engine]["whole"]
+def test_frozen_experts_stay_as_they_are_and_have_no_state(
+    engine: str, frozen_experts: dict[str, Any], two: dict[str, Any]
+) -> None:
+    whole, alone = two[engine]["whole"], frozen_experts
     close(whole["losses"], alone["losses"])
     assert not any(".experts." in name for name in [*whole["optimizer"], *alone["optimizer"]])
     start = random_stack(random_backbone()).state_dict()
