@@ -21,11 +21,11 @@ from mtptrain.replay.replay import count_passes, replay_counts, replay_lengths, 
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 from tests.replay.plain_loop import decode_plainly
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
-MODEL = random_backbone()
-SMALL = random_backbone(vocab_size=7)
-PAIR = random_backbone(vocab_size=2)
+MODEL = three_layers()
+SMALL = three_layers(vocab_size=7)
+PAIR = three_layers(vocab_size=2)
 DRAWN = {
     "greedy": Policy(),
     "sampled": Policy(temperature=1.0),
@@ -75,7 +75,7 @@ def test_replay_of_every_draft_length_equals_the_loop(past_depth: PastDepth) -> 
     policy, stack = Policy(temperature=2.0, draft=DraftChoice.greedy, past_depth=past_depth), random_stack(PAIR, 2)
     for length in (1, 2, 3, 5):
         proposer = head_proposer(PAIR, stack, policy, length)
-        rows = decode_speculative(PAIR, proposer, [[0, 1, 1, 0, 1], [1]], length, Limits(40), policy, [3, 4]).rows
+        rows = decode_speculative(PAIR, proposer, [[0, 1, 1, 0, 1], [1]], length, Limits(24), policy, [5, 6]).rows
         traces = [
             Trace(Prompt(prompt, "text", 0), row.tokens, row.gaps, row.probabilities)
             for prompt, row in zip([[0, 1, 1, 0, 1], [1]], rows, strict=True)

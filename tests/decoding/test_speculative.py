@@ -20,12 +20,12 @@ from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Verification
 from tests.replay.plain_loop import decode_plainly
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
 # B rows, K drafted tokens
 
-MODEL = random_backbone()
-NEW_TOKENS = 40  # five sliding windows, ten and five compression windows
+MODEL = three_layers()
+NEW_TOKENS = 24  # three sliding windows, six and three compression windows
 LIMITS = Limits(NEW_TOKENS)
 TIE_GAP = 1e-4  # fp32 logits of a batched verify differ from single steps by rounding
 

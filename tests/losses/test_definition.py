@@ -43,10 +43,11 @@ SMALL = {
     "o_lora_rank": 8,
     "index_head_dim": 8,
     "moe_intermediate_size": 8,
+    "hc_sinkhorn_iters": 2,
     "sliding_window": 4,  # so short that every document but the shortest outgrows it
 }
 HEADS = {
-    "shared": (1, 4),
+    "shared": (1, 3),
     "one_step": (1, 1),
     "stacked": (3, 3),
     "stacked_and_repeated": (2, 4),
