@@ -15,7 +15,7 @@ import torch
 
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.traces.prompts import read_prompt_rows
-from tests.command import ROOT, fitting, read_metrics, run_main
+from tests.command import ROOT, fitting, measuring_little, read_metrics, run_main
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "first_hour.ipynb"
@@ -63,11 +63,12 @@ def test_the_notebook_runs_from_top_to_bottom(
     plt.switch_backend("agg")
     names: dict[str, Any] = {}
     shown = []
-    for cell in notebook_cells():
-        if cell["cell_type"] == "code":
-            is_first = "parameters" in cell["metadata"].get("tags", [])
-            source = SMALL_CELL.format(folder=str(backbone_folder)) if is_first else "".join(cell["source"])
-            shown.append(run_cell(source, names))
+    with measuring_little():
+        for cell in notebook_cells():
+            if cell["cell_type"] == "code":
+                is_first = "parameters" in cell["metadata"].get("tags", [])
+                source = SMALL_CELL.format(folder=str(backbone_folder)) if is_first else "".join(cell["source"])
+                shown.append(run_cell(source, names))
     plt.close("all")
     assert names["evaluation"].certificate.passed
     assert "<table>" in names["evaluation"]._repr_html_()

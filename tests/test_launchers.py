@@ -40,10 +40,10 @@ def test_measuring_without_a_gpu_ends_with_one_line(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (2, "measure_gpu: part 7 does not exist; give numbers from 0 to 6\n")
 
 
-def start(launcher: str, *arguments: str) -> "subprocess.Popen[str]":
+def start(launcher: str, *arguments: str, python: Path = Path(sys.executable)) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [SCRIPTS / launcher, *fitting(arguments)],
-        env={**os.environ, "PYTHON": sys.executable, "MKL_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": str(python), "MKL_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -137,46 +137,31 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     assert same_heads(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("number", "expected", "processes"), [(signal.SIGUSR1, 75, 2), (signal.SIGINT, 130, 1)])
-def test_a_preempted_run_saves_and_continues_to_the_same_bits(
-    number: signal.Signals,
-    expected: int,
-    processes: int,
-    whole: Path,
-    alone: Path,
-    settings: list[str],
-    tmp_path: Path,
-) -> None:
+def test_a_preempted_run_saves_and_continues_to_the_same_bits(whole: Path, settings: list[str], tmp_path: Path) -> None:
     """Checkpoints are due at the end only, so the signal is the reason for the one that is written.
 
-    Before the signal, one of two processes is suspended for a second while the other waits. The launcher sends SIGUSR1
-    to the processes after Ctrl-C, too, so that one process is enough then.
+    Before the signal, one of the two processes is suspended for a second while the other waits.
     """
     arguments = [*settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
-    process = start("launch_torchrun.sh", "--nproc-per-node", str(processes), *arguments)
+    process = start("launch_torchrun.sh", "--nproc-per-node", "2", *arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    if processes > 1:
-        worker = running(process, "-u")[-1]
-        worker.suspend()
-        time.sleep(1)
-        worker.resume()
-    process.send_signal(number)
+    worker = running(process, "-u")[-1]
+    worker.suspend()
+    time.sleep(1)
+    worker.resume()
+    process.send_signal(signal.SIGUSR1)
     code, errors = finish(process)
-    assert code == expected, errors[-3000:]
+    assert code == 75, errors[-3000:]
     line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
-    arguments.append("resume=auto")
-    if processes == 1:
-        assert run_main(*arguments) == 0
-    else:
-        ended = run_in_two("mtptrain", *fitting(arguments))
-        assert ended.codes == (0, 0), ended.errors[-3000:]
-    assert same_heads(tmp_path, alone if processes == 1 else whole)
+    ended = run_in_two("mtptrain", *fitting([*arguments, "resume=auto"]))
+    assert ended.codes == (0, 0), ended.errors[-3000:]
+    assert same_heads(tmp_path, whole)
 
 
 def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(
@@ -219,6 +204,35 @@ def test_a_torchrun_that_outlives_its_processes_is_ended(tmp_path: Path) -> None
     )
     assert ended.returncode == 137
     assert "launch_torchrun: torchrun did not end although its processes have" in ended.stderr
+
+
+TORCHRUN = """#!/usr/bin/env bash
+"$(dirname "$0")/worker" mtptrain || exit 1
+"""
+WORKER = """#!/usr/bin/env bash
+cd "$(dirname "$0")"
+trap 'touch asked; for ((i = 0; i < $ROUNDS; i++)); do sleep 0.1; done; touch saved; exit 75' USR1
+touch ready
+for ((n = 0; n < 1200; n++)); do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("is_repeated", [False, True], ids=["once", "twice"])
+def test_ctrl_c_lets_processes_save_and_a_second_one_ends_them_at_once(is_repeated: bool, tmp_path: Path) -> None:
+    """The launcher sends its processes SIGUSR1, as in the test above; here they are scripts."""
+    for name, text in (("torchrun", TORCHRUN), ("worker", WORKER.replace("$ROUNDS", "600" if is_repeated else "1"))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    process = start("launch_torchrun.sh", "+recipe=distill", python=tmp_path / "torchrun")
+    for file in ["ready", "asked"][: 1 + is_repeated]:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / file).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+    code, errors = finish(process)
+    assert (code, (tmp_path / "saved").exists()) == (130, not is_repeated)
+    assert "launch_torchrun: the run ends after this step, which is saved; Ctrl-C again ends it at once" in errors
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mtptrain.decoding.speculative import allocate_cache, decode_plain, decode_s
 from mtptrain.decoding.steps import Eager, verify_step
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.mtp.stack import MtpStack
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
 POLICIES = {
@@ -64,7 +64,7 @@ def decode(model: DeepseekV4ForCausalLM, stack: MtpStack | None, drafted: int, p
 def test_traced_steps_give_the_same_texts_in_the_same_passes(
     depth: int, drafted: int, policy: Policy, eager: pytest.MonkeyPatch
 ) -> None:
-    model = random_backbone()
+    model = three_layers()
     stack = random_stack(model, depth) if depth else None
     expected = decode(model, stack, drafted, policy)
     eager.undo()
@@ -80,14 +80,14 @@ def test_traced_steps_give_the_same_texts_in_the_same_passes(
 def test_traces_end_with_their_backbone() -> None:
     """A process that evaluates many runs, such as a sweep, must not keep the traces of each."""
     kept = len(torch.jit._state._python_cu.get_functions())
-    model = random_backbone()
+    model = three_layers()
     assert decode(model, None, 0).seconds.record > 0
     assert len(torch.jit._state._python_cu.get_functions()) == kept  # these live as long as the process
 
 
 @pytest.mark.usefixtures("no_obstacle")
 def test_a_trace_counts_the_output_of_prompts_of_other_lengths(eager: pytest.MonkeyPatch) -> None:
-    model, policy, limits = random_backbone(), Policy(penalties=Penalties(frequency=3.0)), Limits(14)
+    model, policy, limits = three_layers(), Policy(penalties=Penalties(frequency=3.0)), Limits(14)
     proposer = MtpProposer(model, random_stack(model))
     expected = decode_speculative(model, proposer, PROMPTS[::-1], 3, limits, policy).rows
     eager.undo()
@@ -101,7 +101,7 @@ def test_a_trace_counts_the_output_of_prompts_of_other_lengths(eager: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_traced_pass_equals_the_eager_one_bit_by_bit(dtype: torch.dtype) -> None:
     """At every offset in the compression windows and in the ring, over more positions than the window holds."""
-    model = nn.Module.to(random_backbone(), dtype)
+    model = nn.Module.to(three_layers(), dtype)
     generator = torch.Generator().manual_seed(0)
     caches = [allocate_cache(model, 2, 96, 3) for _ in range(2)]
     verify, eager = verify_step(model, caches[0], BREAK_EVEN), verify_step(model, caches[1]).function
@@ -137,13 +137,13 @@ def test_a_traced_draft_equals_the_eager_one_bit_by_bit(depth: int, monkeypatch:
         return outputs
 
     monkeypatch.setattr(Traced, "__call__", both)
-    model = random_backbone()
+    model = three_layers()
     decode(model, random_stack(model, depth), 3, Policy(temperature=0.9))
     assert len(compared) > 20
 
 
 def test_a_trace_sees_the_weights_of_a_head_that_trains(eager: pytest.MonkeyPatch) -> None:
-    model = random_backbone()
+    model = three_layers()
     stack = random_stack(model).requires_grad_(True)
     optimizer = torch.optim.SGD(stack.parameters(), lr=3.0)
     expected, texts = [], []
@@ -160,7 +160,7 @@ def test_a_trace_sees_the_weights_of_a_head_that_trains(eager: pytest.MonkeyPatc
 
 
 def test_a_trace_is_not_used_for_another_dtype() -> None:
-    model = random_backbone()
+    model = three_layers()
     with repeated(BREAK_EVEN):
         first = decode_plain(model, PROMPTS, Limits(6))
         again = decode_plain(model, PROMPTS, Limits(6))
@@ -170,7 +170,7 @@ def test_a_trace_is_not_used_for_another_dtype() -> None:
 
 
 def test_a_step_is_traced_once_its_calls_pay() -> None:
-    model = random_backbone()
+    model = three_layers()
     runs = [decode_plain(model, PROMPTS, Limits(BREAK_EVEN // 4 + 1)) for _ in range(5)]
     recorded = [run.seconds.record > 0 for run in runs]
     assert recorded == [False, False, False, True, False]
@@ -188,7 +188,7 @@ def with_forward(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [with_hook, with_forward])
 def test_modules_that_run_other_code_stay_eager(change, caplog: pytest.LogCaptureFixture) -> None:  # noqa: ANN001
-    model = random_backbone()
+    model = three_layers()
     change(model)
     traced.log_once.cache_clear()
     assert isinstance(verify_step(model, allocate_cache(model, 1, 8, 1), BREAK_EVEN), Eager)
@@ -196,7 +196,7 @@ def test_modules_that_run_other_code_stay_eager(change, caplog: pytest.LogCaptur
 
 
 def test_a_shared_backbone_stays_eager() -> None:
-    model = random_backbone()
+    model = three_layers()
     model._is_shared_by_processes = True
     assert isinstance(verify_step(model, allocate_cache(model, 1, 8, 1), BREAK_EVEN), Eager)
 

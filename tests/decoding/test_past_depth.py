@@ -21,11 +21,11 @@ from mtptrain.replay.replay import count_passes, replay_counts, replay_lengths, 
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 from tests.replay.plain_loop import decode_plainly
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
-MODEL = random_backbone()
-SMALL = random_backbone(vocab_size=7)
-PAIR = random_backbone(vocab_size=2)
+MODEL = three_layers()
+SMALL = three_layers(vocab_size=7)
+PAIR = three_layers(vocab_size=2)
 DRAWN = {
     "greedy": Policy(),
     "sampled": Policy(temperature=1.0),
@@ -50,23 +50,24 @@ PROMPTS = [[5, 1, 4, 3, 2, 6, 0, 2, 1, 1, 3], [3, 6]]
     ],
 )
 def test_loop_cacheless_loop_and_replay_agree(drawn: str, past_depth: PastDepth, depth: int) -> None:
-    policy, stack = replace(DRAWN[drawn], past_depth=past_depth), random_stack(SMALL, depth)
-    length, prompt = 4, PROMPTS[0]
-    trace, passes = decode_plainly(SMALL, stack, prompt, length, policy, new=10, seed=2**40 + 3)
-    proposer = head_proposer(SMALL, stack, policy, length)
-    (row,) = decode_speculative(SMALL, proposer, [prompt], length, Limits(10), policy, [2**40 + 3]).rows
+    """With two tokens to choose from, drafts are kept past the depth."""
+    policy, stack = replace(DRAWN[drawn], past_depth=past_depth), random_stack(PAIR, depth)
+    length, prompt = 4, [token % 2 for token in PROMPTS[0]]
+    trace, passes = decode_plainly(PAIR, stack, prompt, length, policy, new=10, seed=2**40 + 3)
+    proposer = head_proposer(PAIR, stack, policy, length)
+    (row,) = decode_speculative(PAIR, proposer, [prompt], length, Limits(10), policy, [2**40 + 3]).rows
     assert row.tokens == trace.tokens
     assert row.passes == passes
     torch.testing.assert_close(torch.tensor(row.probabilities), torch.tensor(trace.probabilities))
     if not policy.draws_greedily:  # passes of sampled drafts have expectations only: tested below
         return
-    _, counts = replay_lengths(SMALL, stack, [trace], length, policy)
+    _, counts = replay_lengths(PAIR, stack, [trace], length, policy)
     expected, counted = counts[length][0], count_passes(passes, length)
     assert expected.passes == pytest.approx(counted.passes, abs=1e-9)
     for name in ("drafted_K", "reached_K", "accepted_K"):
         np.testing.assert_allclose(getattr(expected, name), getattr(counted, name), atol=1e-9)
     if policy.is_greedy:
-        assert replay_passes(draft_traces(SMALL, stack, [trace], length, policy)[0], policy, length) == passes
+        assert replay_passes(draft_traces(PAIR, stack, [trace], length, policy)[0], policy, length) == passes
 
 
 @pytest.mark.parametrize("past_depth", PastDepth)
@@ -75,7 +76,7 @@ def test_replay_of_every_draft_length_equals_the_loop(past_depth: PastDepth) -> 
     policy, stack = Policy(temperature=2.0, draft=DraftChoice.greedy, past_depth=past_depth), random_stack(PAIR, 2)
     for length in (1, 2, 3, 5):
         proposer = head_proposer(PAIR, stack, policy, length)
-        rows = decode_speculative(PAIR, proposer, [[0, 1, 1, 0, 1], [1]], length, Limits(40), policy, [3, 4]).rows
+        rows = decode_speculative(PAIR, proposer, [[0, 1, 1, 0, 1], [1]], length, Limits(24), policy, [5, 6]).rows
         traces = [
             Trace(Prompt(prompt, "text", 0), row.tokens, row.gaps, row.probabilities)
             for prompt, row in zip([[0, 1, 1, 0, 1], [1]], rows, strict=True)

@@ -12,7 +12,7 @@ from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.steps import verify_step
 from mtptrain.kernels.acceptance import Verification
 from tests.decoding.recorded_ops import RecordedOps, record_on_cpu
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
 PROMPTS = [[5, 17, 3, 88, 41, 9, 12], [2, 71, 30, 6, 6, 55, 90, 14, 8, 33, 61]]
 POLICIES = [
@@ -29,7 +29,7 @@ POLICIES = [
 def test_recorded_steps_give_the_same_texts_in_the_same_passes(
     depth: int, drafted: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = random_backbone()
+    model = three_layers()
     stack, limits = random_stack(model, depth), Limits(14)
     expected = decode_speculative(model, MtpProposer(model, stack), PROMPTS, drafted, limits, policy).rows
     recordings = record_on_cpu(monkeypatch)
@@ -40,7 +40,7 @@ def test_recorded_steps_give_the_same_texts_in_the_same_passes(
 
 def test_a_recorded_pass_reads_the_current_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every offset in the compression windows and in the ring, over more positions than the window holds."""
-    model = random_backbone()
+    model = three_layers()
     record_on_cpu(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     recorded, plain = (allocate_cache(model, 2, 96, 3) for _ in range(2))

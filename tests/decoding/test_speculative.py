@@ -20,12 +20,12 @@ from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.errors import UserError
 from mtptrain.kernels.acceptance import Verification
 from tests.replay.plain_loop import decode_plainly
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
 # B rows, K drafted tokens
 
-MODEL = random_backbone()
-NEW_TOKENS = 40  # five sliding windows, ten and five compression windows
+MODEL = three_layers()
+NEW_TOKENS = 24  # three sliding windows, six and three compression windows
 LIMITS = Limits(NEW_TOKENS)
 TIE_GAP = 1e-4  # fp32 logits of a batched verify differ from single steps by rounding
 
@@ -124,11 +124,11 @@ def test_the_drafted_token_that_a_pass_rejects_is_recorded() -> None:
 
 POLICIES = {
     "greedy": Policy(),
-    "greedy_stopped": Policy(min_confidence=0.08),
+    "greedy_stopped": Policy(min_confidence=0.11),
     "sampled": Policy(temperature=1.0),
     "cut_block": Policy(temperature=0.7, top_k=20, top_p=0.9, verification=Verification.block),
-    "greedy_drafts_stopped": Policy(temperature=1.3, draft=DraftChoice.greedy, min_confidence=0.05),
-    "block_stopped": Policy(temperature=1.0, min_confidence=0.06, verification=Verification.block),
+    "greedy_drafts_stopped": Policy(temperature=1.3, draft=DraftChoice.greedy, min_confidence=0.09),
+    "block_stopped": Policy(temperature=1.0, min_confidence=0.1, verification=Verification.block),
     "greedy_penalised": Policy(penalties=Penalties(1.3, 0.5, 0.2)),
     "penalised_min_p": Policy(temperature=1.0, min_p=0.1, top_p=0.9, penalties=Penalties(0.7, -0.2, 1.0)),
 }
@@ -146,6 +146,9 @@ def test_decoding_equals_a_loop_without_cache_or_batch(name: str, depth: int) ->
         assert row.tokens == trace.tokens
         assert row.passes == passes
         torch.testing.assert_close(torch.tensor(row.probabilities), torch.tensor(trace.probabilities))
+    if policy.min_confidence:
+        drafted = {record.drafted for row in run.rows for record in row.passes[:-3]}
+        assert drafted == {0, 1, 2, 3}, "the threshold must stop drafts at every step, and some not"
 
 
 # Each policy at one depth and each depth with several policies: the whole product takes twice the time.

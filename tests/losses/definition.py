@@ -22,6 +22,8 @@ from mtptrain.mtp.stack import MtpStack
 from tests.mtp.plain_block import attend, collapse, project, queries_and_keys, run_layer
 
 Drafts = dict[tuple[int, int], Tensor]  # (step k, anchor i) -> logits [V] of token t_{i+k+1}
+# (divergence, temperature, piece, anchor, step) -> the result of `token_figures`
+Known = dict[tuple[str, float, int, int, int], tuple[Tensor, float, float]]
 
 
 @dataclass(frozen=True)
@@ -141,27 +143,47 @@ def is_target(piece: Piece, step: int, anchor: int) -> bool:
     return last < len(piece.tokens) and all(piece.allowed[anchor + 2 : last + 1])
 
 
-def objective(pieces: list[Piece], drafts: list[Drafts], steps: int, settings: Settings) -> Expected:
-    """Loss, counts and metric sums of an optimiser step on all these pieces."""
+def token_figures(settings: Settings, student: Tensor, teacher: Tensor, target: int) -> tuple[Tensor, float, float]:
+    """Loss of one draft distribution, its overlap with the backbone's, and whether the likeliest tokens are one."""
+    overlap = torch.minimum(student.softmax(0), teacher.softmax(0)).sum().item()
+    return token_loss(settings, student, teacher, target), overlap, float(student.argmax() == teacher.argmax())
+
+
+def objective(
+    pieces: list[Piece], drafts: list[Drafts], steps: int, settings: Settings, known: Known | None = None
+) -> Expected:
+    """Loss, counts and metric sums of an optimiser step on all these pieces.
+
+    Args:
+        pieces: of all documents.
+        drafts: of every piece.
+        steps: K.
+        settings: of the objective.
+        known: figures of tokens under other settings, to which those that differ are added; None keeps none.
+    """
+    known = {} if known is None else known
     counts = [0] * steps
     sums = {name: [0.0] * steps for name in ("loss", "alpha", "top1_match")}
     losses: list[list[Tensor]] = [[] for _ in range(steps)]
     shortfalls: list[Tensor] = []
-    for piece, logits in zip(pieces, drafts, strict=True):
+    for number, (piece, logits) in enumerate(zip(pieces, drafts, strict=True)):
         for anchor in range(len(piece.tokens)):
             accepted = torch.ones((), dtype=torch.float64)
             for step in range(1, steps + 1):
                 if not is_target(piece, step, anchor):
                     continue
-                student, teacher = logits[step, anchor], piece.teacher[anchor + step]
-                loss = token_loss(settings, student, teacher, piece.tokens[anchor + step + 1])
+                key = (settings.divergence, settings.temperature, number, anchor, step)
+                if key not in known:
+                    target = piece.tokens[anchor + step + 1]
+                    known[key] = token_figures(settings, logits[step, anchor], piece.teacher[anchor + step], target)
+                loss, overlap, is_match = known[key]
                 losses[step - 1].append(loss)
                 accepted = accepted * (1 - loss)
                 shortfalls.append(1 - accepted)
                 counts[step - 1] += 1
                 sums["loss"][step - 1] += loss.item()
-                sums["alpha"][step - 1] += torch.minimum(student.softmax(0), teacher.softmax(0)).sum().item()
-                sums["top1_match"][step - 1] += float(student.argmax() == teacher.argmax())
+                sums["alpha"][step - 1] += overlap
+                sums["top1_match"][step - 1] += is_match
     if settings.divergence == "chain":
         mean = sum(shortfalls, torch.zeros(())) / counts[0]
     else:

@@ -5,6 +5,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.plannin
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -29,7 +30,17 @@ from tests.planning.live import LiveBytes, total_bytes
 from tests.tiny import random_batch
 
 # Like V4-Flash's head nearly all experts, and few tokens, so that activations do not matter.
-SHAPE = ShapeConfig(layer_types=["sliding"], num_experts=32, expert_size=256, vocab_size=300)
+SHAPE = ShapeConfig(
+    vocab_size=300,
+    hidden_size=64,
+    layer_types=["sliding"],
+    num_attention_heads=2,
+    q_lora_rank=32,
+    o_lora_rank=16,
+    num_experts=32,
+    expert_size=256,
+    sinkhorn_iterations=1,
+)
 ACCUMULATION = 2
 CASES = {
     "single": (EngineName.single, {}),
@@ -54,10 +65,12 @@ def measure(
     """Return the bytes held between steps, and the peaks of the last backward and of the update; largest process."""
     stack = initial_stack(mtp, SimpleNamespace(model=model), None, 0)  # type: ignore[arg-type]
     freeze_untrained(stack, mtp.trainable)
-    batch = random_batch(SHAPE.vocab_size, [[16]], 16)
+    batch = random_batch(SHAPE.vocab_size, [[8]], 8)
+    streams = torch.randn(1, 8, SHAPE.hc_mult, SHAPE.hidden_size, dtype=torch.bfloat16)
+    batch = replace(batch, streams_BSND=streams)  # the backbone does not run
     live = LiveBytes("meta", model, stack)
     with live:
-        around = total_bytes([*model.parameters(), *model.buffers(), *stack.buffers()])
+        around = total_bytes([*model.parameters(), *model.buffers(), *stack.buffers(), streams])
         config = TrainConfig(accumulation=ACCUMULATION, optimizer=optimizer)
         engine = make_engine(engine_name, stack, config, False, {"zero_optimization": {"reduce_bucket_size": 1000}})
         objective = RolloutObjective(model, stack, LossConfig(), 1)

@@ -62,7 +62,13 @@ def attend_to_table(
 
 
 def wrapped_logits(
-    model: DeepseekV4ForCausalLM, stack: MtpStack, tokens: list[int], anchors: list[int], length: int, steps: int
+    model: DeepseekV4ForCausalLM,
+    stack: MtpStack,
+    tokens: list[int],
+    anchors: list[int],
+    length: int,
+    steps: int,
+    streams_RSND: Tensor,
 ) -> Tensor:
     """Return the logits [V] of step `steps` at the last of `anchors`, with keys as vLLM leaves them past the depth.
 
@@ -75,8 +81,8 @@ def wrapped_logits(
         anchors: of all passes, the newest last.
         length: K of all passes.
         steps: steps of the newest pass.
+        streams_RSND: of the slots up to the newest anchor, or more.
     """
-    streams_RSND, _ = run_backbone(model, torch.tensor([tokens]))
     tables: list[dict[int, Tensor]] = [{} for _ in stack.mtp]
     padded = tokens + [0] * length
     for number, anchor in enumerate(anchors):
@@ -123,7 +129,7 @@ def decode_plainly(
         streams_RSND, _ = run_backbone(model, torch.tensor([tokens]))
         for step in range(1, drafted + 1):
             if wraps:
-                logits_V = wrapped_logits(model, stack, tokens + draft, anchors, length, step)
+                logits_V = wrapped_logits(model, stack, tokens + draft, anchors, length, step, streams_RSND)
             else:
                 logits_V = draft_logits(model, stack, tokens + draft, step, streams_RSND)[-1, anchor]
             if float(logits_V.softmax(-1).max()) < policy.min_confidence:

@@ -24,10 +24,10 @@ from mtptrain.replay.replay import count_passes, replay_all, replay_counts, repl
 from mtptrain.traces.file import Trace
 from mtptrain.traces.prompts import Prompt
 from tests.replay.plain_loop import decode_plainly, draft_logits
-from tests.tiny import random_backbone, random_stack
+from tests.tiny import random_stack, three_layers
 
 # K draft steps, N anchors
-MODEL = random_backbone()
+MODEL = three_layers()
 SAMPLED = Policy(temperature=0.8, top_k=12, top_p=0.95)
 NONE, PENALTIES = Penalties(), Penalties(1.3, 0.4, -0.3)
 MIN_P = Policy(temperature=0.8, min_p=0.02, penalties=PENALTIES)
@@ -123,7 +123,7 @@ def test_passes_of_a_sampling_loop_follow_their_distribution(policy: Policy) -> 
     assert (np.abs(np.mean(differences, axis=0)) <= 4 * error + 1e-9).all()
 
 
-SMALL = random_backbone(vocab_size=7)
+SMALL = three_layers(vocab_size=7)
 PROMPTS = torch.randint(7, (40, 4), generator=torch.Generator().manual_seed(0)).tolist()
 LIMITS, LENGTH = Limits(16), 4
 TOKEN = Policy(temperature=2.0)

@@ -5,9 +5,11 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.training.heads FOLDE
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
 
+from mtptrain.backbone.streams import backbone_streams
 from mtptrain.batch import Batch
 from mtptrain.config import (
     EngineName,
@@ -42,7 +45,8 @@ from mtptrain.training.engine import make_engine
 from mtptrain.training.trainer import Step, Trainer
 from tests.tiny import TINY, random_backbone, random_batch, random_stack
 
-STEPS, MIDDLE, BAD = 4, 2, 2
+# A step before the interruption, and two after it: only the second one's loss depends on the state of the optimiser.
+STEPS, MIDDLE = 3, 1
 CONFIG = TrainConfig(
     steps=STEPS,
     batch_size=4,
@@ -50,10 +54,11 @@ CONFIG = TrainConfig(
     learning_rate=1e-2,
     warmup_steps=2,
     router_bias_rate=0.01,
-    checkpoint_every=2,  # at MIDDLE, BAD and STEPS
+    checkpoint_every=STEPS,  # and `train` saves at MIDDLE: no save, which gathers tensors, between the others
     keep_checkpoints=99,
 )
-ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the last has no target at step 3
+ROWS = [[16], [5, 9], [3], [2, 2]]  # the first two rows hold most tokens; the others have no target at step 2
+DRAFT_STEPS = 2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HALF, NO_EXPERTS = {"dtype": torch.bfloat16}, {"trainable": "no_experts"}
@@ -82,25 +87,39 @@ ENGINES: dict[str, tuple[EngineName, bool]] = {
 SUMMED = [EngineName.single, EngineName.zero1, EngineName.zero2]  # stage 3 needs parameters of one dtype
 
 
+@cache
+def one_layer(dtype: torch.dtype) -> DeepseekV4ForCausalLM:
+    """Return a backbone: a head learns from its streams alone, so one layer is enough."""
+    sizes = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"]}
+    return random_backbone(**sizes, hc_sinkhorn_iters=1).to(dtype)
+
+
+@cache
+def whole_batch(dtype: torch.dtype, index: int) -> Batch:
+    """Return the rows of all processes, with their streams."""
+    batch = random_batch(TINY["vocab_size"], ROWS, 16, seed=index)
+    with torch.no_grad():
+        return replace(batch, streams_BSND=backbone_streams(one_layer(dtype), batch)[0])
+
+
 class UnevenBatches(BatchSource):
     """Random rows that do not depend on the number of processes."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
     def batch(self, index: int) -> Batch:
-        whole = random_batch(TINY["vocab_size"], ROWS, 16, seed=index)
-        span = slice(rank_rows(4).start, rank_rows(4).stop)
-        return Batch(whole.tokens_BS[span], whole.segment_BS[span], whole.position_BS[span])
+        whole, rows = whole_batch(self.dtype, index), rank_rows(4)
+        names = ("tokens_BS", "segment_BS", "position_BS", "streams_BSND")
+        return Batch(**{name: getattr(whole, name)[rows.start : rows.stop] for name in names})
 
 
 class BadObjective(RolloutObjective):
-    """Objective whose loss is NaN in the last process after step `BAD`."""
-
-    calls = 0
+    """Objective whose loss is NaN in the last process."""
 
     def __call__(self, batch: Batch, counts_K: Tensor) -> LossOutput:
         output = super().__call__(batch, counts_K)
-        self.calls += 1
-        is_bad = rank_rows(4).stop == 4 and self.calls > BAD * CONFIG.accumulation
-        return LossOutput(output.loss * torch.nan, output.sums_K) if is_bad else output
+        return LossOutput(output.loss * torch.nan, output.sums_K) if rank_rows(4).stop == 4 else output
 
 
 class SilentLog(MetricsLog):
@@ -164,24 +183,28 @@ def head_trainer(
     is_shared: bool = False,
 ) -> Trainer:
     """Return a trainer of a random head."""
-    # The head learns from its streams alone, so one layer is enough.
-    backbone = random_backbone(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["moe"]).to(
-        dtype
-    )
+    backbone = one_layer(dtype)
     stack = place(random_stack(backbone), SimpleNamespace(model=backbone))
     if is_shared:
         stack = start(backbone, HeldTensors(stack.state_dict()))
     freeze_untrained(stack, trainable)
     trained = make_engine(engine, stack, config, offload)
-    loss = objective(backbone, stack, LossConfig(), 3, config.recompute)
-    return Trainer(trained, loss, UnevenBatches(), config, folder, BackboneIdentity("test", "ab" * 32, {}))
+    loss = objective(backbone, stack, LossConfig(), DRAFT_STEPS, config.recompute)
+    return Trainer(trained, loss, UnevenBatches(dtype), config, folder, BackboneIdentity("test", "ab" * 32, {}))
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
     """Train to the end; return mean losses and gradient norm of every step, and the final state as stored."""
     steps: list[Step] = []
     take = trainer.train_step
-    trainer.train_step = lambda: steps.append(take()) or steps[-1]  # type: ignore[method-assign, func-returns-value]
+
+    def step() -> Step:
+        steps.append(take())
+        if trainer.step == MIDDLE:
+            trainer.save()
+        return steps[-1]
+
+    trainer.train_step = step  # type: ignore[method-assign]
     trainer.run(SilentLog())
     last = open_checkpoint(trainer.checkpoints / checkpoint_name(trainer.step))
     return {
@@ -211,19 +234,20 @@ def small_gradients(engine_name: EngineName) -> float:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Train with the named engines: uninterrupted, resumed, continued from one process, and with a bad gradient."""
+    """Train with the named engines: uninterrupted, resumed, continued from one process, or with bad gradients."""
     join(RunConfig(task="distill", train=CONFIG), processes="any")
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, (engine, is_shared) in ENGINES.items():
         if name not in names:
             continue
+        gc.freeze()  # for every engine of stage 3, DeepSpeed collects garbage
         run_folder = folder / name
         results[name] = {
             "whole": train(head_trainer(engine, run_folder, is_shared=is_shared)),
             "resumed": resumed(engine, run_folder, folder / "resumed" / name, is_shared=is_shared),
             "from_one": resumed(engine, folder / "one", folder / "from_one" / name, is_shared=is_shared),
-            "bad": train(head_trainer(engine, folder / "bad" / name, BadObjective, is_shared=is_shared)),
+            "bad": resumed(engine, run_folder, folder / "bad" / name, objective=BadObjective, is_shared=is_shared),
         }
     for name, engine, options in VARIANTS:
         if name not in names:

@@ -27,14 +27,17 @@ def main(backbone: Path, folder: Path) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         whole = load_backbone(BackboneConfig(path=str(backbone)), torch.device("cpu"), dtype).model
+        order = [(turn, ROWS[(turn + rank()) % len(ROWS)]) for turn in range(len(ROWS))]
+        batches = [random_batch(whole.config.vocab_size, rows, 24, seed=turn) for turn, rows in order]
+        with torch.no_grad():
+            expected = [backbone_streams(whole, batch) for batch in batches]
         for placement in PARTITIONED_PLACEMENTS:
             config = BackboneConfig(path=str(backbone), placement=placement)
             shared = load_backbone(config, torch.device("cpu"), dtype).model
             differences = []
-            for turn in range(len(ROWS)):
-                batch = random_batch(whole.config.vocab_size, ROWS[(turn + rank()) % len(ROWS)], 24, seed=turn)
+            for batch, rights in zip(batches, expected, strict=True):
                 with torch.no_grad():
-                    pairs = zip(backbone_streams(shared, batch), backbone_streams(whole, batch), strict=True)
+                    pairs = zip(backbone_streams(shared, batch), rights, strict=True)
                 differences.extend(((left - right).norm() / right.norm()).item() for left, right in pairs)
             experts = shared.model.layers[1].mlp.experts.gate_up_proj
             local = (experts.ds_tensor if hasattr(experts, "ds_tensor") else experts.to_local()).numel()
