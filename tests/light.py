@@ -120,8 +120,8 @@ def loading_once() -> Iterator[None]:
         if "distributed_config" in options or read.__module__ != PreTrainedModel.__module__:
             return read(kind, folder, **options)
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-        asked = {**options, "config": options["config"].to_json_string()}
-        name = repr((folder.resolve(), files, asked))
+        given = {**options, "config": options["config"].to_json_string()}
+        name = repr((folder.resolve(), files, given))
         if name not in _KEPT:
             loaded = read(kind, folder, **options)
             if len(_KEPT) >= MOST_KEPT:

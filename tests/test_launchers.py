@@ -137,31 +137,46 @@ def test_a_killed_node_ends_the_job_and_a_new_start_continues_it(
     assert same_heads(tmp_path, whole)
 
 
-def test_a_preempted_run_saves_and_continues_to_the_same_bits(whole: Path, settings: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "expected", "processes"), [(signal.SIGUSR1, 75, 2), (signal.SIGINT, 130, 1)])
+def test_a_preempted_run_saves_and_continues_to_the_same_bits(
+    number: signal.Signals,
+    expected: int,
+    processes: int,
+    whole: Path,
+    alone: Path,
+    settings: list[str],
+    tmp_path: Path,
+) -> None:
     """Checkpoints are due at the end only, so the signal is the reason for the one that is written.
 
-    Before the signal, one of the two processes is suspended for a second while the other waits.
+    Before the signal, one of two processes is suspended for a second while the other waits. The launcher sends SIGUSR1
+    to the processes after Ctrl-C, too, so that one process is enough then.
     """
     arguments = [*settings, "train.checkpoint_every=1000", f"output_dir={tmp_path}"]
-    process = start("launch_torchrun.sh", "--nproc-per-node", "2", *arguments)
+    process = start("launch_torchrun.sh", "--nproc-per-node", str(processes), *arguments)
     deadline = time.monotonic() + 180
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    worker = running(process, "-u")[-1]
-    worker.suspend()
-    time.sleep(1)
-    worker.resume()
-    process.send_signal(signal.SIGUSR1)
+    if processes > 1:
+        worker = running(process, "-u")[-1]
+        worker.suspend()
+        time.sleep(1)
+        worker.resume()
+    process.send_signal(number)
     code, errors = finish(process)
-    assert code == 75, errors[-3000:]
+    assert code == expected, errors[-3000:]
     line = re.findall(r"^mtptrain: .*$", errors, re.MULTILINE)
     assert len(line) == 1
     assert re.match(rf"mtptrain: preempted: step \d+ of {STEPS} is saved; continue with resume=auto", line[0])
     assert not (tmp_path / LOCK).exists()
-    ended = run_in_two("mtptrain", *fitting([*arguments, "resume=auto"]))
-    assert ended.codes == (0, 0), ended.errors[-3000:]
-    assert same_heads(tmp_path, whole)
+    arguments.append("resume=auto")
+    if processes == 1:
+        assert run_main(*arguments) == 0
+    else:
+        ended = run_in_two("mtptrain", *fitting(arguments))
+        assert ended.codes == (0, 0), ended.errors[-3000:]
+    assert same_heads(tmp_path, alone if processes == 1 else whole)
 
 
 def test_a_mistake_of_all_processes_is_printed_once_and_ends_them(
@@ -211,27 +226,26 @@ TORCHRUN = """#!/usr/bin/env bash
 """
 WORKER = """#!/usr/bin/env bash
 cd "$(dirname "$0")"
-trap 'touch asked; for ((i = 0; i < $ROUNDS; i++)); do sleep 0.1; done; touch saved; exit 75' USR1
+trap 'touch signalled; for ((i = 0; i < 600; i++)); do sleep 0.1; done; touch saved; exit 75' USR1
 touch ready
 for ((n = 0; n < 1200; n++)); do sleep 0.05; done
 """
 
 
-@pytest.mark.parametrize("is_repeated", [False, True], ids=["once", "twice"])
-def test_ctrl_c_lets_processes_save_and_a_second_one_ends_them_at_once(is_repeated: bool, tmp_path: Path) -> None:
-    """The launcher sends its processes SIGUSR1, as in the test above; here they are scripts."""
-    for name, text in (("torchrun", TORCHRUN), ("worker", WORKER.replace("$ROUNDS", "600" if is_repeated else "1"))):
+def test_a_second_ctrl_c_ends_processes_that_still_save(tmp_path: Path) -> None:
+    """Scripts take the places of torchrun and of a process; the test above has real ones, and one Ctrl-C."""
+    for name, text in (("torchrun", TORCHRUN), ("worker", WORKER)):
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     process = start("launch_torchrun.sh", "+recipe=distill", python=tmp_path / "torchrun")
-    for file in ["ready", "asked"][: 1 + is_repeated]:
+    for file in ("ready", "signalled"):
         deadline = time.monotonic() + 60
         while not (tmp_path / file).exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
     code, errors = finish(process)
-    assert (code, (tmp_path / "saved").exists()) == (130, not is_repeated)
+    assert (code, (tmp_path / "saved").exists()) == (130, False)
     assert "launch_torchrun: the run ends after this step, which is saved; Ctrl-C again ends it at once" in errors
 
 
