@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,10 +65,18 @@ def corpus_texts() -> list[str]:
     return texts
 
 
+BOS_EOS: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
+THREE_LAYERS: dict[str, Any] = {  # one of each kind
+    "num_hidden_layers": 3,
+    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    "hc_sinkhorn_iters": 2,
+}
+
+
 def save_backbone(folder: Path, **overrides: object) -> None:
     """Write a random backbone with a byte-level tokenizer and a stock head, for `backbone.path`."""
-    bos_eos = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
-    model = random_backbone(**{**bos_eos, **overrides})
+    model = random_backbone(**{**BOS_EOS, **THREE_LAYERS, **overrides})
     model.save_pretrained(folder)
     save_tokenizer(train_tokenizer(corpus_texts(), VOCAB_SIZE), folder)
     save_file(random_stack(model).state_dict(), folder / "mtp.safetensors")
@@ -97,7 +106,7 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_release(folder: Path, variant: ReleaseVariant = ReleaseVariant.release, **overrides: object) -> None:
     """Write a random backbone and head in the official release format, with the same tokenizer."""
-    model = random_backbone(vocab_size=VOCAB_SIZE, sliding_window=16, bos_token_id=0, eos_token_id=1, **overrides)
+    model = random_backbone(**{**BOS_EOS, **overrides})
     folder.mkdir()
     write_shards(folder, miniature_groups(model, random_stack(model).state_dict(), variant))
     write_json(folder / "config.json", miniature_config(model.config, variant, 1))

@@ -17,16 +17,11 @@ from mtptrain.evaluation.curve import read_curve
 from mtptrain.evaluation.result import read_evaluation
 from mtptrain.traces.file import read_trace_set
 from tests.command import edit_tensors, read_metrics, tree
-from tests.conftest import save_backbone, save_release
+from tests.conftest import THREE_LAYERS, save_backbone, save_release
 from tests.recipes import matrix
 from tests.shared import shared_folder
 from tests.warm import run_in_two
 
-LAYERS: dict[str, Any] = {  # one of each kind
-    "num_hidden_layers": 3,
-    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"],
-    "mlp_layer_types": ["hash_moe", "moe", "moe"],
-}
 FORMATS = {"shipped": save_backbone, "release": save_release}
 ONE = ("alone", "auto")  # placements of one process
 TWO = ("replicate", "expert_parallel", "zero3")
@@ -70,7 +65,7 @@ def run_all(folder: Path) -> None:
     together = []
     for kind, save in FORMATS.items():
         (folder / kind).mkdir()
-        save(folder / kind / "backbone", **LAYERS)
+        save(folder / kind / "backbone", **THREE_LAYERS)
         for placement in (*ONE, *TWO):
             own = folder / kind / placement
             own.mkdir()

@@ -138,7 +138,7 @@ def test_the_best_checkpoint_is_that_of_the_best_measurement(measured: Path, lig
     arguments = ["train.steps=6", "train.optimizer=adamw", "mtp.steps=3"]  # whose measurements differ
     arguments += ["evaluation.every=2", f"evaluation.traces={measured}/traces.jsonl"]
     assert run_main("+recipe=distill", *light, *arguments, "evaluate_at_end=false", f"output_dir={tmp_path}") == 0
-    score = "replay/acceptance_length_2"
+    score = "replay/expected_length_2"
     scores = {row["step"]: row[score] for row in read_metrics(tmp_path) if score in row}
     assert list(scores) == [2, 4, 6]
     assert result_of(tmp_path / "checkpoints" / "best", "checkpoint.json")["content"]["step"] == max(
