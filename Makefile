@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread is fastest for the tiny models that tests and the default run use; see README.
 export OMP_NUM_THREADS ?= 1
-# The tests start many processes, which need not compile the same files again.
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test tests docs test-servers quality kernels mutants lock clean
 
@@ -33,8 +31,9 @@ quality: $(VENV)/installed-dev ## what CI checks before the tests
 kernels: $(VENV)/installed-dev ## compile the Triton kernels for GPUs that need not be here; prints what they take
 	$(BIN)/python -m mtptrain.kernels.aot
 
+# Tests start many processes: Python keeps what it compiled, whatever PYTHONDONTWRITEBYTECODE says.
 tests: kernels
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # mypy runs on one core, so the tests run beside it.
 test: $(VENV)/installed-dev ## lint, types, kernels and tests

@@ -65,7 +65,7 @@ def _hide_folder_of_kernels() -> None:
     """
     found = None if "kernels" in sys.modules else find_spec("kernels")
     places = [] if found is None or found.origin else list(found.submodule_search_locations or [])
-    if places and all(Path(place).samefile(Path(__file__).parent / "kernels") for place in places):
+    if {Path(place).resolve() for place in places} == {(Path(__file__).parent / "kernels").resolve()}:
         sys.modules["kernels"] = None  # type: ignore[assignment]
 
 

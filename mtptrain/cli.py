@@ -24,7 +24,8 @@ import mtptrain
 from mtptrain.config import RunConfig, register
 from mtptrain.config.arguments import completion_line, is_first_word, read_arguments
 from mtptrain.config.given import Given, choose_source, given_settings, stand_in_path
-from mtptrain.config.reads import Settings, section_of, types_of
+from mtptrain.config.reads import Settings, section_of
+from mtptrain.config.rules import types_of
 from mtptrain.config.run import run_schema
 from mtptrain.config.sweep import check_command, first_job, job_arguments
 from mtptrain.config.typos import composition_message, group_choices, no_such_setting, wrong_value

@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mtptrain.config import LossName, RunConfig
-from mtptrain.config.reads import Settings, types_of
-from mtptrain.config.rules import as_written
+from mtptrain.config.reads import Settings
+from mtptrain.config.rules import as_written, types_of
 from mtptrain.config.typos import group_choices
 
 INDENT, NAME_WIDTH = "  ", 19

@@ -10,6 +10,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,37 @@ def test_the_installed_command_trains_and_reports(environment: Path, light: list
     assert "<style>" in page
     assert "<svg" in page
     assert json.loads((run / "provenance.json").read_text(encoding="utf-8"))["versions"]["mtptrain"] == VERSION
+
+
+# (folders of a package without __init__.py that is named kernels, relative to the checkout; whether it is hidden)
+FOLDERS = [
+    (["kernels"], True),
+    (["mtptrain/kernels"], True),
+    (["docs"], False),
+    (["kernels", "docs"], False),
+    (["absent"], False),
+    ([], False),
+]
+
+
+@pytest.mark.parametrize(("folders", "is_hidden"), FOLDERS)
+def test_only_the_folder_of_the_checkout_is_hidden_as_a_package(
+    folders: list[str], is_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would take it for the hub's package of that name, and search all packages for its version."""
+    spec = ModuleSpec("kernels", None, is_package=True)
+    spec.submodule_search_locations = [str(ROOT / folder) for folder in folders]
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.setattr(mtptrain, "find_spec", lambda name: spec if folders else None)
+    mtptrain._hide_folder_of_kernels()
+    assert ("kernels" in sys.modules) == is_hidden
+    assert sys.modules.pop("kernels", None) is None
+
+
+def test_the_hubs_package_of_kernels_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("kernels", None, origin="kernels/__init__.py", is_package=True)
+    spec.submodule_search_locations = [str(ROOT / "kernels")]
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.setattr(mtptrain, "find_spec", lambda name: spec)
+    mtptrain._hide_folder_of_kernels()
+    assert "kernels" not in sys.modules

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from mtptrain.config.choices import CollectEngine, DataSource
-from mtptrain.config.rules import HELDOUT, TRAINING
+from mtptrain.config.rules import HELDOUT, TRAINING, types_of
 from mtptrain.config.run import RunConfig
 
 Settings = frozenset[str]  # dotted names of single settings
@@ -24,12 +24,6 @@ ROWS = tuple(f"data.{name}" for name in ("path", "subset", "split", "field_name"
 # Of rows that may be conversations.
 CONVERSATIONS = frozenset({"data.turns", "data.on_bad_row", *TEMPLATE})
 SAMPLING = tuple(f"decoding.{name}" for name in ("min_p", "top_k", "top_p", "draft", "verification"))  # if it samples
-
-
-@cache
-def types_of(schema: Any) -> dict[str, Any]:
-    """Return the types of a dataclass's fields by name."""
-    return get_type_hints(schema)
 
 
 def _names(schema: type, prefix: str = "") -> Iterator[str]:

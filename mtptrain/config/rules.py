@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 from mtptrain.errors import UserError
 
@@ -16,6 +17,12 @@ MAX_DRAFT_LENGTH = 8
 HELDOUT = "heldout"  # of `prompts`: slices of the held-out documents
 TRAINING = "training"  # of `on_policy.prompts`: slices of the training documents
 ALL_CHECKPOINTS = "all"  # of `checkpoints`: every checkpoint of a run
+
+
+@cache
+def types_of(schema: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name."""
+    return get_type_hints(schema)
 
 
 def require(condition: bool, setting: str, value: Any, rule: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any, get_args, get_origin
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from mtptrain.config.reads import all_settings, types_of
-from mtptrain.config.rules import any_of, as_written, did_you_mean
+from mtptrain.config.reads import all_settings
+from mtptrain.config.rules import any_of, as_written, did_you_mean, types_of
 from mtptrain.config.run import RunConfig
 
 RENAMED = {"decoding.stop_below": "decoding.min_confidence"}

@@ -10,8 +10,9 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from mtptrain.config.rules import types_of
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]  # plain values of any type of JSON, by name
@@ -111,7 +112,7 @@ def _decode_key(kind: Any, key: str, path: str) -> Any:
 
 def _decode_fields(kind: Any, value: Any, path: str) -> Any:
     _check(isinstance(value, dict), f"an object ({kind.__name__})", value, path)
-    hints, known = _hints(kind), {field.name: field for field in fields(kind)}
+    hints, known = types_of(kind), {field.name: field for field in fields(kind)}
     unknown = [name for name in value if name not in known]
     if unknown:
         raise MismatchError(f"{_join(path, unknown[0])}: unknown field of {kind.__name__}")
@@ -135,11 +136,6 @@ def _decode_plain(kind: Any, value: Any, path: str) -> Any:
     is_right = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
     _check(is_right and not (kind is float and not math.isfinite(value)), kind.__name__, value, path)
     return value
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _join(path: str, name: object) -> str:

@@ -13,7 +13,7 @@ from mtptrain.run.folder_lock import is_held
 from tests.command import Refused, hold_folder, run_main
 from tests.conftest import save_backbone
 from tests.light import certified
-from tests.recipes.test_recipes import check_drawn
+from tests.recipes.drawn import check_drawn
 
 STEPS = 3
 

@@ -13,7 +13,7 @@ from mtptrain.data.tokenizer import load_tokenizer
 from mtptrain.recipes.traces import describe_work
 from mtptrain.traces.file import TraceSet, read_trace_set
 from mtptrain.traces.prompts import Conversation, Prompt, Source
-from tests.command import Refused, read_metrics, run_main
+from tests.command import Refused, read_json, read_metrics, run_main
 from tests.conftest import CHAT_TEMPLATE, VOCAB_SIZE, save_backbone
 from tests.light import certified
 from tests.recipes.recorded import recorded
@@ -41,7 +41,7 @@ def evaluate(light: list[str], folder: Path, *arguments: str, recipe: str = "eva
 
 
 def result_of(folder: Path, name: str = "evaluation.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return read_json(folder / name)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Every recipe, end to end, for two steps on a random backbone."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,8 @@ from mtptrain.recipes.distill import train_head
 from mtptrain.recipes.session import Session
 from mtptrain.run.folder import open_run_folder
 from mtptrain.training.checkpoint import find_checkpoint
-from tests.command import ROOT, read_metrics, run_main, tree
+from tests.command import ROOT, read_json, read_metrics, run_main, tree
+from tests.recipes.drawn import check_drawn
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
 CLUSTERS = {"flash_1node", "flash_2nodes", "pro_cluster"}  # too large to run here: test_plan.py plans them
@@ -32,10 +32,6 @@ SHAPE = [
     "backbone.shape.num_experts=4",
     "backbone.shape.expert_size=16",
 ]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def trained_tensors(folder: Path, step: int = 2) -> dict[str, Tensor]:
@@ -75,15 +71,6 @@ def check_evaluation(folder: Path, heads: list[str]) -> dict[str, Any]:
     return evaluation
 
 
-def check_drawn(folder: Path, page: str, count: int) -> None:
-    """A page whose plots were only sketched can be drawn from its result, with so many plots or more."""
-    redrawn = folder / "redrawn"
-    assert run_main("+recipe=report", f"path={folder}", f"output_dir={redrawn}") == 0
-    drawn = (redrawn / page).read_text(encoding="utf-8").split("<svg ")[1:]
-    assert len(drawn) >= count
-    assert all("<path" in plot for plot in drawn)
-
-
 @pytest.fixture(scope="module")
 def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a distill run in shared mode with three steps."""
@@ -95,9 +82,8 @@ def distilled(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_main(f"+recipe={recipe}", "--cfg", "job") == 0
-    task = {"distill_on_policy": "distill", "backbone_grow": "backbone"}.get(recipe, recipe)
-    task = "distill" if recipe in CLUSTERS else task
-    assert yaml.safe_load(capfd.readouterr().out)["task"] == task
+    others = {"backbone_grow": "backbone", **dict.fromkeys(["distill_on_policy", *CLUSTERS], "distill")}
+    assert yaml.safe_load(capfd.readouterr().out)["task"] == others.get(recipe, recipe)
 
 
 def test_every_recipe_is_run_in_this_file() -> None:
@@ -115,6 +101,7 @@ def test_distill_trains_measures_and_records(distilled: Path) -> None:
     evaluation = check_evaluation(distilled, ["stock", "trained"])
     assert set(evaluation["gain"]) == {"1", "2"}
     assert {f"alpha/step_{k}" for k in (1, 2, 3)} <= read_metrics(distilled)[0].keys()
+    check_drawn(distilled, "report.html", 12)
 
 
 @pytest.mark.parametrize("router_bias_rate", [0.0, 0.01])
@@ -210,10 +197,6 @@ def test_compare_measures_each_head_against_the_first(distilled: Path, light: li
     measured = read_json(distilled / "evaluation.json")["heads"]
     assert [head["replay"] for head in comparison["heads"][:2]] == [head["replay"] for head in measured]
     check_drawn(tmp_path, "comparison.html", 4)
-
-
-def test_the_page_of_a_small_run_can_be_drawn(distilled: Path) -> None:
-    check_drawn(distilled, "report.html", 12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
