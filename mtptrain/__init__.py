@@ -61,7 +61,7 @@ __all__ = [
 def _hide_folder_of_kernels() -> None:
     """Keep transformers from taking the folder kernels/ of a checkout for the Hugging Face package of that name.
 
-    It would look for its version in all installed packages: a seventh of a start's time.
+    It would look for its version in all installed packages, at every start.
     """
     found = None if "kernels" in sys.modules else find_spec("kernels")
     places = [] if found is None or found.origin else list(found.submodule_search_locations or [])
