@@ -66,7 +66,7 @@ def corpus_texts() -> list[str]:
 
 
 BOS_EOS: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "sliding_window": 16, "bos_token_id": 0, "eos_token_id": 1}
-THREE_LAYERS: dict[str, Any] = {  # one of each kind
+THREE_LAYERS: dict[str, Any] = {  # one of each kind; `mtp.init=backbone` needs a sliding window with a learned router
     "num_hidden_layers": 3,
     "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"],
     "mlp_layer_types": ["hash_moe", "moe", "moe"],
