@@ -71,7 +71,7 @@ PROGRAMS = {
     "report": "+recipe=report path={head}",
 }
 # Programs whose certificate is made, greedily and at a temperature; elsewhere it would read the same settings again.
-CERTIFIED = {"evaluate", "distill, stdlib"}
+CERTIFIED = {"evaluate", "evaluate, all checkpoints", "distill, stdlib", "distill, mixture", "distill, on_policy"}
 # Read only in a state that no small run reaches: on the hub, in several processes, after many bad steps,
 # without a path, in a folder with an earlier run, or beside a run that still trains.
 RARELY_READ = {
