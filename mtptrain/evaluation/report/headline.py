@@ -74,12 +74,14 @@ def speed_text(evaluation: Evaluation) -> str:
     best = max(timed, key=lambda length: timed[length].median)
     figure = f"{timed[best].median:.2f}x at K={best} ({_median_span(timed[best])})"
     plain = f"plain decoding, {evaluation.plain_tokens_per_second[batch]:,.1f} tokens/s at batch {batch}"
-    doubts = doubts_text(evaluation)
-    if doubts:
+    if doubts := doubts_text(evaluation, [batch]):
         return f"on the clock: no K is named as the fastest, because {doubts}; measured, {figure} against {plain}"
+    elsewhere = doubts_text(evaluation, [size for size in evaluation.shown_batches if size != batch])
+    note = f"; doubtful elsewhere, because {elsewhere}" if elsewhere else ""
     if timed[best].median > 1:
-        return f"on the clock: {figure} against {plain}" + ("; the fastest of the K measured" if len(timed) > 1 else "")
-    return f"on the clock: no K is faster than {plain}; the best is {figure}"
+        fastest = "; the fastest of the K measured" if len(timed) > 1 else ""
+        return f"on the clock: {figure} against {plain}{fastest}{note}"
+    return f"on the clock: no K is faster than {plain}; the best is {figure}{note}"
 
 
 def seen_texts(evaluation: Evaluation) -> list[str]:
@@ -104,11 +106,11 @@ def _median_span(speed: Speedup) -> str:
     return f"{100 * speed.confidence:.0f} % interval {span(speed.interval)}"
 
 
-def doubts_text(evaluation: Evaluation) -> str:
-    """Return why the shown speed-ups cannot be right, in words; empty if nothing speaks against them."""
+def doubts_text(evaluation: Evaluation, batches: list[int]) -> str:
+    """Return why speed-ups at some batch sizes cannot be right, in words; empty if nothing speaks against them."""
     found = {
         doubt: (batch, k, head, speed)
-        for batch in reversed(evaluation.shown_batches)
+        for batch in reversed(batches)
         for head, by_length in evaluation.speedup[batch].items()
         for k, speed in by_length.items()
         for doubt in speed.doubts

@@ -154,7 +154,7 @@ def _speed_note(evaluation: Evaluation, has_processor: bool) -> str:
     return (
         f"Speed-up: tokens/s over plain decoding, median of the timed batches and its {shown} interval."
         + (" Processor: the same per second of processor time, median and quartiles." if has_processor else "")
-        + (f" {DOUBTFUL.strip()}: doubtful, for the reason given above." if doubts_text(evaluation) else "")
+        + (f" {DOUBTFUL.strip()}: doubtful, for the reason given above." if doubts_text(evaluation, batches) else "")
     )
 
 
@@ -206,7 +206,8 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
         console: of 80 columns or more.
     """
     console.print(Text(headline_text(evaluation), style=STYLES[headline(evaluation)]))
-    console.print(Text(speed_text(evaluation), style="bold yellow" if doubts_text(evaluation) else ""))
+    is_doubtful = bool(doubts_text(evaluation, evaluation.shown_batches))
+    console.print(Text(speed_text(evaluation), style="bold yellow" if is_doubtful else ""))
     for line in [*seen_texts(evaluation), *chosen_texts(evaluation)]:
         console.print(Text(line, style="bold yellow"))
     for grid in summary_tables(evaluation):

@@ -108,13 +108,13 @@ def test_prompts_that_were_seen_in_training_are_told(seen: SeenPrompts, expected
     ],
 )
 @pytest.mark.parametrize("batch", [1, 2])
-def test_no_fastest_draft_length_is_named_if_a_speed_up_is_doubted(doubt: Doubt, words: str, batch: int) -> None:
-    evaluation = with_doubts(quiet(recorded_evaluation()), 2, [doubt], batch)
+def test_a_doubt_is_told_and_one_at_the_smallest_batch_names_no_fastest_k(doubt: Doubt, words: str, batch: int) -> None:
+    evaluation = with_doubts(with_speedup(quiet(recorded_evaluation()), 1, Spread(1.08, (1.0, 1.1))), 2, [doubt], batch)
     loads = dict.fromkeys(evaluation.machine, MachineLoad(processor_share=0.71, load=3.2, cores=2))
     text = speed_text(replace(evaluation, machine=loads))
-    assert text.startswith("on the clock: no K is named as the fastest, because ")
     assert words in text
-    assert "the fastest of the K measured" not in text
+    assert text.startswith("on the clock: no K is named as the fastest, because ") == (batch == 1)
+    assert ("the fastest of the K measured; doubtful elsewhere, because " in text) == (batch == 2)
 
 
 def test_certificate_text_of_a_sampled_run_counts_the_tests_of_its_passes() -> None:
