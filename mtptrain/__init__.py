@@ -63,8 +63,8 @@ def _hide_folder_of_kernels() -> None:
 
     It would look for its version in all installed packages, at every start.
     """
-    found = None if "kernels" in sys.modules else find_spec("kernels")
-    places = [] if found is None or found.origin else list(found.submodule_search_locations or [])
+    spec = None if "kernels" in sys.modules else find_spec("kernels")
+    places = [] if spec is None or spec.origin else list(spec.submodule_search_locations or [])
     if {Path(place).resolve() for place in places} == {(Path(__file__).parent / "kernels").resolve()}:
         sys.modules["kernels"] = None  # type: ignore[assignment]
 

@@ -204,8 +204,8 @@ def vllm_collector(
     torch.cuda.empty_cache()
     engine = open_vllm(source.folder, source.config, tensor_parallel, length)
     folder = session.folder.path
-    found = (engine.piece_streams(corpus, piece, folder) for piece in pieces)
-    fidelity = measure_fidelity(f"vLLM {VLLM}", zip(expected, found, strict=True), readout)
+    actual = (engine.piece_streams(corpus, piece, folder) for piece in pieces)
+    fidelity = measure_fidelity(f"vLLM {VLLM}", zip(expected, actual, strict=True), readout)
     check_fidelity(fidelity, collect)
     session.folder.print_status(describe_fidelity(fidelity))
     return Collector(

@@ -119,7 +119,7 @@ def _check_runs(session: Session, paths: list[str]) -> None:
     forms = sorted({f"mtp.mode={one.mode.value} with mtp.depth={one.depth}" for one in identities})
     rule = f"the runs of one setting differ in more than their seed: {' and '.join(forms)}; compare them apart"
     require(len(forms) < 2, "checkpoints", paths, rule)
-    changed = {found.name for one in identities[1:] for found in differences(identities[0], one)} - {"seed"}
+    changed = {change.name for one in identities[1:] for change in differences(identities[0], one)} - {"seed"}
     if changed:
         session.folder.print_status(f"the runs {', '.join(paths)} also differ in {', '.join(sorted(changed))}")
 

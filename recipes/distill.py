@@ -45,7 +45,7 @@ from mtptrain.recipes.resume import check_resumable, data_digest, head_settings,
 from mtptrain.recipes.session import Session
 from mtptrain.recipes.start import start_stack, whole_start
 from mtptrain.recipes.streams import describe_streams, stream_batches
-from mtptrain.recipes.traces import check_traces, gather_traces, replay_head, say_seen_prompts
+from mtptrain.recipes.traces import check_traces, gather_traces, print_seen_prompts, replay_head
 from mtptrain.release.config import stored_scheme
 from mtptrain.run.distributed import broadcast_object, leave, on_rank0, rank
 from mtptrain.run.progress import waiting
@@ -212,7 +212,7 @@ def make_trainer(session: Session, stack: MtpStack, start: dict[str, Any]) -> Tr
     session.folder.print_status(describe_text(session, batches))
     batches = RecordedBatches(batches, session.hasher, passages_before(session))
     if is_measured(config) and not batches.is_stream:
-        say_seen_prompts(session, batches.passages())
+        print_seen_prompts(session, batches.passages())
     folder = session.folder.path / "checkpoints"
     is_probed = config.evaluation.every > 0 and session.can_decode
     probe = make_probe(session, stack) if is_probed else None

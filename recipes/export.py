@@ -305,8 +305,8 @@ def check_paths(target: ExportTarget, folder: Path, export: ExportConfig) -> lis
         UserError: there is one, and `export.force` is not set.
     """
     named = {"output_dir": str(folder.absolute()), PUSH: export.push_to_hub}
-    found = (check_path(target, name, path, export.force) for name, path in named.items() if path)
-    return [line for line in found if line]
+    lines = (check_path(target, name, path, export.force) for name, path in named.items() if path)
+    return [line for line in lines if line]
 
 
 def load_head(session: Session, checkpoint: Checkpoint) -> Head | None:

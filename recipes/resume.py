@@ -91,15 +91,15 @@ def check_resumable(session: Session) -> None:
     if not isinstance(stored, HeadIdentity):  # another recipe is refused with the checkpoint's name later
         return
     data = None if config.data.source is DataSource.on_policy else data_digest(session)
-    found = setting_differences(stored, head_settings(session), data)
+    changes = setting_differences(stored, head_settings(session), data)
     known = session.known_fingerprint
     if known is None:
         check_shapes(on_rank0(lambda: _newest_shapes(root)), session.source.config, f"resume=auto: {root}")
     elif stored.backbone != known:
-        found.insert(0, backbone_difference(stored.backbone, known))
+        changes.insert(0, backbone_difference(stored.backbone, known))
     if stored.task != config.task:
-        found.insert(0, Difference("+recipe", stored.task, config.task))
-    require_allowed(f"resume=auto: {root}", found, config.resume_allow)
+        changes.insert(0, Difference("+recipe", stored.task, config.task))
+    require_allowed(f"resume=auto: {root}", changes, config.resume_allow)
 
 
 def resume(session: Session, trainer: Trainer) -> None:
@@ -115,14 +115,14 @@ def resume(session: Session, trainer: Trainer) -> None:
     if checkpoint is None:
         print_status(f"resume=auto: {trainer.checkpoints} holds no checkpoint to continue; starting at step 0")
         return
-    found = trainer.restore(checkpoint, config.resume_allow)
-    for line in _describe(trainer, checkpoint.identity.settings, found):
+    changes = trainer.restore(checkpoint, config.resume_allow)
+    for line in _describe(trainer, checkpoint.identity.settings, changes):
         print_status(line)
 
 
-def _describe(trainer: Trainer, stored: Settings, found: list[Difference]) -> list[str]:
+def _describe(trainer: Trainer, stored: Settings, changes: list[Difference]) -> list[str]:
     done, steps = trainer.step, trainer.config.steps
-    lines = [f"changed as resume_allow permits: {', '.join(map(str, found))}"] if found else []
+    lines = [f"changed as resume_allow permits: {', '.join(map(str, changes))}"] if changes else []
     schedule = describe_schedule(stored, trainer.config, done)
     lines += [schedule] if schedule else []
     if done < steps:

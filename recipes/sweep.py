@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtptrain.config.sweep import job_name, varied_settings
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, Preempted, UserError
 
 if TYPE_CHECKING:  # a single run needs none of it
@@ -154,4 +154,4 @@ def _sweep_folder(composed: DictConfig, made: Path) -> Path:
 
 def _print_status(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        say(line)
+        print_status(line)

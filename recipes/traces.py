@@ -148,8 +148,8 @@ def check_traces(session: Session) -> None:
         kept_traces(session, Path(str(session.config.evaluation.traces)))
 
 
-def say_seen_prompts(session: Session, passages: Passages) -> None:
-    """Say before a training how many of the prompts that will measure the head are in its training text, if any."""
+def print_seen_prompts(session: Session, passages: Passages) -> None:
+    """Print before a training how many of the prompts that will measure the head are in its training text, if any."""
     if session.config.evaluation.traces is not None:
         prompts = [trace.prompt for trace in kept_traces(session, Path(str(session.config.evaluation.traces))).traces]
     else:

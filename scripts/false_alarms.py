@@ -121,7 +121,7 @@ def main() -> None:
         traces = record_traces(backbone.model, prompts, limits, GREEDY, 0)
         texts, drafts = [trace.tokens for trace in traces], draft_everywhere(backbone, stack, traces)
         values: list[float | None] = []
-        found = leaking = 0
+        noticed = leaking = 0
         started = time.perf_counter()
         for _ in range(count):
             drawn = generator.choice(POOL, generator.choice(SIZES), replace=False)
@@ -130,14 +130,14 @@ def main() -> None:
             if values[-1] is not None and leaking < LEAKING:
                 leaking += 1
                 leaked = simulate(chosen, None)
-                found += leaked is not None and leaked <= LEVEL
+                noticed += leaked is not None and leaked <= LEVEL
         tested = np.array([value for value in values if value is not None])
         shares = [float((tested <= level).mean()) if len(tested) else None for level in (0.1, 0.01, 0.001)]
         failed = int((tested <= LEVEL).sum())
         cells = ["-" if share is None else f"{share:.4f}" for share in shares]
-        row = [kind, f"{count:,}", f"{count - len(tested):,}", *cells, str(failed), f"{found} of {leaking}"]
+        row = [kind, f"{count:,}", f"{count - len(tested):,}", *cells, str(failed), f"{noticed} of {leaking}"]
         print(f"| {' | '.join(row)} |", flush=True)
-        rows[kind] = {"evaluations": count, "tested": len(tested), "shares": shares, "failed": failed, "found": found}
+        rows[kind] = {"evaluations": count, "tested": len(tested), "shares": shares, "failed": failed, "found": noticed}
         rows[kind]["seconds"] = time.perf_counter() - started
     print(f"{processor_name()}, one thread; level {LEVEL:.0e}; stock head of the tiny backbone, K={STEPS}")
     print(json.dumps({"commit": git_commit(), "kinds": rows}))

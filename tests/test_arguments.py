@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from mtptrain.config.arguments import read_arguments
-from mtptrain.config.verbosity import Verbosity, say, set_verbosity
+from mtptrain.config.verbosity import Verbosity, print_status, set_verbosity
 from mtptrain.run.progress import Progress, waiting
 from tests.command import run_main
 
@@ -107,7 +107,7 @@ def normal_again() -> Iterator[None]:
 
 def run_of(verbosity: Verbosity) -> None:
     set_verbosity(verbosity)
-    say("a status")
+    print_status("a status")
     logging.getLogger("mtptrain.decoding").warning("a warning")
     with waiting("some work"):
         pass

@@ -162,8 +162,8 @@ class _Expand(torch.autograd.Function):
                 out_TD.addcmul_(grad_TD, comb[:, source, to : to + 1])
         post_grad = torch.stack([torch.linalg.vecdot(grad_TD, output_TD) for grad_TD in grads], 1)
         comb_grad = torch.bmm(x_TND, grad_TND.transpose(1, 2))
-        found = (post_grad, comb_grad, output_grad_TD, streams_TND)
-        return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(found, saved, strict=True))
+        results = (post_grad, comb_grad, output_grad_TD, streams_TND)
+        return tuple(x.view(like.shape).to(like.dtype) for x, like in zip(results, saved, strict=True))
 
 
 def _flat(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Iterator[Tensor]:

@@ -102,11 +102,11 @@ def _rollout_logits(
     batch = trace_batch(traces, model.lm_head.weight.device)
     streams_BSND, _ = run_backbone(model, batch.tokens_BS)
     states = draft(stack, model.model.embed_tokens, streams_BSND, batch, length)
-    found = []
+    logits = []
     for number, (text, tokens, _) in enumerate(rows):
         hidden_KD = torch.stack([state_BSD[number, len(text) - 2] for state_BSD in states[: len(tokens)]])
-        found.append(read_logits(model.lm_head(hidden_KD.to(model.lm_head.weight.dtype)), tokens))
-    return found
+        logits.append(read_logits(model.lm_head(hidden_KD.to(model.lm_head.weight.dtype)), tokens))
+    return logits
 
 
 def _joined(logits: list[Logits], ends: list[int]) -> list[Logits]:

@@ -106,11 +106,11 @@ def _same_dealing(tokens: list[int]) -> float:
 
 def derangements(generator: np.random.Generator, count: int, size: int) -> np.ndarray:
     """Return random permutations without fixed points, each as likely as another, int64 [count, size]; size >= 2."""
-    found = np.empty((0, size), dtype=np.int64)
-    while len(found) < count:
-        drawn = generator.random((3 * (count - len(found)) + 8, size)).argsort(1)
-        found = np.concatenate([found, drawn[(drawn != np.arange(size)).all(1)]])
-    return found[:count]
+    deranged = np.empty((0, size), dtype=np.int64)
+    while len(deranged) < count:
+        drawn = generator.random((3 * (count - len(deranged)) + 8, size)).argsort(1)
+        deranged = np.concatenate([deranged, drawn[(drawn != np.arange(size)).all(1)]])
+    return deranged[:count]
 
 
 @torch.inference_mode()

@@ -103,7 +103,7 @@ def _setting(word: str, is_first: bool) -> str:
 
 def quoted(text: str) -> str:
     """Return a text in Hydra's quotes, where a backslash is itself unless a quote follows; `${` begins a reference."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _without_references(text: str) -> str:

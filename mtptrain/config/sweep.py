@@ -42,15 +42,15 @@ def _overrides(arguments: Sequence[str]) -> list[Override]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, found = OverridesParser.create(), []
+    parser, overrides = OverridesParser.create(), []
     for argument in arguments:
         if argument.startswith("-"):
             continue
         try:
-            found.append(parser.parse_override(argument))
+            overrides.append(parser.parse_override(argument))
         except HydraException:  # the value of an option, such as --config-dir
             continue
-    return found
+    return overrides
 
 
 def job_name(varied: dict[str, str], number: int) -> str:

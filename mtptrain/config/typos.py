@@ -170,10 +170,10 @@ def _composition_answer(text: str, cause: BaseException | None) -> str | None:
     if twice is not None:
         name = twice[1]
         return f"+{name}: there is a choice of {name} already; write {name}=NAME without the plus to change it"
-    found = re.search(NAMED, text, re.MULTILINE)
-    if found is None or found[1].startswith("hydra"):
+    match = re.search(NAMED, text, re.MULTILINE)
+    if match is None or match[1].startswith("hydra"):
         return None
-    name = found[1]
+    name = match[1]
     if group_choices(name) and "defaults list" in text:
         return f"{name}: is not chosen yet; write it with a plus: {text.split()[-1]}"
     if isinstance(cause, OmegaConfBaseException) and name in all_settings():

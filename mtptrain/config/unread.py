@@ -13,7 +13,7 @@ from mtptrain.config.reads import CONVERSATIONS, TEMPLATE, Settings, all_setting
 from mtptrain.config.rules import any_of, as_written
 from mtptrain.config.run import RunConfig
 from mtptrain.config.typos import no_such_setting
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
@@ -123,7 +123,7 @@ def check_given(given: Given, config: RunConfig, reads: Settings, owners: Callab
             raise UserError(f"{group}={choice}: {_reason(group, config, reads, owners(changed[0]))}")
     if noted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{name}={_shown(config, name)}" for name in noted)
-        say(f"note: +recipe={config.task} does not read {names} with these settings")
+        print_status(f"note: +recipe={config.task} does not read {names} with these settings")
 
 
 def unread_settings(given: Given, config: RunConfig, reads: Settings) -> list[str]:

@@ -37,7 +37,7 @@ def is_quiet() -> bool:
     return _chosen[0] is Verbosity.quiet
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """Print what a run does, on standard error, unless it is quiet."""
     if not is_quiet():
         print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.run.distributed import rank
 
 _shown: set[str] = set()  # training and held-out documents are read one after the other from the same files
@@ -13,7 +13,7 @@ def note(line: str) -> None:
     """Print a line on stderr, once a run and on rank 0 only."""
     if rank() == 0 and not _is_silent and line not in _shown:
         _shown.add(line)
-        say(line)
+        print_status(line)
 
 
 def silence() -> None:

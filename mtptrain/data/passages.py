@@ -127,7 +127,7 @@ class PassageHasher:
             starts: position of each document's first token, ascending. A passage that begins before it holds zeros
                 there, so that a prompt shorter than a passage can be found at the start of a document.
         """
-        found = Passages.none()
+        passages = Passages.none()
         for begin in range(0, len(tokens), CHUNK_TOKENS):
             part = tokens[begin : begin + CHUNK_TOKENS]
             first, last = np.searchsorted(starts, [begin, begin + len(part)])
@@ -136,8 +136,8 @@ class PassageHasher:
             hash_M = passage_hashes(text_N)
             crosses_end_M = (text_N[: len(hash_M)] != 0) & (text_N[-len(hash_M) :] == 0) if len(hash_M) else []
             hash_M = np.delete(hash_M, np.flatnonzero(crosses_end_M))
-            found = found.join(Passages(hash_M))
-        return found
+            passages = passages.join(Passages(hash_M))
+        return passages
 
     def prompt(self, tokens: list[int]) -> np.ndarray:
         """Return the hashes of a prompt's passages, uint64; a shorter prompt is the beginning of a document."""

@@ -21,9 +21,9 @@ def read_json(kind: type[T], path: Path, schema: int) -> T:
         ValueError: it is not UTF-8 or no JSON, has another schema, or is not the form of `kind`.
     """
     stored = json.loads(path.read_text(encoding="utf-8"))
-    found = stored.get("schema") if isinstance(stored, dict) else None
-    if found != schema:
-        raise MismatchError(f"schema: expected {schema}, got {found}")
+    stored_schema = stored.get("schema") if isinstance(stored, dict) else None
+    if stored_schema != schema:
+        raise MismatchError(f"schema: expected {schema}, got {stored_schema}")
     return from_json(kind, stored)
 
 

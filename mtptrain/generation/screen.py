@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mtptrain.config import Show
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.evaluation.head_result import Piece, PieceKind
 
 # Apart without colours, too: NO_COLOR leaves bold and struck-through text.
@@ -44,7 +44,7 @@ class Screen(Protocol):
         """End a text; also one that was interrupted, and also twice."""
         ...
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line about the texts."""
         ...
 
@@ -124,7 +124,7 @@ class ColourScreen:
             self.live.stop()
         self.live = None
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """See `Screen`."""
         self.console.print(Text(line))
 
@@ -169,11 +169,11 @@ class MarkScreen:
 
     def legend(self) -> None:
         """See `Screen`."""
-        self.say("  ".join(name.join(MARKS[kind]) for kind, name in NAMES.items()))
+        self.print_line("  ".join(name.join(MARKS[kind]) for kind, name in NAMES.items()))
 
     def begin(self, title: str, prompt: str) -> None:
         """See `Screen`."""
-        self.say(f"\n{title}" if title else "")
+        self.print_line(f"\n{title}" if title else "")
         self._write(visible(prompt))
         self.is_open = True
 
@@ -189,7 +189,7 @@ class MarkScreen:
             self._write("\n")
         self.is_open = False
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """See `Screen`."""
         self._write(f"{line}\n")
 
@@ -214,7 +214,7 @@ class TextScreen:
     def begin(self, title: str, prompt: str) -> None:
         """See `Screen`."""
         if title:
-            self.say(title)
+            self.print_line(title)
         self.is_open = True
 
     def show(self, pieces: list[Piece], status: str) -> None:
@@ -229,6 +229,6 @@ class TextScreen:
             self.out.flush()
         self.is_open = False
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """See `Screen`."""
-        say(line)
+        print_status(line)

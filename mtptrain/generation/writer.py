@@ -79,9 +79,9 @@ class Writer:
         title = "" if plain_text is None else "with the head:"
         figures, text = self._show(request, self.draft_length, title, plain)
         for line in summary_lines(figures, plain):
-            self.screen.say(line)
+            self.screen.print_line(line)
         if plain_text is not None:
-            self.screen.say(comparison_line(text, plain_text, self.policy.is_greedy))
+            self.screen.print_line(comparison_line(text, plain_text, self.policy.is_greedy))
 
     def write_plainly(self, request: Request) -> tuple[Figures, Decoded]:
         """Show a text while it is decoded plainly; return its figures and its record."""

@@ -79,9 +79,9 @@ def measure_fidelity(engine: str, documents: Iterable[tuple[Tensor, Tensor]], re
     cosines: list[float] = []
     tokens = agreeing = 0
     divergence = 0.0
-    for expected_TND, found_TND in documents:
-        cosines.append(float(F.cosine_similarity(expected_TND.float(), found_TND.float(), dim=-1).mean()))
-        for log_p_TV, log_q_TV in zip(readout.log_probs(expected_TND), readout.log_probs(found_TND), strict=True):
+    for expected_TND, actual_TND in documents:
+        cosines.append(float(F.cosine_similarity(expected_TND.float(), actual_TND.float(), dim=-1).mean()))
+        for log_p_TV, log_q_TV in zip(readout.log_probs(expected_TND), readout.log_probs(actual_TND), strict=True):
             tokens += len(log_p_TV)
             agreeing += int((log_p_TV.argmax(-1) == log_q_TV.argmax(-1)).sum())
             divergence += float(F.kl_div(log_q_TV, log_p_TV, log_target=True, reduction="sum"))

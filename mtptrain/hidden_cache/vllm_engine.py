@@ -216,12 +216,12 @@ def check_vllm(config: CollectConfig, model: DeepseekV4Config, piece_length: int
         UserError: vLLM is not installed or of another version, has too few GPUs, cannot divide the attention among
             them, or has no room for the one token that it emits.
     """
-    found = installed_version()
+    version = installed_version()
     way_out = f"run: pip install vllm=={VLLM}, or set collect.engine=transformers"
-    if found is None:
+    if version is None:
         raise UserError(f"collect.engine=vllm: vLLM is not installed; {way_out}")
-    if found.split("+")[0] != VLLM:
-        raise UserError(f"collect.engine=vllm: vLLM {found} is installed, and {VLLM} keeps the streams; {way_out}")
+    if version.split("+")[0] != VLLM:
+        raise UserError(f"collect.engine=vllm: vLLM {version} is installed, and {VLLM} keeps the streams; {way_out}")
     gpus = visible_gpus()
     require(
         gpus > 0, "collect.engine", "vllm", "needs a GPU, and this machine has none; set collect.engine=transformers"

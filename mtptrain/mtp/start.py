@@ -41,10 +41,12 @@ def stored_head(backbone: Backbone | BackboneSource) -> Mapping[str, Tensor]:
     """
     head = backbone.shards.only(HEAD_PREFIX)
     if not head:
-        found = backbone.shards.heads_elsewhere()
-        told = f"found {', '.join(found)}: put a file with the head alone beside the model's; or " if found else ""
+        elsewhere = backbone.shards.heads_elsewhere()
+        hint = (
+            f"found {', '.join(elsewhere)}: put a file with the head alone beside the model's; or " if elsewhere else ""
+        )
         raise UserError(
-            f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); {told}train one with "
+            f"backbone.path={backbone.folder}: holds no stock head (mtp.* tensors); {hint}train one with "
             "mtp.init=fresh or mtp.init=backbone, or give a checkpoint's path"
         )
     return head

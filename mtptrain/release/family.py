@@ -48,9 +48,9 @@ def check_family(config: JsonObject, folder: Path, setting: str) -> None:
         )
     method = quantisation(config, folder)
     if method not in (None, OWN):
-        told = f", {QUANTISATIONS[method]}," if method in QUANTISATIONS else ""
+        meaning = f", {QUANTISATIONS[method]}," if method in QUANTISATIONS else ""
         raise UserError(
-            f"{setting}: quant_method {method}{told} is not supported; supported are DeepSeek's own FP8 with FP4 or "
+            f"{setting}: quant_method {method}{meaning} is not supported; supported are DeepSeek's own FP8 with FP4 or "
             "FP8 experts and unquantised weights, so give the release that the folder was made from, such as "
             "backbone.path=deepseek-ai/DeepSeek-V4-Flash"
         )

@@ -30,9 +30,9 @@ def fingerprint(shards: Shards) -> str:
     """
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
-        found = pool.map(lambda file: _file_hashes(shards, file), shards.files())
+        hashed_files = pool.map(lambda file: _file_hashes(shards, file), shards.files())
         for _ in counted(f"fingerprinting the weights in {shards.folder}", shards.files()):
-            hashes |= next(found)
+            hashes |= next(hashed_files)
     digest = hashlib.sha256(_backbone_config(shards.folder / "config.json"))
     for name in sorted(hashes):
         entry = shards.entries[name]

@@ -117,11 +117,11 @@ class Shards(Mapping[str, Tensor]):
     def heads_elsewhere(self) -> list[str]:
         """Return `FILE (TENSOR)` for files with tensors of a head in or right below the folder that are not read."""
         own = {self.folder / file for file in self.files()}
-        found = []
+        heads = []
         for path in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*/*.safetensors")]):
             names = [] if path in own else [name for name in _names(path) if head_name(name, self.num_layers)]
-            found += [f"{path.relative_to(self.folder)} ({names[0]})"] if names else []
-        return found
+            heads += [f"{path.relative_to(self.folder)} ({names[0]})"] if names else []
+        return heads
 
     def _compare_index(self, index: dict[str, str]) -> None:
         files = {entry.name: entry.file for entry in self.entries.values()}

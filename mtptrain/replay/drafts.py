@@ -171,8 +171,8 @@ class _TraceBatch:
         q_BKN, confidence_BKN = np.zeros((2, len(self.traces), self.steps, self.width))
         for row, trace in enumerate(self.traces):
             streams_BSND = self.streams_BSND[row : row + 1]
-            found = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
-            for values_BKN, values_KN in zip((q_BKN, confidence_BKN), found, strict=True):
+            walked = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
+            for values_BKN, values_KN in zip((q_BKN, confidence_BKN), walked, strict=True):
                 values_BKN[row, :, : values_KN.shape[1]] = values_KN
         return [q_BKN], confidence_BKN
 

@@ -14,7 +14,7 @@ import yaml
 
 from mtptrain.config import RunConfig
 from mtptrain.config.paths import default_output_dir
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import BEGUN, is_begun
 from mtptrain.run.folder_lock import FolderLock, require_free
@@ -69,7 +69,7 @@ class RunFolder:
     def print_status(self, line: str) -> None:
         """Print a status line on stderr (rank 0 only)."""
         if is_rank0():
-            say(line)
+            print_status(line)
 
     def claim(self) -> None:
         """Lock the folder before anything is read or written, and refuse one that holds something else; rank 0 only.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.errors import UserError
 from mtptrain.run.storage import clear_leftovers
 from mtptrain.run.typed_json import from_json, to_json
@@ -186,7 +186,7 @@ def _remove_stale(path: Path, where: str) -> None:
         return
     aside.unlink()
     name = "a process" if holder is None else f"process {holder.process} on {holder.host}"
-    say(f"{where}: taking over from {name}, which ended without releasing the folder")
+    print_status(f"{where}: taking over from {name}, which ended without releasing the folder")
 
 
 def _require_stale(path: Path, holder: Holder | None, where: str) -> None:

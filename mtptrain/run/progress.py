@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mtptrain.config.verbosity import is_quiet, say
+from mtptrain.config.verbosity import is_quiet, print_status
 from mtptrain.run.distributed import rank
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def waiting(label: str, share: Callable[[], float] | None = None) -> Iterator[No
             spent = time.monotonic() - begun
             done = share() if share is not None else 0.0
             left = f", about {clock(math.ceil(spent * (1 - done) / done))} left" if 0 < done < 1 else ""
-            say(f"{label}, for {clock(spent)} so far{left}")
+            print_status(f"{label}, for {clock(spent)} so far{left}")
             pause = SECONDS_BETWEEN_SIGNS
 
     thread = threading.Thread(target=print_signs, daemon=True)
@@ -126,4 +126,4 @@ class Progress:
             self.live.update(Text(line))
         elif self.is_shown and (elapsed - self.last_line >= SECONDS_BETWEEN_LINES or step == self.total):
             self.last_line = elapsed
-            say(line)
+            print_status(line)

@@ -65,12 +65,12 @@ class RunRecord:
 
     def numbered(self, prefix: str, suffix: str = "") -> dict[int, MetricCurve]:
         """Return the curves whose names are a number between prefix and suffix, by this number."""
-        found = {}
+        curves = {}
         for name, curve in self.curves.items():
             number = name.removeprefix(prefix).removesuffix(suffix)
             if name == f"{prefix}{number}{suffix}" and number.isdecimal():
-                found[int(number)] = curve
-        return dict(sorted(found.items()))
+                curves[int(number)] = curve
+        return dict(sorted(curves.items()))
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -129,8 +129,8 @@ def stored_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def _section(stored: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = stored.get(name)
-    return found if isinstance(found, dict) else {}
+    section = stored.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def run_section(folder: Path, name: str) -> Mapping[str, Any]:

@@ -63,10 +63,10 @@ class ServerClient:
         Raises:
             UserError: the server has none.
         """
-        found = parse_counters(self._read("/metrics"))
-        if found is None:
+        counters = parse_counters(self._read("/metrics"))
+        if counters is None:
             raise self._fault(SWITCHES)
-        return found
+        return counters
 
     def complete(self, tokens: list[int], settings: Mapping[str, object]) -> Answer:
         """Return the server's continuation of a prompt.

@@ -106,15 +106,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Return the values `start` to `stop` of a flattened tensor, one-dimensional; do not write to it."""
-        found = [
+        parts = [
             file.get_tensor(key).flatten()[max(start - first, 0) : stop - first]
             for first, last, file, key in self._places[name]
             if (first < stop and start < last) or first == last
         ]
-        if not found:
+        if not parts:
             _, _, file, key = self._places[name][0]
             return file.get_tensor(key).flatten()[:0]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def expert(self, name: str, number: int) -> Tensor:
         """Return one expert of a stack of experts; do not write to it."""

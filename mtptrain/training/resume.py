@@ -79,11 +79,11 @@ def setting_differences(stored: TrainingIdentity, settings: Settings, data: str 
     names = [name for name in {**stored.settings, **settings} if stored.settings.get(name) != settings.get(name)]
     is_same_data = data == stored.data
     kept = [name for name in names if not (is_same_data and selects_data(name))]
-    found = [Difference(name, stored.settings.get(name), settings.get(name)) for name in kept]
+    changes = [Difference(name, stored.settings.get(name), settings.get(name)) for name in kept]
     is_explained = any(selects_data(name) or name == "data.streaming" for name in names)
     if data is not None and not is_same_data and not is_explained:
-        found.append(Difference("data", f"(digest of its tokens) {stored.data[:12]}", data[:12]))
-    return found
+        changes.append(Difference("data", f"(digest of its tokens) {stored.data[:12]}", data[:12]))
+    return changes
 
 
 def selects_data(name: str) -> bool:
@@ -94,12 +94,12 @@ def selects_data(name: str) -> bool:
 
 def differences(stored: TrainingIdentity, wanted: TrainingIdentity) -> list[Difference]:
     """Return every difference between the training of a checkpoint and the training of this run."""
-    found = [Difference("+recipe", stored.task, wanted.task)] if stored.task != wanted.task else []
+    changes = [Difference("+recipe", stored.task, wanted.task)] if stored.task != wanted.task else []
     if isinstance(stored, HeadIdentity) and isinstance(wanted, HeadIdentity):
-        found += _start_differences(stored, wanted)
+        changes += _start_differences(stored, wanted)
     if type(stored) is type(wanted):
-        found += setting_differences(stored, wanted.settings, wanted.data)
-    return found
+        changes += setting_differences(stored, wanted.settings, wanted.data)
+    return changes
 
 
 def backbone_difference(before: str, after: str) -> Difference:
@@ -121,25 +121,25 @@ def _start_differences(stored: HeadIdentity, wanted: HeadIdentity) -> list[Diffe
     return [Difference("mtp.init", before, after)]
 
 
-def require_allowed(where: str, found: Sequence[Difference], allowed: Sequence[str]) -> None:
+def require_allowed(where: str, changes: Sequence[Difference], allowed: Sequence[str]) -> None:
     """Refuse differences that `resume_allow` does not name.
 
     Args:
         where: setting and checkpoint, as the error begins.
-        found: the differences.
+        changes: the differences.
         allowed: names of settings or sections.
 
     Raises:
         UserError: lists every difference.
     """
-    refused = [one for one in found if not (one.may_be_allowed and _is_named(one.name, allowed))]
+    refused = [one for one in changes if not (one.may_be_allowed and _is_named(one.name, allowed))]
     if not refused:
         return
     fixed = [one.name for one in refused if not one.may_be_allowed]
     way_out = (
         f"or choose another output_dir ({', '.join(fixed)} cannot change within a run)"
         if fixed
-        else f"choose another output_dir, or accept the change: resume_allow=[{','.join(one.name for one in found)}]"
+        else f"choose another output_dir, or accept the change: resume_allow=[{','.join(one.name for one in changes)}]"
     )
     raise UserError(f"{where}: belongs to another run: {', '.join(map(str, refused))}; set them back, {way_out}")
 

@@ -27,8 +27,8 @@ def steps_of_run(root: Path) -> dict[int, Path]:
     A folder whose manifest cannot be read, such as one that is still being copied, is left out.
     """
     states = {folder: state_of(folder) for folder in (root / BEST, *checkpoint_folders(root))}
-    found = {state.step: folder for folder, state in states.items() if state is not None}
-    return dict(sorted(found.items()))
+    by_step = {state.step: folder for folder, state in states.items() if state is not None}
+    return dict(sorted(by_step.items()))
 
 
 def state_of(folder: Path) -> TrainerState | None:

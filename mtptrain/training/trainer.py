@@ -176,8 +176,8 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to another training.
         """
-        found = differences(checkpoint.identity, self.identity)
-        require_allowed(f"resume=auto: {checkpoint.folder}", found, allowed)
+        changes = differences(checkpoint.identity, self.identity)
+        require_allowed(f"resume=auto: {checkpoint.folder}", changes, allowed)
         self.engine.load(fitting_tensors(checkpoint, self.engine.module), checkpoint.stored(OPTIMIZER))
         random = checkpoint.random_state()
         torch.set_rng_state(random["torch"])
@@ -192,7 +192,7 @@ class Trainer:
             self.batches.seek(index, positions, passages)
         else:
             self.batches.restart(index, passages)
-        return found
+        return changes
 
     def save(self, name: str | None = None) -> Path:
         """Write this step's checkpoint, named after the step by default, prune older ones, and return its folder."""

@@ -187,16 +187,16 @@ class ZeroEngine:
         return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
     def _pieces(self, name: str, parameter: Tensor, key: str | None = None) -> list[Piece]:
-        found = self._fragment(parameter, key)
+        fragment = self._fragment(parameter, key)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        return [] if found is None else [Piece(name, shape, *found)]
+        return [] if fragment is None else [Piece(name, shape, *fragment)]
 
     def _set(self, parameter: Tensor, stored: StoredTensors, name: str, key: str | None = None) -> None:
         """Set this process's share of a master or of its moment `key`."""
-        found = self._fragment(parameter, key)
-        if found is None:
+        fragment = self._fragment(parameter, key)
+        if fragment is None:
             return
-        start, values = found
+        start, values = fragment
         value = stored.part(name, start, start + values.numel()).to(values.device)
         if self.stage < 3:
             values.copy_(value)

@@ -108,14 +108,14 @@ def _median_span(speed: Speedup) -> str:
 
 def doubts_text(evaluation: Evaluation, batches: list[int]) -> str:
     """Return why speed-ups at some batch sizes cannot be right, in words; empty if nothing speaks against them."""
-    found = {
+    doubted = {
         doubt: (batch, k, head, speed)
         for batch in reversed(batches)
         for head, by_length in evaluation.speedup[batch].items()
         for k, speed in by_length.items()
         for doubt in speed.doubts
     }
-    return ", and ".join(_doubt_text(evaluation, doubt, *found[doubt]) for doubt in Doubt if doubt in found)
+    return ", and ".join(_doubt_text(evaluation, doubt, *doubted[doubt]) for doubt in Doubt if doubt in doubted)
 
 
 def _doubt_text(evaluation: Evaluation, doubt: Doubt, batch: int, length: int, head: str, speed: Speedup) -> str:

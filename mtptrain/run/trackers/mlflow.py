@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
 
@@ -83,7 +83,7 @@ class MlflowTracker:
         if self.ends_run:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
         if self.local_store is not None:
-            say(f"show the run with: mlflow ui --backend-store-uri {self.local_store}")
+            print_status(f"show the run with: mlflow ui --backend-store-uri {self.local_store}")
 
 
 def begin(run: TrackedRun) -> MlflowTracker:

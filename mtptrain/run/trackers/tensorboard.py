@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.run.trackers import TrackedRun
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def begin(run: TrackedRun) -> TensorBoardTracker:
 
     folder = run.folder / FOLDER if run.beside is None else run.folder / FOLDER / BESIDE
     is_new = not folder.exists()
-    say(f"watch the run with: tensorboard --logdir {run.folder / FOLDER}")
+    print_status(f"watch the run with: tensorboard --logdir {run.folder / FOLDER}")
     purge_step = None if run.start_step is None else run.start_step + 1
     writer = SummaryWriter(str(folder), purge_step=purge_step)
     if is_new:

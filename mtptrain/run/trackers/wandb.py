@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from mtptrain.config.verbosity import say
+from mtptrain.config.verbosity import print_status
 from mtptrain.run.storage import write_json
 from mtptrain.run.trackers import TrackedRun, unlogged
 from mtptrain.run.typed_json import from_json, to_json
@@ -111,7 +111,7 @@ class WandbTracker:
         finally:
             if self.is_offline:  # each restart adds a folder
                 folders = self.folder / "wandb" / f"offline-run-*-{self.run.id}"
-                say(f"W&B ran offline; upload it with: wandb sync {folders}")
+                print_status(f"W&B ran offline; upload it with: wandb sync {folders}")
 
 
 def begin(run: TrackedRun) -> WandbTracker:
@@ -167,7 +167,7 @@ def _join(run: TrackedRun, folder: Path, mode: Any) -> WandbTracker:
     if mode in ("online", SHARED):
         mode = SHARED if of_run.shared else "offline"
         if not of_run.shared:
-            say(ALONE.format(folder=run.folder))
+            print_status(ALONE.format(folder=run.folder))
     is_shared = mode == SHARED
     begun = wandb.init(
         project=run.config.project,
