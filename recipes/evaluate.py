@@ -101,7 +101,7 @@ def make_certificate(
     loops = greedy_loops(model, stacks, greedy, policy)
     logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
     identity, replay = certify_greedy(loops, logits.backbone.gap)
-    sampler = sampler_certificate()
+    sampler = sampler_certificate(device=model.lm_head.weight.device)
     controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(
