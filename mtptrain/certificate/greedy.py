@@ -143,7 +143,7 @@ def tie_budget(runs: list[LoopRun], differences_N: np.ndarray) -> int:
     whatever the number of its runs. More ties have a chance of at most `LEVEL` (Poisson).
     """
     gaps = {run.prompt: np.array(run.plain.gaps) for run in runs}
-    return _poisson_bound(sum(_expected_ties(gap_N, differences_N) for gap_N in gaps.values()), LEVEL)
+    return poisson_bound(sum(_expected_ties(gap_N, differences_N) for gap_N in gaps.values()), LEVEL)
 
 
 def _expected_ties(gap_N: np.ndarray, differences_N: np.ndarray) -> float:
@@ -153,14 +153,13 @@ def _expected_ties(gap_N: np.ndarray, differences_N: np.ndarray) -> float:
     return float(((exceeding_N + 0.5) / (len(ordered_N) + 1)).sum())
 
 
-def _poisson_bound(mean: float, level: float) -> int:
+def poisson_bound(mean: float, level: float) -> int:
     """Return the smallest count that a Poisson variable exceeds with a chance of at most `level`."""
-    count, term = 0, math.exp(-mean)
-    below = term
+    count, below = -1, 0.0
     while 1 - below > level:
         count += 1
-        term *= mean / count
-        below += term
+        # By logarithms, because exp(-mean) is 0 for a mean above 745.
+        below += math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) if mean else 1.0
     return count
 
 
@@ -221,4 +220,4 @@ def _tie_budget_of_drafts(close: Mapping[Step, float], drafts: Mapping[str, Draf
     for head, one in drafts.items():
         margin_N = np.array([margin for step, margin in close.items() if step.head == head])
         expected += _expected_ties(margin_N, one.differences_N)
-    return _poisson_bound(expected, LEVEL)
+    return poisson_bound(expected, LEVEL)

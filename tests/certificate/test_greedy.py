@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mtptrain.certificate.greedy import DraftNoise, LoopRun, certify_greedy, tie_bound
+from mtptrain.certificate.greedy import DraftNoise, LoopRun, certify_greedy, poisson_bound, tie_bound
 from mtptrain.decoding.results import Decoded, VerifyPass
 from mtptrain.evaluation.certificate_result import (
     NoiseLevel,
@@ -142,3 +142,9 @@ def test_the_same_tie_of_a_draft_counts_once() -> None:
     _, replay = certify_greedy([parted(3e-5, draft_length=k) for k in range(2, 32)], NOISE, DRAFTS)
     assert (len(replay.near_ties), replay.ties) == (30, 1)
     assert replay.passed
+
+
+@pytest.mark.parametrize(("mean", "bound"), [(0.0, 0), (1e-6, 0), (1.0, 8), (100.0, 145), (2000.0, 2194)])
+def test_the_budget_of_ties_ends_at_any_mean(mean: float, bound: int) -> None:
+    """The counts that a Poisson variable exceeds with a chance of 1e-5, summed in decimal arithmetic of 60 digits."""
+    assert poisson_bound(mean, 1e-5) == bound
