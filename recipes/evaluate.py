@@ -99,9 +99,9 @@ def make_certificate(
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
     loops = greedy_loops(model, stacks, greedy, policy)
-    logits = certify_logits(model, stacks, traces, session.limits, longest, loops)
-    identity, replay = certify_greedy(loops, logits.backbone.gap)
-    sampler = sampler_certificate()
+    logits, drafts = certify_logits(model, stacks, traces, session.limits, longest, loops)
+    identity, replay = certify_greedy(loops, logits.backbone.gap, drafts)
+    sampler = sampler_certificate(device=model.lm_head.weight.device)
     controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]
     return Certificate(

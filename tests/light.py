@@ -62,11 +62,11 @@ def certified() -> Iterator[None]:
 
 
 @cache
-def sampler_once() -> SamplerTest:
-    """Return the test of the sampler: its draws are fixed, and no setting changes it."""
+def sampler_once(device: Any) -> SamplerTest:
+    """Return the test of the sampler: its draws are fixed, and no setting but the device changes it."""
     from mtptrain.certificate.sampler import sampler_certificate
 
-    return sampler_certificate()
+    return sampler_certificate(device=device)
 
 
 class Sketch:

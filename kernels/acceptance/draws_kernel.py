@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import on_its_device
 from ..launch import Launch
 from .draws import KEY_STEPS, MULTIPLIERS, ROUNDS, DrawKind
 
@@ -57,6 +58,7 @@ def _uniforms_kernel(
     tl.store(out_ptr + index, words.to(tl.float64) * 1.1102230246251565e-16, mask=inside)
 
 
+@on_its_device
 def uniforms_triton(seed_B: Tensor, position_B: Tensor, kind: DrawKind, num_draws: int) -> Tensor:
     """Return `uniforms_reference`, bit by bit, in one launch."""
     out_BN = torch.empty(len(seed_B), num_draws, dtype=torch.float64, device=seed_B.device)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choices import Verification
+from ..device import on_its_device
 from ..launch import MODELS, Constants, Launch
 from . import draws_kernel
 from .distribution_kernel import GROUP, NUMBERS, OPTIONS, probability, write_distribution
@@ -137,17 +138,19 @@ def _row_distributions(draft_logits_BKV: Tensor | None, logits_BLV: Tensor, samp
     return _RowDistributions(distribution, top_BL, gap_BL, constants)
 
 
+@on_its_device
 def top_tokens_triton(logits_BLV: Tensor) -> tuple[Tensor, Tensor]:
     """Return `top_tokens_reference`, in one launch."""
     _, top_BL, gap_BL, _ = _row_distributions(None, logits_BLV.contiguous(), Sampling(1.0))
     return top_BL, gap_BL
 
 
+@on_its_device
 def policy_probabilities_triton(logits_BLV: Tensor, sampling: Sampling) -> Tensor:
     """Return `policy_probabilities_reference`, in two launches: fp32, bf16 or fp16 logits, a temperature above 0."""
     logits_BLV = logits_BLV.contiguous()
     vocabulary = logits_BLV.shape[-1]
-    distribution, _, _, constants = _row_distributions(None, logits_BLV.view(1, -1, vocabulary), sampling)
+    distribution, _, _, constants = _row_distributions(None, logits_BLV.view(-1, 1, vocabulary), sampling)
     out_BLV = torch.empty_like(logits_BLV, dtype=torch.float32)
     if out_BLV.numel():
         _probabilities_kernel[(out_BLV.numel() // vocabulary, triton.cdiv(vocabulary, BLOCK))](
@@ -163,6 +166,7 @@ def policy_probabilities_triton(logits_BLV: Tensor, sampling: Sampling) -> Tenso
     return out_BLV
 
 
+@on_its_device
 def verify_logits_triton(
     draft_BK: Tensor,
     drafted_B: Tensor,

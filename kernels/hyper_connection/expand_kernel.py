@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import on_its_device
+
 # A program is one warp with one token: it exchanges only the sums at the end, and even few tokens make many programs.
 # Not measured on a GPU.
 OPTIONS = {"num_warps": 1, "num_stages": 2, "enable_fp_fusion": True}
@@ -132,6 +134,7 @@ class _ExpandAndMix(torch.autograd.Function):
         return grads
 
 
+@on_its_device
 def expand_and_mix_triton(post_BSN: Tensor, comb_BSNN: Tensor, output_BSD: Tensor, streams_BSND: Tensor) -> Tensor:
     """Return `expand_and_mix_reference`, summed in float32."""
     new_BSND: Tensor = _ExpandAndMix.apply(post_BSN, comb_BSNN, output_BSD, streams_BSND)

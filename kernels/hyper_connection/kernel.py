@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import on_its_device
 from ..dispatch import INTERPRETER
 from ..launch import MODELS, Constants, Launch
 from .backward_kernel import hyper_connection_map_backward_kernel, hyper_connection_streams_backward_kernel
@@ -119,6 +120,7 @@ class _Connect(torch.autograd.Function):
         return grad_streams, grad_fn, grad_base_M.to(base_M.dtype), grad_scale_3.to(scale_3.dtype), None, None, None
 
 
+@on_its_device
 def connect_triton(
     streams_BSND: Tensor,
     fn_MX: Tensor,

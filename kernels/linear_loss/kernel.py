@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choices import Divergence
+from ..device import on_its_device
 from ..launch import MODELS, Launch
 from .chunked import matmul
 from .reference import HYBRID_ETA
@@ -241,6 +242,7 @@ class TritonRows:
         return loss_N, alpha_N, top1_match_N, grad_ND
 
 
+@on_its_device
 def teacher_rows(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the statistics [3, N], first largest entry [N] and entropy [N] of fp32 logits, in one launch."""
     rows, vocabulary = logits_NV.shape
@@ -261,6 +263,7 @@ def teacher_rows(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor,
     return statistics_3N, top_N, entropy_N
 
 
+@on_its_device
 def student_rows(
     student_NV: Tensor,
     teacher_NV: Tensor,

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import on_its_device
 from ..launch import MODELS, Constants, Launch
 from .backward_kernel import norm_rotate_backward_kernel
 from .forward_kernel import norm_rotate_forward_kernel
@@ -146,12 +147,14 @@ class _NormAndRotate(torch.autograd.Function):
         return grad_x, None, grad_weight, None
 
 
+@on_its_device
 def norm_and_rotate_triton(x: Tensor, turn: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
     """Return `norm_and_rotate_reference` in the memory layout of x; gradients are rounded once."""
     out: Tensor = _NormAndRotate.apply(x, turn, weight, eps)
     return out
 
 
+@on_its_device
 def rotate_in_place_triton(x: Tensor, turn: Tensor) -> Tensor:
     """Compute `rotate_in_place_reference`; no gradient."""
     _forward(x, _real(turn, x), None, x, None)

@@ -118,11 +118,12 @@ def sink_attention_forward_kernel(
 ):
     """Write output and log-sum-exp of one query for a block of its heads."""
     token = tl.program_id(0).to(tl.int64)
-    row, position = token // S, (token % S).to(tl.int32)
+    row, slot_of_query = token // S, token % S
+    position = slot_of_query.to(tl.int32)
     if turn_ptr is not None:
         turn_ptr += row * turn_stride_b + position * 2 * PAIRS
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    query_ptr += row * query_stride_b + position * query_stride_s
+    query_ptr += row * query_stride_b + slot_of_query * query_stride_s  # 128 heads of 512 pass 2^31 at slot 32,768
     query = load_rows(query_ptr, head, query_stride_h, head < H, C, BLOCK_C)
     largest = tl.load(sinks_ptr + head, mask=head < H, other=0.0).to(tl.float32)
     total = tl.where(largest == float("-inf"), 0.0, 1.0)

@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..device import on_its_device
 from .backward_kernel import (
     sink_attention_chain_backward_kernel,
     sink_attention_key_backward_kernel,
@@ -108,6 +109,7 @@ def _forward(
     return out_BSHC, lse_BSH
 
 
+@on_its_device
 def rollout_attention_triton(
     query_BHSC: Tensor,
     context_BSC: Tensor,
@@ -123,6 +125,7 @@ def rollout_attention_triton(
     return _RolloutAttention.apply(query_BHSC, context_BSC, chain_BSLC, sinks_H, start_BS, turn_BSr, window, scale)
 
 
+@on_its_device
 def cached_attention_triton(
     query_BHSC: Tensor,
     cached: Cached,

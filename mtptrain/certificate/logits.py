@@ -17,7 +17,7 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.certificate.differences import Differences, both_quantities, judge
 from mtptrain.certificate.drafts import against_rollout
-from mtptrain.certificate.greedy import LoopRun, count_agreeing
+from mtptrain.certificate.greedy import DraftNoise, LoopRun, count_agreeing
 from mtptrain.certificate.rounding import Logits, measure_noise, upstream_logits
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed
@@ -110,7 +110,7 @@ def certify_logits(
     limits: Limits,
     length: int,
     loops: list[LoopRun],
-) -> LogitsTest:
+) -> tuple[LogitsTest, dict[str, DraftNoise]]:
     """Hold decoding against transformers' forward, loops against plain decoding, and drafts against the rollout.
 
     Args:
@@ -120,15 +120,20 @@ def certify_logits(
         limits: end of the texts; they are cut to `NEW_TOKENS`.
         length: the longest K.
         loops: the greedy runs.
+
+    Returns:
+        The test, and the rounding of drafts by head.
     """
     differences, backbone = against_upstream(model, stacks, distinct_prompts(traces, CONTEXT), limits, length)
     differences += against_plain(loops, backbone)
     short = distinct_prompts(traces, max(1, model.config.sliding_window // 2))
-    drafts = {}
+    noises, drafts = {}, {}
     for name, stack in stacks.items():
-        of_head, drafts[name] = against_rollout(model, name, stack, short, length)
+        of_head, noises[name] = against_rollout(model, name, stack, short, length)
         differences += of_head
-    return judge_all(differences, backbone, drafts)
+        (gaps,) = [one for one in of_head if one.quantity is Quantity.gap]
+        drafts[name] = DraftNoise(noises[name].gap, np.abs(np.concatenate(gaps.texts)))
+    return judge_all(differences, backbone, noises), drafts
 
 
 def judge_all(differences: list[Differences], backbone: RoundingNoise, drafts: dict[str, RoundingNoise]) -> LogitsTest:

@@ -18,7 +18,7 @@ from mtptrain.evaluation.metrics import totals
 from mtptrain.evaluation.speedup import BatchRuns
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.replay.drafts import ReplayDrafts, draft_traces
-from mtptrain.replay.replay import count_passes, replay_passes
+from mtptrain.replay.replay import anchor_passes, count_passes, replay_passes
 from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
@@ -52,8 +52,9 @@ def greedy_loops(
         for (prompt, batch), (plain, row, drafts) in zip(rows, decoded, strict=True):
             known = policy.min_confidence == 0 or drafts.free_confidence_KN is not None
             replayed = replay_passes(drafts, policy, k) if known else None
+            at_anchors = anchor_passes(drafts, policy, k) if known else []
             number = numbers.setdefault(prompt, len(numbers))
-            loops.append(LoopRun(name, number, k, batch, plain, row, replayed))
+            loops.append(LoopRun(name, number, k, batch, plain, row, replayed, at_anchors, drafts.margin_KN))
     return loops
 
 

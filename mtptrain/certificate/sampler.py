@@ -26,6 +26,7 @@ REJECT_BELOW = 1e-3  # the draws are fixed, so a sound sampler that passes once 
 FIRST_TOKEN = 0
 TABLES_SEED = 45  # of the seeds tried, the largest lead of block over token-wise verification: 0.72 against 0.58 kept
 PLAIN = Sampling(temperature=1.0)
+CPU = torch.device("cpu")
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
 Verifier = Callable[[Tensor, Tensor, Tensor, Tensor, Verification], Verified]
@@ -91,9 +92,12 @@ def kept_probabilities(p_VV: Tensor, q_KVV: Tensor, verification: Verification) 
 def decode_texts(
     p_VV: Tensor, q_KVV: Tensor, verification: Verification, draws: int, sample: Sampler, verify: Verifier
 ) -> tuple[Tensor, Tensor]:
-    """Decode `draws` texts by drafting and verifying: int64 texts [R, E], and drafts kept in the first pass [R]."""
-    seed_R = torch.arange(draws)
-    known_RE = torch.full((draws, 1 + TEXT_LENGTH + DRAFT_LENGTH), FIRST_TOKEN)
+    """Decode `draws` texts by drafting and verifying: int64 texts [R, E], and drafts kept in the first pass [R].
+
+    The work is done on the device of the tables.
+    """
+    seed_R = torch.arange(draws, device=p_VV.device)
+    known_RE = torch.full((draws, 1 + TEXT_LENGTH + DRAFT_LENGTH), FIRST_TOKEN, device=p_VV.device)
     length_R = torch.ones_like(seed_R)  # known tokens, the first one included
     first_kept_R: Tensor | None = None
     while bool((length_R <= TEXT_LENGTH).any()):
@@ -109,7 +113,7 @@ def decode_texts(
             1, kept_R.unsqueeze(1), token_R[:, None]
         )
         is_open_R = length_R <= TEXT_LENGTH
-        slot_RL = length_R.unsqueeze(1) + torch.arange(DRAFT_LENGTH + 1)
+        slot_RL = length_R.unsqueeze(1) + torch.arange(DRAFT_LENGTH + 1, device=p_VV.device)
         known_RE[is_open_R] = known_RE[is_open_R].scatter(1, slot_RL[is_open_R], emitted_RL[is_open_R])
         length_R = torch.where(is_open_R, length_R + kept_R + 1, length_R)
     assert first_kept_R is not None
@@ -153,7 +157,11 @@ def chi_square(observed_C: Tensor, chance_C: Tensor) -> ChiSquare:
     )
 
 
-def sampler_certificate(sample: Sampler = sample_as_decoding, verify: Verifier = verify_as_decoding) -> SamplerTest:
+def sampler_certificate(
+    sample: Sampler = sample_as_decoding,
+    verify: Verifier = verify_as_decoding,
+    device: torch.device = CPU,
+) -> SamplerTest:
     """Test whether sampled speculative decoding emits the target's distribution, for token and block verification.
 
     The draws are counter-based and fixed, so the result is always the same. A long test says what it does, and from
@@ -162,9 +170,10 @@ def sampler_certificate(sample: Sampler = sample_as_decoding, verify: Verifier =
     Args:
         sample: draws drafted tokens.
         verify: verifies them.
+        device: where the texts are decoded; that of the backbone, because a GPU has kernels of its own.
     """
     kinds = counted("certificate: testing the sampler", (Verification.token, Verification.block))
-    token, block = [_test_verification(kind, sample, verify) for kind in kinds]
+    token, block = [_test_verification(kind, sample, verify, device) for kind in kinds]
     return SamplerTest(
         draws=DRAWS,
         vocabulary=VOCABULARY,
@@ -176,10 +185,13 @@ def sampler_certificate(sample: Sampler = sample_as_decoding, verify: Verifier =
     )
 
 
-def _test_verification(verification: Verification, sample: Sampler, verify: Verifier) -> VerificationTest:
+def _test_verification(
+    verification: Verification, sample: Sampler, verify: Verifier, device: torch.device
+) -> VerificationTest:
     """Test the texts that a verification emits, and the number of drafts that it keeps."""
     p_VV, q_KVV = random_tables()
-    text_RE, kept_R = decode_texts(p_VV, q_KVV, verification, DRAWS, sample, verify)
+    decoded = decode_texts(p_VV.to(device), q_KVV.to(device), verification, DRAWS, sample, verify)
+    text_RE, kept_R = (one.cpu() for one in decoded)
     digit_E = VOCABULARY ** torch.arange(TEXT_LENGTH - 1, -1, -1)
     counts = (text_RE * digit_E).sum(1).bincount(minlength=VOCABULARY**TEXT_LENGTH)
     texts = chi_square(counts, text_probabilities(p_VV))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -69,12 +69,27 @@ class GreedyIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ReplayEqualsLoop:
-    """Passes of greedy loops against replay; `compared` counts the loops whose passes replay can know."""
+    """Passes of greedy loops against replay.
+
+    Attributes:
+        passed: there are no differences, and no more ties than the budget.
+        compared: number of loops whose passes replay can know.
+        equal: number of loops with the same passes.
+        differences: the other loops, but for the near ties.
+        near_ties: loops that part from replay at numerical ties of the head's logits only.
+        ties: drafted tokens that were such a tie; one of a prompt counts once.
+        tie_budget: most of them that the rounding of drafts explains.
+        tie_bounds: by head, how far the logits of a tie lie apart at most.
+    """
 
     passed: bool
     compared: int
     equal: int
     differences: list[PassDifference]
+    near_ties: list[PassDifference] = field(default_factory=list)
+    ties: int = 0
+    tie_budget: int = 0
+    tie_bounds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

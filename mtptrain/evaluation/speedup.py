@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from transformers import DeepseekV4ForCausalLM
@@ -17,7 +18,7 @@ from mtptrain.backbone.traced import recording_processor_seconds, recording_seco
 from mtptrain.decoding.draws import row_seed
 from mtptrain.decoding.policy import Policy
 from mtptrain.decoding.results import DecodedBatch, Limits
-from mtptrain.decoding.speculative import decode_plain, decode_speculative
+from mtptrain.decoding.speculative import begin_decoding, decode_plain, decode_speculative
 from mtptrain.decoding.wrapped import head_proposer
 from mtptrain.evaluation.median import median_interval, spread
 from mtptrain.evaluation.result import Doubt, MachineLoad, Speedup, TimeShares
@@ -88,7 +89,7 @@ def run_interleaved(
     seed: int,
     report: Callable[[int, str], None],
 ) -> list[BatchRuns]:
-    """Decode every batch plainly and with every head and K.
+    """Decode every batch plainly and with every head and K; on a GPU, begin the first batch every way untimed before.
 
     Args:
         model: the backbone.
@@ -101,11 +102,13 @@ def run_interleaved(
         report: callback(batches_done, status).
     """
     results = []
-    on_processor = model.lm_head.weight.device.type == "cpu"
+    on_processor = _is_on_processor(model)
     with repeated(len(batches)):
         for number, traces in enumerate(batches):
             prompts = [trace.prompt.tokens for trace in traces]
             seeds = [row_seed(seed, number * len(traces) + row) for row in range(len(traces))]
+            if number == 0 and not on_processor:
+                _warm_up(model, stacks, prompts, [0, *draft_lengths], limits, policy, seeds)
             plainly = partial(decode_plain, model, prompts, limits, policy, seeds)
             first, first_spent = timed(plainly)
             runs, spent = {}, {}
@@ -126,6 +129,28 @@ def run_interleaved(
             results.append(BatchRuns(traces, (first, last), runs, (first_spent, last_spent), spent, on_processor))
             report(number + 1, f"plain {tokens_per_second([first]):.0f} tokens/s at batch {len(traces)}")
     return results
+
+
+def _is_on_processor(model: DeepseekV4ForCausalLM) -> bool:
+    return model.lm_head.weight.device.type == "cpu"
+
+
+def _warm_up(
+    model: DeepseekV4ForCausalLM,
+    stacks: dict[str, MtpStack],
+    prompts: list[list[int]],
+    draft_lengths: list[int],
+    limits: Limits,
+    policy: Policy,
+    seeds: list[int],
+) -> None:
+    """Decode up to the first pass, every way: kernels compile and libraries choose functions in their first runs."""
+    for stack in stacks.values():
+        for k in draft_lengths:
+            proposer = head_proposer(model, stack, policy, k) if k else None
+            decoding = begin_decoding(model, proposer, prompts, k, limits, policy, seeds)
+            for _ in islice(decoding.passes(), 2):  # the prompts, and one pass
+                pass
 
 
 def timed(work: Callable[[], DecodedBatch]) -> tuple[DecodedBatch, Spent]:

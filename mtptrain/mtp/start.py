@@ -184,12 +184,12 @@ def describe_start(config: MtpConfig, stored: Collection[str] | None) -> dict[st
 def place(stack: MtpStack, backbone: Backbone) -> MtpStack:
     """Move modules to the backbone's device and dtype; tensors that V4 keeps in fp32 become fp32."""
     weight = backbone.model.lm_head.weight
-    stack.to(weight.device)
     for module_name, module in stack.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             path = f"{module_name}.{name}"
-            if tensor.is_floating_point() and "rotary_emb" not in path:
-                tensor.data = tensor.data.to(stored_dtype(path, weight.dtype))
+            is_rounded = tensor.is_floating_point() and "rotary_emb" not in path
+            dtype = stored_dtype(path, weight.dtype) if is_rounded else tensor.dtype
+            tensor.data = tensor.data.to(weight.device, dtype)  # rounded first: a GPU never holds a head in fp32
     return stack
 
 

@@ -26,6 +26,7 @@ from mtptrain.traces.file import Trace
 TRACES_A_BATCH = 16
 LOGITS_A_CHUNK = 2**24  # 64 MiB of float32, so that logits of a large vocabulary never fill the memory
 
+Forced = tuple[list[np.ndarray], np.ndarray, np.ndarray | None]  # see `_TraceBatch.forced`
 Rollout = Callable[[MtpStack, nn.Module, Tensor, Batch, int], list[Tensor]]  # `mtp.rollout.rollout`, teacher-forced
 
 
@@ -45,6 +46,9 @@ class ReplayDrafts:
             `free_running`.
         entropy_N: float64, entropy of the backbone's distribution of each token at temperature 1, in nats.
         other_q_KN: `q_KN` under the policy's `with_other_drafts`; None without one.
+        margin_KN: float64, how much the logits of step k must move before a greedy draft is the text's token or ceases
+            to be it: the distance from the text's token to the likeliest other one. None for sampled drafts, and
+            where drafts depend on the passes before them.
         drafted_steps: steps that the head drafts at most; later entries are 0. None: all of them.
     """
 
@@ -54,6 +58,7 @@ class ReplayDrafts:
     free_confidence_KN: np.ndarray | None
     entropy_N: np.ndarray
     other_q_KN: np.ndarray | None = None
+    margin_KN: np.ndarray | None = None
     drafted_steps: int | None = None
 
     @property
@@ -61,7 +66,7 @@ class ReplayDrafts:
         """The drafts under the policy's `with_other_drafts`; None without one."""
         if self.other_q_KN is None:
             return None
-        return replace(self, q_KN=self.other_q_KN, other_q_KN=None, free_confidence_KN=None)
+        return replace(self, q_KN=self.other_q_KN, other_q_KN=None, margin_KN=None, free_confidence_KN=None)
 
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
@@ -102,7 +107,7 @@ def draft_traces(
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
         forced = batch.walked(stack) if policy.wraps(stack.depth, steps) else batch.forced(stack, draft)
-        (q_BKN, *other), confidence_BKN = forced
+        (q_BKN, *other), confidence_BKN, margin_BKN = forced
         free_BKN = batch.free(stack) if free_running and stack.depth == 1 else None
         entropy_BN = batch.entropy()
         for row, number in enumerate(numbers):
@@ -115,6 +120,7 @@ def draft_traces(
                 free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
                 entropy_N=entropy_BN[row, :size],
                 other_q_KN=other[0][row, :, :size] if other else None,
+                margin_KN=None if margin_BKN is None else margin_BKN[row, :, :size],
                 drafted_steps=policy.drafted_steps(stack.depth, steps),
             )
     return [drafts[number] for number in range(len(traces))]
@@ -144,15 +150,17 @@ class _TraceBatch:
         row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
         return row_R, column_R
 
-    def forced(self, stack: MtpStack, draft: Rollout) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return q of the text's token and the confidence of every step conditioned on the text, [B, K, N] each.
+    def forced(self, stack: MtpStack, draft: Rollout) -> Forced:
+        """Return q of the text's token, confidence and margin of every step conditioned on the text, [B, K, N] each.
 
-        Of q there is one entry for the policy and, at a temperature above 0, one for its other kind of draft.
+        Of q there is one entry for the policy and, at a temperature above 0, one for its other kind of draft. There are
+        margins of greedy drafts only.
         """
         policies = [one for one in (self.policy, self.policy.with_other_drafts) if one is not None]
         steps = self.policy.drafted_steps(stack.depth, self.steps)
         states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, steps)
         q, confidence_BKN = [self._zeros(self.steps) for _ in policies], self._zeros(self.steps)
+        margin_BKN = self._zeros(self.steps) if self.policy.draws_greedily else None
         for step, hidden_BSD in enumerate(states, start=1):
             row_R, column_R = self.anchors(step)
             slot_R = self.first_B[row_R] + column_R
@@ -164,9 +172,12 @@ class _TraceBatch:
                     q_R1 = policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
                     q_BKN[entries] = q_R1.squeeze(1).double()
                 confidence_BKN[entries] = _confidence(logits_RV)
-        return [q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy()
+                if margin_BKN is not None:
+                    margin_BKN[entries] = _margin(self.policy.adjust(logits_RV, context), target_R[part])
+        margins = None if margin_BKN is None else margin_BKN.cpu().numpy()
+        return [q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy(), margins
 
-    def walked(self, stack: MtpStack) -> tuple[list[np.ndarray], np.ndarray]:
+    def walked(self, stack: MtpStack) -> Forced:
         """Return the result of `forced` where drafts depend on the passes before them; see `replay.walk`."""
         q_BKN, confidence_BKN = np.zeros((2, len(self.traces), self.steps, self.width))
         for row, trace in enumerate(self.traces):
@@ -174,7 +185,7 @@ class _TraceBatch:
             walked = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
             for values_BKN, values_KN in zip((q_BKN, confidence_BKN), walked, strict=True):
                 values_BKN[row, :, : values_KN.shape[1]] = values_KN
-        return [q_BKN], confidence_BKN
+        return [q_BKN], confidence_BKN, None
 
     def free(self, stack: MtpStack) -> np.ndarray:
         """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""
@@ -240,3 +251,10 @@ class _TraceBatch:
 def _confidence(logits_RV: Tensor) -> Tensor:
     """Return the largest probability at temperature 1, float64 [R]."""
     return (logits_RV.float().amax(-1) - logits_RV.float().logsumexp(-1)).exp().double()
+
+
+def _margin(logits_RV: Tensor, token_R: Tensor) -> Tensor:
+    """Return the distance from a token's logit to the largest other one, float64 [R]; infinite without another."""
+    token_R1 = token_R.unsqueeze(1)
+    others_RV = logits_RV.float().scatter(1, token_R1, float("-inf"))
+    return (logits_RV.gather(1, token_R1).squeeze(1).float() - others_RV.amax(-1)).abs().double()

@@ -153,17 +153,28 @@ def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> li
     Raises:
         ValueError: the policy samples, so that passes are random; or the number of drafted tokens is unknown.
     """
+    at_anchors, passes, anchor = anchor_passes(drafts, policy, draft_length), [], 0
+    while anchor < len(at_anchors):
+        passes.append(at_anchors[anchor])
+        anchor += passes[-1].emitted
+    return passes
+
+
+def anchor_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
+    """Return the verify pass of greedy speculative decoding that begins at each anchor, if one does.
+
+    Args, Raises: see `replay_passes`.
+    """
     drafted_KN = drafted_free(drafts, policy)
     if not policy.is_greedy or drafted_KN is None:
         raise ValueError("passes can be listed for greedy decoding only, with the head's own drafts known")
     reach_KN = trace_chances(drafts, policy).reach_KN[:draft_length]
-    passes, anchor, num_tokens = [], 0, len(drafts.p_N)
-    while anchor < num_tokens:
-        accepted = int(reach_KN[:, anchor].sum())
-        emitted = min(accepted + 1, num_tokens - anchor)
-        passes.append(VerifyPass(int(drafted_KN[:draft_length, anchor].sum()), accepted, emitted))
-        anchor += emitted
-    return passes
+    num_tokens = len(drafts.p_N)
+    counts = zip(drafted_KN[:draft_length].sum(0).tolist(), reach_KN.sum(0).round().astype(int).tolist(), strict=True)
+    return [
+        VerifyPass(drafted, accepted, min(accepted + 1, num_tokens - anchor))
+        for anchor, (drafted, accepted) in enumerate(counts)
+    ]
 
 
 def count_passes(passes: list[VerifyPass], draft_length: int) -> Counts:

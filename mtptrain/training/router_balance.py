@@ -1,6 +1,6 @@
 """Load balancing of routed experts, and metrics of their load."""
 
-# E experts
+# E experts, R routes of all tokens
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class RouterBalancer:
     def _counter(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor, Tensor]], None]:
         def count(_module: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
             if torch.is_grad_enabled():
-                load_E = self.loads[number]
-                load_E += torch.bincount(output[2].flatten(), minlength=load_E.numel())
+                expert_R = output[2].flatten()  # torch.bincount would wait for a GPU
+                self.loads[number].scatter_add_(0, expert_R, torch.ones_like(expert_R))
 
         return count
 

@@ -3,12 +3,20 @@
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtptrain.certificate.sampler import chi_square, kept_probabilities, random_tables, sampler_certificate
+from mtptrain.certificate import sampler
+from mtptrain.certificate.sampler import (
+    chi_square,
+    decode_texts,
+    kept_probabilities,
+    random_tables,
+    sampler_certificate,
+)
 from mtptrain.evaluation.certificate_result import SamplerTest
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
@@ -25,6 +33,19 @@ def test_the_real_sampler_passes() -> None:
         # Five standard errors of a mean of draws that lie between 0 and K.
         spread = 5 * result.draft_length / 2 / result.draws**0.5
         assert way.kept.mean == pytest.approx(way.kept.expected_mean, abs=spread)
+
+
+def test_the_texts_are_decoded_on_the_device_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of a GPU take tensors on it; a CPU's would be verified by the definitions."""
+    devices = set()
+
+    def decode(p_VV: Tensor, q_KVV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        devices.update({p_VV.device.type, q_KVV.device.type})
+        return decode_texts(*random_tables(), *others)
+
+    monkeypatch.setattr(sampler, "decode_texts", decode)
+    assert sampler_certificate(device=torch.device("meta")).passed
+    assert devices == {"meta"}
 
 
 def test_the_certificate_is_deterministic_and_json_and_estimates_what_is_left(

@@ -1,13 +1,21 @@
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mtptrain.backbone.traced import _Shared
-from mtptrain.decoding.results import Decoded, DecodedBatch, Seconds, VerifyPass
+from mtptrain.decoding.policy import GREEDY
+from mtptrain.decoding.results import Decoded, DecodedBatch, Limits, Seconds, VerifyPass
+from mtptrain.decoding.speculative import Decoding, begin_decoding
+from mtptrain.evaluation import speedup
 from mtptrain.evaluation.median import median_interval
 from mtptrain.evaluation.plausibility import find_doubts, is_busy, summarize_heads
 from mtptrain.evaluation.result import Doubt, MachineLoad
 from mtptrain.evaluation.speedup import BatchRuns, Spent, batch_length, machine_load, summarize_speed, timed
+from mtptrain.traces.file import Trace
+from mtptrain.traces.prompts import Prompt
+from tests.tiny import random_stack, three_layers
 
 
 def _row(tokens: int, passes: int) -> Decoded:
@@ -144,3 +152,26 @@ def test_processor_time_leaves_out_that_of_recording_and_not_its_waits(monkeypat
         return DecodedBatch([_row(9, 5)], Seconds(1))
 
     assert timed(record)[1].processor >= 0
+
+
+@pytest.mark.parametrize("on_processor", [False, True])
+def test_a_gpu_begins_every_way_of_decoding_once_before_any_is_timed(
+    on_processor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, events = three_layers(vocab_size=7), []
+
+    def begin(*arguments: Any) -> Decoding:
+        events.append(("begun", arguments[3]))
+        return begin_decoding(*arguments)
+
+    def time(work: Callable[[], DecodedBatch]) -> tuple[DecodedBatch, Spent]:
+        events.append(("timed", None))
+        return timed(work)
+
+    monkeypatch.setattr(speedup, "_is_on_processor", lambda _: on_processor)
+    monkeypatch.setattr(speedup, "begin_decoding", begin)
+    monkeypatch.setattr(speedup, "timed", time)
+    batches = [[Trace(Prompt([5, 1, 4, 3], "text", 0), [], [], [])]] * 2
+    stacks = {"head": random_stack(model)}
+    speedup.run_interleaved(model, stacks, batches, [2], Limits(5), GREEDY, 0, lambda *_: None)
+    assert events == [("begun", 0), ("begun", 2)] * (not on_processor) + [("timed", None)] * 6

@@ -6,9 +6,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from mtptrain.kernels.bench.__main__ import poisoned_memory
 
 _patch_language = getattr(interpreter, "_patch_lang", None)
 _PATCHED: set[int] = set()
@@ -35,8 +36,9 @@ def _language_patched_once() -> Iterator[None]:
 
 @pytest.fixture
 def _poisoned_memory() -> Iterator[None]:
-    """Fill newly allocated memory with NaN, or with the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    """Fill newly allocated memory with NaN, or with the largest integer.
+
+    On a GPU the definitions need products and sums of which torch has no deterministic form, so it must not insist.
+    """
+    with poisoned_memory():
+        yield

@@ -80,5 +80,6 @@ def test_without_the_variable_nothing_is_requested(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_wrong_value_ends_with_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra")  # scripts/measure_gpu.sh runs the other tests of kernels without it
     monkeypatch.setenv("MTPTRAIN_KERNELS", "cuda")
     assert refused() == "MTPTRAIN_KERNELS=cuda is not known; use reference or triton, or leave it out"

@@ -43,13 +43,14 @@ def random_trace(prompt: int, new: int, seed: int) -> Trace:
 def test_drafts_of_a_padded_batch_equal_single_rollouts(
     policy: Policy, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every q, confidence and entropy against its plain definition, at texts of different length."""
+    """Every q, confidence, margin and entropy against its plain definition, at texts of different length."""
     monkeypatch.setattr(drafts_module, "LOGITS_A_CHUNK", 5 * 97)  # several chunks of the lm_head
     stack, steps = random_stack(MODEL, depth), 3
     traces = [random_trace(5, 9, 0), random_trace(11, 1, 1), random_trace(2, 4, 2)]
     for trace, drafts in zip(traces, draft_traces(MODEL, stack, traces, steps, policy), strict=True):
         size, text = len(trace.tokens) - 1, trace.prompt.tokens + trace.tokens
         assert drafts.q_KN.shape == drafts.confidence_KN.shape == (steps, size)
+        assert (drafts.margin_KN is not None) == policy.draws_greedily
         with torch.inference_mode():
             streams_RSND, _ = run_backbone(MODEL, torch.tensor([text]))
             logits_KSV = draft_logits(MODEL, stack, text, steps, streams_RSND)
@@ -71,6 +72,10 @@ def test_drafts_of_a_padded_batch_equal_single_rollouts(
                     assert drafts.other_q_KN[step - 1, n] == pytest.approx(float(q), rel=2e-3, abs=1e-6)
                 confidence = float(logits_V.softmax(-1).max())
                 assert drafts.confidence_KN[step - 1, n] == pytest.approx(confidence, rel=2e-3)
+                if drafts.margin_KN is not None:
+                    adjusted_V = policy.adjust(logits_V[None], context)[0].tolist()
+                    own = adjusted_V.pop(text[anchor + step + 1])
+                    assert drafts.margin_KN[step - 1, n] == pytest.approx(abs(own - max(adjusted_V)), abs=1e-4)
             entropy = float(torch.special.entr(p_SV[anchor + 1]).sum())
             assert drafts.entropy_N[n] == pytest.approx(entropy, rel=2e-3, abs=1e-4)
 

@@ -9,7 +9,6 @@ from enum import Enum
 from mtptrain.evaluation.certificate_result import (
     Certificate,
     Controls,
-    GreedyIdentity,
     LogitsTest,
     Outcome,
     PassDifference,
@@ -161,11 +160,9 @@ def backbone_text(evaluation: Evaluation) -> str:
 def certificate_text(certificate: Certificate) -> str:
     """Return the result of every part of the certificate, as one line."""
     greedy, replay, counts = certificate.greedy_identity, certificate.replay_equals_loop, certificate.pass_count_test
-    ties = len(greedy.near_ties)
-    tie_text = f" ({ties} near tie{'s' * (ties > 1)})" if ties else ""
     parts = [
-        f"output identical to plain greedy {greedy.identical}/{greedy.compared}{tie_text}",
-        f"replay = loop {replay.equal}/{replay.compared}",
+        f"output identical to plain greedy {greedy.identical}/{greedy.compared}{_ties_text(len(greedy.near_ties))}",
+        f"replay = loop {replay.equal}/{replay.compared}{_ties_text(len(replay.near_ties))}",
         _logits_text(certificate.logits),
     ]
     if counts is not None:
@@ -173,6 +170,10 @@ def certificate_text(certificate: Certificate) -> str:
     parts.append(f"sampler {_word(certificate.sampler.passed)}")
     parts.append(f"controls {_word(certificate.controls.passed)}{_not_tested(certificate.controls)}")
     return "; ".join(parts)
+
+
+def _ties_text(ties: int) -> str:
+    return f" ({ties} near tie{'s' * (ties > 1)})" if ties else ""
 
 
 def _logits_text(logits: LogitsTest) -> str:
@@ -197,24 +198,24 @@ def certificate_details(certificate: Certificate) -> list[str]:
     greedy, replay = certificate.greedy_identity, certificate.replay_equals_loop
     return [
         *(f"{_run(one)}: other token than plain greedy {_gap(one)}" for one in greedy.differences),
-        *(
-            f"{_run(one)}: {one.loop_passes} passes in the loop, {one.replay_passes} in the replay"
-            for one in replay.differences
-        ),
-        *_too_many_ties(greedy),
+        *(f"{_run(one)}: {_passes(one)}" for one in replay.differences),
+        *_too_many_ties(len({(one.prompt, one.position) for one in greedy.near_ties}), greedy.tie_budget),
+        *_too_many_ties(replay.ties, replay.tie_budget, " of drafts"),
         *_failed_logits(certificate.logits),
         *_failed_pass_counts(certificate),
         *_failed_sampler(certificate),
         *_failed_controls(certificate),
         *(f"{_run(one)}: near tie {_gap(one)}" for one in greedy.near_ties),
+        *(f"{_run(one)}: near tie of a draft, {_passes(one)}" for one in replay.near_ties),
     ]
 
 
-def _too_many_ties(greedy: GreedyIdentity) -> list[str]:
-    ties = len({(one.prompt, one.position) for one in greedy.near_ties})
-    if ties <= greedy.tie_budget:
-        return []
-    return [f"{ties} near ties, and the rounding noise explains at most {greedy.tie_budget}"]
+def _passes(difference: PassDifference) -> str:
+    return f"{difference.loop_passes} passes in the loop, {difference.replay_passes} in the replay"
+
+
+def _too_many_ties(ties: int, budget: int, of: str = "") -> list[str]:
+    return [] if ties <= budget else [f"{ties} near ties{of}, and the rounding noise explains at most {budget}"]
 
 
 def _failed_logits(logits: LogitsTest) -> list[str]:
