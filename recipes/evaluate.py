@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtptrain.certificate.controls import run_controls
-from mtptrain.certificate.greedy import certify_greedy
+from mtptrain.certificate.greedy import certify_texts
 from mtptrain.certificate.logits import certify_logits
 from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_totals, sample_texts
+from mtptrain.certificate.passes import certify_passes
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
 from mtptrain.config.reads import ALWAYS, Settings, of_backbone, of_curve, of_measuring, of_tracking, settings
@@ -100,7 +101,7 @@ def make_certificate(
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
     loops = greedy_loops(model, stacks, greedy, policy)
     logits, drafts = certify_logits(model, stacks, traces, session.limits, longest, loops)
-    identity, replay = certify_greedy(loops, logits.backbone.gap, drafts)
+    identity, replay = certify_texts(loops, logits.backbone.gap), certify_passes(loops, drafts)
     sampler = sampler_certificate(device=model.lm_head.weight.device)
     controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]

@@ -1,11 +1,9 @@
-"""The certificate of greedy loops: their texts equal plain decoding, and their passes equal those of replay."""
+"""The certificate of the texts of greedy loops: they are those of plain decoding."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,8 +11,6 @@ from mtptrain.decoding.results import Decoded, VerifyPass
 from mtptrain.evaluation.certificate_result import (
     GreedyIdentity,
     NoiseLevel,
-    PassDifference,
-    ReplayEqualsLoop,
     TextDifference,
 )
 
@@ -32,9 +28,9 @@ class LoopRun:
         batch: prompts decoded together.
         plain: plain decoding of the prompt by the backbone.
         loop: the speculative decoding.
-        replayed: replay's passes on the loop's own text; None if replay cannot know the drafted tokens.
-        at_anchors: the pass that replay would begin at each anchor of that text; none if it cannot know.
-        margin_KN: see `ReplayDrafts`; None if unknown, and no parting is then a tie.
+        at_anchors: replay's pass at every anchor of the loop's own text; None if replay cannot know the drafted tokens.
+        margin_KN, free_margin_KN: see `ReplayDrafts`; None if unknown.
+        is_walked: a draft depends on the passes before it, so that of `at_anchors` only replay's own passes count.
     """
 
     head: str
@@ -43,25 +39,10 @@ class LoopRun:
     batch: int
     plain: Decoded
     loop: Decoded
-    replayed: list[VerifyPass] | None
-    at_anchors: list[VerifyPass] = field(default_factory=list)
+    at_anchors: list[VerifyPass] | None
     margin_KN: np.ndarray | None = None
-
-
-class DraftNoise(NamedTuple):
-    """The rounding of one head's drafts: its measured noise, and how far loop and rollout lie apart on some texts."""
-
-    noise: NoiseLevel
-    differences_N: np.ndarray
-
-
-class Step(NamedTuple):
-    """A drafted token of a prompt: the step, from 0, of the draft at an anchor."""
-
-    head: str
-    prompt: int
-    anchor: int
-    step: int
+    free_margin_KN: np.ndarray | None = None
+    is_walked: bool = False
 
 
 def count_agreeing(run: LoopRun) -> int:
@@ -81,25 +62,16 @@ def first_difference(run: LoopRun) -> TextDifference | None:
     return TextDifference(run.head, run.prompt, run.draft_length, position, gap)
 
 
-def certify_greedy(
-    runs: list[LoopRun], noise: NoiseLevel, drafts: Mapping[str, DraftNoise]
-) -> tuple[GreedyIdentity, ReplayEqualsLoop]:
-    """Compare every real greedy run with plain decoding and with replay.
+def certify_texts(runs: list[LoopRun], noise: NoiseLevel) -> GreedyIdentity:
+    """Compare the text of every real greedy run with plain decoding.
 
     A text may part from plain decoding only at a numerical tie of the backbone's two largest logits, and only so often
-    as the noise of the logits explains. A text that goes on where the other ends is never a tie. In the same way a
-    pass may keep another part of its draft than in replay, where the first token that only one of them keeps is a tie
-    of the head's logits: the drafts of the loop and of the rollout are rounded differently.
+    as the noise of the logits explains. A text that goes on where the other ends is never a tie.
 
     Args:
         runs: the real runs.
         noise: of the gaps between the two largest logits.
-        drafts: the rounding of drafts, by head.
     """
-    return _compare_texts(runs, noise), _compare_passes(runs, drafts)
-
-
-def _compare_texts(runs: list[LoopRun], noise: NoiseLevel) -> GreedyIdentity:
     differences_N = gap_differences(runs)
     bound = tie_bound(differences_N, noise)
     budget = tie_budget(runs, differences_N)
@@ -143,81 +115,21 @@ def tie_budget(runs: list[LoopRun], differences_N: np.ndarray) -> int:
     whatever the number of its runs. More ties have a chance of at most `LEVEL` (Poisson).
     """
     gaps = {run.prompt: np.array(run.plain.gaps) for run in runs}
-    return poisson_bound(sum(_expected_ties(gap_N, differences_N) for gap_N in gaps.values()), LEVEL)
+    return most_ties(sum(expected_ties(gap_N, differences_N) for gap_N in gaps.values()))
 
 
-def _expected_ties(gap_N: np.ndarray, differences_N: np.ndarray) -> float:
+def expected_ties(gap_N: np.ndarray, differences_N: np.ndarray) -> float:
     """Return the expected number of gaps that a difference exceeds; a gap counts with the share that exceed it."""
     ordered_N = np.sort(differences_N)
     exceeding_N = len(ordered_N) - np.searchsorted(ordered_N, gap_N, side="right")
     return float(((exceeding_N + 0.5) / (len(ordered_N) + 1)).sum())
 
 
-def poisson_bound(mean: float, level: float) -> int:
-    """Return the smallest count that a Poisson variable exceeds with a chance of at most `level`."""
+def most_ties(expected: float) -> int:
+    """Return the smallest number that a Poisson variable of some mean exceeds with a chance of at most `LEVEL`."""
     count, below = -1, 0.0
-    while 1 - below > level:
+    while 1 - below > LEVEL:
         count += 1
-        # By logarithms, because exp(-mean) is 0 for a mean above 745.
-        below += math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) if mean else 1.0
+        # By logarithms, because exp(-expected) is 0 for more than 745.
+        below += math.exp(count * math.log(expected) - expected - math.lgamma(count + 1)) if expected else 1.0
     return count
-
-
-def _compare_passes(runs: list[LoopRun], drafts: Mapping[str, DraftNoise]) -> ReplayEqualsLoop:
-    bounds = {head: tie_bound(one.differences_N, one.noise) for head, one in drafts.items()}
-    known = 0
-    near_ties: list[PassDifference] = []
-    differences: list[PassDifference] = []
-    close: dict[Step, float] = {}  # margins within the bound, of all steps that the loops verified
-    ties: set[Step] = set()
-    for run in runs:
-        if run.replayed is None:
-            continue
-        known += 1
-        bound = bounds.get(run.head, 0.0)
-        close |= {step: margin for step, margin in _verified_steps(run) if margin <= bound}
-        if run.replayed == run.loop.passes:
-            continue
-        lengths = len(run.loop.passes), len(run.replayed)
-        partings = _partings(run)
-        is_tie = None not in partings and partings <= close.keys()
-        (near_ties if is_tie else differences).append(PassDifference(run.head, run.prompt, run.draft_length, *lengths))
-        ties |= {step for step in partings if step is not None and is_tie}
-    budget = _tie_budget_of_drafts(close, drafts)
-    equal = known - len(differences) - len(near_ties)
-    passed = not differences and len(ties) <= budget
-    return ReplayEqualsLoop(passed, known, equal, differences, near_ties, len(ties), budget, bounds)
-
-
-def _verified_steps(run: LoopRun) -> Iterable[tuple[Step, float]]:
-    """Yield the steps that loop or replay verified at the loop's anchors, with their margins."""
-    anchor = 0
-    for record in run.loop.passes:
-        last = max(record.accepted, run.at_anchors[anchor].accepted) if run.at_anchors else -1
-        for step in range(min(last + 1, record.drafted)):
-            if run.margin_KN is not None:
-                yield Step(run.head, run.prompt, anchor, step), float(run.margin_KN[step, anchor])
-        anchor += record.emitted
-
-
-def _partings(run: LoopRun) -> set[Step | None]:
-    """Return the first token of each draft that only loop or replay keeps; None if they drafted different lengths."""
-    partings: set[Step | None] = set()
-    anchor = 0
-    for record in run.loop.passes:
-        replayed = run.at_anchors[anchor] if run.at_anchors else None
-        if replayed != record:
-            is_kept_otherwise = replayed is not None and replayed.drafted == record.drafted
-            first = min(record.accepted, replayed.accepted) if replayed is not None else 0
-            partings.add(Step(run.head, run.prompt, anchor, first) if is_kept_otherwise else None)
-        anchor += record.emitted
-    return partings or {None}
-
-
-def _tie_budget_of_drafts(close: Mapping[Step, float], drafts: Mapping[str, DraftNoise]) -> int:
-    """Return the most ties of drafts that are likely; see `tie_budget`."""
-    expected = 0.0
-    for head, one in drafts.items():
-        margin_N = np.array([margin for step, margin in close.items() if step.head == head])
-        expected += _expected_ties(margin_N, one.differences_N)
-    return poisson_bound(expected, LEVEL)

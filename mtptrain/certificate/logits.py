@@ -17,7 +17,8 @@ from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.certificate.differences import Differences, both_quantities, judge
 from mtptrain.certificate.drafts import against_rollout
-from mtptrain.certificate.greedy import DraftNoise, LoopRun, count_agreeing
+from mtptrain.certificate.greedy import LoopRun, count_agreeing
+from mtptrain.certificate.passes import DraftNoise
 from mtptrain.certificate.rounding import Logits, measure_noise, upstream_logits
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.draws import row_seed

@@ -18,7 +18,7 @@ from mtptrain.evaluation.metrics import totals
 from mtptrain.evaluation.speedup import BatchRuns
 from mtptrain.mtp.stack import MtpStack
 from mtptrain.replay.drafts import ReplayDrafts, draft_traces
-from mtptrain.replay.replay import anchor_passes, count_passes, replay_passes
+from mtptrain.replay.replay import anchor_passes, count_passes
 from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
 
@@ -51,10 +51,10 @@ def greedy_loops(
         decoded = _rows_and_drafts(model, stacks[name], runs, (name, k), policy)
         for (prompt, batch), (plain, row, drafts) in zip(rows, decoded, strict=True):
             known = policy.min_confidence == 0 or drafts.free_confidence_KN is not None
-            replayed = replay_passes(drafts, policy, k) if known else None
-            at_anchors = anchor_passes(drafts, policy, k) if known else []
+            at_anchors = anchor_passes(drafts, policy, k) if known else None
             number = numbers.setdefault(prompt, len(numbers))
-            loops.append(LoopRun(name, number, k, batch, plain, row, replayed, at_anchors, drafts.margin_KN))
+            margins, is_walked = (drafts.margin_KN, drafts.free_margin_KN), policy.wraps(stacks[name].depth, k)
+            loops.append(LoopRun(name, number, k, batch, plain, row, at_anchors, *margins, is_walked))
     return loops
 
 

@@ -70,6 +70,7 @@ class WrappingProposer:
 
     Attributes:
         raw_BKV: the head's logits of the newest draft, before the policy; zeros in rows that have ended.
+        logits_BKV: the same under the policy.
     """
 
     def __init__(self, model: DeepseekV4ForCausalLM, stack: MtpStack) -> None:
@@ -101,7 +102,7 @@ class WrappingProposer:
         shape = len(lengths), self.draft_length, len(self.model.lm_head.weight)
         logits_BKV = self.model.lm_head.weight.new_zeros(shape)
         tokens_BK = texts.tokens_BT.new_zeros(shape[:2])
-        self.raw_BKV = torch.zeros_like(logits_BKV)
+        self.raw_BKV, self.logits_BKV = torch.zeros_like(logits_BKV), logits_BKV
         for row in [row for row, is_open in enumerate(texts.is_open) if is_open]:
             draws_K = None if u_BK is None else u_BK[row : row + 1]
             self._draft_row(row, lengths[row], draws_K, tokens_BK[row], logits_BKV[row])

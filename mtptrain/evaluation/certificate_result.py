@@ -35,13 +35,22 @@ class TextDifference:
 
 @dataclass(frozen=True, slots=True)
 class PassDifference:
-    """A loop whose passes differ from those of the replay."""
+    """A loop whose passes differ from those of the replay.
+
+    Attributes:
+        head: name of the head.
+        prompt: number of the prompt.
+        draft_length: K.
+        loop_passes, replay_passes: their numbers.
+        margin: how far the head's logits must move to make the passes equal; None if no move explains them.
+    """
 
     head: str
     prompt: int
     draft_length: int
     loop_passes: int
     replay_passes: int
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

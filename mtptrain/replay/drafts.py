@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mtptrain.decoding.policy import Policy
 from mtptrain.kernels.acceptance import DrawKind, sample_logits, uniforms
 from mtptrain.mtp.rollout import rollout
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.replay.margin import stop_margin, token_margin
 from mtptrain.replay.walk import walk
 from mtptrain.run.progress import counted
 from mtptrain.traces.file import Trace
@@ -26,7 +28,6 @@ from mtptrain.traces.file import Trace
 TRACES_A_BATCH = 16
 LOGITS_A_CHUNK = 2**24  # 64 MiB of float32, so that logits of a large vocabulary never fill the memory
 
-Forced = tuple[list[np.ndarray], np.ndarray, np.ndarray | None]  # see `_TraceBatch.forced`
 Rollout = Callable[[MtpStack, nn.Module, Tensor, Batch, int], list[Tensor]]  # `mtp.rollout.rollout`, teacher-forced
 
 
@@ -46,9 +47,10 @@ class ReplayDrafts:
             `free_running`.
         entropy_N: float64, entropy of the backbone's distribution of each token at temperature 1, in nats.
         other_q_KN: `q_KN` under the policy's `with_other_drafts`; None without one.
-        margin_KN: float64, how much the logits of step k must move before a greedy draft is the text's token or ceases
-            to be it: the distance from the text's token to the likeliest other one. None for sampled drafts, and
-            where drafts depend on the passes before them.
+        margin_KN: float64, how far the logits of step k, conditioned on the text, must move before a greedy draft has
+            the text's token or ceases to have it, as another token or by its confidence. None for sampled drafts.
+        free_margin_KN: the same for step k of the head's own draft, to be another token or to stop elsewhere; None
+            for sampled drafts and where `free_confidence_KN` is.
         drafted_steps: steps that the head drafts at most; later entries are 0. None: all of them.
     """
 
@@ -59,6 +61,7 @@ class ReplayDrafts:
     entropy_N: np.ndarray
     other_q_KN: np.ndarray | None = None
     margin_KN: np.ndarray | None = None
+    free_margin_KN: np.ndarray | None = None
     drafted_steps: int | None = None
 
     @property
@@ -66,7 +69,8 @@ class ReplayDrafts:
         """The drafts under the policy's `with_other_drafts`; None without one."""
         if self.other_q_KN is None:
             return None
-        return replace(self, q_KN=self.other_q_KN, other_q_KN=None, margin_KN=None, free_confidence_KN=None)
+        known = replace(self, q_KN=self.other_q_KN, other_q_KN=None, free_confidence_KN=None)
+        return replace(known, margin_KN=None, free_margin_KN=None)
 
 
 def trace_batch(traces: list[Trace], device: torch.device) -> Batch:
@@ -107,8 +111,8 @@ def draft_traces(
         numbers = order[start : start + TRACES_A_BATCH]
         batch = _TraceBatch(model, [traces[i] for i in numbers], numbers, steps, policy)
         forced = batch.walked(stack) if policy.wraps(stack.depth, steps) else batch.forced(stack, draft)
-        (q_BKN, *other), confidence_BKN, margin_BKN = forced
-        free_BKN = batch.free(stack) if free_running and stack.depth == 1 else None
+        q_BKN, *other = forced.q
+        free = batch.free(stack) if free_running and stack.depth == 1 else None
         entropy_BN = batch.entropy()
         for row, number in enumerate(numbers):
             size = max(len(traces[number].tokens) - 1, 0)
@@ -116,14 +120,27 @@ def draft_traces(
             drafts[number] = ReplayDrafts(
                 p_N=p_N,
                 q_KN=q_BKN[row, :, :size],
-                confidence_KN=confidence_BKN[row, :, :size],
-                free_confidence_KN=None if free_BKN is None else free_BKN[row, :, :size],
+                confidence_KN=forced.confidence_BKN[row, :, :size],
+                free_confidence_KN=None if free is None else free[0][row, :, :size],
                 entropy_N=entropy_BN[row, :size],
                 other_q_KN=other[0][row, :, :size] if other else None,
-                margin_KN=None if margin_BKN is None else margin_BKN[row, :, :size],
+                margin_KN=forced.margin_BKN[row, :, :size] if policy.draws_greedily else None,
+                free_margin_KN=free[1][row, :, :size] if policy.draws_greedily and free is not None else None,
                 drafted_steps=policy.drafted_steps(stack.depth, steps),
             )
     return [drafts[number] for number in range(len(traces))]
+
+
+class _Forced(NamedTuple):
+    """Every step conditioned on the text, [B, K, N] each.
+
+    Of `q`, the probability of the text's token, there is one entry for the policy and, at a temperature above 0, one
+    for its other kind of draft. Margins are of greedy drafts, and zeros of others.
+    """
+
+    q: list[np.ndarray]
+    confidence_BKN: np.ndarray
+    margin_BKN: np.ndarray
 
 
 class _TraceBatch:
@@ -150,17 +167,13 @@ class _TraceBatch:
         row_R, column_R = (column_N + step <= self.size_B.unsqueeze(1)).nonzero().unbind(1)
         return row_R, column_R
 
-    def forced(self, stack: MtpStack, draft: Rollout) -> Forced:
-        """Return q of the text's token, confidence and margin of every step conditioned on the text, [B, K, N] each.
-
-        Of q there is one entry for the policy and, at a temperature above 0, one for its other kind of draft. There are
-        margins of greedy drafts only.
-        """
+    def forced(self, stack: MtpStack, draft: Rollout) -> _Forced:
+        """Return every step of a rollout, conditioned on the text."""
         policies = [one for one in (self.policy, self.policy.with_other_drafts) if one is not None]
         steps = self.policy.drafted_steps(stack.depth, self.steps)
         states = draft(stack, self.model.model.embed_tokens, self.streams_BSND, self.batch, steps)
-        q, confidence_BKN = [self._zeros(self.steps) for _ in policies], self._zeros(self.steps)
-        margin_BKN = self._zeros(self.steps) if self.policy.draws_greedily else None
+        q = [self._zeros(self.steps) for _ in policies]
+        confidence_BKN, margin_BKN = self._zeros(self.steps), self._zeros(self.steps)
         for step, hidden_BSD in enumerate(states, start=1):
             row_R, column_R = self.anchors(step)
             slot_R = self.first_B[row_R] + column_R
@@ -172,24 +185,28 @@ class _TraceBatch:
                     q_R1 = policy.proposal(logits_RV, context).gather(1, target_R[part].unsqueeze(1))
                     q_BKN[entries] = q_R1.squeeze(1).double()
                 confidence_BKN[entries] = _confidence(logits_RV)
-                if margin_BKN is not None:
-                    margin_BKN[entries] = _margin(self.policy.adjust(logits_RV, context), target_R[part])
-        margins = None if margin_BKN is None else margin_BKN.cpu().numpy()
-        return [q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy(), margins
+                if self.policy.draws_greedily:
+                    adjusted_RV = self.policy.adjust(logits_RV, context)
+                    margin_BKN[entries] = self._margin(adjusted_RV, target_R[part], confidence_BKN[entries])
+        return _Forced([q_BKN.cpu().numpy() for q_BKN in q], confidence_BKN.cpu().numpy(), margin_BKN.cpu().numpy())
 
-    def walked(self, stack: MtpStack) -> Forced:
+    def walked(self, stack: MtpStack) -> _Forced:
         """Return the result of `forced` where drafts depend on the passes before them; see `replay.walk`."""
-        q_BKN, confidence_BKN = np.zeros((2, len(self.traces), self.steps, self.width))
+        of_batch = np.zeros((3, len(self.traces), self.steps, self.width))
         for row, trace in enumerate(self.traces):
             streams_BSND = self.streams_BSND[row : row + 1]
-            walked = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
-            for values_BKN, values_KN in zip((q_BKN, confidence_BKN), walked, strict=True):
+            of_trace = walk(self.model, stack, trace, streams_BSND, self.steps, self.policy)
+            for values_BKN, values_KN in zip(of_batch, of_trace, strict=True):
                 values_BKN[row, :, : values_KN.shape[1]] = values_KN
-        return [q_BKN], confidence_BKN, None
+        q_BKN, confidence_BKN, margin_BKN = of_batch
+        return _Forced([q_BKN], confidence_BKN, margin_BKN)
 
-    def free(self, stack: MtpStack) -> np.ndarray:
-        """Return the confidence of every step conditioned on the head's own draft so far, [B, K, N]."""
-        confidence_BKN = self._zeros(self.steps)
+    def free(self, stack: MtpStack) -> tuple[np.ndarray, np.ndarray]:
+        """Return confidence and margin of every step conditioned on the head's own draft so far, [B, K, N] each.
+
+        Margins are of greedy drafts, and zeros of others.
+        """
+        confidence_BKN, margin_BKN = self._zeros(self.steps), self._zeros(self.steps)
         drafted: list[Tensor] = []
 
         def choose(step: int, hidden_BSD: Tensor) -> Tensor:
@@ -198,13 +215,15 @@ class _TraceBatch:
             slot_R = self.first_B[row_R] + column_R
             u_R = uniforms(self.seed_B[row_R], slot_R, DrawKind.draft, self.steps)[:, step - 1]
             for part, raw_RV in self._logits(hidden_BSD[row_R, slot_R]):
-                confidence_BKN[row_R[part], step - 1, column_R[part]] = _confidence(raw_RV)
+                entries = (row_R[part], step - 1, column_R[part])
+                confidence_BKN[entries] = _confidence(raw_RV)
                 context = self._context(
                     row_R[part], slot_R[part] + 2, [token_BS[row_R[part], slot_R[part]] for token_BS in drafted]
                 )
                 logits_RV = self.policy.adjust(raw_RV, context)
                 if self.policy.draws_greedily:
                     token_R = logits_RV.argmax(-1)
+                    margin_BKN[entries] = self._margin(logits_RV, token_R, confidence_BKN[entries])
                 else:
                     token_R = sample_logits(logits_RV, self.policy.sampling, u_R[part])
                 token_BS[row_R[part], slot_R[part]] = token_R
@@ -214,7 +233,11 @@ class _TraceBatch:
         embed = self.model.model.embed_tokens
         states = rollout(stack, embed, self.streams_BSND, self.batch, self.steps, choose)
         choose(self.steps, states[-1])  # the last step's confidence; its token is not fed to any step
-        return confidence_BKN.cpu().numpy()
+        return confidence_BKN.cpu().numpy(), margin_BKN.cpu().numpy()
+
+    def _margin(self, logits_RV: Tensor, token_R: Tensor, confidence_R: Tensor) -> Tensor:
+        """Return how far logits under the policy must move before a draft differs in a token or stops elsewhere."""
+        return token_margin(logits_RV, token_R).minimum(stop_margin(confidence_R, self.policy.min_confidence))
 
     def _context(self, row_R: Tensor, length_R: Tensor, drafted: Sequence[Tensor] = ()) -> Context | None:
         """Return the context after the first `length_R` tokens of each row and a draft; None without penalties."""
@@ -251,10 +274,3 @@ class _TraceBatch:
 def _confidence(logits_RV: Tensor) -> Tensor:
     """Return the largest probability at temperature 1, float64 [R]."""
     return (logits_RV.float().amax(-1) - logits_RV.float().logsumexp(-1)).exp().double()
-
-
-def _margin(logits_RV: Tensor, token_R: Tensor) -> Tensor:
-    """Return the distance from a token's logit to the largest other one, float64 [R]; infinite without another."""
-    token_R1 = token_R.unsqueeze(1)
-    others_RV = logits_RV.float().scatter(1, token_R1, float("-inf"))
-    return (logits_RV.gather(1, token_R1).squeeze(1).float() - others_RV.amax(-1)).abs().double()

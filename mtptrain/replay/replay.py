@@ -153,7 +153,12 @@ def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> li
     Raises:
         ValueError: the policy samples, so that passes are random; or the number of drafted tokens is unknown.
     """
-    at_anchors, passes, anchor = anchor_passes(drafts, policy, draft_length), [], 0
+    return listed_passes(anchor_passes(drafts, policy, draft_length))
+
+
+def listed_passes(at_anchors: list[VerifyPass]) -> list[VerifyPass]:
+    """Return the passes that follow one another from the first anchor on, given the pass at every anchor."""
+    passes, anchor = [], 0
     while anchor < len(at_anchors):
         passes.append(at_anchors[anchor])
         anchor += passes[-1].emitted

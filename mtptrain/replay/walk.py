@@ -22,13 +22,14 @@ from mtptrain.decoding.results import Limits
 from mtptrain.decoding.texts import Texts
 from mtptrain.decoding.wrapped import WrappingProposer
 from mtptrain.mtp.stack import MtpStack
+from mtptrain.replay.margin import token_margin
 from mtptrain.traces.file import Trace
 
 
 def walk(
     model: DeepseekV4ForCausalLM, stack: MtpStack, trace: Trace, streams_BSND: Tensor, steps: int, policy: Policy
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return `q_KN` and `confidence_KN` of `ReplayDrafts` at the anchors of passes; entries at other anchors are 0.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `q_KN`, `confidence_KN` and `margin_KN` of `ReplayDrafts` at the anchors of passes; 0 at other anchors.
 
     Args:
         model: the backbone.
@@ -44,7 +45,7 @@ def walk(
     proposer = WrappingProposer(model, stack)
     proposer.start(texts, steps, policy)
     proposer.read(PrefilledPart(slice(0, 1), 0, streams_BSND[:, :prompt], streams_BSND[:, :prompt, 0]))
-    match_KN, confidence_KN = np.zeros((2, steps, size))
+    match_KN, confidence_KN, margin_KN = np.zeros((3, steps, size))
     anchor = 0
     while anchor < size:
         known = prompt + anchor + 1
@@ -56,7 +57,9 @@ def walk(
         match_KN[:kept, anchor] = 1
         seen = min(kept + 1, room)  # later steps were conditioned on a token that the text does not have
         confidence_KN[:seen, anchor] = proposer.raw_BKV[0, :seen].float().softmax(-1).amax(-1).double().cpu().numpy()
+        margin_K = token_margin(proposer.logits_BKV[0, :seen], text_S[known : known + seen])
+        margin_KN[:seen, anchor] = margin_K.cpu().numpy()
         emitted = min(kept + 1, size - anchor)
         proposer.keep(texts.length_B - 1, streams_BSND[:, known - 1 : known - 1 + emitted])
         anchor += emitted
-    return match_KN, confidence_KN
+    return match_KN, confidence_KN, margin_KN

@@ -206,7 +206,10 @@ def certificate_details(certificate: Certificate) -> list[str]:
         *_failed_sampler(certificate),
         *_failed_controls(certificate),
         *(f"{_run(one)}: near tie {_gap(one)}" for one in greedy.near_ties),
-        *(f"{_run(one)}: near tie of a draft, {_passes(one)}" for one in replay.near_ties),
+        *(
+            f"{_run(one)}: near tie of a draft, margin {one.margin or 0:.1e}; {_passes(one)}"
+            for one in replay.near_ties
+        ),
     ]
 
 

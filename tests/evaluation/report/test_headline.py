@@ -21,6 +21,7 @@ from mtptrain.evaluation.result import Doubt, MachineLoad, Spread
 from tests.evaluation.recorded import recorded_evaluation
 from tests.evaluation.report.changes import (
     DIFFERENCE,
+    PASS_DIFFERENCE,
     only,
     quiet,
     with_doubts,
@@ -185,6 +186,19 @@ def test_certificate_details_name_too_many_ties_and_other_logits() -> None:
         "3 near ties, and the rounding noise explains at most 2",
         "plain decoding against transformers' forward: the largest difference of the gap along a text is 3.0e-02, "
         f"bound {largest.bound:.1e}; 4 of {first.texts} texts beyond it and {largest.budget} by chance",
+    ]
+
+
+def test_near_ties_of_drafts_are_counted_and_named() -> None:
+    certificate = recorded_evaluation().certificate
+    replay = certificate.replay_equals_loop
+    tied = replace(replay, equal=replay.equal - 1, near_ties=[replace(PASS_DIFFERENCE, margin=0.0625)], ties=1)
+    text = certificate_text(replace(certificate, replay_equals_loop=replace(tied, tie_budget=3)))
+    assert f"replay = loop {replay.compared - 1}/{replay.compared} (1 near tie); " in text
+    lines = certificate_details(replace(certificate, replay_equals_loop=tied))
+    assert lines == [
+        "1 near ties of drafts, and the rounding noise explains at most 0",
+        "stock head, prompt 5, K=1: near tie of a draft, margin 6.2e-02; 21 passes in the loop, 22 in the replay",
     ]
 
 
