@@ -75,21 +75,29 @@ def _length(evaluation: Evaluation) -> float:
 
 
 def sweep_notes(figures: Figures, folder: Path) -> list[str]:
-    """Return the reason of every failure and, if heads compare, how to compare them in pairs."""
+    """Return the reason of every failure and, if heads compare, the command for their paired gains."""
     notes = [f"{job.label}: {job.reason}" for job, _ in figures if job.reason is not None]
-    heads = [(folder / job.folder, one.record) for job, one in figures if is_head(one.record)]
-    heads = [(path, record) for path, record in heads if (path / "checkpoints").is_dir()]
+    has_checkpoints = [(job, one) for job, one in figures if (folder / job.folder / "checkpoints").is_dir()]
+    heads = [(job, one.record) for job, one in has_checkpoints if is_head(one.record)]
     if len(heads) > 1:
-        checkpoints = f"checkpoints=[{','.join(str(path) for path, _ in heads)}]"
-        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *_backbone(heads), checkpoints])
-        notes.append(f"the highest of several is too high by chance; paired gains: {command}")
+        first = heads[0][1]  # heads of another backbone are refused by the comparison itself
+        backbone = [] if first is None else first.backbone
+        checkpoints = f"checkpoints=[{','.join(_by_setting([job for job, _ in heads], folder))}]"
+        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *backbone, checkpoints])
+        is_measured = any(one.evaluation is not None for _, one in figures)
+        lead = "the highest of several is too high by chance; " if is_measured else ""
+        notes.append(f"{lead}paired gains: {command}")
     return notes
 
 
-def _backbone(heads: list[tuple[Path, RunRecord | None]]) -> list[str]:
-    """Return the settings of the backbone of the first head; heads of others are refused by the comparison itself."""
-    record = heads[0][1]
-    return [] if record is None else record.backbone
+def _by_setting(jobs: list[SweepJob], folder: Path) -> list[str]:
+    """Return what a comparison takes: jobs that differ in the seed alone as runs of one setting, which needs stock."""
+    groups: dict[str, list[str]] = {}
+    for job in jobs:
+        others = repr({name: value for name, value in job.settings.items() if name != "seed"})
+        groups.setdefault(others, []).append(str(folder / job.folder))
+    settings = [runs[0] if len(runs) == 1 else f"[{','.join(runs)}]" for runs in groups.values()]
+    return settings if len(settings) > 1 else ["stock", *settings]
 
 
 def is_head(record: RunRecord | None) -> bool:

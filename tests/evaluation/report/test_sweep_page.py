@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_trained_backbones_are_not_to_be_compared_as_heads(sweep: SweepResult, t
     text = printed(sweep, tmp_path)
     assert "+recipe=compare" not in text
     assert "tok/pass" not in text  # nor is a column explained that is not there
+
+
+@pytest.mark.parametrize(("varied", "expected"), [([], "[stock,[{0},{1}]]"), (["kl", "tv"], "[[{0},{1}],[{2},{3}]]")])
+def test_seeds_are_compared_as_runs_of_one_setting(varied: list[str], expected: str, tmp_path: Path) -> None:
+    settings = [{"loss.divergence": one} for one in varied] or [{}]
+    every = [{**one, "seed": str(seed)} for one in settings for seed in (0, 1)]
+    folders = ["+".join(f"{name}-{value}" for name, value in one.items()) for one in every]
+    for folder in folders:
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
+        (tmp_path / folder / "metrics.jsonl").write_bytes(METRICS.read_bytes())
+    jobs = [replace(job("kl"), settings=one, folder=folder) for one, folder in zip(every, folders, strict=True)]
+    sweep = SweepResult(schema=1, command=["python"], started="now", git_commit=None, jobs=jobs)
+    (command,) = [line for line in printed(sweep, tmp_path).splitlines() if "+recipe=compare" in line]
+    assert command.startswith("paired gains: ")  # none was measured, so none is the highest
+    assert f"checkpoints={expected.format(*(tmp_path / folder for folder in folders))}" in command
 
 
 def test_jobs_without_results_are_listed(sweep: SweepResult, tmp_path: Path) -> None:
