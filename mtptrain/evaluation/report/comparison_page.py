@@ -109,7 +109,8 @@ def print_result(comparison: Comparison, console: Console) -> None:
         print_sentence(console, head_sentence(head, comparison.draft_length))
     for one in comparison.comparisons:
         print_comparison(one, console)
-    note = f"Would have shown: {DETECTABLE}. Gain in acceptance at k: of drafts of K={comparison.draft_length} tokens."
+    note = f"Would have shown: {DETECTABLE}. Gain in acceptance at k: of drafts of {comparison.draft_length} tokens"
+    note += "; -: too few reached k."
     console.print(note, highlight=False, markup=False)
     for grid in (domain_gain_table(comparison), difference_table(comparison)):
         if grid is not None:
