@@ -75,7 +75,7 @@ def training_summary(plan: TrainingPlan) -> str:
     memory = plan.memory
     return (
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {memory.bytes_a_gpu / 1e9:.4g} GB of "
-        f"{memory.memory_bytes_a_gpu / 1e9:.4g} GB per GPU; {plan.tokens / 1e9:.4g} B tokens take {plan.hours:.3g} "
+        f"{memory.memory_bytes_a_gpu / 1e9:.4g} GB per GPU; {plan.tokens / 1e6:,.0f} M tokens take {plan.hours:.3g} "
         f"hours at {_rate(plan.tokens_per_second)} (ceiling), expected {plan.expected_hours:.3g} hours at "
         f"{_rate(plan.expected_tokens_per_second)}"
     )
@@ -174,7 +174,7 @@ def _shares_table(title: str, unit: str, values: dict[str, float], scale: float)
 
 def _new_table(title: str, headers: list[str]) -> Table:
     """Return an empty table whose first column holds names and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right")
     return table

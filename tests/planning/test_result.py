@@ -51,6 +51,8 @@ def test_rates_and_tokens_are_written_out(what: PlanKind) -> None:
     print_plan(real_plan(what), Console(file=stream, width=100))
     assert "e+0" not in stream.getvalue()
     assert re.search(r"[0-9],[0-9]{3} tokens/s", stream.getvalue())
+    if what is PlanKind.training:
+        assert f" {10 * TrainingLoad().tokens / 1e6:,.0f} M tokens take " in stream.getvalue()
 
 
 def refused(path: Path) -> str:
