@@ -85,8 +85,8 @@ def sweep_notes(figures: Figures, folder: Path) -> list[str]:
         checkpoints = f"checkpoints=[{','.join(_by_setting([job for job, _ in heads], folder))}]"
         command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *backbone, checkpoints])
         is_measured = any(one.evaluation is not None for _, one in figures)
-        lead = "the highest of several is too high by chance; " if is_measured else ""
-        notes.append(f"{lead}paired gains: {command}")
+        reason = ": the highest of several is too high by chance" if is_measured else ""
+        notes.append(f"run {command} for paired gains{reason}")
     return notes
 
 
@@ -209,15 +209,18 @@ def _replays(figures: Figures) -> str | None:
 def _drawn(figures: Figures, choose: Callable[[RunRecord], MetricCurve | None], name: str, y_label: str) -> str | None:
     """Draw a curve of every job that has it, in the colour of the job."""
     curves = {
-        _short(job.label): (number, curve)
+        short_label(job.label): (number, curve)
         for number, (job, one) in enumerate(figures)
         if one.record is not None and (curve := choose(one.record)) is not None
     }
     return draw_named(curves, name, y_label) if curves else None
 
 
-def _short(label: str) -> str:
-    """Return the values of a label, which differ between jobs, without the names of their settings."""
+def short_label(label: str) -> str:
+    """Return the values of a label, which differ between jobs; the name of its setting only if there is just one."""
+    name, equals, value = label.partition("=")
+    if equals and " " not in label:
+        return tick(f"{name.rpartition('.')[2]}={value}")
     return tick(" ".join(part.partition("=")[2] or part for part in label.split(" ")))
 
 
@@ -234,7 +237,7 @@ def _lengths(figures: Figures) -> str | None:
         colour = series_style(labels.index(label))["color"]
         axes.hlines([y], *(one.interval or (0, 0)), color=colour, linewidth=2.5, alpha=0.55)
         axes.plot([one.acceptance_length or 0], [y], "s", color=colour, markersize=5)
-    name_rows(axes, [_short(label) for label, _ in known])
+    name_rows(axes, [short_label(label) for label, _ in known])
     axes.margins(x=0.1)
     return svg(figure, axes, "sweep-length", "Acceptance length by job")
 
