@@ -156,7 +156,7 @@ def _describe_run(session: Session, head: Head, counts: CountsByLength, traces: 
         chosen_on=count_chosen(head.selection, prompts),
     )
     if run.seen_prompts is not None and run.seen_prompts.seen:
-        session.folder.print_status(seen_text(head.checkpoint, run.seen_prompts))
+        session.folder.print_status(seen_text(f"the head {head.checkpoint}", run.seen_prompts))
     chosen = chosen_text(head.checkpoint, run.chosen_on)
     if chosen is not None:
         session.folder.print_status(chosen)

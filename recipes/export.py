@@ -266,7 +266,7 @@ def summary(export: Export, depth: int, folder: Path, served: tuple[Path, Path])
     """Return the lines that the command prints; the last ones are how to serve the folder, as `addresses` names it."""
     (changed, total), best = export.changed, export.draft_length
     return [
-        f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them other than before",
+        f"exported {total} weights of the head as {export.scheme} to {folder}, {changed} of them changed",
         unchanged_tensors(export),
         "read back from disk: every tensor within the bound of its encoding; the errors are in README.md",
         *acceptance_lines(export, depth),

@@ -79,7 +79,7 @@ def read_profile(plan: PlanConfig) -> Profile:
         raise UserError(
             "plan.acceptance=[]: must hold at least one share; give plan.acceptance=[0.8,0.6] or plan.evaluation=RUN"
         )
-    return Profile(plan.acceptance, "assumed")
+    return Profile(plan.acceptance, "assumed (plan.acceptance)")
 
 
 def _from_evaluation(path: Path, name: str | None) -> Profile:

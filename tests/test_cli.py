@@ -1,17 +1,20 @@
 """A user's mistake ends with one line that names the way out, exit code 2, and nothing half-written."""
 
+import inspect
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import mtptrain
-from mtptrain import cli
+from mtptrain import cli, config
 from mtptrain.config import LossName
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
+from mtptrain.help import field_notes
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
 
 MISTAKES = [
@@ -287,10 +290,18 @@ def test_the_help_of_a_recipe_lists_what_it_reads(columns: int, capfd: pytest.Ca
     text = " ".join(output.split())
     assert "engine=single single|zero1|zero2|zero3" in text
     assert "data.max_documents=null" in text
-    assert "threads=null CPU threads of torch; null = 1 for the tiny preset" in text
+    assert "threads=null CPU threads of torch; null = 1 for a backbone with a hidden_size below 256" in text
     assert "plan." not in output
     assert "data.path" not in output  # of data=text
     assert fits(output, columns)
+
+
+def test_no_setting_loses_its_comment_to_a_line_break() -> None:
+    """The help reads the lines above a field and the end of its own, not those of a default in brackets."""
+    schemas = [one for one in vars(config).values() if is_dataclass(one)]
+    assert config.DataConfig in schemas
+    assert not [line for one in schemas for line in re.findall(r"\n    \w+: .* = \(\n", inspect.getsource(one))]
+    assert field_notes(config.DataConfig)["chat_template"].startswith("A jinja file")
 
 
 @pytest.mark.parametrize("choice", ["distill data=text", "distill data=chat", "distill data=streams", "flash_2nodes"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT, Light, run_main
+from tests.light import certified
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 MARK, PREFIX = "<!-- runnable -->\n", ("python", "-m", "mtptrain")
@@ -45,6 +46,22 @@ def test_marked_commands_run_in_order(
             given = {one.partition("=")[0] for one in command}
             small = [one for one in [*sizes, Light("data.max_documents=40")] if one.partition("=")[0] not in given]
             assert run_main(*small, *command[3:]) == 0, command
+
+
+@pytest.mark.parametrize("page", [ROOT / one for one in ("README.md", "docs/data.md", "examples/README.md")])
+def test_the_example_conversations_suffice_for_their_command(
+    page: Path, light: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many prompts as the command itself measures: the files are short, so few are held out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    own = ("data", "data.path", "evaluation.every", "evaluation.num_prompts", "evaluation.prompt_tokens")
+    small = [one for one in light if one.partition("=")[0] not in own]
+    (command,) = re.findall(
+        r"\+recipe=distill data=chat data\.path=examples/chat[^`\n]*", page.read_text(encoding="utf-8")
+    )
+    with certified():
+        assert run_main(*small, *shlex.split(command)) == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

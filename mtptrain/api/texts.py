@@ -69,7 +69,7 @@ class DecodedText:
         """Return the text for a notebook, accepted drafts marked and rejected ones struck out."""
         parts = [f'<span style="{STYLES[piece.kind]}">{escape(piece.text)}</span>' for piece in self.pieces]
         prompt = f'<span style="opacity:.6">{escape(self.prompt)}</span>'
-        return f'<pre style="white-space:pre-wrap">{prompt}{"".join(parts)}</pre>'
+        return f'<pre style="white-space:break-spaces">{prompt}{"".join(parts)}</pre>'
 
 
 @dataclass(frozen=True, slots=True)

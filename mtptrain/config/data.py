@@ -53,15 +53,14 @@ class DataConfig:
     # Worker processes that read and tokenise texts per training process; 0 = the training process itself.
     workers: int = ranged(1, at_least=0)
     packages: list[str] = field(default_factory=list)  # data=stdlib: installed packages added to the training split
+    # Tokens of a row, into which documents are packed.
     sequence_length: int = ranged(256, at_least=3, rule="must be at least 3 tokens (depth + 2)")
-    chat_template: str | None = (
-        None  # a jinja file for conversations, or `builtin`; null = the tokenizer's own template
-    )
+    # A jinja file for conversations, or `builtin`; null = the tokenizer's own template.
+    chat_template: str | None = None
     # Further variables of the chat template, for prompts too, such as enable_thinking: false.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    turns: Turns = (
-        Turns.all
-    )  # answers of a conversation that are targets: all in one row, the last, each in its own row
+    # Answers of a conversation that are targets: all in one row, the last, each in its own row.
+    turns: Turns = Turns.all
     max_documents: int | None = ranged(None, at_least=1)  # read at most so many on each side of the hold-out
     max_tokens: int | None = ranged(None, at_least=1)  # tokenise whole documents up to so many on each side
     heldout_every: int = ranged(16, at_least=2)  # one document in this many is held out, by the hash of its name
@@ -189,6 +188,7 @@ class OnPolicyConfig:
     num_prompts: int = ranged(512, at_least=1)  # or conversations, evenly spread over `prompts`; files may hold fewer
     prompt_tokens: int = ranged(32, at_least=1)  # tokens of a prompt sliced from training documents
     max_new_tokens: int = ranged(224, at_least=1)  # tokens a prompt; with prompt_tokens a row of data.sequence_length
+    # 0 = greedy.
     temperature: float = ranged(1.0, at_least=0, rule="must be 0 (greedy) or above")
     # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")

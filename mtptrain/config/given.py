@@ -21,7 +21,8 @@ class Given:
 
     Attributes:
         values: dotted names of single settings; mixtures and other lists count as one.
-        groups: the chosen file of a config group by its name, such as `data: text`, except that of the recipe.
+        groups: the chosen file of a config group by its name, such as `data: text`, the user's own files among them;
+            without the recipe.
         is_sweep: whether this is one of several jobs, which share a command line.
     """
 
@@ -40,8 +41,13 @@ def given_settings(job: Any) -> Given:
     from hydra.types import RunMode
 
     overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False) or []]
-    values = set(_file_values(job, overrides))
-    groups = {}
+    values, groups = set[str](), {}
+    for config_path, package, content in _own_files(job, overrides):
+        group, _, choice = config_path.rpartition("/")
+        if group in ("", "recipe"):
+            values.update(_flat(content, package))
+        else:  # such as hardware/mine.yaml, which describes the hardware whole, for every recipe
+            groups[package] = choice
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_delete():
             continue
@@ -53,8 +59,8 @@ def given_settings(job: Any) -> Given:
     return Given(frozenset(values), groups, job.mode == RunMode.MULTIRUN)
 
 
-def _file_values(job: Any, overrides: list[str]) -> Iterator[str]:
-    """Yield the settings in the YAML files of the user's folders that take part in a job."""
+def _own_files(job: Any, overrides: list[str]) -> Iterator[tuple[str, str, dict[Any, Any]]]:
+    """Yield the YAML files of the user's folders that take part in a job: name, section and settings."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
@@ -70,7 +76,7 @@ def _file_values(job: Any, overrides: list[str]) -> Iterator[str]:
             content = OmegaConf.to_container(OmegaConf.load(file))
             assert isinstance(content, dict)
             content.pop("defaults", None)
-            yield from _flat(content, part.package or "")
+            yield str(part.config_path), part.package or "", content
 
 
 def _flat(value: Any, name: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ class DecodingConfig:
     stop: list[Any] = field(default_factory=list)
     # Texts of any number of tokens: a text ends with the token that completes the first of them.
     stop_strings: list[str] = field(default_factory=list)
+    # 0 = greedy; above it, more settings of sampling are read.
     temperature: float = ranged(0.0, at_least=0, rule="must be 0 (greedy) or above")
     # Number of most likely tokens that may be sampled; null = all.
     top_k: int | None = ranged(None, at_least=1, rule="must be at least 1, or null to keep all tokens")

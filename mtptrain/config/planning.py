@@ -52,7 +52,8 @@ class PlanConfig:
     weights: WeightFormat = WeightFormat.release
     cache: CacheFormat = CacheFormat.fp8
     measured: bool = False  # use the hardware's measured rates instead of the data sheet's
-    # Share of drafts kept at position k, given that all earlier ones were kept; later positions repeat the last.
+    # Share of drafts kept at position k, given that all earlier ones were kept; later positions repeat the last. The
+    # default of +recipe=plan is reported for V4-Pro's head.
     acceptance: list[float] = ranged([], at_least=0, at_most=1, rule="every share must lie in [0, 1]")
     evaluation: str | None = None  # an evaluation.json, or the folder of its run, to read the acceptance from
     head: str | None = None  # name of the head in the evaluation; null = the last head

@@ -72,7 +72,8 @@ class RunConfig:
 
     task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
-    resume: str = one_of("never", "never", "auto")  # auto: continue from the newest whole checkpoint in output_dir
+    # auto: continue the run in output_dir from its newest whole checkpoint; in a sweep, every job.
+    resume: str = one_of("never", "never", "auto")
     resume_allow: list[str] = field(default_factory=list)  # settings or sections that may differ from the resumed run
     overwrite: bool = False  # replace a result in output_dir, such as evaluation.json, doctor.json or report.html
     seed: int = ranged(0, at_least=0)
@@ -82,7 +83,7 @@ class RunConfig:
     offload: bool = False  # engine=zero1-3: keep the optimiser's state in the CPU's memory
     # engine=zero1-3: DeepSpeed's settings, such as {config: FILE, zero_optimization: {reduce_bucket_size: 1e8}}
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    # CPU threads of torch; null = 1 for the tiny preset, else half the cores.
+    # CPU threads of torch; null = 1 for a backbone with a hidden_size below 256, else half the cores.
     threads: int | None = ranged(None, at_least=1)
     # Minutes that a process waits for another, e.g. while rank 0 reads, tokenises or writes; then the run ends.
     distributed_timeout: int = ranged(60, at_least=1)
@@ -96,8 +97,8 @@ class RunConfig:
     path: str | None = None  # report: the folder of a run, comparison or sweep, or the JSON file in it
     prompt: str | None = None  # generate: text to continue; null = each line of standard input
     target: ExportTarget | None = None  # export: loader of the folder: vllm, sglang, llama_cpp or hf
-    # `heldout`, or one or a list of .jsonl and .parquet files, folders, `datasets` as NAME or NAME:SUBSET:SPLIT, and
-    # benchmarks: gsm8k, math500, mbpp, humaneval, mt_bench.
+    # `heldout`, or one or a list of files (.jsonl, .json, .csv, .parquet), folders, `datasets` as NAME or
+    # NAME:SUBSET:SPLIT, and benchmarks: gsm8k, math500, mbpp, humaneval, mt_bench.
     prompts: Any = HELDOUT
     evaluate_at_end: bool = True  # pretrain and distill: measure the trained head
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

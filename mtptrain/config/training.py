@@ -63,9 +63,9 @@ class TrainConfig:
     batch_size: int = ranged(8, at_least=1)  # sequences a micro-batch, of all processes together
     accumulation: int = ranged(1, at_least=1)  # micro-batches an optimiser step
     optimizer: OptimizerName = OptimizerName.adamw
-    learning_rate: float = ranged(1e-3, above=0)
+    learning_rate: float = ranged(1e-3, above=0)  # the peak, after the warm-up
     final_learning_rate_ratio: float = ranged(0.0, at_least=0, at_most=1)  # of the peak, at the last step
-    warmup_steps: int = ranged(10, at_least=0)
+    warmup_steps: int = ranged(10, at_least=0)  # in which the learning rate rises linearly
     weight_decay: float = ranged(0.1, at_least=0)
     beta1: float = ranged(0.9, at_least=0, below=1)
     beta2: float = ranged(0.95, at_least=0, below=1)
@@ -75,7 +75,7 @@ class TrainConfig:
     router_bias_rate: float = ranged(0.0, at_least=0)
     log_every: int = ranged(10, at_least=1)  # steps
     checkpoint_every: int = ranged(100, at_least=1)  # steps; the last step always writes one
-    keep_checkpoints: int = ranged(2, at_least=1)
+    keep_checkpoints: int = ranged(2, at_least=1)  # the newest ones
     max_bad_steps: int = ranged(5, at_least=1)  # non-finite steps in a row before the run stops
 
     def __post_init__(self) -> None:

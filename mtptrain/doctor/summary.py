@@ -11,6 +11,11 @@ from mtptrain.doctor.result import DoctorResult, TensorFaults
 from mtptrain.evaluation.certificate_result import Outcome, ShiftedTargetControl
 from mtptrain.run.tables import print_table
 
+WIRINGS_NOTE = (
+    "Wiring: the inputs of a draft step, the right ones or those of a usual mistake (docs/doctor.md). Against right: "
+    "the paired difference in tokens a pass."
+)
+
 
 def print_diagnosis(result: DoctorResult, console: Console) -> None:
     """Print the verdict, faults and remedies, then the figures."""
@@ -29,6 +34,7 @@ def print_diagnosis(result: DoctorResult, console: Console) -> None:
         gain = row.against_right.gain
         table.add_row(row.wiring, f"{row.acceptance_length:.2f}", f"{gain:+.3f}", f"{low:+.3f} to {high:+.3f}")
     print_table(console, table)
+    console.print(WIRINGS_NOTE, highlight=False)
     ceiling = result.controls.all_accept
     console.print(
         f"control: {_shifted_target(result.controls.shifted_target)}\n"

@@ -81,13 +81,14 @@ def gain_sentence(names: tuple[str, str], gain: Gain | None, draft_length: int) 
         return NO_PASSES
     base, other = names
     low, high = gain.interval
+    at = f"at K={draft_length}"
     if gain.is_clear:
-        return f"{other} accepts {gain.gain:.2f} more tokens a pass than {base} ({low:.2f} to {high:.2f})"
+        return f"{other} accepts {gain.gain:.2f} more tokens a pass than {base} {at} ({low:.2f} to {high:.2f})"
     if gain.is_clear_loss:
-        return f"{other} accepts {-gain.gain:.2f} fewer tokens a pass than {base} ({-high:.2f} to {-low:.2f})"
+        return f"{other} accepts {-gain.gain:.2f} fewer tokens a pass than {base} {at} ({-high:.2f} to {-low:.2f})"
     return (
-        f"no evidence that {other} and {base} differ: {gain.gain:+.2f} tokens a pass ({low:+.2f} to {high:+.2f}) at "
-        f"K={draft_length}; these prompts would have shown {gain.detectable:.2f}"
+        f"no evidence that {other} and {base} differ: {gain.gain:+.2f} tokens a pass ({low:+.2f} to {high:+.2f}) {at}; "
+        f"these prompts would have shown {gain.detectable:.2f}"
     )
 
 

@@ -43,7 +43,7 @@ def print_training_plan(plan: TrainingPlan, console: Console) -> None:
     print_table(console, _shares_table(f"Memory per GPU during {memory.moment}, the peak", "GB", memory.gpu, 1e9))
     print_sentence(console, "GB at each moment: " + ", ".join(f"{name} {size:.4g}" for name, size in moments.items()))
     print_table(console, _shares_table("CPU memory per process", "GB", memory.cpu, 1e9))
-    print_table(console, _shares_table(f"A step of {step.tokens} tokens, all GPUs", "TFLOP", step.flops, 1e12))
+    print_table(console, _shares_table(f"A step of {step.tokens:,} tokens, all GPUs", "TFLOP", step.flops, 1e12))
     if step.sent_bytes_a_gpu:
         print_table(console, _shares_table("Sent by each GPU per step", "GB", step.sent_bytes_a_gpu, 1e9))
     print_table(console, _shares_table("Time of a step", "seconds (ceiling)", seconds, 1))
@@ -66,7 +66,7 @@ def decoding_summary(plan: DecodingPlan) -> str:
     row = plan.draft_lengths[plan.best_draft_length]
     return (
         f"best: K={row.draft_length}, {row.speedup:.2f}x at {row.acceptance_length:.2f} tokens a pass "
-        f"(ceiling: {row.tokens_per_second:.0f} tokens/s over all rows)"
+        f"(ceiling: {_rate(row.tokens_per_second)} over all rows)"
     )
 
 
@@ -75,10 +75,15 @@ def training_summary(plan: TrainingPlan) -> str:
     memory = plan.memory
     return (
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {memory.bytes_a_gpu / 1e9:.4g} GB of "
-        f"{memory.memory_bytes_a_gpu / 1e9:.4g} GB per GPU; {plan.tokens / 1e9:.4g} B tokens take {plan.hours:.3g} "
-        f"hours at {plan.tokens_per_second:.4g} tokens/s (ceiling), expected {plan.expected_hours:.3g} hours at "
-        f"{plan.expected_tokens_per_second:.4g} tokens/s"
+        f"{memory.memory_bytes_a_gpu / 1e9:.4g} GB per GPU; {plan.tokens / 1e6:,.0f} M tokens take {plan.hours:.3g} "
+        f"hours at {_rate(plan.tokens_per_second)} (ceiling), expected {plan.expected_hours:.3g} hours at "
+        f"{_rate(plan.expected_tokens_per_second)}"
     )
+
+
+def _rate(tokens_per_second: float) -> str:
+    """Return a rate to four digits, written out: 149,700 tokens/s."""
+    return f"{float(f'{tokens_per_second:.4g}'):,.0f} tokens/s"
 
 
 def _describe_sizes(model: ModelSizes) -> str:
@@ -109,9 +114,10 @@ def _describe_profile(acceptance: Profile) -> str:
 def _describe_training(plan: TrainingPlan) -> str:
     hardware, load = plan.hardware, plan.training
     return (
-        f"{hardware.num_gpus} x {hardware.name}; ZeRO stage {load.zero_stage}, backbone {load.placement.value} in "
-        f"{load.backbone.value}, heads in {load.heads.value}; micro-batch per GPU {load.rows} x {load.row_length} "
-        f"tokens, accumulation {load.micro_batches}, {load.steps} draft steps"
+        f"{hardware.num_gpus} x {hardware.name}; ZeRO stage {load.zero_stage}; "
+        f"backbone.placement={load.placement.value}, {load.backbone.value} weights; heads in {load.heads.value}; "
+        f"micro-batch per GPU {load.rows} x {load.row_length} tokens, accumulation {load.micro_batches}, "
+        f"{load.steps} draft steps"
     )
 
 
@@ -168,7 +174,7 @@ def _shares_table(title: str, unit: str, values: dict[str, float], scale: float)
 
 def _new_table(title: str, headers: list[str]) -> Table:
     """Return an empty table whose first column holds names and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right")
     return table

@@ -22,11 +22,12 @@ def print_sentence(console: Console, line: str, style: str | None = None) -> Non
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table, or a block for each row if a word or figure of it would be cut."""
+    if table.title:  # else broken at the width of the table
+        console.print(Text(str(table.title), style="bold"))
+        table.title = None
     if _is_whole(table, console.width):
         console.print(table, highlight=False)
         return
-    if table.title:
-        console.print(Text(str(table.title), style="bold"))
     for line in row_lines(table):
         console.print(line)
 

@@ -39,14 +39,14 @@ def compare_heads(
 def test_the_verdict_on_a_clear_gain_has_its_interval() -> None:
     result = compare_heads(("A", "B"), replayed([0.4, 0.4], 0), replayed([0.7, 0.6], 1))
     assert result.verdict.startswith("B accepts 0.")
-    assert "more tokens a pass than A" in result.verdict
+    assert "more tokens a pass than A at K=2 (" in result.verdict
     low, high = result.gain[2].interval
     assert low < result.gain[2].gain < high
 
 
 def test_the_verdict_on_a_loss_names_the_loss() -> None:
     result = compare_heads(("A", "B"), replayed([0.7, 0.6], 1), replayed([0.4, 0.4], 0))
-    assert "fewer tokens a pass than A" in result.verdict
+    assert "fewer tokens a pass than A at K=2 (" in result.verdict
 
 
 def test_equal_heads_give_no_evidence_and_the_detectable_gain() -> None:

@@ -1,12 +1,16 @@
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mtptrain.config import BackboneConfig, HardwareConfig, PlanConfig, PlanKind
 from mtptrain.errors import UserError
 from mtptrain.planning.decoding import plan_decoding
 from mtptrain.planning.result import SCHEMA, DecodingPlan, Profile, TrainingPlan, read_plan, write_plan
+from mtptrain.planning.tables import print_plan
 from mtptrain.planning.training import plan_training
 from mtptrain.planning.training_load import TrainingLoad
 from tests.planning.presets import PROVENANCE, preset_shape
@@ -39,6 +43,16 @@ def test_bytes_that_gpus_send_are_those_of_communication() -> None:
     parts = plan.draft_lengths[1].verify.parts
     assert {name for name, part in parts.items() if part.sent} == {"communication"}
     assert parts["communication"].seconds == parts["communication"].sent / HARDWARE.interconnect
+
+
+@pytest.mark.parametrize("what", PlanKind)
+def test_rates_and_tokens_are_written_out(what: PlanKind) -> None:
+    stream = io.StringIO()
+    print_plan(real_plan(what), Console(file=stream, width=100))
+    assert "e+0" not in stream.getvalue()
+    assert re.search(r"[0-9],[0-9]{3} tokens/s", stream.getvalue())
+    if what is PlanKind.training:
+        assert f" {10 * TrainingLoad().tokens / 1e6:,.0f} M tokens take " in stream.getvalue()
 
 
 def refused(path: Path) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtptrain.doctor.summary import WIRINGS_NOTE
 from tests.command import edit_tensors, run_main
 
 LAST = "model-00007-of-00007.safetensors"
@@ -59,7 +60,9 @@ def test_a_release_whose_head_is_wrong_gets_a_report(
     assert not result["tensors"]["is_dspark"]
 
 
-def test_a_useless_head_is_not_diagnosed_as_sound(light: list[str], tmp_path: Path) -> None:
+def test_a_useless_head_is_not_diagnosed_as_sound(
+    light: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A random backbone's random head under every wiring; these prompts separate no two wirings."""
     assert run_main("+recipe=doctor", *light, "checkpoint=stock", f"output_dir={tmp_path}") == 3
     result = diagnosed(tmp_path)
@@ -70,6 +73,7 @@ def test_a_useless_head_is_not_diagnosed_as_sound(light: list[str], tmp_path: Pa
     assert "own_keys" in diagnosis["alike"]
     assert f"no difference between {', '.join(diagnosis['alike'])} and the right wiring" in diagnosis["verdict"]
     assert result["controls"]["all_accept"]["passed"]
+    assert WIRINGS_NOTE in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_trained_head_is_examined_beside_a_broken_stock_head(

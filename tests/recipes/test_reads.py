@@ -289,6 +289,21 @@ def test_values_of_a_users_own_recipe_are_refused(
     assert re.match(r"mtptrain: stock_head.steps=7: belongs to \+recipe=backbone", capfd.readouterr().err)
 
 
+def test_a_file_of_ones_own_in_a_group_serves_every_recipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Such as hardware: plans read its memory and exports do not; both may leave the measured rates."""
+    own = tmp_path / "hardware" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text((ROOT / "conf/hardware/h200.yaml").read_text("utf-8").replace("h200", "mine"), encoding="utf-8")
+    folder = ["--config-dir", str(tmp_path)]
+    assert run_main(*folder, "+recipe=plan", "hardware=mine", f"output_dir={tmp_path}/plan") == 0
+    capfd.readouterr()
+    export = ["+recipe=export", "hardware=mine", "checkpoint=nowhere", "target=hf", f"output_dir={tmp_path}/E"]
+    assert run_main(*folder, *export) == 2
+    assert "mtptrain: checkpoint=nowhere: " in capfd.readouterr().err
+    assert run_main(*folder, "+recipe=distill", "+hardware=mine") == 2
+    assert "mtptrain: hardware=mine: belongs to +recipe=" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("place", "source"), [("corpus", "text"), ("streams", "streams")])
 def test_a_path_chooses_its_source(
     place: str, source: str, places: dict[str, Path], light: list[str], tmp_path: Path, release_folder: Path

@@ -44,6 +44,13 @@ def test_a_narrow_table_is_printed_row_by_row() -> None:
     assert "┏" in printed(40)
 
 
+def test_a_title_that_is_longer_than_its_table_stays_on_one_line() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    title = "Memory of a GPU during the rollout and its backward"
+    print_table(console, Table("", "GB", title=title))
+    assert console.file.getvalue().startswith(f"{title}\n")  # type: ignore[attr-defined]
+
+
 def test_no_colour_is_printed_without_colours() -> None:
     for options, has_colour in (({}, True), ({"no_color": True}, False)):
         output = printed(80, force_terminal=True, color_system="standard", **options)

@@ -14,6 +14,7 @@ from mtptrain.evaluation.comparison_result import NO_PASSES, ComparedHead, Compa
 from mtptrain.evaluation.head_result import Gain, chosen_text
 from mtptrain.evaluation.report.comparison_plots import comparison_figures
 from mtptrain.evaluation.report.comparison_tables import (
+    DETECTABLE,
     describe_head,
     difference_table,
     domain_gain_table,
@@ -52,10 +53,11 @@ def comparison_headline(comparison: Comparison) -> tuple[Headline, str]:
 def comparison_notes(comparison: Comparison) -> list[str]:
     """Return a sentence for each head that was trained or chosen on some of the prompts."""
     notes = []
-    for run in (run for head in comparison.heads for run in head.runs):
+    for head, run in ((one, run) for one in comparison.heads for run in one.runs):
+        name = head.name if len(head.runs) == 1 else run.checkpoint
         if run.seen_prompts is not None and run.seen_prompts.seen:
-            notes.append(seen_text(run.checkpoint, run.seen_prompts))
-        notes += [text] if (text := chosen_text(run.checkpoint, run.chosen_on)) else []
+            notes.append(seen_text(name, run.seen_prompts))
+        notes += [text] if (text := chosen_text(name, run.chosen_on)) else []
     return notes
 
 
@@ -107,6 +109,9 @@ def print_result(comparison: Comparison, console: Console) -> None:
         print_sentence(console, head_sentence(head, comparison.draft_length))
     for one in comparison.comparisons:
         print_comparison(one, console)
+    note = f"Would have shown: {DETECTABLE}. Gain in acceptance at k: of drafts of {comparison.draft_length} tokens"
+    note += "; -: too few reached k."
+    console.print(note, highlight=False, markup=False)
     for grid in (domain_gain_table(comparison), difference_table(comparison)):
         if grid is not None:
             print_grid(grid, console)

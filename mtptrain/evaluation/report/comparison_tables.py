@@ -15,6 +15,8 @@ from mtptrain.evaluation.report.tables import (
     share_cell,
 )
 
+DETECTABLE = "the smallest true difference that these prompts would have shown with 80 % power"
+
 
 def gain_table(comparison: Comparison) -> Grid:
     """Return the acceptance length of every head, and the gain of every head over the first, by K."""
@@ -28,8 +30,7 @@ def gain_table(comparison: Comparison) -> Grid:
         rows.append([*row, *map(gain_cell, gains), *map(_detectable, gains)])
     note = (
         f"tok/pass: tokens a pass (acceptance length), by replay, {_sources(comparison)}. Gain: the "
-        "paired difference on the same texts. Would show: the smallest true difference that these prompts would have "
-        "shown with 80 % power."
+        f"paired difference on the same texts. Would show: {DETECTABLE}."
     )
     return Grid("Acceptance length and gain by draft length K", headers, rows, note)
 

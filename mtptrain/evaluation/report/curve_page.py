@@ -46,7 +46,7 @@ def curve_notes(curve: Curve) -> list[str]:
     last = curve.points[-1] if curve.points else None
     notes = []
     if last is not None and last.seen_prompts is not None and last.seen_prompts.seen:
-        notes.append(seen_text(f"step {last.step}", last.seen_prompts))
+        notes.append(seen_text(f"the head of step {last.step}", last.seen_prompts))
     notes += [text for one in curve.points if (text := chosen_text(f"step {one.step}", one.chosen_on))]
     if len(curve.points) > 1:
         notes.append("the highest of several checkpoints is too high by chance: choose on these prompts, report others")

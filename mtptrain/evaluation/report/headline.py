@@ -86,14 +86,14 @@ def speed_text(evaluation: Evaluation) -> str:
 def seen_texts(evaluation: Evaluation) -> list[str]:
     """Return a sentence for each head that saw some of the prompts in training."""
     heads = [(head.name, head.seen_prompts) for head in evaluation.heads]
-    return [seen_text(name, seen) for name, seen in heads if seen is not None and seen.seen]
+    return [seen_text(f"the {name} head", seen) for name, seen in heads if seen is not None and seen.seen]
 
 
 def seen_text(head: str, seen: SeenPrompts) -> str:
     """Return the number of prompts that a head saw in training, as one sentence."""
     unknown = seen.prompts - seen.checked
     note = f" ({unknown} more could not be looked up)" if unknown else ""
-    return f"the {head} head saw {seen.seen} of {seen.checked} prompts in training{note}"
+    return f"{head} saw {seen.seen} of {seen.checked} prompts in training{note}"
 
 
 def chosen_texts(evaluation: Evaluation) -> list[str]:

@@ -98,7 +98,11 @@ def _provenance(evaluation: Evaluation) -> dict[str, str]:
         f"{head.name} head": f"{head.checkpoint} ({head.mode}, depth {head.depth}, {head.parameters:,} parameters)"
         for head in evaluation.heads
     }
-    seen = [seen_text(head.name, head.seen_prompts) for head in evaluation.heads if head.seen_prompts is not None]
+    seen = [
+        seen_text(f"the {head.name} head", head.seen_prompts)
+        for head in evaluation.heads
+        if head.seen_prompts is not None
+    ]
     top_k = "" if policy.top_k is None else f"top_k {policy.top_k}, "
     return {
         **origin_facts(evaluation.provenance),

@@ -75,21 +75,29 @@ def _length(evaluation: Evaluation) -> float:
 
 
 def sweep_notes(figures: Figures, folder: Path) -> list[str]:
-    """Return the reason of every failure and, if heads compare, how to compare them in pairs."""
+    """Return the reason of every failure and, if heads compare, the command for their paired gains."""
     notes = [f"{job.label}: {job.reason}" for job, _ in figures if job.reason is not None]
-    heads = [(folder / job.folder, one.record) for job, one in figures if is_head(one.record)]
-    heads = [(path, record) for path, record in heads if (path / "checkpoints").is_dir()]
+    has_checkpoints = [(job, one) for job, one in figures if (folder / job.folder / "checkpoints").is_dir()]
+    heads = [(job, one.record) for job, one in has_checkpoints if is_head(one.record)]
     if len(heads) > 1:
-        checkpoints = f"checkpoints=[{','.join(str(path) for path, _ in heads)}]"
-        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *_backbone(heads), checkpoints])
-        notes.append(f"the highest of several is too high by chance; paired gains: {command}")
+        first = heads[0][1]  # heads of another backbone are refused by the comparison itself
+        backbone = [] if first is None else first.backbone
+        checkpoints = f"checkpoints=[{','.join(_by_setting([job for job, _ in heads], folder))}]"
+        command = shlex.join(["python", "-m", "mtptrain", "+recipe=compare", *backbone, checkpoints])
+        is_measured = any(one.evaluation is not None for _, one in figures)
+        reason = ": the highest of several is too high by chance" if is_measured else ""
+        notes.append(f"run {command} for paired gains{reason}")
     return notes
 
 
-def _backbone(heads: list[tuple[Path, RunRecord | None]]) -> list[str]:
-    """Return the settings of the backbone of the first head; heads of others are refused by the comparison itself."""
-    record = heads[0][1]
-    return [] if record is None else record.backbone
+def _by_setting(jobs: list[SweepJob], folder: Path) -> list[str]:
+    """Return what a comparison takes: jobs that differ in the seed alone as runs of one setting, which needs stock."""
+    groups: dict[str, list[str]] = {}
+    for job in jobs:
+        others = repr({name: value for name, value in job.settings.items() if name != "seed"})
+        groups.setdefault(others, []).append(str(folder / job.folder))
+    settings = [runs[0] if len(runs) == 1 else f"[{','.join(runs)}]" for runs in groups.values()]
+    return settings if len(settings) > 1 else ["stock", *settings]
 
 
 def is_head(record: RunRecord | None) -> bool:
@@ -201,15 +209,18 @@ def _replays(figures: Figures) -> str | None:
 def _drawn(figures: Figures, choose: Callable[[RunRecord], MetricCurve | None], name: str, y_label: str) -> str | None:
     """Draw a curve of every job that has it, in the colour of the job."""
     curves = {
-        _short(job.label): (number, curve)
+        short_label(job.label): (number, curve)
         for number, (job, one) in enumerate(figures)
         if one.record is not None and (curve := choose(one.record)) is not None
     }
     return draw_named(curves, name, y_label) if curves else None
 
 
-def _short(label: str) -> str:
-    """Return the values of a label, which differ between jobs, without the names of their settings."""
+def short_label(label: str) -> str:
+    """Return the values of a label, which differ between jobs; the name of its setting only if there is just one."""
+    name, equals, value = label.partition("=")
+    if equals and " " not in label:
+        return tick(f"{name.rpartition('.')[2]}={value}")
     return tick(" ".join(part.partition("=")[2] or part for part in label.split(" ")))
 
 
@@ -226,7 +237,7 @@ def _lengths(figures: Figures) -> str | None:
         colour = series_style(labels.index(label))["color"]
         axes.hlines([y], *(one.interval or (0, 0)), color=colour, linewidth=2.5, alpha=0.55)
         axes.plot([one.acceptance_length or 0], [y], "s", color=colour, markersize=5)
-    name_rows(axes, [_short(label) for label, _ in known])
+    name_rows(axes, [short_label(label) for label, _ in known])
     axes.margins(x=0.1)
     return svg(figure, axes, "sweep-length", "Acceptance length by job")
 

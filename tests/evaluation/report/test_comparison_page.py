@@ -7,9 +7,14 @@ from rich.console import Console
 
 from mtptrain.evaluation.compare import differing_settings
 from mtptrain.evaluation.comparison_result import Comparison, SettingDifference
-from mtptrain.evaluation.head_result import Gain
-from mtptrain.evaluation.report.comparison_page import comparison_headline, print_result, write_comparison_page
-from mtptrain.evaluation.report.comparison_tables import domain_gain_table, gain_table
+from mtptrain.evaluation.head_result import Gain, SeenPrompts
+from mtptrain.evaluation.report.comparison_page import (
+    comparison_headline,
+    comparison_notes,
+    print_result,
+    write_comparison_page,
+)
+from mtptrain.evaluation.report.comparison_tables import DETECTABLE, domain_gain_table, gain_table
 from mtptrain.evaluation.report.headline import Headline
 from mtptrain.run.typed_json import from_json
 from tests.evaluation.recorded import recorded_json
@@ -58,6 +63,16 @@ def test_the_page_begins_with_the_verdict_and_holds_every_figure(comparison: Com
     assert len(ids) == len(set(ids))
 
 
+def test_a_head_that_saw_prompts_has_the_name_of_its_setting(comparison: Comparison) -> None:
+    head = comparison.heads[1]
+    (run,) = head.runs
+    seen = replace(run, seen_prompts=SeenPrompts(8, 8, 3))
+    single = replace(comparison, heads=[replace(head, runs=[seen])])
+    assert comparison_notes(single) == [f"{head.name} saw 3 of 8 prompts in training"]
+    several = replace(comparison, heads=[replace(head, runs=[seen, run])])
+    assert comparison_notes(several) == [f"{run.checkpoint} saw 3 of 8 prompts in training"]
+
+
 def test_domains_and_settings_are_on_the_terminal(comparison: Comparison) -> None:
     stream = io.StringIO()
     differences = [SettingDifference("train.learning_rate", [None, "0.004"])]
@@ -65,6 +80,7 @@ def test_domains_and_settings_are_on_the_terminal(comparison: Comparison) -> Non
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "Acceptance length and gain by domain" in text
+    assert f"Would have shown: {DETECTABLE}." in " ".join(text.split())
     assert "train.learning_rate" in text
     single = {"text": comparison.heads[0].replay[3]}
     heads = [replace(head, domains=single) for head in comparison.heads]

@@ -126,6 +126,12 @@ def test_report_shows_the_origin_of_every_token(rendered: Rendered) -> None:
     assert classes == {"accepted", "rejected", "bonus"}
 
 
+def test_a_long_run_of_rejected_spaces_breaks_at_the_edge(rendered: Rendered) -> None:
+    style = re.search(r"\npre \{(.*?)\}", rendered.text, re.DOTALL)
+    assert style is not None
+    assert "white-space: break-spaces" in style[1]  # pre-wrap lets spaces hang beyond the box
+
+
 def test_ids_are_unique_on_the_page_and_every_reference_has_one(rendered: Rendered) -> None:
     attributes = rendered.page.attributes
     ids = [value for _, name, value in attributes if name == "id"]

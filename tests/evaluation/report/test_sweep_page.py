@@ -1,11 +1,12 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mtptrain.evaluation.report.sweep_page import print_sweep, write_sweep_page
+from mtptrain.evaluation.report.sweep_page import print_sweep, short_label, write_sweep_page
 from mtptrain.evaluation.sweep import JobOutcome, SweepJob, SweepResult, read_sweep, write_sweep
 from tests.evaluation.recorded import EVALUATIONS, METRICS
 from tests.evaluation.report.test_page import Page
@@ -92,6 +93,29 @@ def test_trained_backbones_are_not_to_be_compared_as_heads(sweep: SweepResult, t
     text = printed(sweep, tmp_path)
     assert "+recipe=compare" not in text
     assert "tok/pass" not in text  # nor is a column explained that is not there
+
+
+def test_the_rows_of_a_plot_name_the_only_setting_that_varies() -> None:
+    assert short_label(job("kl").label) == "divergence=kl"
+    assert short_label("train.learning_rate=0.004") == "learning_rate=0.004"
+    assert short_label("train.learning_rate=0.004 seed=1") == "0.004 1"
+    assert short_label("a.folder") == "a.folder"
+
+
+@pytest.mark.parametrize(("varied", "expected"), [([], "[stock,[{0},{1}]]"), (["kl", "tv"], "[[{0},{1}],[{2},{3}]]")])
+def test_seeds_are_compared_as_runs_of_one_setting(varied: list[str], expected: str, tmp_path: Path) -> None:
+    settings = [{"loss.divergence": one} for one in varied] or [{}]
+    every = [{**one, "seed": str(seed)} for one in settings for seed in (0, 1)]
+    folders = ["+".join(f"{name}-{value}" for name, value in one.items()) for one in every]
+    for folder in folders:
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
+        (tmp_path / folder / "metrics.jsonl").write_bytes(METRICS.read_bytes())
+    jobs = [replace(job("kl"), settings=one, folder=folder) for one, folder in zip(every, folders, strict=True)]
+    sweep = SweepResult(schema=1, command=["python"], started="now", git_commit=None, jobs=jobs)
+    (command,) = [line for line in printed(sweep, tmp_path).splitlines() if "+recipe=compare" in line]
+    assert command.startswith("run python -m mtptrain ")
+    assert command.endswith("' for paired gains")  # none was measured, so none is the highest
+    assert f"checkpoints={expected.format(*(tmp_path / folder for folder in folders))}" in command
 
 
 def test_jobs_without_results_are_listed(sweep: SweepResult, tmp_path: Path) -> None:
