@@ -52,7 +52,7 @@ def settings(*names: str) -> Settings:
     return frozenset(one for one in all_settings() for name in names if f"{one}.".startswith(f"{name}."))
 
 
-ALWAYS = settings("task", "output_dir", "resume")
+ALWAYS = settings("task", "output_dir")
 
 
 def of_backbone(config: RunConfig) -> Settings:
@@ -115,7 +115,7 @@ def of_on_policy(config: RunConfig) -> Settings:
 
 def of_collecting(config: RunConfig) -> Settings:
     """Return the settings of a stream cache, and of the engine that runs the backbone for it."""
-    used = settings("collect")
+    used = settings("collect", "resume")
     if config.collect.engine is CollectEngine.vllm:
         return used
     return used - settings("collect.tensor_parallel", "collect.min_cosine", "collect.min_agreement", "collect.max_kl")
@@ -146,11 +146,9 @@ def of_measuring(config: RunConfig) -> Settings:
 def of_curve(config: RunConfig) -> Settings:
     """Return the settings of a measurement of all checkpoints of a run, some of which are decoded."""
     if config.evaluation.decoded != "none":
-        return of_measuring(config) | {"evaluation.decoded"}
-    used = (
-        of_traces(config) | of_heldout_text(config) | settings("data.sequence_length", "evaluation.heldout_sequences")
-    )
-    return used | {"evaluation.include_stock", "evaluation.decoded"}
+        return of_measuring(config) | {"evaluation.decoded", "resume"}
+    used = of_traces(config) | of_heldout_text(config) | {"data.sequence_length", "evaluation.heldout_sequences"}
+    return used | {"evaluation.include_stock", "evaluation.decoded", "resume"}
 
 
 def of_probe(config: RunConfig) -> Settings:
@@ -179,7 +177,7 @@ def of_tracking(config: RunConfig) -> Settings:
 
 def of_training(config: RunConfig) -> Settings:
     """Return the settings of a training loop and of its engine."""
-    return settings("train", "engine", "offload", "deepspeed", "resume_allow") | of_tracking(config)
+    return settings("train", "engine", "offload", "deepspeed", "resume", "resume_allow") | of_tracking(config)
 
 
 def of_speed_plan(config: RunConfig, shape: str) -> Settings:

@@ -72,7 +72,7 @@ class RunConfig:
 
     task: str = UNCHOSEN  # a module of mtptrain/recipes; +recipe=NAME sets it
     output_dir: str | None = None  # null = outputs/<task>/<date-time>
-    # auto: continue the run in output_dir from its newest whole checkpoint; in a sweep, every job.
+    # auto: continue the run in output_dir from its newest whole checkpoint; in a sweep, every job of it.
     resume: str = one_of("never", "never", "auto")
     resume_allow: list[str] = field(default_factory=list)  # settings or sections that may differ from the resumed run
     overwrite: bool = False  # replace a result in output_dir, such as evaluation.json, doctor.json or report.html

@@ -17,6 +17,7 @@ from mtptrain.config.verbosity import print_status
 from mtptrain.errors import UserError
 
 LEAVE_OUT = "leave it out"
+OF_SWEEP = frozenset({"output_dir", "overwrite", "resume"})  # read by every sweep, whatever its jobs read
 Job = tuple[Given, RunConfig, Settings]  # of a sweep
 # The way out by setting or section, of which the longest name counts: for settings of other recipes...
 OTHER_RECIPE = {
@@ -30,6 +31,7 @@ OTHER_RECIPE = {
     "checkpoints": "doctor, export and measure_server take one head: checkpoint=PATH",
     "hardware": "a run uses the hardware of its machine",
     "output_dir": "generate writes no file: redirect its output, such as > text.txt",
+    "resume": "only trainings, collections and measurements of all checkpoints continue; leave it out",
     "prompt": "a measurement takes prompts=[FILE]",
     "prompts": "generate takes one text: prompt=TEXT",
     "path": "data.path and backbone.path name a text and a backbone",
@@ -130,7 +132,7 @@ def unread_settings(given: Given, config: RunConfig, reads: Settings) -> list[st
     """Return the settings that were given, differ from the default and are not read; sorted."""
     named = {_setting(name) for name in given.values} & all_settings()
     if given.is_sweep:
-        named -= {"output_dir"}  # that of the sweep itself, which every sweep reads
+        named -= OF_SWEEP
     return sorted(name for name in named - reads if not _is_default(config, name))
 
 
@@ -146,7 +148,7 @@ def check_sweep(jobs: Iterable[Job], owners: Callable[[str, RunConfig], list[str
     """
     first, unread = None, set[str]()
     for given, config, reads in jobs:
-        unread = (unread if first else set(all_settings())) & set(unread_settings(given, config, reads))
+        unread = (unread if first else set(all_settings()) - OF_SWEEP) & set(unread_settings(given, config, reads))
         first = first or (given, config, reads)
         if not unread:
             return

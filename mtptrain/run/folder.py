@@ -246,7 +246,7 @@ def open_run_folder(
         if use is not FolderUse.none:
             check_writable(path)
             require_free(path, "output_dir")
-        if config.resume == "auto" and (path / PROVENANCE_FILE).exists():
+        if (path / PROVENANCE_FILE).exists() and config.resume == "auto":
             provenance = replace(provenance, continues=read_provenance(path))
     except OSError as error:
         raise UserError(f"output_dir={path}: cannot be used ({error.strerror}); choose another folder") from None

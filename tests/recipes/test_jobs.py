@@ -67,6 +67,7 @@ def test_a_sweep_replaces_no_other_sweep_but_adds_to_it(tmp_path: Path, capfd: p
     [
         ("plan plan.batch=1,2 checkpoint=stock", "checkpoint=stock: belongs to +recipe=doctor, evaluate, "),
         ("evaluate checkpoint=stock train.steps=1,2", "train.steps=1: belongs to +recipe="),
+        ("generate prompt=a,b train.steps=1 overwrite=true", "train.steps=1: belongs to +recipe="),
     ],
 )
 def test_a_setting_that_no_job_reads_ends_a_sweep_before_the_first(

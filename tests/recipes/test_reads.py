@@ -169,9 +169,11 @@ UNREAD = [
     ("generate", "prompt=a generate.raw=true data.chat_template=builtin", "data.chat_template=builtin: .*"),
     ("evaluate", "checkpoint=stock prompt=a", r"prompt=a: belongs to \+recipe=generate, .* prompts=\[FILE\]"),
     ("report", "path=a seed=5", "seed=5: belongs to"),
+    ("report", "path=a resume=auto", "resume=auto: belongs to .*; only trainings, .* continue; leave it out"),
+    ("evaluate", "checkpoint=stock resume=auto", "resume=auto: belongs to"),
     (
-        "evaluate",
-        "checkpoint=stock resume=auto resume_allow=[train]",
+        "collect",
+        "resume=auto resume_allow=[train]",
         r"resume_allow=\[train\]: belongs to .*distill",
     ),
     ("distill", "resume=auto resume_allow=[train.step]", "resume_allow=.*: train.step: there is no .*mean train.steps"),

@@ -125,8 +125,8 @@ def test_a_folder_that_another_run_writes_is_left_to_it(
     folder, is_beside = tmp_path / "run", recipe in ("export", "mini_release")
     process = hold_folder(folder, is_beside)
     try:
-        more = {"export": ["target=hf", "checkpoint=absent"]}.get(recipe, [])
-        assert run_main(f"+recipe={recipe}", *light, *more, f"output_dir={folder}", "resume=auto") == 2
+        more = ["target=hf", "checkpoint=absent"] if recipe == "export" else [] if is_beside else ["resume=auto"]
+        assert run_main(f"+recipe={recipe}", *light, *more, f"output_dir={folder}") == 2
         message = capfd.readouterr().err.splitlines()[-1]
         assert message.startswith(f"mtptrain: output_dir={folder}: process {process.pid} on ")
         path = lock_path(folder, is_beside)
