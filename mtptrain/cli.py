@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -267,7 +268,7 @@ def sweep_jobs(command: Sequence[str]) -> Iterator[tuple[Given, RunConfig, Setti
     for arguments in job_arguments(command):
         try:
             composed = loader.load_configuration(name, arguments, RunMode.RUN)
-            given = given_settings(composed.hydra)
+            given = replace(given_settings(composed.hydra), is_sweep=True)
             with open_dict(composed):
                 del composed["hydra"]
             config, _ = typed_config(composed, given)

@@ -146,7 +146,8 @@ def reads(config: RunConfig) -> Settings:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse data that is no text."""
+    """Refuse data that is no text, and sizes of which no backbone can be built."""
+    config.backbone.shape.require_computable()
     require_documents(config.data, config.task)
     if config.backbone.grow_from is not None:
         try:

@@ -35,6 +35,12 @@ def reads(config: RunConfig) -> Settings:
     return ALWAYS | (settings("release") | of_backbone(config)) - unread
 
 
+def check(config: RunConfig) -> None:
+    """Refuse sizes of which no random backbone can be built."""
+    if config.release.random:
+        config.backbone.shape.require_computable()
+
+
 def run(session: Session) -> None:
     """Write the folder, whole or not at all."""
     config, run_folder = session.config, session.folder

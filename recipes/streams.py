@@ -9,7 +9,7 @@ from mtptrain.hidden_cache.consumed import check_unclaimed
 from mtptrain.hidden_cache.followed_batches import FollowedBatches, RowSettings
 from mtptrain.hidden_cache.growing_cache import GrowingCache, open_streams
 from mtptrain.hidden_cache.manifest import StreamCache, check_origin, check_shards, hash_tokenizer
-from mtptrain.hidden_cache.reader import HiddenStateBatches
+from mtptrain.hidden_cache.reader import HiddenStateBatches, check_row_length
 from mtptrain.recipes.session import Session
 
 
@@ -23,9 +23,10 @@ def stream_cache(session: Session) -> StreamCache:
 
 
 def check_streams(session: Session) -> None:
-    """Raise a `UserError` if the cache is of another backbone, or another run deletes its shards."""
+    """Raise a `UserError` if the cache is of another backbone, has longer pieces, or another run deletes its shards."""
     cache = stream_cache(session)
     check_origin(cache, _origin(session, session.known_fingerprint))
+    check_row_length(cache, session.config.data.sequence_length)
     check_unclaimed(cache.folder, _run(session) if session.config.data.follow else None)
 
 

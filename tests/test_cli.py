@@ -92,6 +92,11 @@ MISTAKES = [
     ),
     (["train.steps=1,2"], r"train.steps=1,2: several values are jobs of a sweep, .* -m; .* train.steps=\[1,2\], and"),
     (["output_dir="], "output_dir=: is empty; give a path"),
+    (["backbone=null"], "backbone=null: must be one of small, tiny, tiny12, v4_flash, "),
+    (
+        ["backbone=[tiny,tiny12]"],
+        r"backbone=\[tiny,tiny12\]: takes one choice; to run each, begin with -m and leave out",
+    ),
     (["data.mixture=[{path:a,source:txt}]"], "data.mixture: source=txt: must be stdlib, text, .*; did you mean text"),
     (["data.mixture=[{path:a},{path:b,weight:x}]"], "data.mixture: weight=x: must be a number$"),
     (["data.mixture={path:a}"], "data.mixture={path:a}: must be a list of sections, such as data.mixture="),

@@ -121,7 +121,11 @@ def backbone_folder(config: BackboneConfig) -> Path:
     if not folder.exists() and HUB_ID.fullmatch(config.path):
         folder = _from_hub(config.path, config.revision)
     if not (folder / "config.json").is_file():
-        raise UserError(f"backbone.path={folder}: holds no config.json; give the folder of a DeepSeek-V4 checkpoint")
+        trained = folder / "backbone"  # of +recipe=backbone
+        hint = f"; did you mean backbone.path={trained}?" if (trained / "config.json").is_file() else ""
+        raise UserError(
+            f"backbone.path={folder}: holds no config.json; give the folder of a DeepSeek-V4 checkpoint{hint}"
+        )
     return folder
 
 

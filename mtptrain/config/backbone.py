@@ -55,6 +55,18 @@ class ShapeConfig:
             f"must lie between 1 and num_experts={self.num_experts}",
         )
 
+    def require_computable(self) -> None:
+        """Raise a `UserError` if no layer can be built from these sizes."""
+        bound = min(self.head_dim, self.index_head_dim if "csa" in self.layer_types else self.head_dim)
+        rule = f"are dimensions of a head and of an index head; use at most {bound}"
+        require(self.rope_head_dim <= bound, "backbone.shape.rope_head_dim", self.rope_head_dim, rule)
+        width = self.num_attention_heads * self.head_dim
+        rule = f"must divide num_attention_heads x head_dim = {width}"
+        require(width % self.o_groups == 0, "backbone.shape.o_groups", self.o_groups, rule)
+        for name in ("hidden_size", "expert_size"):  # 16 bytes in bf16
+            value, rule = getattr(self, name), "must be a multiple of 8, as matrix products of experts need"
+            require(value % 8 == 0, f"backbone.shape.{name}", value, rule)
+
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:

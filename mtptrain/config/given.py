@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mtptrain.config.choices import DataSource
+from mtptrain.config.rules import require
+from mtptrain.config.typos import group_choices
 
 MANIFEST = "manifest.json"  # of a folder that +recipe=collect wrote
 OUR_PROVIDERS = ("hydra", "main", "schema")  # of Hydra's search path; a user's folders have other names
@@ -51,12 +53,20 @@ def given_settings(job: Any) -> Given:
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_delete():
             continue
+        _require_one_choice(override.key_or_group, override.value())
         if override.key_or_group in job.runtime.choices:
             groups[override.key_or_group] = str(job.runtime.choices[override.key_or_group])
         else:
             values.update(_flat(override.value(), override.key_or_group))
     groups.pop("recipe", None)
     return Given(frozenset(values), groups, job.mode == RunMode.MULTIRUN)
+
+
+def _require_one_choice(name: str, value: object) -> None:
+    """Refuse a list of choices of a group, of which the last would overwrite the others; trackers add up."""
+    is_list = isinstance(value, list) and name != "tracking" and bool(group_choices(name))
+    rule = f"takes one choice; to run each, begin with -m and leave out the brackets, as in -m {name}=A,B"
+    require(not is_list, name, value, rule)
 
 
 def _own_files(job: Any, overrides: list[str]) -> Iterator[tuple[str, str, dict[Any, Any]]]:

@@ -139,6 +139,10 @@ def composition_message(text: str, error: BaseException | None, arguments: Seque
         answer = _composition_answer(str(error), error.__cause__)
         if answer is not None:
             return answer
+    if "Config group override must be" in text:
+        names = [argument.lstrip("+").partition("=")[0] for argument in arguments if argument.endswith("=null")]
+        for group in filter(group_choices, names):
+            return f"{group}=null: must be one of {', '.join(group_choices(group))}"
     return _override_answer(text, arguments) or _own_lines(text)
 
 

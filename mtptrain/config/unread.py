@@ -148,7 +148,7 @@ def check_sweep(jobs: Iterable[Job], owners: Callable[[str, RunConfig], list[str
     """
     first, unread = None, set[str]()
     for given, config, reads in jobs:
-        unread = (unread if first else set(all_settings()) - OF_SWEEP) & set(unread_settings(given, config, reads))
+        unread = (unread if first else set(all_settings())) & set(unread_settings(given, config, reads))
         first = first or (given, config, reads)
         if not unread:
             return

@@ -108,7 +108,7 @@ def _recognised(where: str, row: Row, column: str) -> DataFormat:
             parse_json(where, column, row.get(column))
         form = recognise(row, column, row)  # the reader of the form names the column that holds null
     if form is None:
-        raise UserError(f"data.field_name={column}: {where} has no text of that name; {describe_columns(row)}")
+        raise _no_text(where, row, column)
     return form
 
 
@@ -116,8 +116,15 @@ def _text(where: str, row: Row, column: str) -> str:
     text = row.get(column)
     _refuse_null(where, row, column)
     if not isinstance(text, str):
-        raise UserError(f"data.field_name={column}: {where} has no text of that name; {describe_columns(row)}")
+        raise _no_text(where, row, column)
     return text
+
+
+def _no_text(where: str, row: Row, column: str) -> UserError:
+    """Return the error for a row without a text in the column."""
+    holds = f"holds a value of type {type(row[column]).__name__}, no text," if column in row else "has no text"
+    of_that_name = "under that name" if column in row else "of that name"
+    return UserError(f"data.field_name={column}: {where} {holds} {of_that_name}; {describe_columns(row)}")
 
 
 def _refuse_null(where: str, row: Row, column: str) -> None:

@@ -29,8 +29,10 @@ def backbone_card(run_folder: RunFolder, backbone: Backbone, loss: tuple[float, 
     text = f"data.path={data.path}" if data.path else "Python's standard library (sources and documentation topics)"
     if data.packages:
         text += f", and as many characters of sources of {', '.join(data.packages)}"
-    acceptance = " / ".join(f"{value:.3f}" for value in figures.alpha)
-    agreement = " / ".join(f"{value:.3f}" for value in figures.top1)
+    acceptance, agreement = (
+        " / ".join("-" if value is None else f"{value:.3f}" for value in values)
+        for values in (figures.alpha, figures.top1)
+    )
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     parameters = sum(p.numel() for p in backbone.model.parameters()) / 1e6
     tokens = [_tokens_trained(folder) for folder in (run_folder.path, run_folder.path / "stock_head")]

@@ -89,13 +89,14 @@ class TeacherForced:
     """Figures on held-out text by draft step, up to the last one that runs as in training.
 
     Attributes:
-        alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q).
-        top1: share of tokens with the same first choice of both.
+        alpha: overlap of the head's and the backbone's distributions, sum_v min(p, q); None where there are no tokens,
+            as in documents too short for the step.
+        top1: share of tokens with the same first choice of both; None likewise.
         tokens: tokens behind these means.
     """
 
-    alpha: list[float]
-    top1: list[float]
+    alpha: list[float | None]
+    top1: list[float | None]
     tokens: list[int]
 
     def padded(self, length: int) -> tuple[list[float | None], list[float | None], list[float | None]]:

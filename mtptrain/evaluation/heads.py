@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,17 +78,22 @@ def teacher_forced(
         counts_K += objective.counts(batch)
         alpha_K += result.alpha_KT.double().sum(1).cpu()
         top1_match_K += result.top1_match_KT.double().sum(1).cpu()
-    return TeacherForced(
-        alpha=(alpha_K / counts_K).tolist(),
-        top1=(top1_match_K / counts_K).tolist(),
-        tokens=[int(count) for count in counts_K],
+    tokens = [int(count) for count in counts_K]
+    alpha, top1 = (
+        [total / count if count else None for total, count in zip(totals, tokens, strict=True)]
+        for totals in (alpha_K.tolist(), top1_match_K.tolist())
     )
+    return TeacherForced(alpha, top1, tokens)
 
 
 def heldout_figures(forced: TeacherForced) -> dict[str, float]:
-    """Return the figures on held-out text by name, as metrics of a training step."""
-    figures = {f"heldout/alpha_{k}": value for k, value in enumerate(forced.alpha, start=1)}
-    return figures | {f"heldout/top1_match_{k}": value for k, value in enumerate(forced.top1, start=1)}
+    """Return the figures on held-out text by name, as metrics of a training step; not a number without tokens."""
+    by_name = {"alpha": forced.alpha, "top1_match": forced.top1}
+    return {
+        f"heldout/{name}_{k}": math.nan if value is None else value
+        for name, values in by_name.items()
+        for k, value in enumerate(values, start=1)
+    }
 
 
 def count_seen(passages: Passages | None, hasher: PassageHasher, prompts: list[list[int]]) -> SeenPrompts | None:

@@ -66,9 +66,12 @@ def check_unclaimed(folder: Path, run: str | None) -> None:
     """Raise a `UserError` if another run than the one in folder `run` deletes the shards of a cache; None = any run."""
     consumed = read_consumed(folder)
     if consumed is not None and consumed.by != run:
+        way_out = "collect anew in another folder"
+        if consumed.shards == 0:
+            way_out = f"delete {folder / CONSUMED} if that run has ended: all shards are there"
         raise UserError(
             f"data.path={folder}: the run in {consumed.by} deletes its shards after use (data.delete_consumed) and has "
-            f"deleted {consumed.shards}; continue that run with resume=auto, or collect anew in another folder"
+            f"deleted {consumed.shards}; continue that run with resume=auto, or {way_out}"
         )
 
 

@@ -7,18 +7,32 @@ from pathlib import Path
 
 from mtptrain.errors import UserError
 from mtptrain.run.artifact import open_artifact
-from mtptrain.training.checkpoint import BEST, CHECKPOINT, TENSORS, TrainerState, checkpoint_folders
+from mtptrain.training.checkpoint import BEST, CHECKPOINT, MANIFEST, TENSORS, TrainerState, checkpoint_folders
 
 
 def checkpoints_of_run(path: Path) -> Path:
     """Return the folder that holds the checkpoints of a run, from the run's folder or that folder itself.
 
     Raises:
-        UserError: the path is no folder.
+        UserError: the path is no folder, or that of a single checkpoint.
     """
     if not path.is_dir():
         raise UserError(f"checkpoint={path}: is no folder; give the folder of a training run")
+    if (path / MANIFEST).exists():
+        run = path.resolve().parent.parent
+        raise UserError(f"checkpoint={path}: is one checkpoint; give the folder of its run, as in checkpoint={run}")
     return path if path.name == "checkpoints" or checkpoint_folders(path) else path / "checkpoints"
+
+
+def require_checkpoints(path: Path) -> None:
+    """Refuse a run without a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = checkpoints_of_run(path)
+    if not checkpoint_folders(root) and not (root / BEST).is_dir():
+        raise UserError(f"checkpoint={path}: holds no checkpoint; give the folder of a training run")
 
 
 def steps_of_run(root: Path) -> dict[int, Path]:

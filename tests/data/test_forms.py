@@ -175,7 +175,7 @@ def test_a_row_that_keeps_to_no_form_is_named(row: dict[str, Any], reason: str) 
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        ("text", "has no text of that name"),
+        ("text", "holds a value of type list, no text, under that name"),
         ("sharegpt", "each of `conversations` must have `from` and `value`"),
         ("prompt_completion", "`prompt` must hold text, not NoneType"),
         ("alpaca", "`instruction` must hold text, not NoneType"),

@@ -185,8 +185,8 @@ UNREAD = [
     ("mini_release", "release.size=servable", "release.size=servable: .*; set release.random=true as well"),
     (
         "mini_release",
-        f"{SERVABLE} backbone.shape.head_dim=8",
-        "backbone.shape.head_dim=8: .*servable brings all sizes of",
+        f"{SERVABLE} backbone.shape.head_dim=16",
+        "backbone.shape.head_dim=16: .*servable brings all sizes of",
     ),
     ("mini_release", f"{SERVABLE} backbone=small", "backbone=small: release.size=serv"),
     ("mini_release", "backbone.weights=keep", "backbone.weights=keep: .* a miniature is made of decoded weights"),
