@@ -14,6 +14,7 @@ from mtptrain.config.rules import require
 from mtptrain.config.typos import group_choices
 
 MANIFEST = "manifest.json"  # of a folder that +recipe=collect wrote
+SOURCES = ("source", "mixture")  # settings of data that say where it comes from
 OUR_PROVIDERS = ("hydra", "main", "schema")  # of Hydra's search path; a user's folders have other names
 
 
@@ -43,17 +44,22 @@ def given_settings(job: Any) -> Given:
     from hydra.types import RunMode
 
     overrides = [str(one) for one in OmegaConf.to_container(job.overrides.task, resolve=False) or []]
-    values, groups = set[str](), {}
+    values, groups, partial = set[str](), {}, set[str]()
     for config_path, package, content in _own_files(job, overrides):
         group, _, choice = config_path.rpartition("/")
-        if group in ("", "recipe"):
-            values.update(_flat(content, package))
-        else:  # such as hardware/mine.yaml, which describes the hardware whole, for every recipe
+        # A file such as hardware/mine.yaml describes the hardware whole, for every recipe; data may lack its source.
+        is_whole = group not in ("", "recipe") and (package != "data" or not content.keys().isdisjoint(SOURCES))
+        if is_whole:
             groups[package] = choice
+        else:
+            values.update(_flat(content, package))
+            partial.add(package)
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_delete():
             continue
         _require_one_choice(override.key_or_group, override.value())
+        if override.key_or_group in partial:
+            continue
         if override.key_or_group in job.runtime.choices:
             groups[override.key_or_group] = str(job.runtime.choices[override.key_or_group])
         else:

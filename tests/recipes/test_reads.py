@@ -306,6 +306,16 @@ def test_a_file_of_ones_own_in_a_group_serves_every_recipe(tmp_path: Path, capfd
     assert "mtptrain: hardware=mine: belongs to +recipe=" in capfd.readouterr().err
 
 
+def test_a_path_in_a_file_of_ones_own_chooses_its_source(light: list[str], corpus_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "data" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text(f"path: {corpus_file}\n", encoding="utf-8")
+    sizes = [one for one in light if not one.startswith("data")]
+    run = ["+recipe=distill", "data=mine", *sizes, "data.sequence_length=32", f"output_dir={tmp_path}/run"]
+    assert run_main("--config-dir", str(tmp_path), *run, "evaluate_at_end=false") == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text(encoding="utf-8"))["data"]["source"] == "text"
+
+
 @pytest.mark.parametrize(("place", "source"), [("corpus", "text"), ("streams", "streams")])
 def test_a_path_chooses_its_source(
     place: str, source: str, places: dict[str, Path], light: list[str], tmp_path: Path, release_folder: Path
