@@ -11,7 +11,7 @@ from pathlib import Path
 from mtptrain.certificate.controls import run_controls
 from mtptrain.certificate.greedy import certify_texts
 from mtptrain.certificate.logits import certify_logits
-from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops, loop_totals, sample_texts
+from mtptrain.certificate.loop import certify_sampled_runs, loop_runs, loop_totals, sample_texts
 from mtptrain.certificate.passes import certify_passes
 from mtptrain.certificate.sampler import sampler_certificate
 from mtptrain.config import RunConfig
@@ -93,15 +93,18 @@ def make_certificate(
     model, policy, longest = session.backbone.model, session.policy, session.config.decoding.draft_length
     stacks = {head.name: head.stack for head in heads}
     greedy = [run for of_size in runs.values() for run in of_size]
-    pass_counts = None
+    sampled, pass_counts = [], None
     if not policy.is_greedy:
-        pass_counts = certify_sampled_runs(model, stacks, greedy, policy)
+        if policy.draws_greedily:  # given the text, nothing about its passes is left to chance
+            sampled = loop_runs(model, stacks, greedy, policy)
+        else:
+            pass_counts = certify_sampled_runs(model, stacks, greedy, policy)
         policy, seed = replace(GREEDY, past_depth=policy.past_depth), session.config.seed
         few = [[trace] for trace in traces[:GREEDY_PROMPTS]]
         greedy = run_interleaved(model, stacks, few, [longest], session.limits, policy, seed, lambda *_: None)
-    loops = greedy_loops(model, stacks, greedy, policy)
+    loops = loop_runs(model, stacks, greedy, policy)
     logits, drafts = certify_logits(model, stacks, traces, session.limits, longest, loops)
-    identity, replay = certify_texts(loops, logits.backbone.gap), certify_passes(loops, drafts)
+    identity, replay = certify_texts(loops, logits.backbone.gap), certify_passes([*loops, *sampled], drafts)
     sampler = sampler_certificate(device=model.lm_head.weight.device)
     controls = run_controls(model, stacks, traces, longest)
     parts = [logits.passed, identity.passed, replay.passed, sampler.passed, controls.passed]

@@ -40,10 +40,10 @@ def loop_drafts(
     return draft_traces(model, stack, texts, key[1], policy, free_running=policy.min_confidence > 0)
 
 
-def greedy_loops(
+def loop_runs(
     model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
 ) -> list[LoopRun]:
-    """Return every greedy run of a prompt with plain decoding and replay of the same prompt."""
+    """Return every run of a prompt with plain decoding and replay of the same prompt; drafts are greedy."""
     numbers: dict[tuple[int, ...], int] = {}
     rows = [(tuple(trace.prompt.tokens), len(run.traces)) for run in runs for trace in run.traces]
     loops = []
@@ -61,7 +61,7 @@ def greedy_loops(
 def certify_sampled_runs(
     model: DeepseekV4ForCausalLM, stacks: dict[str, MtpStack], runs: list[BatchRuns], policy: Policy
 ) -> PassCountTest:
-    """Compare the number of passes of sampled loops with replay."""
+    """Compare the number of passes of loops with sampled drafts with replay."""
     loops = []
     for name, k in counted("certificate: replaying the loops", list(runs[0].speculative)):
         for _, row, drafts in _rows_and_drafts(model, stacks[name], runs, (name, k), policy):

@@ -1,4 +1,4 @@
-"""The certificate of the passes of greedy loops: they are those of replay on the loop's own text.
+"""The certificate of the passes of loops with greedy drafts: they are those of replay on the loop's own text.
 
 Loop and rollout round drafts differently, in bf16 often by more than two logits lie apart. So a pass may differ from
 replay at a numerical tie of the head's logits: where the first token that only one of them keeps, or the step at which
@@ -28,11 +28,13 @@ class DraftNoise(NamedTuple):
 class Decision(NamedTuple):
     """What one step of a draft decides: whether its token is kept, or whether the head's own draft stops there.
 
-    `anchor` is that of `ReplayDrafts`, and `step` counts from 0.
+    `text` is a hash of the loop's tokens up to the anchor: loops with the same text share their decisions. `anchor` is
+    that of `ReplayDrafts`, and `step` counts from 0.
     """
 
     head: str
     prompt: int
+    text: int
     anchor: int
     step: int
     is_stop: bool
@@ -46,7 +48,7 @@ class Parting(NamedTuple):
 
 
 def certify_passes(runs: list[LoopRun], drafts: Mapping[str, DraftNoise]) -> ReplayEqualsLoop:
-    """Compare the passes of every real greedy run with replay.
+    """Compare the passes of every real run with replay.
 
     Args:
         runs: the real runs.
@@ -98,19 +100,23 @@ def _compared(run: LoopRun) -> Iterator[tuple[int, VerifyPass | None, VerifyPass
 
 def _parting(run: LoopRun, anchor: int, looped: VerifyPass | None, replayed: VerifyPass | None) -> Parting:
     if looped is None or replayed is None:
-        return Parting(Decision(run.head, run.prompt, anchor, 0, False), None)
+        return Parting(_decision(run, anchor, 0, False), None)
     if looped.accepted != replayed.accepted:
         step = min(looped.accepted, replayed.accepted)
-        decision = Decision(run.head, run.prompt, anchor, step, False)
+        decision = _decision(run, anchor, step, False)
         return Parting(decision, _margin(run, decision))
     last = min(looped.drafted, replayed.drafted)
-    stops = [Decision(run.head, run.prompt, anchor, step, True) for step in range(last + 1)]
+    stops = [_decision(run, anchor, step, True) for step in range(last + 1)]
     # After another token of its own, a draft also stops at another step.
     known = [(margin, one) for one in stops if (margin := _margin(run, one)) is not None]
     if len(known) < len(stops) or looped.drafted == replayed.drafted:
         return Parting(stops[-1], None)
     margin, decision = min(known)
     return Parting(decision, margin)
+
+
+def _decision(run: LoopRun, anchor: int, step: int, is_stop: bool) -> Decision:
+    return Decision(run.head, run.prompt, hash(tuple(run.loop.tokens[: anchor + 1])), anchor, step, is_stop)
 
 
 def _margin(run: LoopRun, decision: Decision) -> float | None:
@@ -153,4 +159,4 @@ def _decisions(run: LoopRun) -> Iterator[Decision]:
             (True, max(one.drafted for one in known)),
         ):
             for step in range(last + 1):
-                yield Decision(run.head, run.prompt, anchor, step, is_stop)
+                yield _decision(run, anchor, step, is_stop)

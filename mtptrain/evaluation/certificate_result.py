@@ -344,7 +344,7 @@ class Certificate:
         logits: of decoding and drafting.
         greedy_identity: of all loops; if the run samples, of two prompts that are also decoded greedily.
         replay_equals_loop: of the same loops.
-        pass_count_test: of sampled loops; None in a greedy run.
+        pass_count_test: of loops with sampled drafts; None where drafts are greedy.
         sampler: exact test of drafting and verification.
         controls: negative controls.
     """

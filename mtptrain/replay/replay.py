@@ -143,15 +143,15 @@ def replay_other_drafts(drafts: list[ReplayDrafts], policy: Policy) -> dict[int,
 
 
 def replay_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
-    """Return the verify passes of greedy speculative decoding on a greedy trace, one by one.
+    """Return the verify passes of speculative decoding with greedy drafts on a trace, one by one.
 
     Args:
-        drafts: of the trace, at least `draft_length` steps, under a greedy policy.
-        policy: greedy.
+        drafts: of the trace, at least `draft_length` steps, under the policy.
+        policy: with greedy drafts.
         draft_length: K.
 
     Raises:
-        ValueError: the policy samples, so that passes are random; or the number of drafted tokens is unknown.
+        ValueError: drafts are sampled, so that passes are random; or the number of drafted tokens is unknown.
     """
     return listed_passes(anchor_passes(drafts, policy, draft_length))
 
@@ -166,13 +166,15 @@ def listed_passes(at_anchors: list[VerifyPass]) -> list[VerifyPass]:
 
 
 def anchor_passes(drafts: ReplayDrafts, policy: Policy, draft_length: int) -> list[VerifyPass]:
-    """Return the verify pass of greedy speculative decoding that begins at each anchor, if one does.
+    """Return the verify pass that begins at each anchor of a text, if one does; drafts are greedy.
+
+    Sampled texts with greedy drafts have certain passes, too: a draft is kept if and only if the text has its token.
 
     Args, Raises: see `replay_passes`.
     """
     drafted_KN = drafted_free(drafts, policy)
-    if not policy.is_greedy or drafted_KN is None:
-        raise ValueError("passes can be listed for greedy decoding only, with the head's own drafts known")
+    if not policy.draws_greedily or drafted_KN is None:
+        raise ValueError("passes can be listed for greedy drafts only, with the head's own drafts known")
     reach_KN = trace_chances(drafts, policy).reach_KN[:draft_length]
     num_tokens = len(drafts.p_N)
     counts = zip(drafted_KN[:draft_length].sum(0).tolist(), reach_KN.sum(0).round().astype(int).tolist(), strict=True)

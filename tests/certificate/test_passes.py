@@ -11,14 +11,15 @@ from mtptrain.backbone.load import Backbone, load_backbone
 from mtptrain.certificate import loop
 from mtptrain.certificate.greedy import LoopRun
 from mtptrain.certificate.logits import certify_logits
-from mtptrain.certificate.loop import greedy_loops
+from mtptrain.certificate.loop import loop_runs
 from mtptrain.certificate.passes import DraftNoise, certify_passes
-from mtptrain.config import BackboneConfig, PastDepth
+from mtptrain.config import BackboneConfig, DraftChoice, PastDepth
 from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Decoded, Limits, VerifyPass
 from mtptrain.doctor.wirings import WIRINGS
 from mtptrain.evaluation.certificate_result import NoiseLevel, PassDifference, ReplayEqualsLoop, SizeLevel
 from mtptrain.evaluation.speedup import run_interleaved
+from mtptrain.kernels.choices import Verification
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import place, stock_tensors
 from mtptrain.replay.drafts import draft_traces
@@ -158,15 +159,21 @@ def certify(backbone: Backbone, policy: Policy, depth: int = 1) -> ReplayEqualsL
     prompts = [Prompt(backbone.source.tokenizer.encode(text).ids, "", 0) for text in TEXTS]
     traces, limits = [Trace(prompt, [], [], []) for prompt in prompts], Limits(24)
     runs = run_interleaved(model, stacks, [[one] for one in traces], [1, 3], limits, policy, 0, lambda *_: None)
-    loops = greedy_loops(model, stacks, runs, policy)
+    loops = loop_runs(model, stacks, runs, policy)
     _, drafts = certify_logits(model, stacks, traces, limits, 3, loops)
     return certify_passes(loops, drafts)
 
 
 @pytest.mark.parametrize(
     ("policy", "depth"),
-    [(GREEDY, 1), (Policy(min_confidence=0.3), 1), (Policy(past_depth=PastDepth.wrap_around), 2)],
-    ids=["plain", "confidence threshold", "wraps around"],
+    [
+        (GREEDY, 1),
+        (Policy(min_confidence=0.3), 1),
+        (Policy(past_depth=PastDepth.wrap_around), 2),
+        (Policy(1.0, draft=DraftChoice.greedy), 1),
+        (Policy(1.0, draft=DraftChoice.greedy, verification=Verification.block), 1),
+    ],
+    ids=["plain", "confidence threshold", "wraps around", "sampled texts", "block verification"],
 )
 def test_loops_of_a_sound_head_pass_in_bf16(policy: Policy, depth: int, backbone: Backbone) -> None:
     result = certify(backbone, policy, depth)

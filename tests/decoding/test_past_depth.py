@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtptrain.certificate.loop import certify_sampled_runs, greedy_loops
+from mtptrain.certificate.loop import certify_sampled_runs, loop_runs
 from mtptrain.config import DecodingConfig, DraftChoice, PastDepth
 from mtptrain.decoding.draft import MtpProposer
 from mtptrain.decoding.policy import Policy
@@ -103,10 +103,9 @@ def test_the_certificate_compares_the_loop_with_replay_under_every_policy(past_d
     traces = [Trace(Prompt(tokens, "text", 0), [], [], [])]
     for policy in (Policy(past_depth=past_depth), replace(DRAWN["greedy drafts"], past_depth=past_depth)):
         runs = run_interleaved(SMALL, stacks, [traces], [2, 4], Limits(10), policy, 0, lambda *_: None)
-        if policy.is_greedy:
-            loops = greedy_loops(SMALL, stacks, runs, policy)
-            assert [listed_passes(one.at_anchors) for one in loops] == [one.loop.passes for one in loops]
-        else:
+        loops = loop_runs(SMALL, stacks, runs, policy)
+        assert [listed_passes(one.at_anchors) for one in loops] == [one.loop.passes for one in loops]
+        if not policy.is_greedy:
             result = certify_sampled_runs(SMALL, stacks, runs, policy)
             assert result.passed
             assert {one.standard_error for one in result.tests} == {0}  # greedy drafts leave nothing to chance
