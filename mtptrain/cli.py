@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from mtptrain.recipes.session import Session
 
 
+PATIENCE_SECONDS = 10.0  # until rank 0 has printed a mistake that every process meets by itself
+
+
 def stop(message: str, mistake: UserError | None = None) -> NoReturn:
     """Print one line and end with the exit code of a user's mistake; of several ranks that fail, one prints.
 
@@ -51,10 +55,11 @@ def stop(message: str, mistake: UserError | None = None) -> NoReturn:
     """
     distributed = sys.modules.get("mtptrain.run.distributed")  # it imports torch
     number = os.environ.get("RANK", "0")
-    if number != "0" and isinstance(mistake, UnreachableError):
-        is_printed = True  # the others cannot be asked
-    elif distributed is None:
+    if number != "0" and isinstance(mistake, UnreachableError):  # the others cannot be asked
+        is_printed = True
+    elif distributed is None or not distributed.has_met():
         is_printed = number == "0"
+        time.sleep(0 if is_printed else PATIENCE_SECONDS)  # a launcher ends rank 0 as soon as this process ends
     else:
         is_printed = distributed.prints_mistake(isinstance(mistake, LostProcessError))
     if is_printed:

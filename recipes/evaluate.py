@@ -248,7 +248,7 @@ def check(config: RunConfig) -> None:
         )
     if config.checkpoint is None:
         raise UserError("checkpoint=null: evaluate needs a head; give a run folder, a step_* folder, or `stock`")
-    if config.measures_all:
+    if config.measures_all and Path(config.checkpoint).is_dir():
         require_checkpoints(Path(config.checkpoint))
 
 

@@ -12,6 +12,7 @@ import torch
 
 import mtptrain
 from mtptrain import cli, config
+from mtptrain.cli import PATIENCE_SECONDS
 from mtptrain.config import LossName
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
 from mtptrain.help import field_notes
@@ -339,3 +340,16 @@ def test_showing_a_configuration_imports_neither_torch_nor_transformers(tmp_path
     )
     assert shown.returncode == 0, shown.stderr
     assert "divergence: kl" in shown.stdout
+
+
+def test_another_process_waits_until_rank_0_has_printed_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends all processes as soon as the first has ended."""
+    waited: list[float] = []
+    monkeypatch.setattr("mtptrain.cli.time.sleep", waited.append)
+    for rank, line in (("1", ""), ("0", "mtptrain: train.steps=0: must be at least 1\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert run_main("+recipe=distill", "train.steps=0") == 2
+        assert capfd.readouterr().err == line
+    assert waited == [PATIENCE_SECONDS, 0]

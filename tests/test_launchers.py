@@ -320,12 +320,3 @@ def test_an_impossible_division_of_work_is_refused_before_anything_starts(
     assert run_main(*recipe, *light, *more, *checkpoints, f"output_dir={tmp_path / 'run'}") == 2
     assert re.match(f"mtptrain: {line}", capfd.readouterr().err.splitlines()[-1])
     assert not (tmp_path / "run").exists()
-
-
-def test_only_the_first_process_prints_the_mistake(
-    light: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert run_main("+recipe=distill", *light, "train.steps=0") == 2
-    assert "mtptrain:" not in capfd.readouterr().err

@@ -308,6 +308,11 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return None, mistake
 
 
+def has_met() -> bool:
+    """Return whether this process has joined others."""
+    return bool(_joined)
+
+
 def prints_mistake(is_lost: bool) -> bool:
     """Return whether this rank prints the mistake on which it ends, of all ranks that end on it: rank 0, or the first.
 
