@@ -93,6 +93,7 @@ MISTAKES = [
     ),
     (["train.steps=1,2"], r"train.steps=1,2: several values are jobs of a sweep, .* -m; .* train.steps=\[1,2\], and"),
     (["output_dir="], "output_dir=: is empty; give a path"),
+    (["deepspeed=null"], "deepspeed=null: must be a mapping, such as deepspeed={A:B}$"),
     (["backbone=null"], "backbone=null: must be one of small, tiny, tiny12, v4_flash, "),
     (
         ["backbone=[tiny,tiny12]"],

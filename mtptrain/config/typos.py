@@ -91,6 +91,8 @@ def _rule(kind: Any, name: str, value: str) -> str:
     if get_origin(kind) is list:
         items = ITEMS.get(parts[-1], "values")
         return f"must be a list of {EXAMPLES.get(name, f'{items}, such as {name}=[A,B]')}"
+    if get_origin(kind) is dict:
+        return f"must be a mapping, such as {name}={{A:B}}"
     if section is not None:
         return f"{name} is a section; give one of its settings, such as {name}.{fields(section)[0].name}=VALUE"
     words = [one.value for one in parts[0]] if parts and issubclass(parts[0], Enum) else []
