@@ -57,7 +57,7 @@ from mtptrain.run.progress import Progress
 from mtptrain.run.tables import open_console
 from mtptrain.traces.file import Trace, TraceSet
 from mtptrain.training.checkpoint import checkpoint_name, open_checkpoint
-from mtptrain.training.run_checkpoints import checkpoints_of_run, require_checkpoints
+from mtptrain.training.run_checkpoints import checkpoints_of_run
 
 PROCESSES = "led"
 FOLDER = FolderUse.result
@@ -248,8 +248,6 @@ def check(config: RunConfig) -> None:
         )
     if config.checkpoint is None:
         raise UserError("checkpoint=null: evaluate needs a head; give a run folder, a step_* folder, or `stock`")
-    if config.measures_all and Path(config.checkpoint).is_dir():
-        require_checkpoints(Path(config.checkpoint))
 
 
 def run(session: Session) -> None:

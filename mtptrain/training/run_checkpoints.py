@@ -24,17 +24,6 @@ def checkpoints_of_run(path: Path) -> Path:
     return path if path.name == "checkpoints" or checkpoint_folders(path) else path / "checkpoints"
 
 
-def require_checkpoints(path: Path) -> None:
-    """Refuse a run without a checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    root = checkpoints_of_run(path)
-    if not checkpoint_folders(root) and not (root / BEST).is_dir():
-        raise UserError(f"checkpoint={path}: holds no checkpoint; give the folder of a training run")
-
-
 def steps_of_run(root: Path) -> dict[int, Path]:
     """Return the checkpoints of a run by step, unverified; `best` among them if its own step was deleted.
 
