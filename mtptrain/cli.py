@@ -37,12 +37,14 @@ from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, Use
 from mtptrain.help import print_recipe_help, register_help, wrapping_lines
 from mtptrain.recipes.sweep import Sweep
 from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_error
+from mtptrain.run.memory import out_of_memory_reason
 from mtptrain.run.storage import disk_full_reason
 
 if TYPE_CHECKING:
     from mtptrain.recipes.session import Session
 
 
+LESS_MEMORY = "less is needed with a smaller train.batch_size, data.sequence_length or evaluation.batch_sizes"
 PATIENCE_SECONDS = 10.0  # until rank 0 has printed a mistake that every process meets by itself
 
 
@@ -183,11 +185,11 @@ def run_task(
 
 
 def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
-    """Check what a recipe reads, lock its folder and run it; after a signal or on a full disk, say how to go on.
+    """Check what a recipe reads, lock its folder and run it; after a signal or without room, say how to go on.
 
     Raises:
         Preempted: a signal ended the run.
-        UserError: the user made a mistake, or the disk is full.
+        UserError: the user made a mistake, or memory or disk are full.
     """
     from mtptrain.run.preemption import Terminated, terminable
 
@@ -214,6 +216,10 @@ def run_recipe(recipe: Any, session: Session, reads: Settings) -> None:
         lost = lost_process_error(error, session.config.distributed_timeout, rest)
         if lost is not None:
             raise lost from error
+        too_large = out_of_memory_reason(error)
+        if too_large is not None:
+            logging.getLogger("mtptrain.cli").debug("out of memory", exc_info=error)
+            raise UserError(f"out of memory ({too_large}); {LESS_MEMORY}; {rest}") from error
         reason = disk_full_reason(error)
         if reason is None:
             raise

@@ -26,13 +26,13 @@ from mtptrain.evaluation.report.curve_page import CURVE_PAGE, print_curve, write
 from mtptrain.evaluation.result import EVALUATION_FILE
 from mtptrain.mtp.start import has_stock
 from mtptrain.recipes.session import Session
-from mtptrain.recipes.traces import TRACES_FILE, kept_traces, open_prompts, prepare_traces, replay_head
+from mtptrain.recipes.traces import kept_traces, open_prompts, prepare_traces, replay_head
 from mtptrain.run.artifact import check_identity
 from mtptrain.run.folder import CURVE_FILE
 from mtptrain.run.progress import waiting
 from mtptrain.run.tables import open_console
 from mtptrain.run.tracking import Trackers
-from mtptrain.traces.file import TraceSet
+from mtptrain.traces.file import TRACES_FILE, TraceSet
 from mtptrain.training.checkpoint import BEST, Checkpoint, checkpoint_name, open_checkpoint
 from mtptrain.training.run_checkpoints import digest_of, state_of, steps_of_run
 from mtptrain.training.selection import Selection

@@ -20,6 +20,7 @@ from mtptrain.replay.replay import replay_lengths, replay_other_drafts
 from mtptrain.run.progress import Progress
 from mtptrain.traces.conversation import answer_text, record_conversations
 from mtptrain.traces.file import (
+    TRACES_FILE,
     Trace,
     TraceHeader,
     TraceSet,
@@ -39,8 +40,6 @@ from mtptrain.traces.prompts import (
     slice_conversations,
     spread_prompt_rows,
 )
-
-TRACES_FILE = "traces.jsonl"
 
 
 def check_room(where: str, tokens: list[int], room: int) -> None:

@@ -16,6 +16,7 @@ from mtptrain.cli import PATIENCE_SECONDS
 from mtptrain.config import LossName
 from mtptrain.errors import CHECK_FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
 from mtptrain.help import field_notes
+from mtptrain.training.trainer import Trainer
 from tests.command import ROOT, Refused, largest_file, run_main, run_process, tree
 
 MISTAKES = [
@@ -202,6 +203,30 @@ def test_a_sweep_over_its_own_folder_is_refused(tmp_path: Path, capfd: pytest.Ca
     assert run_main("-m", "+recipe=distill", f"output_dir={tmp_path}/a,{tmp_path}/b") == 2
     assert capfd.readouterr().err.startswith("mtptrain: output_dir: a sweep needs one folder")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("is_on_gpu", "reason"),
+    [(True, "Tried to allocate 20.00 GiB"), (False, "you tried to allocate 70368744177664 bytes")],
+)
+def test_memory_that_does_not_suffice_is_one_line(
+    is_on_gpu: bool,
+    reason: str,
+    light: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def run(*_: object) -> None:
+        if is_on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity")
+        torch.empty(2**46, dtype=torch.uint8)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    assert run_main("+recipe=distill", *light, "evaluate_at_end=false", f"output_dir={tmp_path}/run") == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"mtptrain: out of memory ({reason}); less is needed with a smaller train.batch_size, ")
+    assert line.endswith("; nothing is saved yet; start it again")
 
 
 def test_a_disk_that_fills_during_a_checkpoint_costs_only_that_one(

@@ -20,6 +20,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def out_of_memory_reason(error: BaseException) -> str | None:
+    """Return what was too large, in the allocator's words, if an allocation failed; None for any other error."""
+    torch = sys.modules.get("torch")
+    is_of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    text = str(error)
+    if is_of_gpu or isinstance(error, MemoryError):
+        return text.removeprefix("CUDA out of memory. ").split(". ")[0] or "MemoryError"
+    start = text.find(CPU_ALLOCATOR)
+    return None if start < 0 else text[start + len(CPU_ALLOCATOR) :].split(". ")[0].strip()
+
+
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory:"  # torch raises a plain RuntimeError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 MOST_KEPT, LARGEST_KEPT = 2**28, 2**25  # bytes: freed memory at the end of the heap, one block of it
 

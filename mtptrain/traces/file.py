@@ -21,6 +21,7 @@ from mtptrain.run.storage import write_text
 from mtptrain.run.typed_json import MismatchError, from_json
 from mtptrain.traces.prompts import Prompt, Source
 
+TRACES_FILE = "traces.jsonl"  # of an evaluation
 SCHEMA = 1
 PROMPTS_PER_BATCH = 16
 
@@ -155,6 +156,8 @@ def read_trace_set(path: Path, setting: str = "evaluation.traces") -> TraceSet:
     Raises:
         UserError: the file cannot be read, has another schema, or is damaged.
     """
+    if path.is_dir():
+        raise UserError(f"{setting}={path}: is a folder; give the file, such as {path / TRACES_FILE}")
     setting = f"{setting}={path}"
     check_readable(setting, path)
     lines = [row for _, row in json_lines(setting, path)]

@@ -100,3 +100,8 @@ def test_a_damaged_trace_set_is_named(damage, reason: str, tmp_path: Path) -> No
     path.write_text("\n".join(damage(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(UserError, match=rf"^evaluation.traces={path}: {reason}"):
         read_trace_set(path)
+
+
+def test_a_folder_of_traces_is_answered_with_its_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^evaluation.traces={tmp_path}: is a folder; give .*{tmp_path}/traces.jsonl"):
+        read_trace_set(tmp_path)
