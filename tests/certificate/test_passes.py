@@ -1,13 +1,14 @@
 """The passes of loop and replay may part at ties that the rounding of drafts explains, and nowhere else."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 
-from mtptrain.backbone.load import Backbone, load_backbone
+from mtptrain.backbone.load import load_backbone
 from mtptrain.certificate import loop
 from mtptrain.certificate.greedy import LoopRun
 from mtptrain.certificate.logits import certify_logits
@@ -18,7 +19,7 @@ from mtptrain.decoding.policy import GREEDY, Policy
 from mtptrain.decoding.results import Decoded, Limits, VerifyPass
 from mtptrain.doctor.wirings import WIRINGS
 from mtptrain.evaluation.certificate_result import NoiseLevel, PassDifference, ReplayEqualsLoop, SizeLevel
-from mtptrain.evaluation.speedup import run_interleaved
+from mtptrain.evaluation.speedup import BatchRuns, run_interleaved
 from mtptrain.kernels.choices import Verification
 from mtptrain.mtp.stack import stack_from_tensors
 from mtptrain.mtp.start import place, stock_tensors
@@ -147,21 +148,34 @@ TEXTS = [
 ]
 
 
+class Loops:
+    """Certifies bf16 loops of the stock head; at depth 2 it is stacked with a copy of itself.
+
+    Args:
+        depth: number of modules.
+    """
+
+    def __init__(self, depth: int) -> None:
+        backbone = load_backbone(BackboneConfig(), torch.device("cpu"), torch.bfloat16)
+        self.model, self.limits = backbone.model, Limits(24)
+        stack = place(stack_from_tensors(backbone.config, depth, stock_tensors(backbone), "stock"), backbone)
+        self.stacks = {"h": stack.eval()}
+        prompts = [Prompt(backbone.source.tokenizer.encode(text).ids, "", 0) for text in TEXTS]
+        self.traces = [Trace(prompt, [], [], []) for prompt in prompts]
+        _, self.drafts = certify_logits(self.model, self.stacks, self.traces, self.limits, 3, [])
+        self.runs = cache(self._run)
+
+    def _run(self, policy: Policy) -> list[BatchRuns]:
+        batches = [[trace] for trace in self.traces]
+        return run_interleaved(self.model, self.stacks, batches, [1, 3], self.limits, policy, 0, lambda *_: None)
+
+    def certify(self, policy: Policy) -> ReplayEqualsLoop:
+        return certify_passes(loop_runs(self.model, self.stacks, self.runs(policy), policy), self.drafts)
+
+
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone(BackboneConfig(), torch.device("cpu"), torch.bfloat16)
-
-
-def certify(backbone: Backbone, policy: Policy, depth: int = 1) -> ReplayEqualsLoop:
-    """Certify bf16 loops of the stock head, stacked with a copy of itself at depth 2."""
-    model, tensors = backbone.model, stock_tensors(backbone)
-    stacks = {"h": place(stack_from_tensors(backbone.config, depth, tensors, "stock"), backbone).eval()}
-    prompts = [Prompt(backbone.source.tokenizer.encode(text).ids, "", 0) for text in TEXTS]
-    traces, limits = [Trace(prompt, [], [], []) for prompt in prompts], Limits(24)
-    runs = run_interleaved(model, stacks, [[one] for one in traces], [1, 3], limits, policy, 0, lambda *_: None)
-    loops = loop_runs(model, stacks, runs, policy)
-    _, drafts = certify_logits(model, stacks, traces, limits, 3, loops)
-    return certify_passes(loops, drafts)
+def of_depth() -> Callable[[int], Loops]:
+    return cache(Loops)
 
 
 @pytest.mark.parametrize(
@@ -175,16 +189,17 @@ def certify(backbone: Backbone, policy: Policy, depth: int = 1) -> ReplayEqualsL
     ],
     ids=["plain", "confidence threshold", "wraps around", "sampled texts", "block verification"],
 )
-def test_loops_of_a_sound_head_pass_in_bf16(policy: Policy, depth: int, backbone: Backbone) -> None:
-    result = certify(backbone, policy, depth)
+def test_loops_of_a_sound_head_pass_in_bf16(policy: Policy, depth: int, of_depth: Callable[[int], Loops]) -> None:
+    result = of_depth(depth).certify(policy)
     assert result.passed, result
     assert result.compared == 2 * len(TEXTS)
 
 
 @pytest.mark.parametrize("name", ["embedding_late", "embedding_early"])
 def test_a_wrong_wiring_of_the_replay_is_found_in_bf16(
-    name: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    name: str, of_depth: Callable[[int], Loops], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loops = of_depth(1)
     wiring = next(one for one in WIRINGS if one.name == name)
-    monkeypatch.setattr(loop, "draft_traces", partial(draft_traces, draft=wiring.build(backbone.model, 6)))
-    assert not certify(backbone, GREEDY).passed
+    monkeypatch.setattr(loop, "draft_traces", partial(draft_traces, draft=wiring.build(loops.model, 6)))
+    assert not loops.certify(GREEDY).passed

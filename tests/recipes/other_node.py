@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from mtptrain import cli
 from mtptrain.backbone import load
 from mtptrain.run import preemption
 from mtptrain.run.distributed import leave
@@ -64,6 +65,7 @@ def main(folder: Path, corpus: Path) -> None:
         with (
             output_in(folder / f"{job}.{number}.txt"),
             patch.object(load, "_check_report", wraps=load._check_report) as read,
+            patch.object(cli, "PATIENCE_SECONDS", 0),
         ):
             if number and fault == KILLED:
                 read.side_effect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -81,7 +81,7 @@ def test_conversations_without_a_template_are_refused(recipe: str, talk: list[st
         ([{"role": "user", "content": "Why?"}], "row 1: has no message of role assistant to learn from; drop the row"),
         ([{"content": "Why?"}], "row 1: each of `messages` must have a role and a content"),
         ([{"role": "assistant", "content": None}], "row 1: `messages` must hold text, not NoneType"),
-        (3, "row 1 has no text of that name"),
+        (3, "row 1 holds a value of type int, no text, under that name"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(

@@ -51,7 +51,9 @@ def test_a_mistake_in_the_data_keeps_its_line_number_across_processes(tmp_path: 
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"{number} words"} for number in range(600)])
     path.write_text(path.read_text(encoding="utf-8") + '{"text": 3}\n', encoding="utf-8")
     batches = StreamingBatches(plan_of(replace(text_config(tmp_path), path=str(path)), 2), 2)
-    with pytest.raises(UserError, match=r"^data\.field_name=text: .*row 601 has no text of that name") as raised:
+    with pytest.raises(
+        UserError, match=r"^data\.field_name=text: .*row 601 holds a value of type int, no text"
+    ) as raised:
         read_on(batches, 600)
     names = [child.name() for child in psutil.Process().children()]
     assert "pt_data_worker" not in names, raised  # although the traceback of the error still holds every frame
