@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from mtptrain.backbone.decode import PrefilledPart, decode_step
+from mtptrain.certificate.greedy import expected_ties, most_ties
+from mtptrain.certificate.rounding import measure_noise, upstream_logits
 from mtptrain.certificate.shifted_target import shifted_target_control
 from mtptrain.decoding.policy import Policy
-from mtptrain.decoding.results import Limits
+from mtptrain.decoding.results import Decoded, Limits
 from mtptrain.decoding.speculative import allocate_cache, decode_speculative
 from mtptrain.decoding.texts import Draft, Texts
 from mtptrain.evaluation.certificate_result import AllAcceptControl, Controls, Outcome
@@ -31,7 +34,7 @@ class BackboneProposer:
 
     def __init__(self, model: DeepseekV4ForCausalLM) -> None:
         self.model = model
-        self.drafted = 0
+        self.gaps: list[list[float]] = []  # between the two largest logits of every drafted token, draft by draft
 
     def start(self, texts: Texts, draft_length: int, policy: Policy) -> None:
         """See `Proposer`; supports one row and a greedy policy."""
@@ -50,18 +53,24 @@ class BackboneProposer:
         length = int(self.texts.length_B)
         _, hidden_1SD = decode_step(self.model, self.cache, self.texts.tokens_BT[:, self.known : length])
         self.known = length - 1  # the last token is read again, so that no step is ever empty
-        tokens = [self.model.lm_head(hidden_1SD[:, -1]).argmax(-1)]
+        logits = [self.model.lm_head(hidden_1SD[:, -1])]
+        tokens = [logits[0].argmax(-1)]
         while len(tokens) < self.draft_length:
             _, hidden_1SD = decode_step(self.model, self.cache, tokens[-1].unsqueeze(1))
-            tokens.append(self.model.lm_head(hidden_1SD[:, -1]).argmax(-1))
+            logits.append(self.model.lm_head(hidden_1SD[:, -1]))
+            tokens.append(logits[-1].argmax(-1))
         self.cache.rewind(self.texts.length_B - 1)
-        self.drafted += 1
+        top_K2 = torch.cat(logits).float().topk(2).values
+        self.gaps.append((top_K2[:, 0] - top_K2[:, 1]).tolist())
         return Draft(torch.stack(tokens, dim=1), None, torch.tensor([len(tokens)], device=hidden_1SD.device))
 
 
 @torch.inference_mode()
 def all_accept_control(model: DeepseekV4ForCausalLM, prompt: list[int], draft_length: int) -> AllAcceptControl:
     """Run the real decoding loop with the backbone as its own draft: every pass must emit K + 1 tokens.
+
+    A draft may be rejected only at a numerical tie of the backbone's two largest logits, within the rounding noise of
+    the text, and only so often as the differences of drafting and verifying explain.
 
     Args:
         model: the backbone.
@@ -70,10 +79,29 @@ def all_accept_control(model: DeepseekV4ForCausalLM, prompt: list[int], draft_le
     """
     limits = Limits(1 + PASSES * (draft_length + 1))
     proposer = BackboneProposer(model)
-    with waiting("control: the backbone drafts for itself", lambda: proposer.drafted / PASSES):
-        passes = decode_speculative(model, proposer, [prompt], draft_length, limits).rows[0].passes
-    length = sum(record.emitted for record in passes) / len(passes)
-    return AllAcceptControl(length, ceiling=draft_length + 1, passed=length == draft_length + 1)
+    with waiting("control: the backbone drafts for itself", lambda: len(proposer.gaps) / PASSES):
+        row = decode_speculative(model, proposer, [prompt], draft_length, limits).rows[0]
+    length, ceiling = sum(record.emitted for record in row.passes) / len(row.passes), draft_length + 1
+    rejected_gaps, differences_N = _compare_gaps(row, proposer.gaps)
+    if not rejected_gaps:
+        return AllAcceptControl(length, ceiling, passed=length == ceiling)
+    texts = [prompt], [row.tokens]
+    noise = measure_noise(lambda: upstream_logits(model, *texts), [model.model], model.lm_head.weight.dtype).gap
+    budget = most_ties(expected_ties(np.array(row.gaps), differences_N.clip(max=noise.extreme)))
+    passed = max(rejected_gaps) <= noise.extreme and len(rejected_gaps) <= budget
+    return AllAcceptControl(length, ceiling, passed, near_ties=len(rejected_gaps), tie_budget=budget)
+
+
+def _compare_gaps(row: Decoded, drafted_gaps: list[list[float]]) -> tuple[list[float], np.ndarray]:
+    """Return the gaps where drafts were rejected, and the absolute differences of both gaps at kept drafts [N]."""
+    rejected, differences, first = [], [], 1  # the first token comes from the prefill
+    for record, gaps in zip(row.passes, drafted_gaps, strict=True):
+        kept = slice(first, first + record.accepted)
+        differences += [abs(ours - theirs) for ours, theirs in zip(gaps, row.gaps[kept], strict=False)]
+        if record.accepted < min(record.drafted, record.emitted):
+            rejected.append(row.gaps[kept.stop])
+        first += record.emitted
+    return rejected, np.array(differences)
 
 
 def run_controls(

@@ -186,11 +186,21 @@ class SamplerTest:
 
 @dataclass(frozen=True, slots=True)
 class AllAcceptControl:
-    """The loop with the backbone as its own draft; the ceiling is K + 1 tokens a pass."""
+    """The loop with the backbone as its own draft.
+
+    Attributes:
+        acceptance_length: tokens a pass.
+        ceiling: K + 1.
+        passed: every draft was kept whole, but for numerical ties.
+        near_ties: drafts that were rejected, if `passed` at numerical ties of the backbone's logits.
+        tie_budget: most of them that rounding explains.
+    """
 
     acceptance_length: float
     ceiling: int
     passed: bool
+    near_ties: int = 0
+    tie_budget: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
