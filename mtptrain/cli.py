@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,7 +36,7 @@ from mtptrain.config.verbosity import set_verbosity
 from mtptrain.errors import INTERRUPTED, PREEMPTED, USER_MISTAKE, Preempted, UserError
 from mtptrain.help import print_recipe_help, register_help, wrapping_lines
 from mtptrain.recipes.sweep import Sweep
-from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_error
+from mtptrain.run.lost import LostProcessError, UnreachableError, lost_process_error, naming_lost_processes
 from mtptrain.run.memory import out_of_memory_reason
 from mtptrain.run.storage import disk_full_reason
 
@@ -231,18 +231,6 @@ def leave_pipe() -> NoReturn:
     """End the program without a word: the reader of its output, such as `head`, has seen enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     raise SystemExit(1) from None
-
-
-@contextmanager
-def naming_lost_processes(minutes: int) -> Iterator[None]:
-    """Turn an error by which another process was lost into a line, if the recipe has not done so."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = lost_process_error(error, minutes, "start it again")
-        if lost is None:
-            raise
-        raise lost from error
 
 
 def run_job(composed: DictConfig, job_folder: Path | None = None, shows_help: bool = False) -> None:

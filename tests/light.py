@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest.mock import patch
 
-from mtptrain.evaluation.certificate_result import SamplerTest
+from mtptrain.evaluation.sampler_result import SamplerTest
 from tests.evaluation.recorded import recorded_evaluation
 
 MOST_KEPT = 8  # backbones of a test process

@@ -224,9 +224,8 @@ class TritonRows:
         self, hidden_ND: Tensor, target_N: Tensor, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return loss, alpha and top1_match [N], and the unit gradient [N, D] or None."""
-        student_NV, teacher_NV, dlogits_NV = (
-            buffer[: len(hidden_ND)] for buffer in (self.student_NV, self.teacher_NV, self.dlogits_NV)
-        )
+        buffers = self.student_NV, self.teacher_NV, self.dlogits_NV
+        student_NV, teacher_NV, dlogits_NV = (buffer[: len(hidden_ND)] for buffer in buffers)
         matmul(hidden_ND, self.weight_VD.T, out=student_NV)
         loss_N, alpha_N, top1_match_N = student_rows(
             student_NV,

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mtptrain.evaluation.certificate_result import ChiSquare, KeptTest, SamplerTest, VerificationTest
+from mtptrain.evaluation.sampler_result import ChiSquare, KeptTest, SamplerTest, VerificationTest
 from mtptrain.kernels.acceptance import DrawKind, Sampling, Verification, sample_logits, uniforms, verify_logits
 from mtptrain.kernels.acceptance.reference import Verified
 from mtptrain.run.progress import counted

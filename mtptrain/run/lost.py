@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mtptrain.errors import UserError
 
 # In the messages of gloo, NCCL and the store, which raise plain RuntimeErrors.
@@ -40,3 +43,15 @@ def lost_process_reason(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     return next((sign for sign in SILENT + ENDED if sign in str(error)), None)
+
+
+@contextmanager
+def naming_lost_processes(minutes: int) -> Iterator[None]:
+    """Turn an error by which another process was lost into a line, if the recipe has not done so."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process_error(error, minutes, "start it again")
+        if lost is None:
+            raise
+        raise lost from error

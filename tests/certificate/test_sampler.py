@@ -17,7 +17,7 @@ from mtptrain.certificate.sampler import (
     random_tables,
     sampler_certificate,
 )
-from mtptrain.evaluation.certificate_result import SamplerTest
+from mtptrain.evaluation.sampler_result import SamplerTest
 from mtptrain.kernels.acceptance import Verification
 from mtptrain.kernels.acceptance.reference import Verified, sample_tokens_reference, verify_draft_reference
 from mtptrain.run import progress
